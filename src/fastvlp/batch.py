@@ -1,0 +1,89 @@
+"""What travels: Record (stored), Example (decoded), Batch (on the device).
+
+Dimension key used all over the code: B pairs, L text tokens, N patches, K kept patches, R regions, D width, E embedding,
+V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """One record as a source yields it and a shard stores it: images still encoded, everything else JSON.
+
+    `info` keys that the library reads (all optional): `captions` and `captions_zh` (lists of str), `objects` (list of
+    {class, box [x0,y0,x1,y1] in pixels, ...}), `questions` (list of {question, answers: {answer: score in 0..1}, kind}),
+    `statements` (list of {text, label: bool}; about the record's one or two images), `label` (a class name).
+    Any other key travels along untouched.
+    """
+
+    key: str
+    images: tuple[bytes, ...]
+    info: Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Example:
+    """A decoded record: `images` is uint8 [I 3 H W], I the record's number of images (1, or 2 for pairs)."""
+
+    key: str
+    images: Tensor
+    info: Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dropped:
+    """A record that could not be used, by name, with the reason; counted and reported, never replaced."""
+
+    key: str
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """Clean rows, the same for every objective: corruption happens on the device, as a function of `seed`.
+
+    image:  uint8 [B 3 H W], normalised on the device (a float tensor is taken as already normalised).
+    ids:    int64 [B L], `<s> words </s>` padded on the right to the longest of this batch only.
+    length: int64 [B], real tokens of each row, `<s>` and `</s>` included; no attention mask travels.
+    seed:   int64 [B], one random number a row: all that is drawn for the row is a hash of it, so that masks do not
+            depend on batch size, padding, rank or device.
+    slot:   int64 [B] or None: which image of a pair a row shows (NLVR2: 0 or 1); None means 0.
+    target: what a task's rows are scored against (float [B A] or int64 [B]); None in pretraining.
+    """
+
+    image: Tensor
+    ids: Tensor
+    length: Tensor
+    seed: Tensor
+    slot: Tensor | None = None
+    target: Tensor | None = None
+
+    def to(self, device: torch.device | str, non_blocking: bool = True) -> Batch:
+        moved = {f.name: getattr(self, f.name) for f in fields(self)}
+        return Batch(**{k: v if v is None else v.to(device, non_blocking=non_blocking) for k, v in moved.items()})
+
+    def __len__(self) -> int:
+        return self.image.shape[0]
+
+
+def register_dataclass_node(cls: type) -> None:
+    """Makes `cls` a pytree node. DDP and compile look for tensors with pytree; unregistered values are skipped silently."""
+    names = [f.name for f in fields(cls)]
+    _pytree.register_pytree_node(
+        cls,
+        lambda value: ([getattr(value, name) for name in names], None),
+        lambda leaves, _: cls(**dict(zip(names, leaves))),
+        serialized_type_name=f"{cls.__module__}.{cls.__qualname__}",
+    )
+
+
+register_dataclass_node(Batch)
