@@ -1,0 +1,189 @@
+"""Text to ids and back: any tokenizer.json, or a WordPiece or byte-level BPE trained on the corpus at hand."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Literal
+
+import tokenizers
+import torch
+from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
+from torch import Tensor
+
+from fastvlp.data.files import write_whole
+from fastvlp.errors import UserError
+
+_ROLES = {
+    "pad": ("[PAD]", "<pad>", "<|pad|>"),
+    "bos": ("[CLS]", "<s>", "<|startoftext|>"),
+    "eos": ("[SEP]", "</s>", "<|endoftext|>"),
+    "mask": ("[MASK]", "<mask>", "<|mask|>"),
+}
+_WORDPIECE_SPECIALS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+_BPE_SPECIALS = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+
+# A token of more characters than this is never cut short by `encode`; longer texts are cut before they are tokenised.
+_CHARS_PER_TOKEN = 64
+
+_HAN = "\u2e80-\u2fdf\u3000-\u303f\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff00-\uffef"
+_SPACE_BETWEEN_HAN = re.compile(f"(?<=[{_HAN}]) +(?=[{_HAN}])")
+
+
+class Tokenizer:
+    """A `tokenizers.Tokenizer` with the four roles that the objectives need.
+
+    Attributes:
+        pad, bos, eos, mask: ids.
+        vocab_size: V, added tokens included.
+        starts_word: bool [V], True where the token begins a word; False for continuation pieces and for pad, bos, eos
+            and mask. A Chinese character is a word. A byte-level vocabulary without a leading space leaves the first
+            word of a text unmarked: the token after <s> always begins a word.
+
+    Picklable, so that loader workers can hold it.
+    """
+
+    def __init__(self, inner: tokenizers.Tokenizer, source: str = "tokenizer"):
+        inner.no_padding()
+        inner.no_truncation()
+        self._inner = inner
+        self.vocab_size = inner.get_vocab_size(with_added_tokens=True)
+        self.pad = _special(inner, "pad", source)
+        self.bos = _special(inner, "bos", source)
+        self.eos = _special(inner, "eos", source)
+        self.mask = _special(inner, "mask", source)
+        self.starts_word = _starts_word(inner)
+        self.starts_word[[self.pad, self.bos, self.eos, self.mask]] = False
+
+    @classmethod
+    def load(cls, path: str | Path) -> Tokenizer:
+        """Raises UserError where the file is missing, is no tokenizer.json, or lacks a special token."""
+        path = Path(path)
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(
+                f"{path}: cannot read a tokenizer here ({error}); give the path of a tokenizer.json"
+            ) from error
+        try:
+            inner = tokenizers.Tokenizer.from_str(text)
+        except Exception as error:  # the library raises bare Exception
+            raise UserError(f"{path}: not a tokenizer.json of the `tokenizers` library ({error})") from error
+        return cls(inner, str(path))
+
+    @classmethod
+    def train(
+        cls,
+        texts: Iterable[str],
+        kind: Literal["wordpiece", "bpe"] = "wordpiece",
+        vocab_size: int = 8192,
+        lowercase: bool = True,
+    ) -> Tokenizer:
+        """Learns at most `vocab_size` tokens. Neither kind needs segmented Chinese: WordPiece takes each character as a
+        word (as BERT does), BPE works on bytes."""
+        train = {"wordpiece": _train_wordpiece, "bpe": _train_bpe}.get(kind)
+        if train is None:
+            raise UserError(f"tokenizer kind {kind!r}: choose wordpiece or bpe")
+        return cls(train(texts, vocab_size, lowercase), f"trained {kind}")
+
+    def save(self, path: str | Path) -> None:
+        write_whole(Path(path), self._inner.to_str(pretty=True).encode())
+
+    def encode(self, texts: list[str], max_length: int) -> tuple[Tensor, Tensor]:
+        """Returns ids int64 [B L], `<s> words </s>` padded on the right to the longest, and length int64 [B].
+
+        A text of more than `max_length` tokens loses its end and keeps its </s>.
+        """
+        if max_length < 2:
+            raise ValueError(f"max_length {max_length} leaves no room for <s> and </s>")
+        # 100,000 characters for 50 tokens would be tokenised in vain.
+        cut = [text[: max_length * _CHARS_PER_TOKEN] for text in texts]
+        encodings = self._inner.encode_batch_fast(cut, add_special_tokens=False)
+        rows = [[self.bos, *encoding.ids[: max_length - 2], self.eos] for encoding in encodings]
+        length_B = torch.tensor([len(row) for row in rows], dtype=torch.int64)
+        longest = max(map(len, rows), default=2)
+        padded = [row + [self.pad] * (longest - len(row)) for row in rows]
+        return torch.tensor(padded, dtype=torch.int64).reshape(len(rows), longest), length_B
+
+    def decode(self, ids: Iterable[int] | Tensor) -> str:
+        """The text without special tokens, and without the spaces that WordPiece leaves between Chinese characters."""
+        text = self._inner.decode([int(i) for i in ids], skip_special_tokens=True)
+        return _SPACE_BETWEEN_HAN.sub("", text).strip()
+
+    def token(self, i: int) -> str:
+        return self._inner.id_to_token(i) or ""
+
+
+def _special(inner: tokenizers.Tokenizer, role: str, source: str) -> int:
+    for name in _ROLES[role]:
+        found = inner.token_to_id(name)
+        if found is not None:
+            return found
+    raise UserError(
+        f"{source}: no {role} token, looked for {', '.join(_ROLES[role])}; "
+        f"add one to the vocabulary with tokenizers.Tokenizer.add_special_tokens and save it again"
+    )
+
+
+def _starts_word(inner: tokenizers.Tokenizer) -> Tensor:
+    tokens = [inner.id_to_token(i) or "" for i in range(inner.get_vocab_size(with_added_tokens=True))]
+    spec = json.loads(inner.to_str())
+    model = spec["model"]
+    if model.get("type") == "WordPiece":
+        prefix = model["continuing_subword_prefix"]
+        return torch.tensor([not token.startswith(prefix) for token in tokens])
+    if '"ByteLevel"' in json.dumps([spec["pre_tokenizer"], spec["decoder"]]):
+        # In the byte alphabet \u0120 is the space; a byte 0xE4 to 0xE9, which stands for itself there, begins the UTF-8
+        # of a Chinese character.
+        return torch.tensor([token[:1] == "\u0120" or "\xe4" <= token[:1] <= "\xe9" for token in tokens])
+    if model.get("type") == "Unigram" or '"Metaspace"' in json.dumps(spec["pre_tokenizer"]):
+        han = re.compile(f"\u2581|[{_HAN}]")
+        return torch.tensor([han.match(token) is not None for token in tokens])
+    return torch.ones(len(tokens), dtype=torch.bool)
+
+
+def _train_wordpiece(texts: Iterable[str], vocab_size: int, lowercase: bool) -> tokenizers.Tokenizer:
+    normalizer = normalizers.BertNormalizer(
+        clean_text=True, handle_chinese_chars=True, strip_accents=lowercase, lowercase=lowercase
+    )
+    splitter = pre_tokenizers.BertPreTokenizer()
+    words = Counter(word for text in texts for word, _ in splitter.pre_tokenize_str(normalizer.normalize_str(text)))
+    # The trainer numbers the continuation letters in the order of a randomly seeded hash map, and that order decides ties
+    # between merges: the same corpus would give another vocabulary each time. Named beforehand, they have fixed places.
+    letters = sorted({f"##{letter}" for word in words for letter in word[1:]})
+    learner = tokenizers.Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    learner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[*_WORDPIECE_SPECIALS, *letters],
+        min_frequency=2,
+        show_progress=False,
+    )
+    learner.train_from_iterator((" ".join([word] * words[word]) for word in sorted(words)), trainer)
+
+    inner = tokenizers.Tokenizer(models.WordPiece(learner.get_vocab(), unk_token="[UNK]"))
+    inner.normalizer = normalizer
+    inner.pre_tokenizer = splitter
+    inner.decoder = decoders.WordPiece(prefix="##", cleanup=True)
+    inner.add_special_tokens(_WORDPIECE_SPECIALS)
+    return inner
+
+
+def _train_bpe(texts: Iterable[str], vocab_size: int, lowercase: bool) -> tokenizers.Tokenizer:
+    inner = tokenizers.Tokenizer(models.BPE())
+    inner.normalizer = normalizers.Sequence([normalizers.NFC(), *([normalizers.Lowercase()] if lowercase else [])])
+    # The prefix space marks the first word of a text like every other word.
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    inner.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=_BPE_SPECIALS,
+        min_frequency=2,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    inner.train_from_iterator(texts, trainer)
+    return inner
