@@ -1,0 +1,145 @@
+"""Attention and the one transformer block that every tower is built of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Norm = Literal["pre", "post"]
+Activation = Literal["gelu", "quick_gelu"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerConfig:
+    """Shape of one block. `hidden` is the width of the MLP's hidden layer, `eps` that of the layer norms."""
+
+    width: int
+    heads: int
+    hidden: int
+    norm: Norm = "pre"
+    eps: float = 1e-5
+    activation: Activation = "gelu"
+    dropout: float = 0.0
+
+
+@dataclass
+class KeyValue:
+    """Keys and values of one attention layer, each [B H L Dh]; grows while decoding."""
+
+    key: Tensor
+    value: Tensor
+
+    def extend(self, key: Tensor, value: Tensor) -> None:
+        self.key, self.value = torch.cat([self.key, key], 2), torch.cat([self.value, value], 2)
+
+    def select(self, rows: Tensor) -> KeyValue:
+        return KeyValue(self.key[rows], self.value[rows])
+
+
+def quick_gelu(x: Tensor) -> Tensor:
+    """x * sigmoid(1.702 x), the activation of OpenAI's CLIP weights."""
+    return x * torch.sigmoid(1.702 * x)
+
+
+def _heads(x_BLD: Tensor, heads: int) -> Tensor:
+    return x_BLD.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+class SelfAttention(nn.Module):
+    def __init__(self, config: LayerConfig):
+        super().__init__()
+        self.heads, self.dropout = config.heads, config.dropout
+        self.qkv = nn.Linear(config.width, 3 * config.width)
+        self.out = nn.Linear(config.width, config.width)
+
+    def forward(self, x_BLD: Tensor, mask: Tensor | None, causal: bool, past: KeyValue | None = None) -> Tensor:
+        query, key, value = (_heads(part, self.heads) for part in self.qkv(x_BLD).chunk(3, -1))
+        if past is not None:
+            past.extend(key, value)
+            key, value = past.key, past.value
+        drop = self.dropout if self.training else 0.0
+        x = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal, dropout_p=drop)
+        return self.out(x.transpose(1, 2).flatten(2))
+
+
+class CrossAttention(nn.Module):
+    def __init__(self, config: LayerConfig):
+        super().__init__()
+        self.heads, self.dropout = config.heads, config.dropout
+        self.query = nn.Linear(config.width, config.width)
+        self.kv = nn.Linear(config.width, 2 * config.width)
+        self.out = nn.Linear(config.width, config.width)
+
+    def keys(self, memory_BKD: Tensor) -> KeyValue:
+        key, value = self.kv(memory_BKD).chunk(2, -1)
+        return KeyValue(_heads(key, self.heads), _heads(value, self.heads))
+
+    def forward(self, x_BLD: Tensor, memory: KeyValue, mask: Tensor | None) -> Tensor:
+        """`x` may hold several rows for each row of `memory` (b*s+0 ... b*s+s-1 read row b): they fold into one long
+        query, so that keys and values are computed and held once for both directions, or all captions, of an image."""
+        rows, length, width = x_BLD.shape
+        query = self.query(x_BLD).reshape(memory.key.shape[0], -1, width)
+        drop = self.dropout if self.training else 0.0
+        x = F.scaled_dot_product_attention(
+            _heads(query, self.heads), memory.key, memory.value, attn_mask=mask, dropout_p=drop
+        )
+        return self.out(x.transpose(1, 2).reshape(rows, length, width))
+
+
+class Block(nn.Module):
+    """Self-attention, cross-attention, MLP, each with its residual; the first two by choice.
+
+    ViT and text towers use (attend), fusion layers (attend, cross), reconstructor layers (cross).
+    """
+
+    def __init__(self, config: LayerConfig, *, attend: bool = True, cross: bool = False):
+        super().__init__()
+        self.post = config.norm == "post"
+        norm = lambda: nn.LayerNorm(config.width, eps=config.eps)  # noqa: E731
+        self.attend = SelfAttention(config) if attend else None
+        self.attend_norm = norm() if attend else None
+        self.cross = CrossAttention(config) if cross else None
+        self.cross_norm = norm() if cross else None
+        self.mlp_in = nn.Linear(config.width, config.hidden)
+        self.mlp_out = nn.Linear(config.hidden, config.width)
+        self.mlp_norm = norm()
+        self.activation: Callable[[Tensor], Tensor] = F.gelu if config.activation == "gelu" else quick_gelu
+        self.drop = nn.Dropout(config.dropout)
+
+    def _add(self, x: Tensor, norm: nn.Module, branch: Callable[[Tensor], Tensor]) -> Tensor:
+        return norm(x + self.drop(branch(x))) if self.post else x + self.drop(branch(norm(x)))
+
+    def forward(
+        self,
+        x_BLD: Tensor,
+        *,
+        mask: Tensor | None = None,
+        causal: bool = False,
+        memory: KeyValue | None = None,
+        memory_mask: Tensor | None = None,
+        past: KeyValue | None = None,
+    ) -> Tensor:
+        if self.attend is not None:
+            attend = self.attend
+            x_BLD = self._add(x_BLD, self.attend_norm, lambda h: attend(h, mask, causal, past))
+        if self.cross is not None:
+            cross = self.cross
+            x_BLD = self._add(x_BLD, self.cross_norm, lambda h: cross(h, memory, memory_mask))
+        return self._add(x_BLD, self.mlp_norm, lambda h: self.mlp_out(self.activation(self.mlp_in(h))))
+
+
+def initialise(module: nn.Module, std: float = 0.02) -> None:
+    """Weights N(0, std), biases 0, norms 1: BERT's and RoBERTa's initialisation, used for every new module."""
+    for part in module.modules():
+        if isinstance(part, nn.Linear | nn.Embedding):
+            nn.init.normal_(part.weight, std=std)
+        if isinstance(part, nn.Linear) and part.bias is not None:
+            nn.init.zeros_(part.bias)
+        if isinstance(part, nn.Embedding) and part.padding_idx is not None:
+            with torch.no_grad():
+                part.weight[part.padding_idx].zero_()

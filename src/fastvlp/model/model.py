@@ -1,0 +1,212 @@
+"""VLModel: the towers, fusion, reconstructor and vocabulary head, and the ways to read a text beside an image."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fastvlp.model import masks
+from fastvlp.model.fusion import Fusion, FusionConfig, LMHead, Reconstructor, ReconstructorConfig
+from fastvlp.model.image import ImageConfig, ImageTower
+from fastvlp.model.layers import KeyValue
+from fastvlp.model.text import TextConfig, TextTower
+
+# How a model reads a text to summarise it: all at once, left to right, or through the reconstructor.
+Reading = Literal["full", "causal", "flm"]
+# `blind`: <s> is a left-to-right start that sees no text. `official`: it sees all and is hidden from every other token.
+Bos = Literal["blind", "official"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """`separate_heads`: own vocabulary heads for the forward and the reverse stream (FLM's share_lm_scorer_weights)."""
+
+    image: ImageConfig
+    text: TextConfig
+    fusion: FusionConfig
+    reconstructor: ReconstructorConfig | None = None
+    separate_heads: bool = False
+
+
+class Streams(NamedTuple):
+    """States of both directions after each layer, rows b*2 (forward) and b*2+1 (reverse), so that [B*2 L D] viewed as
+    [B 2L D] is the reconstructor's key list. `reverse_BL` says which text position a reverse column holds (-1: padding);
+    `first` is the first forward position that other rows may see."""
+
+    bottom: list[Tensor]
+    top: list[Tensor]
+    forward_L: Tensor
+    reverse_BL: Tensor
+    first: int
+
+
+class Cache(NamedTuple):
+    """Decoding state: keys and values of the text so far and of the image, layer by layer."""
+
+    past: list[KeyValue]
+    image: list[KeyValue]
+
+    def select(self, rows: Tensor) -> Cache:
+        return Cache([p.select(rows) for p in self.past], [i.select(rows) for i in self.image])
+
+
+def flip(x_BL: Tensor, length_B: Tensor) -> Tensor:
+    """Reverses the real tokens of each row and leaves padding where it is; its own inverse. [B L] or [B L D]."""
+    position = torch.arange(x_BL.shape[1], device=x_BL.device)
+    source = torch.where(position < length_B[:, None], length_B[:, None] - 1 - position, position)
+    return x_BL.gather(1, source if x_BL.dim() == 2 else source[..., None].expand_as(x_BL))
+
+
+class VLModel(nn.Module):
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        width = config.text.layer.width
+        self.config = config
+        self.image = ImageTower(config.image)
+        self.text = TextTower(config.text)
+        self.fusion = Fusion(config.fusion, config.image.layer.width)
+        self.reconstructor = Reconstructor(config.reconstructor) if config.reconstructor else None
+        head = lambda: LMHead(width, config.text.vocab, config.fusion.layer.eps)  # noqa: E731
+        self.head = head()
+        self.forward_head = head() if config.separate_heads else None
+        self.reverse_head = head() if config.separate_heads else None
+
+    @property
+    def causal_head(self) -> LMHead:
+        """The head that predicts the next token from the forward stream."""
+        return self.forward_head or self.head
+
+    def encode_image(self, image: Tensor, keep_BK: Tensor | None = None) -> Tensor:
+        """uint8 [B 3 H W] -> [B K D]."""
+        return self.image(image, keep_BK)
+
+    def read(
+        self,
+        image_BKD: Tensor,
+        ids_BL: Tensor,
+        *,
+        mask: Tensor | None = None,
+        causal: bool = False,
+        slot_B: Tensor | None = None,
+    ) -> Tensor:
+        """One stream over the text beside the image -> [B L D]. `mask` True = visible, or `causal`, not both.
+
+        There may be s texts an image: rows b*s ... b*s+s-1 read image b.
+        """
+        position_L = torch.arange(ids_BL.shape[1], device=ids_BL.device)
+        x = self.text.embed(ids_BL, position_L)
+        for block in self.text.blocks:
+            x = block(x, mask=mask, causal=causal)
+        x = self.fusion.text_in(x) + self.fusion.text_type
+        memory = self.fusion.image_memory(image_BKD, slot_B)
+        for block in self.fusion.blocks:
+            x = block(x, mask=mask, causal=causal, memory=block.cross.keys(memory))
+        return self.fusion.norm(x)
+
+    def streams(
+        self, image_BKD: Tensor, ids_BL: Tensor, length_B: Tensor, *, bos: Bos = "blind", slot_B: Tensor | None = None
+    ) -> Streams:
+        """Both directions as one pass of 2B rows through the shared weights (arXiv 2303.14038 section 3.1).
+
+        With a text-blind `<s>` the reverse rows are flipped, so that both are plainly causal and the fast kernel serves.
+        """
+        B, L = ids_BL.shape
+        forward_L = torch.arange(L, device=ids_BL.device)
+        mask, causal = None, bos == "blind"
+        position_BL = forward_L.expand(B, L)
+        real_BL = position_BL < length_B[:, None]
+        if causal:
+            reverse_BL = flip(position_BL, length_B)
+            ids = torch.stack([ids_BL, flip(ids_BL, length_B)], 1).flatten(0, 1)
+        else:
+            reverse_BL = position_BL
+            ids = ids_BL.repeat_interleave(2, 0)
+            both = [masks.causal_official(length_B, L), masks.anticausal_official(length_B, L)]
+            mask = torch.stack(both, 1).flatten(0, 1)
+        position = torch.stack([position_BL, reverse_BL], 1).flatten(0, 1)
+        x = self.text.embed(ids, position)
+        bottom, top = [], []
+        for block in self.text.blocks:
+            x = block(x, mask=mask, causal=causal)
+            bottom.append(x)
+        types_2D = torch.stack([self.fusion.text_type, self._reconstructor.reverse_type])
+        x = (self.fusion.text_in(x).unflatten(0, (B, 2)) + types_2D[:, None]).flatten(0, 1)
+        memory = self.fusion.image_memory(image_BKD, slot_B)
+        for block in self.fusion.blocks:
+            x = block(x, mask=mask, causal=causal, memory=block.cross.keys(memory))
+            top.append(x)
+        reverse_BL = torch.where(real_BL, reverse_BL, -1)
+        return Streams(bottom, top, forward_L, reverse_BL, 0 if causal else 1)
+
+    @property
+    def _reconstructor(self) -> Reconstructor:
+        if self.reconstructor is None:
+            raise ValueError("this model has no reconstructor; give ModelConfig one to read it with FLM")
+        return self.reconstructor
+
+    def reconstruct(self, streams: Streams, ids_BQ: Tensor, position_BQ: Tensor, mask: Tensor) -> Tensor:
+        """Queries (an id at a position each) read the two streams, layer beside layer -> [B Q D].
+
+        mask: [B 1 Q 2L] from `masks.bridge`, the same in every layer: redrawing it would leak (spec 1.6 item 6).
+        """
+        part, B = self._reconstructor, ids_BQ.shape[0]
+        x = self.text.embed(ids_BQ, position_BQ)
+        for states, blocks, norms in (
+            (streams.bottom, part.bottom, part.bottom_key_norm),
+            (streams.top, part.top, part.top_key_norm),
+        ):
+            aligned = states[len(states) - len(blocks) :]
+            for state, block, norm in zip(aligned, blocks, norms):
+                keys = block.cross.keys(norm(state).reshape(B, -1, state.shape[-1]))
+                x = block(x, memory=keys, memory_mask=mask)
+            if blocks is part.bottom:
+                x = self.fusion.text_in(x) + part.query_type
+        return part.norm(x)
+
+    def summarise(
+        self,
+        image_BKD: Tensor,
+        ids_BL: Tensor,
+        length_B: Tensor,
+        *,
+        reading: Reading,
+        slot_B: Tensor | None = None,
+        bos: Bos = "blind",
+    ) -> Tensor:
+        """One vector for the text beside the image -> [B D], what a task's head reads.
+
+        full: `<s>` of the bidirectional reading. causal: `</s>`, the only position that has seen all. flm: the summary
+        query, alone, over every state of both streams (spec section 5: same as computing every query).
+        """
+        if reading == "full":
+            mask = masks.full(length_B, ids_BL.shape[1])
+            return self.read(image_BKD, ids_BL, mask=mask, slot_B=slot_B)[:, 0]
+        if reading == "causal":
+            x = self.read(image_BKD, ids_BL, causal=True, slot_B=slot_B)
+            return x[torch.arange(len(x), device=x.device), length_B - 1]
+        streams = self.streams(image_BKD, ids_BL, length_B, bos=bos, slot_B=slot_B)
+        mask = masks.bridge_all(length_B, streams.forward_L, streams.reverse_BL)
+        zero_B1 = torch.zeros_like(ids_BL[:, :1])
+        return self.reconstruct(streams, ids_BL[:, :1], zero_B1, mask)[:, 0]
+
+    def begin(self, image_BKD: Tensor) -> Cache:
+        """An empty text beside each image, to be decoded left to right with `step`."""
+        layer = self.config.text.layer
+        memory = self.fusion.image_memory(image_BKD, None)
+        empty = memory.new_empty(memory.shape[0], layer.heads, 0, layer.width // layer.heads)
+        depth = len(self.text.blocks) + len(self.fusion.blocks)
+        return Cache([KeyValue(empty, empty) for _ in range(depth)], [b.cross.keys(memory) for b in self.fusion.blocks])
+
+    def step(self, ids_B: Tensor, cache: Cache) -> Tensor:
+        """Appends one token a row and returns its state [B D]; equals the last row of a causal `read` of all so far."""
+        position = torch.full_like(ids_B[:, None], cache.past[0].key.shape[2])
+        x = self.text.embed(ids_B[:, None], position)
+        for block, past in zip(self.text.blocks, cache.past):
+            x = block(x, past=past)
+        x = self.fusion.text_in(x) + self.fusion.text_type
+        for block, past, memory in zip(self.fusion.blocks, cache.past[len(self.text.blocks) :], cache.image):
+            x = block(x, past=past, memory=memory)
+        return self.fusion.norm(x)[:, 0]

@@ -1,0 +1,102 @@
+"""Model sizes: functions that return a ModelConfig, complete but for the vocabulary (`with_tokenizer`)."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from fastvlp.model.fusion import FusionConfig, ReconstructorConfig
+from fastvlp.model.image import ImageConfig
+from fastvlp.model.layers import LayerConfig, Norm
+from fastvlp.model.model import ModelConfig
+from fastvlp.model.text import TextConfig
+
+if TYPE_CHECKING:
+    from fastvlp.data.tokenize import Tokenizer
+
+
+def with_tokenizer(config: ModelConfig, tokenizer: Tokenizer) -> ModelConfig:
+    """The same model over this tokenizer's vocabulary and special ids."""
+    text = replace(
+        config.text,
+        vocab=tokenizer.vocab_size,
+        pad=tokenizer.pad,
+        bos=tokenizer.bos,
+        eos=tokenizer.eos,
+        mask=tokenizer.mask,
+    )
+    return replace(config, text=text)
+
+
+def _equal_width(
+    *,
+    width: int,
+    depths: tuple[int, int, int],
+    size: int,
+    patch: int,
+    positions: int,
+    norm: Norm,
+    reconstructor: bool,
+    dropout: float = 0.0,
+) -> ModelConfig:
+    """Towers of one width; `depths` of image, text, fusion; the reconstructor has one layer for each text layer."""
+    image_depth, text_depth, fusion_depth = depths
+    heads = max(1, width // 64) if width >= 256 else width // 32
+    tower = LayerConfig(width=width, heads=heads, hidden=4 * width, dropout=dropout)
+    layer = LayerConfig(width=width, heads=heads, hidden=4 * width, norm=norm, dropout=dropout)
+    return ModelConfig(
+        image=ImageConfig(size=size, patch=patch, depth=image_depth, layer=tower),
+        text=TextConfig(
+            positions=positions,
+            depth=text_depth,
+            layer=layer,
+        ),
+        fusion=FusionConfig(depth=fusion_depth, layer=layer),
+        reconstructor=ReconstructorConfig(bottom=text_depth, top=fusion_depth, layer=layer) if reconstructor else None,
+    )
+
+
+def tiny(*, size: int = 64, patch: int = 8, norm: Norm = "pre", reconstructor: bool = True) -> ModelConfig:
+    """For two CPU cores: width 128, 4+2+2 layers, a step in tens of milliseconds."""
+    return _equal_width(
+        width=128,
+        depths=(4, 2, 2),
+        size=size,
+        patch=patch,
+        positions=64,
+        norm=norm,
+        reconstructor=reconstructor,
+    )
+
+
+def small(*, size: int = 128, patch: int = 16, norm: Norm = "pre", reconstructor: bool = True) -> ModelConfig:
+    """For an evening on one GPU, or real photographs on a CPU: width 256, 6+3+3 layers."""
+    return _equal_width(
+        width=256,
+        depths=(6, 3, 3),
+        size=size,
+        patch=patch,
+        positions=64,
+        norm=norm,
+        reconstructor=reconstructor,
+    )
+
+
+def flm_base(*, size: int = 288, reconstructor: bool = True, dropout: float = 0.1) -> ModelConfig:
+    """The paper's size (arXiv 2303.14038; TencentARC/FLM): CLIP ViT-B/32 less its last block, RoBERTa-base embeddings
+    and first 6 layers, 6 fusion layers, a 6+6 reconstructor; post-norm, 50 tokens."""
+    vit = LayerConfig(width=768, heads=12, hidden=3072, activation="quick_gelu")
+    roberta = LayerConfig(width=768, heads=12, hidden=3072, norm="post", eps=1e-5, dropout=dropout)
+    cross = LayerConfig(width=768, heads=12, hidden=3072, norm="post", eps=1e-12, dropout=dropout)
+    return ModelConfig(
+        image=ImageConfig(size=size, patch=32, depth=11, layer=vit, embed_norm=True, patch_bias=False),
+        text=TextConfig(
+            positions=512,
+            depth=6,
+            layer=roberta,
+            position_offset=2,
+            pad_position=1,
+        ),
+        fusion=FusionConfig(depth=6, layer=cross),
+        reconstructor=ReconstructorConfig(bottom=6, top=6, layer=cross) if reconstructor else None,
+    )

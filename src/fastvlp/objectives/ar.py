@@ -1,0 +1,56 @@
+"""Autoregressive language modeling: each token from the image and the tokens before it (spec flm.md 2.3)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastvlp.batch import Batch
+from fastvlp.data.tokenize import Tokenizer
+from fastvlp.model import masks
+from fastvlp.model.model import Bos, ModelConfig, VLModel
+from fastvlp.objectives.losses import token_loss
+from fastvlp.objectives.objective import Loss, Objective, ObjectiveConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class ARConfig(ObjectiveConfig):
+    """bos: `blind` starts from a <s> that sees no text, so that the first word is learned from the image; `official`
+    (the released FLM's baseline) lets <s> see all, hides it from the others and never asks for the first word."""
+
+    bos: Bos = "blind"
+
+    def build(self, model: ModelConfig, tokenizer: Tokenizer) -> AR:
+        return AR(self)
+
+
+def next_token_loss(model: VLModel, state_BLD: Tensor, batch: Batch, ask_BL: Tensor) -> Loss:
+    """Cross-entropy of x_{i+1} at the asked positions i."""
+    head = model.causal_head
+    target = batch.ids.roll(-1, 1)[ask_BL]
+    nll = token_loss(head.hidden(state_BLD[ask_BL]), head.vocabulary.weight, head.vocabulary.bias, target)
+    return Loss(nll.sum(), ask_BL.sum())
+
+
+class AR(Objective):
+    reading = "causal"
+
+    def __init__(self, config: ARConfig):
+        super().__init__()
+        self.config = config
+
+    def _asked(self, batch: Batch) -> Tensor:
+        position = torch.arange(batch.ids.shape[1], device=batch.ids.device)
+        first = 0 if self.config.bos == "blind" else 1
+        return (position >= first) & (position < batch.length[:, None] - 1)
+
+    def counts(self, batch: Batch) -> dict[str, Tensor]:
+        return {"next": self._asked(batch).sum()}
+
+    def forward(self, model: VLModel, image_BKD: Tensor, batch: Batch) -> dict[str, Loss]:
+        blind = self.config.bos == "blind"
+        mask = None if blind else masks.causal_official(batch.length, batch.ids.shape[1])
+        state = model.read(image_BKD, batch.ids, mask=mask, causal=blind)
+        return {"next": next_token_loss(model, state, batch, self._asked(batch))}

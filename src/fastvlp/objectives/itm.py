@@ -1,0 +1,89 @@
+"""Image-text matching with hard negatives from the batch (ALBEF, arXiv 2107.07651, section 3.2; spec flm.md 1.5).
+
+ALBEF takes its hard negatives from a contrastive term. Here no such term is needed: a few other texts of the batch are
+scored by the matching head itself, without gradients, and one is drawn in proportion to how well it matches.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastvlp.batch import Batch
+from fastvlp.data.random import uniform
+from fastvlp.data.tokenize import Tokenizer
+from fastvlp.model import masks
+from fastvlp.model.layers import initialise
+from fastvlp.model.model import ModelConfig, VLModel
+from fastvlp.objectives.objective import Loss, Objective, ObjectiveConfig
+
+NEGATIVE_SALT, OFFSET_SALT = 501, 502
+
+
+@dataclass(frozen=True, kw_only=True)
+class ITMConfig(ObjectiveConfig):
+    """candidates: other texts of the batch that are scored for each image; 1 is a random negative at no extra cost."""
+
+    candidates: int = 4
+
+    def __post_init__(self) -> None:
+        if self.candidates < 1:
+            raise ValueError(f"candidates must be at least 1, not {self.candidates}")
+
+    def build(self, model: ModelConfig, tokenizer: Tokenizer) -> ITM:
+        return ITM(self, model)
+
+
+class ITM(Objective):
+    reading = "full"
+
+    def __init__(self, config: ITMConfig, model: ModelConfig):
+        super().__init__()
+        width = model.text.layer.width
+        self.config = config
+        self.pool = nn.Linear(width, width)
+        self.match = nn.Linear(width, 2)
+        initialise(self)
+
+    def scores(self, model: VLModel, image_BKD: Tensor, ids_BL: Tensor, length_B: Tensor) -> Tensor:
+        """Logits (no match, match) of each row: [B 2]."""
+        state = model.read(image_BKD, ids_BL, mask=masks.full(length_B, ids_BL.shape[1]))
+        return self.match(torch.tanh(self.pool(state[:, 0])))
+
+    @torch.no_grad()
+    def negatives(self, model: VLModel, image_BKD: Tensor, batch: Batch) -> Tensor:
+        """For each image the row of another pair's text: [B]. A text equal to the image's own is never its negative
+        while the candidates hold a different one."""
+        B = len(batch)
+        row = torch.arange(B, device=batch.ids.device)
+        candidates = min(self.config.candidates, B - 1)
+        order = uniform(batch.seed, (B - 1,), OFFSET_SALT).argsort(1)[:, :candidates]
+        other = (row[:, None] + 1 + order) % B
+        same = (batch.ids[other] == batch.ids[:, None]).all(-1)
+        score = torch.zeros(B, candidates, device=row.device)
+        if candidates > 1:
+            for k in range(candidates):
+                logits = self.scores(model, image_BKD, batch.ids[other[:, k]], batch.length[other[:, k]]).float()
+                score[:, k] = F.log_softmax(logits, -1)[:, 1]
+        noise = uniform(batch.seed, (candidates,), NEGATIVE_SALT).clamp(1e-7, 1 - 1e-7)
+        gumbel = -torch.log(-torch.log(noise))
+        pick = (score + gumbel - 1e4 * same).argmax(1)
+        return other[row, pick]
+
+    def counts(self, batch: Batch) -> dict[str, Tensor]:
+        return {"match": batch.length.new_tensor(2 * len(batch))}
+
+    def forward(self, model: VLModel, image_BKD: Tensor, batch: Batch) -> dict[str, Loss]:
+        """Each image once with its own text, once with a hard negative. Errors on a batch of one: it has no negative."""
+        B = len(batch)
+        if B < 2:
+            raise ValueError("image-text matching takes its negatives from the batch: give it at least two pairs")
+        other = self.negatives(model, image_BKD, batch)
+        ids = torch.stack([batch.ids, batch.ids[other]], 1).flatten(0, 1)
+        length = torch.stack([batch.length, batch.length[other]], 1).flatten()
+        logits = self.scores(model, image_BKD, ids, length).float()
+        target = torch.tensor([1, 0], device=ids.device).repeat(B)
+        return {"match": Loss(F.cross_entropy(logits, target, reduction="sum"), target.new_tensor(2 * B))}

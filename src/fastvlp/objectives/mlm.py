@@ -1,0 +1,99 @@
+"""Masked language modeling: corrupted tokens from the image and the rest (BERT; METER 2111.02387; spec flm.md 2.1-2.2)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastvlp.batch import Batch
+from fastvlp.data.random import uniform
+from fastvlp.data.tokenize import Tokenizer
+from fastvlp.model import masks
+from fastvlp.model.model import ModelConfig, VLModel
+from fastvlp.objectives.losses import token_loss
+from fastvlp.objectives.objective import Loss, Objective, ObjectiveConfig
+
+MASK_SALT, PREDICT_SALT, KIND_SALT, WORD_SALT = 401, 402, 403, 404
+
+
+@dataclass(frozen=True, kw_only=True)
+class MLMConfig(ObjectiveConfig):
+    """mask_rate: share of words (or tokens) corrupted. predict_rate: share of all tokens that are asked for, at most
+    mask_rate (None: all corrupted ones). Of the corrupted, `keep_mask` become the mask id, `keep_random` a random id, the
+    rest stay. whole_word: all pieces of a word together. At least one token of every text is corrupted and asked for."""
+
+    mask_rate: float = 0.4
+    predict_rate: float | None = None
+    keep_mask: float = 0.8
+    keep_random: float = 0.1
+    whole_word: bool = True
+
+    def __post_init__(self) -> None:
+        if not 0 < self.mask_rate <= 1:
+            raise ValueError(f"mask_rate is a share, above 0 and up to 1, not {self.mask_rate}")
+        if self.predict_rate is not None and not 0 < self.predict_rate <= self.mask_rate:
+            raise ValueError(
+                f"predict_rate must be above 0 and at most mask_rate {self.mask_rate}, not {self.predict_rate}"
+            )
+        if self.keep_mask + self.keep_random > 1:
+            raise ValueError("keep_mask and keep_random are shares of the corrupted tokens: together at most 1")
+
+    def build(self, model: ModelConfig, tokenizer: Tokenizer) -> MLM:
+        return MLM(self, model, tokenizer.starts_word)
+
+
+class MLM(Objective):
+    reading = "full"
+
+    def __init__(self, config: MLMConfig, model: ModelConfig, starts_word_V: Tensor):
+        super().__init__()
+        self.config = config
+        self.mask, self.vocab = model.text.mask, model.text.vocab
+        self.register_buffer("starts_word", starts_word_V, persistent=False)
+        specials = {model.text.pad, model.text.bos, model.text.eos, model.text.mask}
+        ordinary = torch.tensor([i for i in range(model.text.vocab) if i not in specials])
+        self.register_buffer("ordinary", ordinary, persistent=False)
+
+    def draw(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """(corrupted, asked): bool [B L], among the words 1..n-2; <s>, </s> and padding are never chosen."""
+        c, L = self.config, batch.ids.shape[1]
+        position, n = torch.arange(L, device=batch.ids.device), batch.length[:, None]
+        word = (position >= 1) & (position < n - 1)
+        noise = uniform(batch.seed, (L,), MASK_SALT)
+        if c.whole_word:
+            starts = self.starts_word[batch.ids] | (position == 1)
+            # Every piece takes the noise of the position where its word starts.
+            noise = noise.gather(1, torch.where(starts & word, position, 0).cummax(1).values)
+        noise = noise.masked_fill(~word, 2.0)
+        corrupted = ((noise < c.mask_rate) | (noise == noise.min(1, keepdim=True).values)) & word
+        if c.predict_rate is None:
+            return corrupted, corrupted
+        chance = uniform(batch.seed, (L,), PREDICT_SALT).masked_fill(~corrupted, 2.0)
+        return corrupted, corrupted & (
+            (chance < c.predict_rate / c.mask_rate) | (chance == chance.min(1, keepdim=True).values)
+        )
+
+    def corrupt(self, batch: Batch, corrupted: Tensor) -> Tensor:
+        c, L = self.config, batch.ids.shape[1]
+        kind = uniform(batch.seed, (L,), KIND_SALT)
+        pick = (uniform(batch.seed, (L,), WORD_SALT) * len(self.ordinary)).long().clamp(max=len(self.ordinary) - 1)
+        ids = torch.where(corrupted & (kind < c.keep_mask), self.mask, batch.ids)
+        random = corrupted & (kind >= c.keep_mask) & (kind < c.keep_mask + c.keep_random)
+        return torch.where(random, self.ordinary[pick], ids)
+
+    def counts(self, batch: Batch) -> dict[str, Tensor]:
+        return {"masked": self.draw(batch)[1].sum()}
+
+    def forward(self, model: VLModel, image_BKD: Tensor, batch: Batch) -> dict[str, Loss]:
+        corrupted, asked = self.draw(batch)
+        return {"masked": masked_loss(model, image_BKD, batch, self.corrupt(batch, corrupted), asked)}
+
+
+def masked_loss(model: VLModel, image_BKD: Tensor, batch: Batch, ids_BL: Tensor, ask_BL: Tensor) -> Loss:
+    """Cross-entropy of the true ids at the asked positions, `ids_BL` being what the model reads."""
+    state = model.read(image_BKD, ids_BL, mask=masks.full(batch.length, ids_BL.shape[1]))
+    vocabulary = model.head.vocabulary
+    nll = token_loss(model.head.hidden(state[ask_BL]), vocabulary.weight, vocabulary.bias, batch.ids[ask_BL])
+    return Loss(nll.sum(), ask_BL.sum())

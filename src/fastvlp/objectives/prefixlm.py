@@ -1,0 +1,64 @@
+"""PrefixLM: a prefix read both ways, the rest predicted left to right (FLM arXiv 2303.14038 Fig. 2; SimVLM 2108.10904)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastvlp.batch import Batch
+from fastvlp.data.random import uniform
+from fastvlp.data.tokenize import Tokenizer
+from fastvlp.model import masks
+from fastvlp.model.model import ModelConfig, VLModel
+from fastvlp.objectives.ar import next_token_loss
+from fastvlp.objectives.objective import Loss, Objective, ObjectiveConfig
+
+PREFIX_SALT = 301
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrefixLMConfig(ObjectiveConfig):
+    """suffix_rate: share of the M predictable tokens that are predicted, or None: drawn uniformly for each text (how the
+    paper draws it is not published). At least one token is predicted; an empty prefix is allowed, since <s> is in it."""
+
+    suffix_rate: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.suffix_rate is not None and not 0 < self.suffix_rate <= 1:
+            raise ValueError(f"suffix_rate is a share, above 0 and up to 1, not {self.suffix_rate}")
+
+    def build(self, model: ModelConfig, tokenizer: Tokenizer) -> PrefixLM:
+        return PrefixLM(self)
+
+
+class PrefixLM(Objective):
+    reading = "full"
+
+    def __init__(self, config: PrefixLMConfig):
+        super().__init__()
+        self.config = config
+
+    def prefix(self, batch: Batch) -> Tensor:
+        """Number of tokens after <s> that are read both ways: [B], 0..M-1."""
+        M = batch.length - 1
+        rate = self.config.suffix_rate
+        share = (
+            uniform(batch.seed, (1,), PREFIX_SALT)[:, 0]
+            if rate is None
+            else torch.full_like(M, rate, dtype=torch.float)
+        )
+        return torch.minimum(((1 - share) * M).round().long(), M - 1).clamp(min=0)
+
+    def _asked(self, batch: Batch) -> Tensor:
+        position = torch.arange(batch.ids.shape[1], device=batch.ids.device)
+        return (position >= self.prefix(batch)[:, None]) & (position < batch.length[:, None] - 1)
+
+    def counts(self, batch: Batch) -> dict[str, Tensor]:
+        return {"next": self._asked(batch).sum()}
+
+    def forward(self, model: VLModel, image_BKD: Tensor, batch: Batch) -> dict[str, Loss]:
+        mask = masks.prefix(batch.length, self.prefix(batch), batch.ids.shape[1])
+        state = model.read(image_BKD, batch.ids, mask=mask)
+        return {"next": next_token_loss(model, state, batch, self._asked(batch))}

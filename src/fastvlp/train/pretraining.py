@@ -1,0 +1,43 @@
+"""Pretraining: model + objectives -> named losses. The only thing that DDP and compile ever wrap."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+
+from fastvlp.batch import Batch
+from fastvlp.model.image import random_keep
+from fastvlp.model.model import VLModel
+from fastvlp.objectives.objective import Loss, Objective
+
+
+class Pretraining(nn.Module):
+    def __init__(self, model: VLModel, objectives: Mapping[str, Objective], keep: float = 1.0):
+        super().__init__()
+        self.model = model
+        self.objectives = nn.ModuleDict(objectives)
+        self.keep = keep
+
+    def forward(self, batch: Batch) -> dict[str, Loss]:
+        """The image is encoded once and shared by all objectives; `keep` < 1 drops patches before any is embedded."""
+        config = self.model.config.image
+        keep = random_keep(batch.seed, config.grid**2, self.keep) if self.keep < 1 else None
+        image_BKD = self.model.encode_image(batch.image, keep)
+        return {
+            f"{name}/{term}": loss
+            for name, objective in self.objectives.items()
+            for term, loss in objective(self.model, image_BKD, batch).items()
+        }
+
+    def counts(self, batch: Batch) -> dict[str, Tensor]:
+        """Targets of each loss, from the batch alone."""
+        return {
+            f"{name}/{term}": count
+            for name, objective in self.objectives.items()
+            for term, count in objective.counts(batch).items()
+        }
+
+    def after_step(self) -> None:
+        for objective in self.objectives.values():
+            objective.after_step(self.model)
