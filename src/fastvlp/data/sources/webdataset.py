@@ -1,0 +1,80 @@
+"""WebDataset tars: members that share a name up to its first dot are one record (image, .txt, .json)."""
+
+from __future__ import annotations
+
+import json
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from fastvlp.batch import Dropped, Record
+from fastvlp.data.sources.paths import IMAGE_SUFFIXES
+
+TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
+
+
+def tars(path: Path) -> list[Path]:
+    """The tar itself, or those directly in a folder, by name."""
+    if path.is_file():
+        return [path]
+    return sorted(file for file in path.iterdir() if file.name.endswith(TAR_SUFFIXES))
+
+
+def read(path: Path) -> Iterator[Record | Dropped]:
+    """Yields the records of a tar, or of every tar in a folder; what cannot be read of a damaged tar is one Dropped."""
+    for file in tars(path):
+        key, members = "", dict[str, bytes]()
+        try:
+            with tarfile.open(file, "r|*") as tar:
+                for member in tar:
+                    if not member.isfile():
+                        continue
+                    name, _, suffix = _split_name(member.name)
+                    if name != key and members:
+                        yield _record(key, members)
+                        members = {}
+                    stream = tar.extractfile(member)
+                    key = name
+                    members[suffix.lower()] = stream.read() if stream else b""
+        except (tarfile.TarError, EOFError, OSError) as error:
+            # The record in hand may lack members, so it goes with the damage.
+            yield Dropped(key=f"{file.name}: after {key or 'its start'}", reason=f"tar is cut or damaged ({error})")
+        else:
+            if members:
+                yield _record(key, members)
+
+
+def _split_name(name: str) -> tuple[str, str, str]:
+    folder, slash, base = name.rpartition("/")
+    stem, dot, suffix = base.partition(".")
+    return folder + slash + stem, dot, suffix
+
+
+def _record(key: str, members: dict[str, bytes]) -> Record | Dropped:
+    images = tuple(members[suffix] for suffix in sorted(members, key=_order) if _is_image(suffix))
+    if not images:
+        return Dropped(key=key, reason=f"no image among its members ({', '.join(sorted(members))})")
+    try:
+        info: dict[str, Any] = json.loads(members.get("json", b"{}"))
+        if not isinstance(info, dict):
+            return Dropped(key=key, reason="its .json is not an object")
+        captions = [info.pop("caption")] if "caption" in info and "captions" not in info else []
+        if "txt" in members:
+            captions = [members["txt"].decode("utf-8")]
+    except UnicodeDecodeError:
+        return Dropped(key=key, reason="its text is not UTF-8")
+    except ValueError:
+        return Dropped(key=key, reason="its .json is not JSON")
+    return Record(key=key, images=images, info={**info, "captions": captions} if captions else info)
+
+
+def _is_image(suffix: str) -> bool:
+    position, dot, extension = suffix.rpartition(".")
+    return "." + extension in IMAGE_SUFFIXES and (not dot or position.isdecimal())
+
+
+def _order(suffix: str) -> tuple[int, str]:
+    """`jpg` before `1.jpg` before `2.jpg`."""
+    position = suffix.partition(".")[0]
+    return (int(position) if position.isdecimal() else 0, suffix)
