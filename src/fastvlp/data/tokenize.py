@@ -151,8 +151,8 @@ def _train_wordpiece(texts: Iterable[str], vocab_size: int, lowercase: bool) -> 
     )
     splitter = pre_tokenizers.BertPreTokenizer()
     words = Counter(word for text in texts for word, _ in splitter.pre_tokenize_str(normalizer.normalize_str(text)))
-    # The trainer numbers the continuation letters in the order of a randomly seeded hash map, and that order decides ties
-    # between merges: the same corpus would give another vocabulary each time. Named beforehand, they have fixed places.
+    # The trainer numbers the continuation letters in the order of a randomly seeded hash map, and the numbers decide
+    # ties between merges: the same corpus would give another vocabulary each time. Named first, they have fixed places.
     letters = sorted({f"##{letter}" for word in words for letter in word[1:]})
     learner = tokenizers.Tokenizer(models.WordPiece(unk_token="[UNK]"))
     learner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()

@@ -1,0 +1,150 @@
+"""What a tar holds and where: read from its headers once, kept in a small file beside it."""
+
+from __future__ import annotations
+
+import json
+import re
+import tarfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import IO
+
+import numpy as np
+
+from fastvlp.batch import Dropped
+
+_VERSION = 1
+_IMAGE = re.compile(r"(?:(\d+)\.)?(?:jpe?g|png|webp|gif|bmp|tiff?|ppm|img)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TarIndex:
+    """R records of M members. Record r owns members `first[r]` to `first[r + 1]`: its images in order, then its text.
+
+    Flat arrays, because millions of small objects would cost gigabytes and be copied page by page in loader workers.
+    """
+
+    size: int  # of the tar, bytes
+    mtime_ns: int
+    keys: list[str]
+    first: np.ndarray  # int64 [R + 1]
+    kind: np.ndarray  # uint8 [M], of KINDS
+    offset: np.ndarray  # int64 [M], bytes
+    length: np.ndarray  # int64 [M], bytes
+    damage: list[Dropped]
+
+    def members(self, r: int) -> Iterator[tuple[str, int, int]]:
+        """Yields (kind, offset, length)."""
+        for m in range(int(self.first[r]), int(self.first[r + 1])):
+            yield KINDS[self.kind[m]], int(self.offset[m]), int(self.length[m])
+
+    def to_json(self) -> bytes:
+        fields = {
+            name: value.tolist() if isinstance(value, np.ndarray) else value
+            for name, value in vars(self).items()
+            if name != "damage"
+        }
+        return json.dumps({"version": _VERSION, **fields, "damage": [asdict(d) for d in self.damage]}).encode()
+
+    @classmethod
+    def from_json(cls, data: bytes) -> TarIndex | None:
+        """None where the file is not an index of this version, whatever else it is."""
+        try:
+            fields = json.loads(data)
+            if fields.pop("version") != _VERSION:
+                return None
+            fields["damage"] = [Dropped(**d) for d in fields["damage"]]
+            for name in ("first", "offset", "length"):
+                fields[name] = np.asarray(fields[name], dtype=np.int64)
+            fields["kind"] = np.asarray(fields["kind"], dtype=np.uint8)
+            return cls(**fields)
+        except (ValueError, KeyError, TypeError, AttributeError):
+            return None
+
+
+KINDS = ("image", "json", "txt")
+
+
+def scan(file: IO[bytes], name: str, size: int, mtime_ns: int) -> TarIndex:
+    """Reads the headers of a tar of `size` bytes. What is damaged is left out and listed under `damage`."""
+    damage: list[Dropped] = []
+    keys: list[str] = []
+    first: list[int] = [0]
+    flat: list[tuple[int, int, int]] = []
+
+    def close(key: str, members: list[tuple[int, int, int, int]]) -> None:
+        # Sorted by kind, then by the number before the suffix: `key.jpg`, `key.1.jpg`, `key.json`.
+        flat.extend((kind, offset, length) for kind, _, offset, length in sorted(members))
+        keys.append(key)
+        first.append(len(flat))
+
+    current, members = None, []
+    for member in _members(file, name, size, damage):
+        key, suffix = split_name(member.name)
+        sort = _kind(suffix)
+        if sort is None:
+            continue
+        if key != current:
+            if current is not None:
+                close(current, members)
+            current, members = key, []
+        members.append((*sort, member.offset_data, member.size))
+    # The cut may have taken the rest of the last record, which then would pass for a record without text.
+    if current is not None:
+        if damage:
+            damage.append(Dropped(key=current, reason=f"{name} is damaged behind this record, which may be incomplete"))
+        else:
+            close(current, members)
+    table = np.asarray(flat, dtype=np.int64).reshape(-1, 3)
+    return TarIndex(
+        size=size,
+        mtime_ns=mtime_ns,
+        keys=keys,
+        first=np.asarray(first, dtype=np.int64),
+        kind=table[:, 0].astype(np.uint8),
+        offset=table[:, 1].copy(),
+        length=table[:, 2].copy(),
+        damage=damage,
+    )
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """WebDataset's rule: the key ends at the first dot of the base name; a leading ./ is noise."""
+    folder, _, base = name.removeprefix("./").rpartition("/")
+    stem, _, suffix = base.partition(".")
+    return (f"{folder}/{stem}" if folder else stem), suffix.lower()
+
+
+def _kind(suffix: str) -> tuple[int, int] | None:
+    """(place in KINDS, number of the image), None for a member that nobody reads."""
+    image = _IMAGE.fullmatch(suffix)
+    if image:
+        return 0, int(image[1] or 0)
+    return (KINDS.index(suffix), 0) if suffix in ("json", "txt") else None
+
+
+def _members(file: IO[bytes], name: str, size: int, damage: list[Dropped]) -> Iterator[tarfile.TarInfo]:
+    """The tar's plain files, up to its end or its first damage."""
+
+    def note(reason: str) -> None:
+        damage.append(Dropped(key=name, reason=reason))
+
+    end = 0
+    try:
+        with tarfile.open(fileobj=file, mode="r:") as tar:
+            for member in tar:
+                end = member.offset_data + member.size
+                if end > size:
+                    note(f"cut in the middle of {member.name}: {size} bytes are there, {end} were expected")
+                    yield member  # its record is the damaged one
+                    return
+                if member.isreg() and not member.issparse():
+                    yield member
+                tar.members.clear()  # tarfile would keep every header
+    except (tarfile.TarError, EOFError, ValueError) as error:
+        note(f"damaged after byte {end} ({error}); the records before it are used")
+        return
+    padded = -(-end // 512) * 512
+    file.seek(padded)
+    if file.read(512) != bytes(512):
+        note(f"cut or damaged after byte {end}; the records before it are used")

@@ -1,0 +1,251 @@
+import errno
+import io
+import json
+import os
+import pickle
+import tarfile
+
+import fsspec
+import pytest
+import webdataset
+from PIL import Image
+
+from fastvlp.batch import Record
+from fastvlp.data.shards import RecordError, Shards, ShardWriter
+from fastvlp.errors import UserError
+
+
+def encoded(format: str, colour: int = 0) -> bytes:
+    out = io.BytesIO()
+    Image.new("RGB", (8, 6), (colour % 256, 10, 20)).save(out, format)
+    return out.getvalue()
+
+
+def record(i: int, images: int = 1) -> Record:
+    info = {"captions": [f"caption {i}", "第二句"], "objects": [{"class": "dog", "box": [0, 0, 4, 4]}]}
+    kinds = ["JPEG", "PNG", "WEBP"]
+    return Record(key=f"r{i:04d}", images=tuple(encoded(kinds[(i + k) % 3], i) for k in range(images)), info=info)
+
+
+@pytest.fixture
+def split(tmp_path):
+    with ShardWriter(tmp_path / "split", per_shard=4) as writer:
+        for i in range(10):
+            writer.write(record(i, images=1 + i % 2))
+    return tmp_path / "split"
+
+
+def add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+    member = tarfile.TarInfo(name)
+    member.size = len(data)
+    tar.addfile(member, io.BytesIO(data))
+
+
+def test_what_was_written_is_read(split):
+    assert sorted(p.name for p in split.iterdir()) == [
+        f"0000{t}.{suffix}" for t in range(3) for suffix in ("index.json", "tar")
+    ]
+    shards = Shards(split)
+    assert len(shards) == 10
+    assert shards.keys == [f"r{i:04d}" for i in range(10)]
+    assert shards.damage == []
+    for i in (9, 0, 4, 3):
+        assert shards.read(i) == record(i, images=1 + i % 2)
+        assert shards.info(i) == record(i).info
+        assert shards.key(i) == f"r{i:04d}"
+    assert [r.key for r in shards] == shards.keys
+    with pytest.raises(IndexError, match="record 10 of 10"):
+        shards.read(10)
+
+
+def test_the_same_records_give_the_same_bytes(split, tmp_path):
+    with ShardWriter(tmp_path / "again", per_shard=4) as writer:
+        for i in range(10):
+            writer.write(record(i, images=1 + i % 2))
+    for tar in split.glob("*.tar"):
+        assert (tmp_path / "again" / tar.name).read_bytes() == tar.read_bytes()
+
+
+def test_webdataset_reads_what_is_written(split):
+    urls = [str(p) for p in sorted(split.glob("*.tar"))]
+    samples = list(webdataset.WebDataset(urls, shardshuffle=False))
+    assert [s["__key__"] for s in samples] == [f"r{i:04d}" for i in range(10)]
+    assert json.loads(samples[3]["json"])["captions"] == ["caption 3", "第二句"]
+    assert samples[0]["jpg"] == record(0).images[0]
+
+
+def test_what_webdataset_writes_is_read(tmp_path):
+    with webdataset.TarWriter(str(tmp_path / "0.tar")) as sink:
+        sink.write({"__key__": "a/x", "jpg": encoded("JPEG"), "txt": "un chat", "json": {"url": "u"}, "cls": 3})
+        sink.write({"__key__": "a/y", "0.png": encoded("PNG"), "1.png": encoded("PNG", 9), "txt": "zwei Hunde"})
+    shards = Shards(tmp_path)
+    assert shards.keys == ["a/x", "a/y"]
+    assert shards.info(0) == {"url": "u", "captions": ["un chat"]}
+    assert shards.read(1).images == (encoded("PNG"), encoded("PNG", 9))
+
+
+def test_a_single_tar_and_a_remote_split(split):
+    assert Shards(split / "00001.tar").keys == [f"r{i:04d}" for i in range(4, 8)]
+    remote = fsspec.filesystem("memory")
+    remote.put(str(split / "00000.tar"), "/data/split/00000.tar")
+    remote.put(str(split / "00002.tar"), "/data/split/00002.tar")
+    remote.put(str(split / "00002.index.json"), "/data/split/00002.index.json")
+    try:
+        shards = Shards("memory://data/split")
+        assert len(shards) == 6
+        assert shards.read(1) == record(1, images=2)
+        assert pickle.loads(pickle.dumps(shards)).read(5) == record(9, images=2)
+    finally:
+        remote.rm("/data", recursive=True)
+
+
+def test_pickled_shards_read_the_same(split):
+    shards = Shards(split)
+    shards.read(0)
+    assert pickle.loads(pickle.dumps(shards)).read(7) == record(7, images=2)
+
+
+def test_an_index_older_than_its_tar_or_broken_is_rebuilt(split):
+    tar, index = split / "00000.tar", split / "00000.index.json"
+    tar.write_bytes((split / "00001.tar").read_bytes())
+    assert Shards(split).keys[:4] == [f"r{i:04d}" for i in range(4, 8)]
+    for broken in (b"", b"{", b"[]", b'{"version": 1}', b"\xff\xfe", b'{"version": 99}'):
+        index.write_bytes(broken)
+        assert Shards(split).read(0) == record(4)
+    good = index.read_bytes()
+    stamp = index.stat().st_mtime_ns
+    Shards(split)
+    assert (index.read_bytes(), index.stat().st_mtime_ns) == (good, stamp)
+
+
+def test_a_split_that_cannot_be_written_is_still_read(split, monkeypatch):
+    for index in split.glob("*.json"):
+        index.unlink()
+
+    def refuse(*_):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr("pathlib.Path.write_bytes", refuse)
+    assert len(Shards(split)) == 10
+    assert list(split.glob("*.json")) == []
+
+
+@pytest.mark.parametrize("keep", ["in a member", "at a member's end", "in a header"])
+def test_a_tar_cut_in_the_middle_gives_the_records_before_the_cut(split, keep):
+    with tarfile.open(split / "00001.tar") as tar:
+        third = tar.getmember("r0006.jpg")
+    size = {"in a member": third.offset_data + 20, "at a member's end": third.offset, "in a header": third.offset + 99}
+    os.truncate(split / "00001.tar", size[keep])
+    for _ in range(2):  # scanned, then from the index
+        shards = Shards(split)
+        # r0005 may have lost a member at the cut; only where r0006 has begun is it known to be whole.
+        whole = ["r0004", "r0005"] if keep == "in a member" else ["r0004"]
+        assert [k for k in shards.keys if "r0004" <= k <= "r0007"] == whole
+        assert "00001.tar" in shards.damage[0].key
+        assert "cut" in shards.damage[0].reason
+        assert shards.read(len(shards) - 1) == record(9, images=2)
+
+
+def test_a_damaged_header_ends_the_tar_with_a_report(split):
+    with tarfile.open(split / "00000.tar") as tar:
+        offset = tar.getmember("r0002.webp").offset
+    with (split / "00000.tar").open("r+b") as file:
+        file.seek(offset)
+        file.write(b"\x55" * 512)
+    shards = Shards(split)
+    assert shards.keys[:2] == ["r0000", "r0004"]
+    assert any("damaged after byte" in d.reason for d in shards.damage)
+
+
+def test_no_shards_and_only_broken_shards_name_folder_and_remedy(tmp_path):
+    with pytest.raises(UserError, match=r"nowhere: no shards .*vlp data import"):
+        Shards(tmp_path / "nowhere")
+    with pytest.raises(UserError, match=r"no shards .*vlp data import"):
+        Shards(tmp_path)
+    (tmp_path / "0.tar").write_bytes(b"this is no tar" * 100)
+    (tmp_path / "1.tar").write_bytes(b"")
+    with pytest.raises(UserError, match=r"no readable record in 2 tars.*0\.tar"):
+        Shards(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "reason"),
+    [
+        ("a.json", b"{", "json cannot be parsed"),
+        ("a.json", b"[1]", "json is a list"),
+        ("a.json", '{"captions": ["caf\u00e9"]}'.encode("latin-1"), "json is not UTF-8"),
+        ("a.json", b"[" * 100_000, "json cannot be parsed"),
+        ("a.txt", b"caf\xe9", "txt is not UTF-8"),
+    ],
+)
+def test_text_that_cannot_be_read_drops_its_record_by_name(tmp_path, name, data, reason):
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        add(tar, "a.jpg", encoded("JPEG"))
+        add(tar, name, data)
+        add(tar, "b.jpg", encoded("JPEG"))
+        add(tar, "c.txt", b"no image")
+    shards = Shards(tmp_path)
+    with pytest.raises(RecordError, match=reason) as caught:
+        shards.read(0)
+    assert caught.value.dropped.key == "a"
+    assert shards.read(1).info == {}
+    with pytest.raises(RecordError, match="c: no image"):
+        shards.read(2)
+
+
+def test_links_and_absolute_names_in_a_tar_touch_nothing(tmp_path):
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        link = tarfile.TarInfo("a.json")
+        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        tar.addfile(link)
+        add(tar, "/../../b.txt", b"text")
+        add(tar, "c.jpg", encoded("JPEG"))
+    assert Shards(tmp_path).keys == ["/../../b", "c"]
+
+
+def test_a_full_disk_leaves_nothing_behind(tmp_path, monkeypatch):
+    folder = tmp_path / "split"
+    room = 12_000
+    write = tarfile.TarFile.addfile
+
+    def limited(self, member, data):
+        if self.fileobj.tell() + member.size > room:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write(self, member, data)
+
+    monkeypatch.setattr(tarfile.TarFile, "addfile", limited)
+    message = r"split/00001\.tar\.tmp: cannot write \(No space left on device\); free space"
+    with pytest.raises(UserError, match=message), ShardWriter(folder, per_shard=5) as writer:
+        for i in range(5):
+            writer.write(record(i))
+        room = 3_000
+        for i in range(5, 10):
+            writer.write(record(i))
+    assert list(folder.iterdir()) == []
+
+
+def test_an_interrupted_import_leaves_no_split(tmp_path):
+    with pytest.raises(KeyboardInterrupt), ShardWriter(tmp_path, per_shard=2) as writer:
+        for i in range(5):
+            writer.write(record(i))
+        raise KeyboardInterrupt
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_writer_refuses_what_a_tar_cannot_hold(tmp_path):
+    image = (encoded("PNG"),)
+    for key in ("", "a.b", "/a", "a\nb"):
+        with pytest.raises(UserError, match="record key"), ShardWriter(tmp_path) as writer:
+            writer.write(Record(key=key, images=image, info={}))
+    with pytest.raises(UserError, match="record a: its info cannot be stored"), ShardWriter(tmp_path) as writer:
+        writer.write(Record(key="a", images=image, info={"captions": {1, 2}}))
+    with pytest.raises(UserError, match="record a: its info cannot be stored"), ShardWriter(tmp_path) as writer:
+        writer.write(Record(key="a", images=image, info={"captions": ["\ud800"]}))
+    with pytest.raises(UserError, match="two records are called a"), ShardWriter(tmp_path) as writer:
+        writer.write(Record(key="a", images=image, info={}))
+        writer.write(Record(key="a", images=image, info={}))
+    with ShardWriter(tmp_path) as writer:
+        writer.write(Record(key="k" * 300, images=image, info={}))
+    assert Shards(tmp_path).keys == ["k" * 300]
+    with pytest.raises(UserError, match="already holds shards"), ShardWriter(tmp_path):
+        pass
