@@ -1,0 +1,191 @@
+"""A model in a folder: model.json (its config and what it is), tokenizer.json, and weights as safetensors.
+
+Weights carry their own `info` in the file's metadata, so that `best` and `last` of one run each tell their step.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import cattrs
+from cattrs.errors import BaseValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from fastvlp.data.files import whole_file, write_whole
+from fastvlp.data.tokenize import Tokenizer
+from fastvlp.errors import UserError
+from fastvlp.model.image import resize_positions
+from fastvlp.model.model import ModelConfig, VLModel
+
+FORMAT = 1
+Which = Literal["best", "last"]
+OBJECTIVES = "objectives."
+# Modules that one model may have and another not; everything else is in every model.
+OPTIONAL = ("reconstructor.", "forward_head.", "reverse_head.")
+
+_converter = cattrs.Converter(forbid_extra_keys=True)
+
+
+class Saved(NamedTuple):
+    """`objectives`: their parameters, keys `<name>.<parameter>`. `weights`: the file that was read."""
+
+    model: VLModel
+    tokenizer: Tokenizer
+    info: dict[str, Any]
+    objectives: dict[str, Tensor]
+    weights: Path
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inheritance:
+    """What became of every parameter, by name. `dropped`: those of the file whose module the model does not have."""
+
+    loaded: list[str] = field(default_factory=list)
+    resized: list[str] = field(default_factory=list)
+    fresh: list[str] = field(default_factory=list)
+    dropped: list[str] = field(default_factory=list)
+
+
+def save_model(
+    folder: str | Path,
+    model: VLModel,
+    tokenizer: Tokenizer,
+    info: Mapping[str, Any],
+    *,
+    objectives: nn.Module | None = None,
+    name: str = "model",
+) -> None:
+    """Writes `<name>.safetensors` with what it needs to be read. `info` is JSON; `objectives` the module dict of
+    Pretraining, where its parameters should be kept too. Raises UserError where the disk is full."""
+    folder = Path(folder)
+    described = {"format": FORMAT, "config": _converter.unstructure(model.config), "info": dict(info)}
+    write_whole(folder / "model.json", json.dumps(described, indent=2).encode())
+    tokenizer.save(folder / "tokenizer.json")
+    state = dict(model.state_dict())
+    if objectives is not None:
+        state |= {OBJECTIVES + key: value for key, value in objectives.state_dict().items()}
+    tensors = {key: value.detach().cpu().contiguous() for key, value in state.items()}
+    path = folder / f"{name}.safetensors"
+    with whole_file(path, f"{path.name}.tmp") as part:
+        try:
+            save_file(tensors, part, metadata={"info": json.dumps(dict(info))})
+        except SafetensorError as error:
+            raise OSError(None, str(error)) from error
+
+
+def load_model(folder: str | Path, which: Which = "best") -> Saved:
+    """The model of a run, or of a folder that `save_model` wrote, in evaluation mode on the CPU.
+
+    A run without validation has no best weights: `best` then reads model.safetensors or the last ones.
+    Raises UserError where the folder is no run, a file is damaged, or a newer version wrote it.
+    """
+    folder = Path(folder)
+    config, info = _described(folder / "model.json")
+    path = _weights(folder, which)
+    tensors, own_info = _read(path)
+    objectives = {key.removeprefix(OBJECTIVES): tensors.pop(key) for key in list(tensors) if key.startswith(OBJECTIVES)}
+    model = VLModel(config)
+    load_exactly(model, tensors, path)
+    return Saved(model.eval(), Tokenizer.load(folder / "tokenizer.json"), info | own_info, objectives, path)
+
+
+def load_exactly(module: nn.Module, state: Mapping[str, Tensor], source: str | Path) -> None:
+    """Every parameter from `state`, none left over. Raises UserError naming what does not fit; `source` is for it."""
+    own = module.state_dict()
+    if missing := [name for name in own if name not in state]:
+        raise UserError(
+            f"{source}: saved from another model, it lacks {_few(missing)}; use the config it was saved with"
+        )
+    if extra := [name for name in state if name not in own]:
+        raise UserError(
+            f"{source}: saved from another model, it has {_few(extra)} besides; use the config it was saved with"
+        )
+    for name, value in own.items():
+        _same_shape(name, state[name], value, str(source))
+    module.load_state_dict(dict(state))
+
+
+def inherit(model: VLModel, state: Mapping[str, Tensor], source: str | Path = "saved model") -> Inheritance:
+    """Takes over the weights of another model, in place, and says what became of each parameter.
+
+    Image positions are resized to the model's grid. A reconstructor or separate heads that the source lacks stay as
+    they were made; those that the model lacks are dropped. Raises UserError for any other difference.
+    """
+    own, result, taken = model.state_dict(), Inheritance(), {}
+    has = {prefix: any(name.startswith(prefix) for name in state) for prefix in OPTIONAL}
+    wants = {prefix: any(name.startswith(prefix) for name in own) for prefix in OPTIONAL}
+    for name, value in own.items():
+        if name in state:
+            taken[name] = state[name]
+            if name == "image.position" and state[name].shape[0] != value.shape[0]:
+                image = model.config.image
+                taken[name] = resize_positions(state[name], image.grid, image.class_token)
+                result.resized.append(name)
+            else:
+                result.loaded.append(name)
+            _same_shape(name, taken[name], value, str(source))
+        elif any(name.startswith(prefix) and not has[prefix] for prefix in OPTIONAL):
+            taken[name] = value
+            result.fresh.append(name)
+        else:
+            raise UserError(f"{source}: has no {name}; inherit from a model with the same towers")
+    for name in state:
+        if name in own:
+            continue
+        if not any(name.startswith(prefix) and not wants[prefix] for prefix in OPTIONAL):
+            raise UserError(f"{source}: the new model has no place for {name}; give it the same depth and towers")
+        result.dropped.append(name)
+    model.load_state_dict(taken)
+    return result
+
+
+def _same_shape(name: str, found: Tensor, wanted: Tensor, source: str) -> None:
+    if found.shape != wanted.shape:
+        hint = "; use the tokenizer it was saved with" if "vocabulary" in name or "word" in name else ""
+        raise UserError(f"{source}: {name} has shape {list(found.shape)}, the model wants {list(wanted.shape)}{hint}")
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _described(path: Path) -> tuple[ModelConfig, dict[str, Any]]:
+    if not path.is_file():
+        raise UserError(f"{path.parent}: not the folder of a run or a saved model, it has no {path.name}")
+    try:
+        told = json.loads(path.read_text(encoding="utf-8"))
+        version = int(told["format"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: damaged ({error!r}); copy the folder again") from error
+    if version > FORMAT:
+        raise UserError(
+            f"{path}: written by a newer fastvlp (format {version}, this one reads {FORMAT}); upgrade fastvlp"
+        )
+    try:
+        return _converter.structure(told["config"], ModelConfig), dict(told["info"])
+    except (BaseValidationError, KeyError, TypeError, ValueError) as error:
+        causes = "; ".join(cattrs.transform_error(error))
+        raise UserError(f"{path}: not a model this version knows ({causes}); copy the folder again") from error
+
+
+def _weights(folder: Path, which: Which) -> Path:
+    order = {"best": ("best", "model", "last"), "last": ("last", "model")}[which]
+    for name in order:
+        if (path := folder / f"{name}.safetensors").is_file():
+            return path
+    raise UserError(f"{folder}: no weights here, looked for {', '.join(f'{n}.safetensors' for n in order)}")
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    try:
+        with safe_open(path, "pt") as file:
+            info = json.loads((file.metadata() or {}).get("info", "{}"))
+            return {key: file.get_tensor(key) for key in file.keys()}, info  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(f"{path}: damaged ({error}); copy it again or load another checkpoint") from error
