@@ -1,0 +1,205 @@
+"""From what people have to shards: read a source, check every record, write a folder of shards for each split."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
+
+from fastvlp.batch import Dropped, Record
+from fastvlp.data import sources
+from fastvlp.data.files import write_whole
+from fastvlp.data.shards import ShardWriter
+from fastvlp.data.shrink import checked
+from fastvlp.errors import UserError
+
+_SPLIT_NAME = re.compile(r"\w[\w.-]*")
+_LISTS_OF_TEXT = ("captions", "captions_zh")
+_LISTS_OF_OBJECTS = {
+    "objects": ("class", "box"),
+    "questions": ("question", "answers"),
+    "statements": ("text", "label"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportConfig:
+    """How to import; `split`, `val` and `test` are for sources that do not say which split a record is in.
+
+    split: name of the split.
+    val, test: shares of it (0 to 1) to hold out, drawn by a hash of the key, so that they stay the same when data is
+        added. Records with the same `group` are never parted.
+    max_side: images with a longer side than this many pixels are made smaller (JPEG of quality 92); 0 keeps all.
+    per_shard: records in a tar.
+    """
+
+    split: str = "train"
+    val: float = 0.0
+    test: float = 0.0
+    max_side: int = 0
+    per_shard: int = 1000
+
+    def __post_init__(self) -> None:
+        if not (self.val >= 0 and self.test >= 0 and self.val + self.test < 1):
+            raise UserError(
+                f"--val {self.val} and --test {self.test} are shares from 0 to 1 that leave something to train on"
+            )
+        if self.max_side < 0 or self.per_shard < 1:
+            raise UserError("--max-side is 0 or a number of pixels, --per-shard at least 1")
+
+
+@dataclass(kw_only=True)
+class Imported:
+    """What an import wrote and what it dropped."""
+
+    out: Path
+    written: Counter[str] = field(default_factory=Counter)
+    dropped: list[Dropped] = field(default_factory=list)
+
+    @property
+    def reasons(self) -> Counter[str]:
+        return Counter(drop.reason for drop in self.dropped)
+
+
+def import_data(source: sources.Source, out: Path, config: ImportConfig, *, show: bool = False) -> Imported:
+    """Writes `out/{split}/00000.tar, ...` and `out/dropped.jsonl`, the names of what was dropped and why.
+
+    Every image is decoded once, so that what is broken is known before a run. Raises UserError when nothing is left,
+    when `out` holds shards already, and when the disk is full; then no split is written.
+    """
+    if out.exists() and any(out.glob("*/*.tar")):
+        raise UserError(f"{out}: already holds shards; remove it or choose another --out")
+    done, keys = Imported(out=out), set[str]()
+    with ExitStack() as stack:
+        writers: dict[str, ShardWriter] = {}
+        for item in _progress(_prepared(sources.read(source), config.max_side), source, show):
+            if isinstance(item, Dropped):
+                done.dropped.append(item)
+                continue
+            split = _split(item, config)
+            if split not in writers:
+                writers[split] = stack.enter_context(ShardWriter(out / split, config.per_shard))
+            writers[split].write(Record(key=_key(item.key, keys), images=item.images, info=item.info))
+            done.written[split] += 1
+        if not done.written:
+            raise UserError(f"{source.path}: no usable record among {len(done.dropped)}: {_listed(done.reasons)}")
+    lines = [json.dumps({"key": d.key, "reason": d.reason}, ensure_ascii=False) + "\n" for d in done.dropped]
+    write_whole(out / "dropped.jsonl", "".join(lines).encode())
+    return done
+
+
+def _listed(reasons: Counter[str]) -> str:
+    return "; ".join(f"{count}x {reason}" for reason, count in reasons.most_common(5)) or "the source is empty"
+
+
+def _key(key: str, taken: set[str]) -> str:
+    """A key as a tar can hold it (its rule: the key ends at the first dot), made different from all before it."""
+    key = re.sub(r"[^\w\-/ ]", "_", key).strip("/ ") or "_"
+    unique, n = key, 1
+    while unique in taken:
+        n += 1
+        unique = f"{key}_{n}"
+    taken.add(unique)
+    return unique
+
+
+def _split(record: Record, config: ImportConfig) -> str:
+    named = record.info.get("split")
+    if isinstance(named, str) and named:
+        if not _SPLIT_NAME.fullmatch(named):
+            raise UserError(f"record {record.key}: its split {named!r} cannot be a folder's name; rename it")
+        return named
+    if not config.val and not config.test:
+        return config.split
+    digest = hashlib.blake2b(str(record.info.get("group", record.key)).encode(), digest_size=8).digest()
+    place = int.from_bytes(digest) / 2**64
+    return "test" if place < config.test else "val" if place < config.test + config.val else config.split
+
+
+def _prepared(items: Iterable[Record | Dropped], max_side: int) -> Iterator[Record | Dropped]:
+    """`_prepare` on all cores (Pillow decodes without the interpreter lock), in order, with few images in hand."""
+    threads = os.cpu_count() or 1
+    with ThreadPoolExecutor(threads) as pool:
+        pending: deque[Future[Record | Dropped]] = deque()
+        for item in items:
+            pending.append(pool.submit(_prepare, item, max_side))
+            if len(pending) > 4 * threads:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+
+
+def _prepare(item: Record | Dropped, max_side: int) -> Record | Dropped:
+    if isinstance(item, Dropped):
+        return item
+    info = dict(item.info)
+    for name in _LISTS_OF_TEXT:
+        if isinstance(info.get(name), list):
+            info[name] = [text.strip() for text in info[name] if isinstance(text, str) and text.strip()]
+    fault = _fault(info)
+    if fault:
+        return Dropped(key=item.key, reason=fault)
+    try:
+        images, scales = zip(*(checked(image, max_side) for image in item.images))
+    except ValueError as error:
+        return Dropped(key=item.key, reason=str(error))
+    if scales[0] != 1:
+        info["objects"] = [{**o, "box": [x * scales[0] for x in o["box"]]} for o in info.get("objects", [])]
+    return Record(key=item.key, images=images, info=info)
+
+
+def _fault(info: dict[str, Any]) -> str | None:
+    """What is wrong with the fields that the library reads; None when nothing is."""
+    for name in _LISTS_OF_TEXT:
+        if name in info and not isinstance(info[name], list):
+            return f"field {name} is not a list of texts"
+    for name, fields in _LISTS_OF_OBJECTS.items():
+        items = info.get(name, [])
+        if not isinstance(items, list) or not all(isinstance(o, dict) and all(f in o for f in fields) for o in items):
+            return f"field {name} is not a list of objects with {' and '.join(fields)}"
+    if not any(info.get(name) for name in (*_LISTS_OF_TEXT, *_LISTS_OF_OBJECTS, "label")):
+        return "nothing is said of it: no caption, question, statement, object or label"
+    return None
+
+
+class _Rate(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        return Text(f"{task.finished_speed or task.speed or 0:.0f}/s")
+
+
+def _progress(items: Iterable[Record | Dropped], source: sources.Source, show: bool) -> Iterator[Record | Dropped]:
+    """`items`, with a bar on a terminal."""
+    console = Console(stderr=True)
+    if not (show and console.is_terminal):
+        yield from items
+        return
+    shown = (
+        "{task.description}",
+        BarColumn(),
+        MofNCompleteColumn(),
+        _Rate(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*shown, console=console) as progress:
+        yield from progress.track(items, total=sources.count(source), description=source.path.name)

@@ -1,0 +1,147 @@
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fastvlp.data.importing import ImportConfig, Imported, import_data
+from fastvlp.data.shards import Shards
+from fastvlp.data.shrink import checked
+from fastvlp.data.sources import Source
+from fastvlp.errors import UserError
+
+
+def picture(size: tuple[int, int] = (20, 12), kind: str = "PNG", mode: str = "RGB", **options: object) -> bytes:
+    file = io.BytesIO()
+    noise = np.random.default_rng(0).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)
+    Image.fromarray(noise).convert(mode).save(file, kind, **options)
+    return file.getvalue()
+
+
+def source(folder: Path, rows: list[dict], images: dict[str, bytes]) -> Source:
+    for name, data in images.items():
+        (folder / name).write_bytes(data)
+    (folder / "t.jsonl").write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
+    return Source(path=folder / "t.jsonl", format="table")
+
+
+def run(folder: Path, rows: list[dict], images: dict[str, bytes], **config: object) -> Imported:
+    return import_data(source(folder, rows, images), folder / "out", ImportConfig(**config))
+
+
+def row(name: str, *captions: str, **info: object) -> dict:
+    return {"image": name, "caption": list(captions), **info}
+
+
+def test_splits_counts_and_drops(tmp_path: Path) -> None:
+    rows = [
+        row("a.v1.png", " a cat ", "", "a cat indoors"),
+        row("b.png", "a dog", split="val"),
+        row("cut.jpg", "cut"),
+        row("text.png", "no image"),
+        row("none.png", "missing"),
+        row("c.png", ""),
+        row("d.png", "d", statements=[{"text": "no label"}]),
+    ]
+    images = {name: picture() for name in ("a.v1.png", "b.png", "c.png", "d.png")}
+    images |= {"cut.jpg": picture((300, 300), "JPEG")[:8000], "text.png": b"hello"}
+    done = run(tmp_path, rows, images)
+    assert done.written == {"train": 1, "val": 1}
+    (record,) = Shards(tmp_path / "out/train")
+    # A dot ends a key in a tar, so none is left in it.
+    assert record.key == "a_v1" and record.images == (picture(),)
+    assert record.info["captions"] == ["a cat", "a cat indoors"]
+    written = [json.loads(line) for line in (tmp_path / "out/dropped.jsonl").read_text().splitlines()]
+    reasons = {line["key"]: line["reason"] for line in written}
+    assert set(reasons) == {"cut", "text", "none", "c", "d"}
+    assert "truncated" in reasons["cut"] and reasons["text"] == "image cannot be decoded (unknown format)"
+    assert reasons["none"] == "image file is missing" and reasons["c"].startswith("nothing is said")
+    assert reasons["d"] == "field statements is not a list of objects with text and label"
+    assert done.reasons.total() == 5
+
+
+def test_larger_images_are_made_smaller_with_their_boxes(tmp_path: Path) -> None:
+    rows = [row("big.png", "x", objects=[{"class": "c", "box": [40, 20, 80, 40]}]), row("small.png", "y")]
+    run(tmp_path, rows, {"big.png": picture((80, 40)), "small.png": picture((20, 20))}, max_side=20)
+    big, small = Shards(tmp_path / "out/train")
+    image = Image.open(io.BytesIO(big.images[0]))
+    assert image.size == (20, 10) and image.format == "JPEG"
+    assert big.info["objects"] == [{"class": "c", "box": [10, 5, 20, 10]}]
+    assert small.images == (picture((20, 20)),)
+
+
+@pytest.mark.parametrize(
+    ("kind", "mode", "options"),
+    [
+        ("PNG", "RGBA", {}),
+        ("PNG", "P", {}),
+        ("PNG", "1", {}),
+        ("JPEG", "CMYK", {}),
+        ("JPEG", "L", {}),
+        ("GIF", "P", {}),
+        ("TIFF", "RGB", {}),
+        ("WEBP", "RGBA", {}),
+    ],
+)
+def test_every_kind_of_image_can_be_made_smaller(kind: str, mode: str, options: dict) -> None:
+    data, scale = checked(picture((64, 32), kind, mode, **options), 16)
+    assert Image.open(io.BytesIO(data)).size == (16, 8) and scale == 0.25
+
+
+def test_a_turned_image_is_stored_upright() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data, _ = checked(picture((64, 32), "JPEG", exif=exif), 16)
+    image = Image.open(io.BytesIO(data))
+    assert image.size == (8, 16) and 0x0112 not in image.getexif()
+
+
+def test_a_bomb_is_refused_by_its_header() -> None:
+    file = io.BytesIO()
+    Image.new("1", (30_000, 30_000)).save(file, "PNG")
+    with pytest.raises(ValueError, match="too many pixels"):
+        checked(file.getvalue())
+
+
+def test_held_out_shares_are_steady_and_keep_groups_together(tmp_path: Path) -> None:
+    rows = [row(f"{i}.png", "x", group=f"g{i // 4}") for i in range(200)]
+    images = {f"{i}.png": picture((1, 1)) for i in range(200)}
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+    one = run(tmp_path / "one", rows, images, val=0.2, test=0.2)
+    run(tmp_path / "two", rows[:100], images, val=0.2, test=0.2)
+    assert set(one.written) == {"train", "val", "test"} and one.written["train"] > 80
+    splits = {}
+    for folder in ("one", "two"):
+        for split in ("train", "val", "test"):
+            for record in Shards(tmp_path / folder / "out" / split):
+                splits.setdefault(record.info["group"], set()).add(split)
+    assert all(len(found) == 1 for found in splits.values())
+
+
+def test_equal_keys_are_told_apart(tmp_path: Path) -> None:
+    run(tmp_path, [row("a.b.png", "x"), row("a_b.png", "y")], {n: picture() for n in ("a.b.png", "a_b.png")})
+    assert Shards(tmp_path / "out/train").keys == ["a_b", "a_b_2"]
+
+
+def test_what_cannot_be_imported_says_so(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no usable record among 1: 1x image file is missing"):
+        run(tmp_path, [row("none.png", "x")], {})
+    with pytest.raises(UserError, match=r"split '\.\./up' cannot be a folder's name"):
+        run(tmp_path, [row("a.png", "x", split="../up")], {"a.png": picture()})
+    assert not list(tmp_path.glob("**/*.tar"))
+    run(tmp_path, [row("a.png", "x")], {"a.png": picture()})
+    with pytest.raises(UserError, match=r"already holds shards.*--out"):
+        run(tmp_path, [row("a.png", "x")], {"a.png": picture()})
+    with pytest.raises(UserError, match="shares from 0 to 1"):
+        ImportConfig(val=0.5, test=0.5)
+
+
+def test_a_failure_leaves_no_shards(tmp_path: Path) -> None:
+    path = source(tmp_path, [row("a.png", "x")], {"a.png": picture()}).path
+    path.write_text(path.read_text() + "\nnot json\n")
+    with pytest.raises(UserError, match=r"t\.jsonl:2"):
+        import_data(Source(path=path, format="table"), tmp_path / "out", ImportConfig())
+    assert not list(tmp_path.glob("**/*.tar*"))
