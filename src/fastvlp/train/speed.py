@@ -1,0 +1,184 @@
+"""What a step must cost, counted before it is timed: multiplications, bytes, memory.
+
+FLOPs are those of the matrix products, a multiplication and an addition being two, attention counted over all pairs of
+positions although a causal kernel skips half. A training step is three forward passes (Kaplan et al., arXiv 2001.08361,
+section 2.1); what a chunked loss computes again is not counted, so that MFU means what it does in PaLM (arXiv
+2204.02311, appendix B).
+"""
+
+from __future__ import annotations
+
+import resource
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from fastvlp.model.image import ImageConfig
+from fastvlp.model.layers import LayerConfig
+from fastvlp.model.model import ModelConfig
+from fastvlp.objectives.ar import AR
+from fastvlp.objectives.flm import FLM
+from fastvlp.objectives.itm import ITM
+from fastvlp.objectives.mlm import MLM
+from fastvlp.objectives.objective import Objective
+from fastvlp.objectives.prefixlm import PrefixLM
+from fastvlp.train.pretraining import Pretraining
+
+Precision = Literal["fp32", "bf16"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Flops:
+    """Of one forward pass, by part. `text`: text tower and fusion, the image's keys and values included."""
+
+    image: float = 0
+    text: float = 0
+    reconstructor: float = 0
+    head: float = 0
+
+    @property
+    def forward(self) -> float:
+        return self.image + self.text + self.reconstructor + self.head
+
+    @property
+    def training(self) -> float:
+        return 3 * self.forward
+
+    def __add__(self, other: Flops) -> Flops:
+        return Flops(
+            image=self.image + other.image,
+            text=self.text + other.text,
+            reconstructor=self.reconstructor + other.reconstructor,
+            head=self.head + other.head,
+        )
+
+
+def linear_flops(rows: float, inputs: int, outputs: int) -> float:
+    return 2.0 * rows * inputs * outputs
+
+
+def _self_attention(layer: LayerConfig, rows: int, length: int) -> float:
+    return linear_flops(rows * length, layer.width, 4 * layer.width) + 4.0 * rows * length**2 * layer.width
+
+
+def _cross_attention(layer: LayerConfig, queries: float, keys: float, pairs: float) -> float:
+    """`queries` and `keys` in tokens, `pairs` how often one meets another."""
+    return linear_flops(queries + keys, layer.width, 2 * layer.width) + 4.0 * pairs * layer.width
+
+
+def _mlp(layer: LayerConfig, tokens: float) -> float:
+    return 2 * linear_flops(tokens, layer.width, layer.hidden)
+
+
+def image_flops(config: ImageConfig, images: int, keep: float = 1.0) -> Flops:
+    """The image tower; `keep`: share of the patches that are embedded at all."""
+    patches = config.grid**2 if keep >= 1 else max(1, round(config.grid**2 * keep))
+    length = patches + int(config.class_token)
+    embed = linear_flops(images * patches, 3 * config.patch**2, config.layer.width)
+    block = _self_attention(config.layer, images, length) + _mlp(config.layer, images * length)
+    return Flops(image=embed + config.depth * block)
+
+
+def text_flops(config: ModelConfig, images: int, seen: int, texts: int, length: int) -> Flops:
+    """Text tower and fusion over `texts` rows of `length` tokens beside `images` of `seen` tokens each, every row with
+    the same image counted against one set of keys. One stream: texts = images; FLM's two: texts = 2 images."""
+    text, fusion = config.text, config.fusion
+    tokens = texts * length
+    tower = _self_attention(text.layer, texts, length) + _mlp(text.layer, tokens)
+    cross = _cross_attention(fusion.layer, tokens, images * seen, tokens * seen)
+    block = _self_attention(fusion.layer, texts, length) + cross + _mlp(fusion.layer, tokens)
+    width = fusion.layer.width
+    enter = linear_flops(tokens, width, width) + linear_flops(images * seen, config.image.layer.width, width)
+    return Flops(text=text.depth * tower + enter + fusion.depth * block)
+
+
+def reconstructor_flops(config: ModelConfig, rows: int, queries: int, length: int) -> Flops:
+    """`queries` a row read both streams of `length` tokens each."""
+    part = config.reconstructor
+    if part is None:
+        return Flops()
+    asked, keys = rows * queries, rows * 2 * length
+    block = _cross_attention(part.layer, asked, keys, asked * 2 * length) + _mlp(part.layer, asked)
+    enter = linear_flops(asked, part.layer.width, part.layer.width)
+    return Flops(reconstructor=enter + (part.bottom + part.top) * block)
+
+
+def head_flops(config: ModelConfig, targets: float) -> Flops:
+    """The vocabulary head on `targets` tokens."""
+    width = config.text.layer.width
+    return Flops(head=linear_flops(targets, width, width + config.text.vocab))
+
+
+def objective_flops(
+    objective: Objective, config: ModelConfig, rows: int, length: int, targets: float, keep: float = 1.0
+) -> Flops:
+    """One forward pass of an objective beside encoded images; `targets`: the tokens it asks for, all losses together.
+
+    An objective that is none of the pretraining ones counts as one summary by its `reading`: a task's own head is small.
+    """
+    patches = config.image.grid**2
+    seen = (patches if keep >= 1 else max(1, round(patches * keep))) + int(config.image.class_token)
+    one = text_flops(config, rows, seen, rows, length)
+    if isinstance(objective, FLM):
+        streams = text_flops(config, rows, seen, 2 * rows, length)
+        return streams + reconstructor_flops(config, rows, length - 1, length) + head_flops(config, targets)
+    if isinstance(objective, AR | MLM | PrefixLM):
+        return one + head_flops(config, targets)
+    if isinstance(objective, ITM):
+        both = text_flops(config, rows, seen, 2 * rows, length)
+        candidates = min(objective.config.candidates, rows - 1)
+        # Scored without gradients: a third of what `training` counts for a pass.
+        scored = one.text * candidates / 3 if candidates > 1 else 0.0
+        return both + Flops(text=scored)
+    if objective.reading == "flm":
+        return text_flops(config, rows, seen, 2 * rows, length) + reconstructor_flops(config, rows, 1, length)
+    return one
+
+
+def step_flops(pretraining: Pretraining, rows: int, length: int, targets: Mapping[str, float]) -> Flops:
+    """A micro-batch of `rows` pairs padded to `length` tokens; `targets`: as `Pretraining.counts` names them."""
+    config = pretraining.model.config
+    total = image_flops(config.image, rows, pretraining.keep)
+    for name, objective in pretraining.objectives.items():
+        assert isinstance(objective, Objective)
+        asked = sum(count for term, count in targets.items() if term.split("/")[0] == name)
+        total += objective_flops(objective, config, rows, length, asked, pretraining.keep)
+    return total
+
+
+def adamw_bytes(parameters: int) -> int:
+    """Bytes that a fused fp32 AdamW step cannot but move: reads weight, gradient, two moments; writes all but the second."""
+    return parameters * 4 * (4 + 3)
+
+
+# Dense peaks, FLOP/s: (bf16 tensor cores, plain fp32). NVIDIA's data sheets of H100 (2023), H200 (2024), A100 (2021),
+# which print the bf16 figures of Hopper with 2:4 sparsity, twice these. First match of the device's name wins.
+_PEAKS = (
+    ("H100 PCIe", 756e12, 51e12),
+    ("H100 NVL", 835e12, 60e12),
+    ("H100", 989e12, 67e12),
+    ("H200 NVL", 835e12, 60e12),
+    ("H200", 989e12, 67e12),
+    ("A100", 312e12, 19.5e12),
+)
+
+
+def peak_flops(device: torch.device | str, precision: Precision = "bf16") -> float | None:
+    """The device's peak in FLOP/s, None where it is not known: then FLOP/s are reported instead of MFU."""
+    device = torch.device(device)
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((bf16 if precision == "bf16" else fp32 for key, bf16, fp32 in _PEAKS if key in name), None)
+
+
+def peak_memory(device: torch.device | str) -> int:
+    """Most bytes held so far: of the device's tensors, or of this process where the device is the CPU."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
