@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastvlp.model.layers import Block, LayerConfig, initialise
+from fastvlp.model.layers import LayerConfig, initialise, stack
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +39,7 @@ class Fusion(nn.Module):
         self.image_in = nn.Linear(image_width, width)
         self.text_type = nn.Parameter(torch.randn(width) * 0.02)
         self.image_type = nn.Parameter(torch.randn(config.slots, width) * 0.02)
-        self.blocks = nn.ModuleList(Block(config.layer, cross=True) for _ in range(config.depth))
+        self.blocks = stack(config.layer, config.depth, cross=True)
         pre = config.layer.norm == "pre"
         self.norm = nn.LayerNorm(width, eps=config.layer.eps) if pre else nn.Identity()
         initialise(self)
@@ -58,8 +58,8 @@ class Reconstructor(nn.Module):
         norm = lambda: nn.LayerNorm(width, eps=config.layer.eps) if pre else nn.Identity()  # noqa: E731
         self.reverse_type = nn.Parameter(torch.randn(width) * 0.02)
         self.query_type = nn.Parameter(torch.randn(width) * 0.02)
-        self.bottom = nn.ModuleList(Block(config.layer, attend=False, cross=True) for _ in range(config.bottom))
-        self.top = nn.ModuleList(Block(config.layer, attend=False, cross=True) for _ in range(config.top))
+        self.bottom = stack(config.layer, config.bottom, attend=False, cross=True)
+        self.top = stack(config.layer, config.top, attend=False, cross=True)
         # Pre-norm streams hand over unnormalised sums, so their keys get a norm of their own.
         self.bottom_key_norm = nn.ModuleList(norm() for _ in range(config.bottom))
         self.top_key_norm = nn.ModuleList(norm() for _ in range(config.top))

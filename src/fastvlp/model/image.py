@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastvlp.data.random import uniform
-from fastvlp.model.layers import Block, LayerConfig, initialise
+from fastvlp.model.layers import LayerConfig, initialise, stack
 
 KEEP_SALT = 101
 
@@ -64,6 +63,9 @@ def resize_positions(weight_ND: Tensor, grid: int, class_token: bool) -> Tensor:
 
 
 class ImageTower(nn.Module):
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, config: ImageConfig):
         super().__init__()
         width = config.layer.width
@@ -72,7 +74,7 @@ class ImageTower(nn.Module):
         self.position = nn.Parameter(torch.randn(config.tokens, width) * 0.02)
         self.class_token = nn.Parameter(torch.randn(width) * 0.02) if config.class_token else None
         self.embed_norm = nn.LayerNorm(width, eps=config.norm_eps) if config.embed_norm else nn.Identity()
-        self.blocks = nn.ModuleList(Block(config.layer) for _ in range(config.depth))
+        self.blocks = stack(config.layer, config.depth)
         self.norm = nn.LayerNorm(width, eps=config.norm_eps)
         self.register_buffer("mean", torch.tensor(config.mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(config.std).view(3, 1, 1), persistent=False)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -111,7 +111,13 @@ class Block(nn.Module):
         self.activation: Callable[[Tensor], Tensor] = F.gelu if config.activation == "gelu" else quick_gelu
         self.drop = nn.Dropout(config.dropout)
 
-    def _add(self, x: Tensor, norm: nn.Module, branch: Callable[[Tensor], Tensor]) -> Tensor:
+    def keys(self, memory_BKD: Tensor) -> KeyValue:
+        """Keys and values of what the block reads: once a layer, for every row that reads it."""
+        assert self.cross is not None, "this block reads nothing but itself"
+        return self.cross.keys(memory_BKD)
+
+    def _add(self, x: Tensor, norm: nn.Module | None, branch: Callable[[Tensor], Tensor]) -> Tensor:
+        assert norm is not None
         return norm(x + self.drop(branch(x))) if self.post else x + self.drop(branch(norm(x)))
 
     def forward(
@@ -128,9 +134,15 @@ class Block(nn.Module):
             attend = self.attend
             x_BLD = self._add(x_BLD, self.attend_norm, lambda h: attend(h, mask, causal, past))
         if self.cross is not None:
-            cross = self.cross
-            x_BLD = self._add(x_BLD, self.cross_norm, lambda h: cross(h, memory, memory_mask))
+            assert memory is not None, "a block with cross-attention needs `memory`"
+            cross, keys = self.cross, memory
+            x_BLD = self._add(x_BLD, self.cross_norm, lambda h: cross(h, keys, memory_mask))
         return self._add(x_BLD, self.mlp_norm, lambda h: self.mlp_out(self.activation(self.mlp_in(h))))
+
+
+def stack(config: LayerConfig, depth: int, *, attend: bool = True, cross: bool = False) -> list[Block]:
+    """`depth` blocks; a ModuleList, declared as the list of blocks that it is."""
+    return cast("list[Block]", nn.ModuleList(Block(config, attend=attend, cross=cross) for _ in range(depth)))
 
 
 def initialise(module: nn.Module, std: float = 0.02) -> None:

@@ -79,6 +79,11 @@ class VLModel(nn.Module):
         """The head that predicts the next token from the forward stream."""
         return self.forward_head or self.head
 
+    def stream_head(self, stream: str) -> LMHead:
+        """The head of FLM's `reconstruct`, `forward` or `reverse` predictions."""
+        own = {"reconstruct": self.head, "forward": self.forward_head, "reverse": self.reverse_head}[stream]
+        return own or self.head
+
     def encode_image(self, image: Tensor, keep_BK: Tensor | None = None) -> Tensor:
         """uint8 [B 3 H W] -> [B K D]."""
         return self.image(image, keep_BK)
@@ -103,7 +108,7 @@ class VLModel(nn.Module):
         x = self.fusion.text_in(x) + self.fusion.text_type
         memory = self.fusion.image_memory(image_BKD, slot_B)
         for block in self.fusion.blocks:
-            x = block(x, mask=mask, causal=causal, memory=block.cross.keys(memory))
+            x = block(x, mask=mask, causal=causal, memory=block.keys(memory))
         return self.fusion.norm(x)
 
     def streams(
@@ -136,7 +141,7 @@ class VLModel(nn.Module):
         x = (self.fusion.text_in(x).unflatten(0, (B, 2)) + types_2D[:, None]).flatten(0, 1)
         memory = self.fusion.image_memory(image_BKD, slot_B)
         for block in self.fusion.blocks:
-            x = block(x, mask=mask, causal=causal, memory=block.cross.keys(memory))
+            x = block(x, mask=mask, causal=causal, memory=block.keys(memory))
             top.append(x)
         reverse_BL = torch.where(real_BL, reverse_BL, -1)
         return Streams(bottom, top, forward_L, reverse_BL, 0 if causal else 1)
@@ -160,7 +165,7 @@ class VLModel(nn.Module):
         ):
             aligned = states[len(states) - len(blocks) :]
             for state, block, norm in zip(aligned, blocks, norms):
-                keys = block.cross.keys(norm(state).reshape(B, -1, state.shape[-1]))
+                keys = block.keys(norm(state).reshape(B, -1, state.shape[-1]))
                 x = block(x, memory=keys, memory_mask=mask)
             if blocks is part.bottom:
                 x = self.fusion.text_in(x) + part.query_type
@@ -198,7 +203,7 @@ class VLModel(nn.Module):
         memory = self.fusion.image_memory(image_BKD, None)
         empty = memory.new_empty(memory.shape[0], layer.heads, 0, layer.width // layer.heads)
         depth = len(self.text.blocks) + len(self.fusion.blocks)
-        return Cache([KeyValue(empty, empty) for _ in range(depth)], [b.cross.keys(memory) for b in self.fusion.blocks])
+        return Cache([KeyValue(empty, empty) for _ in range(depth)], [b.keys(memory) for b in self.fusion.blocks])
 
     def step(self, ids_B: Tensor, cache: Cache) -> Tensor:
         """Appends one token a row and returns its state [B D]; equals the last row of a causal `read` of all so far."""

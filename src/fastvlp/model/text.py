@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fastvlp.model.layers import Block, LayerConfig, initialise
+from fastvlp.model.layers import LayerConfig, initialise, stack
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +40,7 @@ class TextTower(nn.Module):
         self.position = nn.Embedding(rows, width, padding_idx=config.pad_position)
         self.norm = nn.LayerNorm(width, eps=config.embed_eps)
         self.drop = nn.Dropout(config.layer.dropout)
-        self.blocks = nn.ModuleList(Block(config.layer) for _ in range(config.depth))
+        self.blocks = stack(config.layer, config.depth)
         initialise(self)
 
     def embed(self, ids_BL: Tensor, position_BL: Tensor) -> Tensor:

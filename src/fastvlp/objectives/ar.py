@@ -11,7 +11,7 @@ from fastvlp.batch import Batch
 from fastvlp.data.tokenize import Tokenizer
 from fastvlp.model import masks
 from fastvlp.model.model import Bos, ModelConfig, VLModel
-from fastvlp.objectives.losses import token_loss
+from fastvlp.objectives.losses import head_loss
 from fastvlp.objectives.objective import Loss, Objective, ObjectiveConfig
 
 
@@ -28,9 +28,7 @@ class ARConfig(ObjectiveConfig):
 
 def next_token_loss(model: VLModel, state_BLD: Tensor, batch: Batch, ask_BL: Tensor) -> Loss:
     """Cross-entropy of x_{i+1} at the asked positions i."""
-    head = model.causal_head
-    target = batch.ids.roll(-1, 1)[ask_BL]
-    nll = token_loss(head.hidden(state_BLD[ask_BL]), head.vocabulary.weight, head.vocabulary.bias, target)
+    nll = head_loss(model.causal_head, state_BLD[ask_BL], batch.ids.roll(-1, 1)[ask_BL])
     return Loss(nll.sum(), ask_BL.sum())
 
 

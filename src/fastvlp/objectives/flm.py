@@ -17,7 +17,7 @@ from fastvlp.data.random import uniform
 from fastvlp.data.tokenize import Tokenizer
 from fastvlp.model import masks
 from fastvlp.model.model import Bos, ModelConfig, Streams, VLModel
-from fastvlp.objectives.losses import token_loss
+from fastvlp.objectives.losses import head_loss
 from fastvlp.objectives.objective import Loss, Objective, ObjectiveConfig
 
 SpanMode = Literal["token", "centred", "uniform"]
@@ -154,13 +154,10 @@ class FLM(Objective):
         # The row of the reverse stream that holds each text position: its own inverse where the stream is flipped.
         held = torch.where(streams.reverse_BL < 0, streams.forward_L, streams.reverse_BL)
         reverse = top[:, 1].gather(1, held[..., None].expand(-1, -1, top.shape[-1]))
-        previous = batch.ids.roll(1, 1)
-        if c.pad_target:
-            previous = torch.where(streams.forward_L == batch.length[:, None], model.config.text.eos, previous)
         asked = {
             "reconstruct": (self.queries(batch, spans, streams, model), batch.ids[:, 1:], ask_reconstruct[:, 1:]),
             "forward": (top[:, 0], batch.ids.roll(-1, 1), ask_forward),
-            "reverse": (reverse, previous, ask_reverse),
+            "reverse": (reverse, batch.ids.roll(1, 1), ask_reverse),
         }
         asked = {name: parts for name, parts in asked.items() if self._weight(name)}
         return self._losses(model, asked)
@@ -171,21 +168,10 @@ class FLM(Objective):
         targets = {name: target[ask] for name, (_, target, ask) in asked.items()}
         sizes = [len(target) for target in targets.values()]
         if model.forward_head is None:
-            hidden = model.head.hidden(torch.cat(list(states.values())))
-            vocabulary = model.head.vocabulary
-            nll = token_loss(hidden, vocabulary.weight, vocabulary.bias, torch.cat(list(targets.values())))
+            nll = head_loss(model.head, torch.cat(list(states.values())), torch.cat(list(targets.values())))
             parts = dict(zip(states, nll.split(sizes)))
         else:
-            heads = {"reconstruct": model.head, "forward": model.forward_head, "reverse": model.reverse_head}
-            parts = {
-                name: token_loss(
-                    heads[name].hidden(states[name]),
-                    heads[name].vocabulary.weight,
-                    heads[name].vocabulary.bias,
-                    targets[name],
-                )
-                for name in states
-            }
+            parts = {name: head_loss(model.stream_head(name), states[name], targets[name]) for name in states}
         return {
             name: Loss(part.sum(), part.new_tensor(len(part)).long(), self._weight(name))
             for name, part in parts.items()

@@ -6,17 +6,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastvlp.model.fusion import LMHead
+
 # Above this many logits (64 Mi numbers) the vocabulary is read chunk by chunk and its logits are made again in the
 # backward pass: a third more multiplications, but never T x V numbers in memory.
 WHOLE_LOGITS = 1 << 26
 
 
+def _at_least_fp32(logits: Tensor) -> Tensor:
+    return logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
+
+
 class _ChunkedTokenLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden_TD, weight_VD, bias_V, target_T, rows):
-        nll_T, normaliser_T = torch.empty(2, len(target_T), device=hidden_TD.device).unbind()
+        kind = torch.float64 if hidden_TD.dtype == torch.float64 else torch.float32
+        nll_T, normaliser_T = torch.empty(2, len(target_T), device=hidden_TD.device, dtype=kind).unbind()
         for part in torch.arange(len(target_T), device=hidden_TD.device).split(rows):
-            logits = F.linear(hidden_TD[part], weight_VD, bias_V).float()
+            logits = _at_least_fp32(F.linear(hidden_TD[part], weight_VD, bias_V))
             normaliser_T[part] = logits.logsumexp(1)
             nll_T[part] = normaliser_T[part] - logits.gather(1, target_T[part, None])[:, 0]
         ctx.save_for_backward(hidden_TD, weight_VD, bias_V, target_T, normaliser_T)
@@ -27,10 +34,10 @@ class _ChunkedTokenLoss(torch.autograd.Function):
     def backward(ctx, grad_T):
         hidden_TD, weight_VD, bias_V, target_T, normaliser_T = ctx.saved_tensors
         grad_hidden = torch.empty_like(hidden_TD)
-        grad_weight = torch.zeros_like(weight_VD, dtype=torch.float32)
-        grad_bias = torch.zeros_like(bias_V, dtype=torch.float32)
+        grad_weight = torch.zeros_like(weight_VD, dtype=torch.promote_types(weight_VD.dtype, torch.float32))
+        grad_bias = torch.zeros_like(bias_V, dtype=torch.promote_types(weight_VD.dtype, torch.float32))
         for part in torch.arange(len(target_T), device=hidden_TD.device).split(ctx.rows):
-            logits = F.linear(hidden_TD[part], weight_VD, bias_V).float()
+            logits = _at_least_fp32(F.linear(hidden_TD[part], weight_VD, bias_V))
             share = (logits - normaliser_T[part, None]).exp_()
             share[torch.arange(len(part), device=share.device), target_T[part]] -= 1
             share *= grad_T[part, None]
@@ -41,16 +48,21 @@ class _ChunkedTokenLoss(torch.autograd.Function):
         return grad_hidden, grad_weight.to(weight_VD.dtype), grad_bias.to(bias_V.dtype), None, None
 
 
+def head_loss(head: LMHead, state_TD: Tensor, target_T: Tensor) -> Tensor:
+    """Cross-entropy of each target under a vocabulary head -> [T]."""
+    return token_loss(head.hidden(state_TD), head.vocabulary.weight, head.vocabulary.bias, target_T)
+
+
 def token_loss(
     hidden_TD: Tensor, weight_VD: Tensor, bias_V: Tensor, target_T: Tensor, *, whole_logits: int = WHOLE_LOGITS
 ) -> Tensor:
-    """Cross-entropy of each token under a linear vocabulary, in fp32 -> [T]. Memory is O(whole_logits), not O(T V).
+    """Cross-entropy of each token under a linear vocabulary, in fp32 at least -> [T]. Memory is O(whole_logits), not O(T V).
 
     Under autocast the matrix products run in the autocast type, as those of nn.Linear do.
     """
     rows = max(1, whole_logits // weight_VD.shape[0])
     if len(target_T) <= rows:
-        return F.cross_entropy(F.linear(hidden_TD, weight_VD, bias_V).float(), target_T, reduction="none")
+        return F.cross_entropy(_at_least_fp32(F.linear(hidden_TD, weight_VD, bias_V)), target_T, reduction="none")
     kind = hidden_TD.device.type
     if torch.is_autocast_enabled(kind):
         to = torch.get_autocast_dtype(kind)

@@ -12,7 +12,7 @@ from fastvlp.data.random import uniform
 from fastvlp.data.tokenize import Tokenizer
 from fastvlp.model import masks
 from fastvlp.model.model import ModelConfig, VLModel
-from fastvlp.objectives.losses import token_loss
+from fastvlp.objectives.losses import head_loss
 from fastvlp.objectives.objective import Loss, Objective, ObjectiveConfig
 
 MASK_SALT, PREDICT_SALT, KIND_SALT, WORD_SALT = 401, 402, 403, 404
@@ -46,6 +46,8 @@ class MLMConfig(ObjectiveConfig):
 
 class MLM(Objective):
     reading = "full"
+    starts_word: Tensor
+    ordinary: Tensor
 
     def __init__(self, config: MLMConfig, model: ModelConfig, starts_word_V: Tensor):
         super().__init__()
@@ -94,6 +96,5 @@ class MLM(Objective):
 def masked_loss(model: VLModel, image_BKD: Tensor, batch: Batch, ids_BL: Tensor, ask_BL: Tensor) -> Loss:
     """Cross-entropy of the true ids at the asked positions, `ids_BL` being what the model reads."""
     state = model.read(image_BKD, ids_BL, mask=masks.full(batch.length, ids_BL.shape[1]))
-    vocabulary = model.head.vocabulary
-    nll = token_loss(model.head.hidden(state[ask_BL]), vocabulary.weight, vocabulary.bias, batch.ids[ask_BL])
+    nll = head_loss(model.head, state[ask_BL], batch.ids[ask_BL])
     return Loss(nll.sum(), ask_BL.sum())
