@@ -117,7 +117,7 @@ def objective_flops(
 ) -> Flops:
     """One forward pass of an objective beside encoded images; `targets`: the tokens it asks for, all losses together.
 
-    An objective that is none of the pretraining ones counts as one summary by its `reading`: a task's own head is small.
+    An objective that is none of the pretraining ones counts as one summary by its `reading`: its own head is small.
     """
     patches = config.image.grid**2
     seen = (patches if keep >= 1 else max(1, round(patches * keep))) + int(config.image.class_token)
@@ -150,7 +150,7 @@ def step_flops(pretraining: Pretraining, rows: int, length: int, targets: Mappin
 
 
 def adamw_bytes(parameters: int) -> int:
-    """Bytes that a fused fp32 AdamW step cannot but move: reads weight, gradient, two moments; writes all but the second."""
+    """Bytes that a fused fp32 AdamW step must move: weight, gradient, two moments in; all but the gradient out."""
     return parameters * 4 * (4 + 3)
 
 
