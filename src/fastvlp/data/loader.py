@@ -1,0 +1,263 @@
+"""Which rows make batch number s, making them ahead of time, and the batches of image-text pairs.
+
+Batch s is a pure function of (seed, s, rank, world, batch_size): resuming means starting at s, with any number of
+workers.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+import signal
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils import _pytree
+from torch.utils.data import DataLoader, Dataset
+
+from fastvlp.batch import Batch, Dropped
+from fastvlp.data.cache import ImageCache
+from fastvlp.data.decode import decode
+from fastvlp.data.prefetch import Prefetch
+from fastvlp.data.random import hash64
+from fastvlp.data.shards import RecordError, Shards
+from fastvlp.data.tokenize import Tokenizer
+from fastvlp.data.transform import Transform
+from fastvlp.errors import UserError
+
+# Control characters, the byte-order mark, and lone surrogates, which no tokenizer takes.
+_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\ufeff\ud800-\udfff]+")
+
+
+class Row(NamedTuple):
+    """The record's place in its source, and the row's random number: hash64(seed, epoch, index)."""
+
+    index: int  # type: ignore[assignment]  # hides tuple.index, which nobody needs
+    seed: int
+
+
+Made = tuple[Batch, list[Dropped]]
+
+
+class Loader:
+    """Batches of rows over `count` records, shuffled, split over ranks.
+
+    Args:
+        count: records in the source.
+        make: builds a batch from rows, and names what it dropped. Must be picklable where processes are spawned.
+        batch_size: rows a rank and batch. The ranks' rows of one batch, in rank order, are the batch that one rank with
+            batch_size * world would get.
+        workers: processes that make batches; 0 makes them in one thread, two batches ahead of their use.
+        pin: copy batches to pinned memory, for copies to the GPU that do not wait.
+    """
+
+    def __init__(
+        self,
+        count: int,
+        make: Callable[[list[Row]], Made],
+        *,
+        batch_size: int,
+        seed: int,
+        rank: int = 0,
+        world: int = 1,
+        workers: int = 0,
+        pin: bool = False,
+    ):
+        if count < 1:
+            raise UserError("the data set is empty; look at it with `vlp data inspect`")
+        if batch_size < 1 or not 0 <= rank < world:
+            raise ValueError(f"batch_size {batch_size}, rank {rank} of {world}")
+        self.count = count
+        self.make = make
+        self.batch_size = batch_size
+        self.seed = seed
+        self.rank = rank
+        self.world = world
+        self.workers = workers
+        self.pin = pin
+        self._orders: dict[int, np.ndarray] = {}
+
+    def batches(self, start: int = 0) -> Iterator[Made]:
+        """Endless, from batch number `start`. Epochs follow each other without a gap: a batch may straddle two.
+
+        Raises UserError for a batch of which no record can be read. Stops its thread or processes when it is closed or
+        no longer referenced.
+        """
+        return self._run(self.rows, itertools.count(start))
+
+    def once(self) -> Iterator[Made]:
+        """Every record once, in order, `rank::world` on each rank; the last batch is short. For evaluation."""
+        mine = range(self.rank, self.count, self.world)
+        return self._run(self._rows_once, range(-(-len(mine) // self.batch_size)))
+
+    def rows(self, s: int) -> list[Row]:
+        """The rows of this rank in batch number s."""
+        first = (s * self.world + self.rank) * self.batch_size
+        rows = []
+        for place in range(first, first + self.batch_size):
+            epoch, within = divmod(place, self.count)
+            index = int(self._order(epoch)[within])
+            rows.append(Row(index, hash64(self.seed, epoch, index)))
+        return rows
+
+    def _rows_once(self, s: int) -> list[Row]:
+        mine = range(self.rank, self.count, self.world)
+        return [Row(i, hash64(self.seed, 0, i)) for i in mine[s * self.batch_size : (s + 1) * self.batch_size]]
+
+    def _order(self, epoch: int) -> np.ndarray:
+        order = self._orders.get(epoch)
+        if order is None:
+            generator = torch.Generator().manual_seed(hash64(self.seed, epoch))
+            order = torch.randperm(self.count, generator=generator).numpy()
+            self._orders = {e: o for e, o in self._orders.items() if e == epoch - 1} | {epoch: order}
+        return order
+
+    def _run(self, rows: Callable[[int], list[Row]], numbers: Iterable[int]) -> Iterator[Made]:
+        batches = _Batches(self.make, rows)
+        if self.workers == 0:
+            return Prefetch(self._finish(map(batches.__getitem__, numbers)))
+        loader = DataLoader(
+            batches,
+            batch_size=None,
+            sampler=numbers,
+            num_workers=self.workers,
+            collate_fn=_as_is,
+            worker_init_fn=_quiet_worker,
+            # Without its own generator the loader draws from the global one, and the run depends on `workers`.
+            generator=torch.Generator().manual_seed(0),
+        )
+        made = self._finish(iter(loader))
+        return Prefetch(made) if self.pin else made
+
+    def _finish(self, made: Iterator[Made | UserError]) -> Iterator[Made]:
+        for result in made:
+            if isinstance(result, UserError):
+                # The traceback keeps this frame: workers left to the garbage collector take 5 s each to end.
+                del made
+                raise result
+            batch, dropped = result
+            yield (_pinned(batch) if self.pin else batch), dropped
+
+
+class _Batches(Dataset):
+    """Batch number -> batch. A UserError is returned: a DataLoader would turn it into the text of a traceback."""
+
+    def __init__(self, make: Callable[[list[Row]], Made], rows: Callable[[int], list[Row]]):
+        self.make = make
+        self.rows = rows
+
+    def __getitem__(self, s: int) -> Made | UserError:
+        try:
+            batch, dropped = self.make(self.rows(s))
+        except UserError as error:
+            return error
+        if len(batch) == 0:
+            names = "; ".join(f"{d.key}: {d.reason}" for d in dropped[:8])
+            return UserError(f"no record of batch {s} can be used ({names}); look at the data with `vlp data inspect`")
+        return batch, dropped
+
+
+def _pinned(batch: Batch) -> Batch:
+    return _pytree.tree_map_only(Tensor, lambda t: t.pin_memory(), batch)
+
+
+def _as_is(made: Any) -> Any:
+    return made
+
+
+def _quiet_worker(_: int) -> None:
+    # Ctrl-C and SIGTERM are for the main process, which saves and then closes its workers.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def clean_caption(text: Any) -> str | None:
+    """The text without control characters and needless spaces; None where it is no text or nothing is left."""
+    if not isinstance(text, str):
+        return None
+    return " ".join(_CONTROL.sub(" ", text).split()) or None
+
+
+class PairMaker:
+    """Rows to image-text pairs: the record's first image, and one of its captions chosen by the row's seed.
+
+    Args:
+        captions: the field of `info` that holds a list of captions (or one).
+        max_length: tokens of a row, <s> and </s> included; longer captions are cut.
+        cache: keep the transformed images in memory, 3 * size**2 bytes each.
+        strict: raise UserError where a record cannot be used (evaluation), instead of dropping and naming it.
+    """
+
+    def __init__(
+        self,
+        shards: Shards,
+        transform: Transform,
+        tokenizer: Tokenizer,
+        *,
+        captions: str = "captions",
+        max_length: int,
+        cache: bool = False,
+        strict: bool = False,
+    ):
+        if strict and shards.damage:
+            raise UserError(_refusal(shards, shards.damage))
+        self.shards = shards
+        self.transform = transform
+        self.tokenizer = tokenizer
+        self.captions = captions
+        self.max_length = max_length
+        self.strict = strict
+        self.cache = ImageCache(len(shards), transform.size) if cache else None
+
+    def __call__(self, rows: list[Row]) -> Made:
+        images: list[Tensor] = []
+        texts: list[str] = []
+        seeds: list[int] = []
+        dropped: list[Dropped] = []
+        for row in rows:
+            try:
+                image, text = self._pair(row)
+            except RecordError as error:
+                dropped.append(error.dropped)
+                continue
+            images.append(image)
+            texts.append(text)
+            seeds.append(row.seed)
+        if dropped and self.strict:
+            raise UserError(_refusal(self.shards, dropped))
+        ids, length = self.tokenizer.encode(texts, self.max_length)
+        size = self.transform.size
+        image_B3HW = torch.stack(images) if images else torch.empty(0, 3, size, size, dtype=torch.uint8)
+        return Batch(image=image_B3HW, ids=ids, length=length, seed=torch.tensor(seeds, dtype=torch.int64)), dropped
+
+    def _pair(self, row: Row) -> tuple[Tensor, str]:
+        image = self.cache.get(row.index) if self.cache is not None else None
+        if image is not None:
+            return image, self._caption(row, self.shards.info(row.index))
+        record = self.shards.read(row.index)
+        text = self._caption(row, record.info)
+        image = decode(record, self.transform).images[0]
+        if self.cache is not None:
+            self.cache.put(row.index, image)
+        return image, text
+
+    def _caption(self, row: Row, info: Mapping[str, Any]) -> str:
+        found = info.get(self.captions)
+        candidates = found if isinstance(found, list) else [found]
+        usable = [text for text in map(clean_caption, candidates) if text is not None]
+        if not usable:
+            reason = f"no usable caption in {self.captions!r} (fields: {', '.join(sorted(info)) or 'none'})"
+            raise RecordError(self.shards.key(row.index), reason)
+        # Hashed once more: the row's seed itself goes to the objective.
+        return usable[hash64(row.seed) % len(usable)]
+
+
+def _refusal(shards: Shards, dropped: list[Dropped]) -> str:
+    names = "; ".join(f"{d.key}: {d.reason}" for d in dropped[:8])
+    return (
+        f"{shards.url}: {len(dropped)} records cannot be used ({names}), and an evaluation leaves none out; "
+        f"mend or remove them (`vlp data inspect` lists all)"
+    )

@@ -1,0 +1,271 @@
+import gc
+import io
+import tarfile
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fastvlp.batch import Batch, Dropped, Record
+from fastvlp.data.loader import Loader, PairMaker, Row, clean_caption
+from fastvlp.data.random import hash64
+from fastvlp.data.shards import Shards, ShardWriter
+from fastvlp.data.tokenize import Tokenizer
+from fastvlp.data.transform import Transform
+from fastvlp.errors import UserError
+
+
+def make(rows: list[Row]) -> tuple[Batch, list[Dropped]]:
+    """A batch that says which rows it was made of; record 13 is unreadable."""
+    kept = [row for row in rows if row.index != 13]
+    dropped = [Dropped(key="r13", reason="broken")] * (len(rows) - len(kept))
+    index = torch.tensor([[row.index] for row in kept], dtype=torch.int64).reshape(-1, 1)
+    seed = torch.tensor([row.seed for row in kept], dtype=torch.int64)
+    image = torch.zeros(len(kept), 3, 2, 2, dtype=torch.uint8)
+    return Batch(image=image, ids=index, length=torch.ones(len(kept), dtype=torch.int64), seed=seed), dropped
+
+
+def taken(iterator, n):
+    return [next(iterator) for _ in range(n)]
+
+
+def same(a, b):
+    return all(torch.equal(getattr(a, f), getattr(b, f)) for f in ("image", "ids", "length", "seed"))
+
+
+def test_every_epoch_holds_each_record_once_in_a_new_order():
+    loader = Loader(10, make, batch_size=4, seed=1)
+    rows = [row for s in range(15) for row in loader.rows(s)]
+    epochs = [rows[e * 10 : e * 10 + 10] for e in range(6)]
+    orders = [[row.index for row in epoch] for epoch in epochs]
+    assert all(sorted(order) == list(range(10)) for order in orders)
+    assert len({tuple(order) for order in orders}) == 6
+    assert all(row.seed == hash64(1, e, row.index) for e, epoch in enumerate(epochs) for row in epoch)
+    assert loader.rows(0) == Loader(10, make, batch_size=4, seed=1).rows(0)
+    assert loader.rows(0) != Loader(10, make, batch_size=4, seed=2).rows(0)
+
+
+def test_resuming_at_any_batch_continues_the_straight_run():
+    loader = Loader(11, make, batch_size=3, seed=5)
+    straight = taken(loader.batches(), 12)
+    for start in (0, 1, 5, 11):
+        again = taken(Loader(11, make, batch_size=3, seed=5).batches(start), 12 - start)
+        assert all(same(a, b) for (a, _), (b, _) in zip(straight[start:], again))
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_the_ranks_together_are_one_rank_with_the_global_batch(world):
+    whole = Loader(17, make, batch_size=2 * world, seed=3)
+    parts = [Loader(17, make, batch_size=2, seed=3, rank=r, world=world) for r in range(world)]
+    for s in range(20):
+        assert whole.rows(s) == [row for part in parts for row in part.rows(s)]
+
+
+def test_a_source_smaller_than_one_batch_repeats_over_epochs():
+    loader = Loader(2, make, batch_size=5, seed=0)
+    (batch, _), *_ = taken(loader.batches(), 3)
+    assert sorted(batch.ids[:4].flatten().tolist()) == [0, 0, 1, 1]
+    assert len(batch.seed.unique()) == 5
+
+
+def test_worker_processes_change_nothing():
+    torch.manual_seed(0)
+    state = torch.get_rng_state()
+    alone = taken(Loader(20, make, batch_size=4, seed=2).batches(3), 8)
+    helped = taken(Loader(20, make, batch_size=4, seed=2, workers=2).batches(3), 8)
+    for (a, x), (b, y) in zip(alone, helped):
+        assert same(a, b)
+        assert x == y
+    assert any(dropped for _, dropped in alone)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_once_gives_every_record_once_in_order_and_ends(workers):
+    for world in (1, 3):
+        seen = []
+        for rank in range(world):
+            loader = Loader(11, make, batch_size=3, seed=0, rank=rank, world=world, workers=workers)
+            batches = [batch.ids.flatten().tolist() for batch, _ in loader.once()]
+            assert [i for batch in batches for i in batch] == list(range(rank, 11, world))
+            seen += range(rank, 11, world)
+        assert sorted(seen) == list(range(11))
+    assert list(Loader(1, make, batch_size=3, seed=0, rank=1, world=2).once()) == []
+    iterator = Loader(3, make, batch_size=3, seed=0, workers=workers).once()
+    assert len(list(iterator)) == 1
+    assert next(iterator, None) is None
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_batch_of_unreadable_records_stops_with_their_names(workers):
+    loader = Loader(14, make, batch_size=1, seed=0, workers=workers)
+    with pytest.raises(UserError, match=r"no record of batch \d+ can be used \(r13: broken\)") as caught:
+        taken(loader.batches(), 14)
+    assert "Traceback" not in str(caught.value)
+
+
+def fail(rows):
+    raise RuntimeError(f"bug with {rows[0].index}")
+
+
+def test_an_exception_reaches_the_caller():
+    with pytest.raises(RuntimeError, match="bug with 0"):
+        next(Loader(5, fail, batch_size=1, seed=0).once())
+
+
+def prefetching() -> int:
+    return sum(thread.name == "prefetch" for thread in threading.enumerate())
+
+
+def test_the_thread_ends_when_its_iterator_is_closed_or_dropped():
+    before = prefetching()
+    iterator = Loader(5, make, batch_size=2, seed=0).batches()
+    next(iterator)
+    assert prefetching() == before + 1
+    iterator.close()
+    assert prefetching() == before
+    assert next(iterator, None) is None
+    iterator = Loader(5, make, batch_size=2, seed=0).batches()
+    next(iterator)
+    del iterator
+    gc.collect()
+    assert prefetching() == before
+
+
+def test_batches_are_made_while_the_caller_computes():
+    def slow(rows):
+        time.sleep(0.05)
+        return make(rows)
+
+    iterator = Loader(5, slow, batch_size=2, seed=0).batches()
+    next(iterator)
+    time.sleep(0.3)
+    start = time.perf_counter()
+    taken(iterator, 2)
+    assert time.perf_counter() - start < 0.05
+    iterator.close()
+
+
+def test_an_empty_source_is_refused():
+    with pytest.raises(UserError, match="data set is empty"):
+        Loader(0, make, batch_size=2, seed=0)
+
+
+# --- pairs -----------------------------------------------------------------------------------------------------------
+
+TEXTS = ["a red dog runs", "two blue cats sleep on the grass", "一只猫坐在桌子上"]
+
+
+def jpeg(i: int) -> bytes:
+    out = io.BytesIO()
+    pixels = np.random.default_rng(i).integers(0, 256, (5, 7, 3), dtype=np.uint8)
+    Image.fromarray(pixels).resize((70, 50)).save(out, "JPEG")
+    return out.getvalue()
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return Tokenizer.train(TEXTS * 3, vocab_size=200)
+
+
+def split(folder, infos, images=None) -> Shards:
+    with ShardWriter(folder) as writer:
+        for i, info in enumerate(infos):
+            writer.write(Record(key=f"p{i}", images=((images or {}).get(i, jpeg(i)),), info=info))
+    return Shards(folder)
+
+
+def rows(n: int, epoch: int = 0) -> list[Row]:
+    return [Row(i, hash64(0, epoch, i)) for i in range(n)]
+
+
+def test_pairs_are_decoded_tokenised_and_padded(tmp_path, tokenizer):
+    shards = split(tmp_path, [{"captions": TEXTS}, {"captions": TEXTS[0]}, {"captions": TEXTS[:2]}])
+    maker = PairMaker(shards, Transform(size=16), tokenizer, max_length=20)
+    seen = set()
+    for epoch in range(12):
+        batch, dropped = maker(rows(3, epoch))
+        assert dropped == []
+        assert batch.image.shape == (3, 3, 16, 16)
+        assert batch.image.dtype == torch.uint8
+        assert batch.ids.shape == (3, int(batch.length.max()))
+        assert batch.seed.tolist() == [row.seed for row in rows(3, epoch)]
+        seen.add(tokenizer.decode(batch.ids[0]))
+        assert tokenizer.decode(batch.ids[1]) == TEXTS[0]
+        alone, _ = maker(rows(3, epoch)[2:])
+        assert torch.equal(alone.ids[0], batch.ids[2, : batch.length[2]])
+        assert torch.equal(alone.image[0], batch.image[2])
+    assert seen == set(TEXTS)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_cached_images_are_the_same_images(tmp_path, tokenizer, workers):
+    shards = split(tmp_path, [{"captions": TEXTS}] * 5)
+    runs = []
+    for cache in (False, True):
+        maker = PairMaker(shards, Transform(size=16), tokenizer, max_length=20, cache=cache)
+        iterator = Loader(5, maker, batch_size=2, seed=0, workers=workers if cache else 0).batches()
+        runs.append(taken(iterator, 12))
+        if cache:
+            # Filled by the workers in the memory of this process.
+            assert all(maker.cache.get(i) is not None for i in range(5))
+    assert all(same(a, b) for (a, _), (b, _) in zip(*runs))
+
+
+def test_unusable_records_are_dropped_by_name_in_training_and_refused_in_evaluation(tmp_path, tokenizer):
+    infos = [
+        {"captions": TEXTS},
+        {"captions": []},
+        {"captions": ["", "  \n", 3, None, "\x00\x07"]},
+        {"text": "elsewhere"},
+        {"captions": TEXTS},
+        {"captions": ["", TEXTS[0]]},
+    ]
+    shards = split(tmp_path, infos, {4: jpeg(4)[:300]})
+    maker = PairMaker(shards, Transform(size=16), tokenizer, max_length=20)
+    batch, dropped = maker(rows(6))
+    assert len(batch) == 2
+    assert [d.key for d in dropped] == ["p1", "p2", "p3", "p4"]
+    assert "no usable caption in 'captions' (fields: text)" in dropped[2].reason
+    assert "damaged image" in dropped[3].reason
+    strict = PairMaker(shards, Transform(size=16), tokenizer, max_length=20, strict=True)
+    assert len(strict([rows(6)[0], rows(6)[5]])[0]) == 2
+    with pytest.raises(UserError, match=r"4 records cannot be used \(p1: .*vlp data inspect"):
+        strict(rows(6))
+    with pytest.raises(UserError, match=r"no record of batch 0 can be used \(p1: "):
+        next(Loader(1, lambda r: maker([Row(1, 0)]), batch_size=1, seed=0).batches())
+
+
+def test_text_that_is_not_utf8_is_dropped_and_damaged_tars_are_refused_in_evaluation(tmp_path, tokenizer):
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        for name, data in [("a.jpg", jpeg(0)), ("a.txt", b"caf\xe9"), ("b.jpg", jpeg(1)), ("b.txt", b"a red dog")]:
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    (tmp_path / "1.tar").write_bytes((tmp_path / "0.tar").read_bytes()[:700])
+    shards = Shards(tmp_path)
+    batch, dropped = PairMaker(shards, Transform(size=16), tokenizer, max_length=20)(rows(2))
+    assert len(batch) == 1
+    assert dropped == [Dropped(key="a", reason="txt is not UTF-8 (byte 3); save it as UTF-8")]
+    with pytest.raises(UserError, match=r"1\.tar: cut in the middle"):
+        PairMaker(shards, Transform(size=16), tokenizer, max_length=20, strict=True)
+
+
+def test_a_caption_of_100000_characters_is_cut(tmp_path, tokenizer):
+    shards = split(tmp_path, [{"captions": ["a red dog\x00 runs\t" * 6000]}])
+    start = time.perf_counter()
+    batch, _ = PairMaker(shards, Transform(size=16), tokenizer, max_length=12)(rows(1))
+    assert time.perf_counter() - start < 0.5
+    assert batch.length.tolist() == [12]
+    assert batch.ids[0, -1] == tokenizer.eos
+
+
+def test_captions_are_cleaned():
+    assert clean_caption(" a\x00 b\r\n\tc\ufeff ") == "a b c"
+    assert clean_caption("x\ud800y") == "x y"
+    assert clean_caption("naïve 猫 👩‍🚀") == "naïve 猫 👩‍🚀"
+    assert clean_caption(7) is None
+    assert clean_caption("\x07") is None
