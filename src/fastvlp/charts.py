@@ -1,0 +1,130 @@
+"""Line charts as SVG text that takes its colours from the page's style sheet, so that they follow light and dark.
+
+Classes: `line`, `seed`, `dot`, `whisker` with `arm0 ... arm7`; `grid`, `tick`, `caption`, `target`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from html import escape
+from typing import NamedTuple
+
+WIDTH, HEIGHT = 360, 232
+LEFT, RIGHT, TOP, BOTTOM = 44, 14, 12, 40
+DASHES = ("", "5 3", "1.5 3", "8 3 1.5 3")
+
+
+class Point(NamedTuple):
+    """`low` and `high` are the ends of the whisker; equal to y where there is none."""
+
+    x: float
+    y: float
+    low: float
+    high: float
+
+
+class Line(NamedTuple):
+    """`seeds`: the single runs behind the mean, drawn faintly. `colour`: index of the arm. `dash`: index of the term."""
+
+    name: str
+    colour: int
+    points: Sequence[Point]
+    seeds: Sequence[Sequence[tuple[float, float]]] = ()
+    dash: int = 0
+    dots: bool = True
+
+
+class Scale(NamedTuple):
+    low: float
+    high: float
+    start: float
+    end: float
+
+    def __call__(self, value: float) -> float:
+        return round(self.start + (value - self.low) / (self.high - self.low) * (self.end - self.start), 1)
+
+
+def nice_ticks(low: float, high: float, count: int = 5) -> list[float]:
+    """Multiples of 1, 2 or 5 times a power of ten that cover [low, high], about `count` of them."""
+    span = max(high - low, 1e-9 * max(abs(high), 1))
+    raw = span / max(count - 1, 1)
+    power = 10.0 ** math.floor(math.log10(raw))
+    step = next(m * power for m in (1, 2, 5, 10) if m * power >= raw * 0.999)
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return [round(i * step, 12) for i in range(first, last + 1)]
+
+
+def short(value: float) -> str:
+    """12k, 1.5M, 0.25"""
+    for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= size:
+            return f"{value / size:.3g}{unit}"
+    return f"{value:.3g}"
+
+
+def _path(points: Sequence[tuple[float, float]], x: Scale, y: Scale) -> str:
+    return "M" + "L".join(f"{x(a)} {y(b)}" for a, b in points)
+
+
+def _axes(x: Scale, y: Scale, xs: Sequence[float], ys: Sequence[float], label: str) -> list[str]:
+    bottom = HEIGHT - BOTTOM
+    parts = []
+    for value in ys:
+        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(value)}" y2="{y(value)}"/>')
+        parts.append(f'<text class="tick" x="{LEFT - 6}" y="{y(value) + 4}" text-anchor="end">{short(value)}</text>')
+    for value in xs:
+        parts.append(f'<text class="tick" x="{x(value)}" y="{bottom + 16}" text-anchor="middle">{short(value)}</text>')
+    middle = (LEFT + WIDTH - RIGHT) / 2
+    parts.append(f'<text class="caption" x="{middle}" y="{HEIGHT - 6}" text-anchor="middle">{escape(label)}</text>')
+    return parts
+
+
+def marker(shape: int, x: float, y: float, colour: int, text: str = "") -> str:
+    """A dot whose shape says the arm too, for those who do not see the colours apart."""
+    hint = f"<title>{escape(text)}</title>" if text else ""
+    kind = f'class="dot arm{colour % 8}"'
+    if shape % 4 == 0:
+        return f'<circle {kind} cx="{x}" cy="{y}" r="4.2">{hint}</circle>'
+    if shape % 4 == 1:
+        return f'<rect {kind} x="{x - 3.8:.1f}" y="{y - 3.8:.1f}" width="7.6" height="7.6">{hint}</rect>'
+    reach = ((0, -5.2), (4.8, 3.6), (-4.8, 3.6)) if shape % 4 == 2 else ((0, -5.4), (5.4, 0), (0, 5.4), (-5.4, 0))
+    corners = " ".join(f"{x + dx:.1f},{y + dy:.1f}" for dx, dy in reach)
+    return f'<polygon {kind} points="{corners}">{hint}</polygon>'
+
+
+def _line(line: Line, x: Scale, y: Scale, unit: str) -> list[str]:
+    arm, dash = f"arm{line.colour % 8}", DASHES[line.dash % len(DASHES)]
+    dashed = f' stroke-dasharray="{dash}"' if dash else ""
+    parts = [f'<path class="seed {arm}" d="{_path(seed, x, y)}"/>' for seed in line.seeds if len(seed) > 1]
+    if len(line.points) > 1:
+        parts.append(f'<path class="line {arm}"{dashed} d="{_path([p[:2] for p in line.points], x, y)}"/>')
+    for p in line.points if line.dots else ():
+        if p.high > p.low:
+            parts.append(f'<line class="whisker {arm}" x1="{x(p.x)}" x2="{x(p.x)}" y1="{y(p.low)}" y2="{y(p.high)}"/>')
+        hint = f"{line.name}: {p.y:.3g}{unit} at {short(p.x)}"
+        parts.append(marker(line.colour, x(p.x), y(p.y), line.colour, hint))
+    return parts
+
+
+def line_chart(
+    lines: Sequence[Line], *, label: str, unit: str = "", target: float | None = None, describe: str = ""
+) -> str:
+    """One chart. The horizontal axis starts at 0; `target` is drawn as a dashed level; empty where there is no point."""
+    points = [p for line in lines for p in line.points]
+    if not points:
+        return ""
+    faint = [b for line in lines for seed in line.seeds for _, b in seed]
+    values = [v for p in points for v in (p.low, p.high)] + faint + ([] if target is None else [target])
+    right = max([p.x for p in points] + [a for line in lines for seed in line.seeds for a, _ in seed]) or 1.0
+    ys = nice_ticks(min(values), max(values) if max(values) > min(values) else min(values) + 1)
+    x = Scale(0, right * 1.02, LEFT, WIDTH - RIGHT)
+    y = Scale(ys[0], ys[-1], HEIGHT - BOTTOM, TOP)
+    xs = [t for t in nice_ticks(0, right) if t <= right * 1.02]
+    parts = _axes(x, y, xs, ys, label)
+    if target is not None:
+        parts.append(f'<line class="target" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(target)}" y2="{y(target)}"/>')
+    for line in lines:
+        parts.extend(_line(line, x, y, unit))
+    aria = escape(describe or label, quote=True)
+    return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{aria}">{"".join(parts)}</svg>'
