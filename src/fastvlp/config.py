@@ -1,0 +1,61 @@
+"""Frozen dataclasses as JSON: to save a resolved run, print it and compare it. Parsing is tyro's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+Json = None | bool | int | float | str | list["Json"] | dict[str, "Json"]
+
+
+def to_json(value: Any) -> Json:
+    """Dataclasses become objects; their class is kept under `type`, since a field may hold any of several."""
+    if is_dataclass(value) and not isinstance(value, type):
+        told: dict[str, Json] = {"type": type(value).__name__}
+        return told | {f.name: to_json(getattr(value, f.name)) for f in fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): to_json(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [to_json(item) for item in value]
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, Path):
+        return str(value)
+    raise TypeError(f"a config holds numbers, strings, lists and dataclasses, not {type(value).__name__}")
+
+
+def flatten(value: Json, path: str = "") -> dict[str, Json]:
+    """{"optim": {"lr": 1}} -> {"optim.lr": 1}: the names that the command line uses."""
+    if not isinstance(value, dict):
+        return {path: value}
+    items = [flatten(item, f"{path}.{key}" if path else key) for key, item in value.items()]
+    return {key: item for part in items for key, item in part.items()}
+
+
+def differences(old: Json, new: Json) -> dict[str, tuple[Json, Json]]:
+    """Fields by dotted name whose values differ, each (old, new); a missing one counts as None."""
+    left, right = flatten(old), flatten(new)
+    names = sorted({*left, *right})
+    return {name: (left.get(name), right.get(name)) for name in names if left.get(name) != right.get(name)}
+
+
+def show(value: Any) -> str:
+    """The resolved config to read: a line for each field, `type` left to the saved file."""
+    lines: list[str] = []
+
+    def walk(item: Json, depth: int) -> None:
+        if not isinstance(item, dict):
+            return
+        for name, inner in item.items():
+            if name == "type":
+                continue
+            if isinstance(inner, dict):
+                lines.append(f"{'  ' * depth}{name}: {inner.get('type', '')}".rstrip())
+                walk(inner, depth + 1)
+            else:
+                lines.append(f"{'  ' * depth}{name}: {inner}")
+
+    walk(to_json(value), 0)
+    return "\n".join(lines)

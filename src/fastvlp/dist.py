@@ -1,0 +1,91 @@
+"""Rank, world and the few collectives that training needs; identities on one process. `torchrun` starts several."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as torch_dist
+from torch import Tensor
+
+
+def active() -> bool:
+    return torch_dist.is_available() and torch_dist.is_initialized()
+
+
+def rank() -> int:
+    return torch_dist.get_rank() if active() else 0
+
+
+def world() -> int:
+    return torch_dist.get_world_size() if active() else 1
+
+
+def is_main() -> bool:
+    return rank() == 0
+
+
+def local_rank() -> int:
+    """Which of this machine's devices is ours."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+@contextmanager
+def process_group() -> Iterator[None]:
+    """Joins the processes that `torchrun` started, for as long as the block runs; nothing where there is one."""
+    if active() or "RANK" not in os.environ or int(os.environ.get("WORLD_SIZE", "1")) < 2:
+        yield
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(local_rank())
+    torch_dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    try:
+        yield
+    finally:
+        torch_dist.destroy_process_group()
+
+
+def all_reduce_sum(x: Tensor) -> Tensor:
+    """The sum over ranks, without gradients, in a new tensor."""
+    if not active():
+        return x
+    x = x.detach().clone()
+    torch_dist.all_reduce(x)
+    return x
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """What each rank says, in rank order, on every rank. For small things: it is pickled between our own processes."""
+    if not active():
+        return [value]
+    values = [None] * world()
+    torch_dist.all_gather_object(values, value)
+    return values
+
+
+def barrier() -> None:
+    if active():
+        torch_dist.barrier()
+
+
+class _Gather(torch.autograd.Function):
+    # Not the library's own differentiable all_gather: its name changed between torch 2.11 and 2.13.
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        parts = [torch.empty_like(x) for _ in range(world())]
+        torch_dist.all_gather(parts, x.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        grad = grads[0].contiguous()
+        torch_dist.all_reduce(grad)
+        return grad.chunk(world())[rank()]
+
+
+def gather(x: Tensor) -> Tensor:
+    """Rows of all ranks, [B ...] -> [B*world ...], equal B everywhere. A row's gradient is summed over the ranks."""
+    return _Gather.apply(x) if active() else x

@@ -1,0 +1,16 @@
+"""Autoregressive language modeling on the embedded corpus: flm_demo with another objective.
+
+vlp data demo
+vlp pretrain ar_demo
+"""
+
+from dataclasses import replace
+
+from fastvlp.model.sizes import tiny
+from fastvlp.objectives.ar import ARConfig
+from fastvlp.recipes.flm_demo import flm_demo
+from fastvlp.train.run import TrainConfig
+
+
+def ar_demo() -> TrainConfig:
+    return replace(flm_demo(), name="ar_demo", model=tiny(reconstructor=False), objectives={"ar": ARConfig()})

@@ -1,0 +1,16 @@
+"""Autoregressive language modeling on your own image-text pairs: flm_photos with another objective.
+
+vlp data import PAIRS --out photos
+vlp pretrain ar_photos
+"""
+
+from dataclasses import replace
+
+from fastvlp.objectives.ar import ARConfig
+from fastvlp.recipes.flm_photos import flm_photos
+from fastvlp.train.run import TrainConfig
+
+
+def ar_photos() -> TrainConfig:
+    run = flm_photos()
+    return replace(run, name="ar_photos", model=replace(run.model, reconstructor=None), objectives={"ar": ARConfig()})

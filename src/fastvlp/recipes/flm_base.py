@@ -1,0 +1,30 @@
+"""The paper's run (FLM, arXiv 2303.14038; hyperparameters of TencentARC/FLM's README): 4M pairs, CLIP ViT-B/32 and
+RoBERTa-base, 288 px, 30,000 steps of 4,096 pairs.
+
+    torchrun --nproc-per-node 8 -m fastvlp.cli pretrain flm_base --init B32_ROBERTA --data.train PAIRS/train
+
+`init` is a folder of the towers' trained weights: the rates assume it. Fewer ranks: raise --accumulate in proportion.
+"""
+
+from fastvlp.data.rows import PairData
+from fastvlp.model import sizes
+from fastvlp.objectives.flm import FLMConfig
+from fastvlp.train.optim import OptimConfig
+from fastvlp.train.run import TrainConfig
+
+
+def flm_base() -> TrainConfig:
+    return TrainConfig(
+        name="flm_base",
+        data=PairData(train="pairs/train", val="pairs/val", batch_size=64, workers=8, cache=False),
+        model=sizes.flm_base(),
+        objectives={"flm": FLMConfig()},
+        optim=OptimConfig(lr=8e-5, weight_decay=0.01, clip=None, warmup=0.05),
+        tokenizer="roberta/tokenizer.json",
+        steps=30_000,
+        accumulate=8,
+        seed=2022,
+        validate_every=1000,
+        checkpoint_every=500,
+        compile=True,
+    )

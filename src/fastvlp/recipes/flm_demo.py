@@ -1,0 +1,26 @@
+"""Free language modeling on the embedded corpus; mlm_demo, ar_demo and prefixlm_demo differ in the objective alone.
+
+vlp data demo
+vlp pretrain flm_demo
+"""
+
+from fastvlp.data.rows import PairData
+from fastvlp.model.sizes import tiny
+from fastvlp.objectives.flm import FLMConfig
+from fastvlp.train.optim import OptimConfig
+from fastvlp.train.run import TrainConfig
+
+
+def flm_demo() -> TrainConfig:
+    return TrainConfig(
+        name="flm_demo",
+        data=PairData(train="demo/world/train", val="demo/world/val", batch_size=64),
+        model=tiny(),
+        objectives={"flm": FLMConfig()},
+        # Nothing is trained yet, so that all parts start from the same rate.
+        optim=OptimConfig(lr=1e-3, cross_multiplier=1, head_multiplier=1),
+        budget_s=120,
+        vocab=1000,
+        validate_every=200,
+        checkpoint_every=200,
+    )

@@ -1,0 +1,27 @@
+"""Free language modeling on your own image-text pairs, or photographs with several captions each, on a CPU or one GPU.
+
+    vlp data import PAIRS --out photos --val 0.1 --max-side 192
+    vlp pretrain flm_photos
+    vlp pretrain flm_photos --data.captions captions_zh --name flm_zh     # the same images with Chinese captions
+
+mlm_photos, ar_photos and prefixlm_photos differ in the objective alone.
+"""
+
+from fastvlp.data.rows import PairData
+from fastvlp.model.sizes import small
+from fastvlp.objectives.flm import FLMConfig
+from fastvlp.train.optim import OptimConfig
+from fastvlp.train.run import TrainConfig
+
+
+def flm_photos() -> TrainConfig:
+    return TrainConfig(
+        name="flm_photos",
+        data=PairData(train="photos/train", val="photos/val", batch_size=64),
+        model=small(size=112),
+        objectives={"flm": FLMConfig()},
+        optim=OptimConfig(lr=5e-4, weight_decay=0.05, cross_multiplier=1, head_multiplier=1),
+        budget_s=1200,
+        validate_every=200,
+        checkpoint_every=200,
+    )

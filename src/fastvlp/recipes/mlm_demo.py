@@ -1,0 +1,16 @@
+"""Masked language modeling (40 % of the words) on the embedded corpus: flm_demo with another objective.
+
+vlp data demo
+vlp pretrain mlm_demo
+"""
+
+from dataclasses import replace
+
+from fastvlp.model.sizes import tiny
+from fastvlp.objectives.mlm import MLMConfig
+from fastvlp.recipes.flm_demo import flm_demo
+from fastvlp.train.run import TrainConfig
+
+
+def mlm_demo() -> TrainConfig:
+    return replace(flm_demo(), name="mlm_demo", model=tiny(reconstructor=False), objectives={"mlm": MLMConfig()})

@@ -1,0 +1,18 @@
+"""Masked language modeling (40 % of the words) on your own image-text pairs: flm_photos with another objective.
+
+vlp data import PAIRS --out photos
+vlp pretrain mlm_photos
+"""
+
+from dataclasses import replace
+
+from fastvlp.objectives.mlm import MLMConfig
+from fastvlp.recipes.flm_photos import flm_photos
+from fastvlp.train.run import TrainConfig
+
+
+def mlm_photos() -> TrainConfig:
+    run = flm_photos()
+    return replace(
+        run, name="mlm_photos", model=replace(run.model, reconstructor=None), objectives={"mlm": MLMConfig()}
+    )

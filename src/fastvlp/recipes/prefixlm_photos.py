@@ -1,0 +1,21 @@
+"""PrefixLM on your own image-text pairs: flm_photos with another objective.
+
+vlp data import PAIRS --out photos
+vlp pretrain prefixlm_photos
+"""
+
+from dataclasses import replace
+
+from fastvlp.objectives.prefixlm import PrefixLMConfig
+from fastvlp.recipes.flm_photos import flm_photos
+from fastvlp.train.run import TrainConfig
+
+
+def prefixlm_photos() -> TrainConfig:
+    run = flm_photos()
+    return replace(
+        run,
+        name="prefixlm_photos",
+        model=replace(run.model, reconstructor=None),
+        objectives={"prefixlm": PrefixLMConfig()},
+    )

@@ -1,0 +1,283 @@
+"""The loop, whole: `steps` trains, `train` adds validation, checkpoints, the log and orderly stopping."""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import clip_grad_norm_
+
+from fastvlp import dist
+from fastvlp.batch import Batch, Dropped
+from fastvlp.config import to_json
+from fastvlp.data.files import write_whole
+from fastvlp.data.random import hash64
+from fastvlp.errors import UserError
+from fastvlp.objectives.objective import combine
+from fastvlp.train.log import RunLog
+from fastvlp.train.optim import set_rate
+from fastvlp.train.pretraining import Pretraining
+from fastvlp.train.schedule import rate_factor
+from fastvlp.train.speed import step_flops
+from fastvlp.train.state import TrainConfig, TrainState, save, save_weights, start
+
+__all__ = ["StepReport", "TrainConfig", "TrainState", "start", "steps", "train", "validate"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepReport:
+    """One step of all ranks. losses: `loss`, what was minimised, and each term's mean a target; `loss` is the sum of
+    weight * mean. lr: of the towers. tokens: predicted ones. seconds: of the step, of which `data_wait` for batches. flops: of this rank.
+    skipped: the loss or the gradient was not finite, and the weights stay as they were. dropped: records that were found
+    unreadable by this rank for the first time."""
+
+    step: int
+    losses: dict[str, float]
+    lr: float
+    pairs: int
+    tokens: int
+    seconds: float
+    data_wait: float
+    flops: float
+    grad_norm: float
+    skipped: bool
+    dropped: int
+
+
+def steps(state: TrainState) -> Iterator[StepReport]:
+    """Trains one step each time it is asked for one, until the run is over or told to stop."""
+    run, wrapped = state.run, state.wrapped
+    parameters = [p for group in state.optimiser.param_groups for p in group["params"]]
+    batches = state.train.batches(start=state.step * run.accumulate)
+    state.pretraining.train()
+    while state.progress < 1 and not state.stop:
+        began, unreadable = time.perf_counter(), len(state.dropped)
+        micro = [next_batch(state, batches) for _ in range(run.accumulate)]
+        data_wait = time.perf_counter() - began
+        set_rate(state.optimiser, rate_factor(state.midway, run.optim.warmup, run.optim.decay))
+
+        counts = global_counts(state.pretraining, micro)
+        shares = {name: torch.zeros((), device=state.device) for name in ("loss", *counts)}
+        for i, batch in enumerate(micro):
+            torch.manual_seed(hash64(run.seed, state.step, i, dist.rank()))
+            # Ranks average their gradients once a step, with the last micro-batch.
+            waits = isinstance(wrapped, DistributedDataParallel) and i < len(micro) - 1
+            with wrapped.no_sync() if waits else nullcontext():
+                with autocast(state):
+                    losses = wrapped(batch)
+                loss = combine(losses, counts)
+                # The mean over ranks of world * loss is the sum that the global counts ask for.
+                (loss * dist.world()).backward()
+            shares["loss"] += loss.detach()
+            for name, term in losses.items():
+                shares[name] += term.total.detach() / counts[name].clamp(min=1)
+
+        norm = clip_grad_norm_(parameters, run.optim.clip or math.inf)
+        totals = dist.all_reduce_sum(torch.stack([*shares.values(), norm.new_tensor(sum(map(len, micro)))]))
+        asked = torch.stack([*counts.values()]).float()
+        # The only place in a step that waits for the device.
+        grad_norm, *numbers = torch.cat([norm[None], totals, asked]).tolist()
+        values, pairs, targets = numbers[: len(shares)], int(numbers[len(shares)]), numbers[len(shares) + 1 :]
+        skipped = not all(map(math.isfinite, [*values, grad_norm]))
+        if not skipped:
+            state.optimiser.step()
+            if state.ema is not None:
+                state.ema.update_parameters(state.pretraining)
+            state.pretraining.after_step()
+        state.optimiser.zero_grad()
+
+        state.step += 1
+        state.pairs += pairs
+        state.tokens += round(sum(targets))
+        seconds = agree(state, time.perf_counter() - began)
+        state.elapsed += seconds
+        report = StepReport(
+            step=state.step,
+            losses=dict(zip(shares, values)),
+            lr=state.optimiser.param_groups[0]["lr"],
+            pairs=pairs,
+            tokens=round(sum(targets)),
+            seconds=seconds,
+            data_wait=data_wait,
+            flops=flops(state.pretraining, micro, dict(zip(counts, targets))),
+            grad_norm=grad_norm,
+            skipped=skipped,
+            dropped=len(state.dropped) - unreadable,
+        )
+        count_bad(state, report)
+        yield report
+
+
+def next_batch(state: TrainState, batches: Iterator[tuple[Batch, list[Dropped]]]) -> Batch:
+    batch, dropped = next(batches)
+    state.dropped |= {record.key: record.reason for record in dropped}
+    return batch.to(state.device)
+
+
+def autocast(state: TrainState) -> torch.autocast:
+    return torch.autocast(state.device.type, torch.bfloat16, enabled=state.run.precision == "bf16")
+
+
+def global_counts(pretraining: Pretraining, micro: list[Batch]) -> dict[str, Tensor]:
+    """Targets of each loss in the whole step: all micro-batches of all ranks. A mean of means would weigh a target by
+    how few others its micro-batch has."""
+    parts = [pretraining.counts(batch) for batch in micro]
+    summed = torch.stack([torch.stack([part[name] for part in parts]).sum() for name in parts[0]])
+    return dict(zip(parts[0], dist.all_reduce_sum(summed)))
+
+
+def flops(pretraining: Pretraining, micro: list[Batch], targets: dict[str, float]) -> float:
+    """Of this rank's micro-batches; each is taken to ask for an equal share of the step's targets."""
+    share = {name: count / (len(micro) * dist.world()) for name, count in targets.items()}
+    return sum(step_flops(pretraining, len(b), b.ids.shape[1], share).training for b in micro)
+
+
+def agree(state: TrainState, seconds: float) -> float:
+    """The ranks' mean of the step's seconds, since the schedule may follow time; and whether any was told to stop."""
+    if dist.world() > 1:
+        told = torch.tensor([seconds / dist.world(), float(state.stop is not None)], device=state.device)
+        seconds, stop = dist.all_reduce_sum(told).tolist()
+        if stop and state.stop is None:
+            state.stop = signal.SIGTERM
+    return seconds
+
+
+def count_bad(state: TrainState, report: StepReport) -> None:
+    """Raises UserError after `max_bad_steps` skipped steps in a row, with the likely cause."""
+    state.bad_steps = state.bad_steps + 1 if report.skipped else 0
+    state.skipped += report.skipped
+    if state.bad_steps < state.run.max_bad_steps:
+        return
+    bad = [name for name, value in report.losses.items() if not math.isfinite(value)]
+    what = f"the loss is not finite ({', '.join(bad)})" if bad else "the loss is finite, its gradient is not"
+    broken = [name for name, p in state.pretraining.named_parameters() if not torch.isfinite(p).all()]
+    if broken:
+        cause = f"weights are not finite already ({broken[0]}): start from other weights"
+    else:
+        cause = f"the learning rate {state.run.optim.lr:g} is too high: lower --optim.lr, or lengthen --optim.warmup"
+        cause += ", or train with --precision fp32" if state.run.precision != "fp32" else ""
+    raise UserError(f"step {report.step}: {state.bad_steps} steps in a row were skipped, {what}; likely {cause}")
+
+
+@torch.no_grad()
+def validate(state: TrainState) -> dict[str, float]:
+    """Mean losses a target over the validation split, and `loss`, their weighted sum; the same draws every time."""
+    if state.val is None:
+        return {}
+    module = state.evaluated
+    module.eval()
+    sums: dict[str, tuple[float, float, float]] = {}
+    for batch, _ in state.val.once():
+        with autocast(state):
+            losses = module(batch.to(state.device))
+        for name, term in losses.items():
+            total, count, _ = sums.get(name, (0.0, 0.0, 0.0))
+            sums[name] = (total + float(term.total), count + float(term.count), term.weight)
+    module.train()
+    everyone = dist.gather_objects(sums)
+    means: dict[str, float] = {}
+    loss = 0.0
+    for name in dict.fromkeys(name for part in everyone for name in part):
+        totals, counts, weights = zip(*(part[name] for part in everyone if name in part))
+        means[name] = sum(totals) / max(sum(counts), 1)
+        loss += weights[0] * means[name]
+    return {"loss": loss} | means
+
+
+@contextmanager
+def stop_signals(state: TrainState) -> Iterator[None]:
+    """SIGTERM and Ctrl-C end the run after the step at hand; a second Ctrl-C ends it at once."""
+
+    def stop(number: int, frame: object) -> None:
+        state.stop = number
+        signal.signal(number, old[number])
+
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    old = {number: signal.getsignal(number) for number in numbers}
+    for number in numbers:
+        signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number in numbers:
+            signal.signal(number, old[number])
+
+
+def due(every: int | None, step: int) -> bool:
+    return every is not None and step % every == 0
+
+
+def train(run: TrainConfig, resume: bool = False) -> TrainState:
+    """Runs to the end, and returns where it ended. Raises UserError for what the user can mend, and SystemExit with
+    128 + the signal's number where a signal stopped it, its state saved."""
+    with dist.process_group():
+        if not resume and (run.folder / "last.pt").exists():
+            raise UserError(f"{run.folder}: holds a run already; continue it with --resume, or choose another --out")
+        state = start(run, resume)
+        if dist.is_main():
+            write_whole(run.folder / "config.json", json.dumps(to_json(run), indent=2).encode())
+        with open_log(state) as log, stop_signals(state):
+            for report in steps(state):
+                tell(log, report, state)
+                over = state.progress >= 1
+                if due(run.validate_every, state.step) and not over:
+                    judge(state, log)
+                if due(run.checkpoint_every, state.step) and not over:
+                    save(state)
+            if state.stop is None:
+                judge(state, log)
+            save(state)
+            if state.stop is not None:
+                log.say(f"stopped at step {state.step}, saved: the same command with --resume continues from there")
+                raise SystemExit(128 + state.stop)
+        return state
+
+
+def open_log(state: TrainState) -> RunLog:
+    run = state.run
+    return RunLog(
+        run.folder,
+        name=run.name,
+        device=state.device,
+        steps=run.steps,
+        budget_s=run.budget_s,
+        step=state.step,
+        elapsed=state.elapsed,
+        precision=run.precision,
+        tensorboard=run.tensorboard,
+    )
+
+
+def tell(log: RunLog, report: StepReport, state: TrainState) -> None:
+    """Counts every step, and writes a line every `log_every` of them."""
+    log.count(
+        pairs=report.pairs,
+        tokens=report.tokens,
+        seconds=report.seconds,
+        data_wait=report.data_wait,
+        flops=report.flops,
+        skipped=report.skipped,
+        dropped=report.dropped,
+    )
+    if due(state.run.log_every, report.step):
+        log.train(report.step, state.elapsed, report.losses, report.lr, report.grad_norm)
+
+
+def judge(state: TrainState, log: RunLog) -> None:
+    """Validates, and keeps the weights if no earlier ones were better."""
+    losses = validate(state)
+    if not losses:
+        return
+    log.write("validation", state.step, elapsed=state.elapsed, **losses)
+    if losses["loss"] < state.best:
+        state.best = losses["loss"]
+        if dist.is_main():
+            save_weights(state, "best", validation=losses)

@@ -1,0 +1,280 @@
+"""What a run is (TrainConfig) and where it stands (TrainState): made, saved, restored."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from fastvlp import dist
+from fastvlp.config import differences, to_json
+from fastvlp.data.loader import Loader
+from fastvlp.data.random import hash64
+from fastvlp.data.rows import Data, Split
+from fastvlp.data.tokenize import Tokenizer
+from fastvlp.errors import UserError
+from fastvlp.model.model import ModelConfig, VLModel
+from fastvlp.model.saved import inherit, load_exactly, load_model, save_model
+from fastvlp.model.sizes import with_tokenizer
+from fastvlp.objectives.objective import ObjectiveConfig
+from fastvlp.train.checkpoint import load_checkpoint, save_checkpoint
+from fastvlp.train.optim import OptimConfig, adamw
+from fastvlp.train.pretraining import Pretraining
+
+# A resumed run may change these; anything else would make it another run.
+FREE = {
+    "name", "out", "steps", "budget_s", "log_every", "validate_every", "checkpoint_every", "max_bad_steps", "init",
+    "compile", "device", "tensorboard", "threads", "tokenizer", "data.workers", "data.cache",
+}  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """One run, whole. A recipe returns it; the command line overrides its fields; it is saved beside its results.
+
+    Length: `steps`, or `budget_s` seconds of training (validation and checkpoints not counted); exactly one of the two.
+    A step is `accumulate` micro-batches of `data.batch_size` rows on each rank. The model's vocabulary is filled in from
+    the tokenizer: the file named by `tokenizer`, or a WordPiece of `vocab` tokens trained on the data's texts.
+
+    keep: share of image patches that are encoded (FLIP). ema: decay of the averaged weights that are then validated and
+    saved. init: run folder to inherit weights from. threads: of the CPU; None leaves torch's choice.
+    """
+
+    name: str
+    data: Data
+    model: ModelConfig
+    objectives: Mapping[str, ObjectiveConfig]
+    optim: OptimConfig
+    out: str | None = None
+    tokenizer: str | None = None
+    vocab: int = 8000
+    steps: int | None = None
+    budget_s: float | None = None
+    accumulate: int = 1
+    keep: float = 1.0
+    seed: int = 0
+    precision: Literal["fp32", "bf16"] = "bf16"
+    compile: bool = False
+    ema: float | None = None
+    log_every: int = 20
+    validate_every: int | None = None
+    checkpoint_every: int | None = None
+    max_bad_steps: int = 10
+    init: str | None = None
+    device: str = "auto"
+    tensorboard: bool = False
+    threads: int | None = None
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.out or f"runs/{self.name}")
+
+
+def check(run: TrainConfig) -> None:
+    """Raises UserError for what cannot be run, before any work is done."""
+    if (run.steps is None) == (run.budget_s is None):
+        raise UserError(f"{run.name}: give steps or budget_s (seconds), one of the two and not both")
+    if not run.objectives:
+        raise UserError(f"{run.name}: no objectives; a recipe names at least one")
+    for name in ("accumulate", "log_every", "max_bad_steps"):
+        if getattr(run, name) < 1:
+            raise UserError(f"{run.name}: {name} must be at least 1, not {getattr(run, name)}")
+    if not 0 < run.keep <= 1:
+        raise UserError(f"{run.name}: keep is a share of the patches, above 0 and up to 1, not {run.keep}")
+    if run.data.max_length > run.model.text.positions:
+        raise UserError(
+            f"{run.name}: data.max_length {run.data.max_length} exceeds the model's {run.model.text.positions} text "
+            f"positions; lower it or raise model.text.positions"
+        )
+
+
+@dataclass(kw_only=True)
+class TrainState:
+    """Where a run stands. `wrapped` is `pretraining`, maybe under DDP. `elapsed`: seconds of training, agreed by all
+    ranks. `pairs` and `tokens` (predicted) count all ranks. `dropped`: unreadable records, key -> reason. `bad_steps`
+    in a row were skipped, `skipped` in all. `best`: lowest validation loss so far."""
+
+    run: TrainConfig
+    device: torch.device
+    tokenizer: Tokenizer
+    model: VLModel
+    pretraining: Pretraining
+    wrapped: nn.Module
+    optimiser: torch.optim.Optimizer
+    ema: AveragedModel | None
+    train: Loader
+    val: Loader | None
+    step: int = 0
+    elapsed: float = 0.0
+    pairs: int = 0
+    tokens: int = 0
+    dropped: dict[str, str] = field(default_factory=dict)
+    bad_steps: int = 0
+    skipped: int = 0
+    best: float = math.inf
+    stop: int | None = None
+
+    @property
+    def progress(self) -> float:
+        """0 at the start, 1 at the end."""
+        if self.run.steps is not None:
+            return self.step / self.run.steps
+        return self.elapsed / (self.run.budget_s or math.inf)
+
+    @property
+    def midway(self) -> float:
+        """Progress in the middle of the coming step: what the schedule is read at, so that no step has rate 0."""
+        if self.run.steps is not None:
+            return (self.step + 0.5) / self.run.steps
+        pace = self.elapsed / self.step if self.step else 0.0
+        return (self.elapsed + pace / 2) / (self.run.budget_s or math.inf)
+
+    @property
+    def evaluated(self) -> Pretraining:
+        """What is validated and saved: the averaged weights where there are any."""
+        return self.ema.module if self.ema is not None else self.pretraining
+
+
+def pick_device(name: str) -> torch.device:
+    if name != "auto":
+        return torch.device(name)
+    if torch.cuda.is_available():
+        return torch.device("cuda", dist.local_rank())
+    return torch.device("cpu")
+
+
+def start(run: TrainConfig, resume: bool = False) -> TrainState:
+    """Everything that the loop needs; from the run's last checkpoint with `resume`, where there is one."""
+    check(run)
+    if run.threads:
+        torch.set_num_threads(run.threads)
+    device = pick_device(run.device)
+    tokenizer = find_tokenizer(run, resume)
+    config = with_tokenizer(run.model, tokenizer)
+    torch.manual_seed(hash64(run.seed))
+    model = VLModel(config)
+    objectives = {name: told.build(config, tokenizer) for name, told in run.objectives.items()}
+    if run.init is not None:
+        source = load_model(run.init)
+        inherit(model, source.model.state_dict(), source.weights)
+    pretraining = Pretraining(model, objectives, run.keep).to(device)
+    ema = None
+    if run.ema is not None:
+        ema = AveragedModel(pretraining, multi_avg_fn=get_ema_multi_avg_fn(run.ema))
+    train = make_loader(run, "train", tokenizer, config)
+    if train is None:
+        raise UserError(f"{run.name}: the data has no training split")
+    state = TrainState(
+        run=run,
+        device=device,
+        tokenizer=tokenizer,
+        model=model,
+        pretraining=pretraining,
+        wrapped=pretraining,
+        optimiser=adamw(pretraining, run.optim),
+        ema=ema,
+        train=train,
+        val=make_loader(run, "val", tokenizer, config),
+    )
+    if resume and (run.folder / "last.pt").exists():
+        restore(state)
+    if run.compile:
+        pretraining.compile()
+    if dist.world() > 1:
+        # An FLM-only run leaves the embedding side of some modules unused; plain DDP would raise on its second step.
+        state.wrapped = nn.parallel.DistributedDataParallel(pretraining, find_unused_parameters=True)
+    return state
+
+
+def find_tokenizer(run: TrainConfig, resume: bool) -> Tokenizer:
+    """The resumed run's own, the one named, that of the weights to start from, or one trained on the data's texts."""
+    own = run.folder / "tokenizer.json"
+    if resume and own.exists():
+        return Tokenizer.load(own)
+    if run.tokenizer is not None:
+        return Tokenizer.load(run.tokenizer)
+    if run.init is not None:
+        return Tokenizer.load(Path(run.init) / "tokenizer.json")
+    return Tokenizer.train(run.data.texts(), "wordpiece", vocab_size=run.vocab)
+
+
+def make_loader(run: TrainConfig, split: Split, tokenizer: Tokenizer, config: ModelConfig) -> Loader | None:
+    rows = run.data.rows(split, tokenizer, config.image, strict=split != "train")
+    if rows is None:
+        return None
+    return Loader(
+        rows.count,
+        rows.make,
+        batch_size=run.data.batch_size,
+        seed=run.seed,
+        rank=dist.rank(),
+        world=dist.world(),
+        workers=run.data.workers,
+        pin=pick_device(run.device).type == "cuda",
+    )
+
+
+def save(state: TrainState) -> None:
+    """Everything that `restore` needs, and the weights alone beside it. The main rank writes, the others wait."""
+    dropped = {key: reason for part in dist.gather_objects(state.dropped) for key, reason in part.items()}
+    if dist.is_main():
+        told: dict[str, Any] = {name: getattr(state, name) for name in COUNTERS} | {
+            "dropped": dropped,
+            "run": to_json(state.run),
+            "rows": state.train.count,
+            "ranks": dist.world(),
+            "pretraining": state.pretraining.state_dict(),
+            "optimiser": state.optimiser.state_dict(),
+            "ema": None if state.ema is None else state.ema.state_dict(),
+        }
+        save_checkpoint(state.run.folder / "last.pt", told)
+        save_weights(state, "last")
+    dist.barrier()
+
+
+COUNTERS = ("step", "elapsed", "pairs", "tokens", "bad_steps", "skipped", "best")
+
+
+def save_weights(state: TrainState, name: str, **more: Any) -> None:
+    """`name`.safetensors: the model and the objectives' own parameters, averaged where the run averages."""
+    first, objective = next(iter(state.pretraining.objectives.items()))
+    info = {
+        "name": state.run.name,
+        "task": first,
+        "reading": objective.reading,
+        "step": state.step,
+        "elapsed_s": round(state.elapsed, 3),
+        "pairs": state.pairs,
+        "objectives": to_json(state.run.objectives),
+    }
+    module = state.evaluated
+    save_model(state.run.folder, module.model, state.tokenizer, info | more, objectives=module.objectives, name=name)
+
+
+def restore(state: TrainState) -> None:
+    """Brings a fresh state to where its last checkpoint stood. Raises UserError where that is of another run."""
+    path = state.run.folder / "last.pt"
+    told = load_checkpoint(path)
+    if missing := {"run", "rows", "ranks", "pretraining", "optimiser", "ema", "dropped", *COUNTERS} - set(told):
+        raise UserError(f"{path}: not a checkpoint of a run, it lacks {', '.join(sorted(missing))}")
+    changed = {k: v for k, v in differences(told["run"], to_json(state.run)).items() if k not in FREE}
+    here = {"ranks": dist.world(), "rows": state.train.count}
+    changed |= {name: (told[name], now) for name, now in here.items() if told[name] != now}
+    if changed:
+        fields = "; ".join(f"{name}: {old} then, {new} now" for name, (old, new) in changed.items())
+        raise UserError(
+            f"{path}: saved by another run ({fields}); resume with the same values, or choose another folder with --out"
+        )
+    load_exactly(state.pretraining, told["pretraining"], path)
+    if state.ema is not None:
+        load_exactly(state.ema, told["ema"], path)
+    state.optimiser.load_state_dict(told["optimiser"])
+    state.dropped = told["dropped"]
+    for name in COUNTERS:
+        setattr(state, name, told[name])
