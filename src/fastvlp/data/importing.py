@@ -4,35 +4,26 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
-from collections import Counter, deque
-from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections import Counter
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    ProgressColumn,
-    Task,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
-from rich.text import Text
-
 from fastvlp.batch import Dropped, Record
 from fastvlp.data import sources
+from fastvlp.data.decode import decode
 from fastvlp.data.files import write_whole
-from fastvlp.data.shards import ShardWriter
-from fastvlp.data.shrink import checked
+from fastvlp.data.shards import RecordError, ShardWriter
+from fastvlp.data.shrink import shrink
+from fastvlp.data.streams import in_threads, with_progress
+from fastvlp.data.transform import Transform
 from fastvlp.errors import UserError
 
+# Small, so that a JPEG is read whole but only an eighth of its pixels are computed.
+CHECK = Transform(size=32, mode="squash")
 _SPLIT_NAME = re.compile(r"\w[\w.-]*")
 _LISTS_OF_TEXT = ("captions", "captions_zh")
 _LISTS_OF_OBJECTS = {
@@ -90,9 +81,10 @@ def import_data(source: sources.Source, out: Path, config: ImportConfig, *, show
     if out.exists() and any(out.glob("*/*.tar")):
         raise UserError(f"{out}: already holds shards; remove it or choose another --out")
     done, keys = Imported(out=out), set[str]()
+    prepared = in_threads(partial(_prepare, max_side=config.max_side), sources.read(source))
     with ExitStack() as stack:
         writers: dict[str, ShardWriter] = {}
-        for item in _progress(_prepared(sources.read(source), config.max_side), source, show):
+        for item in with_progress(prepared, partial(sources.count, source), source.path.name, show):
             if isinstance(item, Dropped):
                 done.dropped.append(item)
                 continue
@@ -136,19 +128,6 @@ def _split(record: Record, config: ImportConfig) -> str:
     return "test" if place < config.test else "val" if place < config.test + config.val else config.split
 
 
-def _prepared(items: Iterable[Record | Dropped], max_side: int) -> Iterator[Record | Dropped]:
-    """`_prepare` on all cores (Pillow decodes without the interpreter lock), in order, with few images in hand."""
-    threads = os.cpu_count() or 1
-    with ThreadPoolExecutor(threads) as pool:
-        pending: deque[Future[Record | Dropped]] = deque()
-        for item in items:
-            pending.append(pool.submit(_prepare, item, max_side))
-            if len(pending) > 4 * threads:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
-
-
 def _prepare(item: Record | Dropped, max_side: int) -> Record | Dropped:
     if isinstance(item, Dropped):
         return item
@@ -160,11 +139,14 @@ def _prepare(item: Record | Dropped, max_side: int) -> Record | Dropped:
     if fault:
         return Dropped(key=item.key, reason=fault)
     try:
-        images, scales = zip(*(checked(image, max_side) for image in item.images))
-    except ValueError as error:
-        return Dropped(key=item.key, reason=str(error))
-    if scales[0] != 1:
-        info["objects"] = [{**o, "box": [x * scales[0] for x in o["box"]]} for o in info.get("objects", [])]
+        decode(item, CHECK)
+    except RecordError as error:
+        return error.dropped
+    if not max_side:
+        return Record(key=item.key, images=item.images, info=info)
+    images, scales = zip(*(shrink(image, max_side) for image in item.images))
+    if info.get("objects"):
+        info["objects"] = [{**o, "box": [x * scales[0] for x in o["box"]]} for o in info["objects"]]
     return Record(key=item.key, images=images, info=info)
 
 
@@ -180,26 +162,3 @@ def _fault(info: dict[str, Any]) -> str | None:
     if not any(info.get(name) for name in (*_LISTS_OF_TEXT, *_LISTS_OF_OBJECTS, "label")):
         return "nothing is said of it: no caption, question, statement, object or label"
     return None
-
-
-class _Rate(ProgressColumn):
-    def render(self, task: Task) -> Text:
-        return Text(f"{task.finished_speed or task.speed or 0:.0f}/s")
-
-
-def _progress(items: Iterable[Record | Dropped], source: sources.Source, show: bool) -> Iterator[Record | Dropped]:
-    """`items`, with a bar on a terminal."""
-    console = Console(stderr=True)
-    if not (show and console.is_terminal):
-        yield from items
-        return
-    shown = (
-        "{task.description}",
-        BarColumn(),
-        MofNCompleteColumn(),
-        _Rate(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*shown, console=console) as progress:
-        yield from progress.track(items, total=sources.count(source), description=source.path.name)

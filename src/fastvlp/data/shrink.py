@@ -1,52 +1,29 @@
-"""Encoded images checked once, before they are stored, and made smaller where they are larger than a run needs."""
+"""Images made smaller before they are stored, where they are larger than any run will need."""
 
 from __future__ import annotations
 
 import io
-import struct
-import warnings
 
-from PIL import Image, ImageOps
+from PIL import Image
 
-MAX_PIXELS = 1 << 27  # 128 megapixels; a bomb of a few kilobytes decodes to many gigabytes
+from fastvlp.data.decode import read_pixels
+from fastvlp.data.transform import Transform
 
 
-def checked(data: bytes, max_side: int = 0) -> tuple[bytes, float]:
-    """The image as it shall be stored and the factor its sides were scaled by.
+def shrink(data: bytes, max_side: int) -> tuple[bytes, float]:
+    """The image with its longer side at most `max_side` pixels, and the factor its sides were scaled by.
 
-    Decodes the whole file; with `max_side` an image whose longer side has more pixels comes back as a JPEG of quality
-    92 with that side. Raises ValueError saying what is wrong with it.
+    An image that is small enough comes back as it is, any other upright as an RGB JPEG of quality 92. Raises what the
+    decoders raise.
     """
-    try:
-        with warnings.catch_warnings(), Image.open(io.BytesIO(data)) as image:
-            warnings.simplefilter("ignore")
-            width, height = image.size
-            if width * height > MAX_PIXELS:
-                raise ValueError(f"image has too many pixels ({width}x{height})")
-            longest = max(width, height)
-            if not max_side or longest <= max_side:
-                image.draft(None, (1, 1))  # a JPEG at an eighth of its sides: every byte is read, few are transformed
-                image.load()
-                return data, 1.0
-            scale = max_side / longest
-            size = (max(1, round(width * scale)), max(1, round(height * scale)))
-            image.draft("RGB", (2 * size[0], 2 * size[1]))
-            return _jpeg(image, size), scale
-    except Image.DecompressionBombError:
-        raise ValueError("image has too many pixels") from None
-    except (OSError, SyntaxError, EOFError, struct.error, TypeError, IndexError) as error:
-        raise ValueError(f"image cannot be decoded ({_brief(error)})") from None
-
-
-def _jpeg(image: Image.Image, size: tuple[int, int]) -> bytes:
-    upright = ImageOps.exif_transpose(image)
-    if upright.size != image.size:
-        size = (size[1], size[0])
+    with Image.open(io.BytesIO(data)) as image:
+        longest = max(image.size)
+    if longest <= max_side:
+        return data, 1.0
+    # As a letterbox needs it: at least `max_side` pixels on the longer side.
+    pixels = Image.fromarray(read_pixels(data, Transform(size=max_side, mode="letterbox")).numpy())
+    scale = max_side / max(pixels.size)
+    size = (max(2, round(pixels.width * scale)), max(2, round(pixels.height * scale)))
     file = io.BytesIO()
-    upright.convert("RGB").resize(size, Image.Resampling.BICUBIC).save(file, "JPEG", quality=92)
-    return file.getvalue()
-
-
-def _brief(error: Exception) -> str:
-    """Without the addresses of objects, so that equal faults are counted together."""
-    return "unknown format" if "cannot identify image" in str(error) else str(error)
+    pixels.resize(size, Image.Resampling.BICUBIC).save(file, "JPEG", quality=92)
+    return file.getvalue(), max_side / longest

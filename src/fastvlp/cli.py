@@ -1,0 +1,189 @@
+"""The command line, and the only place that reads it. Each command is a frozen dataclass and a function of it.
+
+Modules that import torch are imported inside the functions, so that help and a misspelt option answer at once.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+from rich.console import Console
+from tyro.conf import Positional, arg, subcommand
+
+from fastvlp.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataDemo:
+    """Write the embedded corpus: rendered scenes with captions, questions and statements."""
+
+    out: Path = Path("demo/world")
+    """Folder to write."""
+    seed: int = 0
+    size: int = 64
+    """Side of a picture in pixels."""
+    captions: int = 5
+    """Captions of a scene."""
+    train: int = 6000
+    """Scenes to train on."""
+    val: int = 500
+    test: int = 1000
+    """Scenes with combinations of colour and shape that training never shows."""
+    pairs: int = 1000
+    """Pairs of scenes with statements about both, to train on."""
+    singles: int = 256
+    """Pictures of one object, for zero-shot classification."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataImport:
+    """Import what you have into shards: every image is decoded once, what is broken is dropped and named."""
+
+    source: Positional[Path]
+    """A csv, tsv, jsonl or parquet file; a folder of images with .txt beside them; WebDataset tars; Cornell NLVR; a
+    folder with examples.jsonl and images.zip."""
+    out: Path
+    """Folder to write; each split becomes a folder of shards in it."""
+    format: Literal["auto", "table", "folder", "webdataset", "nlvr", "examples"] = "auto"
+    """The source's format; auto tells it from the path."""
+    split: str = "train"
+    """Split of the records that name none."""
+    val: float = 0.0
+    """Share of that split to hold out as `val`, by a hash of the key."""
+    test: float = 0.0
+    """Share of that split to hold out as `test`."""
+    max_side: int = 0
+    """Make images with a longer side than this many pixels smaller (JPEG of quality 92); 0 keeps all as they are."""
+    per_shard: int = 1000
+    """Records in a tar."""
+    image_column: str = ""
+    """Column of image paths, for tables; by default one with a usual name."""
+    caption_column: str = ""
+    """Column of captions, for tables; by default one with a usual name."""
+    images: Path | None = None
+    """Folder that a table's image paths start from; by default the table's own."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataInspect:
+    """Show what is in a folder of shards, name every record that cannot be read, and draw a contact sheet."""
+
+    folder: Positional[Path]
+    """A split, or a folder of splits."""
+    sheet: Path | None = None
+    """PNG to draw 24 records into; by default contact-sheet.png in the folder."""
+    tokenizer: Path | None = None
+    """A tokenizer.json, to count tokens as well."""
+
+
+DataCommand = (
+    Annotated[DataDemo, subcommand("demo")]
+    | Annotated[DataImport, subcommand("import")]
+    | Annotated[DataInspect, subcommand("inspect")]
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """Make, import and inspect data."""
+
+    command: Annotated[DataCommand, arg(name="")]
+
+
+def data_demo(command: DataDemo) -> None:
+    from fastvlp.data.streams import bar
+    from fastvlp.data.world import WorldConfig, write_world
+
+    config = WorldConfig(seed=command.seed, size=command.size, captions=command.captions)
+    with bar() as progress:
+        tasks = {}
+
+        def step(split: str, done: int, count: int) -> None:
+            if split not in tasks:
+                tasks[split] = progress.add_task(split, total=count)
+            progress.update(tasks[split], completed=done)
+
+        counts = write_world(
+            command.out,
+            config,
+            train=command.train,
+            val=command.val,
+            test=command.test,
+            pairs=command.pairs,
+            singles=command.singles,
+            progress=step,
+        )
+    print(f"{command.out}: " + ", ".join(f"{name} {count}" for name, count in counts.items()))
+
+
+def data_import(command: DataImport) -> None:
+    from fastvlp.data import sources
+    from fastvlp.data.importing import ImportConfig, import_data
+
+    source = sources.Source(
+        path=command.source,
+        format=sources.guess(command.source) if command.format == "auto" else command.format,
+        image_column=command.image_column,
+        caption_column=command.caption_column,
+        images=command.images,
+    )
+    config = ImportConfig(
+        split=command.split,
+        val=command.val,
+        test=command.test,
+        max_side=command.max_side,
+        per_shard=command.per_shard,
+    )
+    done = import_data(source, command.out, config, show=True)
+    print(f"{command.out}: " + ", ".join(f"{split} {count}" for split, count in sorted(done.written.items())))
+    if done.dropped:
+        print(f"dropped {len(done.dropped)}, by name in {command.out / 'dropped.jsonl'}:")
+        for reason, count in done.reasons.most_common():
+            print(f"  {count} {reason}")
+
+
+def data_inspect(command: DataInspect) -> None:
+    from fastvlp.data.inspect import inspect, rendered
+    from fastvlp.data.tokenize import Tokenizer
+
+    tokenizer = Tokenizer.load(command.tokenizer) if command.tokenizer else None
+    sheet = command.sheet or command.folder / "contact-sheet.png"
+    reports = inspect(command.folder, tokenizer=tokenizer, sheet=sheet, show=True)
+    Console().print(rendered(reports))
+    if sheet.exists():
+        print(f"contact sheet: {sheet}")
+
+
+def run(command: Data) -> None:
+    match command:
+        case Data(command=DataDemo() as demo):
+            data_demo(demo)
+        case Data(command=DataImport() as importing):
+            data_import(importing)
+        case Data(command=DataInspect() as inspecting):
+            data_inspect(inspecting)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command. Returns 0, or 2 after saying what is wrong where the user can mend it; tyro exits with 2 too."""
+    try:
+        command = tyro.extras.subcommand_cli_from_dict(
+            {"data": Data},
+            prog="vlp",
+            description="Pretrain vision-language models on your image-text pairs.",
+            args=argv,
+            config=(tyro.conf.OmitSubcommandPrefixes, tyro.conf.OmitArgPrefixes),
+        )
+        run(command)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
+    return 0

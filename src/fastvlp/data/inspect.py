@@ -1,0 +1,151 @@
+"""What is in a folder of shards: counts, sizes, lengths, fields, and every record that cannot be read, by name."""
+
+from __future__ import annotations
+
+import io
+import random
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from rich.console import Group
+from rich.table import Table
+
+from fastvlp.batch import Dropped, Record
+from fastvlp.data.contact_sheet import COLUMNS, ROWS, contact_sheet, text_of
+from fastvlp.data.decode import decode
+from fastvlp.data.files import write_whole
+from fastvlp.data.importing import CHECK
+from fastvlp.data.shards import RecordError, Shards
+from fastvlp.data.streams import in_threads, with_progress
+from fastvlp.data.tokenize import Tokenizer
+
+TEXTS = ("captions", "captions_zh")
+
+
+@dataclass(kw_only=True)
+class SplitReport:
+    """One split. `sizes` counts (width, height) in pixels; `lengths` holds every text's, by field and unit."""
+
+    name: str
+    records: int = 0
+    images: int = 0
+    fields: Counter[str] = field(default_factory=Counter)
+    sizes: Counter[tuple[int, int]] = field(default_factory=Counter)
+    kinds: Counter[str] = field(default_factory=Counter)
+    lengths: dict[tuple[str, str], list[int]] = field(default_factory=dict)
+    unreadable: list[Dropped] = field(default_factory=list)
+
+
+def inspect(
+    folder: Path, *, tokenizer: Tokenizer | None = None, sheet: Path | None = None, show: bool = False
+) -> list[SplitReport]:
+    """Reads every record of every split under `folder` (or of the one split it is) and decodes every image.
+
+    Writes a contact sheet of 24 records, drawn evenly over the splits, to `sheet`. Raises UserError where there are no
+    shards.
+    """
+    splits = sorted(sub for sub in folder.iterdir() if any(sub.glob("*.tar"))) if folder.is_dir() else []
+    reports, pictures = [], []
+    for split in splits or [folder]:
+        shards = Shards(split)
+        report = SplitReport(name=split.name, unreadable=list(shards.damage))
+        wanted = COLUMNS * ROWS // max(1, len(splits))
+        chosen = set(random.Random(0).sample(range(len(shards)), min(len(shards), wanted)))
+
+        def look(i: int, shards: Shards = shards) -> Record | Dropped:
+            return _look(shards, i)
+
+        items = in_threads(look, range(len(shards)))
+        for i, item in enumerate(with_progress(items, shards.__len__, split.name, show)):
+            if isinstance(item, Dropped):
+                report.unreadable.append(item)
+                continue
+            _count(report, item, tokenizer)
+            if i in chosen:
+                pictures.append(([Image.open(io.BytesIO(data)) for data in item.images], text_of(item.info)))
+        reports.append(report)
+    if sheet is not None and pictures:
+        file = io.BytesIO()
+        contact_sheet(pictures).save(file, "PNG")
+        write_whole(sheet, file.getvalue())
+    return reports
+
+
+def _look(shards: Shards, i: int) -> Record | Dropped:
+    try:
+        record = shards.read(i)
+        decode(record, CHECK)
+    except RecordError as error:
+        return error.dropped
+    return record
+
+
+def _count(report: SplitReport, record: Record, tokenizer: Tokenizer | None) -> None:
+    report.records += 1
+    report.images += len(record.images)
+    report.fields.update(record.info.keys())
+    for data in record.images:
+        with Image.open(io.BytesIO(data)) as image:
+            report.sizes[image.size] += 1
+            report.kinds[f"{image.format} {image.mode}"] += 1
+    for name in TEXTS:
+        texts = [text for text in record.info.get(name, []) if isinstance(text, str)]
+        units = {"characters": [len(text) for text in texts]}
+        if name != "captions_zh":  # written without spaces
+            units["words"] = [len(text.split()) for text in texts]
+        if tokenizer is not None and texts:
+            _, length = tokenizer.encode(texts, max_length=1 << 16)
+            units["tokens"] = length.tolist()
+        for unit, numbers in units.items():
+            report.lengths.setdefault((name, unit), []).extend(numbers)
+
+
+def rendered(reports: list[SplitReport]) -> Group:
+    """The reports as tables for a terminal."""
+    return Group(_counts(reports), _distributions(reports), _fields(reports), *_unreadable(reports))
+
+
+def _counts(reports: list[SplitReport]) -> Table:
+    table = Table("split", "records", "images", "unreadable", "kinds of image", title="Records", title_justify="left")
+    for r in reports:
+        kinds = ", ".join(f"{kind} {n}" for kind, n in r.kinds.most_common(4))
+        table.add_row(r.name, str(r.records), str(r.images), str(len(r.unreadable)), kinds)
+    return table
+
+
+def _distributions(reports: list[SplitReport]) -> Table:
+    heads = ("split", "of", "count", "least", "5 %", "median", "95 %", "most")
+    table = Table(*heads, title="Sizes in pixels, lengths of texts", title_justify="left")
+    for r in reports:
+        rows = {
+            "width": [w for (w, _), n in r.sizes.items() for _ in range(n)],
+            "height": [h for (_, h), n in r.sizes.items() for _ in range(n)],
+            **{f"{name}, {unit}": numbers for (name, unit), numbers in r.lengths.items()},
+        }
+        for what, numbers in rows.items():
+            if numbers:
+                marks = np.percentile(numbers, [0, 5, 50, 95, 100])
+                table.add_row(r.name, what, str(len(numbers)), *(f"{mark:.0f}" for mark in marks))
+    return table
+
+
+def _fields(reports: list[SplitReport]) -> Table:
+    table = Table("field", *(r.name for r in reports), title="Records with each field", title_justify="left")
+    for name in sorted({name for r in reports for name in r.fields}):
+        table.add_row(name, *(str(r.fields[name]) for r in reports))
+    return table
+
+
+def _unreadable(reports: list[SplitReport]) -> Iterable[Table]:
+    for r in reports:
+        if r.unreadable:
+            table = Table(title=f"Unreadable in {r.name}", title_justify="left")
+            table.add_column("record", overflow="fold")
+            table.add_column("reason", overflow="fold")
+            for drop in r.unreadable:
+                table.add_row(drop.key, drop.reason)
+            yield table

@@ -1,0 +1,91 @@
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from rich.console import Console
+
+from fastvlp.batch import Record
+from fastvlp.data import contact_sheet as sheets
+from fastvlp.data.inspect import inspect, rendered
+from fastvlp.data.shards import ShardWriter
+from fastvlp.data.tokenize import Tokenizer
+from fastvlp.errors import UserError
+
+
+def jpeg(width: int = 24, height: int = 16) -> bytes:
+    file = io.BytesIO()
+    noise = np.random.default_rng(width).integers(0, 255, (height, width, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(file, "JPEG")
+    return file.getvalue()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    with ShardWriter(tmp_path / "train") as writer:
+        for i in range(6):
+            info = {"captions": ["one two three", "four"], "captions_zh": ["一二三四五"]}
+            writer.write(Record(key=f"r{i}", images=(jpeg(24 + i),), info=info))
+        writer.write(Record(key="cut", images=(jpeg(200, 200)[:3000],), info={"captions": ["x"]}))
+    with ShardWriter(tmp_path / "pairs") as writer:
+        info = {"statements": [{"text": "both are noise", "label": True}]}
+        writer.write(Record(key="p", images=(jpeg(), jpeg(30)), info=info))
+    return tmp_path
+
+
+def test_counts_sizes_lengths_and_names(folder: Path) -> None:
+    tokenizer = Tokenizer.train(["one two three four"], kind="wordpiece", vocab_size=100)
+    pairs, train = inspect(folder, tokenizer=tokenizer)
+    assert (pairs.name, pairs.records, pairs.images) == ("pairs", 1, 2)
+    assert train.records == 6 and train.fields == {"captions": 6, "captions_zh": 6}
+    assert train.sizes[(24, 16)] == 1 and train.kinds == {"JPEG RGB": 6}
+    assert train.lengths[("captions", "words")] == [3, 1] * 6
+    assert train.lengths[("captions_zh", "characters")] == [5] * 6
+    assert train.lengths[("captions", "tokens")][:2] == tokenizer.encode(["one two three", "four"], 99)[1].tolist()
+    (unreadable,) = train.unreadable
+    assert unreadable.key == "cut"
+    file = io.StringIO()
+    Console(file=file, width=60).print(rendered([pairs, train]))
+    assert "cut" in file.getvalue() and "truncated" in file.getvalue()
+
+
+def test_a_cut_tar_is_reported_and_the_rest_is_counted(folder: Path) -> None:
+    tar = folder / "train/00000.tar"
+    tar.write_bytes(tar.read_bytes()[:9000])
+    (folder / "train/00000.index.json").unlink()
+    (train,) = inspect(folder / "train")
+    assert 0 < train.records < 6
+    assert any("cut" in drop.reason for drop in train.unreadable)
+
+
+def test_no_shards(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no shards"):
+        inspect(tmp_path)
+    with pytest.raises(UserError, match="no shards"):
+        inspect(tmp_path / "none")
+
+
+def test_the_sheet_shows_pictures_and_text(folder: Path) -> None:
+    inspect(folder, sheet=folder / "sheet.png")
+    sheet = np.asarray(Image.open(folder / "sheet.png").convert("L"), dtype=float)
+    picture = sheet[sheets.GAP + 40 : sheets.GAP + 120, sheets.GAP + 10 : sheets.GAP + 80]
+    text = sheet[sheets.GAP + sheets.SIDE : sheets.GAP + sheets.SIDE + 20, sheets.GAP : sheets.SIDE]
+    assert picture.std() > 10 and text.std() > 10
+
+
+def test_a_script_without_a_font_is_noted_and_long_text_cut() -> None:
+    latin = frozenset(range(32, 127))
+    assert sheets._wrapped("a cat\n一只猫在睡觉", latin) == f"a cat\n{sheets.NO_FONT}"
+    chinese = latin | {ord(c) for c in "一只猫在睡觉"}
+    assert sheets._wrapped("一只猫在睡觉", chinese) == "一只猫在睡觉"
+    lines = sheets._wrapped("word " * 200, latin).splitlines()
+    assert len(lines) == sheets.LINES and lines[-1].endswith("…")
+
+
+def test_text_of_a_record() -> None:
+    assert sheets.text_of({"captions": ["a", "b"], "captions_zh": ["一"]}) == "a\n一"
+    assert sheets.text_of({"statements": [{"text": "so", "label": False}]}) == "so [false]"
+    assert sheets.text_of({"questions": [{"question": "how?", "answers": {"x": 0.3, "y": 1.0}}]}) == "how? [y]"
+    assert sheets.text_of({"captions": [], "label": "cat"}) == "cat"
+    assert sheets.text_of({}) == ""

@@ -1,0 +1,79 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from fastvlp.cli import main
+from fastvlp.data.shards import Shards
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "in").mkdir()
+    for i in range(10):
+        Image.new("RGB", (40, 20 + i), (i * 20, 0, 0)).save(tmp_path / f"in/{i}.png")
+        (tmp_path / f"in/{i}.txt").write_text(f"picture number {i}\n第{i}张图片\n", encoding="utf-8")
+    (tmp_path / "in/9.png").write_bytes(b"broken")
+    return tmp_path
+
+
+def test_import_then_inspect(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = folder / "out"
+    assert main(["data", "import", str(folder / "in"), "--out", str(out), "--val", "0.3", "--max-side", "30"]) == 0
+    said = capsys.readouterr().out
+    assert "dropped 1" in said and "not an image" in said
+    assert sum(len(Shards(out / split)) for split in ("train", "val")) == 9
+    assert json.loads((out / "dropped.jsonl").read_text())["key"] == "9"
+    assert main(["data", "inspect", str(out)]) == 0
+    said = capsys.readouterr().out
+    assert "captions, words" in said and "contact-sheet.png" in said
+    assert Image.open(out / "contact-sheet.png").width > 1000
+
+
+def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = ["--train", "4", "--val", "2", "--test", "2", "--pairs", "4", "--singles", "0", "--size", "32"]
+    assert main(["data", "demo", "--out", str(tmp_path / "w"), *sizes]) == 0
+    assert "train 4" in capsys.readouterr().out
+    assert len(Shards(tmp_path / "w/train")) == 4
+
+
+def test_what_the_user_can_mend_is_one_line_and_exit_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["data", "import", str(tmp_path / "none.csv"), "--out", str(tmp_path / "o")]) == 2
+    assert capsys.readouterr().err == f"error: {tmp_path}/none.csv: no such file or folder\n"
+    assert main(["data", "inspect", str(tmp_path / "none")]) == 2
+    assert "no shards" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("argv", "offered"),
+    [
+        (["data", "import", "x", "--out", "y", "--max-sid", "3"], "--max-side"),
+        (["data", "inspct", "x"], "inspect"),
+        (["dta"], "data"),
+        (["data", "import", "x", "--out", "y", "--format", "tabel"], "table"),
+    ],
+)
+def test_a_misspelt_word_is_answered_with_the_right_ones(
+    argv: list[str], offered: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(argv)
+    assert stop.value.code == 2 and offered in capsys.readouterr().err
+
+
+def test_help_does_not_load_torch() -> None:
+    code = "import sys; sys.argv = ['vlp', '--help']\ntry:\n    from fastvlp.cli import main; main()\nfinally:\n"
+    code += "    assert 'torch' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "data" in done.stdout
+
+
+def test_python_m() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "fastvlp", "data", "--help"], capture_output=True, text=True, check=True
+    )
+    assert "inspect" in done.stdout
