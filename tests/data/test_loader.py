@@ -230,7 +230,7 @@ def test_unusable_records_are_dropped_by_name_in_training_and_refused_in_evaluat
     assert len(batch) == 2
     assert [d.key for d in dropped] == ["p1", "p2", "p3", "p4"]
     assert "no usable caption in 'captions' (fields: text)" in dropped[2].reason
-    assert "damaged image" in dropped[3].reason
+    assert "truncated image" in dropped[3].reason
     strict = PairMaker(shards, Transform(size=16), tokenizer, max_length=20, strict=True)
     assert len(strict([rows(6)[0], rows(6)[5]])[0]) == 2
     with pytest.raises(UserError, match=r"4 records cannot be used \(p1: .*vlp data inspect"):

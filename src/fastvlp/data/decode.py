@@ -64,7 +64,8 @@ def read_pixels(
         raise ValueError(f"{width}x{height} pixels, a side below {min_side}")
     least = transform.least(height, width) if transform else (0, 0)
     jpeg = image.format in ("JPEG", "MPO")
-    if jpeg and image.mode in ("RGB", "L") and image.getexif().get(_ORIENTATION, 1) == 1:
+    turned = _orientation(image) != 1
+    if jpeg and image.mode in ("RGB", "L") and not turned:
         try:
             # Scales between 1 and 1/2 have no fast inverse DCT.
             pixels = simplejpeg.decode_jpeg(data, "RGB", min_height=least[0], min_width=least[1], min_factor=2)
@@ -73,7 +74,14 @@ def read_pixels(
             pass  # strict: also raised for harmless oddities, on which Pillow decides
     if jpeg and transform:
         image.draft(None, (least[1], least[0]))
-    return torch.from_numpy(np.array(_rgb(ImageOps.exif_transpose(image))))
+    return torch.from_numpy(np.array(_rgb(ImageOps.exif_transpose(image) if turned else image)))
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        return image.getexif().get(_ORIENTATION, 1)
+    except Exception:  # a good picture with broken EXIF is common on the web
+        return 1
 
 
 def _rgb(image: Image.Image) -> Image.Image:
@@ -84,7 +92,7 @@ def _rgb(image: Image.Image) -> Image.Image:
         return Image.fromarray((values >> 8).astype(np.uint8)).convert("RGB")
     if image.mode == "F":
         raise ValueError("floating-point pixels; store the image with 8 or 16 bits a channel")
-    if "A" in image.mode or "a" in image.mode or "transparency" in image.info:
+    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         rgba = image.convert("RGBA")
         white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
         return Image.alpha_composite(white, rgba).convert("RGB")
@@ -94,6 +102,6 @@ def _rgb(image: Image.Image) -> Image.Image:
 def _reason(error: Exception) -> str:
     if isinstance(error, Image.UnidentifiedImageError):
         return f"not an image of a known format ({', '.join(_FORMATS)})"
-    if isinstance(error, ValueError):
+    if isinstance(error, (ValueError, Image.DecompressionBombError)):
         return str(error)
-    return f"damaged image ({type(error).__name__}: {error})"
+    return f"damaged or truncated image ({type(error).__name__}: {error})"

@@ -7,6 +7,7 @@ workers.
 from __future__ import annotations
 
 import itertools
+import os
 import re
 import signal
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -119,6 +120,8 @@ class Loader:
         batches = _Batches(self.make, rows)
         if self.workers == 0:
             return Prefetch(self._finish(map(batches.__getitem__, numbers)))
+        # Threads inside the tokenizer do not survive the fork; unless told otherwise it warns and goes on without them.
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         loader = DataLoader(
             batches,
             batch_size=None,

@@ -1,0 +1,63 @@
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fastvlp.data.transform import Transform
+from fastvlp.errors import UserError
+
+
+def smooth(height: int, width: int) -> np.ndarray:
+    small = np.random.default_rng(0).integers(0, 256, (8, 10, 3), dtype=np.uint8)
+    return np.array(Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC))
+
+
+def difference(a: torch.Tensor, b: Image.Image) -> np.ndarray:
+    return np.abs(a.permute(1, 2, 0).numpy().astype(int) - np.asarray(b).astype(int))
+
+
+@pytest.mark.parametrize(("height", "width"), [(60, 90), (90, 60), (300, 310), (24, 24), (8, 9)])
+def test_each_mode_agrees_with_pillow(height, width):
+    pixels = smooth(height, width)
+    image = Image.fromarray(pixels)
+    bicubic = Image.Resampling.BICUBIC
+
+    squashed = Transform(size=24, mode="squash")(torch.from_numpy(pixels))
+    assert difference(squashed, image.resize((24, 24), bicubic)).max() <= 2
+
+    side = min(height, width)
+    left, top = (width - side) // 2, (height - side) // 2
+    centre = image.crop((left, top, left + side, top + side)).resize((24, 24), bicubic)
+    assert difference(Transform(size=24)(torch.from_numpy(pixels)), centre).max() <= 2
+
+    w, h = round(width * 24 / max(height, width)), round(height * 24 / max(height, width))
+    boxed = Transform(size=24, mode="letterbox", fill=7)(torch.from_numpy(pixels))
+    left, top = (24 - w) // 2, (24 - h) // 2
+    expected = Image.new("RGB", (24, 24), (7, 7, 7))
+    expected.paste(image.resize((w, h), bicubic), (left, top))
+    assert difference(boxed, expected).max() <= 2
+
+
+@pytest.mark.parametrize("mode", ["crop", "squash", "letterbox"])
+@pytest.mark.parametrize(("height", "width"), [(1, 1), (2, 2), (1, 7), (2, 50_000), (50_000, 2), (24, 24)])
+def test_any_size_becomes_the_square(mode, height, width):
+    pixels = torch.full((height, width, 3), 200, dtype=torch.uint8)
+    out = Transform(size=24, mode=mode, fill=200)(pixels)
+    assert out.shape == (3, 24, 24)
+    assert out.dtype == torch.uint8
+    assert out.is_contiguous()
+    assert (out == 200).all()
+
+
+def test_the_result_does_not_share_memory_with_the_pixels():
+    pixels = torch.zeros(24, 24, 3, dtype=torch.uint8)
+    out = Transform(size=24)(pixels)
+    pixels.fill_(9)
+    assert (out == 0).all()
+
+
+def test_bad_settings_are_refused():
+    with pytest.raises(UserError, match="choose crop, squash or letterbox"):
+        Transform(size=24, mode="stretch")  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="size 0"):
+        Transform(size=0)
