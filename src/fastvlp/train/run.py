@@ -7,11 +7,11 @@ import math
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 
@@ -34,10 +34,10 @@ __all__ = ["StepReport", "TrainConfig", "TrainState", "start", "steps", "train",
 
 @dataclass(frozen=True, kw_only=True)
 class StepReport:
-    """One step of all ranks. losses: `loss`, what was minimised, and each term's mean a target; `loss` is the sum of
-    weight * mean. lr: of the towers. tokens: predicted ones. seconds: of the step, of which `data_wait` for batches. flops: of this rank.
-    skipped: the loss or the gradient was not finite, and the weights stay as they were. dropped: records that were found
-    unreadable by this rank for the first time."""
+    """One step of all ranks. losses: `loss`, what was minimised, the sum of weight * mean over its terms, and each term's
+    mean. lr: of the towers. tokens: predicted ones. seconds: of the step, of which `data_wait` for batches. flops: of this
+    rank. skipped: the loss or its gradient was not finite, and the weights stay as they were. dropped:
+    records that this rank found unreadable for the first time."""
 
     step: int
     losses: dict[str, float]
@@ -69,8 +69,7 @@ def steps(state: TrainState) -> Iterator[StepReport]:
         for i, batch in enumerate(micro):
             torch.manual_seed(hash64(run.seed, state.step, i, dist.rank()))
             # Ranks average their gradients once a step, with the last micro-batch.
-            waits = isinstance(wrapped, DistributedDataParallel) and i < len(micro) - 1
-            with wrapped.no_sync() if waits else nullcontext():
+            with nullcontext() if i == len(micro) - 1 else no_sync(wrapped):
                 with autocast(state):
                     losses = wrapped(batch)
                 loss = combine(losses, counts)
@@ -122,6 +121,10 @@ def next_batch(state: TrainState, batches: Iterator[tuple[Batch, list[Dropped]]]
     return batch.to(state.device)
 
 
+def no_sync(wrapped: nn.Module) -> AbstractContextManager:
+    return wrapped.no_sync() if isinstance(wrapped, DistributedDataParallel) else nullcontext()
+
+
 def autocast(state: TrainState) -> torch.autocast:
     return torch.autocast(state.device.type, torch.bfloat16, enabled=state.run.precision == "bf16")
 
@@ -135,9 +138,9 @@ def global_counts(pretraining: Pretraining, micro: list[Batch]) -> dict[str, Ten
 
 
 def flops(pretraining: Pretraining, micro: list[Batch], targets: dict[str, float]) -> float:
-    """Of this rank's micro-batches; each is taken to ask for an equal share of the step's targets."""
+    """Of this rank's micro-batches, each taken to ask for an equal share of the step's targets."""
     share = {name: count / (len(micro) * dist.world()) for name, count in targets.items()}
-    return sum(step_flops(pretraining, len(b), b.ids.shape[1], share).training for b in micro)
+    return sum(step_flops(pretraining, len(batch), batch.ids.shape[1], share).training for batch in micro)
 
 
 def agree(state: TrainState, seconds: float) -> float:
@@ -198,7 +201,7 @@ def stop_signals(state: TrainState) -> Iterator[None]:
 
     def stop(number: int, frame: object) -> None:
         state.stop = number
-        signal.signal(number, old[number])
+        signal.signal(number, old[signal.Signals(number)])
 
     numbers = (signal.SIGTERM, signal.SIGINT)
     old = {number: signal.getsignal(number) for number in numbers}
@@ -267,7 +270,7 @@ def tell(log: RunLog, report: StepReport, state: TrainState) -> None:
         skipped=report.skipped,
         dropped=report.dropped,
     )
-    if due(state.run.log_every, report.step):
+    if due(state.run.log_every, report.step) or report.skipped:
         log.train(report.step, state.elapsed, report.losses, report.lr, report.grad_norm)
 
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import nn
@@ -138,7 +138,7 @@ class TrainState:
     @property
     def evaluated(self) -> Pretraining:
         """What is validated and saved: the averaged weights where there are any."""
-        return self.ema.module if self.ema is not None else self.pretraining
+        return cast(Pretraining, self.ema.module) if self.ema is not None else self.pretraining
 
 
 def pick_device(name: str) -> torch.device:
