@@ -149,6 +149,17 @@ def test_batches_are_made_while_the_caller_computes():
     iterator.close()
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_pinning_copies_every_tensor_and_leaves_none_alone(monkeypatch, workers):
+    pinned = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda t: pinned.append(t.shape) or t.clone())
+    iterator = Loader(5, make, batch_size=2, seed=0, workers=workers, pin=True).once()
+    batches = [batch for batch, _ in iterator]
+    assert len(pinned) == 4 * 3
+    assert all(batch.slot is None for batch in batches)
+    assert sorted(torch.cat([batch.ids for batch in batches]).flatten().tolist()) == list(range(5))
+
+
 def test_an_empty_source_is_refused():
     with pytest.raises(UserError, match="data set is empty"):
         Loader(0, make, batch_size=2, seed=0)

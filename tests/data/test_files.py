@@ -1,0 +1,26 @@
+import errno
+import os
+from pathlib import Path
+
+import pytest
+
+from fastvlp.data.files import write_whole
+from fastvlp.errors import UserError
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "new" / "a.json"
+    write_whole(path, b"first")
+    write_whole(path, b"second")
+    assert path.read_bytes() == b"second"
+
+    def half(self, data):
+        with self.open("wb") as file:
+            file.write(data[:2])
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "write_bytes", half)
+    with pytest.raises(UserError, match=r"a\.json: cannot write \(No space left on device\); free space"):
+        write_whole(path, b"third")
+    assert path.read_bytes() == b"second"
+    assert [p.name for p in path.parent.iterdir()] == ["a.json"]
