@@ -24,7 +24,11 @@ from fastvlp.results import (
 def run(arm: str, seed: int, scores: list[float]) -> ArmRun:
     times = [10.0, 20.0, 40.0]
     marks = [
-        Mark(share=t / 40, spent=Spent(time=t, cpu=2 * t, steps=int(t), pairs=int(8 * t), tokens=int(80 * t)), scores={"vqa": s})
+        Mark(
+            share=t / 40,
+            spent=Spent(time=t, cpu=2 * t, steps=int(t), pairs=int(8 * t), tokens=int(80 * t)),
+            scores={"vqa": s},
+        )
         for t, s in zip(times, scores)
     ]
     return ArmRun(arm=arm, seed=seed, marks=marks)

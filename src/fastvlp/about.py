@@ -1,0 +1,65 @@
+"""Where a number comes from: device, versions, commit, command, date."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return (
+            f"{torch.cuda.get_device_name(device)}, {torch.cuda.get_device_properties(device).total_memory >> 30} GiB"
+        )
+    return (
+        f"{_processor()}, {len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()} cores"
+    )
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    for line in info.read_text().splitlines() if info.exists() else ():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def commit() -> str:
+    """Of the checkout that this package runs from, with `+` where it has changes; empty for an installed package."""
+
+    def git(*words: str) -> str:
+        done = subprocess.run(
+            ["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10, check=True
+        )
+        return done.stdout.strip()
+
+    try:
+        return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
+    except (OSError, subprocess.SubprocessError):
+        return ""
+
+
+def about(device: torch.device) -> dict[str, Any]:
+    try:
+        package = version("fastvlp")
+    except PackageNotFoundError:
+        package = ""
+    return {
+        "device": device_name(device),
+        "threads": torch.get_num_threads(),
+        "fastvlp": package,
+        "commit": commit(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "command": shlex.join(["vlp", *sys.argv[1:]]),
+        "date": datetime.datetime.now().astimezone().strftime("%Y-%m-%d %H:%M"),
+    }
