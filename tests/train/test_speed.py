@@ -64,7 +64,7 @@ def test_counted_flops_agree_with_the_counter(objective, keep):
     model, batch = VLModel(CONFIG), made_batch()
     pretraining = Pretraining(model, {"it": objective.build(CONFIG, TOKENIZER)}, keep)
     targets = {name: count.item() for name, count in pretraining.counts(batch).items()}
-    counted = step_flops(pretraining, len(batch), batch.ids.shape[1], targets)
+    counted = step_flops(pretraining, [tuple(batch.ids.shape)], targets)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         loss = combine(pretraining(batch))
         forward = counter.get_total_flops()
@@ -77,7 +77,7 @@ def test_counted_flops_agree_with_the_counter(objective, keep):
 def test_hard_negatives_are_counted_without_their_backward():
     model, batch = VLModel(CONFIG), made_batch()
     pretraining = Pretraining(model, {"itm": ITMConfig(candidates=4).build(CONFIG, TOKENIZER)})
-    counted = step_flops(pretraining, len(batch), batch.ids.shape[1], {"itm/match": 12})
+    counted = step_flops(pretraining, [tuple(batch.ids.shape)], {"itm/match": 12})
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         combine(pretraining(batch)).backward()
     assert counted.training == pytest.approx(counter.get_total_flops(), rel=0.05)

@@ -9,9 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from rich.console import Console, Group
 from rich.live import Live
 from rich.progress import BarColumn, Progress, TextColumn
@@ -20,7 +19,11 @@ from rich.text import Text
 from fastvlp import dist
 from fastvlp.data.files import write_whole
 from fastvlp.errors import UserError
-from fastvlp.train.speed import Precision, peak_flops, peak_memory
+from fastvlp.train.speed import peak_flops, peak_memory
+
+if TYPE_CHECKING:
+    from fastvlp.train.run import StepReport
+    from fastvlp.train.state import TrainState
 
 
 @dataclass(kw_only=True)
@@ -33,6 +36,11 @@ class _Window:
     seconds: float = 0.0
     data_wait: float = 0.0
     flops: float = 0.0
+
+    def add(self, report: StepReport) -> None:
+        self.steps += 1
+        for name in ("pairs", "tokens", "seconds", "data_wait", "flops"):
+            setattr(self, name, getattr(self, name) + getattr(report, name))
 
     def rates(self, peak: float | None) -> dict[str, float]:
         seconds = max(self.seconds, 1e-9)
@@ -48,92 +56,64 @@ class _Window:
 class RunLog:
     """Only the first rank writes; on the others every method does nothing.
 
-    `steps` or `budget_s`: the length of the run, for the time left. `step`, `elapsed`: where it stands, when resumed:
-    lines of later steps, which will be run again, leave the file. `quiet`: the file alone. A context manager: the live
-    view ends with the block.
+    Made when a run starts or resumes at `state.step`: lines of later steps, which will be run again, leave the file.
+    `quiet`: the file alone. A context manager: the live view ends with the block.
     """
 
-    def __init__(
-        self,
-        folder: str | Path,
-        *,
-        name: str,
-        device: torch.device | str,
-        steps: int | None = None,
-        budget_s: float | None = None,
-        step: int = 0,
-        elapsed: float = 0.0,
-        precision: Precision = "bf16",
-        tensorboard: bool = False,
-        quiet: bool = False,
-        console: Console | None = None,
-    ):
+    def __init__(self, state: TrainState, *, quiet: bool = False, console: Console | None = None):
+        run = state.run
         self.active = dist.is_main()
-        self.path, self.device = Path(folder) / "log.jsonl", torch.device(device)
-        self.steps, self.budget_s = steps, budget_s
-        self.peak = peak_flops(self.device, precision)
+        self.path, self.device = run.folder / "log.jsonl", state.device
+        self.peak = peak_flops(state.device, run.precision)
         self.quiet, self.console = quiet, console or Console()
-        self.skipped = self.dropped = 0
         self._window, self._seconds_a_step = _Window(), 0.0
         self._live: Live | None = None
         self._board = None
         if not self.active:
             return
-        rewind(self.path, step)
-        self._board = _tensorboard(Path(folder), step) if tensorboard else None
+        rewind(self.path, state.step)
+        self._board = _tensorboard(run.folder, state.step) if run.tensorboard else None
         if not quiet and self.console.is_terminal:
             columns = (TextColumn("{task.description}"), BarColumn(None), TextColumn("{task.percentage:>3.0f} %"))
             self._progress = Progress(*columns, console=self.console, expand=True)
-            self._task = self._progress.add_task(name, total=1.0)
-            self._progress.update(self._task, completed=self._share(step, elapsed))
+            self._task = self._progress.add_task(run.name, total=1.0)
+            self._progress.update(self._task, completed=state.progress)
             self._live = Live(self._progress, console=self.console, refresh_per_second=4)
             self._live.start()
 
-    def count(
-        self,
-        *,
-        pairs: int,
-        tokens: int,
-        seconds: float,
-        data_wait: float,
-        flops: float = 0.0,
-        skipped: bool = False,
-        dropped: int = 0,
-    ) -> None:
-        """One step, logged or not; nothing here waits for the device."""
-        w = self._window
-        w.steps += 1
-        w.pairs, w.tokens, w.flops = w.pairs + pairs, w.tokens + tokens, w.flops + flops
-        w.seconds, w.data_wait = w.seconds + seconds, w.data_wait + data_wait
-        self.skipped += skipped
-        self.dropped += dropped
+    def step(self, report: StepReport, state: TrainState) -> None:
+        """One step: counted always, told every `log_every` steps, and when it was skipped."""
+        self._window.add(report)
+        if self.active and (report.step % state.run.log_every == 0 or report.skipped):
+            self._train(report, state)
 
-    def train(self, step: int, elapsed: float, losses: Mapping[str, float], lr: float, grad_norm: float) -> None:
-        """A line on training: what `count` gathered since the last one, beside these."""
-        if not self.active:
-            return
+    def _train(self, report: StepReport, state: TrainState) -> None:
         w, self._window = self._window, _Window()
-        fresh = w.seconds / max(1, w.steps)
+        fresh = w.seconds / w.steps
         self._seconds_a_step = 0.7 * self._seconds_a_step + 0.3 * fresh if self._seconds_a_step else fresh
-        fields: dict[str, Any] = {"elapsed": elapsed, "lr": lr, "grad_norm": grad_norm}
-        fields |= {f"loss/{term}" if term != "loss" else "loss": value for term, value in losses.items()}
-        fields |= w.rates(self.peak)
-        fields |= {"memory": peak_memory(self.device), "skipped": self.skipped, "dropped": self.dropped}
-        fields["left"] = self._left(step, elapsed)
-        self._record("train", step, fields)
-        line = train_line(step, self.steps, fields)
+        fields: dict[str, Any] = {"elapsed": state.elapsed, "lr": report.lr, "grad_norm": report.grad_norm}
+        fields |= _flat(report.losses) | w.rates(self.peak)
+        fields |= {"memory": peak_memory(self.device), "skipped": state.skipped, "dropped": len(state.dropped)}
+        if state.run.steps is not None:
+            fields["left"] = (state.run.steps - report.step) * self._seconds_a_step
+        else:
+            fields["left"] = max(0.0, (state.run.budget_s or 0.0) - state.elapsed)
+        self._record("train", report.step, fields)
+        line = train_line(report.step, state.run.steps, fields)
         if self._live is not None:
-            self._progress.update(self._task, completed=self._share(step, elapsed))
+            self._progress.update(self._task, completed=state.progress)
             self._live.update(Group(self._progress, Text(line)))
         else:
             self.say(line)
 
-    def write(self, kind: str, step: int, **fields: Any) -> None:
-        """A line on anything else: validation, a checkpoint, a resumption."""
+    def event(
+        self, kind: str, *, step: int, elapsed: float, losses: Mapping[str, float] | None = None, **fields: Any
+    ) -> None:
+        """A line on anything but training: validation, a checkpoint, a resumption."""
         if self.active:
-            self._record(kind, step, fields)
-            told = "  ".join(f"{name} {_short(value)}" for name, value in fields.items())
-            self.say(f"step {step}  {kind}  {told}")
+            told = _flat(losses or {}) | fields
+            self._record(kind, step, {"elapsed": elapsed} | told)
+            self.say("  ".join([f"step {step}", kind, *(f"{name} {_short(value)}" for name, value in told.items())]))
 
     def say(self, text: str) -> None:
         if self.active and not self.quiet:
@@ -154,14 +134,6 @@ class RunLog:
     ) -> None:
         self.close()
 
-    def _share(self, step: int, elapsed: float) -> float:
-        return step / self.steps if self.steps else elapsed / self.budget_s if self.budget_s else 0.0
-
-    def _left(self, step: int, elapsed: float) -> float:
-        if self.steps:
-            return max(0, self.steps - step) * self._seconds_a_step
-        return max(0.0, (self.budget_s or 0.0) - elapsed)
-
     def _record(self, kind: str, step: int, fields: Mapping[str, Any]) -> None:
         # JSON has no NaN; a loss that is none is null.
         clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in fields.items()}
@@ -175,6 +147,10 @@ class RunLog:
             for name, value in clean.items():
                 if isinstance(value, int | float):
                     self._board.add_scalar(f"{kind}/{name}", value, step)
+
+
+def _flat(losses: Mapping[str, float]) -> dict[str, float]:
+    return {name if name == "loss" else f"loss/{name}": value for name, value in losses.items()}
 
 
 def rewind(path: Path, step: int) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import resource
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -112,40 +112,38 @@ def head_flops(config: ModelConfig, targets: float) -> Flops:
     return Flops(head=linear_flops(targets, width, width + config.text.vocab))
 
 
-def objective_flops(
-    objective: Objective, config: ModelConfig, rows: int, length: int, targets: float, keep: float = 1.0
-) -> Flops:
-    """One forward pass of an objective beside encoded images; `targets`: the tokens it asks for, all losses together.
+def objective_flops(objective: Objective, config: ModelConfig, rows: int, length: int, keep: float = 1.0) -> Flops:
+    """One forward pass of an objective beside encoded images, up to the vocabulary.
 
     An objective that is none of the pretraining ones counts as one summary by its `reading`: its own head is small.
     """
     patches = config.image.grid**2
     seen = (patches if keep >= 1 else max(1, round(patches * keep))) + int(config.image.class_token)
+    if objective.reading == "flm":
+        queries = length - 1 if isinstance(objective, FLM) else 1
+        return text_flops(config, rows, seen, 2 * rows, length) + reconstructor_flops(config, rows, queries, length)
     one = text_flops(config, rows, seen, rows, length)
-    if isinstance(objective, FLM):
-        streams = text_flops(config, rows, seen, 2 * rows, length)
-        return streams + reconstructor_flops(config, rows, length - 1, length) + head_flops(config, targets)
-    if isinstance(objective, AR | MLM | PrefixLM):
-        return one + head_flops(config, targets)
     if isinstance(objective, ITM):
         both = text_flops(config, rows, seen, 2 * rows, length)
         candidates = min(objective.config.candidates, rows - 1)
         # Scored without gradients: a third of what `training` counts for a pass.
         scored = one.text * candidates / 3 if candidates > 1 else 0.0
         return both + Flops(text=scored)
-    if objective.reading == "flm":
-        return text_flops(config, rows, seen, 2 * rows, length) + reconstructor_flops(config, rows, 1, length)
     return one
 
 
-def step_flops(pretraining: Pretraining, rows: int, length: int, targets: Mapping[str, float]) -> Flops:
-    """A micro-batch of `rows` pairs padded to `length` tokens; `targets`: as `Pretraining.counts` names them."""
-    config = pretraining.model.config
-    total = image_flops(config.image, rows, pretraining.keep)
-    for name, objective in pretraining.objectives.items():
-        assert isinstance(objective, Objective)
-        asked = sum(count for term, count in targets.items() if term.split("/")[0] == name)
-        total += objective_flops(objective, config, rows, length, asked, pretraining.keep)
+def step_flops(pretraining: Pretraining, shapes: Iterable[tuple[int, int]], targets: Mapping[str, float]) -> Flops:
+    """Micro-batches of `shapes` (rows, tokens that they are padded to); `targets`: of all together, as
+    `Pretraining.counts` names them."""
+    config, keep, total = pretraining.model.config, pretraining.keep, Flops()
+    for rows, length in shapes:
+        total += image_flops(config.image, rows, keep)
+        for objective in pretraining.objectives.values():
+            assert isinstance(objective, Objective)
+            total += objective_flops(objective, config, rows, length, keep)
+    for term, count in targets.items():
+        if isinstance(pretraining.objectives[term.split("/")[0]], FLM | AR | MLM | PrefixLM):
+            total += head_flops(config, count)
     return total
 
 
