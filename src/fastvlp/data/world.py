@@ -196,7 +196,10 @@ def _claim(folder: Path, card: Mapping[str, Any]) -> bool:
     """Whether `folder` is to be written; what an interrupted run left there is removed."""
     path = folder / "corpus.json"
     if path.exists():
-        found = json.loads(path.read_text(encoding="utf-8"))
+        try:
+            found = dict(json.loads(path.read_text(encoding="utf-8")))
+        except (ValueError, TypeError) as error:
+            raise UserError(f"{path}: not a corpus card ({error}); delete the folder or choose another") from error
         if found == {**card, "complete": True}:
             return False
         if found.get("complete", True):
@@ -206,8 +209,8 @@ def _claim(folder: Path, card: Mapping[str, Any]) -> bool:
         for part in card["counts"]:
             for file in [*(folder / part).glob("*.tar*"), *(folder / part).glob("*.index.json")]:
                 file.unlink()
-    elif folder.exists() and any(folder.iterdir()):
-        raise UserError(f"{folder}: the folder is not empty and holds no corpus.json; choose an empty or a new folder")
+    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder}: not an empty folder, and it holds no corpus.json; choose an empty or a new one")
     folder.mkdir(parents=True, exist_ok=True)
     _write_card(path, {**card, "complete": False})
     return True

@@ -37,7 +37,7 @@ def _caption_order(rng: Random, scene: Scene) -> Saying | None:
     things = sorted(scene.things, key=lambda thing: thing.x)
     if len(things) > 4 or any(b.x - a.x < 0.08 for a, b in pairwise(things)):
         return None
-    return "in-order", tuple(Phrase(colour=t.kind.colour, shape=t.kind.shape, means="counted") for t in things)
+    return "in-order", tuple(Phrase(colour=t.kind.colour, shape=t.kind.shape) for t in things)
 
 
 def _some(rng: Random, thing: Thing) -> Phrase:
