@@ -5,9 +5,10 @@ Modules that import torch are imported inside the functions, so that help and a 
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, make_dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -159,8 +160,43 @@ def data_inspect(command: DataInspect) -> None:
         print(f"contact sheet: {sheet}")
 
 
-def run(command: Data) -> None:
+@dataclass(frozen=True, kw_only=True)
+class Pretrain:
+    """Pretrain a model by a recipe. `vlp pretrain RECIPE --help` lists the recipe's fields, each of which can be set."""
+
+    recipe: Positional[str]
+    """Name of a recipe that comes with fastvlp, or the path of your own file."""
+    resume: bool = False
+    """Continue from the last checkpoint."""
+
+
+def pretrain(argv: Sequence[str]) -> None:
+    """`argv`: RECIPE and overrides of its fields. The recipe comes first, because it says which fields there are."""
+    from fastvlp import dist
+    from fastvlp.config import show
+    from fastvlp.recipes import recipe
+    from fastvlp.train.run import TrainConfig, train
+
+    # Not a class statement: its annotations would be strings, and tyro looks their names up in this module.
+    again = Annotated[bool, arg(help="Continue from the last checkpoint.")]
+    Overrides = make_dataclass("Overrides", [("run", Annotated[TrainConfig, arg(name="")]), ("resume", again, False)])
+
+    said = tyro.cli(
+        Overrides,
+        default=Overrides(recipe(argv[0])),
+        args=argv[1:],
+        prog=f"vlp pretrain {argv[0]}",
+        config=(tyro.conf.AvoidSubcommands,),
+    )
+    if dist.local_rank() == 0:
+        print(show(said.run))
+    train(said.run, said.resume)
+
+
+def run(command: Data | Pretrain) -> None:
     match command:
+        case Pretrain():
+            pretrain([command.recipe, *(["--resume"] if command.resume else [])])
         case Data(command=DataDemo() as demo):
             data_demo(demo)
         case Data(command=DataImport() as importing):
@@ -171,9 +207,13 @@ def run(command: Data) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command. Returns 0, or 2 after saying what is wrong where the user can mend it; tyro exits with 2 too."""
+    argv = sys.argv[1:] if argv is None else argv
     try:
+        if argv[:1] == ["pretrain"] and len(argv) > 1 and not argv[1].startswith("-"):
+            pretrain(argv[1:])
+            return 0
         command = tyro.extras.subcommand_cli_from_dict(
-            {"data": Data},
+            {"data": Data, "pretrain": Pretrain},
             prog="vlp",
             description="Pretrain vision-language models on your image-text pairs.",
             args=argv,
@@ -183,6 +223,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:
+        # As when piped into `head`: Python would fail once more on flushing stdout at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 130

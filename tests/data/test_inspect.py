@@ -38,6 +38,7 @@ def test_counts_sizes_lengths_and_names(folder: Path) -> None:
     tokenizer = Tokenizer.train(["one two three four"], kind="wordpiece", vocab_size=100)
     pairs, train = inspect(folder, tokenizer=tokenizer)
     assert (pairs.name, pairs.records, pairs.images) == ("pairs", 1, 2)
+    assert pairs.lengths[("statements", "words")] == [3]
     assert train.records == 6 and train.fields == {"captions": 6, "captions_zh": 6}
     assert train.sizes[(24, 16)] == 1 and train.kinds == {"JPEG RGB": 6}
     assert train.lengths[("captions", "words")] == [3, 1] * 6
@@ -57,6 +58,15 @@ def test_a_cut_tar_is_reported_and_the_rest_is_counted(folder: Path) -> None:
     (train,) = inspect(folder / "train")
     assert 0 < train.records < 6
     assert any("cut" in drop.reason for drop in train.unreadable)
+
+
+def test_info_that_training_could_not_read_is_named(tmp_path: Path) -> None:
+    with ShardWriter(tmp_path / "s") as writer:
+        writer.write(Record(key="good", images=(jpeg(),), info={}))
+        writer.write(Record(key="bad", images=(jpeg(),), info={"captions": "not a list"}))
+    (report,) = inspect(tmp_path / "s")
+    assert report.records == 1
+    assert [(d.key, d.reason) for d in report.unreadable] == [("bad", "field captions is not a list of texts")]
 
 
 def test_no_shards(tmp_path: Path) -> None:

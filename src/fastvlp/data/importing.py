@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 from collections import Counter
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -135,9 +136,11 @@ def _prepare(item: Record | Dropped, max_side: int) -> Record | Dropped:
     for name in _LISTS_OF_TEXT:
         if isinstance(info.get(name), list):
             info[name] = [text.strip() for text in info[name] if isinstance(text, str) and text.strip()]
-    fault = _fault(info)
-    if fault:
-        return Dropped(key=item.key, reason=fault)
+    wrong = fault(info)
+    if wrong:
+        return Dropped(key=item.key, reason=wrong)
+    if not any(info.get(name) for name in (*_LISTS_OF_TEXT, *_LISTS_OF_OBJECTS, "label")):
+        return Dropped(key=item.key, reason="nothing is said of it: no caption, question, statement, object or label")
     try:
         decode(item, CHECK)
     except RecordError as error:
@@ -150,7 +153,7 @@ def _prepare(item: Record | Dropped, max_side: int) -> Record | Dropped:
     return Record(key=item.key, images=images, info=info)
 
 
-def _fault(info: dict[str, Any]) -> str | None:
+def fault(info: Mapping[str, Any]) -> str | None:
     """What is wrong with the fields that the library reads; None when nothing is."""
     for name in _LISTS_OF_TEXT:
         if name in info and not isinstance(info[name], list):
@@ -159,6 +162,4 @@ def _fault(info: dict[str, Any]) -> str | None:
         items = info.get(name, [])
         if not isinstance(items, list) or not all(isinstance(o, dict) and all(f in o for f in fields) for o in items):
             return f"field {name} is not a list of objects with {' and '.join(fields)}"
-    if not any(info.get(name) for name in (*_LISTS_OF_TEXT, *_LISTS_OF_OBJECTS, "label")):
-        return "nothing is said of it: no caption, question, statement, object or label"
     return None

@@ -18,12 +18,12 @@ from fastvlp.batch import Dropped, Record
 from fastvlp.data.contact_sheet import COLUMNS, ROWS, contact_sheet, text_of
 from fastvlp.data.decode import decode
 from fastvlp.data.files import write_whole
-from fastvlp.data.importing import CHECK
+from fastvlp.data.importing import CHECK, fault
 from fastvlp.data.shards import RecordError, Shards
 from fastvlp.data.streams import in_threads, with_progress
 from fastvlp.data.tokenize import Tokenizer
 
-TEXTS = ("captions", "captions_zh")
+TEXTS = {"captions": None, "captions_zh": None, "questions": "question", "statements": "text"}  # field: its text's name
 
 
 @dataclass(kw_only=True)
@@ -81,7 +81,8 @@ def _look(shards: Shards, i: int) -> Record | Dropped:
         decode(record, CHECK)
     except RecordError as error:
         return error.dropped
-    return record
+    wrong = fault(record.info)
+    return Dropped(key=record.key, reason=wrong) if wrong else record
 
 
 def _count(report: SplitReport, record: Record, tokenizer: Tokenizer | None) -> None:
@@ -92,8 +93,9 @@ def _count(report: SplitReport, record: Record, tokenizer: Tokenizer | None) -> 
         with Image.open(io.BytesIO(data)) as image:
             report.sizes[image.size] += 1
             report.kinds[f"{image.format} {image.mode}"] += 1
-    for name in TEXTS:
-        texts = [text for text in record.info.get(name, []) if isinstance(text, str)]
+    for name, inner in TEXTS.items():
+        items = record.info.get(name, [])
+        texts = [text for item in items if isinstance(text := item[inner] if inner else item, str)]
         units = {"characters": [len(text) for text in texts]}
         if name != "captions_zh":  # written without spaces
             units["words"] = [len(text.split()) for text in texts]
