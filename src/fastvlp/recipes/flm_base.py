@@ -1,7 +1,7 @@
 """The paper's run (FLM, arXiv 2303.14038; hyperparameters of TencentARC/FLM's README): 4M pairs, CLIP ViT-B/32 and
 RoBERTa-base, 288 px, 30,000 steps of 4,096 pairs.
 
-    torchrun --nproc-per-node 8 -m fastvlp.cli pretrain flm_base --init B32_ROBERTA --data.train PAIRS/train
+    torchrun --nproc-per-node 8 --no-python vlp pretrain flm_base --init B32_ROBERTA --data.train PAIRS/train
 
 `init` is a folder of the towers' trained weights: the rates assume it. Fewer ranks: raise --accumulate in proportion.
 """

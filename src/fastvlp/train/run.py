@@ -138,9 +138,9 @@ def global_counts(pretraining: Pretraining, micro: list[Batch]) -> dict[str, Ten
 
 
 def flops(pretraining: Pretraining, micro: list[Batch], targets: dict[str, float]) -> float:
-    """Of this rank's micro-batches, each taken to ask for an equal share of the step's targets."""
-    share = {name: count / (len(micro) * dist.world()) for name, count in targets.items()}
-    return sum(step_flops(pretraining, len(batch), batch.ids.shape[1], share).training for batch in micro)
+    """Of this rank's micro-batches, which are taken to ask for an equal share of the step's targets."""
+    shapes = [(len(batch), batch.ids.shape[1]) for batch in micro]
+    return step_flops(pretraining, shapes, {name: n / dist.world() for name, n in targets.items()}).training
 
 
 def agree(state: TrainState, seconds: float) -> float:
@@ -227,9 +227,9 @@ def train(run: TrainConfig, resume: bool = False) -> TrainState:
         state = start(run, resume)
         if dist.is_main():
             write_whole(run.folder / "config.json", json.dumps(to_json(run), indent=2).encode())
-        with open_log(state) as log, stop_signals(state):
+        with RunLog(state) as log, stop_signals(state):
             for report in steps(state):
-                tell(log, report, state)
+                log.step(report, state)
                 over = state.progress >= 1
                 if due(run.validate_every, state.step) and not over:
                     judge(state, log)
@@ -244,42 +244,12 @@ def train(run: TrainConfig, resume: bool = False) -> TrainState:
         return state
 
 
-def open_log(state: TrainState) -> RunLog:
-    run = state.run
-    return RunLog(
-        run.folder,
-        name=run.name,
-        device=state.device,
-        steps=run.steps,
-        budget_s=run.budget_s,
-        step=state.step,
-        elapsed=state.elapsed,
-        precision=run.precision,
-        tensorboard=run.tensorboard,
-    )
-
-
-def tell(log: RunLog, report: StepReport, state: TrainState) -> None:
-    """Counts every step, and writes a line every `log_every` of them."""
-    log.count(
-        pairs=report.pairs,
-        tokens=report.tokens,
-        seconds=report.seconds,
-        data_wait=report.data_wait,
-        flops=report.flops,
-        skipped=report.skipped,
-        dropped=report.dropped,
-    )
-    if due(state.run.log_every, report.step) or report.skipped:
-        log.train(report.step, state.elapsed, report.losses, report.lr, report.grad_norm)
-
-
 def judge(state: TrainState, log: RunLog) -> None:
     """Validates, and keeps the weights if no earlier ones were better."""
     losses = validate(state)
     if not losses:
         return
-    log.write("validation", state.step, elapsed=state.elapsed, **losses)
+    log.event("validation", step=state.step, elapsed=state.elapsed, losses=losses)
     if losses["loss"] < state.best:
         state.best = losses["loss"]
         if dist.is_main():

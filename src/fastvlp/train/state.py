@@ -79,7 +79,9 @@ class TrainConfig:
 def check(run: TrainConfig) -> None:
     """Raises UserError for what cannot be run, before any work is done."""
     if (run.steps is None) == (run.budget_s is None):
-        raise UserError(f"{run.name}: give steps or budget_s (seconds), one of the two and not both")
+        raise UserError(
+            f"{run.name}: give steps or budget_s (seconds), one of the two; the other is None (--budget-s None)"
+        )
     if not run.objectives:
         raise UserError(f"{run.name}: no objectives; a recipe names at least one")
     for name in ("accumulate", "log_every", "max_bad_steps"):
