@@ -21,10 +21,10 @@ Means = Literal["flm", "mask", "causal"]
 
 class Cloze(NamedTuple):
     accuracy: float
-    count: int
+    words: int
 
 
-def words(length_B: Tensor, L: int) -> Tensor:
+def word_positions(length_B: Tensor, L: int) -> Tensor:
     """Positions 1..n-2, the same targets for every means: bool [B L]; <s> and </s> are no words."""
     position = torch.arange(L, device=length_B.device)
     return (position >= 1) & (position < length_B[:, None] - 1)
@@ -72,7 +72,7 @@ def cloze(model: VLModel, means: Means, batches: Iterable[Batch], *, bos: Bos = 
     device = next(model.parameters()).device
     with evaluating(model):
         for batch in (b.to(device) for b in batches):
-            asked = words(batch.length, batch.ids.shape[1])
+            asked = word_positions(batch.length, batch.ids.shape[1])
             if not bool(asked.any()):
                 continue
             image_BKD = model.encode_image(batch.image)

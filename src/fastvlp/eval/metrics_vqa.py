@@ -9,10 +9,8 @@ _PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 _DIGIT_COMMA_DIGIT = re.compile(r"\d,\d")
 _PERIOD = re.compile(r"\.(?!\d)")
 _ARTICLES = {"a", "an", "the"}
-_NUMBERS = {
-    word: str(value)
-    for value, word in enumerate("zero one two three four five six seven eight nine ten".split())
-} | {"none": "0"}
+_NUMBER_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+_NUMBERS = {word: str(value) for value, word in enumerate(_NUMBER_WORDS)} | {"none": "0"}
 
 # Words that the official table knows without one of their apostrophes. Those whose bare form is another word (its, were,
 # well, shed) are not in it.
@@ -24,11 +22,9 @@ someone'd've someone'll someone's something'd something'd've something'll that's
 they'd they'd've they'll they're they've 'twas wasn't we'd've we've weren't what'll what're what's what've when's where'd
 where's where've who'd who'd've who'll who's who've why'll why're why's won't would've wouldn't wouldn't've y'all
 y'all'll y'all'd've you'd you'd've you'll you're you've
-""".split()
+"""
 _APOSTROPHES = {
-    word[: at.start()] + word[at.end() :]: word
-    for word in _CONTRACTED
-    for at in re.finditer("'", word)
+    word[: at.start()] + word[at.end() :]: word for word in _CONTRACTED.split() for at in re.finditer("'", word)
 } | {"somebody'd": "somebodyd"}
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
@@ -41,7 +41,7 @@ def combine(losses: Mapping[str, Loss], counts: Mapping[str, Tensor] | None = No
 class Objective(nn.Module, abc.ABC):
     """Owns only the parameters that nobody needs after pretraining. `reading`: how its model is best read later."""
 
-    reading: ClassVar[Reading]
+    reading: Reading
 
     @abc.abstractmethod
     def forward(self, model: VLModel, image_BKD: Tensor, batch: Batch) -> dict[str, Loss]:

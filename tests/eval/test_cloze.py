@@ -1,0 +1,77 @@
+import torch
+
+from fastvlp.eval.cloze import cloze, predict_causal, predict_flm, predict_masked, word_positions
+from fastvlp.model import masks
+from tests.made import SPECIALS, made_batch, made_model
+
+LENGTHS = (9, 3, 6, 2)
+
+
+def test_targets_are_the_words():
+    asked = word_positions(torch.tensor([5, 2]), 5)
+    assert asked.tolist() == [[False, True, True, True, False], [False] * 5]
+
+
+def masked_one_by_one(model, image_BKD, batch):
+    predicted = batch.ids.clone()
+    for b, n in enumerate(batch.length.tolist()):
+        for i in range(1, n - 1):
+            ids = batch.ids[b : b + 1, :n].clone()
+            ids[0, i] = SPECIALS["mask"]
+            state = model.read(image_BKD[b : b + 1], ids, mask=masks.full(torch.tensor([n]), n))
+            predicted[b, i] = model.head(state[0, i]).argmax()
+    return predicted
+
+
+def test_masked_rows_equal_one_text_at_a_time():
+    model, batch = made_model().eval(), made_batch(lengths=LENGTHS)
+    asked = word_positions(batch.length, batch.ids.shape[1])
+    with torch.no_grad():
+        image_BKD = model.encode_image(batch.image)
+        known = masked_one_by_one(model, image_BKD, batch)
+        assert predict_masked(model, image_BKD, batch)[asked].equal(known[asked])
+
+
+def test_a_prediction_never_reads_its_own_token():
+    model, batch = made_model().eval(), made_batch(lengths=LENGTHS)
+    with torch.no_grad():
+        image_BKD = model.encode_image(batch.image)
+        for predict in (
+            lambda b: predict_flm(model, image_BKD, b, "blind"),
+            lambda b: predict_masked(model, image_BKD, b),
+            lambda b: predict_causal(model, image_BKD, b),
+        ):
+            before = predict(batch)
+            for i in (1, 4, 7):
+                ids = batch.ids.clone()
+                ids[0, i] = 4 + (ids[0, i] - 3) % 36
+                changed = type(batch)(image=batch.image, ids=ids, length=batch.length, seed=batch.seed)
+                assert predict(changed)[0, i] == before[0, i]
+
+
+def test_accuracy_counts_every_word_once():
+    model = made_model().train()
+    batches = [made_batch(lengths=LENGTHS), made_batch(lengths=(4, 4), seed=1)]
+    image_BKD = [model.encode_image(batch.image) for batch in batches]
+    right = sum(
+        int((predict_causal(model, image, batch) == batch.ids)[word_positions(batch.length, batch.ids.shape[1])].sum())
+        for image, batch in zip(image_BKD, batches)
+    )
+    for means in ("flm", "mask", "causal"):
+        result = cloze(model, means, batches)
+        assert result.words == 7 + 1 + 4 + 0 + 2 + 2
+        assert 0 <= result.accuracy <= 1
+    assert result.accuracy == right / result.words
+    assert model.training
+
+
+def test_a_model_that_knows_the_answer_scores_one():
+    """The vocabulary is made to say one word whatever it reads, and that is the only word there is."""
+    model = made_model()
+    with torch.no_grad():
+        model.head.vocabulary.bias[17] = 1e4
+    batch = made_batch(lengths=LENGTHS)
+    ids = torch.where(word_positions(batch.length, 9), 17, batch.ids)
+    batch = type(batch)(image=batch.image, ids=ids, length=batch.length, seed=batch.seed)
+    for means in ("flm", "mask", "causal"):
+        assert cloze(model, means, [batch]).accuracy == 1
