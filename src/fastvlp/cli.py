@@ -16,7 +16,9 @@ import tyro
 from rich.console import Console
 from tyro.conf import Positional, arg, subcommand
 
+from fastvlp.compare_options import Compare
 from fastvlp.errors import UserError
+from fastvlp.tasks.options import Evaluate, Finetune
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,8 +195,37 @@ def pretrain(argv: Sequence[str]) -> None:
     train(said.run, said.resume)
 
 
-def run(command: Data | Pretrain) -> None:
+def finetune(command: Finetune) -> None:
+    from fastvlp.tasks.finetune import finetune, told_in_words
+
+    if (done := finetune(command)) is not None:
+        print(told_in_words(done[0]))
+        print(f"results: {done[1]}")
+
+
+def evaluate(command: Evaluate) -> None:
+    from fastvlp.tasks.finetune import evaluate, told_in_words, write_results
+
+    scores = {command.split: evaluate(command)}
+    print(told_in_words(scores))
+    print(f"results: {write_results(Path(command.run), scores)}")
+
+
+def compare(command: Compare) -> None:
+    from fastvlp.compare import run_comparison
+
+    run_comparison(command)
+    print(command.out / "report.html")
+
+
+def run(command: Data | Pretrain | Finetune | Evaluate | Compare) -> None:
     match command:
+        case Compare():
+            compare(command)
+        case Finetune():
+            finetune(command)
+        case Evaluate():
+            evaluate(command)
         case Pretrain():
             pretrain([command.recipe, *(["--resume"] if command.resume else [])])
         case Data(command=DataDemo() as demo):
@@ -213,7 +244,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             pretrain(argv[1:])
             return 0
         command = tyro.extras.subcommand_cli_from_dict(
-            {"data": Data, "pretrain": Pretrain},
+            {"data": Data, "pretrain": Pretrain, "finetune": Finetune, "evaluate": Evaluate, "compare": Compare},
             prog="vlp",
             description="Pretrain vision-language models on your image-text pairs.",
             args=argv,

@@ -4,31 +4,31 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, assert_never
+from typing import Any, assert_never
 
 import cattrs
+import torch
 from cattrs.errors import BaseValidationError
 
 from fastvlp import dist
 from fastvlp.data.files import write_whole
-from fastvlp.data.rows import Data, Fit, Split
+from fastvlp.data.rows import Data, Split
 from fastvlp.errors import UserError
 from fastvlp.model.model import Bos, Reading
 from fastvlp.model.saved import Saved, load_exactly, load_model
 from fastvlp.objectives.objective import Objective, ObjectiveConfig
 from fastvlp.tasks import caption, nlvr, vqa
-from fastvlp.tasks.caption import Caption, CaptionConfig, CaptionData
+from fastvlp.tasks.caption import CaptionConfig, CaptionData
 from fastvlp.tasks.nlvr import NLVR, NLVRConfig, NLVRData
 from fastvlp.tasks.nlvr2 import NLVR2, NLVR2Config, NLVR2Data
+from fastvlp.tasks.options import Evaluate, Finetune, Task
 from fastvlp.tasks.vqa import VQA, VQAConfig, VQAData, frequent_answers
 from fastvlp.train.optim import OptimConfig
 from fastvlp.train.run import train
 from fastvlp.train.state import TrainConfig, pick_device
 
-Task = Literal["vqa", "nlvr", "nlvr2", "caption"]
-TASKS: tuple[Task, ...] = ("vqa", "nlvr", "nlvr2", "caption")
 # Other names under which a development split is imported.
 SPLITS: dict[Split, tuple[str, ...]] = {"train": ("train",), "val": ("val", "dev", "validation"), "test": ("test",)}
 
@@ -37,55 +37,26 @@ HELD_OUT: tuple[Split, ...] = ("val", "test")
 
 @dataclass(frozen=True, kw_only=True)
 class Rates:
-    """Optimiser of a task: `lr` of the towers, `cross` and `head` times it (spec flm.md section 5, where the towers come
-    from trained weights and a batch is 256 or 512)."""
+    """Learning rates of a task: `lr` of the towers, `cross` times it of fusion and reconstructor, `head` times it of the
+    vocabulary and the task's head."""
 
     lr: float
     cross: float
     head: float
-    batch_size: int
 
 
-# The paper's multipliers, at rates for models of the sizes that are trained here from scratch.
+# For models of the sizes that are pretrained here, fusion as well trained as the towers. The paper's: lr 5e-6 to 1e-5,
+# cross 5, head 50 (VQA) or 10 (NLVR2), batches of 256 to 512 (spec flm.md section 5).
 RATES: dict[Task, Rates] = {
-    "vqa": Rates(lr=3e-4, cross=1, head=5, batch_size=64),
-    "nlvr": Rates(lr=3e-4, cross=1, head=5, batch_size=64),
-    "nlvr2": Rates(lr=3e-4, cross=1, head=5, batch_size=64),
-    "caption": Rates(lr=3e-4, cross=1, head=1, batch_size=64),
+    "vqa": Rates(lr=3e-4, cross=1, head=5),
+    "nlvr": Rates(lr=3e-4, cross=1, head=5),
+    "nlvr2": Rates(lr=3e-4, cross=1, head=5),
+    "caption": Rates(lr=3e-4, cross=1, head=1),
 }
 
 
-@dataclass(frozen=True, kw_only=True)
-class Finetune:
-    """One fine-tuning. None: the task's default, or what the pretrained run had.
-
-    source: folder of the pretrained run. data: folder whose folders are the splits (`train`, `val` or `dev`, `test`;
-    for pairs of images also `pairs-train` and so on). field: of a record's info, that holds the questions, statements or
-    captions (`questions_zh`). reading: how the head reads the text (not for captions, which are always causal).
-    answers: most that VQA chooses from.
-    """
-
-    task: Task
-    source: str
-    data: str
-    steps: int = 1000
-    batch_size: int | None = None
-    lr: float | None = None
-    reading: Reading | None = None
-    field: str | None = None
-    fit: Fit | None = None
-    answers: int = 3129
-    name: str | None = None
-    out: str | None = None
-    seed: int = 0
-    workers: int = 0
-    device: str = "auto"
-    precision: Literal["fp32", "bf16"] = "bf16"
-    threads: int | None = None
-
-
-def find_splits(folder: str, task: Task) -> dict[str, str]:
-    """Folder of each split that is there. Raises UserError where there is nothing to train on."""
+def find_splits(folder: str, task: Task, needed: Split = "train") -> dict[str, str]:
+    """Folder of each split that is there. Raises UserError where the needed one is not."""
     prefixes = ("pairs-", "") if task == "nlvr2" else ("",)
     found: dict[str, str] = {}
     for split, names in SPLITS.items():
@@ -93,8 +64,8 @@ def find_splits(folder: str, task: Task) -> dict[str, str]:
         place = next((place for place in places if place.is_dir()), None)
         if place is not None:
             found[split] = str(place)
-    if "train" not in found:
-        raise UserError(f"{folder}: no split called train here; give the folder that `vlp data import --out` wrote")
+    if needed not in found:
+        raise UserError(f"{folder}: no split called {needed} here; give the folder that `vlp data import --out` wrote")
     return found
 
 
@@ -102,7 +73,7 @@ def task_data(told: Finetune, max_length: int) -> Data:
     splits = find_splits(told.data, told.task)
     shared: dict[str, Any] = {
         **splits,
-        "batch_size": told.batch_size or RATES[told.task].batch_size,
+        "batch_size": told.batch_size,
         "workers": told.workers,
         "max_length": max_length,
     } | ({} if told.fit is None else {"fit": told.fit})
@@ -164,29 +135,17 @@ def plan(told: Finetune) -> TrainConfig:
     )
 
 
-def finetune(told: Finetune, resume: bool = False) -> Path | None:
-    """Trains, then scores the best weights on val and test where they exist. Returns the results' file (None on all
-    ranks but the main one)."""
+def finetune(told: Finetune) -> tuple[dict[Split, Any], Path] | None:
+    """Trains, then scores the best weights on val and test where they exist. Returns the scores and their file (None on
+    all ranks but the main one)."""
     run = plan(told)
     with dist.process_group():
-        train(run, resume)
+        train(run, told.resume)
         if not dist.is_main():
             return None
         splits: list[Split] = [split for split in HELD_OUT if getattr(run.data, split) is not None]
-        scores = {split: score(run.folder, split, device=told.device) for split in splits}
-    return write_results(run.folder, scores)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Decoding:
-    """How captions are made: `beams` 1 is greedy; see `tasks.decode`."""
-
-    beams: int = 1
-    most: int = 30
-    length_penalty: float = 0.0
-
-
-GREEDY = Decoding()
+        scores = {split: evaluate(Evaluate(run=str(run.folder), split=split, device=told.device)) for split in splits}
+    return scores, write_results(run.folder, scores)
 
 
 def load_task(folder: str | Path) -> tuple[Saved, Objective, Data]:
@@ -194,7 +153,7 @@ def load_task(folder: str | Path) -> tuple[Saved, Objective, Data]:
     run of a task, or is damaged."""
     saved = load_model(folder)
     name, told = saved.info.get("task"), saved.info.get("objectives")
-    if name not in TASKS or not isinstance(told, Mapping):
+    if name not in RATES or not isinstance(told, Mapping):
         raise UserError(f"{folder}: no fine-tuned run (its task is {name!r}); make one with `vlp finetune`")
     configs: dict[str, tuple[type[Data], type[ObjectiveConfig]]] = {
         "vqa": (VQAData, VQAConfig),
@@ -215,40 +174,31 @@ def load_task(folder: str | Path) -> tuple[Saved, Objective, Data]:
     return saved, objective, data
 
 
-def score(
-    folder: str | Path, split: Split, *, decoding: Decoding = GREEDY, device: str = "auto", data: Data | None = None
-) -> dict[str, Any]:
-    """Scores of a fine-tuned run's best weights on a split of its own data, or of `data`. Raises UserError for a record
-    that cannot be read: an evaluation leaves none out."""
-    saved, objective, own = load_task(folder)
-    used = data or own
-    place = pick_device(device)
-    model, tokenizer = saved.model.to(place), saved.tokenizer
-    objective.to(place)
-    told: dict[str, Any] = {"weights": saved.weights.name, "step": saved.info.get("step")}
-    if isinstance(objective, VQA) and isinstance(used, VQAData):
-        return told | vqa.evaluate(model, objective, used, split, tokenizer)
-    if isinstance(objective, NLVR | NLVR2) and isinstance(used, NLVRData):
-        return told | nlvr.evaluate(model, objective, used, split, tokenizer)
-    assert isinstance(objective, Caption) and isinstance(used, CaptionData)
-    found, said = caption.evaluate(
-        model,
-        used,
-        split,
-        tokenizer,
-        beams=decoding.beams,
-        most=decoding.most,
-        length_penalty=decoding.length_penalty,
-    )
-    return told | {"beams": decoding.beams, "length_penalty": decoding.length_penalty} | found | {"captions": said}
-
-
-def evaluate(
-    folder: str | Path, split: Split = "test", *, decoding: Decoding = GREEDY, device: str = "auto"
-) -> tuple[dict[str, Any], Path]:
-    """`score`, written beside the run's other results. Returns the scores and the file."""
-    scores = score(folder, split, decoding=decoding, device=device)
-    return scores, write_results(Path(folder), {split: scores})
+def evaluate(told: Evaluate) -> dict[str, Any]:
+    """Scores of a fine-tuned run's best weights on a split of its own data, or of `told.data`. Raises UserError for a
+    record that cannot be read: an evaluation leaves none out."""
+    if told.threads:
+        torch.set_num_threads(told.threads)
+    saved, objective, data = load_task(told.run)
+    if told.data is not None:
+        places: dict[str, Any] = {**find_splits(told.data, saved.info["task"], needed=told.split)}
+        data = replace(data, **places)
+    device = pick_device(told.device)
+    model, tokenizer = saved.model.to(device), saved.tokenizer
+    objective.to(device)
+    about: dict[str, Any] = {
+        "weights": saved.weights.name,
+        "step": saved.info.get("step"),
+        "data": getattr(data, told.split),
+    }
+    if isinstance(objective, VQA) and isinstance(data, VQAData):
+        return about | vqa.evaluate(model, objective, data, told.split, tokenizer)
+    if isinstance(objective, NLVR | NLVR2) and isinstance(data, NLVRData):
+        return about | nlvr.evaluate(model, objective, data, told.split, tokenizer)
+    assert isinstance(data, CaptionData)
+    decoding: dict[str, Any] = {"beams": told.beams, "most": told.most, "length_penalty": told.length_penalty}
+    scores, said = caption.evaluate(model, data, told.split, tokenizer, **decoding)
+    return about | decoding | scores | {"captions": said}
 
 
 def write_results(folder: Path, scores: Mapping[Split, Any]) -> Path:
@@ -258,3 +208,13 @@ def write_results(folder: Path, scores: Mapping[Split, Any]) -> Path:
         n += 1
     write_whole(path, json.dumps(scores, indent=2, ensure_ascii=False).encode())
     return path
+
+
+def told_in_words(scores: Mapping[Split, Mapping[str, Any]]) -> str:
+    """A line for each number, to print."""
+    return "\n".join(
+        f"{split:>5} {name:24} {value:.4f}"
+        for split, found in scores.items()
+        for name, value in found.items()
+        if isinstance(value, float)
+    )

@@ -1,0 +1,64 @@
+"""What is said of a fine-tuning and of an evaluation; apart from the code, so that the command line's help needs no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from tyro.conf import Positional, arg
+
+Task = Literal["vqa", "nlvr", "nlvr2", "caption"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finetune:
+    """Fine-tune a pretrained run on a task, and score it on the splits val and test."""
+
+    task: Positional[Task]
+    """vqa: questions with answers. nlvr: statements about one image. nlvr2: statements about two. caption: captions."""
+    source: Annotated[str, arg(name="from")]
+    """Folder of the pretrained run."""
+    data: str
+    """Folder whose folders are the splits: train, val or dev, test; for nlvr2 first pairs-train and so on."""
+    steps: int = 1000
+    batch_size: int = 64
+    lr: float | None = None
+    """Learning rate of the towers; the task's head trains at a multiple. By default the task's own."""
+    reading: Literal["full", "causal", "flm"] | None = None
+    """How the model reads the text for the head; by default as in its pretraining. Captions are always read causally."""
+    field: str | None = None
+    """Field of the records with the questions, statements or captions, such as questions_zh."""
+    fit: Literal["crop", "squash", "letterbox"] | None = None
+    """How an image becomes a square; by default squash for nlvr, crop otherwise."""
+    answers: int = 3129
+    """Most answers that vqa chooses from: the most frequent ones of the training split."""
+    name: str | None = None
+    """Name of the new run; by default that of the pretrained one and the task."""
+    out: str | None = None
+    """Folder of the new run; by default runs/NAME."""
+    seed: int = 0
+    workers: int = 0
+    device: str = "auto"
+    precision: Literal["fp32", "bf16"] = "bf16"
+    threads: int | None = None
+    resume: bool = False
+    """Continue from the last checkpoint."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluate:
+    """Score a fine-tuned run on a split; the result is written beside its earlier ones."""
+
+    run: Positional[str]
+    """Folder of the fine-tuned run."""
+    split: Literal["train", "val", "test"] = "test"
+    data: str | None = None
+    """Folder of another data set with the same splits and fields; by default the one it was fine-tuned on."""
+    beams: int = 1
+    """Captions kept at a time; 1 is greedy."""
+    most: int = 30
+    """Tokens of a caption at most."""
+    length_penalty: float = 0.0
+    """A caption's score is its log-probability / tokens**length_penalty."""
+    device: str = "auto"
+    threads: int | None = None

@@ -1,0 +1,48 @@
+"""A small corpus and two barely trained runs on it, that all tests of the tasks share."""
+
+from dataclasses import replace
+
+import pytest
+
+from fastvlp.data.rows import PairData
+from fastvlp.data.world import WorldConfig, write_world
+from fastvlp.model.sizes import tiny
+from fastvlp.objectives.flm import FLMConfig
+from fastvlp.objectives.mlm import MLMConfig
+from fastvlp.train.optim import OptimConfig
+from fastvlp.train.run import train
+from fastvlp.train.state import TrainConfig
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("world")
+    write_world(folder, WorldConfig(size=32), train=24, val=4, test=6, pairs=16, singles=0)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def runs(world, tmp_path_factory):
+    """Folders of an FLM run (two streams) and of an MLM run (one)."""
+    folder = tmp_path_factory.mktemp("runs")
+    flm = TrainConfig(
+        name="flm",
+        out=str(folder / "flm"),
+        data=PairData(train=str(world / "train"), batch_size=8, max_length=40),
+        model=tiny(size=32, patch=16),
+        objectives={"flm": FLMConfig()},
+        optim=OptimConfig(lr=1e-3),
+        steps=2,
+        vocab=400,
+        precision="fp32",
+    )
+    mlm = replace(
+        flm,
+        name="mlm",
+        out=str(folder / "mlm"),
+        model=tiny(size=32, patch=16, reconstructor=False),
+        objectives={"mlm": MLMConfig()},
+    )
+    train(flm)
+    train(mlm)
+    return {"flm": folder / "flm", "mlm": folder / "mlm"}

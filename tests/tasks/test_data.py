@@ -1,0 +1,100 @@
+import pytest
+import torch
+
+from fastvlp.batch import Record
+from fastvlp.data.loader import Row
+from fastvlp.data.shards import Shards, ShardWriter
+from fastvlp.data.tokenize import Tokenizer
+from fastvlp.data.world import WorldConfig, scene_record
+from fastvlp.errors import UserError
+from fastvlp.model.sizes import tiny
+from fastvlp.tasks.nlvr import NLVRData
+from fastvlp.tasks.nlvr2 import NLVR2Data
+from fastvlp.tasks.vqa import VQAData, choose, frequent_answers
+
+IMAGE = tiny(size=32, patch=16).image
+
+
+@pytest.fixture(scope="module")
+def tokenizer(world):
+    data = VQAData(train=str(world / "train"), batch_size=4, answers=("yes",))
+    return Tokenizer.train(data.texts(), vocab_size=300)
+
+
+def test_frequent_answers_are_the_best_scored_first(world):
+    answers = frequent_answers(str(world / "train"))
+    assert {"yes", "no"} <= set(answers)
+    assert frequent_answers(str(world / "train"), most=3) == answers[:3]
+    assert "是" in frequent_answers(str(world / "train"), "questions_zh")
+
+
+def test_vqa_rows_are_questions_with_soft_targets(world, tokenizer):
+    answers = frequent_answers(str(world / "train"))[:5]
+    data = VQAData(train=str(world / "train"), test=str(world / "test"), batch_size=4, answers=answers)
+    made = data.maker("test", tokenizer, IMAGE, strict=True)
+    shards = Shards(world / "test")
+    asked = [(i, question) for i in range(len(shards)) for question in shards.info(i)["questions"]]
+    assert [(item.record, item.told) for item in made.items] == asked
+    batch, dropped = made([Row(i, 7 + i) for i in range(6)])
+    assert not dropped and len(batch) == 6 and batch.slot is None
+    for row, (_, question) in zip(batch.target, asked):
+        assert row.tolist() == [question["answers"].get(answer, 0.0) for answer in answers]
+    assert batch.image[0].equal(batch.image[1])  # two questions about one scene
+    assert tokenizer.decode(batch.ids[0]).replace(" ", "") == asked[0][1]["question"].replace(" ", "")
+
+
+def test_training_leaves_out_what_cannot_be_answered(world, tokenizer):
+    data = VQAData(train=str(world / "train"), test=str(world / "test"), batch_size=4, answers=("red", "blue"))
+    train = data.maker("train", tokenizer, IMAGE, strict=False)
+    assert 0 < len(train.items) < len(data.read(Shards(data.train)))
+    assert all(not {"red", "blue"}.isdisjoint(item.told["answers"]) for item in train.items)
+    assert data.rows("test", tokenizer, IMAGE, strict=True).count == len(data.read(Shards(data.test)))
+    assert data.rows("val", tokenizer, IMAGE, strict=True) is None
+    with pytest.raises(UserError, match=r"--data\.val"):
+        data.strict("val", tokenizer, IMAGE)
+
+
+def test_nlvr2_rows_are_pairs(world, tokenizer):
+    data = NLVR2Data(train=str(world / "pairs-train"), batch_size=4)
+    made = data.maker("train", tokenizer, IMAGE, strict=True)
+    for _ in range(2):  # decoded, then from the cache
+        batch, _ = made([Row(0, 11), Row(5, 12)])
+        assert len(batch) == 4 and batch.slot.tolist() == [0, 1, 0, 1]
+        assert batch.ids[0].equal(batch.ids[1]) and not batch.image[0].equal(batch.image[1])
+        assert batch.target.tolist() == [int(made.items[k].told["label"]) for k in (0, 5)]
+        assert len(set(batch.seed.tolist())) == 4
+
+
+def test_the_number_of_images_must_be_the_tasks(world, tokenizer):
+    data = NLVRData(train=str(world / "pairs-train"), batch_size=4)
+    batch, dropped = data.maker("train", tokenizer, IMAGE, strict=False)([Row(0, 1)])
+    assert len(batch) == 0 and "has 2 images, the task wants 1" in dropped[0].reason
+
+
+def test_a_missing_field_is_named(world):
+    with pytest.raises(UserError, match=r"'questions_fr'.*fields: .*captions"):
+        frequent_answers(str(world / "train"), "questions_fr")
+
+
+def test_training_drops_what_evaluation_refuses(tmp_path, tokenizer):
+    good = scene_record(WorldConfig(size=32), "train", 0)
+    entries = [{"text": "there is a shape", "label": True}, {"text": "no label"}, {"text": " ", "label": True}, "x"]
+    with ShardWriter(tmp_path / "train") as writer:
+        writer.write(Record(key="good", images=good.images, info={"statements": entries}))
+        writer.write(Record(key="broken", images=(good.images[0][:60],), info={"statements": entries[:1]}))
+    data = NLVRData(train=str(tmp_path / "train"), batch_size=4)
+    train = data.maker("train", tokenizer, IMAGE, strict=False)
+    assert len(train.items) == 5
+    batch, dropped = train([Row(i, i) for i in range(5)])
+    assert len(batch) == 1 and batch.target.tolist() == [1]
+    assert [d.key for d in dropped] == ["good", "good", "good", "broken"]
+    strict = data.maker("train", tokenizer, IMAGE, strict=True)
+    with pytest.raises(UserError, match="leaves none out"):
+        strict([Row(4, 0)])
+
+
+def test_choice_is_among_the_known_ones():
+    place = {"a": 0, "b": 1, "c": 2}
+    scores = torch.tensor([0.1, 3.0, 2.0])
+    assert choose(scores, ["zebra", "a", "c"], place) == "c"
+    assert choose(scores, ["zebra", "lion"], place) is None

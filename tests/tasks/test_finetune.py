@@ -1,0 +1,120 @@
+import json
+import shutil
+
+import pytest
+import torch
+
+from fastvlp.cli import main
+from fastvlp.data.shards import Shards
+from fastvlp.errors import UserError
+from fastvlp.model.saved import load_model
+from fastvlp.tasks.finetune import evaluate, finetune, load_task, plan
+from fastvlp.tasks.options import Evaluate, Finetune
+from fastvlp.tasks.probe import probe_vqa
+from fastvlp.tasks.vqa import VQAData, frequent_answers, measure
+
+
+def told(task, source, world, out, **more):
+    more = {"steps": 2, "batch_size": 8, "precision": "fp32", **more}
+    return Finetune(task=task, source=str(source), data=str(world), out=str(out), **more)
+
+
+@pytest.mark.parametrize("kind", ["flm", "mlm"])
+@pytest.mark.parametrize("task", ["vqa", "nlvr", "nlvr2", "caption"])
+def test_every_run_takes_every_task(kind, task, runs, world, tmp_path):
+    scores, path = finetune(told(task, runs[kind], world, tmp_path / "run"))
+    assert json.loads(path.read_text()) == scores
+    assert set(scores) == {"val", "test"}
+    main_score = scores["test"]["cider" if task == "caption" else "accuracy"]
+    assert 0 <= main_score <= 10
+
+    saved, objective, _ = load_task(tmp_path / "run")
+    assert saved.info["reading"] == ("causal" if task == "caption" else "flm" if kind == "flm" else "full")
+    assert objective.reading == saved.info["reading"]
+    again = evaluate(Evaluate(run=str(tmp_path / "run")))
+    assert again == scores["test"]
+
+
+def test_scores_follow_the_weights_not_the_training_process(runs, world, tmp_path):
+    """`vlp evaluate` in a new process sees only the folder."""
+    out = tmp_path / "run"
+    finetune(told("vqa", runs["mlm"], world, out, reading="causal"))
+    assert main(["evaluate", str(out), "--split", "val"]) == 0
+    assert main(["evaluate", str(out), "--split", "val"]) == 0
+    files = sorted(path.name for path in out.glob("results*.json"))
+    assert files == ["results-2.json", "results-3.json", "results.json"]
+    first, second = (json.loads((out / name).read_text()) for name in files[:2])
+    assert first == second == {"val": json.loads((out / "results.json").read_text())["val"]}
+    assert first["val"]["count"] == sum(len(record.info["questions"]) for record in Shards(world / "val"))
+
+
+def test_the_plan_inherits_the_run(runs, world, tmp_path):
+    run = plan(told("vqa", runs["flm"], world, tmp_path / "run", field="questions_zh", reading="full"))
+    source = load_model(runs["flm"])
+    assert run.model == source.model.config and run.init == str(runs["flm"])
+    assert run.objectives["vqa"].reading == "full"
+    assert "是" in run.data.answers and run.data.max_length == 50
+    assert run.data.val == str(world / "val")
+
+
+def test_pretraining_is_what_fine_tuning_starts_from(runs, world, tmp_path):
+    """With a rate too small to move anything, the fine-tuned weights are the pretrained ones."""
+    finetune(told("nlvr2", runs["flm"], world, tmp_path / "run", lr=1e-12))
+    before, after = (load_model(folder).model.state_dict() for folder in (runs["flm"], tmp_path / "run"))
+    for name, value in before.items():
+        torch.testing.assert_close(after[name], value, atol=1e-6, rtol=0, msg=name)
+
+
+def test_evaluation_refuses_an_unreadable_record(runs, world, tmp_path):
+    out = tmp_path / "run"
+    finetune(told("vqa", runs["mlm"], world, out))
+    damaged = tmp_path / "damaged"
+    shutil.copytree(world / "test", damaged / "test")
+    tar = damaged / "test" / "00000.tar"
+    tar.write_bytes(tar.read_bytes()[: tar.stat().st_size // 2])
+    with pytest.raises(UserError, match="leaves none out"):
+        evaluate(Evaluate(run=str(out), data=str(damaged)))
+
+
+def test_what_is_wrong_is_said(runs, world, tmp_path, capsys):
+    with pytest.raises(UserError, match="no split called train"):
+        plan(told("vqa", runs["mlm"], tmp_path, tmp_path / "run"))
+    with pytest.raises(UserError, match="reconstructor"):
+        finetune(told("vqa", runs["mlm"], world, tmp_path / "run", reading="flm"))
+    assert main(["evaluate", str(runs["flm"])]) == 2
+    assert "no fine-tuned run" in capsys.readouterr().err
+
+
+def test_a_probe_leaves_the_model_and_repeats_itself(runs, world):
+    saved = load_model(runs["flm"])
+    data = VQAData(
+        train=str(world / "train"),
+        test=str(world / "test"),
+        batch_size=8,
+        answers=frequent_answers(str(world / "train")),
+    )
+    before = {name: value.clone() for name, value in saved.model.state_dict().items()}
+    scores = [probe_vqa(saved.model, saved.tokenizer, "flm", data, 3, 8, 1e-3, seed) for seed in (0, 0)]
+    assert scores[0] == scores[1] and 0 <= scores[0]["accuracy"] <= 1
+    assert all(value.equal(before[name]) for name, value in saved.model.state_dict().items())
+
+
+def test_measures_against_a_loop(runs, world):
+    saved = load_model(runs["mlm"])
+    answers = frequent_answers(str(world / "train"))[:6]
+    data = VQAData(train=str(world / "train"), test=str(world / "test"), batch_size=4, answers=answers)
+    made = data.strict("test", saved.tokenizer, saved.model.config.image)
+
+    class Fixed(torch.nn.Module):
+        def logits(self, model, image_BKD, batch):
+            return torch.arange(6.0).flip(0).expand(len(batch), 6)
+
+    found = measure(saved.model, Fixed(), answers, made, 4)
+    right = [item.told["answers"].get(answers[0], 0.0) for item in made.items]
+    known = [max(item.told["answers"].get(answer, 0.0) for answer in answers) for item in made.items]
+    kinds = [item.told["kind"] for item in made.items]
+    assert found["accuracy"] == pytest.approx(sum(right) / len(right))
+    assert found["answerable"] == pytest.approx(sum(known) / len(known))
+    existence = [r for r, kind in zip(right, kinds) if kind == "existence"]
+    assert found["accuracy/existence"] == pytest.approx(sum(existence) / len(existence))
+    assert found["count"] == len(made.items)
