@@ -42,20 +42,24 @@ def differences(old: Json, new: Json) -> dict[str, tuple[Json, Json]]:
 
 
 def show(value: Any) -> str:
-    """The resolved config to read: a line for each field, `type` left to the saved file."""
+    """The config to read: a line for each field, and for each dataclass that holds no other."""
     lines: list[str] = []
 
-    def walk(item: Json, depth: int) -> None:
-        if not isinstance(item, dict):
-            return
+    def walk(item: dict[str, Json], depth: int) -> None:
         for name, inner in item.items():
             if name == "type":
                 continue
-            if isinstance(inner, dict):
-                lines.append(f"{'  ' * depth}{name}: {inner.get('type', '')}".rstrip())
+            indent = "  " * depth
+            if not isinstance(inner, dict):
+                lines.append(f"{indent}{name}: {inner}")
+            elif any(isinstance(part, dict) for part in inner.values()):
+                lines.append(f"{indent}{name}: {inner.get('type', '')}".rstrip())
                 walk(inner, depth + 1)
             else:
-                lines.append(f"{'  ' * depth}{name}: {inner}")
+                told = ", ".join(f"{key}={part}" for key, part in inner.items() if key != "type")
+                lines.append(f"{indent}{name}: {inner.get('type', '')}({told})")
 
-    walk(to_json(value), 0)
+    told = to_json(value)
+    if isinstance(told, dict):
+        walk(told, 0)
     return "\n".join(lines)

@@ -144,11 +144,15 @@ class TrainState:
 
 
 def pick_device(name: str) -> torch.device:
-    if name != "auto":
-        return torch.device(name)
-    if torch.cuda.is_available():
-        return torch.device("cuda", dist.local_rank())
-    return torch.device("cpu")
+    """auto: this rank's GPU where there is one, else the CPU. Raises UserError for a device that is not here."""
+    if name == "auto":
+        name = f"cuda:{dist.local_rank()}" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UserError(f"device {name!r} cannot be used ({str(error).splitlines()[0]}); choose auto or cpu") from error
+    return device
 
 
 def start(run: TrainConfig, resume: bool = False) -> TrainState:

@@ -1,0 +1,49 @@
+"""Recipes: every one that ships can be made, and a wrong name is answered with the nearest."""
+
+from __future__ import annotations
+
+import pytest
+
+from fastvlp.cli import main
+from fastvlp.config import show, to_json
+from fastvlp.errors import UserError
+from fastvlp.recipes import names, recipe
+from fastvlp.train.state import check
+
+
+@pytest.mark.parametrize("name", names())
+def test_every_recipe_describes_a_run_of_its_name(name):
+    run = recipe(name)
+    assert run.name == name
+    check(run)
+    assert to_json(run)["objectives"] and "optim: OptimConfig(lr=" in show(run)
+
+
+def test_the_paper_run_is_the_papers():
+    run = recipe("flm_base")
+    assert (run.optim.lr, run.optim.warmup, run.optim.weight_decay, run.optim.betas) == (8e-5, 0.05, 0.01, (0.9, 0.98))
+    assert run.steps == 30_000 and run.data.batch_size * run.accumulate * 8 == 4096
+    assert (run.optim.cross_multiplier, run.optim.head_multiplier, run.optim.clip) == (5, 5, None)
+
+
+def test_an_unknown_recipe_is_answered_with_the_nearest(capsys):
+    with pytest.raises(UserError, match="did you mean flm_demo"):
+        recipe("flm_dmo")
+    assert main(["pretrain", "flm_dmo"]) == 2
+    assert "did you mean flm_demo" in capsys.readouterr().err
+
+
+def test_an_unknown_field_is_answered_with_the_nearest(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["pretrain", "flm_demo", "--optim.lrr", "1"])
+    assert stopped.value.code == 2 and "--optim.lr" in capsys.readouterr().err
+
+
+def test_a_file_of_ones_own_is_a_recipe(tmp_path):
+    (tmp_path / "mine.py").write_text("from fastvlp.recipes.flm_demo import flm_demo\nmine = flm_demo\n")
+    assert recipe(str(tmp_path / "mine.py")).name == "flm_demo"
+    (tmp_path / "other.py").write_text("x = 1\n")
+    with pytest.raises(UserError, match=r"other\(\)"):
+        recipe(str(tmp_path / "other.py"))
+    with pytest.raises(UserError, match="no such recipe file"):
+        recipe(str(tmp_path / "none.py"))

@@ -1,0 +1,68 @@
+"""Two ranks compute what one does."""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastvlp import dist
+from fastvlp.model.saved import load_model
+from fastvlp.train.run import TrainConfig, train
+from tests.train.runs import OBJECTIVES, assert_equal, made_pairs, made_run
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def as_rank(rank: int, port: int, runs: list[TrainConfig], out: str) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    with dist.process_group():
+        for run in runs:
+            train(run)
+        x = torch.full((2, 3), float(rank), requires_grad=True)
+        everyone = dist.gather(x)
+        (everyone * torch.arange(12).reshape(4, 3) * (rank + 1)).sum().backward()
+        torch.save({"rows": everyone.detach(), "grad": x.grad}, f"{out}/gather{rank}.pt")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """One process group for all runs: starting one takes longer than they do."""
+    folder = tmp_path_factory.mktemp("ranks")
+    pairs = made_pairs(folder / "pairs")
+    runs = []
+    for names in (*((name,) for name in OBJECTIVES), tuple(OBJECTIVES)):
+        told = {"steps": 3, "threads": 1, "ema": 0.5}
+        train(made_run(pairs, folder / "one" / "-".join(names), *names, batch_size=12, **told))
+        runs.append(made_run(pairs, folder / "two" / "-".join(names), *names, batch_size=3, accumulate=2, **told))
+    torch.multiprocessing.spawn(as_rank, (free_port(), runs, str(folder)), nprocs=2)
+    return folder
+
+
+@pytest.mark.parametrize("names", [*((name,) for name in OBJECTIVES), tuple(OBJECTIVES)], ids="-".join)
+def test_one_rank_equals_two(folder, names):
+    one, two = (load_model(folder / count / "-".join(names), "last") for count in ("one", "two"))
+    assert one.info["pairs"] == two.info["pairs"] == 36
+    assert_equal(one.model.state_dict(), two.model.state_dict(), 1e-6)
+
+
+def test_ranks_validate_as_one(folder):
+    best = [load_model(folder / count / "flm-mlm-prefixlm", "best").info["validation"] for count in ("one", "two")]
+    assert best[0] == pytest.approx(best[1], abs=1e-5)
+
+
+def test_gather_keeps_gradients(folder):
+    for rank in (0, 1):
+        told = torch.load(folder / f"gather{rank}.pt", weights_only=True)
+        assert told["rows"][:, 0].tolist() == [0, 0, 1, 1]
+        # Each row's gradient is the sum of what both ranks make of it: weights 1 and 2.
+        assert torch.equal(told["grad"], 3.0 * torch.arange(12).reshape(4, 3)[2 * rank : 2 * rank + 2])

@@ -1,0 +1,225 @@
+"""What the loop promises: sums that do not depend on how a step is cut, and resuming that changes nothing."""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+import signal
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+
+from fastvlp.data.loader import PairMaker
+from fastvlp.data.shards import ShardWriter
+from fastvlp.errors import UserError
+from fastvlp.model.saved import load_model
+from fastvlp.train.checkpoint import load_checkpoint
+from fastvlp.train.run import start, steps, train, validate
+from fastvlp.train.state import save
+from tests.train.runs import assert_equal, made_pairs, made_records, made_run, weights
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory):
+    return made_pairs(tmp_path_factory.mktemp("pairs"))
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_resumed_run_equals_the_straight_one_bit_for_bit(pairs, tmp_path, workers):
+    # 20 rows do not divide by 4 x 2: epochs end inside steps; dropout, masks, spans and averaged weights are in play.
+    pairs = made_pairs(tmp_path / "pairs", 20)
+    told = {"batch_size": 4, "accumulate": 2, "ema": 0.9, "dropout": 0.1}
+    straight = train(made_run(pairs, tmp_path / "a", **told))
+    run = made_run(pairs, tmp_path / "b", **told)
+    state = start(run)
+    for report in steps(state):
+        if report.step == 3:
+            break
+    save(state)
+    state.tokenizer.save(run.folder / "tokenizer.json")
+    resumed = train(replace(run, data=replace(run.data, workers=workers)), resume=True)
+    assert resumed.step == straight.step == 6
+    assert (resumed.pairs, resumed.tokens) == (straight.pairs, straight.tokens)
+    assert_equal(weights(resumed), weights(straight))
+    assert_equal(resumed.ema.state_dict(), straight.ema.state_dict())
+    left, right = (load_checkpoint(tmp_path / name / "last.pt") for name in "ab")
+    moments = [told["optimiser"]["state"] for told in (left, right)]
+    for index, state in moments[0].items():
+        assert_equal(state, moments[1][index])
+
+
+def test_accumulation_equals_a_big_batch(pairs, tmp_path):
+    whole = train(made_run(pairs, tmp_path / "a", batch_size=12))
+    parts = train(made_run(pairs, tmp_path / "b", batch_size=3, accumulate=4))
+    assert whole.tokens == parts.tokens
+    assert_equal(weights(whole), weights(parts), 1e-6)
+
+
+def test_padding_changes_nothing(pairs, tmp_path):
+    run = made_run(pairs, tmp_path / "a")
+    narrow, wide = start(run), start(run)
+    make = wide.train.make
+
+    def padded(rows):
+        batch, dropped = make(rows)
+        pad = torch.full((len(batch), 3), wide.tokenizer.pad)
+        return replace(batch, ids=torch.cat([batch.ids, pad], 1)), dropped
+
+    wide.train.make = padded
+    for left, right in zip(steps(narrow), steps(wide)):
+        assert left.losses == pytest.approx(right.losses, abs=1e-5)
+    assert_equal(weights(narrow), weights(wide), 1e-5)
+
+
+def test_the_reported_loss_is_the_weighted_sum_of_the_means(pairs, tmp_path):
+    state = start(made_run(pairs, tmp_path / "a", "flm"))
+    report = next(steps(state))
+    terms = [report.losses[f"flm/{name}"] for name in ("reconstruct", "forward", "reverse")]
+    assert report.losses["loss"] == pytest.approx(sum(terms) / 3, rel=1e-5)
+    assert report.tokens == state.tokens > report.pairs == 8
+
+
+def test_a_run_leaves_its_config_log_and_weights(pairs, tmp_path):
+    state = train(made_run(pairs, tmp_path / "a", "mlm", validate_every=2, ema=0.5))
+    told = json.loads((tmp_path / "a/config.json").read_text())
+    assert told["objectives"]["mlm"]["type"] == "MLMConfig" and told["data"]["batch_size"] == 8
+    lines = [json.loads(line) for line in (tmp_path / "a/log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if line["kind"] == "train"] == [1, 2, 3, 4, 5, 6]
+    losses = [line["loss"] for line in lines if line["kind"] == "validation"]
+    assert len(losses) == 3 and state.best == min(losses)
+    saved = load_model(tmp_path / "a", "last")
+    assert saved.info["reading"] == "full" and saved.info["step"] == 6
+    assert_equal(saved.model.state_dict(), state.ema.module.model.state_dict())
+
+
+def test_validation_draws_the_same_every_time_and_leaves_training_mode(pairs, tmp_path):
+    state = start(made_run(pairs, tmp_path / "a", dropout=0.1))
+    assert validate(state) == validate(state)
+    assert state.pretraining.training
+
+
+def test_a_budget_of_time_ends_on_time_with_a_rate_near_zero(pairs, tmp_path):
+    run = replace(made_run(pairs, tmp_path / "a", "mlm"), steps=None, budget_s=1.0)
+    state = start(run)
+    began = time.perf_counter()
+    reports = list(steps(state))
+    assert 1.0 <= state.elapsed < 1.5 and time.perf_counter() - began < 2
+    assert reports[-1].lr < 0.1 * max(report.lr for report in reports)
+
+
+def test_a_step_that_is_not_finite_is_skipped_and_counted(pairs, tmp_path):
+    state = start(made_run(pairs, tmp_path / "a", "mlm"))
+    reports = steps(state)
+    next(reports)
+    bias = state.model.head.vocabulary.bias
+    kept = bias.detach().clone()
+    bias.data[7] = math.inf
+    before = weights(state)
+    assert next(reports).skipped and state.skipped == state.bad_steps == 1
+    assert_equal(weights(state), before)
+    bias.data.copy_(kept)
+    assert not next(reports).skipped and (state.skipped, state.bad_steps) == (1, 0)
+
+
+def test_too_many_bad_steps_stop_the_run_with_the_cause(pairs, tmp_path):
+    state = start(made_run(pairs, tmp_path / "a", "mlm", max_bad_steps=2))
+    state.model.head.vocabulary.bias.data[7] = math.nan
+    with pytest.raises(UserError, match=r"2 steps in a row .*mlm/masked.*head\.vocabulary\.bias"):
+        list(steps(state))
+    state = start(made_run(pairs, tmp_path / "a", "mlm", max_bad_steps=2))
+    state.pretraining.model.head.vocabulary.weight.register_hook(lambda grad: grad * math.nan)
+    with pytest.raises(UserError, match=r"gradient is not.*--optim\.lr"):
+        list(steps(state))
+
+
+def test_sigterm_saves_and_says_how_to_go_on(pairs, tmp_path, capsys):
+    run = made_run(pairs, tmp_path / "a", "mlm")
+    make, calls = PairMaker.__call__, []
+
+    def counted(self, rows):
+        calls.append(1)
+        if len(calls) == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return make(self, rows)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PairMaker, "__call__", counted)
+        with pytest.raises(SystemExit) as stopped:
+            train(run)
+    assert stopped.value.code == 143 and "--resume" in capsys.readouterr().out
+    assert 0 < load_checkpoint(tmp_path / "a/last.pt")["step"] < 6
+    assert_equal(weights(train(run, resume=True)), weights(train(replace(run, out=str(tmp_path / "b")))))
+
+
+def test_a_full_disk_leaves_the_earlier_checkpoint(pairs, tmp_path, monkeypatch):
+    run = made_run(pairs, tmp_path / "a", "mlm", checkpoint_every=2)
+    written, calls = torch.save, []
+
+    def full(told, file):
+        calls.append(1)
+        if len(calls) == 2:
+            file.write(b"half of it")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        written(told, file)
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(UserError, match=r"last\.pt.*No space left"):
+        train(run)
+    assert load_checkpoint(tmp_path / "a/last.pt")["step"] == 2
+    assert_equal(weights(train(run, resume=True)), weights(train(replace(run, out=str(tmp_path / "b")))))
+
+
+def test_a_folder_that_holds_a_run_is_not_overwritten(pairs, tmp_path):
+    run = made_run(pairs, tmp_path / "a", "mlm", steps=1)
+    train(run)
+    with pytest.raises(UserError, match="--resume"):
+        train(run)
+
+
+def test_resuming_another_run_names_the_fields(pairs, tmp_path):
+    run = made_run(pairs, tmp_path / "a", "mlm", steps=1)
+    train(run)
+    other = replace(run, optim=replace(run.optim, lr=0.5), model=replace(run.model, reconstructor=None))
+    with pytest.raises(UserError, match=r"model\.reconstructor.*optim\.lr: 0\.01 then, 0\.5 now"):
+        train(other, resume=True)
+    assert train(replace(run, steps=2), resume=True).step == 2
+
+
+def test_unreadable_records_are_dropped_and_named(tmp_path):
+    pairs = made_pairs(tmp_path / "pairs")
+    with ShardWriter(tmp_path / "bad") as writer:
+        for record in made_records(8):
+            writer.write(replace(record, images=(record.images[0][:60],)) if record.key == "r003" else record)
+    run = made_run(pairs, tmp_path / "a", "mlm", steps=2)
+    state = train(replace(run, data=replace(run.data, train=str(tmp_path / "bad"))))
+    assert list(state.dropped) == ["r003"] and state.pairs == 14
+    with pytest.raises(UserError, match="r003"):
+        validate(start(replace(run, out=str(tmp_path / "b"), data=replace(run.data, val=str(tmp_path / "bad")))))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"steps": None}, "steps or budget_s"),
+        ({"budget_s": 3.0}, "steps or budget_s"),
+        ({"accumulate": 0}, "accumulate"),
+        ({"keep": 0.0}, "keep"),
+        ({"objectives": {}}, "objectives"),
+        ({"device": "nonsense"}, "device"),
+    ],
+)
+def test_what_cannot_be_run_is_said_first(pairs, tmp_path, changes, message):
+    with pytest.raises(UserError, match=message):
+        start(replace(made_run(pairs, tmp_path / "a", "mlm"), **changes))
