@@ -10,7 +10,6 @@ from fastvlp.errors import UserError
 from fastvlp.model.saved import load_model
 from fastvlp.tasks.finetune import evaluate, finetune, load_task, plan
 from fastvlp.tasks.options import Evaluate, Finetune
-from fastvlp.tasks.probe import probe_vqa
 from fastvlp.tasks.vqa import VQAData, frequent_answers, measure
 
 
@@ -83,20 +82,6 @@ def test_what_is_wrong_is_said(runs, world, tmp_path, capsys):
         finetune(told("vqa", runs["mlm"], world, tmp_path / "run", reading="flm"))
     assert main(["evaluate", str(runs["flm"])]) == 2
     assert "no fine-tuned run" in capsys.readouterr().err
-
-
-def test_a_probe_leaves_the_model_and_repeats_itself(runs, world):
-    saved = load_model(runs["flm"])
-    data = VQAData(
-        train=str(world / "train"),
-        test=str(world / "test"),
-        batch_size=8,
-        answers=frequent_answers(str(world / "train")),
-    )
-    before = {name: value.clone() for name, value in saved.model.state_dict().items()}
-    scores = [probe_vqa(saved.model, saved.tokenizer, "flm", data, 3, 8, 1e-3, seed) for seed in (0, 0)]
-    assert scores[0] == scores[1] and 0 <= scores[0]["accuracy"] <= 1
-    assert all(value.equal(before[name]) for name, value in saved.model.state_dict().items())
 
 
 def test_measures_against_a_loop(runs, world):
