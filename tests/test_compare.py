@@ -38,8 +38,15 @@ class Run:
     vocab: int = 50
 
 
+@dataclass(frozen=True)
+class Settings:
+    pictures: int = 1
+
+
 class World:
     """A clock, the arms that run on it, and who ran when."""
+
+    settings = Settings()
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch):
         self.now = 0.0
@@ -52,8 +59,7 @@ class World:
 
     def start(self, run: Run) -> Any:
         self.now += 50
-        state = SimpleNamespace(run=run, device=torch.device("cpu"), step=0, pairs=0, tokens=0, elapsed=0.0, dropped={})
-        return state
+        return SimpleNamespace(run=run, device=torch.device("cpu"), step=0, pairs=0, tokens=0, elapsed=0.0, dropped={})
 
     def steps(self, state: Any) -> Iterator[Any]:
         while state.elapsed < state.run.budget_s:
@@ -86,15 +92,7 @@ def go(world: World, plan: Plan, arms: Mapping[str, Run]) -> tuple[Comparison, s
     console = Console(width=100, record=True, quiet=False, file=open("/dev/null", "w"))  # noqa: SIM115, PTH123
     display = Display(list(arms), budget_s=plan.budget_s, seeds=plan.seeds, marks=len(plan.shares), console=console)
     with display:
-        made = compare(
-            plan,
-            arms,
-            about={},
-            scorer=world,
-            start=world.start,
-            steps=world.steps,
-            display=display,  # type: ignore[arg-type]
-        )
+        made = compare(plan, arms, origin={}, scorer=world, begin=world.start, go_on=world.steps, display=display)  # type: ignore[arg-type]
     print_tables(made, console)
     return made, console.export_text()
 

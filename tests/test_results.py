@@ -88,6 +88,11 @@ def test_the_reference_that_falls_back_is_timed_by_its_first_reach() -> None:
     assert speed.ratio is not None and speed.ratio.mean == pytest.approx(15 / 10)
 
 
+def test_a_reference_that_is_done_at_once_cannot_be_timed() -> None:
+    comparison = made(run("mlm", 0, [0.5, 0.5, 0.5]), run("flm", 0, [0.4, 0.6, 0.8]))
+    assert str(speedup(comparison, "flm", "vqa")) == "-"
+
+
 def test_rates_are_over_training_time() -> None:
     row = summarise(made(run("mlm", 0, [0.1, 0.2, 0.5]), run("mlm", 1, [0.1, 0.2, 0.7])))[0]
     assert (row.steps, row.pairs_per_s, row.tokens_per_s, row.cpu) == (40, 8, 80, 2)

@@ -8,21 +8,28 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any, Protocol, cast
 
 import torch
+from rich.console import Console
 
+from fastvlp.about import about
+from fastvlp.compare_options import Compare
 from fastvlp.config import to_json
 from fastvlp.data.tokenize import Tokenizer
-from fastvlp.display import Display
+from fastvlp.display import Display, print_tables
 from fastvlp.errors import UserError
 from fastvlp.objectives.mlm import MLMConfig
+from fastvlp.overrides import duration, override
+from fastvlp.recipes import names, recipe
 from fastvlp.report import write_report
 from fastvlp.results import ArmRun, Comparison, LossPoint, Mark, Sample, Spent
-from fastvlp.train.run import StepReport, TrainConfig, TrainState
+from fastvlp.train.run import StepReport, TrainConfig, TrainState, start, steps
+from fastvlp.train.state import pick_device
+from fastvlp.yardsticks import Settings, Yardsticks
 
 # Points kept of each training-loss curve.
 CURVE_POINTS = 120
@@ -51,7 +58,10 @@ class Plan:
 
 
 class Scorer(Protocol):
-    """What the arms are measured with; scores must not change the state."""
+    """What the arms are measured with; scores must not change the state. settings: a dataclass, for the report."""
+
+    @property
+    def settings(self) -> Any: ...
 
     def score(self, state: TrainState) -> dict[str, float]: ...
 
@@ -166,11 +176,11 @@ def compare(
     plan: Plan,
     arms: Mapping[str, TrainConfig],
     *,
-    about: dict[str, Any],
+    origin: dict[str, Any],
     scorer: Scorer,
-    start: Callable[[TrainConfig], TrainState],
-    steps: Callable[[TrainState], Iterator[StepReport]],
     display: Display,
+    begin: Callable[[TrainConfig], TrainState] = start,
+    go_on: Callable[[TrainState], Iterator[StepReport]] = steps,
 ) -> Comparison:
     """Trains and scores every arm with every seed; results.json and report.html are whole after every mark."""
     runs = with_tokenizers(resolved(plan, arms), plan.out)
@@ -180,8 +190,8 @@ def compare(
         budget_s=plan.budget_s,
         seeds=plan.seeds,
         shares=plan.shares,
-        about=about,
-        settings={k: v for k, v in asdict(plan).items() if k != "out"} | getattr(scorer, "settings", {}),
+        about=origin,
+        settings={k: v for k, v in asdict(plan).items() if k != "out"} | asdict(scorer.settings),
         configs={arm: cast(dict[str, Any], to_json(run)) for arm, run in runs.items()},
     )
     save(comparison, plan.out)
@@ -189,11 +199,11 @@ def compare(
         lanes = []
         for arm, run in runs.items():
             display.note(f"seed {seed}: building {arm}")
-            state = start(replace(run, seed=run.seed + seed))
+            state = begin(replace(run, seed=run.seed + seed))
             record = ArmRun(arm=arm, seed=state.run.seed)
             comparison.runs.append(record)
             lanes.append(
-                Lane(state=state, reports=steps(state), run=record, shares=plan.shares, budget_s=plan.budget_s)
+                Lane(state=state, reports=go_on(state), run=record, shares=plan.shares, budget_s=plan.budget_s)
             )
         race(lanes, plan.slice_s, scorer, display, lambda: save(comparison, plan.out))
         if seed == 0:
@@ -234,6 +244,29 @@ def _turn(lane: Lane, slice_s: float, scorer: Scorer, display: Display, saved: C
         lane.mark(scorer.score(lane.state), time.perf_counter() - began)
         display.scored(lane.run, lane.run.marks[-1])
         saved()
+
+
+def run_comparison(told: Compare) -> Comparison:
+    """`vlp compare`. Prints the tables."""
+    if not told.recipes:
+        raise UserError(f"name at least one recipe; there are {', '.join(names())}")
+    if told.threads:
+        torch.set_num_threads(told.threads)
+    same_arms(Path(name).stem for name in told.recipes)
+    arms = {Path(name).stem: override(recipe(name), told.set, Path(name).stem) for name in told.recipes}
+    plan = Plan(
+        budget_s=duration(told.budget),
+        out=told.out,
+        seeds=told.seeds,
+        marks=told.marks,
+        slice_s=duration(told.slice),
+    )
+    settings = Settings(**{option.name: getattr(told, option.name) for option in fields(Settings)})
+    device = pick_device(next(iter(arms.values())).device)
+    with Display(list(arms), budget_s=plan.budget_s, seeds=plan.seeds, marks=len(plan.shares)) as display:
+        made = compare(plan, arms, origin=about(device), scorer=Yardsticks(settings=settings), display=display)
+    print_tables(made, Console())
+    return made
 
 
 def same_arms(names: Iterable[str]) -> None:

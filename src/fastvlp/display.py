@@ -58,7 +58,7 @@ class Display:
         return max(training, 0.0) + scoring * (whole * self.marks - len(self.scoring_s))
 
     def note(self, text: str) -> None:
-        self.console.print(text, markup=False, highlight=False)
+        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def trained(self, run: ArmRun, spent: Spent) -> None:
         self.trained_s[run.arm, run.seed] = min(spent.time, self.budget_s)
@@ -96,10 +96,11 @@ def print_tables(comparison: Comparison, console: Console) -> None:
         speed.add_row(row.arm, *(f"{n:,.0f}" for n in numbers), f"{row.wait:.0%}", f"{row.cpu:.2f}")
     console.print(speed)
     for name in comparison.yardsticks:
-        table = Table("arm", title=f"{title(name).title}, {title(name).note}".rstrip(", "))
+        table = Table("arm", caption=f"time-to-quality: how much sooner than {comparison.reference} at its final score")
+        table.title = f"{title(name).title}, {title(name).note}".rstrip(", ")
         for share in comparison.shares:
             table.add_column(seconds(share * comparison.budget_s), justify="right")
-        table.add_column(f"reaches {comparison.reference}'s final score sooner by", justify="right")
+        table.add_column("time-to-quality", justify="right")
         for row in rows:
             cells = [shown(name, score) for score in row.scores[name]]
             table.add_row(row.arm, *cells, time_to_quality(comparison, row.arm, name))

@@ -168,7 +168,11 @@ def _scores(comparison: Comparison, rows: Sequence[Summary], name: str) -> str:
     """The numbers below a yardstick's charts."""
     times = [seconds(share * comparison.budget_s) for share in comparison.shares]
     cells = [
-        [_name(comparison, row.arm), *(shown(name, s) for s in row.scores[name]), time_to_quality(comparison, row.arm, name)]
+        [
+            _name(comparison, row.arm),
+            *(shown(name, s) for s in row.scores[name]),
+            time_to_quality(comparison, row.arm, name),
+        ]
         for row in rows
     ]
     return _html_table(["", *times, "time-to-quality"], cells)

@@ -183,7 +183,8 @@ class Speedup(NamedTuple):
 
 def speedup(comparison: Comparison, arm: str, yardstick: str) -> Speedup:
     """How much sooner `arm` reaches the reference's final score. Both sides count the first time their curve is there,
-    seed by seed, so the reference itself has 1."""
+    seed by seed, so the reference itself has 1. A seed whose reference has its final score at the first mark already cannot
+    be timed, and is left out."""
     references = {run.seed: run for run in comparison.of(comparison.reference)}
     ratios, at_least, n = [], False, 0
     for run in comparison.of(arm):
@@ -191,11 +192,13 @@ def speedup(comparison: Comparison, arm: str, yardstick: str) -> Speedup:
         finals = [mark.scores[yardstick] for mark in reference.marks if yardstick in mark.scores] if reference else []
         if reference is None or not finals or not any(yardstick in mark.scores for mark in run.marks):
             continue
-        n += 1
         own, theirs = reached(run, yardstick, finals[-1]), reached(reference, yardstick, finals[-1])
-        if own and theirs:
+        if theirs is None or theirs.by:
+            continue
+        n += 1
+        if own:
             ratios.append(theirs.time / own.time)
-            at_least |= own.by and arm != comparison.reference
+            at_least |= own.by
     return Speedup(spread(ratios), at_least, len(ratios), n)
 
 
