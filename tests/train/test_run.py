@@ -17,6 +17,7 @@ from fastvlp.data.loader import PairMaker
 from fastvlp.data.shards import ShardWriter
 from fastvlp.errors import UserError
 from fastvlp.model.saved import load_model
+from fastvlp.objectives.itm import ITMConfig
 from fastvlp.train.checkpoint import load_checkpoint
 from fastvlp.train.run import start, steps, train, validate
 from fastvlp.train.state import save
@@ -108,6 +109,13 @@ def test_validation_draws_the_same_every_time_and_leaves_training_mode(pairs, tm
     state = start(made_run(pairs, tmp_path / "a", dropout=0.1))
     assert validate(state) == validate(state)
     assert state.pretraining.training
+
+
+def test_a_last_batch_of_one_row_can_be_validated(tmp_path):
+    pairs = made_pairs(tmp_path / "pairs", 8)
+    run = made_run(pairs, tmp_path / "a", "mlm", steps=1, batch_size=5)
+    state = train(replace(run, objectives={"itm": ITMConfig(), **run.objectives}))
+    assert 0 < state.best < math.inf
 
 
 def test_a_budget_of_time_ends_on_time_with_a_rate_near_zero(pairs, tmp_path):
@@ -205,6 +213,7 @@ def test_unreadable_records_are_dropped_and_named(tmp_path):
     run = made_run(pairs, tmp_path / "a", "mlm", steps=2)
     state = train(replace(run, data=replace(run.data, train=str(tmp_path / "bad"))))
     assert list(state.dropped) == ["r003"] and state.pairs == 14
+    assert '"record": "r003"' in (tmp_path / "a/log.jsonl").read_text()
     with pytest.raises(UserError, match="r003"):
         validate(start(replace(run, out=str(tmp_path / "b"), data=replace(run.data, val=str(tmp_path / "bad")))))
 

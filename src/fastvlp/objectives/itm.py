@@ -77,8 +77,11 @@ class ITM(Objective):
         return {"match": batch.length.new_tensor(2 * len(batch))}
 
     def forward(self, model: VLModel, image_BKD: Tensor, batch: Batch) -> dict[str, Loss]:
-        """Each image once with its own text, once with a hard negative. Errors on a batch of one: it has no negative."""
+        """Each image once with its own text, once with a hard negative. A batch of one has no negative: an error in
+        training, nothing to count in validation, whose last batch may be that short."""
         B = len(batch)
+        if B < 2 and not self.training:
+            return {"match": Loss(image_BKD.new_zeros(()), batch.length.new_zeros(()))}
         if B < 2:
             raise ValueError("image-text matching takes its negatives from the batch: give it at least two pairs")
         other = self.negatives(model, image_BKD, batch)

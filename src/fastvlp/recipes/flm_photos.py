@@ -17,10 +17,11 @@ from fastvlp.train.run import TrainConfig
 def flm_photos() -> TrainConfig:
     return TrainConfig(
         name="flm_photos",
-        data=PairData(train="photos/train", val="photos/val", batch_size=64),
-        model=small(size=112),
+        data=PairData(train="photos/train", val="photos/val", batch_size=32),
+        model=small(),
         objectives={"flm": FLMConfig()},
-        optim=OptimConfig(lr=5e-4, weight_decay=0.05, cross_multiplier=1, head_multiplier=1),
+        optim=OptimConfig(lr=7e-4, weight_decay=0.05, cross_multiplier=1, head_multiplier=1),
+        vocab=5000,
         budget_s=1200,
         validate_every=200,
         checkpoint_every=200,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from typing import cast
 
 from torch import Tensor, nn
 
@@ -19,6 +20,10 @@ class Pretraining(nn.Module):
         self.objectives = nn.ModuleDict(objectives)
         self.keep = keep
 
+    def named(self) -> Iterable[tuple[str, Objective]]:
+        """The objectives by name. Typed: to a module dict all are plain modules."""
+        return cast(Mapping[str, Objective], self.objectives).items()
+
     def forward(self, batch: Batch) -> dict[str, Loss]:
         """The image is encoded once and shared by all objectives; `keep` < 1 drops patches before any is embedded."""
         config = self.model.config.image
@@ -26,7 +31,7 @@ class Pretraining(nn.Module):
         image_BKD = self.model.encode_image(batch.image, keep)
         return {
             f"{name}/{term}": loss
-            for name, objective in self.objectives.items()
+            for name, objective in self.named()
             for term, loss in objective(self.model, image_BKD, batch).items()
         }
 
@@ -34,10 +39,10 @@ class Pretraining(nn.Module):
         """Targets of each loss, from the batch alone."""
         return {
             f"{name}/{term}": count
-            for name, objective in self.objectives.items()
+            for name, objective in self.named()
             for term, count in objective.counts(batch).items()
         }
 
     def after_step(self) -> None:
-        for objective in self.objectives.values():
+        for _, objective in self.named():
             objective.after_step(self.model)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -37,7 +38,7 @@ class StepReport:
     """One step of all ranks. losses: `loss`, what was minimised, the sum of weight * mean over its terms, and each term's
     mean. lr: of the towers. tokens: predicted ones. seconds: of the step, of which `data_wait` for batches. flops: of this
     rank. skipped: the loss or its gradient was not finite, and the weights stay as they were. dropped:
-    records that this rank found unreadable for the first time."""
+    records that this rank found unreadable for the first time, key -> reason."""
 
     step: int
     losses: dict[str, float]
@@ -49,7 +50,7 @@ class StepReport:
     flops: float
     grad_norm: float
     skipped: bool
-    dropped: int
+    dropped: dict[str, str]
 
 
 def steps(state: TrainState) -> Iterator[StepReport]:
@@ -59,7 +60,7 @@ def steps(state: TrainState) -> Iterator[StepReport]:
     batches = state.train.batches(start=state.step * run.accumulate)
     state.pretraining.train()
     while state.progress < 1 and not state.stop:
-        began, unreadable = time.perf_counter(), len(state.dropped)
+        began, known = time.perf_counter(), len(state.dropped)
         micro = [next_batch(state, batches) for _ in range(run.accumulate)]
         data_wait = time.perf_counter() - began
         set_rate(state.optimiser, rate_factor(state.midway, run.optim.warmup, run.optim.decay))
@@ -109,7 +110,7 @@ def steps(state: TrainState) -> Iterator[StepReport]:
             flops=flops(state.pretraining, micro, dict(zip(counts, targets))),
             grad_norm=grad_norm,
             skipped=skipped,
-            dropped=len(state.dropped) - unreadable,
+            dropped=dict(list(state.dropped.items())[known:]),
         )
         count_bad(state, report)
         yield report
@@ -144,10 +145,12 @@ def flops(pretraining: Pretraining, micro: list[Batch], targets: dict[str, float
 
 
 def agree(state: TrainState, seconds: float) -> float:
-    """The ranks' mean of the step's seconds, since the schedule may follow time; and whether any was told to stop."""
+    """The ranks' mean of the step's seconds, since the schedule may follow time. Sets `stop` where any was told to: here
+    alone, so that all ranks leave the loop after the same step."""
+    state.stop = state.told
     if dist.world() > 1:
-        told = torch.tensor([seconds / dist.world(), float(state.stop is not None)], device=state.device)
-        seconds, stop = dist.all_reduce_sum(told).tolist()
+        said = torch.tensor([seconds / dist.world(), float(state.told is not None)], device=state.device)
+        seconds, stop = dist.all_reduce_sum(said).tolist()
         if stop and state.stop is None:
             state.stop = signal.SIGTERM
     return seconds
@@ -200,10 +203,12 @@ def stop_signals(state: TrainState) -> Iterator[None]:
     """SIGTERM and Ctrl-C end the run after the step at hand; a second Ctrl-C ends it at once."""
 
     def stop(number: int, frame: object) -> None:
-        state.stop = number
+        state.told = number
         signal.signal(number, old[signal.Signals(number)])
 
-    numbers = (signal.SIGTERM, signal.SIGINT)
+    # Python lets the main thread alone handle signals.
+    main = threading.current_thread() is threading.main_thread()
+    numbers = (signal.SIGTERM, signal.SIGINT) if main else ()
     old = {number: signal.getsignal(number) for number in numbers}
     for number in numbers:
         signal.signal(number, stop)
@@ -230,6 +235,8 @@ def train(run: TrainConfig, resume: bool = False) -> TrainState:
         with RunLog(state) as log, stop_signals(state):
             for report in steps(state):
                 log.step(report, state)
+                for key, reason in report.dropped.items():
+                    log.event("dropped", step=report.step, elapsed=state.elapsed, record=key, reason=reason)
                 over = state.progress >= 1
                 if due(run.validate_every, state.step) and not over:
                     judge(state, log)

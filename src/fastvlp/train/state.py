@@ -100,7 +100,8 @@ def check(run: TrainConfig) -> None:
 class TrainState:
     """Where a run stands. `wrapped` is `pretraining`, maybe under DDP. `elapsed`: seconds of training, agreed by all
     ranks. `pairs` and `tokens` (predicted) count all ranks. `dropped`: unreadable records, key -> reason. `bad_steps`
-    in a row were skipped, `skipped` in all. `best`: lowest validation loss so far."""
+    in a row were skipped, `skipped` in all. `best`: lowest validation loss so far. `told`: the signal that this process
+    got; `stop`: the one that all ranks stop for."""
 
     run: TrainConfig
     device: torch.device
@@ -120,6 +121,7 @@ class TrainState:
     bad_steps: int = 0
     skipped: int = 0
     best: float = math.inf
+    told: int | None = None
     stop: int | None = None
 
     @property
@@ -228,10 +230,10 @@ def make_loader(run: TrainConfig, split: Split, tokenizer: Tokenizer, config: Mo
 
 def save(state: TrainState) -> None:
     """Everything that `restore` needs, and the weights alone beside it. The main rank writes, the others wait."""
-    dropped = {key: reason for part in dist.gather_objects(state.dropped) for key, reason in part.items()}
+    state.dropped = {key: reason for part in dist.gather_objects(state.dropped) for key, reason in part.items()}
     if dist.is_main():
         told: dict[str, Any] = {name: getattr(state, name) for name in COUNTERS} | {
-            "dropped": dropped,
+            "dropped": state.dropped,
             "run": to_json(state.run),
             "rows": state.train.count,
             "ranks": dist.world(),
