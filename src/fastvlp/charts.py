@@ -46,11 +46,11 @@ class Scale(NamedTuple):
 
 
 def nice_ticks(low: float, high: float, count: int = 5) -> list[float]:
-    """Multiples of 1, 2 or 5 times a power of ten that cover [low, high], about `count` of them."""
+    """Multiples of 1, 2, 2.5 or 5 times a power of ten that cover [low, high], about `count` of them."""
     span = max(high - low, 1e-9 * max(abs(high), 1))
     raw = span / max(count - 1, 1)
     power = 10.0 ** math.floor(math.log10(raw))
-    step = next(m * power for m in (1, 2, 5, 10) if m * power >= raw * 0.999)
+    step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= raw * 0.999)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     return [round(i * step, 12) for i in range(first, last + 1)]
 

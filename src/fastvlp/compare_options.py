@@ -30,7 +30,7 @@ class Compare:
     probe_lr: float = 5e-4
     probe_items: int = 2000
     """Questions that are scored."""
-    cloze_items: int = 500
+    cloze_items: int = 256
     """Pairs whose words are asked for."""
     caption_items: int = 0
     """Pictures that are captioned for CIDEr at every mark; 0 leaves CIDEr out."""

@@ -28,8 +28,7 @@ from fastvlp.results import (
     title,
 )
 
-# A picture that is smaller than this is a drawing of few pixels: enlarged with crisp edges.
-CRISP_BELOW = 128
+PAGE = Template(files("fastvlp").joinpath("report.html").read_text("utf-8"))
 AXES: tuple[tuple[str, str, Callable[[Spent], float]], ...] = (
     ("time", "training time (s)", lambda spent: spent.time),
     ("steps", "steps", lambda spent: spent.steps),
@@ -54,11 +53,7 @@ def page(comparison: Comparison) -> str:
         _configs(comparison),
         _about(comparison),
     ]
-    template = Template(files("fastvlp").joinpath("report.html").read_text("utf-8"))
-    crisp = comparison.about.get("picture_size", 0) < CRISP_BELOW
-    return template.substitute(
-        title=escape(_title(comparison)), body="\n".join(body), rendering="pixelated" if crisp else "auto"
-    )
+    return PAGE.substitute(title=escape(_title(comparison)), body="\n".join(body))
 
 
 def _title(comparison: Comparison) -> str:
@@ -233,11 +228,13 @@ def _sample(comparison: Comparison, sample: Sample) -> str:
             kind, sign = ("right", "✓") if answer == asked.right else ("wrong", "✗")
             answers.append(f'<dt>{_name(comparison, arm)}</dt><dd class="{kind}">{sign} {escape(answer)}</dd>')
         parts.append(
-            f'<div class="question"><p>{escape(asked.question)} <span class="soft">{escape(asked.right)}</span></p>'
+            f'<div class="question"><p>{escape(asked.question)} <b>{escape(asked.right)}</b></p>'
             f"<dl>{''.join(answers)}</dl></div>"
         )
     alt = escape(sample.references[0] if sample.references else sample.key, quote=True)
-    return f'<div class="sample"><img src="{sample.picture}" alt="{alt}"><div>{"".join(parts)}</div></div>'
+    # A PNG is a drawing of few pixels: enlarged with crisp edges.
+    crisp = ' class="crisp"' if sample.picture.startswith("data:image/png") else ""
+    return f'<div class="sample"><img{crisp} src="{sample.picture}" alt="{alt}"><div>{"".join(parts)}</div></div>'
 
 
 def _samples(comparison: Comparison) -> str:

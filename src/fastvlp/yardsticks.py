@@ -37,8 +37,8 @@ from fastvlp.train.optim import OptimConfig, adamw
 from fastvlp.train.pretraining import Pretraining
 from fastvlp.train.run import TrainConfig, TrainState, autocast, steps
 
-# A picture of fewer pixels is a drawing that JPEG would smear.
-DRAWING = 128
+# The side in pixels up to which a picture goes into the report as it is: JPEG would smear it.
+DRAWING = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +52,7 @@ class Settings:
     probe_batch: int = 64
     probe_lr: float = 5e-4
     probe_items: int = 2000
-    cloze_items: int = 500
+    cloze_items: int = 256
     caption_items: int = 0
     split: Split = "val"
     vqa: str | None = None
