@@ -96,7 +96,9 @@ def print_tables(comparison: Comparison, console: Console) -> None:
         speed.add_row(row.arm, *(f"{n:,.0f}" for n in numbers), f"{row.wait:.0%}", f"{row.cpu:.2f}")
     console.print(speed)
     for name in comparison.yardsticks:
-        table = Table("arm", caption=f"time-to-quality: how much sooner than {comparison.reference} at its final score")
+        table = Table(
+            "arm", caption=f"time-to-quality: how many times as fast to the final score of {comparison.reference}"
+        )
         table.title = f"{title(name).title}, {title(name).note}".rstrip(", ")
         for share in comparison.shares:
             table.add_column(seconds(share * comparison.budget_s), justify="right")

@@ -71,7 +71,7 @@ def _name(comparison: Comparison, arm: str) -> str:
 def _sooner(speed: Speedup, reference: str) -> str:
     if speed.ratio is None:
         return f"does not reach {reference}'s final score"
-    return f"reaches {reference}'s final score {speed} sooner"
+    return f"reaches {reference}'s final score {speed} as fast"
 
 
 def _head(comparison: Comparison, rows: Sequence[Summary]) -> str:

@@ -24,7 +24,9 @@ class Yardstick(NamedTuple):
 # Every yardstick is better when higher. A score of a name that is not here is shown as the bare number.
 YARDSTICKS = {
     "vqa": Yardstick("VQA accuracy", "after the same short fine-tuning", True),
-    "cloze": Yardstick("Cloze accuracy", "hidden validation words, by each method's own means", True),
+    "cloze": Yardstick(
+        "Cloze accuracy", "words from both sides for FLM and MLM, from the left alone for AR and PrefixLM", True
+    ),
     "cider": Yardstick("CIDEr", "greedy captions after the same short fine-tuning", False),
 }
 
