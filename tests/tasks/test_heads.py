@@ -78,6 +78,11 @@ def test_head_is_pooler_and_two_layers():
     torch.testing.assert_close(objective.logits(model, image_BKD, batch), known)
 
 
+def test_answers_start_at_equal_chance():
+    objective = VQAConfig(reading="full", answers=50).build(made_config(), made_tokenizer())
+    torch.testing.assert_close(objective.head[-1].bias.sigmoid(), torch.full((50,), 1 / 50))
+
+
 def test_nlvr2_concatenates_the_summaries_beside_both_images():
     model, batch = made_model(), pair_batch()
     objective = NLVR2Config(reading="causal").build(model.config, made_tokenizer())

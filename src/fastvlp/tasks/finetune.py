@@ -48,10 +48,10 @@ class Rates:
 # For models of the sizes that are pretrained here, fusion as well trained as the towers. The paper's: lr 5e-6 to 1e-5,
 # cross 5, head 50 (VQA) or 10 (NLVR2), batches of 256 to 512 (spec flm.md section 5).
 RATES: dict[Task, Rates] = {
-    "vqa": Rates(lr=3e-4, cross=1, head=5),
-    "nlvr": Rates(lr=3e-4, cross=1, head=5),
-    "nlvr2": Rates(lr=3e-4, cross=1, head=5),
-    "caption": Rates(lr=3e-4, cross=1, head=1),
+    "vqa": Rates(lr=5e-4, cross=1, head=5),
+    "nlvr": Rates(lr=5e-4, cross=1, head=5),
+    "nlvr2": Rates(lr=5e-4, cross=1, head=5),
+    "caption": Rates(lr=5e-4, cross=1, head=1),
 }
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastvlp.batch import Batch
 from fastvlp.data.rows import Split
@@ -77,6 +78,11 @@ class VQAConfig(HeadConfig):
 class VQA(HeadTask):
     def __init__(self, config: VQAConfig, model: ModelConfig):
         super().__init__(config, model, images=1, outputs=config.answers)
+        # One answer of A is right: a start at probability 1/A spares the first steps, which would only lower all of them
+        # from 1/2 (Lin et al. 2017, arXiv 1708.02002, section 4.1).
+        last = self.head[-1]
+        assert isinstance(last, nn.Linear)
+        nn.init.constant_(last.bias, -math.log(max(1, config.answers - 1)))
 
     def counts(self, batch: Batch) -> dict[str, Tensor]:
         return {"answer": torch.tensor(len(batch), device=batch.ids.device)}
