@@ -1,15 +1,8 @@
-"""The scores that every task needs: pure functions of tensors."""
+"""The scores that every task needs: pure functions of numbers."""
 
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-
-from torch import Tensor
-
-
-def accuracy(predicted_N: Tensor, target_N: Tensor) -> float:
-    """Share of equal entries; nan where there are none."""
-    return (predicted_N == target_N).double().mean().item()
 
 
 def mean_by(values: Sequence[float], kinds: Sequence[Hashable]) -> dict[Hashable, float]:
