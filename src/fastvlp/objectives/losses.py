@@ -11,10 +11,38 @@ from fastvlp.model.fusion import LMHead
 # Above this many logits (64 Mi numbers) the vocabulary is read chunk by chunk and its logits are made again in the
 # backward pass: a third more multiplications, but never T x V numbers in memory.
 WHOLE_LOGITS = 1 << 26
+# Logits made at once on the CPU: so many stay in its cache while they are normalised.
+CACHED_LOGITS = 1 << 21
 
 
 def _at_least_fp32(logits: Tensor) -> Tensor:
     return logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
+
+
+class _KeptTokenLoss(torch.autograd.Function):
+    """Keeps softmax minus one-hot, in the type of the products: the backward pass reads nothing else of size T x V."""
+
+    @staticmethod
+    def forward(ctx, hidden_TD, weight_VD, bias_V, target_T):
+        share_TV = hidden_TD.new_empty(len(target_T), len(weight_VD))
+        nll_T = torch.empty_like(_at_least_fp32(hidden_TD[:, 0]))
+        rows = max(1, CACHED_LOGITS // len(weight_VD))
+        parts = zip(hidden_TD.split(rows), target_T[:, None].split(rows), share_TV.split(rows), nll_T.split(rows))
+        for hidden, target, share, nll in parts:
+            logits = _at_least_fp32(F.linear(hidden, weight_VD, bias_V))
+            top, asked = logits.amax(1, keepdim=True), logits.gather(1, target)
+            total = logits.sub_(top).exp_().sum(1, keepdim=True)
+            nll.copy_((total.log() + top - asked)[:, 0])
+            logits.div_(total).scatter_add_(1, target, torch.full_like(asked, -1))
+            share.copy_(logits)
+        ctx.save_for_backward(hidden_TD, weight_VD, share_TV)
+        return nll_T
+
+    @staticmethod
+    def backward(ctx, grad_T):
+        hidden_TD, weight_VD, share_TV = ctx.saved_tensors
+        grad = grad_T[:, None].to(hidden_TD.dtype)
+        return (share_TV @ weight_VD) * grad, share_TV.T @ (hidden_TD * grad), (share_TV.T @ grad)[:, 0], None
 
 
 class _ChunkedTokenLoss(torch.autograd.Function):
@@ -60,11 +88,13 @@ def token_loss(
 
     Under autocast the matrix products run in the autocast type, as those of nn.Linear do.
     """
-    rows = max(1, whole_logits // weight_VD.shape[0])
-    if len(target_T) <= rows:
+    kind, rows = hidden_TD.device.type, max(1, whole_logits // weight_VD.shape[0])
+    few = len(target_T) <= rows
+    if few and (kind != "cpu" or not torch.is_grad_enabled()):
         return F.cross_entropy(_at_least_fp32(F.linear(hidden_TD, weight_VD, bias_V)), target_T, reduction="none")
-    kind = hidden_TD.device.type
     if torch.is_autocast_enabled(kind):
         to = torch.get_autocast_dtype(kind)
         hidden_TD, weight_VD, bias_V = hidden_TD.to(to), weight_VD.to(to), bias_V.to(to)
+    if few:
+        return _KeptTokenLoss.apply(hidden_TD, weight_VD, bias_V, target_T)
     return _ChunkedTokenLoss.apply(hidden_TD, weight_VD, bias_V, target_T, rows)
