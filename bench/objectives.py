@@ -1,0 +1,309 @@
+"""Step time and memory of FLM, MLM, AR and PrefixLM on one device beside the FLOPs that they must cost, and FLM
+against the layout of the released code.
+
+    python bench/objectives.py --size small --vocab 8000
+
+All arms share one model and take turns, step by step, on the same batches; a ratio is the median of the ratios of
+neighbouring steps, so that a noisy machine is noisy for all. Results are appended to bench/results/objectives.jsonl.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Literal
+
+import torch
+import tyro
+from plain_flm import PlainFLM, padded, plain_flops
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from fastvlp.batch import Batch
+from fastvlp.model.model import ModelConfig, VLModel
+from fastvlp.model.sizes import flm_base, small, tiny, with_tokenizer
+from fastvlp.objectives.ar import ARConfig
+from fastvlp.objectives.flm import FLMConfig, official_flm
+from fastvlp.objectives.mlm import MLMConfig
+from fastvlp.objectives.objective import combine
+from fastvlp.objectives.prefixlm import PrefixLMConfig
+from fastvlp.train.pretraining import Pretraining
+from fastvlp.train.speed import adamw_bytes, peak_flops, peak_memory, step_flops
+
+OBJECTIVES = {"flm": FLMConfig(), "mlm": MLMConfig(), "ar": ARConfig(), "prefixlm": PrefixLMConfig()}
+PLAIN = {"flm_plain": "written_out", "flm_plain_fused_attention": "fused"}
+RESULTS = Path(__file__).parent / "results" / "objectives.jsonl"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """size: of the model; `base` is the paper's, with `layers` text, fusion and twice as many image layers where given.
+    plain_length: what the plain version pads every text to. check: compares its losses with ours before timing."""
+
+    size: Literal["tiny", "small", "base"] = "small"
+    image: int | None = None
+    layers: int | None = None
+    vocab: int = 8000
+    batch: int = 32
+    repetitions: int = 10
+    arms: tuple[str, ...] = (*OBJECTIVES, *PLAIN)
+    plain_length: int = 50
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"
+    precision: Literal["fp32", "bf16"] = "bf16"
+    threads: int = 1
+    seed: int = 0
+    memory: bool = True
+    check: bool = True
+    out: Path = RESULTS
+
+
+def made_config(o: Options) -> ModelConfig:
+    make = {"tiny": tiny, "small": small, "base": flm_base}[o.size]
+    config = make() if o.image is None else make(size=o.image)
+    special = SimpleNamespace(vocab_size=o.vocab, pad=1, bos=0, eos=2, mask=3)
+    config = with_tokenizer(config, special)
+    if o.layers is None:
+        return config
+    assert config.reconstructor is not None
+    return replace(
+        config,
+        image=replace(config.image, depth=2 * o.layers),
+        text=replace(config.text, depth=o.layers),
+        fusion=replace(config.fusion, depth=o.layers),
+        reconstructor=replace(config.reconstructor, bottom=o.layers, top=o.layers),
+    )
+
+
+def made_batch(o: Options, config: ModelConfig, number: int) -> Batch:
+    """Captions of about 13 tokens, 5 to 25, as COCO's are; trimmed to the batch's longest."""
+    random = torch.Generator().manual_seed(o.seed * 1000 + number)
+    length = (2 + torch.poisson(torch.full((o.batch,), 11.0), generator=random).long()).clamp(5, 25)
+    L = int(length.max())
+    ids = torch.randint(4, o.vocab, (o.batch, L), generator=random)
+    ids[:, 0] = 0
+    ids[torch.arange(o.batch), length - 1] = 2
+    ids[torch.arange(L) >= length[:, None]] = 1
+    side = config.image.size
+    image = torch.randint(0, 256, (o.batch, 3, side, side), dtype=torch.uint8, generator=random)
+    seed = torch.randint(0, 1 << 60, (o.batch,), generator=random)
+    return Batch(image=image, ids=ids, length=length, seed=seed).to(o.device)
+
+
+@dataclass(frozen=True)
+class Arm:
+    loss: Callable[[Batch], Tensor]
+    flops: Callable[[Batch], float]
+
+
+def made_arm(name: str, o: Options, model: VLModel) -> Arm:
+    config = model.config
+    if name in PLAIN:
+        plain = PlainFLM(model, PLAIN[name])
+
+        def loss(batch: Batch) -> Tensor:
+            parts = plain.losses(padded(batch, o.plain_length, config.text.pad)).values()
+            return sum(parts, start=torch.zeros((), device=o.device)) / 3
+
+        return Arm(loss, lambda batch: plain_flops(config, o.batch, o.plain_length).training)
+    if name not in OBJECTIVES:
+        raise SystemExit(f"no arm {name!r}; there are {', '.join((*OBJECTIVES, *PLAIN))}")
+    told = SimpleNamespace(starts_word=torch.ones(o.vocab, dtype=torch.bool))
+    pretraining = Pretraining(model, {name: OBJECTIVES[name].build(config, told)}).to(o.device)
+
+    def flops(batch: Batch) -> float:
+        counts = {term: count.item() for term, count in pretraining.counts(batch).items()}
+        return step_flops(pretraining, [(len(batch), batch.ids.shape[1])], counts).training
+
+    return Arm(lambda batch: combine(pretraining(batch)), flops)
+
+
+def check(o: Options) -> float:
+    """Largest relative difference between the plain version's losses and ours, on the same weights; stops where there
+    is one. Ours is one column wider than the longest text: the released reverse loss asks the first padding too."""
+    torch.manual_seed(o.seed)
+    model = VLModel(made_config(o)).to(o.device).eval()
+    batch = made_batch(o, model.config, 0)
+    ours = padded(batch, batch.ids.shape[1] + 1, model.config.text.pad)
+    objective = official_flm().build(model.config, SimpleNamespace())
+    with torch.no_grad():
+        expected = PlainFLM(model).losses(padded(batch, o.plain_length, model.config.text.pad))
+        found = objective(model, model.encode_image(ours.image), ours)
+    difference = max(abs((found[name].total / found[name].count / expected[name]).item() - 1) for name in expected)
+    if difference > 1e-4:
+        raise SystemExit(f"the plain version and ours differ by {difference:.1e}: their times are not comparable")
+    return difference
+
+
+class Clock:
+    """Seconds of the device since it was made: CPU seconds and wall seconds."""
+
+    def __init__(self, device: str):
+        self.cuda = torch.device(device).type == "cuda"
+        self.start = self._now()
+
+    def _now(self) -> tuple[float, float]:
+        if self.cuda:
+            torch.cuda.synchronize()
+        return time.process_time(), time.perf_counter()
+
+    def read(self) -> dict[str, float]:
+        cpu, wall = self._now()
+        return {"cpu_s": cpu - self.start[0], "wall_s": wall - self.start[1]}
+
+
+def step(o: Options, arm: Arm, optimiser: torch.optim.Optimizer, batch: Batch) -> dict[str, float]:
+    """Seconds of one step, and of its forward and backward pass alone."""
+    clock = Clock(o.device)
+    kind = torch.device(o.device).type
+    with torch.autocast(kind, torch.bfloat16) if o.precision == "bf16" else nullcontext():
+        loss = arm.loss(batch)
+    loss.backward()
+    gradient = clock.read()
+    # Parameters that this arm did not use have no gradient, and AdamW passes them by.
+    optimiser.step()
+    optimiser.zero_grad()
+    return clock.read() | {f"gradient_{name}": seconds for name, seconds in gradient.items()}
+
+
+def prepared(o: Options, names: tuple[str, ...]) -> tuple[VLModel, torch.optim.Optimizer, dict[str, Arm]]:
+    torch.set_num_threads(o.threads)
+    torch.manual_seed(o.seed)
+    model = VLModel(made_config(o)).to(o.device).train()
+    optimiser = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+    return model, optimiser, {name: made_arm(name, o, model) for name in names}
+
+
+def measure_memory(o: Options, name: str, told: multiprocessing.SimpleQueue) -> None:
+    """Peak of one arm in a process of its own: a CPU process cannot forget an earlier peak."""
+    model, optimiser, arms = prepared(o, (name,))
+    for number in range(2):
+        step(o, arms[name], optimiser, made_batch(o, model.config, number))
+    told.put((peak_memory(o.device), sum(p.numel() for p in optimiser.state)))
+
+
+def memory_of(o: Options, name: str) -> tuple[int, int]:
+    """(peak bytes, parameters that the arm trains)."""
+    context = multiprocessing.get_context("spawn")
+    told = context.SimpleQueue()
+    child = context.Process(target=measure_memory, args=(o, name, told))
+    child.start()
+    child.join()
+    if child.exitcode:
+        raise SystemExit(f"{name}: the process that measures its memory failed")
+    return told.get()
+
+
+def time_arms(o: Options) -> dict[str, list[dict[str, float]]]:
+    """Each arm's steps, one of each in turn, the order turned round every time; the first two are not counted."""
+    model, optimiser, arms = prepared(o, o.arms)
+    steps: dict[str, list[dict[str, float]]] = {name: [] for name in arms}
+    for number in range(-2 if o.repetitions > 1 else 0, o.repetitions):
+        batch = made_batch(o, model.config, max(0, number))
+        for name in list(arms)[:: 1 if number % 2 else -1]:
+            seconds = step(o, arms[name], optimiser, batch)
+            if number >= 0:
+                steps[name].append(seconds | {"flops": arms[name].flops(batch)})
+    return steps
+
+
+def summarised(o: Options, steps: dict[str, list[dict[str, float]]]) -> list[dict]:
+    base = "mlm" if "mlm" in steps else next(iter(steps))
+    key = "cpu_s" if torch.device(o.device).type == "cpu" else "wall_s"
+    rows = []
+    for name, taken in steps.items():
+        row: dict = {"arm": name}
+        row |= {field: statistics.median(one[field] for one in taken) for field in taken[0]}
+        row["base"], row["clock"] = base, key
+        for field in (key, f"gradient_{key}", "flops"):
+            ratios = [one[field] / other[field] for one, other in zip(taken, steps[base])]
+            row[f"{field}_ratio"] = statistics.median(ratios)
+        peak = peak_flops(o.device, o.precision)
+        row["flops_per_s"] = row["flops"] / row[key]
+        row["mfu"] = row["flops_per_s"] / peak if peak else None
+        if o.memory:
+            row["memory_bytes"], row["parameters"] = memory_of(o, name)
+            row["adamw_bytes"] = adamw_bytes(row["parameters"])
+        rows.append(row)
+    return rows
+
+
+def show(o: Options, rows: list[dict]) -> None:
+    key, base = rows[0]["clock"], rows[0]["base"]
+    table = Table(title=f"{o.size}, batch {o.batch}, vocabulary {o.vocab}, {o.device}, {o.precision}")
+    for title in ("arm", "step ms", f"time/{base}", "FLOPs", "over", "GFLOP", "GFLOP/s", "peak MB"):
+        table.add_column(title, justify="left" if title == "arm" else "right")
+    for row in rows:
+        times, floor = row[f"{key}_ratio"], row["flops_ratio"]
+        table.add_row(
+            row["arm"],
+            f"{row[key] * 1e3:.1f}",
+            f"{times:.2f}",
+            f"{floor:.2f}",
+            f"{times / floor:.2f}",
+            f"{row['flops'] / 1e9:.1f}",
+            f"{row['flops_per_s'] / 1e9:.0f}",
+            f"{row['memory_bytes'] / 1e6:.0f}" if o.memory else "-",
+        )
+    console = Console()
+    console.print(table)
+    named = {row["arm"]: row for row in rows}
+    for name in PLAIN:
+        if "flm" in named and name in named:
+            gain = named[name][f"{key}_ratio"] / named["flm"][f"{key}_ratio"]
+            console.print(f"{name}: FLM is {gain:.2f} times as fast", highlight=False)
+
+
+def stamp(o: Options) -> dict:
+    def git(*words: str) -> str:
+        try:
+            done = subprocess.run(
+                ["git", *words], capture_output=True, text=True, cwd=Path(__file__).parent, check=True
+            )
+        except (OSError, subprocess.CalledProcessError):
+            return "unknown"
+        return done.stdout.strip()
+
+    changed = git("status", "--porcelain", "../src", "*.py")
+    cuda = torch.device(o.device).type == "cuda"
+    return {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "commit": git("rev-parse", "--short", "HEAD") + ("+changes" if changed else ""),
+        "device_name": torch.cuda.get_device_name() if cuda else cpu_name(),
+        "torch": torch.__version__,
+        "command": " ".join(["python bench/objectives.py", *sys.argv[1:]]),
+    }
+
+
+def cpu_name() -> str:
+    told = Path("/proc/cpuinfo")
+    lines = told.read_text().splitlines() if told.exists() else []
+    return next(
+        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor()
+    )
+
+
+def main(o: Options) -> None:
+    torch.set_num_threads(o.threads)
+    common = stamp(o) | ({"plain_difference": check(o)} if o.check else {})
+    rows = summarised(o, time_arms(o))
+    show(o, rows)
+    options = {name: value for name, value in asdict(o).items() if name not in ("arms", "out")}
+    o.out.parent.mkdir(parents=True, exist_ok=True)
+    with o.out.open("a", encoding="utf-8") as file:
+        for row in rows:
+            file.write(json.dumps(common | options | row) + "\n")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options, description=__doc__))
