@@ -6,6 +6,7 @@ import errno
 import json
 import math
 import os
+import shutil
 import signal
 import time
 from dataclasses import replace
@@ -118,12 +119,21 @@ def test_a_last_batch_of_one_row_can_be_validated(tmp_path):
     assert 0 < state.best < math.inf
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="compiling for the CPU needs g++")
+def test_compiled_blocks_compute_the_same(pairs, tmp_path):
+    plain, compiled = (start(made_run(pairs, tmp_path / "a", "flm", compile=flag, steps=2)) for flag in (False, True))
+    for left, right in zip(steps(plain), steps(compiled)):
+        assert left.losses == pytest.approx(right.losses, abs=1e-4)
+    assert_equal(weights(plain), weights(compiled), 1e-4)
+
+
 def test_a_budget_of_time_ends_on_time_with_a_rate_near_zero(pairs, tmp_path):
     run = replace(made_run(pairs, tmp_path / "a", "mlm"), steps=None, budget_s=1.0)
     state = start(run)
     began = time.perf_counter()
     reports = list(steps(state))
-    assert 1.0 <= state.elapsed < 1.5 and time.perf_counter() - began < 2
+    assert 1.0 <= state.elapsed < 2 and time.perf_counter() - began < 4
     assert reports[-1].lr < 0.1 * max(report.lr for report in reports)
 
 

@@ -19,6 +19,7 @@ from fastvlp.data.random import hash64
 from fastvlp.data.rows import Data, Split
 from fastvlp.data.tokenize import Tokenizer
 from fastvlp.errors import UserError
+from fastvlp.model.layers import Block
 from fastvlp.model.model import ModelConfig, VLModel
 from fastvlp.model.saved import inherit, load_exactly, load_model, save_model
 from fastvlp.model.sizes import with_tokenizer
@@ -43,7 +44,8 @@ class TrainConfig:
     the tokenizer: the file named by `tokenizer`, or a WordPiece of `vocab` tokens trained on the data's texts.
 
     keep: share of image patches that are encoded (FLIP). ema: decay of the averaged weights that are then validated and
-    saved. init: run folder to inherit weights from. threads: of the CPU; None leaves torch's choice.
+    saved. compile: the transformer blocks. init: run folder to inherit weights from. threads: of the CPU; None leaves
+    torch's choice.
     """
 
     name: str
@@ -193,11 +195,19 @@ def start(run: TrainConfig, resume: bool = False) -> TrainState:
     if resume and (run.folder / "last.pt").exists():
         restore(state)
     if run.compile:
-        pretraining.compile()
+        compile_blocks(pretraining)
     if dist.world() > 1:
         # An FLM-only run leaves the embedding side of some modules unused; plain DDP would raise on its second step.
         state.wrapped = nn.parallel.DistributedDataParallel(pretraining, find_unused_parameters=True)
     return state
+
+
+def compile_blocks(module: nn.Module) -> None:
+    """The blocks, where nearly all the work is: one compilation serves all layers of a kind and, after the second text
+    length, all lengths. Compiled whole, the draws of FLM crash the CPU backend of torch 2.13."""
+    for part in module.modules():
+        if isinstance(part, Block):
+            part.compile()
 
 
 def find_tokenizer(run: TrainConfig, resume: bool) -> Tokenizer:
