@@ -37,12 +37,12 @@ class Fusion(nn.Module):
         width = config.layer.width
         self.text_in = nn.Linear(width, width)
         self.image_in = nn.Linear(image_width, width)
-        self.text_type = nn.Parameter(torch.randn(width) * 0.02)
-        self.image_type = nn.Parameter(torch.randn(config.slots, width) * 0.02)
+        self.text_type = nn.Parameter(torch.empty(width))
+        self.image_type = nn.Parameter(torch.empty(config.slots, width))
         self.blocks = stack(config.layer, config.depth, cross=True)
         pre = config.layer.norm == "pre"
         self.norm = nn.LayerNorm(width, eps=config.layer.eps) if pre else nn.Identity()
-        initialise(self)
+        initialise(self, width)
 
     def image_memory(self, image_BKD: Tensor, slot_B: Tensor | None) -> Tensor:
         kind = self.image_type[0] if slot_B is None else self.image_type[slot_B][:, None]
@@ -56,15 +56,15 @@ class Reconstructor(nn.Module):
         super().__init__()
         width, pre = config.layer.width, config.layer.norm == "pre"
         norm = lambda: nn.LayerNorm(width, eps=config.layer.eps) if pre else nn.Identity()  # noqa: E731
-        self.reverse_type = nn.Parameter(torch.randn(width) * 0.02)
-        self.query_type = nn.Parameter(torch.randn(width) * 0.02)
+        self.reverse_type = nn.Parameter(torch.empty(width))
+        self.query_type = nn.Parameter(torch.empty(width))
         self.bottom = stack(config.layer, config.bottom, attend=False, cross=True)
         self.top = stack(config.layer, config.top, attend=False, cross=True)
         # Pre-norm streams hand over unnormalised sums, so their keys get a norm of their own.
         self.bottom_key_norm = nn.ModuleList(norm() for _ in range(config.bottom))
         self.top_key_norm = nn.ModuleList(norm() for _ in range(config.top))
         self.norm = norm()
-        initialise(self)
+        initialise(self, width)
 
 
 class LMHead(nn.Module):
@@ -75,7 +75,7 @@ class LMHead(nn.Module):
         self.transform = nn.Linear(width, width)
         self.norm = nn.LayerNorm(width, eps=eps)
         self.vocabulary = nn.Linear(width, vocab)
-        initialise(self)
+        initialise(self, width)
 
     def hidden(self, x: Tensor) -> Tensor:
         return self.norm(F.gelu(self.transform(x)))

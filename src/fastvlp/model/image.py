@@ -71,14 +71,14 @@ class ImageTower(nn.Module):
         width = config.layer.width
         self.config = config
         self.patch = nn.Linear(3 * config.patch**2, width, bias=config.patch_bias)
-        self.position = nn.Parameter(torch.randn(config.tokens, width) * 0.02)
-        self.class_token = nn.Parameter(torch.randn(width) * 0.02) if config.class_token else None
+        self.position = nn.Parameter(torch.empty(config.tokens, width))
+        self.class_token = nn.Parameter(torch.empty(width)) if config.class_token else None
         self.embed_norm = nn.LayerNorm(width, eps=config.norm_eps) if config.embed_norm else nn.Identity()
         self.blocks = stack(config.layer, config.depth)
         self.norm = nn.LayerNorm(width, eps=config.norm_eps)
         self.register_buffer("mean", torch.tensor(config.mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(config.std).view(3, 1, 1), persistent=False)
-        initialise(self)
+        initialise(self, width)
 
     def forward(self, image: Tensor, keep_BK: Tensor | None = None) -> Tensor:
         """uint8 [B 3 H W] (or float, already normalised) -> states [B K(+1) D], the class token first."""

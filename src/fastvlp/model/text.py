@@ -41,7 +41,7 @@ class TextTower(nn.Module):
         self.norm = nn.LayerNorm(width, eps=config.embed_eps)
         self.drop = nn.Dropout(config.layer.dropout)
         self.blocks = stack(config.layer, config.depth)
-        initialise(self)
+        initialise(self, width)
 
     def embed(self, ids_BL: Tensor, position_BL: Tensor) -> Tensor:
         """Words at their positions -> [B L D]. Padding ids keep the padding position where the table has one."""

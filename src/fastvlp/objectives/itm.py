@@ -46,7 +46,7 @@ class ITM(Objective):
         self.config = config
         self.pool = nn.Linear(width, width)
         self.match = nn.Linear(width, 2)
-        initialise(self)
+        initialise(self, width)
 
     def scores(self, model: VLModel, image_BKD: Tensor, ids_BL: Tensor, length_B: Tensor) -> Tensor:
         """Logits (no match, match) of each row: [B 2]."""

@@ -229,7 +229,7 @@ class HeadTask(Objective, abc.ABC):
         self.head = nn.Sequential(
             nn.Linear(images * width, 2 * width), nn.LayerNorm(2 * width), nn.GELU(), nn.Linear(2 * width, outputs)
         )
-        initialise(self)
+        initialise(self, width)
 
     def logits(self, model: VLModel, image_BKD: Tensor, batch: Batch) -> Tensor:
         """[items outputs]; an item has `images` consecutive rows of the batch."""
