@@ -104,7 +104,7 @@ def check_gradients(model: VLModel, config: ModelConfig, known: dict[str, Tensor
             mine = gradients[ours].chunk(len(parts))[parts.index(name)]
         assert_close(mine.reshape(value.shape), value, tol[key], key)
         checked += 1
-    assert checked >= 7
+    assert checked >= 4
 
 
 def test_streams_and_masks_equal_the_released_code():

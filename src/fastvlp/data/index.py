@@ -78,7 +78,8 @@ def scan(file: IO[bytes], name: str, size: int, mtime_ns: int) -> TarIndex:
         keys.append(key)
         first.append(len(flat))
 
-    current, members = None, []
+    current: str | None = None
+    members: list[tuple[int, int, int, int]] = []
     for member in _members(file, name, size, damage):
         key, suffix = split_name(member.name)
         sort = _kind(suffix)
@@ -140,7 +141,7 @@ def _members(file: IO[bytes], name: str, size: int, damage: list[Dropped]) -> It
                     return
                 if member.isreg() and not member.issparse():
                     yield member
-                tar.members.clear()  # tarfile would keep every header
+                vars(tar)["members"].clear()  # tarfile would keep every header
     except (tarfile.TarError, EOFError, ValueError) as error:
         note(f"damaged after byte {end} ({error}); the records before it are used")
         return

@@ -78,11 +78,15 @@ class PairData(Data):
         return Rows(len(shards), make)
 
     def texts(self) -> Iterator[str]:
-        shards = Shards(self.train)
+        """Captions, and whatever else the records say in that language: fine-tuning meets the questions later."""
+        shards, language = Shards(self.train), self.captions.removeprefix("captions")
         found = False
         for i in range(len(shards)):
-            for text in shards.info(i).get(self.captions, ()):
+            info = shards.info(i)
+            for text in info.get(self.captions, ()):
                 found = True
                 yield text
+            yield from (asked["question"] for asked in info.get(f"questions{language}", ()))
+            yield from (said["text"] for said in info.get(f"statements{language}", ()))
         if not found:
             raise UserError(f"{self.train}: no record has {self.captions!r}; name the field with --data.captions")
