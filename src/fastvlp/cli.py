@@ -218,8 +218,39 @@ def compare(command: Compare) -> None:
     print(command.out / "report.html")
 
 
-def run(command: Data | Pretrain | Finetune | Evaluate | Compare) -> None:
+@dataclass(frozen=True, kw_only=True)
+class Towers:
+    """Make a model to start from of public towers: CLIP ViT-B/32's image tower and RoBERTa-base's first 6 layers, as FLM
+    does. Each is a file, a folder, or owner/repository of the Hugging Face hub."""
+
+    out: Path
+    """Folder to write; `vlp pretrain flm_base --init` reads it."""
+    clip: str = "openai/clip-vit-base-patch32"
+    """model.safetensors (or a state dict) of CLIP."""
+    roberta: str = "FacebookAI/roberta-base"
+    """The same of RoBERTa."""
+    tokenizer: str | None = None
+    """RoBERTa's tokenizer.json; by default from where RoBERTa is."""
+
+
+def towers(command: Towers) -> None:
+    from dataclasses import replace
+
+    from fastvlp.model import sizes
+    from fastvlp.model.public import local_file, start_from_towers
+
+    clip, roberta = (local_file(source, "model.safetensors") for source in (command.clip, command.roberta))
+    tokenizer = local_file(command.tokenizer or command.roberta, "tokenizer.json")
+    # CLIP ViT-B/32 was trained at 224 px; a run at another size resizes the positions.
+    config = sizes.flm_base(size=224)
+    model = start_from_towers(replace(config, reconstructor=None), clip, roberta, tokenizer, command.out)
+    print(f"{command.out}: {sum(p.numel() for p in model.parameters()) / 1e6:.0f} M parameters")
+
+
+def run(command: Data | Pretrain | Finetune | Evaluate | Compare | Towers) -> None:
     match command:
+        case Towers():
+            towers(command)
         case Compare():
             compare(command)
         case Finetune():
@@ -244,7 +275,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             pretrain(argv[1:])
             return 0
         command = tyro.extras.subcommand_cli_from_dict(
-            {"data": Data, "pretrain": Pretrain, "finetune": Finetune, "evaluate": Evaluate, "compare": Compare},
+            {
+                "data": Data,
+                "pretrain": Pretrain,
+                "finetune": Finetune,
+                "evaluate": Evaluate,
+                "compare": Compare,
+                "towers": Towers,
+            },
             prog="vlp",
             description="Pretrain vision-language models on your image-text pairs.",
             args=argv,

@@ -1,9 +1,10 @@
 """The paper's run (FLM, arXiv 2303.14038; hyperparameters of TencentARC/FLM's README): 4M pairs, CLIP ViT-B/32 and
 RoBERTa-base, 288 px, 30,000 steps of 4,096 pairs.
 
-    torchrun --nproc-per-node 8 --no-python vlp pretrain flm_base --init B32_ROBERTA --data.train PAIRS/train
+    vlp towers --out b32_roberta
+    torchrun --nproc-per-node 8 --no-python vlp pretrain flm_base --data.train PAIRS/train
 
-`init` is a folder of the towers' trained weights: the rates assume it. Fewer ranks: raise --accumulate in proportion.
+The rates assume trained towers. Fewer ranks: raise --accumulate in proportion. Not run yet: no result.
 """
 
 from fastvlp.data.rows import PairData
@@ -20,7 +21,8 @@ def flm_base() -> TrainConfig:
         model=sizes.flm_base(),
         objectives={"flm": FLMConfig()},
         optim=OptimConfig(lr=8e-5, weight_decay=0.01, clip=None, warmup=0.05),
-        tokenizer="roberta/tokenizer.json",
+        tokenizer="b32_roberta/tokenizer.json",
+        init="b32_roberta",
         steps=30_000,
         accumulate=8,
         seed=2022,
