@@ -78,6 +78,18 @@ class TrainConfig:
         return Path(self.out or f"runs/{self.name}")
 
 
+COUNTED = (
+    "steps",
+    "accumulate",
+    "log_every",
+    "validate_every",
+    "checkpoint_every",
+    "max_bad_steps",
+    "vocab",
+    "threads",
+)
+
+
 def check(run: TrainConfig) -> None:
     """Raises UserError for what cannot be run, before any work is done."""
     if (run.steps is None) == (run.budget_s is None):
@@ -86,9 +98,15 @@ def check(run: TrainConfig) -> None:
         )
     if not run.objectives:
         raise UserError(f"{run.name}: no objectives; a recipe names at least one")
-    for name in ("accumulate", "log_every", "max_bad_steps"):
-        if getattr(run, name) < 1:
-            raise UserError(f"{run.name}: {name} must be at least 1, not {getattr(run, name)}")
+    counted = {name: getattr(run, name) for name in COUNTED} | {"data.batch_size": run.data.batch_size}
+    if wrong := {name: value for name, value in counted.items() if value is not None and value < 1}:
+        raise UserError(f"{run.name}: {', '.join(f'{k} must be at least 1, not {v}' for k, v in wrong.items())}")
+    if run.budget_s is not None and run.budget_s <= 0:
+        raise UserError(f"{run.name}: budget_s is training seconds above 0, not {run.budget_s}")
+    if run.data.workers < 0:
+        raise UserError(f"{run.name}: data.workers is a number of processes, 0 for none, not {run.data.workers}")
+    if run.ema is not None and not 0 < run.ema < 1:
+        raise UserError(f"{run.name}: ema is a decay between 0 and 1, such as 0.999, not {run.ema}")
     if not 0 < run.keep <= 1:
         raise UserError(f"{run.name}: keep is a share of the patches, above 0 and up to 1, not {run.keep}")
     if run.data.max_length > run.model.text.positions:
@@ -135,7 +153,8 @@ class TrainState:
 
     @property
     def midway(self) -> float:
-        """Progress in the middle of the coming step: what the schedule is read at, so that no step has rate 0."""
+        """Progress in the middle of the coming step: what the schedule is read at, so that no step has rate 0, but for the
+        first one by the clock, when nobody knows yet how long a step takes."""
         if self.run.steps is not None:
             return (self.step + 0.5) / self.run.steps
         pace = self.elapsed / self.step if self.step else 0.0
