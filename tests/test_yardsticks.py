@@ -180,6 +180,7 @@ def test_mistakes_are_named(capsys: pytest.CaptureFixture[str]) -> None:
         (["flm_demo", "--budget", "soon"], "no duration"),
         (["flm_demo", "flm_demo"], "two arms"),
         (["flm_demo", "--set", "optim.rate=1"], "no 'rate'"),
+        (["flm_demo", "--set", "optim.rate=1", "--set", "vocab=9"], "no 'rate'"),
         (["flm_demo", "--marks", "2"], "shares of the budget"),
         ([], "at least one recipe"),
     ):

@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, make_dataclass
+from inspect import getdoc
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -188,6 +189,7 @@ def pretrain(argv: Sequence[str]) -> None:
         default=Overrides(recipe(argv[0])),
         args=argv[1:],
         prog=f"vlp pretrain {argv[0]}",
+        description=getdoc(TrainConfig),
         config=(tyro.conf.AvoidSubcommands,),
     )
     if dist.local_rank() == 0:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
+from itertools import chain
 from pathlib import Path
 from statistics import fmean
 from typing import Any, Protocol, cast
@@ -253,7 +254,8 @@ def run_comparison(told: Compare) -> Comparison:
     if told.threads:
         torch.set_num_threads(told.threads)
     same_arms(Path(name).stem for name in told.recipes)
-    arms = {Path(name).stem: override(recipe(name), told.set, Path(name).stem) for name in told.recipes}
+    changes = list(chain.from_iterable(told.set))
+    arms = {Path(name).stem: override(recipe(name), changes, Path(name).stem) for name in told.recipes}
     plan = Plan(
         budget_s=duration(told.budget),
         out=told.out,

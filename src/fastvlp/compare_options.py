@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from tyro.conf import Positional
+from tyro.conf import Positional, UseAppendAction
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +40,7 @@ class Compare:
     """What is scored."""
     vqa: str | None = None
     """Folder of splits with questions; by default the recipe's own data, where it has questions."""
-    set: tuple[str, ...] = ()
-    """FIELD=VALUE, such as data.train=FOLDER, for all recipes; RECIPE:FIELD=VALUE for one."""
+    set: UseAppendAction[tuple[tuple[str, ...], ...]] = ()
+    """FIELD=VALUE ..., such as data.train=FOLDER, for all recipes; RECIPE:FIELD=VALUE for one. May be given again."""
     threads: int | None = None
     """Of the CPU."""

@@ -6,6 +6,7 @@ Weights carry their own `info` in the file's metadata, so that `best` and `last`
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -75,6 +76,8 @@ def save_model(
     with whole_file(path, f"{path.name}.tmp") as part:
         try:
             save_file(tensors, part, metadata={"info": json.dumps(dict(info))})
+            # `save_file` leaves it readable by its owner alone.
+            shutil.copymode(folder / "model.json", part)
         except SafetensorError as error:
             raise OSError(None, str(error)) from error
 

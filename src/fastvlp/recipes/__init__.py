@@ -26,7 +26,7 @@ def recipe(name: str) -> TrainConfig:
         module = importlib.import_module(f"{__name__}.{name}")
     else:
         near = difflib.get_close_matches(name, names(), n=3, cutoff=0.4)
-        hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(names())}"
+        hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(names())}."
         raise UserError(f"{name}: no such recipe; {hint} A file of your own is given by its path, ending in .py")
     make = getattr(module, name, None)
     if not callable(make):

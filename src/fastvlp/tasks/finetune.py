@@ -213,7 +213,7 @@ def write_results(folder: Path, scores: Mapping[Split, Any]) -> Path:
 def told_in_words(scores: Mapping[Split, Mapping[str, Any]]) -> str:
     """A line for each number, to print."""
     return "\n".join(
-        f"{split:>5} {name:24} {value:.4f}"
+        f"{split:>5} {name:24} {value:{'.0f' if name == 'count' else '.4f'}}"
         for split, found in scores.items()
         for name, value in found.items()
         if isinstance(value, float)

@@ -71,7 +71,7 @@ def _column(path: Path, row: Row, wanted: str, usual: tuple[str, ...], what: str
     found = [name for name in ((wanted,) if wanted else usual) if name in row]
     if not found:
         raise UserError(
-            f"{path}: no {what} column {wanted or 'by a usual name'!r}; "
+            f"{path}: no {what} column {repr(wanted) if wanted else 'by a usual name'}; "
             f"its columns are {', '.join(map(str, row))}; name one with {option}"
         )
     return found[0]
