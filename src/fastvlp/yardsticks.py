@@ -7,6 +7,7 @@ import io
 from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import Any, cast
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 from fastvlp.batch import Batch
 from fastvlp.data.loader import Loader
 from fastvlp.data.random import hash64
-from fastvlp.data.rows import Data, PairData, Split
+from fastvlp.data.rows import Data, PairData, Split, readable_infos
 from fastvlp.data.shards import Shards
 from fastvlp.errors import UserError
 from fastvlp.eval.cloze import Means, cloze
@@ -266,12 +267,11 @@ def question_data(data: Data, settings: Settings) -> VQAData | None:
     elif isinstance(data, PairData) and getattr(data, settings.split) is not None:
         folders = {"train": data.train, settings.split: split_folder(data, settings.split)}
         name = "questions" + data.captions.removeprefix("captions")
-        shards = Shards(data.train)
-        if not any(shards.info(i).get(name) for i in range(min(len(shards), 50))):
+        if not any(info.get(name) for info in islice(readable_infos(Shards(data.train)), 50)):
             return None
     else:
         return None
-    shared: dict[str, Any] = {"batch_size": settings.probe_batch, "max_length": data.max_length, "fit": data.fit}
+    shared = {"batch_size": settings.probe_batch} | {n: getattr(data, n) for n in ("max_length", "fit", "cache")}
     answers = frequent_answers(folders["train"], name)
     return VQAData(**shared, **cast(dict[str, Any], folders), questions=name, answers=answers)
 

@@ -12,6 +12,7 @@ from PIL import Image
 from fastvlp.batch import Batch, Dropped, Record
 from fastvlp.data.loader import Loader, PairMaker, Row, clean_caption
 from fastvlp.data.random import hash64
+from fastvlp.data.rows import PairData
 from fastvlp.data.shards import Shards, ShardWriter
 from fastvlp.data.tokenize import Tokenizer
 from fastvlp.data.transform import Transform
@@ -263,6 +264,12 @@ def test_text_that_is_not_utf8_is_dropped_and_damaged_tars_are_refused_in_evalua
     assert dropped == [Dropped(key="a", reason="txt is not UTF-8 (byte 3); save it as UTF-8")]
     with pytest.raises(UserError, match=r"1\.tar: cut in the middle"):
         PairMaker(shards, Transform(size=16), tokenizer, max_length=20, strict=True)
+    assert list(PairData(train=str(tmp_path), batch_size=1).texts()) == ["a red dog"]
+
+
+def test_a_tokenizer_reads_every_text_that_training_reads(tmp_path):
+    split(tmp_path, [{"captions": "one text"}, {"captions": ["a\x00 b", 7], "questions": [{"question": "c?"}, "d"]}])
+    assert list(PairData(train=str(tmp_path), batch_size=1).texts()) == ["one text", "a b", "c?"]
 
 
 def test_a_caption_of_100000_characters_is_cut(tmp_path, tokenizer):

@@ -50,7 +50,7 @@ def test_training_leaves_out_what_cannot_be_answered(world, tokenizer):
     assert all(not {"red", "blue"}.isdisjoint(item.told["answers"]) for item in train.items)
     assert data.rows("test", tokenizer, IMAGE, strict=True).count == len(data.read(Shards(data.test)))
     assert data.rows("val", tokenizer, IMAGE, strict=True) is None
-    with pytest.raises(UserError, match=r"--data\.val"):
+    with pytest.raises(UserError, match=r"no .val. split; choose another --split"):
         data.strict("val", tokenizer, IMAGE)
 
 

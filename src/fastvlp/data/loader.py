@@ -184,6 +184,21 @@ def clean_caption(text: Any) -> str | None:
     return " ".join(_CONTROL.sub(" ", text).split()) or None
 
 
+def usable_captions(info: Mapping[str, Any], field: str) -> list[str]:
+    """The captions of a record's `field`, a list of texts or one text, cleaned; what is no text is left out."""
+    told = info.get(field)
+    return [text for text in map(clean_caption, told if isinstance(told, list) else [told]) if text is not None]
+
+
+def refusal(shards: Shards, dropped: list[Dropped]) -> UserError:
+    """What an evaluation says of records that cannot be used: it leaves none out."""
+    names = "; ".join(f"{d.key}: {d.reason}" for d in dropped[:8])
+    return UserError(
+        f"{shards.url}: {len(dropped)} records cannot be used ({names}), and an evaluation leaves none out; "
+        f"mend or remove them (`vlp data inspect` lists all)"
+    )
+
+
 class PairMaker:
     """Rows to image-text pairs: the record's first image, and one of its captions chosen by the row's seed.
 
@@ -206,7 +221,7 @@ class PairMaker:
         strict: bool = False,
     ):
         if strict and shards.damage:
-            raise UserError(_refusal(shards, shards.damage))
+            raise refusal(shards, shards.damage)
         self.shards = shards
         self.transform = transform
         self.tokenizer = tokenizer
@@ -230,7 +245,7 @@ class PairMaker:
             texts.append(text)
             seeds.append(row.seed)
         if dropped and self.strict:
-            raise UserError(_refusal(self.shards, dropped))
+            raise refusal(self.shards, dropped)
         ids, length = self.tokenizer.encode(texts, self.max_length)
         size = self.transform.size
         image_B3HW = torch.stack(images) if images else torch.empty(0, 3, size, size, dtype=torch.uint8)
@@ -248,19 +263,9 @@ class PairMaker:
         return image, text
 
     def _caption(self, row: Row, info: Mapping[str, Any]) -> str:
-        found = info.get(self.captions)
-        candidates = found if isinstance(found, list) else [found]
-        usable = [text for text in map(clean_caption, candidates) if text is not None]
+        usable = usable_captions(info, self.captions)
         if not usable:
             reason = f"no usable caption in {self.captions!r} (fields: {', '.join(sorted(info)) or 'none'})"
             raise RecordError(self.shards.key(row.index), reason)
         # Hashed once more: the row's seed itself goes to the objective.
         return usable[hash64(row.seed) % len(usable)]
-
-
-def _refusal(shards: Shards, dropped: list[Dropped]) -> str:
-    names = "; ".join(f"{d.key}: {d.reason}" for d in dropped[:8])
-    return (
-        f"{shards.url}: {len(dropped)} records cannot be used ({names}), and an evaluation leaves none out; "
-        f"mend or remove them (`vlp data inspect` lists all)"
-    )

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from fastvlp.batch import Batch, Dropped
-from fastvlp.data.loader import PairMaker, Row
-from fastvlp.data.shards import Shards
+from fastvlp.data.loader import PairMaker, Row, clean_caption, usable_captions
+from fastvlp.data.shards import RecordError, Shards
 from fastvlp.data.tokenize import Tokenizer
 from fastvlp.data.transform import Transform
 from fastvlp.errors import UserError
@@ -51,6 +52,13 @@ class Data(abc.ABC):
         """The training texts, to train a tokenizer on."""
 
 
+def readable_infos(shards: Shards) -> Iterator[dict[str, Any]]:
+    """The info of every record where it can be read; who makes a batch of another one meets its error."""
+    for i in range(len(shards)):
+        with suppress(RecordError):
+            yield shards.info(i)
+
+
 @dataclass(frozen=True, kw_only=True)
 class PairData(Data):
     """Image-text pairs in shards. `captions`: the field of a record that holds its list of captions (`captions_zh`: the
@@ -79,14 +87,15 @@ class PairData(Data):
 
     def texts(self) -> Iterator[str]:
         """Captions, and whatever else the records say in that language: fine-tuning meets the questions later."""
-        shards, language = Shards(self.train), self.captions.removeprefix("captions")
+        language = self.captions.removeprefix("captions")
         found = False
-        for i in range(len(shards)):
-            info = shards.info(i)
-            for text in info.get(self.captions, ()):
-                found = True
-                yield text
-            yield from (asked["question"] for asked in info.get(f"questions{language}", ()))
-            yield from (said["text"] for said in info.get(f"statements{language}", ()))
+        for info in readable_infos(Shards(self.train)):
+            captions = usable_captions(info, self.captions)
+            found |= bool(captions)
+            yield from captions
+            for field, text in ((f"questions{language}", "question"), (f"statements{language}", "text")):
+                told = info.get(field)
+                entries = [entry for entry in told if isinstance(entry, dict)] if isinstance(told, list) else []
+                yield from filter(None, (clean_caption(entry.get(text)) for entry in entries))
         if not found:
             raise UserError(f"{self.train}: no record has {self.captions!r}; name the field with --data.captions")

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from fastvlp.batch import Batch
-from fastvlp.data.loader import Loader, clean_caption
+from fastvlp.data.loader import Loader, refusal, usable_captions
 from fastvlp.data.rows import PairData, Split
-from fastvlp.data.shards import Shards
+from fastvlp.data.shards import RecordError, Shards
 from fastvlp.data.tokenize import Tokenizer
 from fastvlp.errors import UserError
 from fastvlp.eval.metrics_caption import bleu, caption_words, cider, rouge_l
@@ -31,13 +31,14 @@ class CaptionData(PairData):
         """The captions of each record. Raises UserError where there is no such split or a record has none."""
         folder = {"train": self.train, "val": self.val, "test": self.test}[split]
         if folder is None:
-            raise UserError(f"the data has no {split!r} split; name its folder with --data.{split}")
+            raise UserError(f"the data has no {split!r} split; choose another --split, or --data FOLDER that has it")
         shards = Shards(folder)
         found = []
         for i in range(len(shards)):
-            told = shards.info(i).get(self.captions)
-            usable = [clean_caption(text) for text in (told if isinstance(told, list) else [told])]
-            found.append([text for text in usable if text])
+            try:
+                found.append(usable_captions(shards.info(i), self.captions))
+            except RecordError as error:
+                raise refusal(shards, [error.dropped]) from error
             if not found[-1]:
                 raise UserError(f"{folder}: {shards.key(i)} has no caption in {self.captions!r}; remove the record")
         return found

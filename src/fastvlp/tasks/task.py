@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fastvlp.batch import Batch, Dropped
 from fastvlp.data.cache import ImageCache
 from fastvlp.data.decode import decode
-from fastvlp.data.loader import Loader, Row, clean_caption
+from fastvlp.data.loader import Loader, Row, clean_caption, refusal
 from fastvlp.data.random import hash64
 from fastvlp.data.rows import Data, Rows, Split
 from fastvlp.data.shards import RecordError, Shards
@@ -84,7 +84,7 @@ class ItemMaker:
         self.images, self.target, self.max_length, self.strict = images, target, max_length, strict
         self.cache = ImageCache(len(shards) * images, transform.size) if cache else None
         if strict and shards.damage:
-            self._refuse(shards.damage)
+            raise refusal(shards, shards.damage)
 
     def __call__(self, rows: list[Row]) -> tuple[Batch, list[Dropped]]:
         pictures: list[Tensor] = []
@@ -101,7 +101,7 @@ class ItemMaker:
             used.append(item)
             seeds.extend(row.seed if k == 0 else hash64(row.seed, k) for k in range(self.images))
         if dropped and self.strict:
-            self._refuse(dropped)
+            raise refusal(self.shards, dropped)
         size = self.transform.size
         ids, length = self.tokenizer.encode([item.text for item in used for _ in range(self.images)], self.max_length)
         batch = Batch(
@@ -130,13 +130,6 @@ class ItemMaker:
             for place, image in zip(places, made):
                 self.cache.put(place, image)
         return made
-
-    def _refuse(self, dropped: list[Dropped]) -> None:
-        names = "; ".join(f"{d.key}: {d.reason}" for d in dropped[:8])
-        raise UserError(
-            f"{self.shards.url}: {len(dropped)} records cannot be used ({names}), and an evaluation leaves none out; "
-            f"mend or remove them (`vlp data inspect` lists all)"
-        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,7 +186,7 @@ class ItemData(Data, abc.ABC):
         """For evaluation: raises UserError where there is no such split, and later for a record that is unreadable."""
         made = self.maker(split, tokenizer, image, strict=True)
         if made is None:
-            raise UserError(f"the data has no {split!r} split; name its folder with --data.{split}")
+            raise UserError(f"the data has no {split!r} split; choose another --split, or --data FOLDER that has it")
         return made
 
     def texts(self) -> Iterator[str]:
