@@ -115,6 +115,9 @@ def test_rows_without_keys_are_left_out():
     losses = FLM(FLMConfig(bos="official"))(model, model.encode_image(batch.image), batch)
     assert losses["reconstruct"].count == 5
     assert torch.isfinite(combine(losses))
+    hidden = torch.ones_like(batch.ids), torch.full_like(batch.ids, 6)
+    given = FLM(FLMConfig(bos="official"))(model, model.encode_image(batch.image), batch, spans=hidden)
+    assert given["reconstruct"].count == 0, "rows are judged by the spans that are given"
     blind = FLM(FLMConfig())(model, model.encode_image(batch.image), batch)
     assert blind["reconstruct"].count == 6, "a text-blind <s> is always there to be read: no row is empty"
 

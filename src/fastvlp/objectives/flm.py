@@ -105,13 +105,16 @@ class FLM(Objective):
     def _first(self) -> int:
         return 0 if self.config.bos == "blind" else 1
 
-    def _targets(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    def _spans(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        return draw_spans(self.config.span_mode, self.config.span_rate, batch.seed, batch.length, batch.ids.shape[1])
+
+    def _targets(self, batch: Batch, spans: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Which rows of each stream are asked for a token: three bool [B L]."""
         c, L = self.config, batch.ids.shape[1]
         position, n = torch.arange(L, device=batch.ids.device), batch.length[:, None]
         reconstruct = (position >= 1) & (position < n)
         if c.empty_rows == "drop":
-            start, end = draw_spans(c.span_mode, c.span_rate, batch.seed, batch.length, L)
+            start, end = spans
             left = (self._first() == 0) | (start > 1)
             reconstruct = reconstruct & (left | (end < n))
         forward = (position >= self._first()) & (position < n - 1)
@@ -120,7 +123,7 @@ class FLM(Objective):
         return reconstruct, forward, reverse
 
     def counts(self, batch: Batch) -> dict[str, Tensor]:
-        named = zip(("reconstruct", "forward", "reverse"), self._targets(batch))
+        named = zip(("reconstruct", "forward", "reverse"), self._targets(batch, self._spans(batch)))
         return {name: mask.sum() for name, mask in named if self._weight(name)}
 
     def _weight(self, name: str) -> float:
@@ -145,12 +148,10 @@ class FLM(Objective):
         self, model: VLModel, image_BKD: Tensor, batch: Batch, spans: tuple[Tensor, Tensor] | None = None
     ) -> dict[str, Loss]:
         """`spans` (start, end: [B L]) replaces the draw, for tests against given spans."""
-        B, L = batch.ids.shape
-        c = self.config
-        spans = spans or draw_spans(c.span_mode, c.span_rate, batch.seed, batch.length, L)
-        streams = model.streams(image_BKD, batch.ids, batch.length, bos=c.bos)
-        ask_reconstruct, ask_forward, ask_reverse = self._targets(batch)
-        top = model.fusion.norm(streams.top[-1]).unflatten(0, (B, 2))
+        spans = spans or self._spans(batch)
+        streams = model.streams(image_BKD, batch.ids, batch.length, bos=self.config.bos)
+        ask_reconstruct, ask_forward, ask_reverse = self._targets(batch, spans)
+        top = model.fusion.norm(streams.top[-1]).unflatten(0, (len(batch), 2))
         # The row of the reverse stream that holds each text position: its own inverse where the stream is flipped.
         held = torch.where(streams.reverse_BL < 0, streams.forward_L, streams.reverse_BL)
         reverse = top[:, 1].gather(1, held[..., None].expand(-1, -1, top.shape[-1]))
