@@ -39,7 +39,7 @@ def test_a_prediction_never_reads_its_own_token():
         for predict in (
             lambda b: predict_flm(model, image_BKD, b, "blind"),
             lambda b: predict_masked(model, image_BKD, b),
-            lambda b: predict_causal(model, image_BKD, b),
+            lambda b: predict_causal(model, image_BKD, b, "blind"),
         ):
             before = predict(batch)
             for i in (1, 4, 7):
@@ -54,7 +54,11 @@ def test_accuracy_counts_every_word_once():
     batches = [made_batch(lengths=LENGTHS), made_batch(lengths=(4, 4), seed=1)]
     image_BKD = [model.encode_image(batch.image) for batch in batches]
     right = sum(
-        int((predict_causal(model, image, batch) == batch.ids)[word_positions(batch.length, batch.ids.shape[1])].sum())
+        int(
+            (predict_causal(model, image, batch, "blind") == batch.ids)[
+                word_positions(batch.length, batch.ids.shape[1])
+            ].sum()
+        )
         for image, batch in zip(image_BKD, batches)
     )
     for means in ("flm", "mask", "causal"):

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from fastvlp.batch import Batch
+from fastvlp.errors import UserError
 from fastvlp.model import masks
 from fastvlp.model.image import patchify, random_keep, resize_positions
 from fastvlp.model.model import VLModel, flip
@@ -103,6 +106,37 @@ def test_positions_resize_and_keep_the_class_token():
     assert larger.shape == (37, 6) and torch.equal(larger[0], weight[0])
 
 
+def replaced(value, path, to):
+    name, _, rest = path.partition(".")
+    return replace(value, **{name: replaced(getattr(value, name), rest, to) if rest else to})
+
+
+@pytest.mark.parametrize(
+    ("path", "to", "message"),
+    [
+        ("image.size", 20, "whole number of patches of 8"),
+        ("text.layer.heads", 5, "width 32 does not divide into 5 heads"),
+        ("fusion.layer.width", 16, r"fusion\.layer\.width 16 must equal"),
+        ("reconstructor.bottom", 3, "bottom 3"),
+    ],
+)
+def test_parts_that_do_not_fit_are_named(path, to, message):
+    with pytest.raises(UserError, match=message):
+        VLModel(replaced(made_config(), path, to))
+
+
+def test_official_and_blind_starts_are_read_as_they_were_trained():
+    """Words see an official <s> no more than in pretraining; a blind one is seen by all."""
+    model, batch = made_model(), made_batch(lengths=(7, 5))
+    image_BKD, other = model.encode_image(batch.image), batch.ids.clone()
+    other[:, 0] = 9
+    for bos in ("blind", "official"):
+        read = [model.read_causally(image_BKD, ids, batch.length, bos=bos)[:, 1:4] for ids in (batch.ids, other)]
+        assert torch.equal(*read) == (bos == "official")
+        told = [model.summarise(image_BKD, ids, batch.length, reading="causal", bos=bos) for ids in (batch.ids, other)]
+        assert torch.equal(*told) == (bos == "official")
+
+
 def test_a_model_without_reconstructor_says_so():
     model, batch = made_model(reconstructor=False), made_batch(lengths=(5,))
     with pytest.raises(ValueError, match="no reconstructor"):
@@ -111,8 +145,6 @@ def test_a_model_without_reconstructor_says_so():
 
 @pytest.mark.parametrize(("bottom", "top"), [(1, 2), (0, 1), (2, 1)])
 def test_a_shorter_reconstructor_reads_the_last_layers(bottom, top):
-    from dataclasses import replace
-
     config = made_config()
     config = replace(config, reconstructor=replace(config.reconstructor, bottom=bottom, top=top))
     torch.manual_seed(0)

@@ -50,9 +50,12 @@ def predict_masked(model: VLModel, image_BKD: Tensor, batch: Batch) -> Tensor:
     return torch.cat([batch.ids[:, :1], best, batch.ids[:, -1:]], 1)
 
 
-def predict_causal(model: VLModel, image_BKD: Tensor, batch: Batch) -> Tensor:
-    """Each token from those before it, <s> blind -> ids [B L]; column 0 holds no prediction."""
-    state = model.read(image_BKD, batch.ids, causal=True)[:, :-1]
+def predict_causal(model: VLModel, image_BKD: Tensor, batch: Batch, bos: Bos) -> Tensor:
+    """Each token from those before it -> ids [B L]; column 0 holds no prediction.
+
+    After an `official` <s>, which sees the text, the first word is a guess that training never asked for.
+    """
+    state = model.read_causally(image_BKD, batch.ids, batch.length, bos=bos)[:, :-1]
     head = model.causal_head
     return torch.cat([batch.ids[:, :1], _best(head.hidden(state), head.vocabulary)], 1)
 
@@ -66,7 +69,7 @@ def _best(hidden: Tensor, vocabulary: torch.nn.Module) -> Tensor:
 def cloze(model: VLModel, means: Means, batches: Iterable[Batch], *, bos: Bos = "blind") -> Cloze:
     """Share of words predicted right. Batches are moved to the model's device; the caller chooses autocast.
 
-    `bos` is what the model was pretrained with; only `flm` reads it.
+    `bos` is what the model was pretrained with; `mask` does not read it.
     """
     right, count = 0, 0
     device = next(model.parameters()).device
@@ -81,7 +84,7 @@ def cloze(model: VLModel, means: Means, batches: Iterable[Batch], *, bos: Bos = 
             elif means == "mask":
                 predicted = predict_masked(model, image_BKD, batch)
             else:
-                predicted = predict_causal(model, image_BKD, batch)
+                predicted = predict_causal(model, image_BKD, batch, bos)
             right += int((predicted == batch.ids)[asked].sum())
             count += int(asked.sum())
     return Cloze(right / count if count else float("nan"), count)

@@ -8,6 +8,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fastvlp.errors import UserError
 from fastvlp.model import masks
 from fastvlp.model.fusion import Fusion, FusionConfig, LMHead, Reconstructor, ReconstructorConfig
 from fastvlp.model.image import ImageConfig, ImageTower
@@ -29,6 +30,26 @@ class ModelConfig:
     fusion: FusionConfig
     reconstructor: ReconstructorConfig | None = None
     separate_heads: bool = False
+
+
+def check(config: ModelConfig) -> None:
+    """Raises UserError for parts that do not fit together. Not in the config, whose fields are overridden one by one."""
+    image, text, fusion, part = config.image, config.text, config.fusion, config.reconstructor
+    if image.patch < 1 or image.size < image.patch or image.size % image.patch:
+        raise UserError(f"model.image: size {image.size} is not a whole number of patches of {image.patch} pixels")
+    layers = {"text": text.layer, "fusion": fusion.layer} | ({"reconstructor": part.layer} if part else {})
+    for name, layer in [("image", image.layer), *layers.items()]:
+        if layer.heads < 1 or layer.width % layer.heads:
+            raise UserError(f"model.{name}.layer: width {layer.width} does not divide into {layer.heads} heads")
+        if name in layers and layer.width != text.layer.width:
+            raise UserError(
+                f"model.{name}.layer.width {layer.width} must equal model.text.layer.width {text.layer.width}"
+            )
+    if part and (part.bottom > text.depth or part.top > fusion.depth):
+        raise UserError(
+            f"model.reconstructor: each layer reads one of text ({text.depth}) or fusion ({fusion.depth}); "
+            f"bottom {part.bottom} and top {part.top} are more than there are"
+        )
 
 
 class Streams(NamedTuple):
@@ -63,6 +84,7 @@ def flip(x_BL: Tensor, length_B: Tensor) -> Tensor:
 class VLModel(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
+        check(config)
         width = config.text.layer.width
         self.config = config
         self.image = ImageTower(config.image)
@@ -110,6 +132,13 @@ class VLModel(nn.Module):
         for block in self.fusion.blocks:
             x = block(x, mask=mask, causal=causal, memory=block.keys(memory))
         return self.fusion.norm(x)
+
+    def read_causally(
+        self, image_BKD: Tensor, ids_BL: Tensor, length_B: Tensor, *, bos: Bos, slot_B: Tensor | None = None
+    ) -> Tensor:
+        """`read` left to right, with the `<s>` that the model was pretrained with -> [B L D]."""
+        mask = None if bos == "blind" else masks.causal_official(length_B, ids_BL.shape[1])
+        return self.read(image_BKD, ids_BL, mask=mask, causal=mask is None, slot_B=slot_B)
 
     def streams(
         self, image_BKD: Tensor, ids_BL: Tensor, length_B: Tensor, *, bos: Bos = "blind", slot_B: Tensor | None = None
@@ -190,7 +219,7 @@ class VLModel(nn.Module):
             mask = masks.full(length_B, ids_BL.shape[1])
             return self.read(image_BKD, ids_BL, mask=mask, slot_B=slot_B)[:, 0]
         if reading == "causal":
-            x = self.read(image_BKD, ids_BL, causal=True, slot_B=slot_B)
+            x = self.read_causally(image_BKD, ids_BL, length_B, bos=bos, slot_B=slot_B)
             return x[torch.arange(len(x), device=x.device), length_B - 1]
         streams = self.streams(image_BKD, ids_BL, length_B, bos=bos, slot_B=slot_B)
         mask = masks.bridge_all(length_B, streams.forward_L, streams.reverse_BL)
@@ -199,11 +228,13 @@ class VLModel(nn.Module):
 
     def begin(self, image_BKD: Tensor) -> Cache:
         """An empty text beside each image, to be decoded left to right with `step`."""
-        layer = self.config.text.layer
+        text, fusion = self.config.text, self.config.fusion
         memory = self.fusion.image_memory(image_BKD, None)
-        empty = memory.new_empty(memory.shape[0], layer.heads, 0, layer.width // layer.heads)
-        depth = len(self.text.blocks) + len(self.fusion.blocks)
-        return Cache([KeyValue(empty, empty) for _ in range(depth)], [b.keys(memory) for b in self.fusion.blocks])
+        past = []
+        for layer in [text.layer] * text.depth + [fusion.layer] * fusion.depth:
+            empty = memory.new_empty(memory.shape[0], layer.heads, 0, layer.width // layer.heads)
+            past.append(KeyValue(empty, empty))
+        return Cache(past, [block.keys(memory) for block in self.fusion.blocks])
 
     def step(self, ids_B: Tensor, cache: Cache) -> Tensor:
         """Appends one token a row and returns its state [B D]; equals the last row of a causal `read` of all so far."""

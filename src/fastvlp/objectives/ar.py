@@ -9,7 +9,6 @@ from torch import Tensor
 
 from fastvlp.batch import Batch
 from fastvlp.data.tokenize import Tokenizer
-from fastvlp.model import masks
 from fastvlp.model.model import Bos, ModelConfig, VLModel
 from fastvlp.objectives.losses import head_loss
 from fastvlp.objectives.objective import Loss, Objective, ObjectiveConfig
@@ -48,7 +47,5 @@ class AR(Objective):
         return {"next": self._asked(batch).sum()}
 
     def forward(self, model: VLModel, image_BKD: Tensor, batch: Batch) -> dict[str, Loss]:
-        blind = self.config.bos == "blind"
-        mask = None if blind else masks.causal_official(batch.length, batch.ids.shape[1])
-        state = model.read(image_BKD, batch.ids, mask=mask, causal=blind)
+        state = model.read_causally(image_BKD, batch.ids, batch.length, bos=self.config.bos)
         return {"next": next_token_loss(model, state, batch, self._asked(batch))}
