@@ -106,6 +106,12 @@ def test_a_comparison_under_way_has_a_page(seeds: int, marks: int) -> None:
     assert not parser.open
 
 
+def test_what_cannot_be_timed_is_not_called_slow() -> None:
+    """The reference had its final score by the first mark: nobody fails to reach it, nobody can be timed."""
+    early = made(seeds=1, marks=1)
+    assert "not timed: mlm itself" in page(early) and "does not reach" not in page(early)
+
+
 def test_a_comparison_before_its_first_run_has_a_page() -> None:
     comparison = made()
     comparison.runs, comparison.samples = [], []

@@ -69,6 +69,8 @@ def _name(comparison: Comparison, arm: str) -> str:
 
 
 def _sooner(speed: Speedup, reference: str) -> str:
+    if not speed.n:
+        return f"not timed: {reference} itself had its final score by the first mark, or has none"
     if speed.ratio is None:
         return f"does not reach {reference}'s final score"
     return f"reaches {reference}'s final score {speed} as fast"
