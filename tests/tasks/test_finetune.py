@@ -54,6 +54,9 @@ def test_the_plan_inherits_the_run(runs, world, tmp_path):
     assert run.objectives["vqa"].reading == "full"
     assert "是" in run.data.answers and run.data.max_length == 50
     assert run.data.val == str(world / "val")
+    assert run.checkpoint_every is not None, "a killed fine-tuning goes on from its last checkpoint"
+    with pytest.raises(UserError, match="--lr must be above 0"):
+        plan(told("vqa", runs["flm"], world, tmp_path / "run", lr=0.0))
 
 
 def test_pretraining_is_what_fine_tuning_starts_from(runs, world, tmp_path):

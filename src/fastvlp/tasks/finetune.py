@@ -115,6 +115,9 @@ def plan(told: Finetune) -> TrainConfig:
     config = source.model.config
     data = task_data(told, min(50, config.text.positions))
     rates = RATES[told.task]
+    if told.lr is not None and told.lr <= 0:
+        raise UserError(f"--lr must be above 0, not {told.lr}")
+    often = max(1, told.steps // 5)
     optim = OptimConfig(
         lr=told.lr or rates.lr, cross_multiplier=rates.cross, head_multiplier=rates.head, warmup=0.1, decay="linear"
     )
@@ -128,7 +131,8 @@ def plan(told: Finetune) -> TrainConfig:
         steps=told.steps,
         init=told.source,
         seed=told.seed,
-        validate_every=max(1, told.steps // 5),
+        validate_every=often,
+        checkpoint_every=often,
         device=told.device,
         precision=told.precision,
         threads=told.threads,
@@ -183,6 +187,8 @@ def evaluate(told: Evaluate) -> dict[str, Any]:
     if told.data is not None:
         places: dict[str, Any] = {**find_splits(told.data, saved.info["task"], needed=told.split)}
         data = replace(data, **places)
+    if told.beams < 1 or told.most < 1:
+        raise UserError(f"--beams {told.beams} and --most {told.most} must be at least 1")
     device = pick_device(told.device)
     model, tokenizer = saved.model.to(device), saved.tokenizer
     objective.to(device)
