@@ -41,7 +41,8 @@ def process_group() -> Iterator[None]:
         return
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank())
-    torch_dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    # Both, so that a run on the CPU of a machine with GPUs can gather too.
+    torch_dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     try:
         yield
     finally:
