@@ -64,7 +64,6 @@ def steps(state: TrainState) -> Iterator[StepReport]:
         micro = [next_batch(state, batches) for _ in range(run.accumulate)]
         data_wait = time.perf_counter() - began
         set_rate(state.optimiser, rate_factor(state.midway, run.optim.warmup, run.optim.decay))
-
         counts = global_counts(state.pretraining, micro)
         shares = {name: torch.zeros((), device=state.device) for name in ("loss", *counts)}
         for i, batch in enumerate(micro):
@@ -83,7 +82,7 @@ def steps(state: TrainState) -> Iterator[StepReport]:
         norm = clip_grad_norm_(parameters, run.optim.clip or math.inf)
         totals = dist.all_reduce_sum(torch.stack([*shares.values(), norm.new_tensor(sum(map(len, micro)))]))
         asked = torch.stack([*counts.values()]).float()
-        # The only place in a step that waits for the device.
+        # With the picking of asked tokens, whose number it must know, the only place in a step that waits for the device.
         grad_norm, *numbers = torch.cat([norm[None], totals, asked]).tolist()
         values, pairs, targets = numbers[: len(shares)], int(numbers[len(shares)]), numbers[len(shares) + 1 :]
         skipped = not all(map(math.isfinite, [*values, grad_norm]))
