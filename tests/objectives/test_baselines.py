@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from fastvlp.batch import Batch
+from fastvlp.errors import UserError
 from fastvlp.objectives.ar import AR, ARConfig
 from fastvlp.objectives.flm import FLM, FLMConfig
 from fastvlp.objectives.itm import ITM, ITMConfig
@@ -175,7 +176,7 @@ def test_itm_prefers_hard_negatives():
 
 def test_itm_of_one_pair_is_refused():
     model, batch = made_model(), made_batch(lengths=(5,))
-    with pytest.raises(ValueError, match="at least two pairs"):
+    with pytest.raises(UserError, match="batch-size"):
         ITM(ITMConfig(), made_config())(model, model.encode_image(batch.image), batch)
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from fastvlp.batch import Batch
 from fastvlp.data.random import uniform
 from fastvlp.data.tokenize import Tokenizer
+from fastvlp.errors import UserError
 from fastvlp.model import masks
 from fastvlp.model.layers import initialise
 from fastvlp.model.model import ModelConfig, VLModel
@@ -83,7 +84,10 @@ class ITM(Objective):
         if B < 2 and not self.training:
             return {"match": Loss(image_BKD.new_zeros(()), batch.length.new_zeros(()))}
         if B < 2:
-            raise ValueError("image-text matching takes its negatives from the batch: give it at least two pairs")
+            raise UserError(
+                "image-text matching takes its negatives from the batch and this one has a single readable pair; "
+                "raise --data.batch-size"
+            )
         other = self.negatives(model, image_BKD, batch)
         ids = torch.stack([batch.ids, batch.ids[other]], 1).flatten(0, 1)
         length = torch.stack([batch.length, batch.length[other]], 1).flatten()
