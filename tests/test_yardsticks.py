@@ -182,6 +182,7 @@ def test_mistakes_are_named(capsys: pytest.CaptureFixture[str]) -> None:
         (["flm_demo", "--set", "optim.rate=1"], "no 'rate'"),
         (["flm_demo", "--set", "optim.rate=1", "--set", "vocab=9"], "no 'rate'"),
         (["flm_demo", "--marks", "2"], "shares of the budget"),
+        (["flm_demo", "--cloze-items", "0"], "--cloze-items must be at least 1"),
         ([], "at least one recipe"),
     ):
         assert main(["compare", *words]) == 2

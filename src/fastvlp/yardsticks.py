@@ -59,6 +59,13 @@ class Settings:
     vqa: str | None = None
     pictures: int = 6
 
+    def __post_init__(self) -> None:
+        for name in ("probe_steps", "probe_batch", "probe_items", "cloze_items"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
+        if self.probe_lr <= 0 or self.caption_items < 0 or self.pictures < 0:
+            raise UserError("--probe-lr must be above 0, --caption-items and --pictures 0 or more")
+
 
 def own_means(state: TrainState) -> Means | None:
     """How the arm's method fills a gap; None where it has no such method."""
