@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastvlp.data.importing import ImportConfig, Imported, import_data
+from fastvlp.batch import Record
+from fastvlp.data.importing import ImportConfig, Imported, _prepare, import_data
 from fastvlp.data.shards import Shards
 from fastvlp.data.shrink import shrink
 from fastvlp.data.sources import Source
@@ -81,6 +82,13 @@ def test_larger_images_are_made_smaller_with_their_boxes(tmp_path: Path) -> None
     assert image.size == (20, 10) and image.format == "JPEG"
     assert big.info["objects"] == [{"class": "c", "box": [10, 5, 20, 10]}]
     assert small.images == (picture((20, 20)),)
+
+
+def test_boxes_of_a_pair_follow_their_own_image() -> None:
+    objects = [{"class": "c", "box": [0, 0, 20, 20], "image": at} for at in (0, 1, "left.png")]
+    pair = Record(key="p", images=(picture((80, 40)), picture((40, 40))), info={"objects": objects})
+    made = _prepare(pair, max_side=20)
+    assert [o["box"][2] for o in made.info["objects"]] == [5, 10, 5]
 
 
 @pytest.mark.parametrize(

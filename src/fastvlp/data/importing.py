@@ -149,7 +149,9 @@ def _prepare(item: Record | Dropped, max_side: int) -> Record | Dropped:
         return Record(key=item.key, images=item.images, info=info)
     images, scales = zip(*(shrink(image, max_side) for image in item.images))
     if info.get("objects"):
-        info["objects"] = [{**o, "box": [x * scales[0] for x in o["box"]]} for o in info["objects"]]
+        # Of a pair of images an object says which one it is in.
+        scale = [scales[at if (at := o.get("image")) in range(len(scales)) else 0] for o in info["objects"]]
+        info["objects"] = [{**o, "box": [x * s for x in o["box"]]} for o, s in zip(info["objects"], scale)]
     return Record(key=item.key, images=images, info=info)
 
 
