@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fastvlp.batch import Dropped, Record
+from fastvlp.data.index import split_name
 from fastvlp.data.sources.paths import IMAGE_SUFFIXES
 
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
@@ -30,25 +31,19 @@ def read(path: Path) -> Iterator[Record | Dropped]:
                 for member in tar:
                     if not member.isfile():
                         continue
-                    name, _, suffix = _split_name(member.name)
+                    name, suffix = split_name(member.name)
                     if name != key and members:
                         yield _record(key, members)
                         members = {}
                     stream = tar.extractfile(member)
                     key = name
-                    members[suffix.lower()] = stream.read() if stream else b""
+                    members[suffix] = stream.read() if stream else b""
         except (tarfile.TarError, EOFError, OSError) as error:
             # The record in hand may lack members, so it goes with the damage.
             yield Dropped(key=f"{file.name}: after {key or 'its start'}", reason=f"tar is cut or damaged ({error})")
         else:
             if members:
                 yield _record(key, members)
-
-
-def _split_name(name: str) -> tuple[str, str, str]:
-    folder, slash, base = name.rpartition("/")
-    stem, dot, suffix = base.partition(".")
-    return folder + slash + stem, dot, suffix
 
 
 def _record(key: str, members: dict[str, bytes]) -> Record | Dropped:
