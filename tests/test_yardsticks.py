@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from fastvlp.cli import main
+from fastvlp.compare_options import Settings
 from fastvlp.data.rows import PairData
 from fastvlp.data.world import WorldConfig, write_world
 from fastvlp.errors import UserError
@@ -24,7 +25,7 @@ from fastvlp.objectives.prefixlm import PrefixLMConfig
 from fastvlp.results import Comparison
 from fastvlp.train.optim import OptimConfig
 from fastvlp.train.run import TrainConfig, TrainState, start, steps
-from fastvlp.yardsticks import Settings, Yardsticks, data_url, own_means, question_data
+from fastvlp.yardsticks import Yardsticks, data_url, own_means, question_data
 
 SETTINGS = Settings(probe_steps=2, probe_batch=4, probe_items=20, cloze_items=4, caption_items=2, pictures=2)
 

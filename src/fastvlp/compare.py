@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 from statistics import fmean
@@ -30,7 +30,7 @@ from fastvlp.report import write_report
 from fastvlp.results import ArmRun, Comparison, LossPoint, Mark, Sample, Spent
 from fastvlp.train.run import StepReport, TrainConfig, TrainState, start, steps
 from fastvlp.train.state import pick_device
-from fastvlp.yardsticks import Settings, Yardsticks
+from fastvlp.yardsticks import Yardsticks
 
 # Points kept of each training-loss curve.
 CURVE_POINTS = 120
@@ -263,10 +263,9 @@ def run_comparison(told: Compare) -> Comparison:
         marks=told.marks,
         slice_s=duration(told.slice),
     )
-    settings = Settings(**{option.name: getattr(told, option.name) for option in fields(Settings)})
     device = pick_device(next(iter(arms.values())).device)
     with Display(list(arms), budget_s=plan.budget_s, seeds=plan.seeds, marks=len(plan.shares)) as display:
-        made = compare(plan, arms, origin=about(device), scorer=Yardsticks(settings=settings), display=display)
+        made = compare(plan, arms, origin=about(device), scorer=Yardsticks(settings=told.yardsticks), display=display)
     print_tables(made, Console())
     return made
 

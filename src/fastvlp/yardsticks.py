@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from fastvlp.batch import Batch
+from fastvlp.compare_options import Settings
 from fastvlp.data.loader import Loader
 from fastvlp.data.random import hash64
 from fastvlp.data.rows import Data, PairData, Split, readable_infos
@@ -40,31 +41,6 @@ from fastvlp.train.run import TrainConfig, TrainState, autocast, steps
 
 # The side in pixels up to which a picture goes into the report as it is: JPEG would smear it.
 DRAWING = 64
-
-
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    """probe_steps, probe_batch, probe_lr: the short fine-tuning, the same for every arm and for questions and captions.
-    probe_items, cloze_items: validation questions and pairs that are scored. caption_items: pictures captioned for CIDEr
-    at every mark; 0 leaves CIDEr out. split: what is scored. vqa: folder of splits with questions; None: the recipe's
-    own data, where its records have some. pictures: of the report."""
-
-    probe_steps: int = 150
-    probe_batch: int = 64
-    probe_lr: float = 5e-4
-    probe_items: int = 2000
-    cloze_items: int = 256
-    caption_items: int = 0
-    split: Split = "val"
-    vqa: str | None = None
-    pictures: int = 6
-
-    def __post_init__(self) -> None:
-        for name in ("probe_steps", "probe_batch", "probe_items", "cloze_items"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
-        if self.probe_lr <= 0 or self.caption_items < 0 or self.pictures < 0:
-            raise UserError("--probe-lr must be above 0, --caption-items and --pictures 0 or more")
 
 
 def own_means(state: TrainState) -> Means | None:
