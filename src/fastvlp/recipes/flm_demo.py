@@ -14,13 +14,13 @@ from fastvlp.train.run import TrainConfig
 def flm_demo() -> TrainConfig:
     return TrainConfig(
         name="flm_demo",
-        data=PairData(train="demo/world/train", val="demo/world/val", batch_size=64),
+        data=PairData(train="demo/world/train", val="demo/world/val", batch_size=32),
         model=tiny(),
         objectives={"flm": FLMConfig()},
         # Nothing is trained yet, so that all parts start from the same rate.
-        optim=OptimConfig(lr=1e-3, cross_multiplier=1, head_multiplier=1),
+        optim=OptimConfig(lr=2e-3, cross_multiplier=1, head_multiplier=1),
         budget_s=120,
-        vocab=1000,
+        vocab=500,
         validate_every=200,
         checkpoint_every=200,
     )
