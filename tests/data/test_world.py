@@ -375,6 +375,14 @@ def test_words_hardly_give_statements_away(scenes):
     assert np.mean(right) < 0.58
 
 
+def texts(records, suffix=""):
+    """All that is said in the records; `suffix` "_zh" for Chinese."""
+    for record in records:
+        yield from record.info.get(f"captions{suffix}", ())
+        yield from (asked["question"] for asked in record.info.get(f"questions{suffix}", ()))
+        yield from (claim["text"] for claim in record.info.get(f"statements{suffix}", ()))
+
+
 def named(texts):
     """The combinations that English texts name."""
     return {phrase[3:] for text in texts for phrase in parse(text)[1] if None not in phrase[3:]}
@@ -389,8 +397,8 @@ def test_held_out_combinations_are_never_seen_or_named_in_training(scenes):
     for record in records:
         assert not combinations(record) & held_out
         assert all(not set(t["class_distribution"]) & set(world.HELD_OUT_NAMES) for t in record.info["objects"])
-    assert not named(world.texts(records)) & held_out
-    zh = "\n".join(world.texts(records, "_zh"))
+    assert not named(texts(records)) & held_out
+    zh = "\n".join(texts(records, "_zh"))
     chinese = dict(zip(world.CLASS_NAMES, world.CLASS_NAMES_ZH))
     assert not any(re.search("(?<!粉)" + chinese[name] + "(?!环)", zh) for name in world.HELD_OUT_NAMES)
     assert set().union(*map(combinations, scenes["train"])) == set(world.COMBINATIONS) - held_out
@@ -403,7 +411,7 @@ def test_chinese_says_the_same(scenes):
         assert len(set(info["captions_zh"])) == 5
         assert [q["kind"] for q in info["questions"]] == [q["kind"] for q in info["questions_zh"]]
         assert [c["label"] for c in info["statements"]] == [c["label"] for c in info["statements_zh"]]
-        assert all(re.fullmatch(r"[\u4e00-\u9fff、,:?]{4,60}", text) for text in world.texts([record], "_zh"))
+        assert all(re.fullmatch(r"[\u4e00-\u9fff、,:?]{4,60}", text) for text in texts([record], "_zh"))
         names = {"绿": "green", "蓝": "blue", "黄": "yellow", "紫": "purple", "青": "cyan"}
         for text in info["captions_zh"]:
             shapes = re.findall(r"([绿蓝黄紫青])色?的?(圆环|环形|正方形|方块|菱形|心形|爱心)", text)

@@ -7,7 +7,7 @@ neither train nor val ever shows or names (`HELD_OUT`), so that a score on it me
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from random import Random
@@ -17,7 +17,8 @@ from fastvlp.batch import Record
 from fastvlp.data.files import write_whole
 from fastvlp.data.shards import ShardWriter
 from fastvlp.data.world_language import CHINESE, ENGLISH, Language, Saying
-from fastvlp.data.world_sayings import captions, pair_sayings, questions, statements
+from fastvlp.data.world_pairs import pair_sayings
+from fastvlp.data.world_sayings import captions, questions, statements
 from fastvlp.data.world_scene import (
     COMBINATIONS,
     HELD_OUT,
@@ -41,8 +42,6 @@ from fastvlp.errors import UserError
 CLASS_NAMES = tuple(f"{colour} {shape}" for colour, shape in COMBINATIONS)
 HELD_OUT_NAMES = tuple(f"{colour} {shape}" for colour, shape in HELD_OUT)
 CLASS_NAMES_ZH = tuple(CHINESE.words[colour][0] + CHINESE.words[shape][0] for colour, shape in COMBINATIONS)
-TEMPLATES = ("a picture of one {}", "there is one {}", "this image shows one {}", "one {} on a plain background")
-TEMPLATES_ZH = ("图中有一个{}", "这张图显示了一个{}", "图片里只有一个{}", "背景上有一个{}")
 
 _FORMAT = 1
 
@@ -260,11 +259,3 @@ def write_world(
                     progress(name, index + 1, count)
     _write_card(folder / "corpus.json", {**card, "complete": True})
     return counts
-
-
-def texts(records: Sequence[Record], suffix: str = "") -> Iterator[str]:
-    """All that is said in the records (`suffix` "_zh" for Chinese): what a tokenizer of this corpus is trained on."""
-    for record in records:
-        yield from record.info.get(f"captions{suffix}", ())
-        yield from (asked["question"] for asked in record.info.get(f"questions{suffix}", ()))
-        yield from (claim["text"] for claim in record.info.get(f"statements{suffix}", ()))
