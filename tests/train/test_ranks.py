@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from fastvlp import dist
+from fastvlp.data.shards import ShardWriter
 from fastvlp.model.saved import load_model
 from fastvlp.train.run import TrainConfig, train
-from tests.train.runs import OBJECTIVES, assert_equal, made_pairs, made_run
+from tests.train.runs import OBJECTIVES, assert_equal, made_pairs, made_records, made_run
 
 
 def free_port() -> int:
@@ -44,6 +47,13 @@ def folder(tmp_path_factory) -> Path:
         told = {"steps": 3, "threads": 1, "ema": 0.5}
         train(made_run(pairs, folder / "one" / "-".join(names), *names, batch_size=12, **told))
         runs.append(made_run(pairs, folder / "two" / "-".join(names), *names, batch_size=3, accumulate=2, **told))
+    bad = [replace(r, images=(b"",)) if i % 3 == 0 else r for i, r in enumerate(made_records(12))]
+    with ShardWriter(folder / "bad" / "train") as writer:
+        for record in bad:
+            writer.write(record)
+    with ShardWriter(folder / "bad" / "val") as writer:
+        writer.write(bad[1])
+    runs.append(made_run(folder / "bad", folder / "two" / "bad", "mlm", batch_size=6, steps=1, threads=1))
     torch.multiprocessing.spawn(as_rank, (free_port(), runs, str(folder)), nprocs=2)
     return folder
 
@@ -58,6 +68,12 @@ def test_one_rank_equals_two(folder, names):
 def test_ranks_validate_as_one(folder):
     best = [load_model(folder / count / "flm-mlm-prefixlm", "best").info["validation"] for count in ("one", "two")]
     assert best[0] == pytest.approx(best[1], abs=1e-5)
+
+
+def test_what_any_rank_cannot_read_is_told(folder):
+    lines = [json.loads(line) for line in (folder / "two" / "bad" / "log.jsonl").read_text().splitlines()]
+    assert sorted(line["record"] for line in lines if line["kind"] == "dropped") == ["r000", "r003", "r006", "r009"]
+    assert next(line["dropped"] for line in lines if line["kind"] == "train") == 4
 
 
 def test_gather_keeps_gradients(folder):

@@ -38,7 +38,7 @@ class StepReport:
     """One step of all ranks. losses: `loss`, what was minimised, the sum of weight * mean over its terms, and each term's
     mean. lr: of the towers. tokens: predicted ones. seconds: of the step, of which `data_wait` for batches. flops: of this
     rank. skipped: the loss or its gradient was not finite, and the weights stay as they were. dropped:
-    records that this rank found unreadable for the first time, key -> reason."""
+    records found unreadable for the first time, key -> reason."""
 
     step: int
     losses: dict[str, float]
@@ -96,7 +96,7 @@ def steps(state: TrainState) -> Iterator[StepReport]:
         state.step += 1
         state.pairs += pairs
         state.tokens += round(sum(targets))
-        seconds = agree(state, time.perf_counter() - began)
+        seconds = agree(state, known, time.perf_counter() - began)
         state.elapsed += seconds
         report = StepReport(
             step=state.step,
@@ -143,13 +143,17 @@ def flops(pretraining: Pretraining, micro: list[Batch], targets: dict[str, float
     return step_flops(pretraining, shapes, {name: n / dist.world() for name, n in targets.items()}).training
 
 
-def agree(state: TrainState, seconds: float) -> float:
+def agree(state: TrainState, known: int, seconds: float) -> float:
     """The ranks' mean of the step's seconds, since the schedule may follow time. Sets `stop` where any was told to: here
-    alone, so that all ranks leave the loop after the same step."""
+    alone, so that all ranks leave the loop after the same step. What any found unreadable besides the first `known`
+    records, all know."""
     state.stop = state.told
     if dist.world() > 1:
-        said = torch.tensor([seconds / dist.world(), float(state.told is not None)], device=state.device)
-        seconds, stop = dist.all_reduce_sum(said).tolist()
+        new = dict(list(state.dropped.items())[known:])
+        said = [seconds / dist.world(), float(state.told is not None), float(len(new))]
+        seconds, stop, dropped = dist.all_reduce_sum(torch.tensor(said, device=state.device)).tolist()
+        if dropped:
+            state.dropped |= {key: reason for part in dist.gather_objects(new) for key, reason in part.items()}
         if stop and state.stop is None:
             state.stop = signal.SIGTERM
     return seconds

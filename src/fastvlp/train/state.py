@@ -259,7 +259,6 @@ def make_loader(run: TrainConfig, split: Split, tokenizer: Tokenizer, config: Mo
 
 def save(state: TrainState) -> None:
     """Everything that `restore` needs, and the weights alone beside it. The main rank writes, the others wait."""
-    state.dropped = {key: reason for part in dist.gather_objects(state.dropped) for key, reason in part.items()}
     if dist.is_main():
         told: dict[str, Any] = {name: getattr(state, name) for name in COUNTERS} | {
             "dropped": state.dropped,
