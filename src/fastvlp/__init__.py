@@ -1,0 +1,68 @@
+"""fastvlp: pretrain vision-language models fast. The public names; each is imported when it is first asked for, so that
+`import fastvlp` and `vlp --help` do not wait for torch."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fastvlp.batch import Batch as Batch
+    from fastvlp.batch import Example as Example
+    from fastvlp.batch import Record as Record
+    from fastvlp.data.rows import PairData as PairData
+    from fastvlp.data.shards import Shards as Shards
+    from fastvlp.data.shards import ShardWriter as ShardWriter
+    from fastvlp.data.tokenize import Tokenizer as Tokenizer
+    from fastvlp.errors import UserError as UserError
+    from fastvlp.model.model import ModelConfig as ModelConfig
+    from fastvlp.model.model import VLModel as VLModel
+    from fastvlp.model.saved import load_model as load_model
+    from fastvlp.model.saved import save_model as save_model
+    from fastvlp.objectives.ar import ARConfig as ARConfig
+    from fastvlp.objectives.flm import FLMConfig as FLMConfig
+    from fastvlp.objectives.itm import ITMConfig as ITMConfig
+    from fastvlp.objectives.mlm import MLMConfig as MLMConfig
+    from fastvlp.objectives.objective import Loss as Loss
+    from fastvlp.objectives.objective import Objective as Objective
+    from fastvlp.objectives.objective import ObjectiveConfig as ObjectiveConfig
+    from fastvlp.objectives.prefixlm import PrefixLMConfig as PrefixLMConfig
+    from fastvlp.train.optim import OptimConfig as OptimConfig
+    from fastvlp.train.state import TrainConfig as TrainConfig
+
+_HOME = {
+    "ARConfig": "objectives.ar",
+    "Batch": "batch",
+    "Example": "batch",
+    "FLMConfig": "objectives.flm",
+    "ITMConfig": "objectives.itm",
+    "Loss": "objectives.objective",
+    "MLMConfig": "objectives.mlm",
+    "ModelConfig": "model.model",
+    "Objective": "objectives.objective",
+    "ObjectiveConfig": "objectives.objective",
+    "OptimConfig": "train.optim",
+    "PairData": "data.rows",
+    "PrefixLMConfig": "objectives.prefixlm",
+    "Record": "batch",
+    "ShardWriter": "data.shards",
+    "Shards": "data.shards",
+    "Tokenizer": "data.tokenize",
+    "TrainConfig": "train.state",
+    "UserError": "errors",
+    "VLModel": "model.model",
+    "load_model": "model.saved",
+    "save_model": "model.saved",
+}
+
+__all__ = [*_HOME]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"fastvlp has no {name!r}; the public names are {', '.join(__all__)}")
+    return getattr(import_module(f"fastvlp.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__]
