@@ -51,6 +51,9 @@ class Objective(nn.Module, abc.ABC):
     def counts(self, batch: Batch) -> dict[str, Tensor]:
         """The counts that `forward` will return, from the batch alone: known before any micro-batch is run."""
 
+    def begin(self, model: VLModel) -> None:
+        """Runs once, on fresh or inherited weights, before the first step. Most objectives have nothing to do."""
+
     def after_step(self, model: VLModel) -> None:
         """Runs once after each optimiser step: a momentum copy, a queue. Most objectives have nothing to do."""
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 from fastvlp.data.rows import Fit
 from fastvlp.data.tokenize import Tokenizer
-from fastvlp.model.model import ModelConfig
+from fastvlp.model.model import ModelConfig, VLModel
 from fastvlp.tasks.nlvr import NLVRData, Truth
 from fastvlp.tasks.task import HeadConfig
 
@@ -34,3 +36,8 @@ class NLVR2(Truth):
 
     def __init__(self, config: NLVR2Config, model: ModelConfig):
         super().__init__(config, model, images=2)
+
+    @torch.no_grad()
+    def begin(self, model: VLModel) -> None:
+        """Pretraining shows one image: the second one's type starts as the first one's (spec flm.md section 5)."""
+        model.fusion.image_type[1].copy_(model.fusion.image_type[0])

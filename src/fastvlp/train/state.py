@@ -192,6 +192,8 @@ def start(run: TrainConfig, resume: bool = False) -> TrainState:
     if run.init is not None:
         source = load_model(run.init)
         inherit(model, source.model.state_dict(), source.weights)
+    for objective in objectives.values():
+        objective.begin(model)
     pretraining = Pretraining(model, objectives, run.keep).to(device)
     ema = None
     if run.ema is not None:
