@@ -208,7 +208,9 @@ class Yardsticks:
         if asked is None:
             return []
         kinds: dict[str, dict[str, Any]] = {}
-        for told in info.get(asked.data.questions, ()):
+        for told in info.get(asked.data.questions) or ():
+            if not told.get("question") or not told.get("answers"):
+                continue
             kinds.setdefault(str(told.get("kind", len(kinds))), told)
         chosen = list(kinds.values())[:3]
         replies = {arm: self.answer(state, [t["question"] for t in chosen], image) for arm, state in states.items()}
