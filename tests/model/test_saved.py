@@ -123,6 +123,6 @@ def test_inherit_drops_only_whole_modules(tokenizer):
 def test_inherit_tells_both_shapes(tokenizer):
     other = Tokenizer.train(["a green cone on a table with many other things"] * 3, vocab_size=90)
     with pytest.raises(
-        UserError, match=r"text\.word\.weight has shape \[\d+, 128\], the model wants \[\d+, 128\].*tokenizer"
+        UserError, match=r"text\.word\.weight has shape \[\d+, (\d+)\], the model wants \[\d+, \1\].*tokenizer"
     ):
         inherit(made(other), made(tokenizer).state_dict())
