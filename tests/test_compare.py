@@ -11,7 +11,8 @@ import torch
 from rich.console import Console
 
 from fastvlp import compare as module
-from fastvlp.compare import Plan, compare, reference, same_arms, with_tokenizers
+from fastvlp.compare import Plan, compare, reference, run_comparison, same_arms, with_tokenizers
+from fastvlp.compare_options import Compare
 from fastvlp.display import Display, print_tables
 from fastvlp.errors import UserError
 from fastvlp.objectives.ar import ARConfig
@@ -196,3 +197,10 @@ def test_plans_that_cannot_be() -> None:
             replace(plan, **wrong)
     with pytest.raises(UserError, match="two arms are called a"):
         same_arms(["a", "b", "a"])
+
+
+def test_a_comparison_under_torchrun_is_refused(monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="without torchrun"):
+        run_comparison(Compare(recipes=("flm_demo",)))

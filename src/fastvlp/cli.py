@@ -272,6 +272,8 @@ def run(command: Data | Pretrain | Finetune | Evaluate | Compare | Towers) -> No
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command. Returns 0, or 2 after saying what is wrong where the user can mend it; tyro exits with 2 too."""
     argv = sys.argv[1:] if argv is None else argv
+    # Torch's threads spin while they wait for each other: on cores that others use too, a step then takes 50 times as long.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         if argv[:1] == ["pretrain"] and len(argv) > 1 and not argv[1].startswith("-"):
             pretrain(argv[1:])

@@ -17,6 +17,7 @@ from typing import Any, Protocol, cast
 import torch
 from rich.console import Console
 
+from fastvlp import dist
 from fastvlp.about import about
 from fastvlp.compare_options import Compare
 from fastvlp.config import to_json
@@ -233,17 +234,16 @@ def race(lanes: Sequence[Lane], slice_s: float, scorer: Scorer, display: Display
 def _turn(lane: Lane, slice_s: float, scorer: Scorer, display: Display, saved: Callable[[], None]) -> None:
     try:
         lane.train(slice_s)
+        display.trained(lane.run, lane.spent)
+        while lane.due:
+            began = time.perf_counter()
+            lane.mark(scorer.score(lane.state), time.perf_counter() - began)
+            display.scored(lane.run, lane.run.marks[-1])
+            saved()
     except UserError as error:
-        # One arm that diverges is a result; the others go on.
+        # One arm that diverges, in training or in the fine-tuning that scores it, is a result; the others go on.
         lane.run.failure = str(error)
         display.note(f"{lane.run.arm}: {error}")
-        saved()
-        return
-    display.trained(lane.run, lane.spent)
-    while lane.due:
-        began = time.perf_counter()
-        lane.mark(scorer.score(lane.state), time.perf_counter() - began)
-        display.scored(lane.run, lane.run.marks[-1])
         saved()
 
 
@@ -251,6 +251,8 @@ def run_comparison(told: Compare) -> Comparison:
     """`vlp compare`. Prints the tables."""
     if not told.recipes:
         raise UserError(f"name at least one recipe; there are {', '.join(names())}")
+    if dist.launched() > 1:
+        raise UserError("vlp compare gives each arm one device; start it without torchrun")
     if told.threads:
         torch.set_num_threads(told.threads)
     same_arms(Path(name).stem for name in told.recipes)
@@ -267,6 +269,8 @@ def run_comparison(told: Compare) -> Comparison:
     with Display(list(arms), budget_s=plan.budget_s, seeds=plan.seeds, marks=len(plan.shares)) as display:
         made = compare(plan, arms, origin=about(device), scorer=Yardsticks(settings=told.yardsticks), display=display)
     print_tables(made, Console())
+    if all(run.failure for run in made.runs):
+        raise UserError(f"no arm came through: {made.runs[0].failure}")
     return made
 
 

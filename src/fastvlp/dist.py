@@ -33,10 +33,15 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
+def launched() -> int:
+    """How many processes `torchrun` started, before they have joined; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
+
+
 @contextmanager
 def process_group() -> Iterator[None]:
     """Joins the processes that `torchrun` started, for as long as the block runs; nothing where there is one."""
-    if active() or "RANK" not in os.environ or int(os.environ.get("WORLD_SIZE", "1")) < 2:
+    if active() or launched() < 2:
         yield
         return
     if torch.cuda.is_available():
