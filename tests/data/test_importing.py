@@ -145,10 +145,26 @@ def test_what_cannot_be_imported_says_so(tmp_path: Path) -> None:
         run(tmp_path, [row("a.png", "x", split="../up")], {"a.png": picture()})
     assert not list(tmp_path.glob("**/*.tar"))
     run(tmp_path, [row("a.png", "x")], {"a.png": picture()})
-    with pytest.raises(UserError, match=r"already holds shards.*--out"):
+    with pytest.raises(UserError, match=r"out/train: already holds shards; remove"):
         run(tmp_path, [row("a.png", "x")], {"a.png": picture()})
     with pytest.raises(UserError, match="shares from 0 to 1"):
         ImportConfig(val=0.5, test=0.5)
+
+
+def test_splits_are_imported_one_by_one(tmp_path: Path) -> None:
+    """Tables of a split each go into one folder; what one of them dropped stays on record."""
+    images = {"a.png": picture(), "b.png": picture()}
+    run(tmp_path, [row("a.png", "x"), row("none.png", "y")], images)
+    done = run(tmp_path, [row("b.png", "z"), row("gone.png", "y")], images, split="val")
+    assert done.written == {"val": 1} and len(done.dropped) == 1
+    assert [Shards(tmp_path / "out" / split).keys for split in ("train", "val")] == [["a"], ["b"]]
+    lines = (tmp_path / "out/dropped.jsonl").read_text().splitlines()
+    assert [json.loads(line)["key"] for line in lines] == ["none", "gone"]
+    # A split that is there stops the whole import, also where another split comes first.
+    with pytest.raises(UserError, match="out/val: already holds shards"):
+        run(tmp_path, [row("a.png", "x", split="test"), row("b.png", "z", split="val")], images)
+    assert not list(tmp_path.glob("out/test/*")) and len(Shards(tmp_path / "out/train")) == 1
+    assert (tmp_path / "out/dropped.jsonl").read_text().splitlines() == lines
 
 
 def test_a_failure_leaves_no_shards(tmp_path: Path) -> None:

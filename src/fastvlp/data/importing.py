@@ -74,13 +74,11 @@ class Imported:
 
 
 def import_data(source: sources.Source, out: Path, config: ImportConfig, *, show: bool = False) -> Imported:
-    """Writes `out/{split}/00000.tar, ...` and `out/dropped.jsonl`, the names of what was dropped and why.
+    """Writes `out/{split}/00000.tar, ...` and adds to `out/dropped.jsonl` the names of what was dropped and why.
 
     Every image is decoded once, so that what is broken is known before a run. Raises UserError when nothing is left,
-    when `out` holds shards already, and when the disk is full; then no split is written.
+    when a split of the source holds shards already, and when the disk is full; then no split is written.
     """
-    if out.exists() and any(out.glob("*/*.tar")):
-        raise UserError(f"{out}: already holds shards; remove it or choose another --out")
     done, keys = Imported(out=out), set[str]()
     prepared = in_threads(partial(_prepare, max_side=config.max_side), sources.read(source))
     with ExitStack() as stack:
@@ -97,7 +95,8 @@ def import_data(source: sources.Source, out: Path, config: ImportConfig, *, show
         if not done.written:
             raise UserError(f"{source.path}: no usable record among {len(done.dropped)}: {_listed(done.reasons)}")
     lines = [json.dumps({"key": d.key, "reason": d.reason}, ensure_ascii=False) + "\n" for d in done.dropped]
-    write_whole(out / "dropped.jsonl", "".join(lines).encode())
+    path = out / "dropped.jsonl"
+    write_whole(path, (path.read_bytes() if path.exists() else b"") + "".join(lines).encode())
     return done
 
 

@@ -73,7 +73,7 @@ class ShardWriter:
         with _explained(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
             if any(self.folder.glob("*.tar")):
-                raise UserError(f"{self.folder}: already holds shards; remove them or choose another folder")
+                raise UserError(f"{self.folder}: already holds shards; remove them, or choose another split or folder")
             for stale in self.folder.glob("*.tar.tmp"):
                 stale.unlink()
         return self
