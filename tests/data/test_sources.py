@@ -71,6 +71,24 @@ def test_a_table_keeps_other_columns_and_takes_column_names(pairs: Path) -> None
     assert dropped == {"row without an image path": "row names no image"}
 
 
+def test_chinese_stands_beside_english(pairs: Path) -> None:
+    header = "image,caption,caption_zh\n"
+    rows = "pics/a.png,a red card,红卡\npics/b.png,blue,\npics/a.png,red,\npics/a.png,red again,一张红卡\n"
+    (pairs / "t.csv").write_text(header + rows, encoding="utf-8")
+    records, dropped = parted(table.read(pairs / "t.csv"))
+    assert not dropped and records["pics/a"].info["captions_zh"] == ["红卡", "一张红卡"]
+    assert records["pics/a"].info["captions"] == ["a red card", "red", "red again"]
+    assert records["pics/b"].info == {"captions": ["blue"]}
+    lines = [{"image": "pics/a.png", "caption": "x", "captions_zh": ["一", "二"]}, {"image": "pics/a.png"}]
+    (pairs / "t.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    (record,) = table.read(pairs / "t.jsonl")
+    assert isinstance(record, Record) and record.info == {"captions": ["x"], "captions_zh": ["一", "二"]}
+    # As the caption column itself it is the captions.
+    (pairs / "t.csv").write_text("image,caption_zh\npics/a.png,红卡\n", encoding="utf-8")
+    (record,) = table.read(pairs / "t.csv", caption_column="caption_zh")
+    assert isinstance(record, Record) and record.info == {"captions": ["红卡"]}
+
+
 def test_parquet_may_hold_the_images(tmp_path: Path) -> None:
     pa = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")

@@ -16,6 +16,7 @@ from fastvlp.errors import UserError
 SUFFIXES = frozenset({".csv", ".tsv", ".jsonl", ".parquet"})
 IMAGE_COLUMNS = ("image", "file", "filepath", "file_name", "filename", "image_path", "path")
 CAPTION_COLUMNS = ("caption", "captions", "text", "title", "sentence")
+CHINESE_COLUMNS = ("caption_zh", "captions_zh")
 CAPTION_LIMIT = 1 << 24  # csv's own limit of 128 KiB a field is below what people have
 
 Row = dict[str, Any]
@@ -24,7 +25,8 @@ Row = dict[str, Any]
 def read(
     path: Path, *, image_column: str = "", caption_column: str = "", images: Path | None = None
 ) -> Iterator[Record | Dropped]:
-    """Yields one record an image, with the captions of all its rows; other columns travel from its first row.
+    """Yields one record an image, with the captions of all its rows, English and Chinese (`caption_zh`); other columns travel
+    from its first row.
 
     Image paths are relative to `images`, by default the table's folder, and must stay inside it. A parquet cell may
     hold the image itself: bytes, or {bytes, path} as the `datasets` library writes it.
@@ -51,20 +53,27 @@ def _grouped(path: Path, image_column: str, caption_column: str) -> Iterator[tup
         if number == 0:
             image_column = _column(path, row, image_column, IMAGE_COLUMNS, "image", "--image-column")
             caption_column = _column(path, row, caption_column, CAPTION_COLUMNS, "caption", "--caption-column")
-        cell, said = row.pop(image_column, None), row.pop(caption_column, None)
-        captions = [text for text in (said if isinstance(said, list) else [said]) if isinstance(text, str)]
+        cell = row.pop(image_column, None)
+        texts = {"captions": _texts(row.pop(caption_column, None))}
+        chinese = [text for name in CHINESE_COLUMNS for text in _texts(row.pop(name, None))]
+        if any(map(str.strip, chinese)):
+            texts["captions_zh"] = chinese
+        row.pop("captions", None)  # beside another caption column
         info = {name: value for name, value in row.items() if isinstance(value, str | int | float | list | dict)}
         if isinstance(cell, bytes | dict):
             stored = cell if isinstance(cell, bytes) else cell.get("bytes")
             name = f"{path.stem}-{number:07d}"
-            yield name, {**info, "captions": captions}, stored if isinstance(stored, bytes) else b""
+            yield name, {**info, **texts}, stored if isinstance(stored, bytes) else b""
             continue
         name = str(cell).strip() if cell is not None else ""
-        if name in by_name:
-            by_name[name]["captions"].extend(captions)
-        else:
-            by_name[name] = {**info, "captions": captions}
+        known = by_name.setdefault(name, info)
+        for field, told in texts.items():
+            known.setdefault(field, []).extend(told)
     yield from ((name, info, None) for name, info in by_name.items())
+
+
+def _texts(cell: Any) -> list[str]:
+    return [text for text in (cell if isinstance(cell, list) else [cell]) if isinstance(text, str)]
 
 
 def _column(path: Path, row: Row, wanted: str, usual: tuple[str, ...], what: str, option: str) -> str:
