@@ -23,9 +23,10 @@ from fastvlp.objectives.mlm import MLMConfig
 from fastvlp.objectives.objective import ObjectiveConfig
 from fastvlp.objectives.prefixlm import PrefixLMConfig
 from fastvlp.results import Comparison
+from fastvlp.tasks.task import Item
 from fastvlp.train.optim import OptimConfig
 from fastvlp.train.run import TrainConfig, TrainState, start, steps
-from fastvlp.yardsticks import Yardsticks, data_url, own_means, question_data
+from fastvlp.yardsticks import Yardsticks, data_url, own_means, question_data, spread_evenly
 
 SETTINGS = Settings(probe_steps=2, probe_batch=4, probe_items=20, cloze_items=4, caption_items=2, pictures=2)
 
@@ -112,6 +113,13 @@ def test_questions_come_from_the_records_or_the_folder(world: Path, tmp_path: Pa
     assert given is not None and given.val == str(world / "val")
     with pytest.raises(UserError, match="no 'test' split"):
         Yardsticks(settings=replace(SETTINGS, split="test")).score(start(run(world, MLMConfig())))
+
+
+def test_questions_are_spread_over_the_split() -> None:
+    items = [Item(i, "x", {}) for i in range(39)]
+    assert [item.record for item in spread_evenly(items, 20)] == [i * 39 // 20 for i in range(20)]
+    assert spread_evenly(items, 20)[-1].record == 37
+    assert spread_evenly(items, 39) == spread_evenly(items, 100) == items and spread_evenly([], 5) == []
 
 
 def test_samples_show_what_each_arm_says(world: Path) -> None:

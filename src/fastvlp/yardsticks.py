@@ -33,7 +33,7 @@ from fastvlp.results import Answered, Sample
 from fastvlp.tasks import caption, vqa
 from fastvlp.tasks.caption import CaptionConfig, CaptionData
 from fastvlp.tasks.finetune import find_splits
-from fastvlp.tasks.task import ItemMaker
+from fastvlp.tasks.task import Item, ItemMaker
 from fastvlp.tasks.vqa import VQA, VQAConfig, VQAData, frequent_answers
 from fastvlp.train.optim import OptimConfig, adamw
 from fastvlp.train.pretraining import Pretraining
@@ -159,9 +159,8 @@ class Yardsticks:
         train = told.maker("train", state.tokenizer, image, strict=False)
         held_out = told.strict(self.settings.split, state.tokenizer, image)
         assert train is not None
-        # Spread over the whole split: neighbouring questions are about one picture.
-        every = max(1, len(held_out.items) // self.settings.probe_items)
-        held_out.items = held_out.items[::every][: self.settings.probe_items]
+        # Neighbouring questions are about one picture.
+        held_out.items = spread_evenly(held_out.items, self.settings.probe_items)
         return Questions(data=told, train=train, held_out=held_out)
 
     def captions(self, state: TrainState, count: int) -> list[str]:
@@ -236,6 +235,12 @@ class Yardsticks:
         with evaluating(made), autocast(state):
             logits = objective.logits(made.model, made.model.encode_image(batch.image), batch)
         return [asked.data.answers[i] for i in logits.argmax(1).tolist()]
+
+
+def spread_evenly(items: list[Item], count: int) -> list[Item]:
+    """`count` items from the whole list, or all where there are no more."""
+    n, k = len(items), min(len(items), count)
+    return [items[i * n // k] for i in range(k)]
 
 
 def split_folder(data: Data, split: Split) -> str:
