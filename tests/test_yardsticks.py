@@ -110,7 +110,13 @@ def test_questions_come_from_the_records_or_the_folder(world: Path, tmp_path: Pa
     chinese = question_data(replace(data, captions="captions_zh"), SETTINGS)
     assert chinese is not None and chinese.questions == "questions_zh"
     given = question_data(data, replace(SETTINGS, vqa=str(world)))
-    assert given is not None and given.val == str(world / "val")
+    assert given is not None and given.val == str(world / "val") and given.questions == "questions"
+    asked = {
+        field: question_data(replace(data, captions=field), replace(SETTINGS, vqa=str(world)))
+        for field in ("captions_zh", "captions_fr")
+    }
+    assert [told.questions for told in asked.values() if told] == ["questions_zh", "questions"]
+    assert asked["captions_zh"] and "是" in asked["captions_zh"].answers
     with pytest.raises(UserError, match="no 'test' split"):
         Yardsticks(settings=replace(SETTINGS, split="test")).score(start(run(world, MLMConfig())))
 

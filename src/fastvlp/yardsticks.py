@@ -251,19 +251,24 @@ def split_folder(data: Data, split: Split) -> str:
 
 
 def question_data(data: Data, settings: Settings) -> VQAData | None:
-    """From --vqa, or from the recipe's own records where they hold questions."""
+    """From --vqa, or from the recipe's own records where they hold questions; in the language of its captions."""
+    name = "questions" + (data.captions.removeprefix("captions") if isinstance(data, PairData) else "")
     if settings.vqa is not None:
-        folders, name = find_splits(settings.vqa, "vqa"), "questions"
+        folders = find_splits(settings.vqa, "vqa")
+        name = name if _holds(folders["train"], name) else "questions"
     elif isinstance(data, PairData) and getattr(data, settings.split) is not None:
         folders = {"train": data.train, settings.split: split_folder(data, settings.split)}
-        name = "questions" + data.captions.removeprefix("captions")
-        if not any(info.get(name) for info in islice(readable_infos(Shards(data.train)), 50)):
+        if not _holds(data.train, name):
             return None
     else:
         return None
     shared = {"batch_size": settings.probe_batch} | {n: getattr(data, n) for n in ("max_length", "fit", "cache")}
     answers = frequent_answers(folders["train"], name)
     return VQAData(**shared, **cast(dict[str, Any], folders), questions=name, answers=answers)
+
+
+def _holds(folder: str, field: str) -> bool:
+    return any(info.get(field) for info in islice(readable_infos(Shards(folder)), 50))
 
 
 def caption_data(run: TrainConfig) -> CaptionData:
