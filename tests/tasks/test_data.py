@@ -54,6 +54,13 @@ def test_training_leaves_out_what_cannot_be_answered(world, tokenizer):
         data.strict("val", tokenizer, IMAGE)
 
 
+def test_rows_tell_what_the_shards_lack(world, tokenizer, tmp_path):
+    tar = tmp_path / "00000.tar"
+    tar.write_bytes((whole := (world / "train" / "00000.tar").read_bytes())[: len(whole) // 2])
+    data = VQAData(train=str(tmp_path), batch_size=4, answers=("yes",))
+    assert data.rows("train", tokenizer, IMAGE, strict=False).damage[0].key == str(tar)
+
+
 def test_nlvr2_rows_are_pairs(world, tokenizer):
     data = NLVR2Data(train=str(world / "pairs-train"), batch_size=4)
     made = data.maker("train", tokenizer, IMAGE, strict=True)

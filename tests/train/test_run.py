@@ -228,6 +228,21 @@ def test_unreadable_records_are_dropped_and_named(tmp_path):
         validate(start(replace(run, out=str(tmp_path / "b"), data=replace(run.data, val=str(tmp_path / "bad")))))
 
 
+def test_a_cut_shard_is_told_once_at_the_start(tmp_path):
+    pairs = made_pairs(tmp_path / "pairs")
+    tar = pairs / "train" / "00000.tar"
+    tar.write_bytes(tar.read_bytes()[: tar.stat().st_size * 2 // 3])
+    run = made_run(pairs, tmp_path / "a", "mlm", steps=1)
+    state = train(run)
+    assert 0 < state.train.count < 24 and "cut or damaged" in state.dropped[str(tar)]
+    known = state.dropped
+    assert train(replace(run, steps=2), resume=True).dropped == known
+    lines = [json.loads(line) for line in (tmp_path / "a/log.jsonl").read_text().splitlines()]
+    told = [(line["step"], line["record"]) for line in lines if line["kind"] == "dropped"]
+    assert told.count((0, str(tar))) == 1 and len(told) == len(known)
+    assert {line["dropped"] for line in lines if line["kind"] == "train"} == {len(known)}
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -24,10 +24,12 @@ Fit = Literal["crop", "squash", "letterbox"]
 
 @dataclass(frozen=True)
 class Rows:
-    """`count` rows, and how a list of them becomes a batch (and what of it could not be read)."""
+    """`count` rows, and how a list of them becomes a batch (and what of it could not be read). damage: what the shards
+    themselves lack, which is in no row."""
 
     count: int
     make: Callable[[list[Row]], tuple[Batch, list[Dropped]]]
+    damage: tuple[Dropped, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +85,7 @@ class PairData(Data):
             cache=self.cache,
             strict=strict,
         )
-        return Rows(len(shards), make)
+        return Rows(len(shards), make, tuple(shards.damage))
 
     def texts(self) -> Iterator[str]:
         """Captions, and whatever else the records say in that language: fine-tuning meets the questions later."""

@@ -180,7 +180,7 @@ class ItemData(Data, abc.ABC):
 
     def rows(self, split: Split, tokenizer: Tokenizer, image: ImageConfig, *, strict: bool) -> Rows | None:
         made = self.maker(split, tokenizer, image, strict=strict)
-        return None if made is None else Rows(len(made.items), made)
+        return None if made is None else Rows(len(made.items), made, tuple(made.shards.damage))
 
     def strict(self, split: Split, tokenizer: Tokenizer, image: ImageConfig) -> ItemMaker:
         """For evaluation: raises UserError where there is no such split, and later for a record that is unreadable."""

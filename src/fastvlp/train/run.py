@@ -7,7 +7,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
@@ -236,10 +236,11 @@ def train(run: TrainConfig, resume: bool = False) -> TrainState:
         if dist.is_main():
             write_whole(run.folder / "config.json", json.dumps(to_json(run), indent=2).encode())
         with RunLog(state) as log, stop_signals(state):
+            if state.step == 0:
+                tell_dropped(state, state.dropped, log)
             for report in steps(state):
                 log.step(report, state)
-                for key, reason in report.dropped.items():
-                    log.event("dropped", step=report.step, elapsed=state.elapsed, record=key, reason=reason)
+                tell_dropped(state, report.dropped, log)
                 over = state.progress >= 1
                 if due(run.validate_every, state.step) and not over:
                     judge(state, log)
@@ -252,6 +253,11 @@ def train(run: TrainConfig, resume: bool = False) -> TrainState:
                 log.say(f"stopped at step {state.step}, saved: the same command with --resume continues from there")
                 raise SystemExit(128 + state.stop)
         return state
+
+
+def tell_dropped(state: TrainState, dropped: Mapping[str, str], log: RunLog) -> None:
+    for key, reason in dropped.items():
+        log.event("dropped", step=state.step, elapsed=state.elapsed, record=key, reason=reason)
 
 
 def judge(state: TrainState, log: RunLog) -> None:

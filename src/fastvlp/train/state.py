@@ -16,7 +16,7 @@ from fastvlp import dist
 from fastvlp.config import differences, to_json
 from fastvlp.data.loader import Loader
 from fastvlp.data.random import hash64
-from fastvlp.data.rows import Data, Split
+from fastvlp.data.rows import Data, Rows
 from fastvlp.data.tokenize import Tokenizer
 from fastvlp.errors import UserError
 from fastvlp.model.layers import Block
@@ -119,9 +119,9 @@ def check(run: TrainConfig) -> None:
 @dataclass(kw_only=True)
 class TrainState:
     """Where a run stands. `wrapped` is `pretraining`, maybe under DDP. `elapsed`: seconds of training, agreed by all
-    ranks. `pairs` and `tokens` (predicted) count all ranks. `dropped`: unreadable records, key -> reason. `bad_steps`
-    in a row were skipped, `skipped` in all. `best`: lowest validation loss so far. `told`: the signal that this process
-    got; `stop`: the one that all ranks stop for."""
+    ranks. `pairs` and `tokens` (predicted) count all ranks. `dropped`: unreadable records and what damaged shards lack,
+    key -> reason. `bad_steps` in a row were skipped, `skipped` in all. `best`: lowest validation loss so far. `told`: the
+    signal that this process got; `stop`: the one that all ranks stop for."""
 
     run: TrainConfig
     device: torch.device
@@ -198,9 +198,10 @@ def start(run: TrainConfig, resume: bool = False) -> TrainState:
     ema = None
     if run.ema is not None:
         ema = AveragedModel(pretraining, multi_avg_fn=get_ema_multi_avg_fn(run.ema))
-    train = make_loader(run, "train", tokenizer, config)
-    if train is None:
+    rows = run.data.rows("train", tokenizer, config.image, strict=False)
+    if rows is None:
         raise UserError(f"{run.name}: the data has no training split")
+    held_out = run.data.rows("val", tokenizer, config.image, strict=True)
     state = TrainState(
         run=run,
         device=device,
@@ -210,8 +211,9 @@ def start(run: TrainConfig, resume: bool = False) -> TrainState:
         wrapped=pretraining,
         optimiser=adamw(pretraining, run.optim),
         ema=ema,
-        train=train,
-        val=make_loader(run, "val", tokenizer, config),
+        train=make_loader(run, rows),
+        val=None if held_out is None else make_loader(run, held_out),
+        dropped={part.key: part.reason for part in rows.damage},
     )
     if resume and (run.folder / "last.pt").exists():
         restore(state)
@@ -243,10 +245,7 @@ def find_tokenizer(run: TrainConfig, resume: bool) -> Tokenizer:
     return Tokenizer.train(run.data.texts(), "wordpiece", vocab_size=run.vocab)
 
 
-def make_loader(run: TrainConfig, split: Split, tokenizer: Tokenizer, config: ModelConfig) -> Loader | None:
-    rows = run.data.rows(split, tokenizer, config.image, strict=split != "train")
-    if rows is None:
-        return None
+def make_loader(run: TrainConfig, rows: Rows) -> Loader:
     return Loader(
         rows.count,
         rows.make,
@@ -313,6 +312,6 @@ def restore(state: TrainState) -> None:
     if state.ema is not None:
         load_exactly(state.ema, told["ema"], path)
     state.optimiser.load_state_dict(told["optimiser"])
-    state.dropped = told["dropped"]
+    state.dropped = told["dropped"] | state.dropped
     for name in COUNTERS:
         setattr(state, name, told[name])
