@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fastvlp.batch import Batch
 from fastvlp.compare_options import Settings
+from fastvlp.data.faults import answers_fault
 from fastvlp.data.loader import Loader
 from fastvlp.data.random import hash64
 from fastvlp.data.rows import Data, PairData, Split, readable_infos
@@ -208,7 +209,7 @@ class Yardsticks:
             return []
         kinds: dict[str, dict[str, Any]] = {}
         for told in info.get(asked.data.questions) or ():
-            if not told.get("question") or not told.get("answers"):
+            if not told.get("question") or not told.get("answers") or answers_fault(told["answers"]):
                 continue
             kinds.setdefault(str(told.get("kind", len(kinds))), told)
         chosen = list(kinds.values())[:3]

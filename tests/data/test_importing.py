@@ -151,6 +151,19 @@ def test_what_cannot_be_imported_says_so(tmp_path: Path) -> None:
         ImportConfig(val=0.5, test=0.5)
 
 
+def test_boxes_and_scores_that_are_no_numbers_are_dropped_by_name(tmp_path: Path) -> None:
+    rows = [
+        row("a.png", "x", objects=[{"class": "c", "box": [0, 0, 4, 4]}]),
+        row("b.png", "x", objects=[{"class": "c", "box": [0, 0, None, 4]}]),
+        row("c.png", "x", questions=[{"question": "q", "answers": {"yes": "often"}}]),
+    ]
+    done = run(tmp_path, rows, {name: picture() for name in ("a.png", "b.png", "c.png")}, max_side=10)
+    assert done.written == {"train": 1}
+    reasons = {drop.key: drop.reason for drop in done.dropped}
+    assert "field objects: box [0, 0, None, 4]" in reasons["b"]
+    assert "field questions: score 'often' of answer 'yes'" in reasons["c"]
+
+
 def test_splits_are_imported_one_by_one(tmp_path: Path) -> None:
     """Tables of a split each go into one folder; what one of them dropped stays on record."""
     images = {"a.png": picture(), "b.png": picture()}

@@ -100,6 +100,29 @@ def test_training_drops_what_evaluation_refuses(tmp_path, tokenizer):
         strict([Row(4, 0)])
 
 
+def test_scores_that_are_no_numbers_are_named(tmp_path, tokenizer):
+    image = scene_record(WorldConfig(size=32), "train", 0).images[0]
+    right = {"question": "is it red", "answers": {"yes": 1.0}}
+    bad = [{"question": "is it", "answers": a} for a in ({"yes": "often"}, {"no": float("nan")}, {"no": -1}, ["yes"])]
+    with ShardWriter(tmp_path / "train") as writer:
+        writer.write(Record(key="good", images=(image,), info={"questions": [right]}))
+        writer.write(Record(key="bad", images=(image,), info={"questions": bad}))
+        writer.write(Record(key="text", images=(image,), info={"questions": "is it red"}))
+        writer.write(Record(key="untrue", images=(image,), info={"statements": [{"text": "x", "label": "False"}]}))
+    folder = str(tmp_path / "train")
+    assert frequent_answers(folder) == ("yes",)
+    data = VQAData(train=folder, test=folder, batch_size=4, answers=("yes", "no"))
+    train = data.maker("train", tokenizer, IMAGE, strict=False)
+    batch, dropped = train([Row(i, i) for i in range(6)])
+    assert batch.target.tolist() == [[1, 0]] and [d.key for d in dropped] == ["bad"] * 4 + ["text"]
+    assert dropped[0].reason == "field questions: score 'often' of answer 'yes' is not a number from 0 to 1"
+    assert dropped[4].reason == "field questions is not a list"
+    with pytest.raises(UserError, match=r"bad: field questions: score nan of answer 'no'.*leaves none out"):
+        data.strict("test", tokenizer, IMAGE)([Row(0, 0), Row(2, 0)])
+    with pytest.raises(UserError, match="untrue: field statements: label 'False' is not true or false"):
+        NLVRData(train=folder, batch_size=4).maker("train", tokenizer, IMAGE, strict=False)
+
+
 def test_choice_is_among_the_known_ones():
     place = {"a": 0, "b": 1, "c": 2}
     scores = torch.tensor([0.1, 3.0, 2.0])

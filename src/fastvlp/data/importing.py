@@ -6,16 +6,15 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from fastvlp.batch import Dropped, Record
 from fastvlp.data import sources
 from fastvlp.data.decode import decode
+from fastvlp.data.faults import LISTS_OF_OBJECTS, LISTS_OF_TEXT, fault
 from fastvlp.data.files import write_whole
 from fastvlp.data.shards import RecordError, ShardWriter
 from fastvlp.data.shrink import shrink
@@ -26,12 +25,6 @@ from fastvlp.errors import UserError
 # Small, so that a JPEG is read whole but only an eighth of its pixels are computed.
 CHECK = Transform(size=32, mode="squash")
 _SPLIT_NAME = re.compile(r"\w[\w.-]*")
-_LISTS_OF_TEXT = ("captions", "captions_zh")
-_LISTS_OF_OBJECTS = {
-    "objects": ("class", "box"),
-    "questions": ("question", "answers"),
-    "statements": ("text", "label"),
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,13 +125,13 @@ def _prepare(item: Record | Dropped, max_side: int) -> Record | Dropped:
     if isinstance(item, Dropped):
         return item
     info = dict(item.info)
-    for name in _LISTS_OF_TEXT:
+    for name in LISTS_OF_TEXT:
         if isinstance(info.get(name), list):
             info[name] = [text.strip() for text in info[name] if isinstance(text, str) and text.strip()]
     wrong = fault(info)
     if wrong:
         return Dropped(key=item.key, reason=wrong)
-    if not any(info.get(name) for name in (*_LISTS_OF_TEXT, *_LISTS_OF_OBJECTS, "label")):
+    if not any(info.get(name) for name in (*LISTS_OF_TEXT, *LISTS_OF_OBJECTS, "label")):
         return Dropped(key=item.key, reason="nothing is said of it: no caption, question, statement, object or label")
     try:
         decode(item, CHECK)
@@ -152,15 +145,3 @@ def _prepare(item: Record | Dropped, max_side: int) -> Record | Dropped:
         scale = [scales[at if (at := o.get("image")) in range(len(scales)) else 0] for o in info["objects"]]
         info["objects"] = [{**o, "box": [x * s for x in o["box"]]} for o, s in zip(info["objects"], scale)]
     return Record(key=item.key, images=images, info=info)
-
-
-def fault(info: Mapping[str, Any]) -> str | None:
-    """What is wrong with the fields that the library reads; None when nothing is."""
-    for name in _LISTS_OF_TEXT:
-        if name in info and not isinstance(info[name], list):
-            return f"field {name} is not a list of texts"
-    for name, fields in _LISTS_OF_OBJECTS.items():
-        items = info.get(name, [])
-        if not isinstance(items, list) or not all(isinstance(o, dict) and all(f in o for f in fields) for o in items):
-            return f"field {name} is not a list of objects with {' and '.join(fields)}"
-    return None

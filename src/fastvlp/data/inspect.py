@@ -17,8 +17,9 @@ from rich.table import Table
 from fastvlp.batch import Dropped, Record
 from fastvlp.data.contact_sheet import COLUMNS, ROWS, contact_sheet, text_of
 from fastvlp.data.decode import decode
+from fastvlp.data.faults import fault
 from fastvlp.data.files import write_whole
-from fastvlp.data.importing import CHECK, fault
+from fastvlp.data.importing import CHECK
 from fastvlp.data.shards import RecordError, Shards
 from fastvlp.data.streams import in_threads, with_progress
 from fastvlp.data.tokenize import Tokenizer

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastvlp.batch import Batch
+from fastvlp.data.faults import label_fault
 from fastvlp.data.rows import Fit, Split
 from fastvlp.data.shards import Shards
 from fastvlp.data.tokenize import Tokenizer
@@ -28,7 +29,7 @@ class NLVRData(ItemData):
     fit: Fit = "squash"
 
     def read(self, shards: Shards) -> list[Item]:
-        return read_items(shards, self.statements, "text", "label")
+        return read_items(shards, self.statements, "text", "label", label_fault)
 
     def target(self, items: list[Item]) -> Tensor:
         """int64 [items]: 1 where the statement is true."""

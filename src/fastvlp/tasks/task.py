@@ -27,18 +27,23 @@ from fastvlp.objectives.objective import Objective, ObjectiveConfig
 
 
 class Item(NamedTuple):
-    """A text about a record's images; `told` is its entry in the record's info (answers, label, kind, ...)."""
+    """A text about a record's images; `told` is its entry in the record's info (answers, label, kind, ...). An entry that
+    cannot be used has no text; `wrong` says why."""
 
     record: int
     text: str
     told: Mapping[str, Any]
+    wrong: str = ""
 
 
-def read_items(shards: Shards, field: str, text: str, told: str) -> list[Item]:
-    """Every entry of `info[field]` of every record; `entry[text]` is its text, `entry[told]` what is told of it.
+def read_items(
+    shards: Shards, field: str, text: str, told: str, fault: Callable[[Any], str | None] | None = None
+) -> list[Item]:
+    """Every entry of `info[field]` of every record; `entry[text]` is its text, `entry[told]` what is told of it, and
+    `fault` says what is wrong with that.
 
-    A record whose info cannot be read, and an entry without one of the two, is an item without text: who makes a batch
-    of it meets the error. Raises UserError where no record has a usable entry.
+    A record whose info cannot be read, and an entry without one of the two or with a fault, is an item without text: who
+    makes a batch of it meets the error. Raises UserError where no record has a usable entry.
     """
     items: list[Item] = []
     fields: set[str] = set()
@@ -49,16 +54,27 @@ def read_items(shards: Shards, field: str, text: str, told: str) -> list[Item]:
             items.append(Item(i, "", {}))
             continue
         fields.update(info)
-        for entry in info.get(field) or ():
-            whole = isinstance(entry, dict) and entry.get(told) is not None
-            usable = clean_caption(entry.get(text)) if whole else None
-            items.append(Item(i, usable or "", entry if usable else {}))
+        entries = info.get(field) or []
+        if not isinstance(entries, list):
+            items.append(Item(i, "", {}, f"field {field} is not a list"))
+            continue
+        items += [_item(i, entry, field, text, told, fault) for entry in entries]
     if not any(item.text for item in items):
+        faults = "".join(f"; {shards.key(item.record)}: {item.wrong}" for item in items[:3] if item.wrong)
         raise UserError(
             f"{shards.url}: no record has {field!r} with {text!r} and {told!r} each "
-            f"(fields: {', '.join(sorted(fields)) or 'none'}); name another field or folder"
+            f"(fields: {', '.join(sorted(fields)) or 'none'}{faults}); name another field or folder"
         )
     return items
+
+
+def _item(i: int, entry: Any, field: str, text: str, told: str, fault: Callable[[Any], str | None] | None) -> Item:
+    whole = isinstance(entry, dict) and entry.get(told) is not None
+    usable = clean_caption(entry.get(text)) if whole else None
+    if usable is None:
+        return Item(i, "", {}, f"field {field}: an entry that lacks its {text} or {told}")
+    wrong = fault(entry[told]) if fault else None
+    return Item(i, "", {}, f"field {field}: {wrong}") if wrong else Item(i, usable, entry)
 
 
 class ItemMaker:
@@ -122,7 +138,7 @@ class ItemMaker:
                 return kept
         record = self.shards.read(item.record)
         if not item.text:
-            raise RecordError(record.key, "an entry that lacks its text or what is told of it")
+            raise RecordError(record.key, item.wrong)
         if len(record.images) != self.images:
             raise RecordError(record.key, f"has {len(record.images)} images, the task wants {self.images}")
         made = list(decode(record, self.transform).images)

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastvlp.batch import Batch
+from fastvlp.data.faults import answers_fault
 from fastvlp.data.rows import Split
 from fastvlp.data.shards import Shards
 from fastvlp.data.tokenize import Tokenizer
@@ -26,7 +27,7 @@ def frequent_answers(folder: str, questions: str = "questions", most: int = 3129
     """The answers of a training split with the highest summed scores, best first; equal ones in the order of their
     spelling. 3129 is VQA v2's usual number."""
     totals: dict[str, float] = {}
-    for item in read_items(Shards(folder), questions, "question", "answers"):
+    for item in read_items(Shards(folder), questions, "question", "answers", answers_fault):
         for answer, score in _answers(item).items():
             totals[answer] = totals.get(answer, 0.0) + score
     if not totals:
@@ -36,8 +37,7 @@ def frequent_answers(folder: str, questions: str = "questions", most: int = 3129
 
 def _answers(item: Item) -> dict[str, float]:
     """{answer: score in 0..1}."""
-    found = item.told.get("answers")
-    return {str(answer): float(score) for answer, score in found.items()} if isinstance(found, dict) else {}
+    return {str(answer): float(score) for answer, score in item.told.get("answers", {}).items()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +49,7 @@ class VQAData(ItemData):
     questions: str = "questions"
 
     def read(self, shards: Shards) -> list[Item]:
-        return read_items(shards, self.questions, "question", "answers")
+        return read_items(shards, self.questions, "question", "answers", answers_fault)
 
     def wanted(self, item: Item) -> bool:
         return not item.text or not _answers(item).keys().isdisjoint(self.answers)

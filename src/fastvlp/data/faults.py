@@ -1,0 +1,61 @@
+"""What can be wrong with the fields of a record that the library reads."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+LISTS_OF_TEXT = ("captions", "captions_zh")
+LISTS_OF_OBJECTS = {
+    "objects": ("class", "box"),
+    "questions": ("question", "answers"),
+    "questions_zh": ("question", "answers"),
+    "statements": ("text", "label"),
+    "statements_zh": ("text", "label"),
+}
+
+
+def fault(info: Mapping[str, Any]) -> str | None:
+    """The first thing that is wrong, with its field; None when nothing is."""
+    for name in LISTS_OF_TEXT:
+        if name in info and not isinstance(info[name], list):
+            return f"field {name} is not a list of texts"
+    for name, fields in LISTS_OF_OBJECTS.items():
+        items = info.get(name, [])
+        if not isinstance(items, list) or not all(isinstance(o, dict) and all(f in o for f in fields) for o in items):
+            return f"field {name} is not a list of objects with {' and '.join(fields)}"
+        checks = {"box": box_fault, "answers": answers_fault, "label": label_fault}
+        found = (check(item[field]) for field, check in checks.items() if field in fields for item in items)
+        if wrong := next(filter(None, found), None):
+            return f"field {name}: {wrong}"
+    return None
+
+
+def box_fault(box: Any) -> str | None:
+    """A box is [x0, y0, x1, y1] in pixels."""
+    if isinstance(box, list) and len(box) == 4 and all(_number(x) and x >= 0 for x in box):
+        return None
+    return f"box {_short(box)} is not four numbers [x0, y0, x1, y1] of 0 or more"
+
+
+def answers_fault(answers: Any) -> str | None:
+    """Answers are {answer: how right it is}."""
+    if not isinstance(answers, dict):
+        return f"answers {_short(answers)} are not {{answer: score}}"
+    wrong = next((answer for answer, score in answers.items() if not (_number(score) and 0 <= score <= 1)), None)
+    return None if wrong is None else f"score {_short(answers[wrong])} of answer {wrong!r} is not a number from 0 to 1"
+
+
+def label_fault(label: Any) -> str | None:
+    """A statement's label is true or false (or 1 or 0); the text "False" would count as true."""
+    return None if label in (True, False) else f"label {_short(label)} is not true or false"
+
+
+def _number(x: Any) -> bool:
+    return isinstance(x, int | float) and math.isfinite(x)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:60] + "…"

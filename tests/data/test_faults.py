@@ -1,0 +1,47 @@
+import json
+import math
+
+import pytest
+
+from fastvlp.data.faults import fault
+
+GOOD = {
+    "captions": ["a"],
+    "objects": [{"class": "c", "box": [0, 0.5, 10, 20]}],
+    "questions": [{"question": "q", "answers": {"yes": 1.0, "no": 0}}, {"question": "q", "answers": {}}],
+    "questions_zh": [{"question": "问", "answers": {"是": 0.3}}],
+    "statements": [{"text": "t", "label": False}, {"text": "t", "label": 1}],
+    "other": {"box": None},
+}
+
+
+def test_what_is_right_has_no_fault() -> None:
+    assert fault(GOOD) is None and fault({}) is None
+
+
+@pytest.mark.parametrize(
+    "box", [None, "10", [0, 0, 1], [0, 0, 1, math.nan], [0, 0, 1, math.inf], [-1, 0, 1, 1], ["0"] * 4]
+)
+def test_a_box_is_four_numbers(box: object) -> None:
+    wrong = fault({"objects": [*GOOD["objects"], {"class": "c", "box": box}]})
+    assert wrong and wrong.startswith("field objects: box ") and "not four numbers" in wrong
+
+
+@pytest.mark.parametrize("score", ["often", None, math.nan, -0.1, 3, [1], "1.0"])
+def test_a_score_is_a_number_from_0_to_1(score: object) -> None:
+    for name in ("questions", "questions_zh"):
+        wrong = fault({name: [{"question": "q", "answers": {"yes": 1.0, "no": score}}]})
+        assert wrong == f"field {name}: score {score!r} of answer 'no' is not a number from 0 to 1"
+
+
+@pytest.mark.parametrize("answers", [None, ["yes"], "yes" * 100])
+def test_answers_are_scored(answers: object) -> None:
+    wrong = fault({"questions": [{"question": "q", "answers": answers}]})
+    assert wrong and "are not {answer: score}" in wrong and len(wrong) < 130
+
+
+@pytest.mark.parametrize("label", ["False", None, 2, [], {}])
+def test_a_label_is_true_or_false(label: object) -> None:
+    wrong = fault({"statements_zh": [{"text": "t", "label": label}]})
+    assert wrong == f"field statements_zh: label {label!r} is not true or false"
+    assert fault(json.loads('{"statements": 3}')) == "field statements is not a list of objects with text and label"
