@@ -39,6 +39,30 @@ def test_an_unknown_field_is_answered_with_the_nearest(capsys):
     assert stopped.value.code == 2 and "--optim.lr" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("recipe", "options", "length"),
+    [
+        ("flm_demo", ["--steps", "7"], (7, None)),
+        ("flm_demo", ["--steps", "7", "--budget-s", "None"], (7, None)),
+        ("flm_demo", ["--budget-s", "7"], (None, 7.0)),
+        ("flm_base", ["--budget_s=7"], (None, 7.0)),
+        ("flm_base", ["--seed", "7"], (30_000, None)),
+    ],
+)
+def test_a_length_given_alone_is_the_runs(monkeypatch, recipe, options, length):
+    runs = []
+    monkeypatch.setattr("fastvlp.train.run.train", lambda run, *_, **__: runs.append(run))
+    assert main(["pretrain", recipe, *options]) == 0
+    assert [(run.steps, run.budget_s) for run in runs] == [length]
+
+
+@pytest.mark.parametrize("options", [["--steps", "7", "--budget-s", "7"], ["--budget-s", "None"]])
+def test_two_lengths_or_none_are_refused_at_once(options, capsys):
+    assert main(["pretrain", "flm_demo", *options]) == 2
+    told = capsys.readouterr()
+    assert "steps or budget_s" in told.err and not told.out
+
+
 def test_a_file_of_ones_own_is_a_recipe(tmp_path):
     (tmp_path / "mine.py").write_text("from fastvlp.recipes.flm_demo import flm_demo\nmine = flm_demo\n")
     assert recipe(str(tmp_path / "mine.py")).name == "flm_demo"

@@ -8,10 +8,10 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, make_dataclass
+from dataclasses import dataclass, make_dataclass, replace
 from inspect import getdoc
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 from rich.console import Console
@@ -20,6 +20,9 @@ from tyro.conf import Positional, arg, subcommand
 from fastvlp.compare_options import Compare
 from fastvlp.errors import UserError
 from fastvlp.tasks.options import Evaluate, Finetune
+
+if TYPE_CHECKING:
+    from fastvlp.train.state import TrainConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,7 +181,8 @@ def pretrain(argv: Sequence[str]) -> None:
     from fastvlp import dist
     from fastvlp.config import show
     from fastvlp.recipes import recipe
-    from fastvlp.train.run import TrainConfig, train
+    from fastvlp.train.run import train
+    from fastvlp.train.state import TrainConfig, check
 
     # Not a class statement: its annotations would be strings, and tyro looks their names up in this module.
     again = Annotated[bool, arg(help="Continue from the last checkpoint.")]
@@ -192,9 +196,22 @@ def pretrain(argv: Sequence[str]) -> None:
         description=getdoc(TrainConfig),
         config=(tyro.conf.AvoidSubcommands,),
     )
+    run = one_length(said.run, argv[1:])
+    check(run)
     if dist.local_rank() == 0:
-        print(show(said.run))
-    train(said.run, said.resume)
+        print(show(run))
+    train(run, said.resume)
+
+
+def one_length(run: TrainConfig, argv: Sequence[str]) -> TrainConfig:
+    """A length given alone is the run's: `--steps` without `--budget-s` puts an end to the recipe's budget, and the
+    reverse."""
+    given = {option.partition("=")[0].replace("_", "-") for option in argv} & {"--steps", "--budget-s"}
+    if given == {"--steps"} and run.steps is not None:
+        return replace(run, budget_s=None)
+    if given == {"--budget-s"} and run.budget_s is not None:
+        return replace(run, steps=None)
+    return run
 
 
 def finetune(command: Finetune) -> None:
@@ -236,8 +253,6 @@ class Towers:
 
 
 def towers(command: Towers) -> None:
-    from dataclasses import replace
-
     from fastvlp.model import sizes
     from fastvlp.model.public import local_file, start_from_towers
 
