@@ -1,3 +1,4 @@
+import pytest
 import torch
 
 from fastvlp.eval.cloze import cloze, predict_causal, predict_flm, predict_masked, word_positions
@@ -30,6 +31,24 @@ def test_masked_rows_equal_one_text_at_a_time():
         image_BKD = model.encode_image(batch.image)
         known = masked_one_by_one(model, image_BKD, batch)
         assert predict_masked(model, image_BKD, batch)[asked].equal(known[asked])
+
+
+@pytest.mark.parametrize("rows", [1, 3, 7, 15, 512])
+def test_few_rows_at_a_time_give_the_same(rows, monkeypatch):
+    model, batch = made_model().eval(), made_batch(lengths=LENGTHS)
+    read, most = model.read, []
+
+    def watched(image_BKD, ids, **more):
+        most.append(len(ids))
+        return read(image_BKD, ids, **more)
+
+    with torch.no_grad():
+        image_BKD = model.encode_image(batch.image)
+        whole = predict_masked(model, image_BKD, batch)
+        monkeypatch.setattr("fastvlp.eval.cloze.ROWS", rows)
+        monkeypatch.setattr(model, "read", watched)
+        assert predict_masked(model, image_BKD, batch).equal(whole)
+    assert max(most) <= rows and sum(most) == 4 * 7
 
 
 def test_a_prediction_never_reads_its_own_token():

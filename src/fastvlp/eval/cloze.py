@@ -18,6 +18,9 @@ from fastvlp.objectives.flm import FLM, FLMConfig, draw_spans
 # the tokens before it. The first two see the same context, the last one less: a fair comparison says which it is.
 Means = Literal["flm", "mask", "causal"]
 
+# Rows that are read at a time: one for every word of a batch of long texts would not fit.
+ROWS = 512
+
 
 class Cloze(NamedTuple):
     accuracy: float
@@ -39,15 +42,21 @@ def predict_flm(model: VLModel, image_BKD: Tensor, batch: Batch, bos: Bos) -> Te
 
 
 def predict_masked(model: VLModel, image_BKD: Tensor, batch: Batch) -> Tensor:
-    """Each word masked alone, L-2 rows a text, the image's keys computed once -> ids [B L]."""
+    """Each word masked alone, L-2 rows a text, at most ROWS of them at a time -> ids [B L]."""
     B, L = batch.ids.shape
-    asked = torch.arange(1, L - 1, device=batch.ids.device)
-    ids = batch.ids[:, None].expand(B, L - 2, L).clone()
-    ids[:, asked - 1, asked] = model.config.text.mask
-    mask = masks.full(batch.length.repeat_interleave(L - 2), L)
-    state = model.read(image_BKD, ids.flatten(0, 1), mask=mask).unflatten(0, (B, L - 2))
-    best = _best(model.head.hidden(state[:, asked - 1, asked]), model.head.vocabulary)
-    return torch.cat([batch.ids[:, :1], best, batch.ids[:, -1:]], 1)
+    found = batch.ids.clone()
+    # Of whole texts as many as fit, so that an image's keys are computed once; of a very long text some words.
+    texts = max(1, ROWS // max(1, L - 2))
+    for rows in torch.arange(B, device=found.device).split(texts):
+        for first in range(1, L - 1, ROWS):
+            asked = torch.arange(first, min(first + ROWS, L - 1), device=found.device)
+            row = asked - first
+            ids = batch.ids[rows][:, None].repeat(1, len(row), 1)
+            ids[:, row, asked] = model.config.text.mask
+            mask = masks.full(batch.length[rows].repeat_interleave(len(row)), L)
+            state = model.read(image_BKD[rows], ids.flatten(0, 1), mask=mask).unflatten(0, (len(rows), len(row)))
+            found[rows[:, None], asked] = _best(model.head.hidden(state[:, row, asked]), model.head.vocabulary)
+    return found
 
 
 def predict_causal(model: VLModel, image_BKD: Tensor, batch: Batch, bos: Bos) -> Tensor:
