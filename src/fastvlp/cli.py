@@ -178,11 +178,9 @@ class Pretrain:
 
 def pretrain(argv: Sequence[str]) -> None:
     """`argv`: RECIPE and overrides of its fields. The recipe comes first, because it says which fields there are."""
-    from fastvlp import dist
-    from fastvlp.config import show
     from fastvlp.recipes import recipe
     from fastvlp.train.run import train
-    from fastvlp.train.state import TrainConfig, check
+    from fastvlp.train.state import TrainConfig
 
     # Not a class statement: its annotations would be strings, and tyro looks their names up in this module.
     again = Annotated[bool, arg(help="Continue from the last checkpoint.")]
@@ -196,11 +194,7 @@ def pretrain(argv: Sequence[str]) -> None:
         description=getdoc(TrainConfig),
         config=(tyro.conf.AvoidSubcommands,),
     )
-    run = one_length(said.run, argv[1:])
-    check(run)
-    if dist.local_rank() == 0:
-        print(show(run))
-    train(run, said.resume)
+    train(one_length(said.run, argv[1:]), said.resume, verbose=True)
 
 
 def one_length(run: TrainConfig, argv: Sequence[str]) -> TrainConfig:

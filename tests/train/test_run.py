@@ -93,9 +93,13 @@ def test_the_reported_loss_is_the_weighted_sum_of_the_means(pairs, tmp_path):
     assert report.tokens == state.tokens > report.pairs == 8
 
 
-def test_a_run_leaves_its_config_log_and_weights(pairs, tmp_path):
-    state = train(made_run(pairs, tmp_path / "a", "mlm", validate_every=2, ema=0.5))
+def test_a_run_leaves_its_config_log_and_weights(pairs, tmp_path, capsys):
+    state = train(made_run(pairs, tmp_path / "a", "mlm", validate_every=2, ema=0.5), verbose=True)
     told = json.loads((tmp_path / "a/config.json").read_text())
+    # The recipe leaves the vocabulary open; the tokenizer fills it in.
+    text, tokenizer = told["model"]["text"], state.tokenizer
+    assert (text["vocab"], text["pad"], text["mask"]) == (tokenizer.vocab_size, tokenizer.pad, tokenizer.mask)
+    assert f"vocab: {tokenizer.vocab_size}\n" in capsys.readouterr().out
     assert told["objectives"]["mlm"]["type"] == "MLMConfig" and told["data"]["batch_size"] == 8
     lines = [json.loads(line) for line in (tmp_path / "a/log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if line["kind"] == "train"] == [1, 2, 3, 4, 5, 6]

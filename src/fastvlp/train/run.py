@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from torch.nn.utils import clip_grad_norm_
 
 from fastvlp import dist
 from fastvlp.batch import Batch, Dropped
-from fastvlp.config import to_json
+from fastvlp.config import show, to_json
 from fastvlp.data.files import write_whole
 from fastvlp.data.random import hash64
 from fastvlp.errors import UserError
@@ -226,16 +226,20 @@ def due(every: int | None, step: int) -> bool:
     return every is not None and step % every == 0
 
 
-def train(run: TrainConfig, resume: bool = False) -> TrainState:
-    """Runs to the end, and returns where it ended. Raises UserError for what the user can mend, and SystemExit with
-    128 + the signal's number where a signal stopped it, its state saved."""
+def train(run: TrainConfig, resume: bool = False, *, verbose: bool = False) -> TrainState:
+    """Runs to the end, and returns where it ended; `verbose` prints the whole config first. Raises UserError for what the
+    user can mend, and SystemExit with 128 + the signal's number where a signal stopped it, its state saved."""
     with dist.process_group():
         if not resume and (run.folder / "last.pt").exists():
             raise UserError(f"{run.folder}: holds a run already; continue it with --resume, or choose another --out")
         state = start(run, resume)
+        # With the vocabulary, which is known only now.
+        whole = replace(run, model=state.model.config)
         if dist.is_main():
-            write_whole(run.folder / "config.json", json.dumps(to_json(run), indent=2).encode())
+            write_whole(run.folder / "config.json", json.dumps(to_json(whole), indent=2).encode())
         with RunLog(state) as log, stop_signals(state):
+            if verbose:
+                log.say(show(whole))
             if state.step == 0:
                 tell_dropped(state, state.dropped, log)
             for report in steps(state):
