@@ -1,6 +1,7 @@
 import json
 import shutil
 
+import fsspec
 import pytest
 import torch
 
@@ -8,7 +9,7 @@ from fastvlp.cli import main
 from fastvlp.data.shards import Shards
 from fastvlp.errors import UserError
 from fastvlp.model.saved import load_model
-from fastvlp.tasks.finetune import evaluate, finetune, load_task, plan
+from fastvlp.tasks.finetune import evaluate, find_splits, finetune, load_task, plan
 from fastvlp.tasks.options import Evaluate, Finetune
 from fastvlp.tasks.vqa import VQAData, frequent_answers, measure
 
@@ -57,6 +58,22 @@ def test_the_plan_inherits_the_run(runs, world, tmp_path):
     assert run.checkpoint_every is not None, "a killed fine-tuning goes on from its last checkpoint"
     with pytest.raises(UserError, match="--lr must be above 0"):
         plan(told("vqa", runs["flm"], world, tmp_path / "run", lr=0.0))
+
+
+def test_splits_are_found_where_shards_are_read(world):
+    memory = fsspec.filesystem("memory")
+    for split in ("train", "val"):
+        memory.put(str(world / split), f"/bucket/{split}", recursive=True)
+    found = find_splits("memory://bucket/", "vqa")
+    assert found == {"train": "memory://bucket/train", "val": "memory://bucket/val"}
+    assert Shards(found["val"]).keys == Shards(world / "val").keys
+    assert frequent_answers(found["train"]) == frequent_answers(str(world / "train"))
+    assert find_splits(f"file://{world}", "nlvr2")["train"] == f"file://{world}/pairs-train"
+    with pytest.raises(UserError, match="no split called test"):
+        find_splits("memory://bucket", "vqa", needed="test")
+    with pytest.raises(UserError, match=r"nowhere://x/train: cannot look here"):
+        find_splits("nowhere://x", "vqa")
+    memory.rm("/bucket", recursive=True)
 
 
 def test_pretraining_is_what_fine_tuning_starts_from(runs, world, tmp_path):

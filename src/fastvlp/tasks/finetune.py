@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, assert_never
 
 import cattrs
+import fsspec
 import torch
 from cattrs.errors import BaseValidationError
 
@@ -56,17 +57,29 @@ RATES: dict[Task, Rates] = {
 
 
 def find_splits(folder: str, task: Task, needed: Split = "train") -> dict[str, str]:
-    """Folder of each split that is there. Raises UserError where the needed one is not."""
+    """Folder, or fsspec URL, of each split that is there. Raises UserError where the needed one is not."""
     prefixes = ("pairs-", "") if task == "nlvr2" else ("",)
     found: dict[str, str] = {}
     for split, names in SPLITS.items():
-        places = [Path(folder) / f"{prefix}{name}" for prefix in prefixes for name in names]
-        place = next((place for place in places if place.is_dir()), None)
+        places = [_place(folder, f"{prefix}{name}") for prefix in prefixes for name in names]
+        place = next(filter(_is_folder, places), None)
         if place is not None:
-            found[split] = str(place)
+            found[split] = place
     if needed not in found:
         raise UserError(f"{folder}: no split called {needed} here; give the folder that `vlp data import --out` wrote")
     return found
+
+
+def _place(folder: str, name: str) -> str:
+    return f"{folder.rstrip('/')}/{name}" if "://" in folder else str(Path(folder) / name)
+
+
+def _is_folder(place: str) -> bool:
+    try:
+        fs, root = fsspec.core.url_to_fs(place)
+        return bool(fs.isdir(root))
+    except (ImportError, ValueError, OSError) as error:
+        raise UserError(f"{place}: cannot look here ({error}); check the address and your access to it") from error
 
 
 def task_data(told: Finetune, max_length: int) -> Data:
