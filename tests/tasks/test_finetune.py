@@ -9,7 +9,7 @@ from fastvlp.cli import main
 from fastvlp.data.shards import Shards
 from fastvlp.errors import UserError
 from fastvlp.model.saved import load_model
-from fastvlp.tasks.finetune import evaluate, find_splits, finetune, load_task, plan
+from fastvlp.tasks.finetune import evaluate, find_splits, finetune, load_task, plan, told_in_words
 from fastvlp.tasks.options import Evaluate, Finetune
 from fastvlp.tasks.vqa import VQAData, frequent_answers, measure
 
@@ -74,6 +74,14 @@ def test_splits_are_found_where_shards_are_read(world):
     with pytest.raises(UserError, match=r"nowhere://x/train: cannot look here"):
         find_splits("nowhere://x", "vqa")
     memory.rm("/bucket", recursive=True)
+
+
+def test_how_captions_were_made_is_told_apart_from_their_scores(runs, world, tmp_path):
+    finetune(told("caption", runs["mlm"], world, tmp_path / "run"))
+    found = evaluate(Evaluate(run=str(tmp_path / "run"), beams=2, length_penalty=0.5))
+    assert found["decoding"] == {"beams": 2, "most": 30, "length_penalty": 0.5}
+    said = told_in_words({"test": found})
+    assert "cider" in said and "penalty" not in said and "beams" not in said
 
 
 def test_pretraining_is_what_fine_tuning_starts_from(runs, world, tmp_path):

@@ -217,7 +217,7 @@ def evaluate(told: Evaluate) -> dict[str, Any]:
     assert isinstance(data, CaptionData)
     decoding: dict[str, Any] = {"beams": told.beams, "most": told.most, "length_penalty": told.length_penalty}
     scores, said = caption.evaluate(model, data, told.split, tokenizer, **decoding)
-    return about | decoding | scores | {"captions": said}
+    return about | scores | {"decoding": decoding, "captions": said}
 
 
 def write_results(folder: Path, scores: Mapping[Split, Any]) -> Path:
@@ -230,7 +230,7 @@ def write_results(folder: Path, scores: Mapping[Split, Any]) -> Path:
 
 
 def told_in_words(scores: Mapping[Split, Mapping[str, Any]]) -> str:
-    """A line for each number, to print."""
+    """A line for each score, to print."""
     return "\n".join(
         f"{split:>5} {name:24} {value:{'.0f' if name == 'count' else '.4f'}}"
         for split, found in scores.items()
