@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from fastvlp.batch import Record
+from fastvlp.data.decode import read_pixels
 from fastvlp.data.importing import ImportConfig, Imported, _prepare, import_data
 from fastvlp.data.shards import Shards
 from fastvlp.data.shrink import shrink
@@ -109,12 +110,27 @@ def test_every_kind_of_image_can_be_made_smaller(kind: str, mode: str, options: 
     assert Image.open(io.BytesIO(data)).size == (16, 8) and scale == 0.25
 
 
-def test_a_turned_image_is_stored_upright() -> None:
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+@pytest.mark.parametrize("way", range(1, 9))
+def test_boxes_of_a_turned_image_stay_where_they_were(way: int, kind: str) -> None:
+    """Boxes are in the stored pixels, before EXIF turns them."""
     exif = Image.Exif()
-    exif[0x0112] = 6
-    data, _ = shrink(picture((64, 32), "JPEG", exif=exif), 16)
-    image = Image.open(io.BytesIO(data))
-    assert image.size == (8, 16) and 0x0112 not in image.getexif()
+    exif[0x0112] = way
+    pixels = np.zeros((32, 64, 3), dtype=np.uint8)
+    pixels[0:16, 48:64] = 255
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, kind, exif=exif)
+    info = {"objects": [{"class": "white", "box": [48, 0, 64, 16]}]}
+    made = _prepare(Record(key="t", images=(file.getvalue(),), info=info), max_side=16)
+    image = Image.open(io.BytesIO(made.images[0]))
+    assert image.size == (16, 8) and image.getexif().get(0x0112, 1) == way
+    assert made.info["objects"][0]["box"] == [12, 0, 16, 4]
+    grey = np.asarray(image.convert("L"))
+    assert grey[0:3, 13:16].mean() > 230 and grey[5:, :11].mean() < 25
+    # It is seen as the large one is.
+    large, small = (read_pixels(data) for data in (file.getvalue(), made.images[0]))
+    assert [side // 4 for side in large.shape[:2]] == list(small.shape[:2])
+    assert (large[2::4, 2::4].float() - small.float()).abs().mean() < 20
 
 
 def test_held_out_shares_are_steady_and_keep_groups_together(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ MAX_PIXELS = 89_478_485
 
 # Only formats that are decoded in the process: Pillow hands some others (EPS) to a program that executes them.
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
-_ORIENTATION = 0x0112
+ORIENTATION = 0x0112
 
 
 class DecodeError(RecordError):
@@ -50,9 +50,15 @@ def decode(record: Record, transform: Transform, *, max_pixels: int = MAX_PIXELS
 
 
 def read_pixels(
-    data: bytes, transform: Transform | None = None, *, max_pixels: int = MAX_PIXELS, min_side: int = 2
+    data: bytes,
+    transform: Transform | None = None,
+    *,
+    max_pixels: int = MAX_PIXELS,
+    min_side: int = 2,
+    upright: bool = True,
 ) -> Tensor:
     """uint8 [H W 3], writable. With a transform, a JPEG is decoded at the smallest scale that the transform allows.
+    `upright` applies the EXIF orientation.
 
     Raises what the decoders raise; ValueError for an image that is too large or too small.
     """
@@ -64,7 +70,7 @@ def read_pixels(
         raise ValueError(f"{width}x{height} pixels, a side below {min_side}")
     least = transform.least(height, width) if transform else (0, 0)
     jpeg = image.format in ("JPEG", "MPO")
-    turned = _orientation(image) != 1
+    turned = upright and orientation(image) != 1
     if jpeg and image.mode in ("RGB", "L") and not turned:
         try:
             # Scales between 1 and 1/2 have no fast inverse DCT.
@@ -77,9 +83,10 @@ def read_pixels(
     return torch.from_numpy(np.array(_rgb(ImageOps.exif_transpose(image) if turned else image)))
 
 
-def _orientation(image: Image.Image) -> int:
+def orientation(image: Image.Image) -> int:
+    """EXIF's: 1 is upright."""
     try:
-        return image.getexif().get(_ORIENTATION, 1)
+        return image.getexif().get(ORIENTATION, 1)
     except Exception:  # a good picture with broken EXIF is common on the web
         return 1
 
