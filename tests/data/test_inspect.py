@@ -1,4 +1,5 @@
 import io
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,7 @@ from rich.console import Console
 
 from fastvlp.batch import Record
 from fastvlp.data import contact_sheet as sheets
-from fastvlp.data.inspect import inspect, rendered
+from fastvlp.data.inspect import SplitReport, inspect, rendered
 from fastvlp.data.shards import ShardWriter
 from fastvlp.data.tokenize import Tokenizer
 from fastvlp.errors import UserError
@@ -49,6 +50,51 @@ def test_counts_sizes_lengths_and_names(folder: Path) -> None:
     file = io.StringIO()
     Console(file=file, width=60).print(rendered([pairs, train]))
     assert "cut" in file.getvalue() and "truncated" in file.getvalue()
+
+
+def test_every_field_of_texts_is_measured(tmp_path: Path) -> None:
+    said = {"questions": ("question", "answers", {"a": 1.0}), "statements": ("text", "label", True)}
+    info: dict[str, object] = {"captions_de": ["eine Katze", 3], "captions_by": "someone"}
+    for name, (text, told, value) in said.items():
+        info |= {name: [{text: "one two", told: value}], f"{name}_zh": [{text: "一二三", told: value}]}
+    with ShardWriter(tmp_path / "s") as writer:
+        writer.write(Record(key="r", images=(jpeg(),), info=info))
+    (report,) = inspect(tmp_path / "s")
+    assert report.lengths == {
+        ("captions_de", "characters"): [10],
+        ("captions_de", "words"): [2],
+        ("questions", "characters"): [7],
+        ("questions", "words"): [2],
+        ("questions_zh", "characters"): [3],
+        ("statements", "characters"): [7],
+        ("statements", "words"): [2],
+        ("statements_zh", "characters"): [3],
+    }
+
+
+@pytest.mark.parametrize("width", [80, 60])
+def test_names_are_whole_on_a_narrow_terminal(width: int) -> None:
+    names = [f"{kind}-{split}" for kind in ("pairs", "singles", "test-new", "x") for split in ("train", "val")]
+    fields = ["background", "captions", "captions_zh", "class_distribution", "questions_zh", "statements_zh"]
+    lengths = {("captions_zh", unit): [100_000] * 9 for unit in ("characters", "tokens")}
+    reports = [
+        SplitReport(
+            name=name,
+            records=123_456,
+            fields=Counter(dict.fromkeys(fields, 123_456)),
+            sizes=Counter({(4000, 3000): 9}),
+            kinds=Counter({"JPEG RGB": 123_456, "PNG RGBA": 1}),
+            lengths=lengths,
+        )
+        for name in names
+    ]
+    file = io.StringIO()
+    Console(file=file, width=width).print(rendered(reports))
+    shown = file.getvalue()
+    assert "…" not in shown and max(map(len, shown.splitlines())) <= width
+    if width == 80:  # below, the longest are folded
+        assert all(shown.count(name) >= 3 for name in names)
+        assert all(shown.count(field) >= len(names) for field in fields)
 
 
 def test_a_cut_tar_is_reported_and_the_rest_is_counted(folder: Path) -> None:

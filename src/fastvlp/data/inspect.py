@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image
 from rich.console import Group
 from rich.table import Table
+from rich.text import Text
 
 from fastvlp.batch import Dropped, Record
 from fastvlp.data.contact_sheet import COLUMNS, ROWS, contact_sheet, text_of
@@ -24,7 +25,8 @@ from fastvlp.data.shards import RecordError, Shards
 from fastvlp.data.streams import in_threads, with_progress
 from fastvlp.data.tokenize import Tokenizer
 
-TEXTS = {"captions": None, "captions_zh": None, "questions": "question", "statements": "text"}  # field: its text's name
+# Field, with any language's suffix: its text's name.
+TEXTS = {"captions": None, "questions": "question", "statements": "text"}
 
 
 @dataclass(kw_only=True)
@@ -94,11 +96,14 @@ def _count(report: SplitReport, record: Record, tokenizer: Tokenizer | None) -> 
         with Image.open(io.BytesIO(data)) as image:
             report.sizes[image.size] += 1
             report.kinds[f"{image.format} {image.mode}"] += 1
-    for name, inner in TEXTS.items():
-        items = record.info.get(name, [])
-        texts = [text for item in items if isinstance(text := item[inner] if inner else item, str)]
+    for name, items in record.info.items():
+        kind, _, language = name.partition("_")
+        if kind not in TEXTS or not isinstance(items, list):
+            continue
+        told = [item.get(TEXTS[kind]) if isinstance(item, dict) else item for item in items]
+        texts = [text for text in told if isinstance(text, str)]
         units = {"characters": [len(text) for text in texts]}
-        if name != "captions_zh":  # written without spaces
+        if language != "zh":  # written without spaces
             units["words"] = [len(text.split()) for text in texts]
         if tokenizer is not None and texts:
             _, length = tokenizer.encode(texts, max_length=1 << 16)
@@ -113,7 +118,7 @@ def rendered(reports: list[SplitReport]) -> Group:
 
 
 def _counts(reports: list[SplitReport]) -> Table:
-    table = Table("split", "records", "images", "unreadable", "kinds of image", title="Records", title_justify="left")
+    table = _table("Records", "split", "records", "images", "unreadable", "kinds of image")
     for r in reports:
         kinds = ", ".join(f"{kind} {n}" for kind, n in r.kinds.most_common(4))
         table.add_row(r.name, str(r.records), str(r.images), str(len(r.unreadable)), kinds)
@@ -121,34 +126,42 @@ def _counts(reports: list[SplitReport]) -> Table:
 
 
 def _distributions(reports: list[SplitReport]) -> Table:
-    heads = ("split", "of", "count", "least", "5 %", "median", "95 %", "most")
-    table = Table(*heads, title="Sizes in pixels, lengths of texts", title_justify="left")
+    table = _table("Sizes in pixels, lengths of texts", "of", "count", "least", "5 %", "median", "95 %", "most")
     for r in reports:
         rows = {
             "width": [w for (w, _), n in r.sizes.items() for _ in range(n)],
             "height": [h for (_, h), n in r.sizes.items() for _ in range(n)],
             **{f"{name}, {unit}": numbers for (name, unit), numbers in r.lengths.items()},
         }
+        # On a line of its own: as a column it would take the width that the other names need.
+        table.add_row(Text(r.name, style="bold"))
         for what, numbers in rows.items():
             if numbers:
                 marks = np.percentile(numbers, [0, 5, 50, 95, 100])
-                table.add_row(r.name, what, str(len(numbers)), *(f"{mark:.0f}" for mark in marks))
+                table.add_row(what, str(len(numbers)), *(f"{mark:.0f}" for mark in marks))
+        table.add_section()
     return table
 
 
 def _fields(reports: list[SplitReport]) -> Table:
-    table = Table("field", *(r.name for r in reports), title="Records with each field", title_justify="left")
-    for name in sorted({name for r in reports for name in r.fields}):
-        table.add_row(name, *(str(r.fields[name]) for r in reports))
+    table = _table("Records with each field", "split", "records with it")
+    for r in reports:
+        table.add_row(r.name, ", ".join(f"{name} {r.fields[name]}" for name in sorted(r.fields)))
+    return table
+
+
+def _table(title: str, *heads: str) -> Table:
+    """A narrow terminal folds names instead of cutting them."""
+    table = Table(title=title, title_justify="left")
+    for head in heads:
+        table.add_column(head, overflow="fold")
     return table
 
 
 def _unreadable(reports: list[SplitReport]) -> Iterable[Table]:
     for r in reports:
         if r.unreadable:
-            table = Table(title=f"Unreadable in {r.name}", title_justify="left")
-            table.add_column("record", overflow="fold")
-            table.add_column("reason", overflow="fold")
+            table = _table(f"Unreadable in {r.name}", "record", "reason")
             for drop in r.unreadable:
-                table.add_row(drop.key, drop.reason)
+                table.add_row(Text(drop.key), Text(drop.reason))
             yield table
