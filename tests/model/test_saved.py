@@ -13,8 +13,8 @@ from fastvlp.data.tokenize import Tokenizer
 from fastvlp.errors import UserError
 from fastvlp.model.image import resize_positions
 from fastvlp.model.model import VLModel
-from fastvlp.model.saved import inherit, load_model, save_model
-from fastvlp.model.sizes import tiny, with_tokenizer
+from fastvlp.model.saved import inherit, load_exactly, load_model, save_model
+from fastvlp.model.sizes import small, tiny, with_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -118,6 +118,14 @@ def test_inherit_drops_only_whole_modules(tokenizer):
         inherit(made(tokenizer), state)
     with pytest.raises(UserError, match=r"no place for stray"):
         inherit(made(tokenizer), source.state_dict() | {"stray": torch.zeros(1)})
+
+
+def test_another_width_has_a_remedy(tokenizer):
+    with pytest.raises(UserError, match=r"has shape .*, the model wants .*; give the new model the same widths"):
+        inherit(VLModel(with_tokenizer(small(size=48, patch=8), tokenizer)), made(tokenizer).state_dict())
+    other = made(tokenizer, size=96).state_dict()
+    with pytest.raises(UserError, match=r"image\.position has shape .*; use the config it was saved with"):
+        load_exactly(made(tokenizer), other, "here")
 
 
 def test_inherit_tells_both_shapes(tokenizer):

@@ -232,6 +232,21 @@ def test_unreadable_records_are_dropped_and_named(tmp_path):
         validate(start(replace(run, out=str(tmp_path / "b"), data=replace(run.data, val=str(tmp_path / "bad")))))
 
 
+def test_inherited_weights_are_told_once(pairs, tmp_path, capsys):
+    source = made_run(pairs, tmp_path / "a", "mlm", steps=1)
+    train(replace(source, model=replace(source.model, reconstructor=None)))
+    run = replace(made_run(pairs, tmp_path / "b", "flm", steps=1), init=str(tmp_path / "a"))
+    run = replace(run, objectives={"itm": ITMConfig(), **run.objectives})
+    state = train(run)
+    train(replace(run, steps=2), resume=True)
+    lines = [json.loads(line) for line in (tmp_path / "b/log.jsonl").read_text().splitlines()]
+    (told,) = [line for line in lines if line["kind"] == "inherited"]
+    every = {name.removeprefix("model.") for name, _ in state.pretraining.named_parameters()}
+    assert set(told["loaded"] + told["fresh"]) == every
+    assert any(name.startswith("objectives.itm.") for name in told["fresh"]) and not told["resized"]
+    assert f"inherited  source {tmp_path / 'a'}  loaded {len(told['loaded'])}  resized 0" in capsys.readouterr().out
+
+
 def test_a_cut_shard_is_told_once_at_the_start(tmp_path):
     pairs = made_pairs(tmp_path / "pairs")
     tar = pairs / "train" / "00000.tar"

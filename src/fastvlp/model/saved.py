@@ -110,7 +110,7 @@ def load_exactly(module: nn.Module, state: Mapping[str, Tensor], source: str | P
             f"{source}: saved from another model, it has {_few(extra)} besides; use the config it was saved with"
         )
     for name, value in own.items():
-        _same_shape(name, state[name], value, str(source))
+        _same_shape(name, state[name], value, source, "use the config it was saved with")
     module.load_state_dict(dict(state))
 
 
@@ -132,7 +132,7 @@ def inherit(model: VLModel, state: Mapping[str, Tensor], source: str | Path = "s
                 result.resized.append(name)
             else:
                 result.loaded.append(name)
-            _same_shape(name, taken[name], value, str(source))
+            _same_shape(name, taken[name], value, source, "give the new model the same widths")
         elif any(name.startswith(prefix) and not has[prefix] for prefix in OPTIONAL):
             taken[name] = value
             result.fresh.append(name)
@@ -148,10 +148,13 @@ def inherit(model: VLModel, state: Mapping[str, Tensor], source: str | Path = "s
     return result
 
 
-def _same_shape(name: str, found: Tensor, wanted: Tensor, source: str) -> None:
+def _same_shape(name: str, found: Tensor, wanted: Tensor, source: str | Path, remedy: str) -> None:
     if found.shape != wanted.shape:
-        hint = "; use the tokenizer it was saved with" if "vocabulary" in name or "word" in name else ""
-        raise UserError(f"{source}: {name} has shape {list(found.shape)}, the model wants {list(wanted.shape)}{hint}")
+        if ("vocabulary" in name or "word" in name) and found.shape[1:] == wanted.shape[1:]:
+            remedy = "use the tokenizer it was saved with"
+        raise UserError(
+            f"{source}: {name} has shape {list(found.shape)}, the model wants {list(wanted.shape)}; {remedy}"
+        )
 
 
 def _few(names: list[str]) -> str:

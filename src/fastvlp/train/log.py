@@ -109,7 +109,8 @@ class RunLog:
     def event(
         self, kind: str, *, step: int, elapsed: float, losses: Mapping[str, float] | None = None, **fields: Any
     ) -> None:
-        """A line on anything but training: validation, a checkpoint, a resumption."""
+        """A line on anything but training: validation, inherited weights, a dropped record. The file has every name of a
+        list, people are told how many."""
         if self.active:
             told = _flat(losses or {}) | fields
             self._record(kind, step, {"elapsed": elapsed} | told)
@@ -196,6 +197,8 @@ def _tensorboard(folder: Path, step: int) -> Any:
 
 
 def _short(value: Any) -> str:
+    if isinstance(value, list):
+        return str(len(value))
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 

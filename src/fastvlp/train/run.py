@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -241,7 +241,7 @@ def train(run: TrainConfig, resume: bool = False, *, verbose: bool = False) -> T
             if verbose:
                 log.say(show(whole))
             if state.step == 0:
-                tell_dropped(state, state.dropped, log)
+                tell_start(state, log)
             for report in steps(state):
                 log.step(report, state)
                 tell_dropped(state, report.dropped, log)
@@ -257,6 +257,16 @@ def train(run: TrainConfig, resume: bool = False, *, verbose: bool = False) -> T
                 log.say(f"stopped at step {state.step}, saved: the same command with --resume continues from there")
                 raise SystemExit(128 + state.stop)
         return state
+
+
+def tell_start(state: TrainState, log: RunLog) -> None:
+    """What came of the weights to start from, and what the training data lacks."""
+    if state.inherited is not None:
+        named = asdict(state.inherited)
+        # An objective's own parameters never come along.
+        named["fresh"] += [name for name, _ in state.pretraining.objectives.named_parameters("objectives")]
+        log.event("inherited", step=0, elapsed=0.0, source=state.run.init, **named)
+    tell_dropped(state, state.dropped, log)
 
 
 def tell_dropped(state: TrainState, dropped: Mapping[str, str], log: RunLog) -> None:

@@ -21,7 +21,7 @@ from fastvlp.data.tokenize import Tokenizer
 from fastvlp.errors import UserError
 from fastvlp.model.layers import Block
 from fastvlp.model.model import ModelConfig, VLModel
-from fastvlp.model.saved import inherit, load_exactly, load_model, save_model
+from fastvlp.model.saved import Inheritance, inherit, load_exactly, load_model, save_model
 from fastvlp.model.sizes import with_tokenizer
 from fastvlp.objectives.objective import ObjectiveConfig
 from fastvlp.train.checkpoint import load_checkpoint, save_checkpoint
@@ -118,8 +118,8 @@ def check(run: TrainConfig) -> None:
 class TrainState:
     """Where a run stands. `wrapped` is `pretraining`, maybe under DDP. `elapsed`: seconds of training, agreed by all
     ranks. `pairs` and `tokens` (predicted) count all ranks. `dropped`: unreadable records and what damaged shards lack,
-    key -> reason. `bad_steps` in a row were skipped, `skipped` in all. `best`: lowest validation loss so far. `told`: the
-    signal that this process got; `stop`: the one that all ranks stop for."""
+    key -> reason. `bad_steps` in a row were skipped, `skipped` in all. `best`: lowest validation loss so far.
+    `inherited`: what `run.init` gave. `told`: the signal that this process got; `stop`: the one that all ranks stop for."""
 
     run: TrainConfig
     device: torch.device
@@ -139,6 +139,7 @@ class TrainState:
     bad_steps: int = 0
     skipped: int = 0
     best: float = math.inf
+    inherited: Inheritance | None = None
     told: int | None = None
     stop: int | None = None
 
@@ -183,23 +184,16 @@ def start(run: TrainConfig, resume: bool = False) -> TrainState:
         torch.set_num_threads(run.threads)
     device = pick_device(run.device)
     tokenizer = find_tokenizer(run, resume)
-    config = with_tokenizer(run.model, tokenizer)
-    torch.manual_seed(hash64(run.seed))
-    model = VLModel(config)
-    objectives = {name: told.build(config, tokenizer) for name, told in run.objectives.items()}
-    if run.init is not None:
-        source = load_model(run.init)
-        inherit(model, source.model.state_dict(), source.weights)
-    for objective in objectives.values():
-        objective.begin(model)
-    pretraining = Pretraining(model, objectives, run.keep).to(device)
+    pretraining, inherited = make_pretraining(run, tokenizer)
+    pretraining.to(device)
+    model, image = pretraining.model, pretraining.model.config.image
     ema = None
     if run.ema is not None:
         ema = AveragedModel(pretraining, multi_avg_fn=get_ema_multi_avg_fn(run.ema))
-    rows = run.data.rows("train", tokenizer, config.image, strict=False)
+    rows = run.data.rows("train", tokenizer, image, strict=False)
     if rows is None:
         raise UserError(f"{run.name}: the data has no training split")
-    held_out = run.data.rows("val", tokenizer, config.image, strict=True)
+    held_out = run.data.rows("val", tokenizer, image, strict=True)
     state = TrainState(
         run=run,
         device=device,
@@ -212,6 +206,7 @@ def start(run: TrainConfig, resume: bool = False) -> TrainState:
         train=make_loader(run, rows),
         val=None if held_out is None else make_loader(run, held_out),
         dropped={part.key: part.reason for part in rows.damage},
+        inherited=inherited,
     )
     if resume and (run.folder / "last.pt").exists():
         restore(state)
@@ -221,6 +216,20 @@ def start(run: TrainConfig, resume: bool = False) -> TrainState:
         # An FLM-only run leaves the embedding side of some modules unused; plain DDP would raise on its second step.
         state.wrapped = nn.parallel.DistributedDataParallel(pretraining, find_unused_parameters=True)
     return state
+
+
+def make_pretraining(run: TrainConfig, tokenizer: Tokenizer) -> tuple[Pretraining, Inheritance | None]:
+    """What a run begins with: weights drawn from its seed, and those that it inherits."""
+    config, inherited = with_tokenizer(run.model, tokenizer), None
+    torch.manual_seed(hash64(run.seed))
+    model = VLModel(config)
+    objectives = {name: told.build(config, tokenizer) for name, told in run.objectives.items()}
+    if run.init is not None:
+        source = load_model(run.init)
+        inherited = inherit(model, source.model.state_dict(), source.weights)
+    for objective in objectives.values():
+        objective.begin(model)
+    return Pretraining(model, objectives, run.keep), inherited
 
 
 def compile_blocks(module: nn.Module) -> None:
