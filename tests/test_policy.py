@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -67,6 +68,8 @@ def test_public_names_are_sorted_and_exist():
     assert fastvlp.__all__ == sorted(fastvlp.__all__)
     for public in fastvlp.__all__:
         assert getattr(fastvlp, public) is not None
+        assert find_spec(f"fastvlp.{public}") is None, f"importing the module {public} would hide the name"
+    assert {"Transform", "caption", "official_flm", "recipe"} < {*fastvlp.__all__}
     with pytest.raises(AttributeError, match="public names are"):
         _ = fastvlp.nothing
 

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from fastvlp.data.shards import Shards as Shards
     from fastvlp.data.shards import ShardWriter as ShardWriter
     from fastvlp.data.tokenize import Tokenizer as Tokenizer
+    from fastvlp.data.transform import Transform as Transform
     from fastvlp.errors import UserError as UserError
     from fastvlp.model.model import ModelConfig as ModelConfig
     from fastvlp.model.model import VLModel as VLModel
@@ -21,12 +22,15 @@ if TYPE_CHECKING:
     from fastvlp.model.saved import save_model as save_model
     from fastvlp.objectives.ar import ARConfig as ARConfig
     from fastvlp.objectives.flm import FLMConfig as FLMConfig
+    from fastvlp.objectives.flm import official_flm as official_flm
     from fastvlp.objectives.itm import ITMConfig as ITMConfig
     from fastvlp.objectives.mlm import MLMConfig as MLMConfig
     from fastvlp.objectives.objective import Loss as Loss
     from fastvlp.objectives.objective import Objective as Objective
     from fastvlp.objectives.objective import ObjectiveConfig as ObjectiveConfig
     from fastvlp.objectives.prefixlm import PrefixLMConfig as PrefixLMConfig
+    from fastvlp.recipes import recipe as recipe
+    from fastvlp.tasks.caption import caption as caption
     from fastvlp.train.optim import OptimConfig as OptimConfig
     from fastvlp.train.state import TrainConfig as TrainConfig
 
@@ -49,9 +53,13 @@ _HOME = {
     "Shards": "data.shards",
     "Tokenizer": "data.tokenize",
     "TrainConfig": "train.state",
+    "Transform": "data.transform",
     "UserError": "errors",
     "VLModel": "model.model",
+    "caption": "tasks.caption",
     "load_model": "model.saved",
+    "official_flm": "objectives.flm",
+    "recipe": "recipes",
     "save_model": "model.saved",
 }
 
