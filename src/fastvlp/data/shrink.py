@@ -19,14 +19,14 @@ def shrink(data: bytes, max_side: int) -> tuple[bytes, float]:
     with Image.open(io.BytesIO(data)) as image:
         longest = max(image.size)
         turned = orientation(image)
-    exif = Image.Exif()
-    exif[ORIENTATION] = turned
     if longest <= max_side:
         return data, 1.0
     # As a letterbox needs it: at least `max_side` pixels on the longer side.
     pixels = Image.fromarray(read_pixels(data, Transform(size=max_side, mode="letterbox"), upright=False).numpy())
     scale = max_side / max(pixels.size)
     size = (max(2, round(pixels.width * scale)), max(2, round(pixels.height * scale)))
+    exif = Image.Exif()
+    exif[ORIENTATION] = turned
     file = io.BytesIO()
     pixels.resize(size, Image.Resampling.BICUBIC).save(file, "JPEG", quality=92, exif=exif if turned != 1 else b"")
     return file.getvalue(), max_side / longest
