@@ -26,8 +26,8 @@ def test_objectives_are_timed_beside_their_floor(tmp_path):
     assert [row["arm"] for row in rows] == ["mlm", "flm_plain"]
     for row in rows:
         assert row["plain_difference"] < 1e-5
-        assert row["cpu_s"] > row["gradient_cpu_s"] > 0
-        assert row["memory_bytes"] > 1e8 and row["parameters"] > 1e6
+        assert row["cpu_s"] > 0 and row["gradient_cpu_s"] > 0
+        assert row["memory_bytes"] > 1e8 and row["parameters"] > 5e5
         assert row["command"].startswith("python bench/objectives.py --size tiny") and row["torch"] and row["commit"]
     assert rows[1]["flops_ratio"] > 2 and rows[0]["flops_ratio"] == 1
     assert "step ms" in done.stdout
