@@ -10,7 +10,11 @@ from torch import Tensor, nn
 from fastvlp.batch import Batch
 from fastvlp.model.image import random_keep
 from fastvlp.model.model import VLModel
+from fastvlp.objectives.ar import AR
+from fastvlp.objectives.flm import FLM
+from fastvlp.objectives.mlm import MLM
 from fastvlp.objectives.objective import Loss, Objective
+from fastvlp.objectives.prefixlm import PrefixLM
 
 
 class Pretraining(nn.Module):
@@ -42,6 +46,16 @@ class Pretraining(nn.Module):
             for name, objective in self.named()
             for term, count in objective.counts(batch).items()
         }
+
+    def uses_all(self) -> bool:
+        """Whether every step surely gives each parameter a gradient: one stream reads all but the reconstructor, FLM all,
+        unless its streams predict nothing. Separate heads and objectives with parameters of their own are never sure."""
+        if self.model.forward_head is not None or next(self.objectives.parameters(), None) is not None:
+            return False
+        if self.model.reconstructor is None:
+            return any(isinstance(o, AR | MLM | PrefixLM) for _, o in self.named())
+        configs = [o.config for _, o in self.named() if isinstance(o, FLM)]
+        return any(config.forward_weight or config.reverse_weight for config in configs)
 
     def after_step(self) -> None:
         for _, objective in self.named():

@@ -213,8 +213,10 @@ def start(run: TrainConfig, resume: bool = False) -> TrainState:
     if run.compile:
         compile_blocks(pretraining)
     if dist.world() > 1:
-        # An FLM-only run leaves the embedding side of some modules unused; plain DDP would raise on its second step.
-        state.wrapped = nn.parallel.DistributedDataParallel(pretraining, find_unused_parameters=True)
+        # Plain DDP raises on the step after one that left a parameter unused; the search warns where there is none.
+        state.wrapped = nn.parallel.DistributedDataParallel(
+            pretraining, find_unused_parameters=not pretraining.uses_all()
+        )
     return state
 
 
