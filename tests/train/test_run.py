@@ -210,6 +210,14 @@ def test_a_folder_that_holds_a_run_is_not_overwritten(pairs, tmp_path):
         train(run)
 
 
+def test_resuming_nothing_says_that_it_starts_anew(pairs, tmp_path, capsys):
+    run = made_run(pairs, tmp_path / "a", "mlm", steps=1)
+    train(run, resume=True)
+    assert f"{tmp_path / 'a'}: no checkpoint here" in capsys.readouterr().out
+    train(replace(run, steps=2), resume=True)
+    assert "no checkpoint" not in capsys.readouterr().out
+
+
 def test_resuming_another_run_names_the_fields(pairs, tmp_path):
     run = made_run(pairs, tmp_path / "a", "mlm", steps=1)
     train(run)

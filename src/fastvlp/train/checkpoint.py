@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,8 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
-        cause = str(error).splitlines()[0] if str(error) else type(error).__name__
+        # Torch goes on with advice, such as to load the file without its safeguard.
+        cause = re.split(r"\.\s|\n", str(error))[0] or type(error).__name__
         raise UserError(
             f"{path}: not a readable checkpoint ({cause}); restore the file or start the run anew"
         ) from error

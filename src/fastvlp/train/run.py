@@ -241,6 +241,8 @@ def train(run: TrainConfig, resume: bool = False, *, verbose: bool = False) -> T
             if verbose:
                 log.say(show(whole))
             if state.step == 0:
+                if resume:
+                    log.say(f"{run.folder}: no checkpoint here to resume from, the run starts anew")
                 tell_start(state, log)
             for report in steps(state):
                 log.step(report, state)
