@@ -36,9 +36,9 @@ __all__ = ["StepReport", "TrainConfig", "TrainState", "start", "steps", "train",
 @dataclass(frozen=True, kw_only=True)
 class StepReport:
     """One step of all ranks. losses: `loss`, what was minimised, the sum of weight * mean over its terms, and each term's
-    mean. lr: of the towers. tokens: predicted ones. seconds: of the step, of which `data_wait` for batches. flops: of this
-    rank. skipped: the loss or its gradient was not finite, and the weights stay as they were. dropped:
-    records found unreadable for the first time, key -> reason."""
+    mean. lr: of the towers. tokens: targets of all losses, ITM's matches and a task's answers among them. seconds: of the
+    step, of which `data_wait` for batches. flops: of this rank. skipped: the loss or its gradient was not finite, and the
+    weights stay as they were. dropped: records found unreadable for the first time, key -> reason."""
 
     step: int
     losses: dict[str, float]

@@ -44,8 +44,8 @@ class TrainConfig:
     the tokenizer: the file named by `tokenizer`, or a WordPiece of `vocab` tokens trained on the data's texts.
 
     keep: share of image patches that are encoded (FLIP). ema: decay of the averaged weights that are then validated and
-    saved. compile: the transformer blocks. init: run folder to inherit weights from. threads: of the CPU; None leaves
-    torch's choice.
+    saved. compile: the transformer blocks. init: run folder to inherit weights from. threads: of the CPU, for the
+    whole process: all arms of a comparison train with what the last arm to name a number says; None leaves torch's choice.
     """
 
     name: str
@@ -117,9 +117,10 @@ def check(run: TrainConfig) -> None:
 @dataclass(kw_only=True)
 class TrainState:
     """Where a run stands. `wrapped` is `pretraining`, maybe under DDP. `elapsed`: seconds of training, agreed by all
-    ranks. `pairs` and `tokens` (predicted) count all ranks. `dropped`: unreadable records and what damaged shards lack,
-    key -> reason. `bad_steps` in a row were skipped, `skipped` in all. `best`: lowest validation loss so far.
-    `inherited`: what `run.init` gave. `told`: the signal that this process got; `stop`: the one that all ranks stop for."""
+    ranks. `pairs` and `tokens` (targets of all losses) count all ranks. `dropped`: unreadable records and what damaged
+    shards lack, key -> reason. `bad_steps` in a row were skipped, `skipped` in all. `best`: lowest validation loss so
+    far. `inherited`: what `run.init` gave. `told`: the signal that this process got; `stop`: the one that all ranks stop
+    for."""
 
     run: TrainConfig
     device: torch.device
