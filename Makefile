@@ -1,7 +1,7 @@
 # `make demo` and `make test` do everything on a fresh machine; each makes .venv itself.
 PYTHON ?= python3
 PIP = .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
-BUDGET ?= 90s
+BUDGET ?= 80s
 
 .PHONY: demo test check clean
 
@@ -21,7 +21,7 @@ BUDGET ?= 90s
 demo: .venv/.core  ## embedded corpus -> FLM, MLM, AR and PrefixLM at equal time -> table and report
 	@.venv/bin/vlp data demo --out demo/world
 	@.venv/bin/vlp compare flm_demo mlm_demo ar_demo prefixlm_demo --budget $(BUDGET) --marks 0.5 1 \
-	  --probe-steps 300 --probe-batch 32 --probe-lr 1e-3 --probe-items 800 --cloze-items 128 --out demo/report
+	  --probe-steps 200 --probe-batch 32 --probe-lr 1e-3 --probe-items 800 --cloze-items 128 --out demo/report
 	@echo "The report: demo/report/report.html"
 
 test: .venv/.dev  ## all tests
