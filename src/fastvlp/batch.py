@@ -7,7 +7,7 @@ V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -20,8 +20,9 @@ class Record:
     """One record as a source yields it and a shard stores it: images still encoded, everything else JSON.
 
     `info` keys that the library reads (all optional): `captions` and `captions_zh` (lists of str), `objects` (list of
-    {class, box [x0,y0,x1,y1] in pixels, ...}), `questions` (list of {question, answers: {answer: score in 0..1}, kind}),
-    `statements` (list of {text, label: bool}; about the record's one or two images), `label` (a class name).
+    {class, box [x0,y0,x1,y1] in pixels, ...}, maybe with `class_distribution`: {class: share} and, of a pair of images,
+    `image`: 0 or 1), `questions` (list of {question, answers: {answer: score in 0..1}, kind}), `statements` (list of
+    {text, label: bool}; about the record's one or two images), `label` (a class name).
     Any other key travels along untouched.
     """
 
@@ -48,6 +49,29 @@ class Dropped:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Regions:
+    """Parts of each image: a detector's boxes or a grid, padded with zeros to the most of this batch.
+
+    box:     float32 [B R 4], x0 y0 x1 y1 as fractions of the image that the model sees. A box of no area is no region:
+             padding, or one that a crop has left behind (`augment`).
+    count:   int64 [B], regions of each row before any crop; they come first.
+    feature: float [B R F], a detector's features; None where regions are pooled from the image itself.
+    classes: float [B R C], a detector's shares of C classes, which sum to 1; zeros where nothing is told of a region.
+    """
+
+    box: Tensor
+    count: Tensor
+    feature: Tensor | None = None
+    classes: Tensor | None = None
+
+    @property
+    def mask(self) -> Tensor:
+        """Which are regions: bool [B R]."""
+        listed = torch.arange(self.box.shape[1], device=self.box.device) < self.count[:, None]
+        return listed & (self.box[..., 2:] > self.box[..., :2]).all(-1)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Batch:
     """Clean rows, the same for every objective: corruption happens on the device, as a function of `seed`.
 
@@ -58,6 +82,7 @@ class Batch:
             depend on batch size, padding, rank or device.
     slot:   int64 [B] or None: which image of a pair a row shows (NLVR2: 0 or 1); None means 0.
     target: what a task's rows are scored against (float [B A] or int64 [B]); None in pretraining.
+    regions: of each image, where the data brings them (`RegionSource`).
     """
 
     image: Tensor
@@ -66,11 +91,10 @@ class Batch:
     seed: Tensor
     slot: Tensor | None = None
     target: Tensor | None = None
+    regions: Regions | None = None
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> Batch:
-        moved = {f.name: getattr(self, f.name) for f in fields(self)}
-        present = {k: v.to(device, non_blocking=non_blocking) for k, v in moved.items() if v is not None}
-        return replace(self, **present)
+        return _pytree.tree_map_only(Tensor, lambda t: t.to(device, non_blocking=non_blocking), self)
 
     def __len__(self) -> int:
         return self.image.shape[0]
@@ -87,4 +111,5 @@ def register_dataclass_node(cls: type) -> None:
     )
 
 
+register_dataclass_node(Regions)
 register_dataclass_node(Batch)
