@@ -3,11 +3,11 @@ import math
 
 import pytest
 
-from fastvlp.data.faults import fault
+from fastvlp.data.faults import distribution_fault, fault
 
 GOOD = {
     "captions": ["a"],
-    "objects": [{"class": "c", "box": [0, 0.5, 10, 20]}],
+    "objects": [{"class": "c", "box": [0, 0.5, 10, 20]}, {"class": "c", "box": [-0.5, 1, 3, 1]}],
     "questions": [{"question": "q", "answers": {"yes": 1.0, "no": 0}}, {"question": "q", "answers": {}}],
     "questions_zh": [{"question": "问", "answers": {"是": 0.3}}],
     "statements": [{"text": "t", "label": False}, {"text": "t", "label": 1}],
@@ -20,11 +20,18 @@ def test_what_is_right_has_no_fault() -> None:
 
 
 @pytest.mark.parametrize(
-    "box", [None, "10", [0, 0, 1], [0, 0, 1, math.nan], [0, 0, 1, math.inf], [-1, 0, 1, 1], ["0"] * 4]
+    "box",
+    [None, "10", [0, 0, 1], [0, 0, 1, math.nan], [0, 0, 1, math.inf], [0, 0, 1, 10**400], [2, 0, 1, 1], ["0"] * 4],
 )
 def test_a_box_is_four_numbers(box: object) -> None:
     wrong = fault({"objects": [*GOOD["objects"], {"class": "c", "box": box}]})
     assert wrong and wrong.startswith("field objects: box ") and "not four numbers" in wrong
+
+
+@pytest.mark.parametrize("shares", [None, ["cat"], {"cat": -0.1}, {"cat": math.nan}, {"cat": "all"}])
+def test_a_class_distribution_holds_shares(shares: object) -> None:
+    assert distribution_fault({"cat": 0.8, "dog": 0}) is None
+    assert "is not {class: share of 0 or more}" in (distribution_fault(shares) or "")
 
 
 @pytest.mark.parametrize("score", ["often", None, math.nan, -0.1, 3, [1], "1.0"])

@@ -61,3 +61,22 @@ def test_bad_settings_are_refused():
         Transform(size=24, mode="stretch")  # type: ignore[arg-type]
     with pytest.raises(UserError, match="size 0"):
         Transform(size=0)
+
+
+@pytest.mark.parametrize("mode", ["crop", "squash", "letterbox"])
+@pytest.mark.parametrize(("height", "width"), [(60, 90), (90, 60), (47, 48), (300, 31), (24, 24)])
+def test_boxes_move_as_their_pixels_do(mode, height, width):
+    transform = Transform(size=24, mode=mode, fill=0)
+    x0, y0, x1, y1 = box = (width // 2 - 6, height // 2 - 9, width // 2 + 8, height // 2 + 7)
+    pixels = torch.zeros(height, width, 3, dtype=torch.uint8)
+    pixels[y0:y1, x0:x1] = 255
+    moved = transform.boxes(torch.tensor([box, (0, 0, width, height)], dtype=torch.float32), height, width)
+    weight = transform(pixels)[0].float() / 255
+    # How much of each row and column is covered: resampling keeps the area and the centre.
+    for axis, (low, high) in enumerate([(moved[0, 0], moved[0, 2]), (moved[0, 1], moved[0, 3])]):
+        profile = weight.sum(axis)
+        centre = (profile * (torch.arange(24) + 0.5)).sum() / profile.sum() / 24
+        assert abs(centre - (low + high) / 2) < 0.02
+    area = (moved[0, 2:] - moved[0, :2]).prod()
+    assert abs(weight.sum() / 24**2 - area) < 0.02
+    assert mode == "crop" or ((moved[1] > -1e-6) & (moved[1] < 1 + 1e-6)).all()

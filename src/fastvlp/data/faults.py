@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,22 +20,32 @@ def fault(info: Mapping[str, Any]) -> str | None:
     for name in LISTS_OF_TEXT:
         if name in info and not isinstance(info[name], list):
             return f"field {name} is not a list of texts"
-    for name, fields in LISTS_OF_OBJECTS.items():
-        items = info.get(name, [])
-        if not isinstance(items, list) or not all(isinstance(o, dict) and all(f in o for f in fields) for o in items):
-            return f"field {name} is not a list of objects with {' and '.join(fields)}"
-        checks = {"box": box_fault, "answers": answers_fault, "label": label_fault}
-        found = (check(item[field]) for field, check in checks.items() if field in fields for item in items)
-        if wrong := next(filter(None, found), None):
-            return f"field {name}: {wrong}"
-    return None
+    return next(filter(None, (list_fault(info, name) for name in LISTS_OF_OBJECTS)), None)
+
+
+def list_fault(info: Mapping[str, Any], name: str) -> str | None:
+    """The first thing that is wrong with the field `name`, a list of objects."""
+    items, fields = info.get(name, []), LISTS_OF_OBJECTS[name]
+    if not isinstance(items, list) or not all(isinstance(o, dict) and all(f in o for f in fields) for o in items):
+        return f"field {name} is not a list of objects with {' and '.join(fields)}"
+    checks = {"box": box_fault, "answers": answers_fault, "label": label_fault}
+    found = (check(item[field]) for field, check in checks.items() if field in fields for item in items)
+    wrong = next(filter(None, found), None)
+    return None if wrong is None else f"field {name}: {wrong}"
 
 
 def box_fault(box: Any) -> str | None:
-    """A box is [x0, y0, x1, y1] in pixels."""
-    if isinstance(box, list) and len(box) == 4 and all(_number(x) and x >= 0 for x in box):
+    """A box is [x0, y0, x1, y1] in pixels; it may reach beyond the image."""
+    if isinstance(box, list) and len(box) == 4 and all(map(_number, box)) and box[0] <= box[2] and box[1] <= box[3]:
         return None
-    return f"box {_short(box)} is not four numbers [x0, y0, x1, y1] of 0 or more"
+    return f"box {_short(box)} is not four numbers [x0, y0, x1, y1] with x0 <= x1 and y0 <= y1"
+
+
+def distribution_fault(shares: Any) -> str | None:
+    """A class distribution is {class: share}."""
+    if isinstance(shares, dict) and all(_number(share) and share >= 0 for share in shares.values()):
+        return None
+    return f"class_distribution {_short(shares)} is not {{class: share of 0 or more}}"
 
 
 def answers_fault(answers: Any) -> str | None:
@@ -53,7 +62,7 @@ def label_fault(label: Any) -> str | None:
 
 
 def _number(x: Any) -> bool:
-    return isinstance(x, int | float) and math.isfinite(x)
+    return isinstance(x, int | float) and abs(x) < 1e9  # JSON also has NaN, and integers that no float holds
 
 
 def _short(value: Any) -> str:

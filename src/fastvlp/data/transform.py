@@ -11,6 +11,8 @@ from torch import Tensor
 
 from fastvlp.errors import UserError
 
+Rectangle = tuple[int, int, int, int]  # left, top, width, height in pixels
+
 
 @dataclass(frozen=True, kw_only=True)
 class Transform:
@@ -39,20 +41,32 @@ class Transform:
 
     def __call__(self, pixels_HWC: Tensor) -> Tensor:
         height, width, _ = pixels_HWC.shape
-        image = pixels_HWC.permute(2, 0, 1)
-        if self.mode == "squash":
-            return _resize(image, self.size, self.size)
-        if self.mode == "crop":
-            # The crop comes first: resizing a strip of 2 x 10,000 pixels by its short side would take gigabytes.
-            side = min(height, width)
-            top, left = (height - side) // 2, (width - side) // 2
-            return _resize(image[:, top : top + side, left : left + side], self.size, self.size)
-        scale = self.size / max(height, width)
-        h, w = max(1, round(height * scale)), max(1, round(width * scale))
-        top, left = (self.size - h) // 2, (self.size - w) // 2
+        (x, y, w, h), (to_x, to_y, to_w, to_h) = self._moves(height, width)
+        # The crop comes first: resizing a strip of 2 x 10,000 pixels by its short side would take gigabytes.
+        part = _resize(pixels_HWC.permute(2, 0, 1)[:, y : y + h, x : x + w], to_h, to_w)
+        if (to_h, to_w) == (self.size, self.size):
+            return part
         square = torch.full((3, self.size, self.size), self.fill, dtype=torch.uint8)
-        square[:, top : top + h, left : left + w] = _resize(image, h, w)
+        square[:, to_y : to_y + to_h, to_x : to_x + to_w] = part
         return square
+
+    def boxes(self, box_R4: Tensor, height: int, width: int) -> Tensor:
+        """x0 y0 x1 y1 in pixels of an image of that size, to fractions of the square: below 0 or above 1 where a box
+        reaches beyond what the square shows. A JPEG decoded at a smaller scale lies within a pixel of this."""
+        (x, y, w, h), (to_x, to_y, to_w, to_h) = self._moves(height, width)
+        scale = torch.tensor([to_w / w, to_h / h]).repeat(2)
+        return ((box_R4 - torch.tensor([x, y]).repeat(2)) * scale + torch.tensor([to_x, to_y]).repeat(2)) / self.size
+
+    def _moves(self, height: int, width: int) -> tuple[Rectangle, Rectangle]:
+        """The part of an image that is shown, and where in the square."""
+        if self.mode == "crop":
+            side = min(height, width)
+            return ((width - side) // 2, (height - side) // 2, side, side), (0, 0, self.size, self.size)
+        if self.mode == "squash":
+            return (0, 0, width, height), (0, 0, self.size, self.size)
+        scale = self.size / max(height, width)
+        w, h = max(1, round(width * scale)), max(1, round(height * scale))
+        return (0, 0, width, height), ((self.size - w) // 2, (self.size - h) // 2, w, h)
 
 
 def _resize(image_CHW: Tensor, height: int, width: int) -> Tensor:
