@@ -1,6 +1,6 @@
 import torch
 
-from fastvlp.data.random import _mix, _signed, bits, hash64, mix64, uniform
+from fastvlp.data.random import _mix, _signed, bits, hash64, hash64_rows, mix64, uniform
 
 GOLDEN = 0x9E3779B97F4A7C15
 
@@ -18,6 +18,14 @@ def test_hash64_depends_on_order_and_fits_int64():
     assert len(values) == 8
     assert all(0 <= v < 2**63 for v in values)
     assert hash64(1, 2, 3) == hash64(1, 2, 3)
+
+
+def test_rows_hash_as_one_integer_does():
+    index = [0, 1, 7, 2**62, -3]
+    for parts in [(), (0,), (2**63, -1), (5, 2**64 - 1)]:
+        assert hash64_rows(*parts, torch.tensor(index)).tolist() == [hash64(*parts, i) for i in index]
+    both = hash64_rows(torch.tensor(index), 3, torch.tensor(index))
+    assert both.tolist() == [hash64(i, 3, i) for i in index]
 
 
 def test_values_do_not_depend_on_length_or_on_other_rows():

@@ -35,16 +35,25 @@ def hash64(*parts: int) -> int:
     return h >> 1
 
 
+def _shift(x: Tensor, n: int) -> Tensor:
+    # >> on int64 copies the sign bit; the mask makes the shift logical.
+    return (x >> n) & (2 ** (64 - n) - 1)
+
+
 def mix64(x: Tensor) -> Tensor:
     """The splitmix64 finaliser on an int64 tensor of any shape, the 64 bits read as unsigned."""
+    x = (x ^ _shift(x, 30)) * _signed(_MIX1)
+    x = (x ^ _shift(x, 27)) * _signed(_MIX2)
+    return x ^ _shift(x, 31)
 
-    # >> on int64 copies the sign bit; the mask makes the shift logical.
-    def shift(x: Tensor, n: int) -> Tensor:
-        return (x >> n) & (2 ** (64 - n) - 1)
 
-    x = (x ^ shift(x, 30)) * _signed(_MIX1)
-    x = (x ^ shift(x, 27)) * _signed(_MIX2)
-    return x ^ shift(x, 31)
+def hash64_rows(*parts: int | Tensor) -> Tensor:
+    """`hash64` of many rows at once, int64 [B]: a part is one integer for all of them, or int64 [B]."""
+    h = torch.tensor(_signed(_GOLDEN))
+    for part in parts:
+        x = part if isinstance(part, Tensor) else torch.tensor(_signed(part))
+        h = mix64(mix64(h) + (x + 1) * _signed(_GOLDEN))
+    return _shift(h, 1)
 
 
 def bits(seed_B: Tensor, shape_after_B: tuple[int, ...], salt: int) -> Tensor:
