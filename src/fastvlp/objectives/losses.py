@@ -15,7 +15,8 @@ WHOLE_LOGITS = 1 << 26
 CACHED_LOGITS = 1 << 21
 
 
-def _at_least_fp32(logits: Tensor) -> Tensor:
+def at_least_fp32(logits: Tensor) -> Tensor:
+    """Half types widened; fp32 and fp64 as they are."""
     return logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
 
 
@@ -25,11 +26,11 @@ class _KeptTokenLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden_TD, weight_VD, bias_V, target_T):
         share_TV = hidden_TD.new_empty(len(target_T), len(weight_VD))
-        nll_T = torch.empty_like(_at_least_fp32(hidden_TD[:, 0]))
+        nll_T = torch.empty_like(at_least_fp32(hidden_TD[:, 0]))
         rows = max(1, CACHED_LOGITS // len(weight_VD))
         parts = zip(hidden_TD.split(rows), target_T[:, None].split(rows), share_TV.split(rows), nll_T.split(rows))
         for hidden, target, share, nll in parts:
-            logits = _at_least_fp32(F.linear(hidden, weight_VD, bias_V))
+            logits = at_least_fp32(F.linear(hidden, weight_VD, bias_V))
             top, asked = logits.amax(1, keepdim=True), logits.gather(1, target)
             total = logits.sub_(top).exp_().sum(1, keepdim=True)
             nll.copy_((total.log() + top - asked)[:, 0])
@@ -51,7 +52,7 @@ class _ChunkedTokenLoss(torch.autograd.Function):
         kind = torch.float64 if hidden_TD.dtype == torch.float64 else torch.float32
         nll_T, normaliser_T = torch.empty(2, len(target_T), device=hidden_TD.device, dtype=kind).unbind()
         for part in torch.arange(len(target_T), device=hidden_TD.device).split(rows):
-            logits = _at_least_fp32(F.linear(hidden_TD[part], weight_VD, bias_V))
+            logits = at_least_fp32(F.linear(hidden_TD[part], weight_VD, bias_V))
             normaliser_T[part] = logits.logsumexp(1)
             nll_T[part] = normaliser_T[part] - logits.gather(1, target_T[part, None])[:, 0]
         ctx.save_for_backward(hidden_TD, weight_VD, bias_V, target_T, normaliser_T)
@@ -65,7 +66,7 @@ class _ChunkedTokenLoss(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight_VD, dtype=torch.promote_types(weight_VD.dtype, torch.float32))
         grad_bias = torch.zeros_like(bias_V, dtype=torch.promote_types(weight_VD.dtype, torch.float32))
         for part in torch.arange(len(target_T), device=hidden_TD.device).split(ctx.rows):
-            logits = _at_least_fp32(F.linear(hidden_TD[part], weight_VD, bias_V))
+            logits = at_least_fp32(F.linear(hidden_TD[part], weight_VD, bias_V))
             share = (logits - normaliser_T[part, None]).exp_()
             share[torch.arange(len(part), device=share.device), target_T[part]] -= 1
             share *= grad_T[part, None]
@@ -91,7 +92,7 @@ def token_loss(
     kind, rows = hidden_TD.device.type, max(1, whole_logits // weight_VD.shape[0])
     few = len(target_T) <= rows
     if few and (kind != "cpu" or not torch.is_grad_enabled()):
-        return F.cross_entropy(_at_least_fp32(F.linear(hidden_TD, weight_VD, bias_V)), target_T, reduction="none")
+        return F.cross_entropy(at_least_fp32(F.linear(hidden_TD, weight_VD, bias_V)), target_T, reduction="none")
     if torch.is_autocast_enabled(kind):
         to = torch.get_autocast_dtype(kind)
         hidden_TD, weight_VD, bias_V = hidden_TD.to(to), weight_VD.to(to), bias_V.to(to)
