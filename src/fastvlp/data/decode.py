@@ -4,6 +4,7 @@ replaced."""
 from __future__ import annotations
 
 import io
+from typing import NamedTuple
 
 import numpy as np
 import simplejpeg
@@ -21,6 +22,14 @@ MAX_PIXELS = 89_478_485
 # Only formats that are decoded in the process: Pillow hands some others (EPS) to a program that executes them.
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 ORIENTATION = 0x0112
+
+
+class Stored(NamedTuple):
+    """The stored image, whose pixels boxes are in; `turn` is EXIF's orientation, 1 where it is decoded as it lies."""
+
+    height: int
+    width: int
+    turn: int
 
 
 class DecodeError(RecordError):
@@ -81,6 +90,12 @@ def read_pixels(
     if jpeg and transform:
         image.draft(None, (least[1], least[0]))
     return torch.from_numpy(np.array(_rgb(ImageOps.exif_transpose(image) if turned else image)))
+
+
+def stored(data: bytes) -> Stored:
+    """Read from the header of an image that can be decoded."""
+    with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+        return Stored(image.height, image.width, orientation(image))
 
 
 def orientation(image: Image.Image) -> int:

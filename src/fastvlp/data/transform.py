@@ -54,8 +54,9 @@ class Transform:
         """x0 y0 x1 y1 in pixels of an image of that size, to fractions of the square: below 0 or above 1 where a box
         reaches beyond what the square shows. A JPEG decoded at a smaller scale lies within a pixel of this."""
         (x, y, w, h), (to_x, to_y, to_w, to_h) = self._moves(height, width)
-        scale = torch.tensor([to_w / w, to_h / h]).repeat(2)
-        return ((box_R4 - torch.tensor([x, y]).repeat(2)) * scale + torch.tensor([to_x, to_y]).repeat(2)) / self.size
+        along, down = to_w / w, to_h / h
+        shift_4 = torch.tensor([to_x - x * along, to_y - y * down] * 2)
+        return (box_R4 * torch.tensor([along, down] * 2) + shift_4) / self.size
 
     def _moves(self, height: int, width: int) -> tuple[Rectangle, Rectangle]:
         """The part of an image that is shown, and where in the square."""

@@ -1,0 +1,127 @@
+"""Which parts of an image travel with it: the record's objects, moved to where the model sees them, or a fixed grid."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from fastvlp.batch import Regions
+from fastvlp.data.decode import Stored
+from fastvlp.data.faults import distribution_fault, list_fault
+from fastvlp.data.shards import RecordError
+from fastvlp.data.transform import Transform
+from fastvlp.errors import UserError
+
+WHOLE = (0.0, 0.0, 1.0, 1.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RegionSource:
+    """Boxes of `info["objects"]`, cut to what the model sees; those of which nothing is seen are left out.
+
+    most: the first so many, as listed: detectors list by falling confidence (BriVL 1.0: 36, spec B1.3).
+    whole: the whole image comes last, as one more region (BriVL 1.0).
+    grid: instead of objects, so many cells a side, column by column, then the whole image (BriVL 2: 6).
+    classes: names of the classes whose shares travel along, in this order: those of an object's `class_distribution`,
+        scaled to a sum of 1, or all for its `class` where it has none.
+    empty: a record of which no object is left is dropped by name, or shown `whole`.
+    """
+
+    most: int = 36
+    whole: bool = False
+    grid: int | None = None
+    classes: tuple[str, ...] | None = None
+    empty: Literal["drop", "whole"] = "drop"
+
+    def __post_init__(self) -> None:
+        if self.most < 1 or (self.grid is not None and self.grid < 1):
+            raise UserError(f"regions.most {self.most}, regions.grid {self.grid}: use 1 or more, or no regions")
+        if self.grid is not None and self.classes is not None:
+            raise UserError(
+                "regions.classes are of objects, and a grid shows none: give regions.grid or regions.classes"
+            )
+        if self.empty not in ("drop", "whole"):
+            raise UserError(f"regions.empty {self.empty!r}: choose drop or whole")
+
+    @cached_property
+    def column(self) -> dict[str, int]:
+        return {name: i for i, name in enumerate(self.classes or ())}
+
+
+class Found(NamedTuple):
+    """The regions of one image, as in `Regions`."""
+
+    box_R4: Tensor
+    classes_RC: Tensor | None = None
+
+
+def read_regions(
+    source: RegionSource, key: str, info: Mapping[str, Any], stored: Stored, transform: Transform
+) -> Found:
+    """Raises RecordError where an object is at fault, and where none is seen (unless the source shows the whole)."""
+    if source.grid is not None:
+        return Found(grid_boxes(source.grid))
+    if wrong := list_fault(info, "objects"):
+        raise RecordError(key, wrong)
+    objects = [o for o in info.get("objects", []) if o.get("image", 0) == 0]
+    box_R4 = torch.tensor([o["box"] for o in objects], dtype=torch.float32).reshape(-1, 4)
+    box_R4 = transform.boxes(*upright(box_R4, stored)).clamp(0, 1)
+    seen = (box_R4[:, 2:] > box_R4[:, :2]).all(1).nonzero()[: source.most, 0]
+    if not len(seen) and source.empty == "drop":
+        reason = f"none of its {len(objects)} objects is in the picture"
+        raise RecordError(key, f"{reason} (set regions.empty to 'whole' to keep such records)")
+    whole = [WHOLE] if source.whole or not len(seen) else []
+    box_R4 = torch.cat([box_R4[seen], torch.tensor(whole).reshape(-1, 4)])
+    if source.classes is None:
+        return Found(box_R4)
+    shares = class_shares(key, [objects[i] for i in seen.tolist()], source.column)
+    return Found(box_R4, torch.cat([shares, torch.zeros(len(whole), len(source.classes))]))
+
+
+def upright(box_R4: Tensor, stored: Stored) -> tuple[Tensor, int, int]:
+    """Boxes in stored pixels where EXIF turns the image, and the turned image's height and width."""
+    height, width, turn = stored
+    if turn in (5, 6, 7, 8):
+        box_R4, height, width = box_R4[:, [1, 0, 3, 2]], width, height
+    x0, y0, x1, y1 = box_R4.unbind(1)
+    if turn in (2, 3, 6, 7):
+        x0, x1 = width - x1, width - x0
+    if turn in (3, 4, 7, 8):
+        y0, y1 = height - y1, height - y0
+    return torch.stack([x0, y0, x1, y1], 1), height, width
+
+
+def class_shares(key: str, objects: Sequence[Mapping[str, Any]], column: Mapping[str, int]) -> Tensor:
+    """float32 [R C]; zeros for an object of no named class."""
+    shares_RC = np.zeros((len(objects), len(column)), np.float32)
+    for row, told in zip(shares_RC, objects):
+        shares = told.get("class_distribution", {str(told["class"]): 1.0})
+        if wrong := distribution_fault(shares):
+            raise RecordError(key, f"field objects: {wrong}")
+        for name in shares.keys() & column.keys():
+            row[column[name]] = shares[name]
+    return torch.from_numpy(shares_RC / np.maximum(shares_RC.sum(1, keepdims=True), 1e-9))
+
+
+@lru_cache
+def grid_boxes(side: int) -> Tensor:
+    """[side*side + 1, 4]: x is the outer loop (BriVL 2), the whole image comes last."""
+    cells = [(x / side, y / side, (x + 1) / side, (y + 1) / side) for x in range(side) for y in range(side)]
+    return torch.tensor([*cells, WHOLE])
+
+
+def pad_regions(found: Sequence[Found]) -> Regions:
+    """The regions of a batch, one image a row."""
+    classes = [part.classes_RC for part in found if part.classes_RC is not None]
+    return Regions(
+        box=pad_sequence([part.box_R4 for part in found], batch_first=True),
+        count=torch.tensor([len(part.box_R4) for part in found]),
+        classes=pad_sequence(classes, batch_first=True) if classes else None,
+    )
