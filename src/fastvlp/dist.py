@@ -80,18 +80,28 @@ def barrier() -> None:
 class _Gather(torch.autograd.Function):
     # Not the library's own differentiable all_gather: its name changed between torch 2.11 and 2.13.
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        parts = [torch.empty_like(x) for _ in range(world())]
-        torch_dist.all_gather(parts, x.contiguous())
-        return torch.cat(parts)
+    def forward(ctx: Any, x: Tensor, sizes: list[int]) -> Tensor:
+        most = max(sizes)
+        padded = torch.cat([x, x.new_zeros(most - len(x), *x.shape[1:])])
+        parts = [torch.empty_like(padded) for _ in sizes]
+        torch_dist.all_gather(parts, padded.contiguous())
+        ctx.sizes = sizes
+        return torch.cat([part[:size] for part, size in zip(parts, sizes)])
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        grad = grads[0].contiguous()
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        grad = grads[0].contiguous().clone()
         torch_dist.all_reduce(grad)
-        return grad.chunk(world())[rank()]
+        return grad.split(ctx.sizes)[rank()], None
 
 
-def gather(x: Tensor) -> Tensor:
-    """Rows of all ranks, [B ...] -> [B*world ...], equal B everywhere. A row's gradient is summed over the ranks."""
-    return _Gather.apply(x) if active() else x
+def gather(x: Tensor) -> tuple[Tensor, int]:
+    """Rows of all ranks, [B ...] -> [M ...], and where this rank's own begin; ranks may have different numbers of rows
+    (records that were dropped). A row's gradient is summed over the ranks."""
+    if not active():
+        return x, 0
+    mine = torch.tensor([len(x)], device=x.device)
+    told = [torch.empty_like(mine) for _ in range(world())]
+    torch_dist.all_gather(told, mine)
+    sizes = [int(size) for size in told]
+    return _Gather.apply(x, sizes), sum(sizes[: rank()])

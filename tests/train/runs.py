@@ -13,19 +13,26 @@ from PIL import Image
 from fastvlp.batch import Record
 from fastvlp.data.rows import PairData
 from fastvlp.data.shards import ShardWriter
+from fastvlp.model.sizes import joint_space
+from fastvlp.objectives.clip import CLIPConfig
 from fastvlp.objectives.flm import FLMConfig
 from fastvlp.objectives.mlm import MLMConfig
 from fastvlp.objectives.objective import ObjectiveConfig
 from fastvlp.objectives.prefixlm import PrefixLMConfig
+from fastvlp.objectives.siglip import SigLIPConfig
 from fastvlp.train.optim import OptimConfig
 from fastvlp.train.run import TrainConfig, TrainState
 from tests.made import made_config
 
 WORDS = ["red", "blue", "green", "small", "large", "round", "left", "right", "above", "near", "far", "bright", "two"]
+PAIRED = ("clip", "siglip")
+TOKENS = ("flm", "mlm", "prefixlm")
 OBJECTIVES: dict[str, ObjectiveConfig] = {
     "flm": FLMConfig(span_mode="uniform", span_rate=0.4),
     "mlm": MLMConfig(),
     "prefixlm": PrefixLMConfig(),
+    "clip": CLIPConfig(),
+    "siglip": SigLIPConfig(),
 }
 
 
@@ -58,6 +65,7 @@ def made_run(pairs: Path, out: Path, *objectives: str, dropout: float = 0.0, **c
         text=replace(model.text, layer=layer),
         fusion=replace(model.fusion, layer=layer),
         reconstructor=replace(model.reconstructor, layer=layer),
+        embed=joint_space(model, width=16) if {*objectives} & {*PAIRED} else None,
     )
     data = PairData(
         train=str(pairs / "train"),
@@ -71,7 +79,7 @@ def made_run(pairs: Path, out: Path, *objectives: str, dropout: float = 0.0, **c
         out=str(out),
         data=data,
         model=model,
-        objectives={name: OBJECTIVES[name] for name in objectives or OBJECTIVES},
+        objectives={name: OBJECTIVES[name] for name in objectives or TOKENS},
         # With a small eps Adam blows the rounding noise of gradients that are zero up to the size of a step, and a tight
         # clip hides a gradient of the wrong scale.
         optim=OptimConfig(lr=1e-2, eps=1e-3, clip=10),

@@ -208,7 +208,7 @@ def flm_map(config: ModelConfig, *, head: str = "lm_score") -> WeightMap:
     made |= _both("fusion.text_in", "cross_modal_text_transform") | _both(
         "fusion.image_in", "cross_modal_image_transform"
     )
-    for i in range(config.fusion.depth):
+    for i in range(config.fusion.depth if config.fusion else 0):
         made |= _bert_layer(f"fusion.blocks.{i}", f"cross_modal_text_layers.{i}", attend=True, cross=True)
     made |= {"fusion.text_type": ("type.text",), "fusion.image_type": ("type.image",)}
     unused = [*_FLM_UNUSED, *FLM_HEADS]

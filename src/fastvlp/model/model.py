@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
 from fastvlp.errors import UserError
 from fastvlp.model import masks
+from fastvlp.model.absent import Absent
+from fastvlp.model.embed import Embed, EmbedConfig
 from fastvlp.model.fusion import Fusion, FusionConfig, LMHead, Reconstructor, ReconstructorConfig
 from fastvlp.model.image import ImageConfig, ImageTower
 from fastvlp.model.layers import KeyValue
@@ -23,12 +25,15 @@ Bos = Literal["blind", "official"]
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """`separate_heads`: own vocabulary heads for the forward and the reverse stream (FLM's share_lm_scorer_weights)."""
+    """fusion: layers in which text reads the image, with a vocabulary head; None for two towers alone. embed: the towers'
+    heads into a joint space. separate_heads: own vocabulary heads for the forward and the reverse stream (FLM's
+    share_lm_scorer_weights)."""
 
     image: ImageConfig
     text: TextConfig
-    fusion: FusionConfig
+    fusion: FusionConfig | None = None
     reconstructor: ReconstructorConfig | None = None
+    embed: EmbedConfig | None = None
     separate_heads: bool = False
 
 
@@ -37,7 +42,11 @@ def check(config: ModelConfig) -> None:
     image, text, fusion, part = config.image, config.text, config.fusion, config.reconstructor
     if image.patch < 1 or image.size < image.patch or image.size % image.patch:
         raise UserError(f"model.image: size {image.size} is not a whole number of patches of {image.patch} pixels")
-    layers = {"text": text.layer, "fusion": fusion.layer} | ({"reconstructor": part.layer} if part else {})
+    layers = (
+        {"text": text.layer}
+        | ({"fusion": fusion.layer} if fusion else {})
+        | ({"reconstructor": part.layer} if part else {})
+    )
     for name, layer in [("image", image.layer), *layers.items()]:
         if layer.heads < 1 or layer.width % layer.heads:
             raise UserError(f"model.{name}.layer: width {layer.width} does not divide into {layer.heads} heads")
@@ -45,10 +54,18 @@ def check(config: ModelConfig) -> None:
             raise UserError(
                 f"model.{name}.layer.width {layer.width} must equal model.text.layer.width {text.layer.width}"
             )
-    if part and (part.bottom > text.depth or part.top > fusion.depth):
+    deep = fusion.depth if fusion else 0
+    if part and (part.bottom > text.depth or part.top > deep):
         raise UserError(
-            f"model.reconstructor: each layer reads one of text ({text.depth}) or fusion ({fusion.depth}); "
+            f"model.reconstructor: each layer reads one of text ({text.depth}) or fusion ({deep}); "
             f"bottom {part.bottom} and top {part.top} are more than there are"
+        )
+    embed = config.embed
+    if embed and embed.image.pool == "patches" and not image.class_token:
+        raise UserError("model.embed.image.pool patches leaves out the class token, and there is none; choose mean")
+    if embed and embed.text_length is not None and not 1 <= embed.text_length <= text.positions:
+        raise UserError(
+            f"model.embed.text_length {embed.text_length} is not within the {text.positions} text positions"
         )
 
 
@@ -89,12 +106,16 @@ class VLModel(nn.Module):
         self.config = config
         self.image = ImageTower(config.image)
         self.text = TextTower(config.text)
-        self.fusion = Fusion(config.fusion, config.image.layer.width)
+        fusion, image_width = config.fusion, config.image.layer.width
+        # Absent parts are declared as present: who reads one meets an error that names the field to set.
+        self.fusion = Fusion(fusion, image_width) if fusion else cast(Fusion, Absent("fusion"))
         self.reconstructor = Reconstructor(config.reconstructor) if config.reconstructor else None
-        head = lambda: LMHead(width, config.text.vocab, config.fusion.layer.eps)  # noqa: E731
-        self.head = head()
+        head = lambda: LMHead(width, config.text.vocab, fusion.layer.eps if fusion else 1e-5)  # noqa: E731
+        self.head = head() if fusion else cast(LMHead, Absent("fusion"))
         self.forward_head = head() if config.separate_heads else None
         self.reverse_head = head() if config.separate_heads else None
+        embed = config.embed
+        self.embed = Embed(embed, image_width, width) if embed else cast(Embed, Absent("embed"))
 
     @property
     def causal_head(self) -> LMHead:
@@ -109,6 +130,25 @@ class VLModel(nn.Module):
     def encode_image(self, image: Tensor, keep_BK: Tensor | None = None) -> Tensor:
         """uint8 [B 3 H W] -> [B K D]."""
         return self.image(image, keep_BK)
+
+    def embed_image(self, image_BKD: Tensor) -> Tensor:
+        """States of `encode_image` to unit vectors of the joint space, in fp32 -> [B E]."""
+        return self.embed.image(image_BKD)
+
+    def embed_text(self, ids_BL: Tensor, length_B: Tensor, keep_BK: Tensor | None = None) -> Tensor:
+        """The text alone to unit vectors of the joint space, in fp32 -> [B E]. `keep_BK`: sorted positions that are
+        encoded (FLIP's text masking); the others cost nothing."""
+        config = self.embed.config
+        ids, length = self.embed.words(ids_BL, length_B, self.config.text)
+        position = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+        if keep_BK is not None:
+            ids, position = ids.gather(1, keep_BK), keep_BK
+            length = (keep_BK < length[:, None]).sum(1)
+        x = self.text.embed(ids, position)
+        full = masks.full(length, ids.shape[1]) if config.text_mask == "full" else None
+        for block in self.text.blocks:
+            x = block(x, mask=full, causal=config.text_mask == "causal")
+        return self.embed.text(x, length)
 
     def read(
         self,
@@ -228,8 +268,8 @@ class VLModel(nn.Module):
 
     def begin(self, image_BKD: Tensor) -> Cache:
         """An empty text beside each image, to be decoded left to right with `step`."""
-        text, fusion = self.config.text, self.config.fusion
         memory = self.fusion.image_memory(image_BKD, None)
+        text, fusion = self.config.text, cast(FusionConfig, self.config.fusion)
         past = []
         for layer in [text.layer] * text.depth + [fusion.layer] * fusion.depth:
             empty = memory.new_empty(memory.shape[0], layer.heads, 0, layer.width // layer.heads)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from fastvlp.model.embed import EmbedConfig, HeadConfig
 from fastvlp.model.fusion import FusionConfig, ReconstructorConfig
 from fastvlp.model.image import ImageConfig
 from fastvlp.model.layers import LayerConfig, Norm
@@ -54,6 +55,19 @@ def _equal_width(
         fusion=FusionConfig(depth=fusion_depth, layer=layer),
         reconstructor=ReconstructorConfig(bottom=text_depth, top=fusion_depth, layer=layer) if reconstructor else None,
     )
+
+
+def two_towers(config: ModelConfig, *, width: int = 256) -> ModelConfig:
+    """The image and text towers of a size alone, embedded in a joint space."""
+    return replace(config, fusion=None, reconstructor=None, embed=joint_space(config, width=width))
+
+
+def joint_space(config: ModelConfig, *, width: int = 256) -> EmbedConfig:
+    """CLIP's text side (causal, pooled at </s>, which FLM's forward stream shares) beside a mean of image states, which
+    takes any share of the patches."""
+    layer = config.text.layer
+    text = HeadConfig(pool="last", norm=layer.norm == "pre", eps=layer.eps)
+    return EmbedConfig(width=width, image=HeadConfig(pool="mean"), text=text)
 
 
 def tiny(*, size: int = 48, patch: int = 8, norm: Norm = "pre", reconstructor: bool = True) -> ModelConfig:

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
+from fastvlp import dist
 from fastvlp.batch import Batch, register_dataclass_node
+from fastvlp.errors import UserError
 from fastvlp.model.model import ModelConfig, Reading, VLModel
 
 if TYPE_CHECKING:
@@ -30,11 +32,9 @@ register_dataclass_node(Loss)
 
 def combine(losses: Mapping[str, Loss], counts: Mapping[str, Tensor] | None = None) -> Tensor:
     """Sum over terms of weight * total / count. `counts`: targets of the whole step, over micro-batches and ranks, so
-    that neither accumulation nor ranks can change the objective; without it each loss's own count."""
-    parts = [
-        loss.weight * loss.total / (loss.count if counts is None else counts[name]).clamp(min=1)
-        for name, loss in losses.items()
-    ]
+    that neither accumulation nor ranks can change the objective; a loss that is not in it has its own count."""
+    counts = counts or {}
+    parts = [loss.weight * loss.total / counts.get(name, loss.count).clamp(min=1) for name, loss in losses.items()]
     return sum(parts[1:], start=parts[0])
 
 
@@ -56,6 +56,42 @@ class Objective(nn.Module, abc.ABC):
 
     def after_step(self, model: VLModel) -> None:
         """Runs once after each optimiser step: a momentum copy, a queue. Most objectives have nothing to do."""
+
+
+class PairObjective(Objective):
+    """Couples the rows of a batch: embeds each part of it, then scores the whole. The loop may embed the micro-batches of
+    a step one by one, score all of them at once, and hand each its share of the gradient (`train/cached.py`)."""
+
+    reading = "full"
+
+    @abc.abstractmethod
+    def embed(self, model: VLModel, image_BKD: Tensor, batch: Batch) -> tuple[Tensor, ...]:
+        """Embeddings [B ...] that gradients flow into; whatever is drawn is a function of `batch.seed`, so that a second
+        call gives the same."""
+
+    def constants(self, model: VLModel, batch: Batch) -> tuple[Tensor, ...]:
+        """What else is scored, [B ...] and without gradients: the keys of a momentum copy. Made once a step."""
+        return ()
+
+    def everyone(self, rows: Tensor) -> tuple[Tensor, int]:
+        """Rows of all ranks, and where this rank's begin. In validation each rank scores its own batches alone: ranks
+        may have different numbers of them."""
+        if not self.training:
+            return rows, 0
+        gathered, first = dist.gather(rows)
+        if len(gathered) < 2:
+            raise UserError(
+                "a contrastive objective tells the pairs of a batch apart and this one has a single readable pair; "
+                "raise --data.batch-size"
+            )
+        return gathered, first
+
+    @abc.abstractmethod
+    def score(self, *rows: Tensor) -> dict[str, Loss]:
+        """Losses of all rows of this rank; `rows` are `embed`'s tensors, then `constants`'."""
+
+    def forward(self, model: VLModel, image_BKD: Tensor, batch: Batch) -> dict[str, Loss]:
+        return self.score(*self.embed(model, image_BKD, batch), *self.constants(model, batch))
 
 
 class ObjectiveConfig(abc.ABC):

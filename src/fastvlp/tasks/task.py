@@ -228,6 +228,8 @@ class HeadTask(Objective, abc.ABC):
         super().__init__()
         if config.reading == "flm" and model.reconstructor is None:
             raise UserError("reading 'flm' needs a model with a reconstructor; choose --reading full or causal")
+        if model.fusion is None:
+            raise UserError("the task reads text beside an image, and the model has no fusion layers: two towers alone")
         if model.fusion.slots < images:
             raise UserError(
                 f"the model reads beside {model.fusion.slots} image at most; set model.fusion.slots {images}"

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import cast
+from typing import NamedTuple, cast
 
+import torch
 from torch import Tensor, nn
 
 from fastvlp.batch import Batch
@@ -13,8 +14,22 @@ from fastvlp.model.model import VLModel
 from fastvlp.objectives.ar import AR
 from fastvlp.objectives.flm import FLM
 from fastvlp.objectives.mlm import MLM
-from fastvlp.objectives.objective import Loss, Objective
+from fastvlp.objectives.objective import Loss, Objective, PairObjective
 from fastvlp.objectives.prefixlm import PrefixLM
+
+
+class RowGrads(NamedTuple):
+    """Gradients of a step's loss with respect to one micro-batch's embeddings, and to what the objective itself learns."""
+
+    rows: tuple[Tensor, ...]
+    parameters: tuple[Tensor | None, ...]
+
+    def pulling(self, rows: tuple[Tensor, ...], objective: PairObjective) -> Loss:
+        """A loss of value 0 whose gradient is the one that was cached."""
+        learned = [p for p in objective.parameters() if p.requires_grad]
+        pairs = [*zip(rows, self.rows), *((p, g) for p, g in zip(learned, self.parameters) if g is not None)]
+        total = torch.stack([(x * grad).sum() for x, grad in pairs]).sum()
+        return Loss(total - total.detach(), total.new_ones(()))
 
 
 class Pretraining(nn.Module):
@@ -28,16 +43,30 @@ class Pretraining(nn.Module):
         """The objectives by name. Typed: to a module dict all are plain modules."""
         return cast(Mapping[str, Objective], self.objectives).items()
 
-    def forward(self, batch: Batch) -> dict[str, Loss]:
-        """The image is encoded once and shared by all objectives; `keep` < 1 drops patches before any is embedded."""
+    def pairs(self) -> dict[str, PairObjective]:
+        return {name: objective for name, objective in self.named() if isinstance(objective, PairObjective)}
+
+    def encode_image(self, batch: Batch) -> Tensor:
+        """-> [B K D]; `keep` < 1 drops patches before any is embedded, the same ones for the same row seeds."""
         config = self.model.config.image
         keep = random_keep(batch.seed, config.grid**2, self.keep) if self.keep < 1 else None
-        image_BKD = self.model.encode_image(batch.image, keep)
-        return {
-            f"{name}/{term}": loss
-            for name, objective in self.named()
-            for term, loss in objective(self.model, image_BKD, batch).items()
-        }
+        return self.model.encode_image(batch.image, keep)
+
+    def forward(self, batch: Batch, cached: Mapping[str, RowGrads] | None = None) -> dict[str, Loss]:
+        """The image is encoded once and shared by all objectives. `cached`: of objectives that were scored on the whole
+        step already, the gradients of their embeddings (`train/cached.py`)."""
+        cached = cached or {}
+        image_BKD = self.encode_image(batch)
+        losses: dict[str, Loss] = {}
+        # Those that couple rows come first, as when they embed alone: a second pass then draws the same dropout.
+        for name, objective in sorted(self.named(), key=lambda item: not isinstance(item[1], PairObjective)):
+            if isinstance(objective, PairObjective) and name in cached:
+                losses[f"{name}/cached"] = cached[name].pulling(
+                    objective.embed(self.model, image_BKD, batch), objective
+                )
+                continue
+            losses |= {f"{name}/{term}": loss for term, loss in objective(self.model, image_BKD, batch).items()}
+        return losses
 
     def counts(self, batch: Batch) -> dict[str, Tensor]:
         """Targets of each loss, from the batch alone."""
@@ -50,7 +79,8 @@ class Pretraining(nn.Module):
     def uses_all(self) -> bool:
         """Whether every step surely gives each parameter a gradient: one stream reads all but the reconstructor, FLM all,
         unless its streams predict nothing. Separate heads and objectives with parameters of their own are never sure."""
-        if self.model.forward_head is not None or next(self.objectives.parameters(), None) is not None:
+        config, own = self.model.config, next(self.objectives.parameters(), None)
+        if config.separate_heads or config.embed is not None or own is not None:
             return False
         if self.model.reconstructor is None:
             return any(isinstance(o, AR | MLM | PrefixLM) for _, o in self.named())

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +23,8 @@ from fastvlp.config import show, to_json
 from fastvlp.data.files import write_whole
 from fastvlp.data.random import hash64
 from fastvlp.errors import UserError
-from fastvlp.objectives.objective import combine
+from fastvlp.objectives.objective import Loss, combine
+from fastvlp.train.cached import cache_gradients
 from fastvlp.train.log import RunLog
 from fastvlp.train.optim import set_rate
 from fastvlp.train.pretraining import Pretraining
@@ -66,18 +68,19 @@ def steps(state: TrainState) -> Iterator[StepReport]:
         set_rate(state.optimiser, rate_factor(state.midway, run.optim.warmup, run.optim.decay))
         counts = global_counts(state.pretraining, micro)
         shares = {name: torch.zeros((), device=state.device) for name in ("loss", *counts)}
+        seeded = partial(seeded_autocast, state)
+        couples = run.accumulate > 1 and state.pretraining.pairs()
+        cached = cache_gradients(state.pretraining, micro, counts, seeded) if couples else None
+        if cached is not None:
+            add_shares(shares, cached.losses, counts)
         for i, batch in enumerate(micro):
-            torch.manual_seed(hash64(run.seed, state.step, i, dist.rank()))
             # Ranks average their gradients once a step, with the last micro-batch.
             with nullcontext() if i == len(micro) - 1 else no_sync(wrapped):
-                with autocast(state):
-                    losses = wrapped(batch)
-                loss = combine(losses, counts)
+                with seeded(i):
+                    losses = wrapped(batch, cached.grads[i] if cached is not None else None)
                 # The mean over ranks of world * loss is the sum that the global counts ask for.
-                (loss * dist.world()).backward()
-            shares["loss"] += loss.detach()
-            for name, term in losses.items():
-                shares[name] += term.total.detach() / counts[name].clamp(min=1)
+                (combine(losses, counts) * dist.world()).backward()
+            add_shares(shares, losses, counts)
 
         norm = clip_grad_norm_(parameters, run.optim.clip or math.inf)
         totals = dist.all_reduce_sum(torch.stack([*shares.values(), norm.new_tensor(sum(map(len, micro)))]))
@@ -119,6 +122,21 @@ def next_batch(state: TrainState, batches: Iterator[tuple[Batch, list[Dropped]]]
     batch, dropped = next(batches)
     state.dropped |= {record.key: record.reason for record in dropped}
     return batch.to(state.device)
+
+
+@contextmanager
+def seeded_autocast(state: TrainState, micro: int) -> Iterator[None]:
+    """In which micro-batch `micro` of the coming step runs: its dropout is a function of (seed, step, micro, rank)."""
+    torch.manual_seed(hash64(state.run.seed, state.step, micro, dist.rank()))
+    with autocast(state):
+        yield
+
+
+def add_shares(shares: dict[str, Tensor], losses: Mapping[str, Loss], counts: Mapping[str, Tensor]) -> None:
+    """Adds one micro-batch's part of what is minimised and of each term that is counted."""
+    shares["loss"] += combine(losses, counts).detach()
+    for name in losses.keys() & counts.keys():
+        shares[name] += losses[name].total.detach() / counts[name].clamp(min=1)
 
 
 def no_sync(wrapped: nn.Module) -> AbstractContextManager:

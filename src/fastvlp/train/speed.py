@@ -20,11 +20,12 @@ import torch
 from fastvlp.model.image import ImageConfig
 from fastvlp.model.layers import LayerConfig
 from fastvlp.model.model import ModelConfig
+from fastvlp.model.text import TextConfig
 from fastvlp.objectives.ar import AR
 from fastvlp.objectives.flm import FLM
 from fastvlp.objectives.itm import ITM
 from fastvlp.objectives.mlm import MLM
-from fastvlp.objectives.objective import Objective
+from fastvlp.objectives.objective import Objective, PairObjective
 from fastvlp.objectives.prefixlm import PrefixLM
 from fastvlp.train.pretraining import Pretraining
 
@@ -86,14 +87,20 @@ def image_flops(config: ImageConfig, images: int, keep: float = 1.0) -> Flops:
 def text_flops(config: ModelConfig, images: int, seen: int, texts: int, length: int) -> Flops:
     """Text tower and fusion over `texts` rows of `length` tokens beside `images` of `seen` tokens each, every row with
     the same image counted against one set of keys. One stream: texts = images; FLM's two: texts = 2 images."""
-    text, fusion = config.text, config.fusion
-    tokens = texts * length
-    tower = _self_attention(text.layer, texts, length) + _mlp(text.layer, tokens)
+    fusion, tokens, tower = config.fusion, texts * length, tower_flops(config.text, texts, length)
+    if fusion is None:
+        return tower
     cross = _cross_attention(fusion.layer, tokens, images * seen, tokens * seen)
     block = _self_attention(fusion.layer, texts, length) + cross + _mlp(fusion.layer, tokens)
     width = fusion.layer.width
     enter = linear_flops(tokens, width, width) + linear_flops(images * seen, config.image.layer.width, width)
-    return Flops(text=text.depth * tower + enter + fusion.depth * block)
+    return tower + Flops(text=enter + fusion.depth * block)
+
+
+def tower_flops(config: TextConfig, texts: int, length: int) -> Flops:
+    """The text tower alone."""
+    block = _self_attention(config.layer, texts, length) + _mlp(config.layer, texts * length)
+    return Flops(text=config.depth * block)
 
 
 def reconstructor_flops(config: ModelConfig, rows: int, queries: int, length: int) -> Flops:
@@ -120,6 +127,9 @@ def objective_flops(objective: Objective, config: ModelConfig, rows: int, length
     """
     patches = config.image.grid**2
     seen = (patches if keep >= 1 else max(1, round(patches * keep))) + int(config.image.class_token)
+    if isinstance(objective, PairObjective):
+        # The joint space and the logits are thousands of times smaller than the towers at any batch that fits.
+        return tower_flops(config.text, rows, length)
     if objective.reading == "flm":
         queries = length - 1 if isinstance(objective, FLM) else 1
         return text_flops(config, rows, seen, 2 * rows, length) + reconstructor_flops(config, rows, queries, length)

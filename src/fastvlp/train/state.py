@@ -216,7 +216,10 @@ def start(run: TrainConfig, resume: bool = False) -> TrainState:
     if dist.world() > 1:
         # Plain DDP raises on the step after one that left a parameter unused; the search warns where there is none.
         state.wrapped = nn.parallel.DistributedDataParallel(
-            pretraining, find_unused_parameters=not pretraining.uses_all()
+            pretraining,
+            find_unused_parameters=not pretraining.uses_all(),
+            # All that is a buffer is a function of gathered rows, the same on every rank.
+            broadcast_buffers=False,
         )
     return state
 
@@ -265,6 +268,8 @@ def make_loader(run: TrainConfig, rows: Rows) -> Loader:
         world=dist.world(),
         workers=run.data.workers,
         pin=pick_device(run.device).type == "cuda",
+        grouping=run.data.grouping,
+        lengths=rows.lengths,
     )
 
 

@@ -1,0 +1,67 @@
+"""Contrastive learning of two towers over the whole global batch (CLIP, arXiv 2103.00020; FLIP, 2212.00794, section 3.1)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from fastvlp.batch import Batch
+from fastvlp.data.tokenize import Tokenizer
+from fastvlp.model.model import ModelConfig, VLModel
+from fastvlp.objectives.contrastive import clamp_log_scale, clipped_scale, info_nce
+from fastvlp.objectives.objective import Loss, ObjectiveConfig, PairObjective
+
+
+@dataclass(frozen=True, kw_only=True)
+class CLIPConfig(ObjectiveConfig):
+    """temperature: at the start; it is learned as the logarithm of its inverse, the scale, which stays at most
+    max_scale. bound: `clamp` the parameter after each step (CLIP, open_clip), or `clip` it in the graph, where its
+    gradient is zero beyond (FLIP). weight: of the loss beside others."""
+
+    temperature: float = 0.07
+    max_scale: float = 100.0
+    bound: Literal["clamp", "clip"] = "clamp"
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 < 1 / self.max_scale <= self.temperature:
+            raise ValueError(f"temperature {self.temperature} must be at least 1 / max_scale {1 / self.max_scale:g}")
+
+    def build(self, model: ModelConfig, tokenizer: Tokenizer) -> CLIP:
+        return CLIP(self)
+
+
+class CLIP(PairObjective):
+    def __init__(self, config: CLIPConfig):
+        super().__init__()
+        self.config = config
+        self.log_scale = nn.Parameter(torch.tensor(-math.log(config.temperature)))
+
+    def counts(self, batch: Batch) -> dict[str, Tensor]:
+        return dict.fromkeys(("image", "text"), batch.length.new_tensor(len(batch)))
+
+    def embed(self, model: VLModel, image_BKD: Tensor, batch: Batch) -> tuple[Tensor, ...]:
+        return model.embed_image(image_BKD), model.embed_text(batch.ids, batch.length)
+
+    def scale(self) -> Tensor:
+        clip = self.config.bound == "clip"
+        return clipped_scale(self.log_scale, self.config.max_scale) if clip else self.log_scale.exp()
+
+    def score(self, *rows: Tensor) -> dict[str, Loss]:
+        """Each image among the texts of all ranks and the reverse; the mean of both directions is CLIP's loss."""
+        image_BE, text_BE = rows
+        (images, first), (texts, _) = self.everyone(image_BE), self.everyone(text_BE)
+        own = first + torch.arange(len(image_BE), device=image_BE.device)
+        count, scale = own.new_tensor(len(own)), self.scale()
+        return {
+            "image": Loss(info_nce(image_BE, texts, own, scale).sum(), count, self.config.weight / 2),
+            "text": Loss(info_nce(text_BE, images, own, scale).sum(), count, self.config.weight / 2),
+        }
+
+    def after_step(self, model: VLModel) -> None:
+        if self.config.bound == "clamp":
+            clamp_log_scale(self.log_scale, self.config.max_scale)

@@ -1,0 +1,49 @@
+"""Pairs told apart one by one with a sigmoid (SigLIP, arXiv 2303.15343): no softmax over the batch."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from fastvlp.batch import Batch
+from fastvlp.data.tokenize import Tokenizer
+from fastvlp.model.model import ModelConfig, VLModel
+from fastvlp.objectives.contrastive import sigmoid_loss
+from fastvlp.objectives.objective import Loss, ObjectiveConfig, PairObjective
+
+
+@dataclass(frozen=True, kw_only=True)
+class SigLIPConfig(ObjectiveConfig):
+    """scale and bias: of the logits at the start (section 3.2: 10 and -10); both are learned."""
+
+    scale: float = 10.0
+    bias: float = -10.0
+    weight: float = 1.0
+
+    def build(self, model: ModelConfig, tokenizer: Tokenizer) -> SigLIP:
+        return SigLIP(self)
+
+
+class SigLIP(PairObjective):
+    def __init__(self, config: SigLIPConfig):
+        super().__init__()
+        self.config = config
+        self.log_scale = nn.Parameter(torch.tensor(math.log(config.scale)))
+        self.bias = nn.Parameter(torch.tensor(config.bias))
+
+    def counts(self, batch: Batch) -> dict[str, Tensor]:
+        return {"pairs": batch.length.new_tensor(len(batch))}
+
+    def embed(self, model: VLModel, image_BKD: Tensor, batch: Batch) -> tuple[Tensor, ...]:
+        return model.embed_image(image_BKD), model.embed_text(batch.ids, batch.length)
+
+    def score(self, *rows: Tensor) -> dict[str, Loss]:
+        """Each image beside the texts of all ranks; divided by the number of images, as in the paper's algorithm 1."""
+        image_BE, text_BE = rows
+        texts, first = self.everyone(text_BE)
+        own = first + torch.arange(len(image_BE), device=image_BE.device)
+        loss = sigmoid_loss(image_BE, texts, own, self.log_scale.exp(), self.bias)
+        return {"pairs": Loss(loss.sum(), own.new_tensor(len(own)), self.config.weight)}

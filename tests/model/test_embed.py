@@ -1,0 +1,97 @@
+"""Two towers: what a text's vector may depend on, and what pools what."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from fastvlp.errors import UserError
+from fastvlp.model import sizes
+from fastvlp.model.embed import EmbedConfig, Head, HeadConfig
+from fastvlp.model.model import VLModel
+from tests.made import made_batch, made_config
+
+
+def towers(**embed) -> VLModel:
+    torch.manual_seed(0)
+    config = made_config()
+    return VLModel(
+        replace(sizes.two_towers(config, width=24), embed=replace(sizes.joint_space(config, width=24), **embed))
+    ).eval()
+
+
+@pytest.mark.parametrize("mask", ["full", "causal"])
+@pytest.mark.parametrize("pool", ["first", "last", "mean"])
+def test_padding_does_not_move_a_text(mask, pool):
+    model, batch = towers(text_mask=mask, text=HeadConfig(pool=pool, norm=True)), made_batch(lengths=(5, 9))
+    alone = model.embed_text(batch.ids[:1, :5], batch.length[:1])
+    torch.testing.assert_close(model.embed_text(batch.ids, batch.length)[:1], alone)
+    torch.testing.assert_close(alone.norm(dim=1), torch.ones(1))
+
+
+def test_without_a_mask_a_text_of_fixed_length_sees_its_padding():
+    flip = {"text_mask": "none", "text_special": False, "text_length": 12, "text": HeadConfig(pool="first", norm=True)}
+    model, batch = towers(**flip), made_batch(lengths=(5, 9))
+    vector = model.embed_text(batch.ids, batch.length)
+    torch.testing.assert_close(vector[:1], model.embed_text(batch.ids[:1, :5], batch.length[:1]))
+    shorter = replace(model.config.embed, text_length=8)
+    model.embed.config = shorter
+    assert not torch.allclose(vector, model.embed_text(batch.ids, batch.length))
+
+
+def test_special_ids_are_left_out():
+    model, batch = towers(text_special=False, text=HeadConfig(pool="mean", norm=True)), made_batch(lengths=(6, 8))
+    ids, length = model.embed.words(batch.ids, batch.length, model.config.text)
+    text = model.config.text
+    assert ids.shape == (2, 7) and length.tolist() == [4, 6]
+    assert text.bos not in ids and text.eos not in ids
+    assert (ids[0, 4:] == text.pad).all() and (ids[0, :4] == batch.ids[0, 1:5]).all()
+
+
+def test_kept_positions_alone_are_encoded():
+    model, batch = towers(text_mask="full", text=HeadConfig(pool="mean", norm=True)), made_batch(lengths=(8, 8))
+    keep = torch.tensor([[0, 2, 7], [0, 3, 7]])
+    vector = model.embed_text(batch.ids, batch.length, keep)
+    changed = batch.ids.clone()
+    changed[:, [1, 4, 5, 6]] = 11
+    torch.testing.assert_close(model.embed_text(changed, batch.length, keep), vector)
+    everything = torch.arange(8).expand(2, 8)
+    torch.testing.assert_close(
+        model.embed_text(batch.ids, batch.length, everything), model.embed_text(batch.ids, batch.length)
+    )
+
+
+def test_pools():
+    state = torch.arange(24.0).reshape(2, 4, 3)
+    length = torch.tensor([3, 4])
+    pooled = lambda pool, n=length: Head(HeadConfig(pool=pool), 3, 3).pooled(state, n)  # noqa: E731
+    torch.testing.assert_close(pooled("mean")[0], state[0, :3].mean(0))
+    torch.testing.assert_close(pooled("patches", None), state[:, 1:].mean(1))
+    assert (pooled("last") == state[[0, 1], [2, 3]]).all() and (pooled("first") == state[:, 0]).all()
+
+
+def test_a_two_layer_head_is_linear_relu_linear():
+    head = Head(HeadConfig(pool="first", hidden=5, bias=True), 3, 4)
+    x = torch.randn(2, 1, 3)
+    y = head.out(head.hidden(x[:, 0]).relu())
+    torch.testing.assert_close(head(x), y / y.norm(dim=1, keepdim=True))
+
+
+def test_towers_alone_say_what_they_lack():
+    model, batch = towers(), made_batch(lengths=(4,))
+    image = model.encode_image(batch.image)
+    with pytest.raises(UserError, match=r"no fusion.*set model.fusion"):
+        model.read(image, batch.ids)
+    with pytest.raises(UserError, match=r"no embed.*set model.embed"):
+        VLModel(made_config()).embed_image(image)
+
+
+def test_configs_that_cannot_be():
+    config = made_config()
+    embed = EmbedConfig(width=8, image=HeadConfig(pool="patches"), text=HeadConfig(pool="first"))
+    with pytest.raises(UserError, match="choose mean"):
+        VLModel(replace(config, embed=embed, image=replace(config.image, class_token=False)))
+    with pytest.raises(UserError, match="text_length 99"):
+        VLModel(replace(config, embed=replace(embed, image=HeadConfig(pool="mean"), text_length=99)))
