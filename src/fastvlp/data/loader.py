@@ -21,9 +21,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from fastvlp.batch import Batch, Dropped
 from fastvlp.data.cache import ImageCache
-from fastvlp.data.decode import decode
+from fastvlp.data.decode import decode, stored
 from fastvlp.data.prefetch import Prefetch
 from fastvlp.data.random import hash64
+from fastvlp.data.regions import Found, RegionSource, pad_regions, read_regions
 from fastvlp.data.shards import RecordError, Shards
 from fastvlp.data.tokenize import Tokenizer
 from fastvlp.data.transform import Transform
@@ -199,12 +200,20 @@ def refusal(shards: Shards, dropped: list[Dropped]) -> UserError:
     )
 
 
+class Pair(NamedTuple):
+    image: Tensor
+    text: str
+    seed: int
+    regions: Found | None
+
+
 class PairMaker:
     """Rows to image-text pairs: the record's first image, and one of its captions chosen by the row's seed.
 
     Args:
         captions: the field of `info` that holds a list of captions (or one).
         max_length: tokens of a row, <s> and </s> included; longer captions are cut.
+        regions: parts of the image that come along.
         cache: keep the transformed images in memory, 3 * size**2 bytes each.
         strict: raise UserError where a record cannot be used (evaluation), instead of dropping and naming it.
     """
@@ -217,6 +226,7 @@ class PairMaker:
         *,
         captions: str = "captions",
         max_length: int,
+        regions: RegionSource | None = None,
         cache: bool = False,
         strict: bool = False,
     ):
@@ -227,40 +237,49 @@ class PairMaker:
         self.tokenizer = tokenizer
         self.captions = captions
         self.max_length = max_length
+        self.regions = regions
         self.strict = strict
         self.cache = ImageCache(len(shards), transform.size) if cache else None
 
     def __call__(self, rows: list[Row]) -> Made:
-        images: list[Tensor] = []
-        texts: list[str] = []
-        seeds: list[int] = []
+        pairs: list[Pair] = []
         dropped: list[Dropped] = []
         for row in rows:
             try:
-                image, text = self._pair(row)
+                pairs.append(self._pair(row))
             except RecordError as error:
                 dropped.append(error.dropped)
-                continue
-            images.append(image)
-            texts.append(text)
-            seeds.append(row.seed)
         if dropped and self.strict:
             raise refusal(self.shards, dropped)
-        ids, length = self.tokenizer.encode(texts, self.max_length)
+        ids, length = self.tokenizer.encode([pair.text for pair in pairs], self.max_length)
         size = self.transform.size
-        image_B3HW = torch.stack(images) if images else torch.empty(0, 3, size, size, dtype=torch.uint8)
-        return Batch(image=image_B3HW, ids=ids, length=length, seed=torch.tensor(seeds, dtype=torch.int64)), dropped
+        images = [pair.image for pair in pairs]
+        found = [pair.regions for pair in pairs if pair.regions is not None]
+        batch = Batch(
+            image=torch.stack(images) if images else torch.empty(0, 3, size, size, dtype=torch.uint8),
+            ids=ids,
+            length=length,
+            seed=torch.tensor([pair.seed for pair in pairs], dtype=torch.int64),
+            regions=pad_regions(found) if found else None,
+        )
+        return batch, dropped
 
-    def _pair(self, row: Row) -> tuple[Tensor, str]:
+    def _pair(self, row: Row) -> Pair:
+        info: Mapping[str, Any]
         image = self.cache.get(row.index) if self.cache is not None else None
-        if image is not None:
-            return image, self._caption(row, self.shards.info(row.index))
-        record = self.shards.read(row.index)
-        text = self._caption(row, record.info)
-        image = decode(record, self.transform).images[0]
-        if self.cache is not None:
-            self.cache.put(row.index, image)
-        return image, text
+        if self.cache is not None and image is not None:
+            info, lies = self.shards.info(row.index), self.cache.stored(row.index)
+            text = self._caption(row, info)
+        else:
+            record = self.shards.read(row.index)
+            info, text = record.info, self._caption(row, record.info)
+            image, lies = decode(record, self.transform).images[0], stored(record.images[0])
+            if self.cache is not None:
+                self.cache.put(row.index, image, lies)
+        found = None
+        if self.regions is not None:
+            found = read_regions(self.regions, self.shards.key(row.index), info, lies, self.transform)
+        return Pair(image, text, row.seed, found)
 
     def _caption(self, row: Row, info: Mapping[str, Any]) -> str:
         usable = usable_captions(info, self.captions)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from fastvlp.batch import Batch, Dropped
 from fastvlp.data.loader import PairMaker, Row, clean_caption, usable_captions
+from fastvlp.data.regions import RegionSource
 from fastvlp.data.shards import RecordError, Shards
 from fastvlp.data.tokenize import Tokenizer
 from fastvlp.data.transform import Transform
@@ -64,12 +65,13 @@ def readable_infos(shards: Shards) -> Iterator[dict[str, Any]]:
 @dataclass(frozen=True, kw_only=True)
 class PairData(Data):
     """Image-text pairs in shards. `captions`: the field of a record that holds its list of captions (`captions_zh`: the
-    Chinese ones); each epoch reads one of them."""
+    Chinese ones); each epoch reads one of them. `regions`: parts of each image that come along."""
 
     train: str
     val: str | None = None
     test: str | None = None
     captions: str = "captions"
+    regions: RegionSource | None = None
 
     def rows(self, split: Split, tokenizer: Tokenizer, image: ImageConfig, *, strict: bool) -> Rows | None:
         folder = {"train": self.train, "val": self.val, "test": self.test}[split]
@@ -82,6 +84,7 @@ class PairData(Data):
             tokenizer,
             captions=self.captions,
             max_length=self.max_length,
+            regions=self.regions,
             cache=self.cache,
             strict=strict,
         )
