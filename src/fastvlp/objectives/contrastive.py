@@ -1,0 +1,121 @@
+"""Contrastive losses of unit vectors, as plain functions: one number for each row.
+
+Rows are what this rank embedded, columns are candidates, gathered over ranks or not: the caller says which column is each
+row's own (`target_B`). `scale` [] is the inverse temperature, with its gradient. Everything is computed in fp32 at least,
+also from bf16 vectors and under autocast. Logits that are too many to keep are made again in the backward pass
+(`tiled.fold_columns`, which explains `whole_logits`): the gradients stay exact, those of columns and temperature too.
+
+A softmax loss is written softplus(log sum exp of the negatives - positive). Where the positive wins, as it mostly does
+late in training, loss and gradient keep their digits, which a softmax that holds the positive too rounds away.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastvlp.objectives.losses import at_least_fp32
+from fastvlp.objectives.tiled import fold_columns
+
+
+def clipped_scale(log_scale: Tensor, most: float = 100.0) -> Tensor:
+    """exp of the parameter clipped to 1..most, inside the graph: beyond the bound its gradient is zero, so that it stays
+    there (FLIP, arXiv 2212.00794)."""
+    return log_scale.clamp(0, math.log(most)).exp()
+
+
+@torch.no_grad()
+def clamp_log_scale(log_scale: Tensor, most: float = 100.0) -> None:
+    """Brings the parameter itself back to 1..most, after each step: it can leave the bound again (CLIP, open_clip)."""
+    log_scale.clamp_(0, math.log(most))
+
+
+def info_nce(
+    query_BE: Tensor, key_ME: Tensor, target_B: Tensor, scale: Tensor, *, whole_logits: int | None = None
+) -> Tensor:
+    """Cross-entropy of each row over all columns -> [B] (CLIP, arXiv 2103.00020, figure 3: the mean of both directions)."""
+    query_BE, key_ME = at_least_fp32(query_BE) * scale, at_least_fp32(key_ME)
+    positive_B = (query_BE * key_ME[target_B]).sum(1)
+    negatives_B = fold_columns("logsumexp", query_BE, key_ME, target_B[:, None], whole_logits=whole_logits)
+    return F.softplus(negatives_B - positive_B)
+
+
+def sigmoid_loss(
+    image_BE: Tensor, text_ME: Tensor, target_B: Tensor, scale: Tensor, bias: Tensor, *, whole_logits: int | None = None
+) -> Tensor:
+    """Each image with each text a yes-no question, summed over the texts -> [B] (SigLIP, arXiv 2303.15343, algorithm 1)."""
+    image_BE, text_ME = at_least_fp32(image_BE) * scale, at_least_fp32(text_ME)
+    bias = bias.to(image_BE.dtype)
+    positive_B = (image_BE * text_ME[target_B]).sum(1) + bias
+    negatives_B = fold_columns("softplus", image_BE, text_ME, target_B[:, None], bias, whole_logits=whole_logits)
+    return F.softplus(-positive_B) + negatives_B
+
+
+def queue_nce(
+    query_BE: Tensor,
+    key_ME: Tensor,
+    queue_KE: Tensor,
+    target_B: Tensor,
+    scale: Tensor,
+    mode: Literal["pos+queue", "batch+queue"],
+    momentum_BE: Tensor | None = None,
+    alpha: float = 0.4,
+    *,
+    whole_logits: int | None = None,
+) -> Tensor:
+    """Cross-entropy of each row over momentum keys and the keys of earlier steps, all of them constants -> [B].
+
+    mode: candidates are a row's own key and the queue (BriVL 1.0, arXiv 2103.06561), or all keys and the queue (ALBEF,
+    arXiv 2107.07651, section 3.2; BriVL 2). The queue may hold any number of keys, none too.
+
+    `momentum_BE`, only with "batch+queue": what the momentum encoder makes of the rows' own inputs. With weight `alpha` a
+    row's target is then how similar that finds the candidates, instead of its own key (ALBEF, section 3.4).
+    """
+    query_BE = at_least_fp32(query_BE) * scale
+    key_ME, queue_KE = at_least_fp32(key_ME.detach()), at_least_fp32(queue_KE.detach())
+    own_BE = key_ME[target_B]
+    negatives_B = fold_columns("logsumexp", query_BE, queue_KE, whole_logits=whole_logits)
+    if mode == "batch+queue":
+        others_B = fold_columns("logsumexp", query_BE, key_ME, target_B[:, None], whole_logits=whole_logits)
+        negatives_B = torch.logaddexp(negatives_B, others_B)
+    hard_B = F.softplus(negatives_B - (query_BE * own_BE).sum(1))
+    if momentum_BE is None:
+        return hard_B
+    if mode != "batch+queue":
+        raise ValueError('soft targets are shares of candidates that all rows have in common: mode "batch+queue"')
+    # Logits are linear in the keys: a soft target asks for the mean key under its shares, and that mean is an attention.
+    soft_BE = attended(at_least_fp32(momentum_BE) * scale, torch.cat([key_ME, queue_KE]))
+    return hard_B + alpha * (query_BE * (own_BE - soft_BE)).sum(1)
+
+
+@torch.no_grad()
+def attended(query_BE: Tensor, key_ME: Tensor) -> Tensor:
+    """softmax(query @ key.T) @ key -> [B E], without gradients, in the operands' type under autocast too."""
+    query, key = query_BE[None, None], key_ME[None, None]
+    with torch.autocast(query.device.type, enabled=False):
+        return F.scaled_dot_product_attention(query, key, key, scale=1.0)[0, 0]
+
+
+def nt_xent(
+    a_BE: Tensor,
+    b_BE: Tensor,
+    all_a_ME: Tensor,
+    all_b_ME: Tensor,
+    target_B: Tensor,
+    scale: Tensor,
+    *,
+    whole_logits: int | None = None,
+) -> Tensor:
+    """Two views of each image: every view finds the other one among all 2M but itself -> [2B], the rows of a, then of b
+    (SimCLR, arXiv 2002.05709, equation 1). Row b of both views is column target_B of both `all`."""
+    query_BE = at_least_fp32(torch.cat([a_BE, b_BE])) * scale
+    key_ME = at_least_fp32(torch.cat([all_a_ME, all_b_ME]))
+    M = len(all_a_ME)
+    itself_B, other_B = torch.cat([target_B, target_B + M]), torch.cat([target_B + M, target_B])
+    without_BX = torch.stack([itself_B, other_B], 1)
+    negatives_B = fold_columns("logsumexp", query_BE, key_ME, without_BX, whole_logits=whole_logits)
+    return F.softplus(negatives_B - (query_BE * key_ME[other_B]).sum(1))
