@@ -1,7 +1,7 @@
 """Which rows make batch number s, making them ahead of time, and the batches of image-text pairs.
 
-Batch s is a pure function of (seed, s, rank, world, batch_size): resuming means starting at s, with any number of
-workers.
+Batch s is a pure function of (seed, s, rank, world, batch_size, grouping): resuming means starting at s, with any
+number of workers.
 """
 
 from __future__ import annotations
@@ -10,20 +10,21 @@ import itertools
 import os
 import re
 import signal
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import cached_property
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils import _pytree
 from torch.utils.data import DataLoader, Dataset
 
 from fastvlp.batch import Batch, Dropped
+from fastvlp.data.batching import Grouping, Lengths, Plan
 from fastvlp.data.cache import ImageCache
 from fastvlp.data.decode import decode, stored
 from fastvlp.data.prefetch import Prefetch
-from fastvlp.data.random import hash64
+from fastvlp.data.random import hash64, hash64_rows
 from fastvlp.data.regions import Found, RegionSource, pad_regions, read_regions
 from fastvlp.data.shards import RecordError, Shards
 from fastvlp.data.tokenize import Tokenizer
@@ -42,6 +43,7 @@ class Row(NamedTuple):
 
 
 Made = tuple[Batch, list[Dropped]]
+Planned = tuple[int, list[Row]]
 
 
 class Loader:
@@ -51,9 +53,10 @@ class Loader:
         count: records in the source.
         make: builds a batch from rows, and names what it dropped. Must be picklable where processes are spawned.
         batch_size: rows a rank and batch. The ranks' rows of one batch, in rank order, are the batch that one rank with
-            batch_size * world would get.
+            batch_size * world would get. With a budget of tokens it is the size of evaluation's batches alone.
         workers: processes that make batches; 0 makes them in one thread, two batches ahead of their use.
         pin: copy batches to pinned memory, for copies to the GPU that do not wait.
+        grouping: makes training's batches of rows of one length, which `lengths`, called once, tells.
     """
 
     def __init__(
@@ -67,11 +70,15 @@ class Loader:
         world: int = 1,
         workers: int = 0,
         pin: bool = False,
+        grouping: Grouping | None = None,
+        lengths: Callable[[], Lengths] | None = None,
     ):
         if count < 1:
             raise UserError("the data set is empty; look at it with `vlp data inspect`")
         if batch_size < 1 or not 0 <= rank < world:
             raise ValueError(f"batch_size {batch_size}, rank {rank} of {world}")
+        if grouping is not None and lengths is None:
+            raise UserError("this data does not tell how long its rows are; leave out data.group and data.max_tokens")
         self.count = count
         self.make = make
         self.batch_size = batch_size
@@ -80,53 +87,71 @@ class Loader:
         self.world = world
         self.workers = workers
         self.pin = pin
-        self._orders: dict[int, np.ndarray] = {}
+        self.grouping = grouping
+        self.lengths = lengths
+        self._orders: dict[int, Tensor] = {}
 
     def batches(self, start: int = 0) -> Iterator[Made]:
         """Endless, from batch number `start`. Epochs follow each other without a gap: a batch may straddle two.
 
-        Raises UserError for a batch of which no record can be read. Stops its thread or processes when it is closed or
-        no longer referenced.
+        Raises UserError for a batch of which no record can be read, and for a row above the budget of tokens. Stops its
+        thread or processes when it is closed or no longer referenced.
         """
-        return self._run(self.rows, itertools.count(start))
+        _ = self.plan  # its error is raised here, before there are processes
+        return self._run((s, self.rows(s)) for s in itertools.count(start))
 
     def once(self) -> Iterator[Made]:
         """Every record once, in order, `rank::world` on each rank; the last batch is short. For evaluation."""
         mine = range(self.rank, self.count, self.world)
-        return self._run(self._rows_once, range(-(-len(mine) // self.batch_size)))
+        parts = (mine[i : i + self.batch_size] for i in range(0, len(mine), self.batch_size))
+        return self._run(enumerate([Row(i, hash64(self.seed, 0, i)) for i in part] for part in parts))
 
     def rows(self, s: int) -> list[Row]:
         """The rows of this rank in batch number s."""
-        first = (s * self.world + self.rank) * self.batch_size
-        rows = []
-        for place in range(first, first + self.batch_size):
-            epoch, within = divmod(place, self.count)
-            index = int(self._order(epoch)[within])
-            rows.append(Row(index, hash64(self.seed, epoch, index)))
-        return rows
+        t = s * self.world + self.rank
+        if self.plan is None:
+            place_B = torch.arange(t * self.batch_size, (t + 1) * self.batch_size)
+        else:
+            place_B = self.plan.batch(t)
+        return [Row(*row) for row in zip(*(part.tolist() for part in self._drawn(place_B)))]
 
-    def _rows_once(self, s: int) -> list[Row]:
-        mine = range(self.rank, self.count, self.world)
-        return [Row(i, hash64(self.seed, 0, i)) for i in mine[s * self.batch_size : (s + 1) * self.batch_size]]
+    @cached_property
+    def plan(self) -> Plan | None:
+        """How rows are grouped, where they are."""
+        if self.grouping is None or self.lengths is None:
+            return None
+        table = self.lengths()
+        longest = int(table.tokens_T.max())
+        shape = {"count": self.count, "batch_size": self.batch_size, "world": self.world, "seed": self.seed}
+        return Plan(self.grouping, lambda place_N: table(*self._drawn(place_N)), longest, **shape)
 
-    def _order(self, epoch: int) -> np.ndarray:
+    def _drawn(self, place_N: Tensor) -> tuple[Tensor, Tensor]:
+        """Index and seed int64 [N] of places in the endless sequence of epochs."""
+        epoch_N = place_N // self.count
+        index_N = torch.empty_like(place_N)
+        for epoch in epoch_N.unique().tolist():
+            here_N = epoch_N == epoch
+            index_N[here_N] = self._order(epoch)[place_N[here_N] % self.count]
+        return index_N, hash64_rows(self.seed, epoch_N, index_N)
+
+    def _order(self, epoch: int) -> Tensor:
         order = self._orders.get(epoch)
         if order is None:
             generator = torch.Generator().manual_seed(hash64(self.seed, epoch))
-            order = torch.randperm(self.count, generator=generator).numpy()
+            order = torch.randperm(self.count, generator=generator)
             self._orders = {e: o for e, o in self._orders.items() if e == epoch - 1} | {epoch: order}
         return order
 
-    def _run(self, rows: Callable[[int], list[Row]], numbers: Iterable[int]) -> Iterator[Made]:
-        batches = _Batches(self.make, rows)
+    def _run(self, planned: Iterator[Planned]) -> Iterator[Made]:
+        batches = _Batches(self.make)
         if self.workers == 0:
-            return Prefetch(self._finish(map(batches.__getitem__, numbers)))
+            return Prefetch(self._finish(map(batches.__getitem__, planned)))
         # Threads inside the tokenizer do not survive the fork; unless told otherwise it warns and goes on without them.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         loader = DataLoader(
             batches,
             batch_size=None,
-            sampler=numbers,
+            sampler=planned,
             num_workers=self.workers,
             collate_fn=_as_is,
             worker_init_fn=_quiet_worker,
@@ -147,15 +172,15 @@ class Loader:
 
 
 class _Batches(Dataset):
-    """Batch number -> batch. A UserError is returned: a DataLoader would turn it into the text of a traceback."""
+    """Planned rows -> batch. A UserError is returned: a DataLoader would turn it into the text of a traceback."""
 
-    def __init__(self, make: Callable[[list[Row]], Made], rows: Callable[[int], list[Row]]):
+    def __init__(self, make: Callable[[list[Row]], Made]):
         self.make = make
-        self.rows = rows
 
-    def __getitem__(self, s: int) -> Made | UserError:
+    def __getitem__(self, planned: Planned) -> Made | UserError:
+        s, rows = planned
         try:
-            batch, dropped = self.make(self.rows(s))
+            batch, dropped = self.make(rows)
         except UserError as error:
             return error
         if len(batch) == 0:
