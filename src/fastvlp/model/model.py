@@ -8,6 +8,7 @@ from typing import Literal, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
+from fastvlp.batch import Regions
 from fastvlp.errors import UserError
 from fastvlp.model import masks
 from fastvlp.model.absent import Absent
@@ -15,6 +16,8 @@ from fastvlp.model.embed import Embed, EmbedConfig
 from fastvlp.model.fusion import Fusion, FusionConfig, LMHead, Reconstructor, ReconstructorConfig
 from fastvlp.model.image import ImageConfig, ImageTower
 from fastvlp.model.layers import KeyValue
+from fastvlp.model.regions import given, region_features
+from fastvlp.model.single import Joint, SingleConfig, SingleStream
 from fastvlp.model.text import TextConfig, TextTower
 
 # How a model reads a text to summarise it: all at once, left to right, or through the reconstructor.
@@ -26,7 +29,8 @@ Bos = Literal["blind", "official"]
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """fusion: layers in which text reads the image, with a vocabulary head; None for two towers alone. embed: the towers'
-    heads into a joint space. separate_heads: own vocabulary heads for the forward and the reverse stream (FLM's
+    heads into a joint space. single: one stream over words and regions; it has no towers: of `image` it reads the size, of
+    `text` the embedding. separate_heads: own vocabulary heads for the forward and the reverse stream (FLM's
     share_lm_scorer_weights)."""
 
     image: ImageConfig
@@ -34,6 +38,7 @@ class ModelConfig:
     fusion: FusionConfig | None = None
     reconstructor: ReconstructorConfig | None = None
     embed: EmbedConfig | None = None
+    single: SingleConfig | None = None
     separate_heads: bool = False
 
 
@@ -46,6 +51,7 @@ def check(config: ModelConfig) -> None:
         {"text": text.layer}
         | ({"fusion": fusion.layer} if fusion else {})
         | ({"reconstructor": part.layer} if part else {})
+        | ({"single": config.single.layer} if config.single else {})
     )
     for name, layer in [("image", image.layer), *layers.items()]:
         if layer.heads < 1 or layer.width % layer.heads:
@@ -60,6 +66,8 @@ def check(config: ModelConfig) -> None:
             f"model.reconstructor: each layer reads one of text ({text.depth}) or fusion ({deep}); "
             f"bottom {part.bottom} and top {part.top} are more than there are"
         )
+    if config.single and (fusion or part or config.embed or config.separate_heads or text.depth):
+        raise UserError("model.single stands alone: no fusion, reconstructor, embed or heads, and model.text.depth 0")
     embed = config.embed
     if embed and embed.image.pool == "patches" and not image.class_token:
         raise UserError("model.embed.image.pool patches leaves out the class token, and there is none; choose mean")
@@ -104,10 +112,11 @@ class VLModel(nn.Module):
         check(config)
         width = config.text.layer.width
         self.config = config
-        self.image = ImageTower(config.image)
-        self.text = TextTower(config.text)
-        fusion, image_width = config.fusion, config.image.layer.width
+        fusion, image_width, single = config.fusion, config.image.layer.width, config.single
         # Absent parts are declared as present: who reads one meets an error that names the field to set.
+        self.image = cast(ImageTower, Absent("image")) if single else ImageTower(config.image)
+        self.text = TextTower(config.text)
+        self.single = SingleStream(single, config.text.vocab) if single else cast(SingleStream, Absent("single"))
         self.fusion = Fusion(fusion, image_width) if fusion else cast(Fusion, Absent("fusion"))
         self.reconstructor = Reconstructor(config.reconstructor) if config.reconstructor else None
         head = lambda: LMHead(width, config.text.vocab, fusion.layer.eps if fusion else 1e-5)  # noqa: E731
@@ -127,9 +136,28 @@ class VLModel(nn.Module):
         own = {"reconstruct": self.head, "forward": self.forward_head, "reverse": self.reverse_head}[stream]
         return own or self.head
 
-    def encode_image(self, image: Tensor, keep_BK: Tensor | None = None) -> Tensor:
-        """uint8 [B 3 H W] -> [B K D]."""
-        return self.image(image, keep_BK)
+    def encode_image(self, image: Tensor, keep_BK: Tensor | None = None, regions: Regions | None = None) -> Tensor:
+        """uint8 [B 3 H W] -> [B K D]. What a single stream reads are the regions' features: [B R F]."""
+        if self.config.single is None:
+            return self.image(image, keep_BK)
+        if keep_BK is not None:
+            raise UserError("keep drops patches, and a single stream reads regions; leave keep at 1")
+        return region_features(self.config.single.regions, image, regions)
+
+    def read_regions(
+        self,
+        feature_BRF: Tensor,
+        regions: Regions | None,
+        ids_BL: Tensor,
+        length_B: Tensor,
+        *,
+        hidden_BR: Tensor | None = None,
+        slot_B: Tensor | None = None,
+    ) -> Joint:
+        """Words and regions in one stream. `feature`: what `encode_image` gave; it is masked where `hidden`."""
+        position_L = torch.arange(ids_BL.shape[1], device=ids_BL.device)
+        words = self.text.embed(ids_BL, position_L, self.single.kinds[0])
+        return self.single(words, length_B, feature_BRF, given(regions), hidden_BR=hidden_BR, slot_B=slot_B)
 
     def embed_image(self, image_BKD: Tensor) -> Tensor:
         """States of `encode_image` to unit vectors of the joint space, in fp32 -> [B E]."""

@@ -28,7 +28,7 @@ FORMAT = 1
 Which = Literal["best", "last"]
 OBJECTIVES = "objectives."
 # Modules that one model may have and another not; everything else is in every model.
-OPTIONAL = ("fusion.", "head.", "reconstructor.", "forward_head.", "reverse_head.", "embed.")
+OPTIONAL = ("fusion.", "head.", "reconstructor.", "forward_head.", "reverse_head.", "embed.", "single.")
 
 _converter = cattrs.Converter(forbid_extra_keys=True)
 

@@ -43,9 +43,11 @@ class TextTower(nn.Module):
         self.blocks = stack(config.layer, config.depth)
         initialise(self, width)
 
-    def embed(self, ids_BL: Tensor, position_BL: Tensor) -> Tensor:
-        """Words at their positions -> [B L D]. Padding ids keep the padding position where the table has one."""
+    def embed(self, ids_BL: Tensor, position_BL: Tensor, kind_D: Tensor | None = None) -> Tensor:
+        """Words at their positions -> [B L D]; `kind` is added to each, a type vector. Padding ids keep the padding
+        position where the table has one."""
         row_BL = position_BL + self.config.position_offset
         if self.config.pad_position is not None:
             row_BL = torch.where(ids_BL == self.config.pad, self.config.pad_position, row_BL)
-        return self.drop(self.norm(self.word(ids_BL) + self.position(row_BL)))
+        x = self.word(ids_BL) + self.position(row_BL)
+        return self.drop(self.norm(x if kind_D is None else x + kind_D))

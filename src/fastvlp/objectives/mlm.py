@@ -12,7 +12,8 @@ from fastvlp.data.random import uniform
 from fastvlp.data.tokenize import Tokenizer
 from fastvlp.model import masks
 from fastvlp.model.model import ModelConfig, VLModel
-from fastvlp.objectives.losses import head_loss
+from fastvlp.model.regions import given, random_hide
+from fastvlp.objectives.losses import head_loss, token_loss
 from fastvlp.objectives.objective import Loss, Objective, ObjectiveConfig
 
 MASK_SALT, PREDICT_SALT, KIND_SALT, WORD_SALT = 401, 402, 403, 404
@@ -22,13 +23,16 @@ MASK_SALT, PREDICT_SALT, KIND_SALT, WORD_SALT = 401, 402, 403, 404
 class MLMConfig(ObjectiveConfig):
     """mask_rate: share of words (or tokens) corrupted. predict_rate: share of all tokens that are asked for, at most
     mask_rate (None: all corrupted ones). Of the corrupted, `keep_mask` become the mask id, `keep_random` a random id, the
-    rest stay. whole_word: all pieces of a word together. At least one token of every text is corrupted and asked for."""
+    rest stay. whole_word: all pieces of a word together. At least one token of every text is corrupted and asked for.
+    region_rate: share of the regions that a single stream has masked at the same time; 0 is UNITER's conditional masking
+    (arXiv 1909.11740, section 3.2)."""
 
     mask_rate: float = 0.4
     predict_rate: float | None = None
     keep_mask: float = 0.8
     keep_random: float = 0.1
     whole_word: bool = True
+    region_rate: float = 0.0
 
     def __post_init__(self) -> None:
         if not 0 < self.mask_rate <= 1:
@@ -90,11 +94,26 @@ class MLM(Objective):
 
     def forward(self, model: VLModel, image_BKD: Tensor, batch: Batch) -> dict[str, Loss]:
         corrupted, asked = self.draw(batch)
-        return {"masked": masked_loss(model, image_BKD, batch, self.corrupt(batch, corrupted), asked)}
+        ids, rate = self.corrupt(batch, corrupted), self.config.region_rate
+        hidden = random_hide(batch.seed, given(batch.regions).mask, rate) if rate else None
+        return {"masked": masked_loss(model, image_BKD, batch, ids, asked, hidden)}
 
 
-def masked_loss(model: VLModel, image_BKD: Tensor, batch: Batch, ids_BL: Tensor, ask_BL: Tensor) -> Loss:
-    """Cross-entropy of the true ids at the asked positions, `ids_BL` being what the model reads."""
-    state = model.read(image_BKD, ids_BL, mask=masks.full(batch.length, ids_BL.shape[1]))
-    nll = head_loss(model.head, state[ask_BL], batch.ids[ask_BL])
+def masked_loss(
+    model: VLModel,
+    image_BKD: Tensor,
+    batch: Batch,
+    ids_BL: Tensor,
+    ask_BL: Tensor,
+    hidden_BR: Tensor | None = None,
+) -> Loss:
+    """Cross-entropy of the true ids at the asked positions, `ids_BL` and the regions not `hidden` being what is read."""
+    target_T = batch.ids[ask_BL]
+    if model.config.single is not None:
+        joint = model.read_regions(image_BKD, batch.regions, ids_BL, batch.length, hidden_BR=hidden_BR)
+        words = model.single.words
+        nll = token_loss(words.hidden(joint.text[ask_BL]), model.text.word.weight, words.bias, target_T)
+    else:
+        state = model.read(image_BKD, ids_BL, mask=masks.full(batch.length, ids_BL.shape[1]))
+        nll = head_loss(model.head, state[ask_BL], target_T)
     return Loss(nll.sum(), ask_BL.sum())

@@ -50,7 +50,7 @@ class Pretraining(nn.Module):
         """-> [B K D]; `keep` < 1 drops patches before any is embedded, the same ones for the same row seeds."""
         config = self.model.config.image
         keep = random_keep(batch.seed, config.grid**2, self.keep) if self.keep < 1 else None
-        return self.model.encode_image(batch.image, keep)
+        return self.model.encode_image(batch.image, keep, batch.regions)
 
     def forward(self, batch: Batch, cached: Mapping[str, RowGrads] | None = None) -> dict[str, Loss]:
         """The image is encoded once and shared by all objectives. `cached`: of objectives that were scored on the whole

@@ -1,0 +1,172 @@
+"""Masked region modeling: what a hidden region holds, from the words and the other regions (UNITER, arXiv 1909.11740,
+section 3.2).
+
+Conditional masking is the default: no word is hidden while regions are. `word_rate` hides words too (the paper's ablation
+of it, Table 2 row 12), as `MLMConfig.region_rate` does the other way round.
+"""
+
+from __future__ import annotations
+
+import abc
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastvlp.batch import Batch
+from fastvlp.data.tokenize import Tokenizer
+from fastvlp.errors import UserError
+from fastvlp.model.layers import initialise
+from fastvlp.model.model import ModelConfig, VLModel
+from fastvlp.model.regions import given, random_hide
+from fastvlp.model.single import SingleConfig
+from fastvlp.objectives.losses import at_least_fp32
+from fastvlp.objectives.mlm import MLMConfig
+from fastvlp.objectives.objective import Loss, Objective, ObjectiveConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskedRegionsConfig(ObjectiveConfig, abc.ABC):
+    """rate: share of the regions that are hidden; at least one of each picture. word_rate: share of the words hidden at
+    the same time."""
+
+    rate: float = 0.15
+    word_rate: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.rate <= 1 or not 0 <= self.word_rate <= 1:
+            raise ValueError(f"rate is a share above 0, word_rate one of 0 or more, not {self.rate}, {self.word_rate}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MRFRConfig(MaskedRegionsConfig):
+    """reduction: over a feature's numbers. `mean` is the released code's, `sum` the paper's squared L2 distance."""
+
+    reduction: Literal["mean", "sum"] = "mean"
+
+    def build(self, model: ModelConfig, tokenizer: Tokenizer) -> MRFR:
+        return MRFR(self, model, tokenizer)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MRCConfig(MaskedRegionsConfig):
+    """classes: of the detector. background: their first is the detector's background. target: `soft`, all shares (MRC-kl),
+    or `hard`, the best class that is not background. reduction of MRC-kl over classes: `mean` (the released code: so many
+    times smaller) or `batchmean`, the divergence itself."""
+
+    classes: int = 1601
+    background: bool = True
+    target: Literal["soft", "hard"] = "soft"
+    reduction: Literal["mean", "batchmean"] = "mean"
+
+    def build(self, model: ModelConfig, tokenizer: Tokenizer) -> MRC:
+        return MRC(self, model, tokenizer)
+
+
+def feature_error(predicted_TF: Tensor, target_TF: Tensor, reduction: Literal["mean", "sum"]) -> Tensor:
+    """Squared error of each region: [T]."""
+    square = (predicted_TF - target_TF).square()
+    return square.mean(1) if reduction == "mean" else square.sum(1)
+
+
+def class_nll(logits_TC: Tensor, share_TC: Tensor, *, background: bool = True) -> Tensor:
+    """Cross-entropy of each region's best class, but the background in column 0: [T]."""
+    first = int(background)
+    return F.cross_entropy(logits_TC, share_TC[:, first:].argmax(1) + first, reduction="none")
+
+
+def class_divergence(logits_TC: Tensor, share_TC: Tensor, reduction: Literal["mean", "batchmean"]) -> Tensor:
+    """KL(shares || predicted) of each region, all classes included: [T]."""
+    each = F.kl_div(logits_TC.log_softmax(1), share_TC, reduction="none")
+    return each.mean(1) if reduction == "mean" else each.sum(1)
+
+
+def single_config(model: ModelConfig) -> SingleConfig:
+    if model.single is None:
+        raise UserError(
+            "the objective reads words and regions in one stream; set model.single, as sizes.uniter_base does"
+        )
+    return model.single
+
+
+class MaskedRegions(Objective, abc.ABC):
+    """What both objectives share: which regions are asked for, and their states where they are hidden."""
+
+    reading = "full"
+
+    def __init__(self, config: MaskedRegionsConfig, model: ModelConfig, tokenizer: Tokenizer):
+        super().__init__()
+        layer = single_config(model).layer
+        self.rate = config.rate
+        words = MLMConfig(mask_rate=config.word_rate, whole_word=False) if config.word_rate else None
+        self.words = words.build(model, tokenizer) if words else None
+        self.transform = nn.Sequential(
+            nn.Linear(layer.width, layer.width), nn.GELU(), nn.LayerNorm(layer.width, eps=layer.eps)
+        )
+        initialise(self, layer.width)
+
+    def asked(self, batch: Batch) -> Tensor:
+        """Which regions may be hidden: bool [B R]."""
+        return given(batch.regions).mask
+
+    def hidden(self, batch: Batch) -> Tensor:
+        return random_hide(batch.seed, self.asked(batch), self.rate)
+
+    def counts(self, batch: Batch) -> dict[str, Tensor]:
+        return {"masked": self.hidden(batch).sum()}
+
+    def forward(self, model: VLModel, image_BKD: Tensor, batch: Batch) -> dict[str, Loss]:
+        hidden = self.hidden(batch)
+        ids = self.words.corrupt(batch, self.words.draw(batch)[0]) if self.words else batch.ids
+        joint = model.read_regions(image_BKD, batch.regions, ids, batch.length, hidden_BR=hidden)
+        error = self.error(model, self.transform(joint.region[hidden]), image_BKD[hidden], batch, hidden)
+        return {"masked": Loss(error.sum(), hidden.sum())}
+
+    @abc.abstractmethod
+    def error(self, model: VLModel, state_TD: Tensor, feature_TF: Tensor, batch: Batch, hidden_BR: Tensor) -> Tensor:
+        """Of each hidden region, row by row: [T]."""
+
+
+class MRFR(MaskedRegions):
+    """Masked region feature regression: the feature itself, through the transposed projection that reads it."""
+
+    def __init__(self, config: MRFRConfig, model: ModelConfig, tokenizer: Tokenizer):
+        super().__init__(config, model, tokenizer)
+        self.config = config
+        self.bias = nn.Parameter(torch.zeros(single_config(model).regions.width))
+
+    def error(self, model: VLModel, state_TD: Tensor, feature_TF: Tensor, batch: Batch, hidden_BR: Tensor) -> Tensor:
+        predicted = F.linear(state_TD, model.single.regions.feature.weight.T, self.bias)
+        return feature_error(at_least_fp32(predicted), at_least_fp32(feature_TF), self.config.reduction)
+
+
+class MRC(MaskedRegions):
+    """Masked region classification: the detector's classes. Regions of which nothing is told are not asked for."""
+
+    def __init__(self, config: MRCConfig, model: ModelConfig, tokenizer: Tokenizer):
+        super().__init__(config, model, tokenizer)
+        self.config = config
+        width = single_config(model).layer.width
+        self.classify = nn.Linear(width, config.classes)
+        initialise(self.classify, width)
+
+    def _shares(self, batch: Batch) -> Tensor:
+        shares = given(batch.regions).classes
+        if shares is None or shares.shape[2] != self.config.classes:
+            found = "none" if shares is None else shares.shape[2]
+            raise UserError(
+                f"MRC predicts {self.config.classes} classes of regions, and the data brings {found}: data.regions.classes "
+                f"names them, and the objective's `classes` is their number"
+            )
+        return shares
+
+    def asked(self, batch: Batch) -> Tensor:
+        return given(batch.regions).mask & (self._shares(batch).sum(-1) > 0)
+
+    def error(self, model: VLModel, state_TD: Tensor, feature_TF: Tensor, batch: Batch, hidden_BR: Tensor) -> Tensor:
+        logits, shares = at_least_fp32(self.classify(state_TD)), self._shares(batch)[hidden_BR]
+        if self.config.target == "hard":
+            return class_nll(logits, shares, background=self.config.background)
+        return class_divergence(logits, shares, self.config.reduction)

@@ -1,0 +1,56 @@
+"""Heads of UNITER's downstream tasks on a single stream (arXiv 1909.11740, section 4; released code's configs)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastvlp.model.layers import CrossAttention, LayerConfig, initialise
+
+
+def answer_head(width: int, answers: int, eps: float = 1e-12) -> nn.Sequential:
+    """VQA and visual entailment: the pooled state [B D] to logits of the answers [B A]."""
+    head = nn.Sequential(
+        nn.Linear(width, 2 * width), nn.GELU(), nn.LayerNorm(2 * width, eps=eps), nn.Linear(2 * width, answers)
+    )
+    initialise(head, width)
+    return head
+
+
+def region_scores(score: nn.Module, region_BRD: Tensor, region_BR: Tensor) -> Tensor:
+    """Referring expressions: how well each region fits the text, [B R]; padding -1e4. `score`: D -> 1."""
+    return score(region_BRD)[..., 0].masked_fill(~region_BR, -1e4)
+
+
+def rank_loss(score_GS: Tensor, margin: float = 0.2) -> Tensor:
+    """Groups of a pair (first) and wrong pairs: max(0, margin + sigmoid(wrong) - sigmoid(right)) -> [G S-1]."""
+    right, wrong = torch.sigmoid(score_GS).split([1, score_GS.shape[1] - 1], 1)
+    return F.relu(margin + wrong - right)
+
+
+class PairAttention(nn.Module):
+    """NLVR2, "pair-biattn": a text beside each of two pictures; either sequence attends to the other, and both are pooled
+    by attention (released code: model/nlvr2.py)."""
+
+    def __init__(self, layer: LayerConfig):
+        super().__init__()
+        width = layer.width
+        self.to_right, self.to_left = CrossAttention(layer), CrossAttention(layer)
+        self.join = nn.Linear(2 * width, width)
+        self.weigh = nn.Linear(width, 1)
+        self.out = nn.Linear(2 * width, 2)
+        self.drop = nn.Dropout(layer.dropout)
+        initialise(self, width)
+
+    def _pooled(self, own: Tensor, own_real: Tensor, attend: CrossAttention, other: Tensor, mask: Tensor) -> Tensor:
+        read = attend(own, attend.keys(other), mask[:, None, None])
+        x = self.drop(F.relu(self.join(torch.cat([read, own], -1))))
+        weight = F.relu(self.weigh(x))[..., 0].masked_fill(~own_real, -1e4).softmax(1)
+        return (self.drop(weight)[:, None] @ x)[:, 0]
+
+    def forward(self, left_BSD: Tensor, left_BS: Tensor, right_BSD: Tensor, right_BS: Tensor) -> Tensor:
+        """States of words and regions of both sequences, and which of them are real -> logits (false, true) [B 2]."""
+        left = self._pooled(left_BSD, left_BS, self.to_right, right_BSD, right_BS)
+        right = self._pooled(right_BSD, right_BS, self.to_left, left_BSD, left_BS)
+        return self.out(torch.cat([left, right], -1))
