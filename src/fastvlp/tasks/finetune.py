@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any, assert_never
 
 import cattrs
-import fsspec
 import torch
 from cattrs.errors import BaseValidationError
 
 from fastvlp import dist
+from fastvlp.data import splits
 from fastvlp.data.files import write_whole
 from fastvlp.data.rows import Data, Split
 from fastvlp.errors import UserError
@@ -29,9 +29,6 @@ from fastvlp.tasks.vqa import VQA, VQAConfig, VQAData, frequent_answers
 from fastvlp.train.optim import OptimConfig
 from fastvlp.train.run import train
 from fastvlp.train.state import TrainConfig, pick_device
-
-# Other names under which a development split is imported.
-SPLITS: dict[Split, tuple[str, ...]] = {"train": ("train",), "val": ("val", "dev", "validation"), "test": ("test",)}
 
 HELD_OUT: tuple[Split, ...] = ("val", "test")
 
@@ -57,35 +54,14 @@ RATES: dict[Task, Rates] = {
 
 
 def find_splits(folder: str, task: Task, needed: Split = "train") -> dict[str, str]:
-    """Folder, or fsspec URL, of each split that is there. Raises UserError where the needed one is not."""
-    prefixes = ("pairs-", "") if task == "nlvr2" else ("",)
-    found: dict[str, str] = {}
-    for split, names in SPLITS.items():
-        places = [_place(folder, f"{prefix}{name}") for prefix in prefixes for name in names]
-        place = next(filter(_is_folder, places), None)
-        if place is not None:
-            found[split] = place
-    if needed not in found:
-        raise UserError(f"{folder}: no split called {needed} here; give the folder that `vlp data import --out` wrote")
-    return found
-
-
-def _place(folder: str, name: str) -> str:
-    return f"{folder.rstrip('/')}/{name}" if "://" in folder else str(Path(folder) / name)
-
-
-def _is_folder(place: str) -> bool:
-    try:
-        fs, root = fsspec.core.url_to_fs(place)
-        return bool(fs.isdir(root))
-    except (ImportError, ValueError, OSError) as error:
-        raise UserError(f"{place}: cannot look here ({error}); check the address and your access to it") from error
+    """The splits in `folder`; those of pairs are looked for first where a task is about two images."""
+    return splits.find_splits(folder, ("pairs-", "") if task == "nlvr2" else ("",), needed)
 
 
 def task_data(told: Finetune, max_length: int) -> Data:
-    splits = find_splits(told.data, told.task)
+    places = find_splits(told.data, told.task)
     shared: dict[str, Any] = {
-        **splits,
+        **places,
         "batch_size": told.batch_size,
         "workers": told.workers,
         "max_length": max_length,
@@ -93,7 +69,7 @@ def task_data(told: Finetune, max_length: int) -> Data:
     match told.task:
         case "vqa":
             field = told.field or "questions"
-            return VQAData(**shared, questions=field, answers=frequent_answers(splits["train"], field, told.answers))
+            return VQAData(**shared, questions=field, answers=frequent_answers(places["train"], field, told.answers))
         case "nlvr":
             return NLVRData(**shared, statements=told.field or "statements")
         case "nlvr2":
@@ -160,8 +136,8 @@ def finetune(told: Finetune) -> tuple[dict[Split, Any], Path] | None:
         train(run, told.resume)
         if not dist.is_main():
             return None
-        splits: list[Split] = [split for split in HELD_OUT if getattr(run.data, split) is not None]
-        scores = {split: evaluate(Evaluate(run=str(run.folder), split=split, device=told.device)) for split in splits}
+        held_out = [split for split in HELD_OUT if getattr(run.data, split) is not None]
+        scores = {split: evaluate(Evaluate(run=str(run.folder), split=split, device=told.device)) for split in held_out}
     return scores, write_results(run.folder, scores)
 
 
