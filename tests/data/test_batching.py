@@ -15,6 +15,7 @@ from fastvlp.batch import Batch, Dropped, Record
 from fastvlp.data.batching import Grouping, Lengths, budget_sizes
 from fastvlp.data.loader import Loader, PairMaker, Row
 from fastvlp.data.random import hash64
+from fastvlp.data.regions import RegionSource
 from fastvlp.data.rows import PairData, caption_lengths
 from fastvlp.data.shards import Shards, ShardWriter
 from fastvlp.data.tokenize import Tokenizer
@@ -23,6 +24,7 @@ from fastvlp.data.world import WorldConfig, scene_record
 from fastvlp.errors import UserError
 from fastvlp.train.run import start, steps, train
 from fastvlp.train.state import save
+from tests.made import made_config
 from tests.train.runs import assert_equal, made_run, weights
 
 FIXED, BUDGET = Grouping(group=24), Grouping(group=40, max_tokens=90, multiple=2)
@@ -186,17 +188,27 @@ def test_lengths_of_pairs_are_those_of_their_batches(world, captions):
     shards = Shards(data.train)
     maker = PairMaker(shards, Transform(size=8), tokenizer, captions=captions, max_length=12)
     lengths = caption_lengths(shards, tokenizer, captions, 12)
-    boxes = caption_lengths(shards, tokenizer, captions, 12, beside=lambda info: len(info["objects"]))
     shown = 0.0
     made = Loader(300, maker, batch_size=16, seed=0, grouping=data.grouping, lengths=lambda: lengths)
     for s in range(20):
         rows = made.rows(s)
         batch, _ = maker(rows)
         assert tokens(rows, lengths) == batch.length.tolist()
-        objects = [len(shards.info(row.index)["objects"]) for row in rows]
-        assert tokens(rows, boxes) == [a + b for a, b in zip(batch.length.tolist(), objects)]
         shown += int(batch.length.sum()) / batch.ids.numel() / 20
     assert shown > 0.98
+
+
+@pytest.mark.parametrize("told", [{"most": 3}, {"whole": True}, {"grid": 2}])
+def test_regions_fill_a_row_too(world, told):
+    data = PairData(train=str(world / "train"), batch_size=16, max_tokens=90, regions=RegionSource(**told), cache=False)
+    rows = data.rows("train", Tokenizer.train(data.texts()), made_config().image, strict=False)
+    lengths = rows.lengths()
+    made = Loader(300, rows.make, batch_size=16, seed=0, grouping=data.grouping, lengths=lambda: lengths)
+    for s in range(10):
+        batch, _ = rows.make(made.rows(s))
+        row = batch.length + batch.regions.count
+        assert tokens(made.rows(s), lengths) == row.tolist()
+        assert len(batch) * row.max() <= 90
 
 
 def test_a_record_without_a_caption_is_dropped_when_its_batch_is_made(tmp_path):

@@ -118,6 +118,17 @@ def caption_lengths(
     return Lengths(tokens_T, torch.cat([torch.zeros(1, dtype=torch.int64), count_N.cumsum(0)]))
 
 
+def region_count(source: RegionSource | None, info: Mapping[str, Any]) -> int:
+    """Regions that come along with a record, before those outside the picture are left out."""
+    if source is None:
+        return 0
+    if source.grid is not None:
+        return source.grid**2 + 1
+    told = info.get("objects")
+    objects = [o for o in told if isinstance(o, dict) and o.get("image", 0) == 0] if isinstance(told, list) else []
+    return max(1, min(len(objects), source.most) + source.whole)
+
+
 @dataclass(frozen=True, kw_only=True)
 class PairData(Data):
     """Image-text pairs in shards. `captions`: the field of a record that holds its list of captions (`captions_zh`: the
@@ -144,7 +155,8 @@ class PairData(Data):
             cache=self.cache,
             strict=strict,
         )
-        lengths = partial(caption_lengths, shards, tokenizer, self.captions, self.max_length)
+        regions = partial(region_count, self.regions)
+        lengths = partial(caption_lengths, shards, tokenizer, self.captions, self.max_length, regions)
         return Rows(len(shards), make, tuple(shards.damage), lengths)
 
     def texts(self) -> Iterator[str]:
