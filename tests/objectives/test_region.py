@@ -1,0 +1,188 @@
+"""Objectives on a single stream: masked regions, masked words beside them, matching with alignment."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fastvlp.batch import Batch
+from fastvlp.errors import UserError
+from fastvlp.model.model import VLModel
+from fastvlp.objectives.mlm import MLMConfig
+from fastvlp.objectives.objective import Objective, ObjectiveConfig
+from fastvlp.objectives.region import MRCConfig, MRFRConfig, class_divergence, class_nll, feature_error
+from fastvlp.objectives.transport import transport_distance
+from fastvlp.objectives.wra import WRAConfig, match_loss
+from tests.made import SPECIALS, made_config, made_tokenizer
+from tests.made_single import CLASSES, FEATURE, region_batch, row_of, single_config, single_model
+
+BATCH = region_batch(lengths=(9, 4, 7, 6), counts=(5, 3, 6, 2), seed=6)
+CLASSES_TOLD = {"classes": CLASSES}
+
+
+def build(config: ObjectiveConfig) -> Objective:
+    torch.manual_seed(3)
+    objective = config.build(single_config(), made_tokenizer())
+    for parameter in objective.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return objective
+
+
+def run(config: ObjectiveConfig, model: VLModel, batch: Batch):
+    return build(config).double()(model, model.encode_image(batch.image, regions=batch.regions), batch)
+
+
+ROWWISE = [
+    MRFRConfig(rate=0.4),
+    MRFRConfig(rate=0.4, reduction="sum", word_rate=0.3),
+    MRCConfig(rate=0.4, **CLASSES_TOLD),
+    MRCConfig(rate=0.4, target="hard", **CLASSES_TOLD),
+    MLMConfig(mask_rate=0.3),
+    MLMConfig(mask_rate=0.3, region_rate=0.4),
+]
+
+
+@pytest.mark.parametrize("config", ROWWISE, ids=str)
+def test_a_row_is_the_same_in_any_batch(config: ObjectiveConfig):
+    """Losses of a batch are the sums of its rows alone, and their counts are known before the pass."""
+    model = single_model().double()
+    (together,) = run(config, model, BATCH).values()
+    assert together.count == build(config).counts(BATCH)["masked"] > 0
+    alone = [run(config, model, row_of(BATCH, b))["masked"] for b in range(4)]
+    torch.testing.assert_close(torch.stack([loss.total for loss in alone]).sum(), together.total)
+    assert sum(int(loss.count) for loss in alone) == together.count
+
+
+def test_the_divergences_mean_is_so_many_times_smaller():
+    """1601 with the detector's classes: what the released code's reduction amounts to (spec A2.5)."""
+    generator = torch.Generator().manual_seed(0)
+    logits, share = torch.randn(2, 7, 1601, generator=generator)
+    share = share.softmax(1)
+    ratio = class_divergence(logits, share, "batchmean") / class_divergence(logits, share, "mean")
+    torch.testing.assert_close(ratio, torch.full_like(ratio, 1601))
+    expected = (share * (share.log() - logits.log_softmax(1))).sum(1)
+    torch.testing.assert_close(class_divergence(logits, share, "batchmean"), expected)
+
+
+def test_feature_error_by_code_and_by_paper():
+    predicted, target = torch.randn(2, 5, 2048, generator=torch.Generator().manual_seed(0))
+    code, paper = (feature_error(predicted, target, how) for how in ("mean", "sum"))
+    torch.testing.assert_close(paper, 2048 * code)
+    torch.testing.assert_close(paper, (predicted - target).norm(dim=1) ** 2)
+
+
+def test_the_background_is_never_a_target():
+    share = torch.tensor([[0.9, 0.02, 0.08], [0.1, 0.5, 0.4]])
+    logits = torch.randn(2, 3, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(class_nll(logits, share), -logits.log_softmax(1)[[0, 1], [2, 1]])
+    torch.testing.assert_close(class_nll(logits, share, background=False), -logits.log_softmax(1)[[0, 1], [0, 1]])
+
+
+def seen(config: ObjectiveConfig) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """What an objective lets the model read: ids, and the regions that are masked."""
+    model, told = single_model().double(), {}
+    inner = model.read_regions
+
+    def spy(feature, regions, ids, length, hidden_BR=None):
+        told.update(ids=ids, hidden=hidden_BR)
+        return inner(feature, regions, ids, length, hidden_BR=hidden_BR)
+
+    model.read_regions = spy  # type: ignore[method-assign]
+    run(config, model, BATCH)
+    return told["ids"], told["hidden"]
+
+
+def test_conditional_masking():
+    """No word is hidden while regions are, and the other way round, unless the joint rates say so."""
+    ids, hidden = seen(MRFRConfig(rate=0.4))
+    assert torch.equal(ids, BATCH.ids) and hidden.any()
+    ids, hidden = seen(MLMConfig(mask_rate=0.5))
+    assert (ids == SPECIALS["mask"]).any() and hidden is None
+    for config in (MRFRConfig(rate=0.4, word_rate=0.5), MLMConfig(mask_rate=0.5, region_rate=0.4)):
+        ids, hidden = seen(config)
+        assert (ids == SPECIALS["mask"]).any() and hidden.any()
+
+
+def test_regions_of_no_known_class_are_not_asked_for():
+    share = BATCH.regions.classes.clone()
+    share[:, 0] = 0
+    objective = build(MRCConfig(rate=1.0, **CLASSES_TOLD))
+    hidden = objective.hidden(replace(BATCH, regions=replace(BATCH.regions, classes=share)))
+    assert hidden.sum(1).tolist() == [4, 2, 5, 1] and not hidden[:, 0].any()
+
+
+def test_feature_regression_is_tied_to_the_projection_that_reads_features():
+    model, objective = single_model().double(), build(MRFRConfig()).double()
+    state = torch.randn(3, 32).double()
+    weight = model.single.regions.feature.weight
+    error = objective.error(model, state, torch.zeros(3, FEATURE).double(), BATCH, BATCH.regions.mask)
+    torch.testing.assert_close(error, (state @ weight + objective.bias).square().mean(1))
+
+
+def test_what_is_lacking_is_said():
+    model, told = single_model(), replace(BATCH, regions=None)
+    with pytest.raises(UserError, match=r"data\.regions"):
+        build(MRFRConfig()).counts(told)
+    with pytest.raises(UserError, match="1601"):
+        build(MRCConfig()).counts(BATCH)
+    with pytest.raises(UserError, match=r"model\.single"):
+        MRFRConfig().build(made_config(), made_tokenizer())
+    with pytest.raises(UserError, match="batch-size"):
+        build(WRAConfig())(model, BATCH.regions.feature[:1], row_of(BATCH, 0))
+    for wrong in ({"rate": 0.0}, {"rate": 1.5}, {"word_rate": -0.1}):
+        with pytest.raises(ValueError, match="share"):
+            MRFRConfig(**wrong)
+
+
+@pytest.mark.parametrize("negative", ["image", "text", "both"])
+def test_wrong_pairs(negative):
+    batch = region_batch(lengths=(5,) * 400, counts=(1,) * 400)
+    batch = replace(batch, ids=batch.ids % 8 // 7 + 5)  # many texts are the same
+    text, image, right = build(WRAConfig(rate=0.3, negative=negative)).pairs(batch)
+    own = torch.arange(400)
+    assert torch.equal(right, (text == own) & (image == own))
+    same = (batch.ids[text] == batch.ids[image]).all(1)
+    assert torch.equal(same, right), "a pair with the very same text is not wrong"
+    assert (~right).float().mean().item() == pytest.approx(0.3, abs=0.05)
+    others = (text != own).float().mean() / (~right).float().mean()
+    assert others.item() == pytest.approx({"image": 0.0, "text": 1.0, "both": 0.5}[negative], abs=0.1)
+
+
+@pytest.mark.parametrize("sign", ["code", "paper"])
+@pytest.mark.parametrize("special", [True, False])
+def test_matching_and_alignment_equal_a_loop(sign, special):
+    model = single_model().double()
+    config = WRAConfig(negative="both", sign=sign, special=special)
+    objective, match, align, aligned = build(config), 0.0, 0.0, 0
+    told = run(config, model, BATCH)
+    for t, i, right in zip(*objective.pairs(BATCH)):
+        ids, length = row_of(BATCH, int(t)).ids, BATCH.length[t : t + 1]
+        other = row_of(BATCH, int(i))
+        joint = model.read_regions(other.regions.feature, other.regions, ids, length)
+        match += F.cross_entropy(model.single.match(joint.pooled)[0], right.long())
+        words = joint.text[0] if special else joint.text[0, 1:-1]
+        everyone = torch.ones(1, max(len(words), joint.region.shape[1])).bool()
+        distance = transport_distance(
+            words[None], joint.region, everyone[:, : len(words)], everyone[:, : joint.region.shape[1]]
+        )
+        if right or sign == "code":
+            align, aligned = align + (distance[0] if right else -distance[0]), aligned + 1
+    torch.testing.assert_close(told["match"].total, match)
+    torch.testing.assert_close(told["align"].total, align)
+    assert told["align"].weight == 0.1
+    assert {name: int(loss.count) for name, loss in told.items()} == {"match": 4, "align": aligned}
+    assert {name: int(count) for name, count in objective.counts(BATCH).items()} == {"match": 4, "align": aligned}
+
+
+def test_matching_alone():
+    told = run(WRAConfig(align=0.0), single_model().double(), BATCH)
+    assert told.keys() == {"match"} == build(WRAConfig(align=0.0)).counts(BATCH).keys()
+
+
+def test_binary_matching_reads_the_score_of_retrieval_alone():
+    logits, right = torch.randn(5, 2, generator=torch.Generator().manual_seed(0)), torch.arange(5) < 2
+    score = torch.sigmoid(logits[:, 1])
+    torch.testing.assert_close(match_loss(logits, right, "bce"), -torch.where(right, score, 1 - score).log())
