@@ -68,7 +68,12 @@ class Regions:
     def mask(self) -> Tensor:
         """Which are regions: bool [B R]."""
         listed = torch.arange(self.box.shape[1], device=self.box.device) < self.count[:, None]
-        return listed & (self.box[..., 2:] > self.box[..., :2]).all(-1)
+        return listed & has_area(self.box)
+
+
+def has_area(box: Tensor) -> Tensor:
+    """Whether a box x0 y0 x1 y1 [... 4] holds anything: bool [...]."""
+    return (box[..., 2:] > box[..., :2]).all(-1)
 
 
 @dataclass(frozen=True, kw_only=True)

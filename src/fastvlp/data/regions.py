@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from fastvlp.batch import Regions
+from fastvlp.batch import Regions, has_area
 from fastvlp.data.decode import Stored
 from fastvlp.data.faults import distribution_fault, list_fault
 from fastvlp.data.shards import RecordError
@@ -73,7 +73,7 @@ def read_regions(
     objects = [o for o in info.get("objects", []) if o.get("image", 0) == 0]
     box_R4 = torch.tensor([o["box"] for o in objects], dtype=torch.float32).reshape(-1, 4)
     box_R4 = transform.boxes(*upright(box_R4, stored)).clamp(0, 1)
-    seen = (box_R4[:, 2:] > box_R4[:, :2]).all(1).nonzero()[: source.most, 0]
+    seen = has_area(box_R4).nonzero()[: source.most, 0]
     if not len(seen) and source.empty == "drop":
         reason = f"none of its {len(objects)} objects is in the picture"
         raise RecordError(key, f"{reason} (set regions.empty to 'whole' to keep such records)")
