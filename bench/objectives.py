@@ -264,7 +264,7 @@ def show(o: Options, rows: list[dict]) -> None:
             console.print(f"{name}: FLM is {gain:.2f} times as fast", highlight=False)
 
 
-def stamp(o: Options) -> dict:
+def stamp(device: str, script: str = "objectives.py") -> dict:
     def git(*words: str) -> str:
         try:
             done = subprocess.run(
@@ -275,13 +275,13 @@ def stamp(o: Options) -> dict:
         return done.stdout.strip()
 
     changed = git("status", "--porcelain", "../src", "*.py")
-    cuda = torch.device(o.device).type == "cuda"
+    cuda = torch.device(device).type == "cuda"
     return {
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "commit": git("rev-parse", "--short", "HEAD") + ("+changes" if changed else ""),
         "device_name": torch.cuda.get_device_name() if cuda else cpu_name(),
         "torch": torch.__version__,
-        "command": " ".join(["python bench/objectives.py", *sys.argv[1:]]),
+        "command": " ".join([f"python bench/{script}", *sys.argv[1:]]),
     }
 
 
@@ -295,7 +295,7 @@ def cpu_name() -> str:
 
 def main(o: Options) -> None:
     torch.set_num_threads(o.threads)
-    common = stamp(o) | ({"plain_difference": check(o)} if o.check else {})
+    common = stamp(o.device) | ({"plain_difference": check(o)} if o.check else {})
     rows = summarised(o, time_arms(o))
     show(o, rows)
     options = {name: value for name, value in asdict(o).items() if name not in ("arms", "out")}

@@ -9,11 +9,14 @@ from pathlib import Path
 
 import pytest
 
+from tests.train.runs import made_pairs
+
 BENCH = Path(__file__).parents[1] / "bench" / "objectives.py"
 
 
-def run(*options: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, BENCH, *options], capture_output=True, text=True, timeout=120)
+def run(*options: str, script: str = "objectives.py") -> subprocess.CompletedProcess[str]:
+    script = str(BENCH.with_name(script))
+    return subprocess.run([sys.executable, script, *options], capture_output=True, text=True, timeout=120)
 
 
 @pytest.mark.skipif(not BENCH.exists(), reason="installed without its benchmarks")
@@ -37,3 +40,27 @@ def test_objectives_are_timed_beside_their_floor(tmp_path):
 def test_an_unknown_arm_is_answered_with_those_there_are():
     done = run("--size", "tiny", "--image", "32", "--vocab", "300", "--no-check", "--arms", "flmm")
     assert done.returncode and "no arm 'flmm'; there are flm, mlm" in done.stderr
+
+
+@pytest.mark.skipif(not BENCH.exists(), reason="installed without its benchmarks")
+def test_batches_of_one_length_are_timed_beside_batches_as_they_come(tmp_path):
+    out = tmp_path / "batching.jsonl"
+    size = ("--rows", "4000", "--max-tokens", "512", "--width", "64", "--depth", "1", "--repetitions", "1")
+    done = run(*size, "--device", "cpu", "--out", str(out), script="batching.py")
+    assert done.returncode == 0, done.stderr
+    random, released, grouped = (json.loads(line) for line in out.read_text().splitlines())
+    assert random["padding"] > 0.2 > 0.02 > grouped["padding"]
+    assert released["fill"] < 0.5 < 0.7 < grouped["fill"] <= 1
+    assert all(row["tokens_per_s"] > 0 and row["commit"] for row in (random, released, grouped))
+    assert random["command"].startswith("python bench/batching.py --rows 4000") and random["speed_ratio"] == 1
+
+
+@pytest.mark.skipif(not BENCH.exists(), reason="installed without its benchmarks")
+def test_what_grouping_saves_each_objective_is_counted(tmp_path):
+    out = tmp_path / "batching.jsonl"
+    told = ("--captions", str(made_pairs(tmp_path) / "train"), "--size", "tiny", "--image", "32", "--batch", "4")
+    done = run(*told, "--out", str(out), script="batching.py")
+    assert done.returncode == 0, done.stderr
+    random, grouped = (json.loads(line) for line in out.read_text().splitlines())
+    assert grouped["padding"] < random["padding"] and 1 < grouped["flm_over_ar"] < random["flm_over_ar"]
+    assert grouped["mlm_gflops_per_row"] < random["mlm_gflops_per_row"]
