@@ -43,6 +43,10 @@ class EmbedConfig:
     text_special: bool = True
     text_length: int | None = None
 
+    def positions(self, length: int) -> int:
+        """That the text tower encodes, of texts padded to `length` tokens with <s> and </s>."""
+        return self.text_length or max(1, length - int(not self.text_special))
+
 
 class Head(nn.Module):
     """States [B S D] to unit vectors [B E], in fp32."""

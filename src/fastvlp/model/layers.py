@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 Norm = Literal["pre", "post"]
-Activation = Literal["gelu", "quick_gelu"]
+Activation = Literal["gelu", "gelu_tanh", "quick_gelu"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +44,18 @@ class KeyValue:
 def quick_gelu(x: Tensor) -> Tensor:
     """x * sigmoid(1.702 x), the activation of OpenAI's CLIP weights."""
     return x * torch.sigmoid(1.702 * x)
+
+
+def gelu_tanh(x: Tensor) -> Tensor:
+    """GELU by its tanh approximation, which flax and BERT's first code compute (arXiv 1606.08415, section 2)."""
+    return F.gelu(x, approximate="tanh")
+
+
+ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "gelu_tanh": gelu_tanh,
+    "quick_gelu": quick_gelu,
+}
 
 
 def _heads(x_BLD: Tensor, heads: int) -> Tensor:
@@ -118,7 +130,7 @@ class Block(nn.Module):
         self.mlp_in = nn.Linear(config.width, config.hidden)
         self.mlp_out = nn.Linear(config.hidden, config.width)
         self.mlp_norm = norm()
-        self.activation: Callable[[Tensor], Tensor] = F.gelu if config.activation == "gelu" else quick_gelu
+        self.activation = ACTIVATIONS[config.activation]
         self.drop = nn.Dropout(config.dropout)
 
     def keys(self, memory_BKD: Tensor) -> KeyValue:
@@ -159,6 +171,18 @@ def initial_std(width: int) -> float:
     """0.02 at BERT's width of 768, and as much wider for a narrower model as keeps sums of `width` terms of one size: at
     width 96 a fixed 0.02 took 2.5 times the steps to the same loss (docs/log.md, 2026-11-21)."""
     return 0.02 * (768 / width) ** 0.5
+
+
+def initialise_as_mae(module: nn.Module) -> None:
+    """Xavier-uniform matrices, all else but norms N(0, 0.02), biases 0 (MAE, arXiv 2111.06377, appendix A.1; FLIP). One
+    matrix makes query, key and value, so that theirs are drawn as of one [3D D], as in both released codes."""
+    matrices = {id(part.weight) for part in module.modules() if isinstance(part, nn.Linear)}
+    norms = {id(p) for part in module.modules() if isinstance(part, nn.LayerNorm) for p in part.parameters()}
+    for name, parameter in module.named_parameters():
+        if id(parameter) in matrices:
+            nn.init.xavier_uniform_(parameter)
+        elif id(parameter) not in norms:
+            nn.init.zeros_(parameter) if name.endswith("bias") else nn.init.normal_(parameter, std=0.02)
 
 
 def initialise(module: nn.Module, width: int) -> None:

@@ -15,7 +15,7 @@ from fastvlp.model.absent import Absent
 from fastvlp.model.embed import Embed, EmbedConfig
 from fastvlp.model.fusion import Fusion, FusionConfig, LMHead, Reconstructor, ReconstructorConfig
 from fastvlp.model.image import ImageConfig, ImageTower
-from fastvlp.model.layers import KeyValue
+from fastvlp.model.layers import KeyValue, initialise_as_mae
 from fastvlp.model.regions import given, region_features
 from fastvlp.model.single import Joint, SingleConfig, SingleStream
 from fastvlp.model.text import TextConfig, TextTower
@@ -31,7 +31,7 @@ class ModelConfig:
     """fusion: layers in which text reads the image, with a vocabulary head; None for two towers alone. embed: the towers'
     heads into a joint space. single: one stream over words and regions; it has no towers: of `image` it reads the size, of
     `text` the embedding. separate_heads: own vocabulary heads for the forward and the reverse stream (FLM's
-    share_lm_scorer_weights)."""
+    share_lm_scorer_weights). initial: how weights are drawn, `bert` (`layers.initialise`) or `mae`, FLIP's way."""
 
     image: ImageConfig
     text: TextConfig
@@ -40,6 +40,14 @@ class ModelConfig:
     embed: EmbedConfig | None = None
     single: SingleConfig | None = None
     separate_heads: bool = False
+    initial: Literal["bert", "mae"] = "bert"
+
+    @property
+    def longest_text(self) -> int:
+        """Most tokens, <s> and </s> included, that there are positions for."""
+        embed = self.embed if self.fusion is None else None
+        bare = embed is not None and embed.text_length is not None and not embed.text_special
+        return self.text.positions + 2 * int(bare)
 
 
 def check(config: ModelConfig) -> None:
@@ -47,6 +55,10 @@ def check(config: ModelConfig) -> None:
     image, text, fusion, part = config.image, config.text, config.fusion, config.reconstructor
     if image.patch < 1 or image.size < image.patch or image.size % image.patch:
         raise UserError(f"model.image: size {image.size} is not a whole number of patches of {image.patch} pixels")
+    if image.position == "sincos" and image.layer.width % 4:
+        raise UserError(
+            f"model.image.position sincos has four quarters; width {image.layer.width} does not divide by 4"
+        )
     layers = (
         {"text": text.layer}
         | ({"fusion": fusion.layer} if fusion else {})
@@ -125,6 +137,8 @@ class VLModel(nn.Module):
         self.reverse_head = head() if config.separate_heads else None
         embed = config.embed
         self.embed = Embed(embed, image_width, width) if embed else cast(Embed, Absent("embed"))
+        if config.initial == "mae":
+            initialise_as_mae(self)
 
     @property
     def causal_head(self) -> LMHead:

@@ -15,6 +15,8 @@ class TextConfig:
     """`positions` is the longest text in tokens. `vocab` and the four ids are the tokenizer's (`sizes.with_tokenizer`).
 
     `position_offset` is the table row of position 0, `pad_position` the row that padding gets (RoBERTa: 2 and 1).
+    `embed_norm`: a norm of the embeddings (BERT; not CLIP). `learn_pad`: padding is a word like any other, for towers that
+    see it (FLIP).
     """
 
     positions: int
@@ -28,6 +30,8 @@ class TextConfig:
     embed_eps: float = 1e-5
     position_offset: int = 0
     pad_position: int | None = None
+    embed_norm: bool = True
+    learn_pad: bool = False
 
 
 class TextTower(nn.Module):
@@ -35,10 +39,10 @@ class TextTower(nn.Module):
         super().__init__()
         width = config.layer.width
         self.config = config
-        self.word = nn.Embedding(config.vocab, width, padding_idx=config.pad)
+        self.word = nn.Embedding(config.vocab, width, padding_idx=None if config.learn_pad else config.pad)
         rows = config.positions + config.position_offset
         self.position = nn.Embedding(rows, width, padding_idx=config.pad_position)
-        self.norm = nn.LayerNorm(width, eps=config.embed_eps)
+        self.norm = nn.LayerNorm(width, eps=config.embed_eps) if config.embed_norm else nn.Identity()
         self.drop = nn.Dropout(config.layer.dropout)
         self.blocks = stack(config.layer, config.depth)
         initialise(self, width)
