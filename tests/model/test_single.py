@@ -13,6 +13,8 @@ from fastvlp.model.layers import LayerConfig
 from fastvlp.model.model import VLModel
 from fastvlp.model.regions import box_vector, crop_regions, random_hide
 from fastvlp.model.single import Joint, packing
+from fastvlp.model.sizes import uniter_base, uniter_large
+from fastvlp.objectives.region import MRCConfig, MRFRConfig
 from tests.made import made_config
 from tests.made_single import FEATURE, region_batch, row_of, single_config, single_model
 
@@ -128,6 +130,23 @@ def test_features_come_from_the_data_or_from_pixels():
             model.encode_image(batch.image, regions=wrong)
     with pytest.raises(UserError, match="keep"):
         model.encode_image(batch.image, torch.zeros(1, 1, dtype=torch.long), batch.regions)
+
+
+@pytest.mark.parametrize(
+    ("config", "trunk", "whole"), [(uniter_base(), 109.90, 112.94), (uniter_large(), 335.70, 340.52)]
+)
+def test_the_papers_sizes(config, trunk, whole):
+    """Million parameters, of the released code with its vocabulary (spec A1.2)."""
+    vocab = 28996
+    config = replace(config, text=replace(config.text, vocab=vocab))
+    with torch.device("meta"):
+        model = VLModel(config)
+        heads = [told.build(config, None) for told in (MRFRConfig(), MRCConfig())]
+    # Theirs keep a row of zeros beside the mask vector.
+    count = lambda *parts: (2048 + sum(p.numel() for part in parts for p in part.parameters())) / 1e6  # noqa: E731
+    assert count(model, *heads) == pytest.approx(whole, abs=5e-3)
+    extra = sum(p.numel() for part in (model.single.words, model.single.match) for p in part.parameters()) / 1e6
+    assert count(model) - extra == pytest.approx(trunk, abs=5e-3)
 
 
 def test_a_single_stream_stands_alone():

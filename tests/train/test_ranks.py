@@ -18,7 +18,9 @@ from fastvlp.train.run import TrainConfig, train
 from tests.train.runs import OBJECTIVES, TOKENS, assert_equal, made_pairs, made_records, made_run
 
 # Those that couple rows are accumulated through cached gradients, beside others and alone.
-COMBINATIONS = [*((name,) for name in OBJECTIVES), TOKENS, ("flm", "clip", "siglip")]
+# `MIXED` runs one of its objectives a step.
+MIXED = ("mlm", "clip")
+COMBINATIONS = [*((name,) for name in OBJECTIVES), TOKENS, ("flm", "clip", "siglip"), MIXED]
 
 
 def free_port() -> int:
@@ -48,6 +50,7 @@ def folder(tmp_path_factory) -> Path:
     runs = []
     for names in COMBINATIONS:
         told = {"steps": 3, "threads": 1, "ema": 0.5}
+        told |= {"mix": {"mlm": 2, "clip": 1}} if names == MIXED else {}
         train(made_run(pairs, folder / "one" / "-".join(names), *names, batch_size=12, **told))
         runs.append(made_run(pairs, folder / "two" / "-".join(names), *names, batch_size=3, accumulate=2, **told))
     bad = [replace(r, images=(b"",)) if i % 3 == 0 else r for i, r in enumerate(made_records(12))]

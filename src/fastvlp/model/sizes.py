@@ -10,6 +10,8 @@ from fastvlp.model.fusion import FusionConfig, ReconstructorConfig
 from fastvlp.model.image import ImageConfig
 from fastvlp.model.layers import LayerConfig, Norm
 from fastvlp.model.model import ModelConfig
+from fastvlp.model.regions import RegionConfig
+from fastvlp.model.single import SingleConfig
 from fastvlp.model.text import TextConfig
 
 if TYPE_CHECKING:
@@ -115,3 +117,37 @@ def flm_base(*, size: int = 288, reconstructor: bool = True, dropout: float = 0.
         fusion=FusionConfig(depth=6, layer=cross),
         reconstructor=ReconstructorConfig(bottom=6, top=6, layer=cross) if reconstructor else None,
     )
+
+
+def _single(
+    *, width: int, depth: int, regions: RegionConfig, positions: int, size: int, norm: Norm, dropout: float
+) -> ModelConfig:
+    """One stream over words and regions; of the image only `size` is read."""
+    heads = max(1, width // 64) if width >= 256 else width // 32
+    layer = LayerConfig(width=width, heads=heads, hidden=4 * width, norm=norm, eps=1e-12, dropout=dropout)
+    return ModelConfig(
+        image=ImageConfig(size=size, patch=size, depth=0, layer=layer),
+        text=TextConfig(positions=positions, depth=0, layer=layer, embed_eps=1e-12),
+        single=SingleConfig(depth=depth, layer=layer, regions=regions),
+    )
+
+
+def tiny_single(*, size: int = 48, crop: int = 8, norm: Norm = "pre") -> ModelConfig:
+    """For a few minutes on two CPU cores: width 96, 4 layers over words and the regions' own pixels."""
+    regions = RegionConfig(crop=crop)
+    return _single(width=96, depth=4, regions=regions, positions=64, size=size, norm=norm, dropout=0.0)
+
+
+def uniter_base(*, dropout: float = 0.1) -> ModelConfig:
+    """UNITER-base (arXiv 1909.11740; ChenRocks/UNITER config): BERT-base over words and a detector's 2048-d regions."""
+    return _uniter(width=768, depth=12, dropout=dropout)
+
+
+def uniter_large(*, dropout: float = 0.1) -> ModelConfig:
+    """UNITER-large: BERT-large likewise."""
+    return _uniter(width=1024, depth=24, dropout=dropout)
+
+
+def _uniter(*, width: int, depth: int, dropout: float) -> ModelConfig:
+    regions = RegionConfig(feature=2048)
+    return _single(width=width, depth=depth, regions=regions, positions=512, size=224, norm="post", dropout=dropout)

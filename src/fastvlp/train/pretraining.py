@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from itertools import accumulate
 from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
 from fastvlp.batch import Batch
+from fastvlp.data.random import hash64
 from fastvlp.model.image import random_keep
 from fastvlp.model.model import VLModel
 from fastvlp.objectives.ar import AR
@@ -16,6 +18,8 @@ from fastvlp.objectives.flm import FLM
 from fastvlp.objectives.mlm import MLM
 from fastvlp.objectives.objective import Loss, Objective, PairObjective
 from fastvlp.objectives.prefixlm import PrefixLM
+
+MIX_SALT = 701
 
 
 class RowGrads(NamedTuple):
@@ -32,16 +36,30 @@ class RowGrads(NamedTuple):
         return Loss(total - total.detach(), total.new_ones(()))
 
 
+def draw_task(mix: Mapping[str, float] | None, seed: int, step: int) -> str | None:
+    """The objective that a step runs, drawn by its share of the mix, the same on every rank; None: all of them."""
+    if mix is None:
+        return None
+    point = hash64(seed, step, MIX_SALT) / 2**63 * sum(mix.values())
+    return next(name for name, upper in zip(mix, accumulate(mix.values())) if point < upper)
+
+
 class Pretraining(nn.Module):
+    """`task`: the objective that training runs alone until the next one is chosen; None: all of them."""
+
     def __init__(self, model: VLModel, objectives: Mapping[str, Objective], keep: float = 1.0):
         super().__init__()
         self.model = model
         self.objectives = nn.ModuleDict(objectives)
         self.keep = keep
+        self.task: str | None = None
 
     def named(self) -> Iterable[tuple[str, Objective]]:
-        """The objectives by name. Typed: to a module dict all are plain modules."""
-        return cast(Mapping[str, Objective], self.objectives).items()
+        """The objectives to run by name: validation runs all. Typed: to a module dict all are plain modules."""
+        everyone = cast(Mapping[str, Objective], self.objectives)
+        if self.task is None or not self.training:
+            return everyone.items()
+        return [(self.task, everyone[self.task])]
 
     def pairs(self) -> dict[str, PairObjective]:
         return {name: objective for name, objective in self.named() if isinstance(objective, PairObjective)}
@@ -80,7 +98,7 @@ class Pretraining(nn.Module):
         """Whether every step surely gives each parameter a gradient: one stream reads all but the reconstructor, FLM all,
         unless its streams predict nothing. Separate heads and objectives with parameters of their own are never sure."""
         config, own = self.model.config, next(self.objectives.parameters(), None)
-        if config.separate_heads or config.embed is not None or own is not None:
+        if config.separate_heads or config.embed or config.single or own is not None:
             return False
         if self.model.reconstructor is None:
             return any(isinstance(o, AR | MLM | PrefixLM) for _, o in self.named())
@@ -88,5 +106,6 @@ class Pretraining(nn.Module):
         return any(config.forward_weight or config.reverse_weight for config in configs)
 
     def after_step(self) -> None:
+        """Of the objectives that the step ran."""
         for _, objective in self.named():
             objective.after_step(self.model)

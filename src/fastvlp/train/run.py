@@ -27,9 +27,9 @@ from fastvlp.objectives.objective import Loss, combine
 from fastvlp.train.cached import cache_gradients
 from fastvlp.train.log import RunLog
 from fastvlp.train.optim import set_rate
-from fastvlp.train.pretraining import Pretraining
+from fastvlp.train.pretraining import Pretraining, draw_task
 from fastvlp.train.schedule import rate_factor
-from fastvlp.train.speed import step_flops
+from fastvlp.train.speed import row_width, step_flops
 from fastvlp.train.state import TrainConfig, TrainState, save, save_weights, start
 
 __all__ = ["StepReport", "TrainConfig", "TrainState", "start", "steps", "train", "validate"]
@@ -65,6 +65,7 @@ def steps(state: TrainState) -> Iterator[StepReport]:
         began, known = time.perf_counter(), len(state.dropped)
         micro = [next_batch(state, batches) for _ in range(run.accumulate)]
         data_wait = time.perf_counter() - began
+        state.pretraining.task = draw_task(run.mix, run.seed, state.step)
         set_rate(state.optimiser, rate_factor(state.midway, run.optim.warmup, run.optim.decay))
         counts = global_counts(state.pretraining, micro)
         shares = {name: torch.zeros((), device=state.device) for name in ("loss", *counts)}
@@ -157,7 +158,7 @@ def global_counts(pretraining: Pretraining, micro: list[Batch]) -> dict[str, Ten
 
 def flops(pretraining: Pretraining, micro: list[Batch], targets: dict[str, float]) -> float:
     """Of this rank's micro-batches, which are taken to ask for an equal share of the step's targets."""
-    shapes = [(len(batch), batch.ids.shape[1]) for batch in micro]
+    shapes = [(len(batch), row_width(pretraining.model.config, batch)) for batch in micro]
     return step_flops(pretraining, shapes, {name: n / dist.world() for name, n in targets.items()}).training
 
 

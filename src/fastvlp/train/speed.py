@@ -17,9 +17,11 @@ from typing import Literal
 
 import torch
 
+from fastvlp.batch import Batch
 from fastvlp.model.image import ImageConfig
 from fastvlp.model.layers import LayerConfig
 from fastvlp.model.model import ModelConfig
+from fastvlp.model.single import SingleConfig
 from fastvlp.model.text import TextConfig
 from fastvlp.objectives.ar import AR
 from fastvlp.objectives.flm import FLM
@@ -103,6 +105,20 @@ def tower_flops(config: TextConfig, texts: int, length: int) -> Flops:
     return Flops(text=config.depth * block)
 
 
+def single_flops(config: SingleConfig, rows: int, length: int) -> Flops:
+    """`rows` of words and regions, `length` of both together; the projection of the features, less than a quarter of one
+    layer, is left out."""
+    block = _self_attention(config.layer, rows, length) + _mlp(config.layer, rows * length)
+    return Flops(text=config.depth * block)
+
+
+def row_width(config: ModelConfig, batch: Batch) -> int:
+    """Tokens that a batch's rows are padded to: of text, and of regions too where one stream reads both."""
+    if config.single is None or batch.regions is None:
+        return batch.ids.shape[1]
+    return int((batch.length + batch.regions.mask.sum(1)).max())
+
+
 def reconstructor_flops(config: ModelConfig, rows: int, queries: int, length: int) -> Flops:
     """`queries` a row read both streams of `length` tokens each."""
     part = config.reconstructor
@@ -127,6 +143,8 @@ def objective_flops(objective: Objective, config: ModelConfig, rows: int, length
     """
     patches = config.image.grid**2
     seen = (patches if keep >= 1 else max(1, round(patches * keep))) + int(config.image.class_token)
+    if config.single is not None:
+        return single_flops(config.single, rows, length)
     if isinstance(objective, PairObjective):
         # The joint space and the logits are thousands of times smaller than the towers at any batch that fits.
         return tower_flops(config.text, rows, length)
@@ -148,9 +166,8 @@ def step_flops(pretraining: Pretraining, shapes: Iterable[tuple[int, int]], targ
     `Pretraining.counts` names them."""
     config, keep, total = pretraining.model.config, pretraining.keep, Flops()
     for rows, length in shapes:
-        total += image_flops(config.image, rows, keep)
-        for objective in pretraining.objectives.values():
-            assert isinstance(objective, Objective)
+        total += image_flops(config.image, rows, keep) if config.single is None else Flops()
+        for _, objective in pretraining.named():
             total += objective_flops(objective, config, rows, length, keep)
     for term, count in targets.items():
         if isinstance(pretraining.objectives[term.split("/")[0]], FLM | AR | MLM | PrefixLM):

@@ -43,9 +43,11 @@ class TrainConfig:
     A step is `accumulate` micro-batches of `data.batch_size` rows on each rank. The model's vocabulary is filled in from
     the tokenizer: the file named by `tokenizer`, or a WordPiece of `vocab` tokens trained on the data's texts.
 
-    keep: share of image patches that are encoded (FLIP). ema: decay of the averaged weights that are then validated and
-    saved. compile: the transformer blocks. init: run folder to inherit weights from. threads: of the CPU, for the
-    whole process: all arms of a comparison train with what the last arm to name a number says; None leaves torch's choice.
+    mix: share of the steps that each objective gets, by name: a step runs one of them (UNITER, arXiv 1909.11740, section
+    3.1); None: every step runs all. keep: share of image patches that are encoded (FLIP). ema: decay of the averaged
+    weights that are then validated and saved. compile: the transformer blocks. init: run folder to inherit weights from.
+    threads: of the CPU, for the whole process: all arms of a comparison train with what the last arm to name a number
+    says; None leaves torch's choice.
     """
 
     name: str
@@ -59,6 +61,7 @@ class TrainConfig:
     steps: int | None = None
     budget_s: float | None = None
     accumulate: int = 1
+    mix: Mapping[str, float] | None = None
     keep: float = 1.0
     seed: int = 0
     precision: Literal["fp32", "bf16"] = "bf16"
@@ -105,6 +108,12 @@ def check(run: TrainConfig) -> None:
         raise UserError(f"{run.name}: data.workers is a number of processes, 0 for none, not {run.data.workers}")
     if run.ema is not None and not 0 < run.ema < 1:
         raise UserError(f"{run.name}: ema is a decay between 0 and 1, such as 0.999, not {run.ema}")
+    if run.mix is not None and (
+        run.mix.keys() != run.objectives.keys() or not all(part > 0 for part in run.mix.values())
+    ):
+        raise UserError(
+            f"{run.name}: mix gives each of {', '.join(run.objectives)} a number above 0, not {dict(run.mix)}"
+        )
     if not 0 < run.keep <= 1:
         raise UserError(f"{run.name}: keep is a share of the patches, above 0 and up to 1, not {run.keep}")
     if run.data.max_length > run.model.text.positions:
@@ -217,7 +226,7 @@ def start(run: TrainConfig, resume: bool = False) -> TrainState:
         # Plain DDP raises on the step after one that left a parameter unused; the search warns where there is none.
         state.wrapped = nn.parallel.DistributedDataParallel(
             pretraining,
-            find_unused_parameters=not pretraining.uses_all(),
+            find_unused_parameters=run.mix is not None or not pretraining.uses_all(),
             # All that is a buffer is a function of gathered rows, the same on every rank.
             broadcast_buffers=False,
         )
