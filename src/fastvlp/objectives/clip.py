@@ -13,25 +13,27 @@ from fastvlp.batch import Batch
 from fastvlp.data.tokenize import Tokenizer
 from fastvlp.model.model import ModelConfig, VLModel
 from fastvlp.objectives.contrastive import clamp_log_scale, clipped_scale, info_nce
-from fastvlp.objectives.objective import Loss, ObjectiveConfig, PairObjective
+from fastvlp.objectives.objective import Loss, PairObjective
+from fastvlp.objectives.pairs import PairsConfig, embed_pair
 
 
 @dataclass(frozen=True, kw_only=True)
-class CLIPConfig(ObjectiveConfig):
+class CLIPConfig(PairsConfig):
     """temperature: at the start; it is learned as the logarithm of its inverse, the scale, which stays at most
     max_scale. bound: `clamp` the parameter after each step (CLIP, open_clip), or `clip` it in the graph, where its
-    gradient is zero beyond (FLIP). weight: of the loss beside others."""
+    gradient is zero beyond (FLIP)."""
 
     temperature: float = 0.07
     max_scale: float = 100.0
     bound: Literal["clamp", "clip"] = "clamp"
-    weight: float = 1.0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 0 < 1 / self.max_scale <= self.temperature:
             raise ValueError(f"temperature {self.temperature} must be at least 1 / max_scale {1 / self.max_scale:g}")
 
     def build(self, model: ModelConfig, tokenizer: Tokenizer) -> CLIP:
+        self.check(model)
         return CLIP(self)
 
 
@@ -45,7 +47,7 @@ class CLIP(PairObjective):
         return dict.fromkeys(("image", "text"), batch.length.new_tensor(len(batch)))
 
     def embed(self, model: VLModel, image_BKD: Tensor, batch: Batch) -> tuple[Tensor, ...]:
-        return model.embed_image(image_BKD), model.embed_text(batch.ids, batch.length)
+        return embed_pair(model, image_BKD, batch, self.config)
 
     def scale(self) -> Tensor:
         clip = self.config.bound == "clip"

@@ -12,18 +12,19 @@ from fastvlp.batch import Batch
 from fastvlp.data.tokenize import Tokenizer
 from fastvlp.model.model import ModelConfig, VLModel
 from fastvlp.objectives.contrastive import sigmoid_loss
-from fastvlp.objectives.objective import Loss, ObjectiveConfig, PairObjective
+from fastvlp.objectives.objective import Loss, PairObjective
+from fastvlp.objectives.pairs import PairsConfig, embed_pair
 
 
 @dataclass(frozen=True, kw_only=True)
-class SigLIPConfig(ObjectiveConfig):
+class SigLIPConfig(PairsConfig):
     """scale and bias: of the logits at the start (section 3.2: 10 and -10); both are learned."""
 
     scale: float = 10.0
     bias: float = -10.0
-    weight: float = 1.0
 
     def build(self, model: ModelConfig, tokenizer: Tokenizer) -> SigLIP:
+        self.check(model)
         return SigLIP(self)
 
 
@@ -38,7 +39,7 @@ class SigLIP(PairObjective):
         return {"pairs": batch.length.new_tensor(len(batch))}
 
     def embed(self, model: VLModel, image_BKD: Tensor, batch: Batch) -> tuple[Tensor, ...]:
-        return model.embed_image(image_BKD), model.embed_text(batch.ids, batch.length)
+        return embed_pair(model, image_BKD, batch, self.config)
 
     def score(self, *rows: Tensor) -> dict[str, Loss]:
         """Each image beside the texts of all ranks; divided by the number of images, as in the paper's algorithm 1."""
