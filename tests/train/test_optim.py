@@ -2,8 +2,11 @@ from __future__ import annotations
 
 import pytest
 
+from fastvlp.model.model import VLModel
+from fastvlp.model.sizes import two_towers
+from fastvlp.objectives.clip import CLIPConfig
 from fastvlp.objectives.itm import ITMConfig
-from fastvlp.train.optim import OptimConfig, parameter_groups
+from fastvlp.train.optim import OptimConfig, flip_optim, parameter_groups
 from fastvlp.train.pretraining import Pretraining
 from fastvlp.train.schedule import rate_factor
 from tests.made import made_config, made_model, made_tokenizer
@@ -22,6 +25,35 @@ def test_groups_follow_the_module_and_leave_no_parameter_out():
     assert told[id(model.reconstructor.query_type)] == (3, 0)
     assert told[id(model.reverse_head.vocabulary.weight)] == (7, 0.01)
     assert told[id(pretraining.objectives["itm"].match.bias)] == (7, 0)
+
+
+def test_flip_spares_positions_and_decays_class_token_and_temperature():
+    model = VLModel(two_towers(made_config()))
+    pretraining = Pretraining(model, {"clip": CLIPConfig().build(model.config, made_tokenizer())})
+    groups = parameter_groups(pretraining, flip_optim(256))
+    decay = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
+    still = (model.text.position.weight, model.image.position, model.image.patch.bias, model.embed.text.norm.weight)
+    assert {decay[id(p)] for p in still} == {0}
+    moving = (model.image.class_token, model.text.word.weight, pretraining.objectives["clip"].log_scale)
+    assert {decay[id(p)] for p in moving} == {0.2}
+    assert {group["lr"] for group in groups} == {4e-6}
+
+
+@pytest.mark.parametrize(
+    ("base", "batch", "lr"),
+    [
+        (4e-6, 2**14, 2.56e-4),
+        (4e-6, 2**15, 5.12e-4),
+        (4e-6, 2**16, 1.024e-3),
+        (2e-6, 2**16, 5.12e-4),
+        (4e-8, 2**16, 1.024e-5),
+    ],
+)
+def test_the_rate_follows_the_batch(base, batch, lr):
+    """FLIP, Table 10 and section A.1."""
+    run = flip_optim(batch, base=base)
+    assert run.lr == pytest.approx(lr, rel=1e-12)
+    assert (run.betas, run.eps, run.weight_decay, run.clip, run.decay) == ((0.9, 0.95), 1e-8, 0.2, None, "cosine")
 
 
 @pytest.mark.parametrize("decay", ["linear", "cosine", "constant"])
