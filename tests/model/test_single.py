@@ -36,6 +36,22 @@ def test_packing_leaves_no_gap_where_the_last_text_is_not_the_longest():
     assert torch.equal(there_and_back[real], value[real])
 
 
+def test_packing_pays_where_batches_are_made_by_total_length():
+    """Of UNITER's lengths (spec A3.1), 8192 rows in batches of 10,240 tokens."""
+    generator = torch.Generator().manual_seed(0)
+    words = (11.5 + 3.5 * torch.randn(8192, generator=generator)).round().clamp(3, 60).long() + 2
+    regions = (36 + 16 * torch.randn(8192, generator=generator)).round().clamp(10, 100).long()
+    apart = packed = 0
+    order = (words + regions).argsort(descending=True)
+    while len(order):
+        n = max(1, 10240 // int((words + regions)[order[0]]))
+        rows, order = order[:n], order[n:]
+        apart += len(rows) * int(words[rows].max() + regions[rows].max())
+        packed += len(rows) * int((words + regions)[rows].max())
+    assert apart / packed == pytest.approx(1.33, abs=0.03)
+    assert int((words + regions).sum()) / packed > 0.97
+
+
 @pytest.mark.parametrize("norm", ["pre", "post"])
 def test_padding_is_nothing(norm):
     """The packed sequence of a batch equals each row alone; padding, its words and features, is never seen."""

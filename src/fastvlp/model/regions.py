@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fastvlp.batch import Regions
 from fastvlp.data.random import uniform
 from fastvlp.errors import UserError
-from fastvlp.model.layers import LayerConfig, initialise
+from fastvlp.model.layers import LayerConfig
 
 HIDE_SALT = 102
 
@@ -92,8 +92,7 @@ class RegionEmbedder(nn.Module):
         self.box_norm = norm()
         self.norm = norm()
         self.drop = nn.Dropout(layer.dropout)
-        self.mask = nn.Parameter(torch.empty(config.width)) if config.mask == "learned" else None
-        initialise(self, layer.width)
+        self.mask = nn.Parameter(torch.zeros(config.width)) if config.mask == "learned" else None
 
     def forward(
         self, feature_BRF: Tensor, box_BR4: Tensor, kind_BRD: Tensor, hidden_BR: Tensor | None = None

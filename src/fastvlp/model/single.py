@@ -43,7 +43,7 @@ class Packing(NamedTuple):
 
 def packing(real_BT: Tensor) -> Packing:
     """Real places first, in their order; S is the most of a row. Words and regions padded apart are T = L + R wide, and
-    where batches are made by total length, rows long in words being short in regions, that is well above S."""
+    where batches are made by total length, rows long in words being short in regions, that is a third above S."""
     count_B1 = real_BT.sum(1, keepdim=True)
     # Waits for the device: the width decides how much is computed.
     S = max(1, int(count_B1.max()))
@@ -60,7 +60,6 @@ class WordHead(nn.Module):
         self.transform = nn.Linear(width, width)
         self.norm = nn.LayerNorm(width, eps=eps)
         self.bias = nn.Parameter(torch.zeros(vocab))
-        initialise(self, width)
 
     def hidden(self, x: Tensor) -> Tensor:
         return self.norm(F.gelu(self.transform(x)))

@@ -171,11 +171,13 @@ def rewind(path: Path, step: int) -> None:
 
 def train_line(step: int, steps: int | None, fields: Mapping[str, Any]) -> str:
     """`fields` of a training record as one line for people."""
-    terms = [f"{k.removeprefix('loss/')} {_short(v)}" for k, v in fields.items() if k.startswith("loss/")]
+    found = {k.removeprefix("loss/"): _short(v) for k, v in fields.items() if k.startswith("loss/")}
+    # Of one term, which says what a step of a mix ran, the value is the total.
+    terms = [f"{k} {v}" for k, v in found.items()] if len(found) > 1 or "loss" not in fields else [*found]
     total = f"loss {_short(fields['loss'])}" if "loss" in fields else ""
     parts = [
         f"step {step}/{steps}" if steps else f"step {step}",
-        f"{total} ({', '.join(terms)})" if total and len(terms) > 1 else total or ", ".join(terms),
+        f"{total} ({', '.join(terms)})" if total and terms else total or ", ".join(terms),
         f"lr {fields['lr']:.1e}",
         f"{_scaled(fields['pairs_per_s'])}pairs/s",
         f"{_scaled(fields['tokens_per_s'])}tokens/s",
