@@ -1,0 +1,118 @@
+"""What is embedded, and how a split is read: every record, every caption, in order, as in training."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+
+from fastvlp.data.decode import decode
+from fastvlp.data.shards import Shards
+from fastvlp.data.transform import Transform
+from fastvlp.errors import UserError
+from fastvlp.eval.embedding import (
+    embed_images,
+    embed_split,
+    embed_texts,
+    image_features,
+    open_run,
+    open_split,
+    read_captions,
+    read_labels,
+    view_keeps,
+)
+from fastvlp.eval.options import Probe, Retrieval
+
+
+@pytest.fixture
+def reader(runs, world):
+    return replace(open_run(Retrieval(run=str(runs["both"]), data=str(world)))[0], show=False, batch_size=4)
+
+
+@pytest.mark.parametrize(("patches", "keep", "views"), [(196, 0.5, 2), (49, 0.5, 2), (49, 0.25, 4), (9, 1 / 3, 3)])
+def test_views_cover_the_image_and_share_no_patch(patches, keep, views):
+    seed = torch.arange(50)
+    keeps = view_keeps(seed, patches, keep, views)
+    assert len(keeps) == views
+    assert (torch.cat(keeps, 1).sort(1).values == torch.arange(patches)).all()
+    assert all((kept.diff(dim=1) > 0).all() for kept in keeps), "sorted, as in training"
+    # One view of several shows its share and nothing else changes.
+    assert (view_keeps(seed, patches, keep, 1)[0] == keeps[0]).all()
+    first = torch.zeros(patches).index_add(0, keeps[0].flatten(), torch.ones(keeps[0].numel())) / 50
+    assert (first - keep).abs().max() < 0.35, "which patches a view shows differs from row to row"
+
+
+@pytest.mark.parametrize(("keep", "views"), [(0.5, 3), (1.0, 2), (0.0, 1), (1.5, 1), (0.5, 0), (0.001, 1)])
+def test_views_that_cannot_be(keep, views):
+    with pytest.raises(UserError, match=r"--keep .* --views"):
+        view_keeps(torch.arange(2), 16, keep, views)
+
+
+def test_a_split_is_embedded_row_by_row(reader, world):
+    shards = Shards(world / "test")
+    captions = read_captions(shards, "captions_zh")
+    found = embed_split(reader, shards, captions)
+    assert found.image_of_text_T.tolist() == [i for i, its in enumerate(captions) for _ in its]
+    model, transform = reader.model, Transform(size=32, mode="squash")
+    with torch.no_grad():
+        for i, record in enumerate(shards):
+            image = decode(record, transform).images[:1]
+            torch.testing.assert_close(found.image_IE[i : i + 1], model.embed_image(model.encode_image(image)))
+            for t in (found.image_of_text_T == i).nonzero()[:, 0].tolist():
+                text = captions[i][t - int((found.image_of_text_T < i).sum())]
+                alone = model.embed_text(*reader.tokenizer.encode([text], reader.max_length))
+                torch.testing.assert_close(found.text_TE[t : t + 1], alone, atol=1e-6, rtol=1e-5)
+
+
+def test_equal_texts_have_equal_vectors(reader):
+    vector = embed_texts(reader, ["红色", "a", "a long text of other words", "红色", "a"] * 3)
+    assert (vector[0::5] == vector[0]).all() and (vector[3] == vector[0]).all() and (vector[4] == vector[1]).all()
+
+
+def test_masked_views_are_averaged(reader, world):
+    shards = Shards(world / "test")
+    whole, one, two = (
+        embed_images(replace(reader, keep=keep, views=views), shards) for keep, views in ((1.0, 1), (0.5, 1), (0.5, 2))
+    )
+    torch.testing.assert_close(two.norm(dim=1), torch.ones(len(shards)))
+    assert not torch.allclose(whole, one) and not torch.allclose(one, two)
+    # What is drawn is a row's own, whatever the batch.
+    torch.testing.assert_close(embed_images(replace(reader, keep=0.5, views=2, batch_size=3), shards), two)
+
+
+def test_the_run_says_how_it_reads(runs, world):
+    told = Retrieval(run=str(runs["both"]), data=str(world))
+    reader, _, data = open_run(told)
+    assert (reader.fit, reader.max_length, reader.precision) == ("squash", 40, "fp32")
+    assert data["captions"] == "captions_zh"
+    assert open_run(replace(told, fit="crop", max_length=7))[0].max_length == 7
+    assert open_split(told).url == str(world / "test")
+    assert open_split(replace(told, data=str(world / "val"))).url == str(world / "val")
+
+
+def test_features_of_a_probe(reader, runs, world):
+    image = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    model, head = reader.model, reader.model.embed.image
+    with torch.no_grad():
+        pooled, embedding = image_features(model, image), image_features(model, image, "embedding")
+        projected = head.out(pooled)
+        torch.testing.assert_close(projected / projected.norm(dim=1, keepdim=True), embedding)
+        bare = open_run(Probe(run=str(runs["flm"]), data=str(world)))[0].model
+        torch.testing.assert_close(image_features(bare, image), bare.encode_image(image).mean(1))
+        with pytest.raises(UserError, match="no embed"):
+            image_features(bare, image, "embedding")
+
+
+def test_what_is_wrong_with_the_data_is_said(reader, world, tmp_path):
+    shards = Shards(world / "test")
+    with pytest.raises(UserError, match=r"6 records have no caption in 'title'.*--captions"):
+        read_captions(shards, "title")
+    with pytest.raises(UserError, match=r"no class in 'label'.*--label"):
+        read_labels(shards, "label")
+    shutil.copytree(world / "test", tmp_path / "test")
+    tar = tmp_path / "test" / "00000.tar"
+    tar.write_bytes(tar.read_bytes()[: tar.stat().st_size // 2])
+    with pytest.raises(UserError, match="leaves none out"):
+        embed_images(reader, Shards(tmp_path / "test"))
