@@ -1,0 +1,132 @@
+"""The second stage: how a pair is scored, that an image is encoded once, and both stages from the command line."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from fastvlp.batch import Batch
+from fastvlp.cli import main
+from fastvlp.data.shards import Shards
+from fastvlp.errors import UserError
+from fastvlp.eval import retrieval
+from fastvlp.eval.embedding import open_run, read_captions
+from fastvlp.eval.options import Retrieval
+from fastvlp.eval.rerank import mean_log_likelihood, pair_score, score_pairs
+from fastvlp.objectives.ar import AR, ARConfig
+from tests.made import made_batch, made_model
+
+
+def told(runs, world, name="both", **more):
+    return Retrieval(run=str(runs[name]), data=str(world), **more)
+
+
+@pytest.mark.parametrize("bos", ["blind", "official"])
+def test_likelihood_is_the_causal_loss_of_each_row(bos):
+    model, batch = made_model().eval(), made_batch(lengths=(5, 9, 3))
+    with torch.no_grad():
+        found = mean_log_likelihood(model, model.encode_image(batch.image), batch.ids, batch.length, bos=bos)
+        for b, n in enumerate(batch.length.tolist()):
+            alone = Batch(
+                image=batch.image[b : b + 1],
+                ids=batch.ids[b : b + 1, :n],
+                length=batch.length[b : b + 1],
+                seed=batch.seed[:1],
+            )
+            loss = AR(ARConfig(bos=bos))(model, model.encode_image(alone.image), alone)["next"]
+            torch.testing.assert_close(found[b], -loss.total / loss.count)
+
+
+@pytest.mark.parametrize(("name", "kind"), [("both", "match"), ("flm", "likelihood")])
+def test_pairs_are_scored_as_if_alone_and_images_encoded_once(name, kind, runs, world, monkeypatch):
+    reader, saved, _ = open_run(told(runs, world, name))
+    reader = replace(reader, batch_size=4, show=False)
+    shards = Shards(world / "test")
+    texts = [text for its in read_captions(shards, "captions_zh") for text in its]
+    how, match = pair_score(saved)
+    assert how == kind
+    asked = [torch.arange(len(texts)).roll(i)[: 2 + 3 * (i % 2)] for i in range(len(shards))]
+    encoded = []
+    encode = reader.model.encode_image
+    monkeypatch.setattr(reader.model, "encode_image", lambda image: encoded.append(len(image)) or encode(image))
+    found = list(score_pairs(reader, match, shards, texts, asked))
+    assert encoded == [4, 2]
+    images = dict(retrieval_images(reader, shards))
+    with torch.no_grad():
+        for i, (scores, its) in enumerate(zip(found, asked)):
+            for score, t in zip(scores, its.tolist()):
+                ids, length = reader.tokenizer.encode([texts[t]], reader.max_length)
+                torch.testing.assert_close(match(encode(images[i]), ids, length)[0], score, atol=1e-5, rtol=1e-4)
+
+
+def retrieval_images(reader, shards):
+    from fastvlp.eval.embedding import image_batches
+
+    for rows, image in image_batches(shards, reader):
+        yield from ((i, image[i - rows.start : i - rows.start + 1]) for i in range(rows.start, rows.stop))
+
+
+def test_a_matching_head_is_read_as_it_was_trained(runs, world):
+    _, saved, _ = open_run(told(runs, world))
+    _, match = pair_score(saved)
+    batch = made_batch(lengths=(6, 4), size=32)
+    with torch.no_grad():
+        image = saved.model.encode_image(batch.image)
+        state = saved.model.read(image[:1], batch.ids[:1, :6])[:, 0]
+        own = {key.removeprefix("itm."): v for key, v in saved.objectives.items() if key.startswith("itm.")}
+        hidden = torch.tanh(state @ own["pool.weight"].T + own["pool.bias"])
+        logits = hidden @ own["match.weight"].T + own["match.bias"]
+        torch.testing.assert_close(match(image[:1], batch.ids[:1, :6], batch.length[:1]), logits[:, 1] - logits[:, 0])
+
+
+def test_a_run_that_scores_no_pairs_is_refused(runs, world):
+    _, saved, _ = open_run(told(runs, world))
+    with pytest.raises(UserError, match=r"re-ranking needs a run .* this one has clip"):
+        pair_score(saved._replace(info={"objectives": {"clip": {"type": "CLIPConfig"}}}))
+
+
+def test_both_stages_from_the_command_line(runs, world, capsys):
+    argv = ["evaluate", "retrieval", str(runs["both"]), "--data", str(world)]
+    assert main(argv) == 0
+    assert main([*argv, "--rerank", "self", "--top", "3"]) == 0
+    assert main([*argv, "--rerank", str(runs["flm"]), "--split", "val", "--keep", "0.5", "--views", "2"]) == 0
+    said = capsys.readouterr().out
+    assert "image_to_text/r1" in said and "reranked" in said and "rerank 0." in said
+    files = sorted((runs["both"] / "evaluations").glob("retrieval-*.json"))
+    assert [path.name.rpartition("-")[2] for path in files] == ["test.json", "val.json"]
+    first, second = json.loads(files[0].read_text())["results"]
+    assert first["scores"]["towers"] == second["scores"]["towers"] and set(second["seconds"]) == {
+        "embed",
+        "rank",
+        "rerank",
+    }
+    assert second["reranked_by"] == "match" and second["settings"]["top"] == 3
+    assert first["counts"]["texts"] == 12, "Chinese captions, as in training"
+    (third,) = json.loads(files[1].read_text())["results"]
+    assert third["reranked_by"] == "likelihood" and 0 <= third["scores"]["reranked"]["recall"] <= 1
+
+
+def test_lists_as_long_as_the_split_leave_the_towers_no_say(runs, world):
+    """Whatever the towers' shortlists, with all candidates on them the second stage alone decides."""
+    whole = retrieval.evaluate(told(runs, world, rerank="self", top=99))
+    masked = retrieval.evaluate(told(runs, world, rerank="self", top=99, keep=0.25))
+    assert whole["scores"]["towers"] != masked["scores"]["towers"]
+    assert whole["scores"]["reranked"] == masked["scores"]["reranked"]
+
+
+def test_what_is_wrong_is_said(runs, world, capsys):
+    argv = ["evaluate", "retrieval", str(runs["both"]), "--data", str(world)]
+    for more, said in (
+        (["--top", "0"], "--top 0"),
+        (["--keep", "0.5", "--views", "3"], "--keep 0.5 --views 3"),
+        (["--batch-size", "0"], "--batch-size 0"),
+        (["--captions", "title"], "no caption in 'title'"),
+        (["--split", "dev"], "no shards"),
+    ):
+        assert main([*argv, *more]) == 2
+        assert said in capsys.readouterr().err
+    assert main(["evaluate", "retrieval", str(runs["flm"]), "--data", str(world)]) == 2
+    assert "set model.embed" in capsys.readouterr().err
