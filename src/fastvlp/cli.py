@@ -19,6 +19,7 @@ from tyro.conf import Positional, arg, subcommand
 
 from fastvlp.compare_options import Compare
 from fastvlp.errors import UserError
+from fastvlp.eval.options import Probe, Retrieval, ZeroShot
 from fastvlp.tasks.options import Evaluate, Finetune
 
 if TYPE_CHECKING:
@@ -216,12 +217,51 @@ def finetune(command: Finetune) -> None:
         print(f"results: {done[1]}")
 
 
-def evaluate(command: Evaluate) -> None:
+EvaluateCommand = (
+    Annotated[Evaluate, subcommand("task")]
+    | Annotated[Retrieval, subcommand("retrieval")]
+    | Annotated[ZeroShot, subcommand("zeroshot")]
+    | Annotated[Probe, subcommand("probe")]
+)
+
+
+EVALUATIONS = ("task", "retrieval", "zeroshot", "probe")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """Score a run: the task that it was fine-tuned on, or its embeddings. `vlp evaluate RUN` is `vlp evaluate task RUN`."""
+
+    command: Annotated[EvaluateCommand, arg(name="")]
+
+
+def evaluate_task(command: Evaluate) -> None:
     from fastvlp.tasks.finetune import evaluate, told_in_words, write_results
 
     scores = {command.split: evaluate(command)}
     print(told_in_words(scores))
     print(f"results: {write_results(Path(command.run), scores)}")
+
+
+def evaluate_embeddings(command: Retrieval | ZeroShot | Probe) -> None:
+    from fastvlp.about import about
+    from fastvlp.config import to_json
+    from fastvlp.eval import probe, retrieval, zeroshot
+    from fastvlp.eval.results import keep_result, score_table
+    from fastvlp.train.state import pick_device
+
+    match command:
+        case Retrieval():
+            found = retrieval.evaluate(command)
+        case ZeroShot():
+            found = zeroshot.evaluate(command)
+        case Probe():
+            found = probe.evaluate(command)
+    Console().print(score_table(found["scores"]))
+    for name in ("counts", "seconds"):
+        print(f"{name}: " + ", ".join(f"{key} {value:,}" for key, value in found.get(name, {}).items()))
+    result = {**found, "settings": to_json(command), "about": about(pick_device(command.device))}
+    print(f"results: {keep_result(command.run, type(command).__name__.lower(), found['data'], result)}")
 
 
 def compare(command: Compare) -> None:
@@ -258,7 +298,7 @@ def towers(command: Towers) -> None:
     print(f"{command.out}: {sum(p.numel() for p in model.parameters()) / 1e6:.0f} M parameters")
 
 
-def run(command: Data | Pretrain | Finetune | Evaluate | Compare | Towers) -> None:
+def run(command: Data | Pretrain | Finetune | Evaluation | Compare | Towers) -> None:
     match command:
         case Towers():
             towers(command)
@@ -266,8 +306,10 @@ def run(command: Data | Pretrain | Finetune | Evaluate | Compare | Towers) -> No
             compare(command)
         case Finetune():
             finetune(command)
-        case Evaluate():
-            evaluate(command)
+        case Evaluation(command=Evaluate() as task):
+            evaluate_task(task)
+        case Evaluation(command=Retrieval() | ZeroShot() | Probe() as embeddings):
+            evaluate_embeddings(embeddings)
         case Pretrain():
             pretrain([command.recipe, *(["--resume"] if command.resume else [])])
         case Data(command=DataDemo() as demo):
@@ -287,12 +329,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         if argv[:1] == ["pretrain"] and len(argv) > 1 and not argv[1].startswith("-"):
             pretrain(argv[1:])
             return 0
+        if argv[:1] == ["evaluate"] and len(argv) > 1 and argv[1] not in EVALUATIONS and not argv[1].startswith("-"):
+            argv = ["evaluate", "task", *argv[1:]]
         command = tyro.extras.subcommand_cli_from_dict(
             {
                 "data": Data,
                 "pretrain": Pretrain,
                 "finetune": Finetune,
-                "evaluate": Evaluate,
+                "evaluate": Evaluation,
                 "compare": Compare,
                 "towers": Towers,
             },
