@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -11,13 +12,16 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fastvlp.batch import Batch
 from fastvlp.model.model import VLModel
-from fastvlp.model.sizes import flm_base, tiny, with_tokenizer
+from fastvlp.model.sizes import flm_base, tiny, two_towers, with_tokenizer
 from fastvlp.objectives.ar import ARConfig
+from fastvlp.objectives.clip import CLIPConfig
 from fastvlp.objectives.flm import FLMConfig, official_flm
 from fastvlp.objectives.itm import ITMConfig
 from fastvlp.objectives.mlm import MLMConfig
 from fastvlp.objectives.objective import combine
 from fastvlp.objectives.prefixlm import PrefixLMConfig
+from fastvlp.objectives.reconstruct import ReconstructConfig
+from fastvlp.objectives.siglip import SigLIPConfig
 from fastvlp.train.pretraining import Pretraining
 from fastvlp.train.speed import (
     adamw_bytes,
@@ -71,6 +75,20 @@ def test_counted_flops_agree_with_the_counter(objective, keep):
         loss.backward()
     assert counted.forward == pytest.approx(forward, rel=0.02)
     # Nothing is sent back to the pixels, and dead branches cost nothing: a little less than three times.
+    assert counted.training == pytest.approx(counter.get_total_flops(), rel=0.05)
+
+
+@pytest.mark.parametrize(
+    "objective", [CLIPConfig(text_keep=0.5), SigLIPConfig(), ReconstructConfig(depth=2, width=64, heads=4)]
+)
+@pytest.mark.parametrize("special", [True, False])
+def test_counted_flops_of_two_towers_agree_with_the_counter(objective, special):
+    config = two_towers(CONFIG, width=8)
+    config = replace(config, embed=replace(config.embed, text_special=special, text_length=8))
+    pretraining, batch = Pretraining(VLModel(config), {"it": objective.build(config, TOKENIZER)}, 0.5), made_batch()
+    counted = step_flops(pretraining, [tuple(batch.ids.shape)], {})
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        combine(pretraining(batch)).backward()
     assert counted.training == pytest.approx(counter.get_total_flops(), rel=0.05)
 
 

@@ -18,17 +18,20 @@ from typing import Literal
 import torch
 
 from fastvlp.batch import Batch
-from fastvlp.model.image import ImageConfig
+from fastvlp.model.image import ImageConfig, keep_count
 from fastvlp.model.layers import LayerConfig
 from fastvlp.model.model import ModelConfig
 from fastvlp.model.single import SingleConfig
 from fastvlp.model.text import TextConfig
 from fastvlp.objectives.ar import AR
+from fastvlp.objectives.clip import CLIP
 from fastvlp.objectives.flm import FLM
 from fastvlp.objectives.itm import ITM
 from fastvlp.objectives.mlm import MLM
 from fastvlp.objectives.objective import Objective, PairObjective
 from fastvlp.objectives.prefixlm import PrefixLM
+from fastvlp.objectives.reconstruct import Reconstruct, ReconstructConfig
+from fastvlp.objectives.siglip import SigLIP
 from fastvlp.train.pretraining import Pretraining
 
 Precision = Literal["fp32", "bf16"]
@@ -79,7 +82,7 @@ def _mlp(layer: LayerConfig, tokens: float) -> float:
 
 def image_flops(config: ImageConfig, images: int, keep: float = 1.0) -> Flops:
     """The image tower; `keep`: share of the patches that are embedded at all."""
-    patches = config.grid**2 if keep >= 1 else max(1, round(config.grid**2 * keep))
+    patches = keep_count(config.grid**2, keep)
     length = patches + int(config.class_token)
     embed = linear_flops(images * patches, 3 * config.patch**2, config.layer.width)
     block = _self_attention(config.layer, images, length) + _mlp(config.layer, images * length)
@@ -119,6 +122,16 @@ def row_width(config: ModelConfig, batch: Batch) -> int:
     return int((batch.length + batch.regions.mask.sum(1)).max())
 
 
+def decoder_flops(told: ReconstructConfig, config: ImageConfig, images: int, seen: int) -> Flops:
+    """MAE's decoder over all patches, of which the dropped ones are asked for."""
+    width = told.width
+    enter = linear_flops(images * seen, config.layer.width, width)
+    asked = images * (config.tokens - seen)
+    layer = LayerConfig(width=width, heads=told.heads, hidden=4 * width)
+    block = _self_attention(layer, images, config.tokens) + _mlp(layer, images * config.tokens)
+    return Flops(image=enter + told.depth * block + linear_flops(asked, width, 3 * config.patch**2))
+
+
 def reconstructor_flops(config: ModelConfig, rows: int, queries: int, length: int) -> Flops:
     """`queries` a row read both streams of `length` tokens each."""
     part = config.reconstructor
@@ -141,13 +154,17 @@ def objective_flops(objective: Objective, config: ModelConfig, rows: int, length
 
     An objective that is none of the pretraining ones counts as one summary by its `reading`: its own head is small.
     """
-    patches = config.image.grid**2
-    seen = (patches if keep >= 1 else max(1, round(patches * keep))) + int(config.image.class_token)
+    seen = keep_count(config.image.grid**2, keep) + int(config.image.class_token)
     if config.single is not None:
         return single_flops(config.single, rows, length)
     if isinstance(objective, PairObjective):
         # The joint space and the logits are thousands of times smaller than the towers at any batch that fits.
-        return tower_flops(config.text, rows, length)
+        positions = length if config.embed is None else config.embed.positions(length)
+        if isinstance(objective, CLIP | SigLIP):
+            positions = keep_count(positions, objective.config.text_keep)
+        return tower_flops(config.text, rows, positions)
+    if isinstance(objective, Reconstruct):
+        return decoder_flops(objective.config, config.image, rows, seen)
     if objective.reading == "flm":
         queries = length - 1 if isinstance(objective, FLM) else 1
         return text_flops(config, rows, seen, 2 * rows, length) + reconstructor_flops(config, rows, queries, length)

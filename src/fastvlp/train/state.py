@@ -116,9 +116,9 @@ def check(run: TrainConfig) -> None:
         )
     if not 0 < run.keep <= 1:
         raise UserError(f"{run.name}: keep is a share of the patches, above 0 and up to 1, not {run.keep}")
-    if run.data.max_length > run.model.text.positions:
+    if run.data.max_length > run.model.longest_text:
         raise UserError(
-            f"{run.name}: data.max_length {run.data.max_length} exceeds the model's {run.model.text.positions} text "
+            f"{run.name}: data.max_length {run.data.max_length} exceeds the model's {run.model.longest_text} text "
             f"positions; lower it or raise model.text.positions"
         )
 
@@ -297,6 +297,14 @@ def save(state: TrainState) -> None:
         save_checkpoint(state.run.folder / "last.pt", told)
         save_weights(state, "last")
     dist.barrier()
+
+
+def save_config(state: TrainState) -> TrainConfig:
+    """Writes the run as config.json, with the vocabulary, which is known only now; returns it."""
+    whole = replace(state.run, model=state.model.config)
+    if dist.is_main():
+        write_whole(whole.folder / "config.json", json.dumps(to_json(whole), indent=2).encode())
+    return whole
 
 
 COUNTERS = ("step", "elapsed", "pairs", "tokens", "bad_steps", "skipped", "best")
