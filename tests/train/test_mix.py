@@ -39,7 +39,7 @@ def test_a_step_runs_the_drawn_objective_and_validation_all(pairs, tmp_path):
     for step, report in enumerate(steps(state)):
         (name,) = {term.split("/")[0] for term in report.losses if term != "loss"}
         assert name == draw_task(MIX, run.seed, step)
-        assert report.flops > 0 and report.tokens > 0
+        assert report.flops > 0 and report.tokens > 0 and state.pretraining.task == name
         drawn.append(name)
     assert set(drawn) == set(MIX)
     assert validate(state).keys() > {"flm/forward", "mlm/masked", "prefixlm/next"}
