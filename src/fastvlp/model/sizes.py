@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from fastvlp.model.embed import EmbedConfig, HeadConfig
 from fastvlp.model.fusion import FusionConfig, ReconstructorConfig
 from fastvlp.model.image import ImageConfig
-from fastvlp.model.layers import LayerConfig, Norm
+from fastvlp.model.layers import Activation, LayerConfig, Norm
 from fastvlp.model.model import ModelConfig
 from fastvlp.model.regions import RegionConfig
 from fastvlp.model.single import SingleConfig
@@ -70,6 +70,112 @@ def joint_space(config: ModelConfig, *, width: int = 256) -> EmbedConfig:
     layer = config.text.layer
     text = HeadConfig(pool="last", norm=layer.norm == "pre", eps=layer.eps)
     return EmbedConfig(width=width, image=HeadConfig(pool="mean"), text=text)
+
+
+class Tower(NamedTuple):
+    depth: int
+    width: int
+    heads: int
+
+    def layer(self, activation: Activation, eps: float) -> LayerConfig:
+        return LayerConfig(width=self.width, heads=self.heads, hidden=4 * self.width, eps=eps, activation=activation)
+
+
+def flip(image: Tower, text: Tower, *, width: int, size: int, patch: int, length: int = 32) -> ModelConfig:
+    """FLIP's two towers (arXiv 2212.00794, section 3.1) as released (facebookresearch/flip 9bf6bf8): fixed positions, a
+    mean over all states, the class token's too; of a text its words alone, cut or padded to `length`, with padding seen
+    and the first word's state its summary."""
+    return ModelConfig(
+        image=ImageConfig(
+            size=size,
+            patch=patch,
+            depth=image.depth,
+            layer=image.layer("gelu_tanh", 1e-6),
+            position="sincos",
+            norm_eps=1e-6,
+            mean=(0.485, 0.456, 0.406),
+            std=(0.229, 0.224, 0.225),
+        ),
+        text=TextConfig(
+            positions=length, depth=text.depth, layer=text.layer("gelu_tanh", 1e-6), embed_norm=False, learn_pad=True
+        ),
+        embed=EmbedConfig(
+            width=width,
+            image=HeadConfig(pool="mean"),
+            text=HeadConfig(pool="first", norm=True, eps=1e-6),
+            text_mask="none",
+            text_special=False,
+            text_length=length,
+        ),
+        initial="mae",
+    )
+
+
+def flip_b16(*, size: int = 224) -> ModelConfig:
+    """FLIP, Table 9; so are L/16 and H/14."""
+    return flip(Tower(12, 768, 12), Tower(12, 512, 8), width=512, size=size, patch=16)
+
+
+def flip_l16(*, size: int = 224) -> ModelConfig:
+    return flip(Tower(24, 1024, 16), Tower(12, 768, 12), width=768, size=size, patch=16)
+
+
+def flip_h14(*, size: int = 224) -> ModelConfig:
+    return flip(Tower(32, 1280, 16), Tower(24, 1024, 16), width=1024, size=size, patch=14)
+
+
+def flip_tiny(*, size: int = 48) -> ModelConfig:
+    """The towers of `tiny`, the text's with the layers that fusion has there."""
+    return flip(Tower(4, 96, 3), Tower(3, 96, 3), width=128, size=size, patch=8)
+
+
+def flip_small(*, size: int = 112) -> ModelConfig:
+    """The towers of `small`, the text's with the layers that fusion has there."""
+    return flip(Tower(6, 192, 6), Tower(4, 192, 6), width=256, size=size, patch=16)
+
+
+def clip(
+    image: Tower,
+    text: Tower,
+    *,
+    width: int,
+    size: int,
+    patch: int,
+    positions: int = 77,
+    activation: Activation = "quick_gelu",
+) -> ModelConfig:
+    """CLIP's two towers (arXiv 2103.00020, section 2.4): the class token is the image's summary, </s> the text's, whose
+    words see those before them. quick_gelu is OpenAI's; open_clip trains with gelu."""
+    return ModelConfig(
+        image=ImageConfig(
+            size=size,
+            patch=patch,
+            depth=image.depth,
+            layer=image.layer(activation, 1e-5),
+            embed_norm=True,
+            patch_bias=False,
+        ),
+        text=TextConfig(positions=positions, depth=text.depth, layer=text.layer(activation, 1e-5), embed_norm=False),
+        embed=EmbedConfig(width=width, image=HeadConfig(pool="first"), text=HeadConfig(pool="last", norm=True)),
+    )
+
+
+def clip_b32(*, size: int = 224) -> ModelConfig:
+    """CLIP, Table 20; so are B/16 and L/14."""
+    return clip(Tower(12, 768, 12), Tower(12, 512, 8), width=512, size=size, patch=32)
+
+
+def clip_b16(*, size: int = 224) -> ModelConfig:
+    return clip(Tower(12, 768, 12), Tower(12, 512, 8), width=512, size=size, patch=16)
+
+
+def clip_l14(*, size: int = 224) -> ModelConfig:
+    return clip(Tower(24, 1024, 16), Tower(12, 768, 12), width=768, size=size, patch=14)
+
+
+def clip_small(*, size: int = 112) -> ModelConfig:
+    """The towers of `flip_small` in CLIP's form."""
+    return clip(Tower(6, 192, 6), Tower(4, 192, 6), width=256, size=size, patch=16, positions=64, activation="gelu")
 
 
 def tiny(*, size: int = 48, patch: int = 8, norm: Norm = "pre", reconstructor: bool = True) -> ModelConfig:

@@ -1,0 +1,132 @@
+"""FLIP as specified: sizes, kept tokens, costs, and what masking may and may not change (arXiv 2212.00794)."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.utils import _pytree
+
+from fastvlp.model import sizes
+from fastvlp.model.image import random_keep
+from fastvlp.model.model import ModelConfig, VLModel
+from fastvlp.objectives.clip import CLIPConfig
+from fastvlp.objectives.objective import combine
+from fastvlp.train.pretraining import Pretraining
+from fastvlp.train.speed import image_flops, tower_flops
+from tests.made import SPECIALS, VOCAB, made_batch, made_tokenizer
+
+FLIP = {"b16": sizes.flip_b16, "l16": sizes.flip_l16, "h14": sizes.flip_h14}
+
+
+def with_vocabulary(config: ModelConfig, vocab: int) -> ModelConfig:
+    return replace(config, text=replace(config.text, vocab=vocab, **SPECIALS))
+
+
+def parameters(config: ModelConfig) -> dict[str, int]:
+    with torch.device("meta"):
+        model = VLModel(config)
+    return {name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()}
+
+
+@pytest.mark.parametrize(("size", "image", "text"), [("b16", 85.6, 53.5), ("l16", 303.1, 108.5), ("h14", 630.4, 333.6)])
+def test_sizes(size, image, text):
+    """In millions, rebuilt from the released code's parts; the paper rounds them to 86/53, 303/109 and 631/334."""
+    found = parameters(with_vocabulary(FLIP[size](), 30523))
+    assert found["image"] / 1e6 == pytest.approx(image, rel=0.005)
+    assert found["text"] / 1e6 == pytest.approx(text, rel=0.005)
+
+
+def test_clips_sizes_are_openais_to_the_last_parameter():
+    """Less the temperature, which is the objective's here."""
+    known = {sizes.clip_b32: 151_277_313, sizes.clip_b16: 149_620_737, sizes.clip_l14: 427_616_513}
+    for size, count in known.items():
+        assert sum(parameters(with_vocabulary(size(), 49408)).values()) == count - 1
+
+
+@pytest.mark.parametrize(
+    ("size", "share", "kept"), [("l16", 0.5, 98), ("l16", 0.25, 49), ("h14", 0.5, 128), ("h14", 0.25, 64)]
+)
+def test_kept_tokens(size, share, kept):
+    grid = FLIP[size]().image.grid
+    assert random_keep(torch.arange(2), grid**2, share).shape[1] == kept
+
+
+@pytest.mark.parametrize(
+    ("size", "text", "half", "quarter"),
+    [("b16", 0.069, 0.53, 0.30), ("l16", 0.044, 0.52, 0.28), ("h14", 0.058, 0.52, 0.29)],
+)
+def test_costs(size, text, half, quarter):
+    """Of the whole model as shares of the cost without masking (Table 1a: 0.52 and 0.28 for L/16), and of the text tower
+    beside the whole image."""
+    config = FLIP[size]()
+    assert config.embed.positions(34) == 32
+    words = tower_flops(config.text, 1, 32).forward
+    whole, *masked = (image_flops(config.image, 1, keep).forward for keep in (1.0, 0.5, 0.25))
+    assert round(words / whole, 3) == text
+    assert [round((part + words) / (whole + words), 2) for part in masked] == [half, quarter]
+
+
+def flip_pretraining(keep: float = 1.0) -> Pretraining:
+    torch.manual_seed(0)
+    config = with_vocabulary(sizes.flip_tiny(size=32), VOCAB)
+    return Pretraining(VLModel(config), {"clip": CLIPConfig(bound="clip").build(config, made_tokenizer())}, keep)
+
+
+def test_evaluation_draws_nothing():
+    model, batch = flip_pretraining(0.5).model.eval(), made_batch(lengths=(5, 9), size=32)
+    with torch.random.fork_rng():
+        vectors = []
+        for seed in (1, 2):
+            torch.manual_seed(seed)
+            vectors.append(
+                torch.cat(
+                    [model.embed_image(model.encode_image(batch.image)), model.embed_text(batch.ids, batch.length)]
+                )
+            )
+    assert torch.equal(*vectors)
+
+
+def test_without_masking_training_equals_evaluation():
+    module, batch = flip_pretraining(), made_batch(lengths=(5, 9), size=32)
+    model = module.model
+    known = model.eval().embed_image(model.encode_image(batch.image))
+    module.train()
+    assert torch.equal(model.embed_image(module.encode_image(batch)), known)
+    assert torch.equal(model.embed_image(module.encode_image(replace(batch, seed=batch.seed + 1))), known)
+
+
+def test_a_row_is_masked_by_its_seed_alone():
+    module, batch = flip_pretraining(0.5), made_batch(lengths=(5, 9, 7), size=32)
+    states = module.encode_image(batch)
+    assert states.shape == (3, 9, 96)
+    alone = _pytree.tree_map_only(torch.Tensor, lambda x: x[1:2], batch)
+    torch.testing.assert_close(module.encode_image(alone), states[1:2])
+    assert not torch.allclose(module.encode_image(replace(batch, seed=batch.seed + 1)), states)
+
+
+@pytest.mark.parametrize("share", [0.5, 0.25])
+def test_every_patch_is_kept_equally_often(share):
+    """Chi-square over 49 patches; 48 degrees of freedom, so 85 is met by chance once in a thousand. Rows are drawn
+    without replacement, which makes the sum smaller by 1 - K/N."""
+    rows, N = 20_000, 49
+    keep = random_keep(torch.arange(rows) * 7919 + 3, N, share)
+    count = keep.flatten().bincount(minlength=N).double()
+    expected = rows * keep.shape[1] / N
+    assert ((count - expected).square() / expected).sum() / (1 - keep.shape[1] / N) < 85
+
+
+def test_pairs_of_patches_are_kept_independently():
+    rows, N, K = 20_000, 16, 8
+    mask = torch.zeros(rows, N).scatter(1, random_keep(torch.arange(rows) * 7919 + 3, N, 0.5), 1)
+    together = (mask.T @ mask / rows)[~torch.eye(N, dtype=torch.bool)]
+    assert (together - K * (K - 1) / (N * (N - 1))).abs().max() < 0.015
+
+
+def test_padding_is_a_word_like_any_other():
+    """Released FLIP has no padding mask: the row of padding is learned, and its number matters."""
+    module, batch = flip_pretraining(), made_batch(lengths=(5, 9), size=32)
+    combine(module(batch)).backward()
+    assert module.model.text.word.weight.grad[SPECIALS["pad"]].any()
+    assert not module.model.text.word.weight.grad[[SPECIALS["bos"], SPECIALS["eos"]]].any()
