@@ -74,8 +74,13 @@ def _clip_visual(ours: str, theirs: str, depth: int) -> dict[str, tuple[str, ...
         **_both(f"{ours}.embed_norm", f"{theirs}.ln_pre"),
         **_both(f"{ours}.norm", f"{theirs}.ln_post"),
     }
+    return made | _clip_blocks(ours, f"{theirs}.transformer", depth)
+
+
+def _clip_blocks(ours: str, theirs: str, depth: int) -> dict[str, tuple[str, ...]]:
+    made: dict[str, tuple[str, ...]] = {}
     for i in range(depth):
-        block, source = f"{ours}.blocks.{i}", f"{theirs}.transformer.resblocks.{i}"
+        block, source = f"{ours}.blocks.{i}", f"{theirs}.resblocks.{i}"
         for kind in ("weight", "bias"):
             made[f"{block}.attend.qkv.{kind}"] = (f"{source}.attn.in_proj_{kind}",)
         made |= _both(f"{block}.attend.out", f"{source}.attn.out_proj")
