@@ -24,7 +24,7 @@ from fastvlp.objectives.objective import combine
 from fastvlp.objectives.region import MRC, MRFR, MRCConfig, MRFRConfig, class_divergence, class_nll, feature_error
 from fastvlp.objectives.transport import cosine_cost, transport_distance, transport_plan
 from fastvlp.objectives.wra import match_loss
-from fastvlp.tasks.uniter_heads import PairAttention, answer_head, rank_loss, region_scores
+from fastvlp.tasks.uniter_heads import PairAttention, answer_head, rank_loss, region_head, region_scores
 from tests.golden import assert_close, load
 
 golden = cache(load)
@@ -252,7 +252,7 @@ def test_vqa():
     name = "uniter_vqa"
     c, _, weights, known = golden(name)
     model, head = build(name, "vqa_output."), answer_head(c["hidden_size"], c["n_ans"])
-    head.load_state_dict({k.removeprefix("vqa_output."): v for k, v in weights.items() if k.startswith("vqa_output.")})
+    head.load_state_dict({k: weights[f"vqa_output.{k}"] for k in head.state_dict()})
     logits = head(read(model, known).pooled)
     compare(name, "scores", logits)
     each = F.binary_cross_entropy_with_logits(logits, known["in.targets"], reduction="none")
@@ -264,14 +264,22 @@ def test_vqa():
 def test_referring_expressions():
     name = "uniter_re"
     c, _, weights, known = golden(name)
-    model, head = build(name, "re_output."), nn.Linear(c["hidden_size"], 1)
-    head.load_state_dict({k: weights[f"re_output.{k}"] for k in ("weight", "bias")})
+    model, head = build(name, "re_output."), region_head(c["hidden_size"], c["re_mlp"])
+    head.load_state_dict({k: weights[f"re_output.{k}"] for k in head.state_dict()})
     scores = region_scores(head, read(model, known).region, real_regions(known))
     compare(name, "scores", scores)
     loss = F.cross_entropy(scores, known["in.targets"][:, 0], reduction="sum")
     compare(name, "loss", loss)
     loss.backward()
     check_gradients(name, model, "grad.", **gradients_of(head, "re_output."))
+
+
+def test_two_layers_score_regions_too():
+    head, state = region_head(8, 2), torch.randn(2, 3, 8)
+    real = torch.tensor([[True, True, False], [True, False, False]])
+    scores = region_scores(head, state, real)
+    assert (scores[~real] == -1e4).all()
+    torch.testing.assert_close(scores[real], head(state[real])[:, 0])
 
 
 def test_ranking():

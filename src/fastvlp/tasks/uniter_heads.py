@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -9,17 +11,26 @@ from torch import Tensor, nn
 from fastvlp.model.layers import CrossAttention, LayerConfig, initialise
 
 
-def answer_head(width: int, answers: int, eps: float = 1e-12) -> nn.Sequential:
-    """VQA and visual entailment: the pooled state [B D] to logits of the answers [B A]."""
+def _head(width: int, hidden: int, outputs: int) -> nn.Sequential:
     head = nn.Sequential(
-        nn.Linear(width, 2 * width), nn.GELU(), nn.LayerNorm(2 * width, eps=eps), nn.Linear(2 * width, answers)
+        nn.Linear(width, hidden), nn.GELU(), nn.LayerNorm(hidden, eps=1e-12), nn.Linear(hidden, outputs)
     )
     initialise(head, width)
     return head
 
 
+def answer_head(width: int, answers: int) -> nn.Module:
+    """VQA and visual entailment: the pooled state [B D] to logits of the answers [B A]."""
+    return _head(width, 2 * width, answers)
+
+
+def region_head(width: int, layers: Literal[1, 2] = 1) -> nn.Module:
+    """Referring expressions: a region's state to its score, through one layer or (RefCOCO+) two."""
+    return nn.Linear(width, 1) if layers == 1 else _head(width, width, 1)
+
+
 def region_scores(score: nn.Module, region_BRD: Tensor, region_BR: Tensor) -> Tensor:
-    """Referring expressions: how well each region fits the text, [B R]; padding -1e4. `score`: D -> 1."""
+    """How well each region fits the text, [B R]; padding -1e4. `score`: a `region_head`."""
     return score(region_BRD)[..., 0].masked_fill(~region_BR, -1e4)
 
 
