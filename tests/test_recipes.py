@@ -56,6 +56,14 @@ def test_a_length_given_alone_is_the_runs(monkeypatch, recipe, options, length):
     assert [(run.steps, run.budget_s) for run in runs] == [length]
 
 
+@pytest.mark.parametrize("options", [["--from", "runs/a"], ["--from=runs/a"], ["--init", "runs/a"]])
+def test_a_run_starts_from_another(monkeypatch, options):
+    runs = []
+    monkeypatch.setattr("fastvlp.train.run.train", lambda run, *_, **__: runs.append(run))
+    assert main(["pretrain", "flm_demo", *options]) == 0
+    assert [run.init for run in runs] == ["runs/a"]
+
+
 @pytest.mark.parametrize("options", [["--steps", "7", "--budget-s", "7"], ["--budget-s", "None"]])
 def test_two_lengths_or_none_are_refused_at_once(options, capsys):
     assert main(["pretrain", "flm_demo", *options]) == 2

@@ -169,7 +169,8 @@ def data_inspect(command: DataInspect) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Pretrain:
-    """Pretrain a model by a recipe. `vlp pretrain RECIPE --help` lists the recipe's fields, each of which can be set."""
+    """Pretrain a model by a recipe. `vlp pretrain RECIPE --help` lists the recipe's fields, each of which can be set;
+    `--from RUN` starts with the weights of another run."""
 
     recipe: Positional[str]
     """Name of a recipe that comes with fastvlp, or the path of your own file."""
@@ -187,15 +188,17 @@ def pretrain(argv: Sequence[str]) -> None:
     again = Annotated[bool, arg(help="Continue from the last checkpoint.")]
     Overrides = make_dataclass("Overrides", [("run", Annotated[TrainConfig, arg(name="")]), ("resume", again, False)])
 
+    # As in `vlp finetune --from`; the field cannot be called that.
+    args = ["--init" + told[6:] if told.partition("=")[0] == "--from" else told for told in argv[1:]]
     said = tyro.cli(
         Overrides,
         default=Overrides(recipe(argv[0])),
-        args=argv[1:],
+        args=args,
         prog=f"vlp pretrain {argv[0]}",
         description=getdoc(TrainConfig),
         config=(tyro.conf.AvoidSubcommands,),
     )
-    train(one_length(said.run, argv[1:]), said.resume, verbose=True)
+    train(one_length(said.run, args), said.resume, verbose=True)
 
 
 def one_length(run: TrainConfig, argv: Sequence[str]) -> TrainConfig:
