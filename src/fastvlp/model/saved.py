@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import cattrs
+import torch
 from cattrs.errors import BaseValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -45,7 +46,8 @@ class Saved(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Inheritance:
-    """What became of every parameter, by name. `dropped`: those of the file whose module the model does not have."""
+    """What became of every parameter, by name; objectives' as `objectives.<name>.<parameter>`. `dropped`: those of the file
+    whose module the model does not have."""
 
     loaded: list[str] = field(default_factory=list)
     resized: list[str] = field(default_factory=list)
@@ -146,6 +148,19 @@ def inherit(model: VLModel, state: Mapping[str, Tensor], source: str | Path = "s
         result.dropped.append(name)
     model.load_state_dict(taken)
     return result
+
+
+@torch.no_grad()
+def inherit_objectives(objectives: Mapping[str, nn.Module], state: Mapping[str, Tensor], result: Inheritance) -> None:
+    """What objectives of the same names had learned, in place: a temperature, a head. `state` has keys
+    `<name>.<parameter>`; an objective of which it lacks a parameter, or has one of another shape, stays as it was made."""
+    for name, objective in objectives.items():
+        own = {f"{name}.{key}": p for key, p in objective.named_parameters() if p.requires_grad}
+        known = all(key in state and state[key].shape == p.shape for key, p in own.items())
+        for key, parameter in own.items():
+            if known:
+                parameter.copy_(state[key])
+        (result.loaded if known else result.fresh).extend(OBJECTIVES + key for key in own)
 
 
 def _same_shape(name: str, found: Tensor, wanted: Tensor, source: str | Path, remedy: str) -> None:
