@@ -135,6 +135,10 @@ def test_what_is_lacking_is_said():
     for wrong in ({"rate": 0.0}, {"rate": 1.5}, {"word_rate": -0.1}):
         with pytest.raises(ValueError, match="share"):
             MRFRConfig(**wrong)
+    with pytest.raises(ValueError, match="region_rate"):
+        MLMConfig(region_rate=2.0)
+    with pytest.raises(ValueError, match="wrong pairs"):
+        WRAConfig(rate=1.0)
 
 
 @pytest.mark.parametrize("negative", ["image", "text", "both"])

@@ -41,6 +41,8 @@ class MLMConfig(ObjectiveConfig):
             raise ValueError(
                 f"predict_rate must be above 0 and at most mask_rate {self.mask_rate}, not {self.predict_rate}"
             )
+        if not 0 <= self.region_rate <= 1:
+            raise ValueError(f"region_rate is a share, 0 to 1, not {self.region_rate}")
         if self.keep_mask + self.keep_random > 1:
             raise ValueError("keep_mask and keep_random are shares of the corrupted tokens: together at most 1")
 

@@ -166,7 +166,7 @@ class MRC(MaskedRegions):
         return given(batch.regions).mask & (self._shares(batch).sum(-1) > 0)
 
     def error(self, model: VLModel, state_TD: Tensor, feature_TF: Tensor, batch: Batch, hidden_BR: Tensor) -> Tensor:
-        logits, shares = at_least_fp32(self.classify(state_TD)), self._shares(batch)[hidden_BR]
+        logits, shares = at_least_fp32(self.classify(state_TD)), at_least_fp32(self._shares(batch)[hidden_BR])
         if self.config.target == "hard":
             return class_nll(logits, shares, background=self.config.background)
         return class_divergence(logits, shares, self.config.reduction)
