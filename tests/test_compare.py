@@ -53,6 +53,7 @@ class World:
         self.now = 0.0
         self.order: list[str] = []
         self.scored: list[tuple[str, int, float]] = []
+        self.kept: list[str] = []
         clock = SimpleNamespace(
             perf_counter=lambda: self.now, process_time=lambda: 2 * self.now, monotonic=lambda: self.now
         )
@@ -78,6 +79,9 @@ class World:
         self.scored.append((state.run.name, state.run.seed, state.elapsed))
         return {"vqa": state.step / 100}
 
+    def keep(self, state: Any) -> None:
+        self.kept.append(state.run.out)
+
     def samples(self, states: Mapping[str, Any]) -> list[Sample]:
         picture = "data:image/gif;base64,R0lGODlhAQABAAAAACH5BAEKAAEALAAAAAABAAEAAAICTAEAOw=="
         captions = {arm: f"said by <{arm}>" for arm in states}
@@ -93,7 +97,8 @@ def go(world: World, plan: Plan, arms: Mapping[str, Run]) -> tuple[Comparison, s
     console = Console(width=100, record=True, quiet=False, file=open("/dev/null", "w"))  # noqa: SIM115, PTH123
     display = Display(list(arms), budget_s=plan.budget_s, seeds=plan.seeds, marks=len(plan.shares), console=console)
     with display:
-        made = compare(plan, arms, origin={}, scorer=world, begin=world.start, go_on=world.steps, display=display)  # type: ignore[arg-type]
+        injected: Any = {"begin": world.start, "go_on": world.steps, "keep": world.keep}
+        made = compare(plan, arms, origin={}, scorer=world, display=display, **injected)  # type: ignore[arg-type]
     print_tables(made, console)
     return made, console.export_text()
 
@@ -204,3 +209,8 @@ def test_a_comparison_under_torchrun_is_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match="without torchrun"):
         run_comparison(Compare(recipes=("flm_demo",)))
+
+
+def test_last_weights_of_sound_arms_are_kept_apart_by_seed(world: World, tmp_path: Path) -> None:
+    go(world, Plan(budget_s=8, out=tmp_path, seeds=2), ARMS | {"broken": replace(ARMS["mlm"], breaks_at=1)})
+    assert world.kept == [str(tmp_path / "runs" / f"{arm}-{seed}") for seed in (0, 1) for arm in ARMS]

@@ -15,8 +15,10 @@ from fastvlp.compare_options import Settings
 from fastvlp.data.rows import PairData
 from fastvlp.data.world import WorldConfig, write_world
 from fastvlp.errors import UserError
-from fastvlp.model.sizes import _equal_width
+from fastvlp.model.saved import load_model
+from fastvlp.model.sizes import _equal_width, tiny, two_towers
 from fastvlp.objectives.ar import ARConfig
+from fastvlp.objectives.clip import CLIPConfig
 from fastvlp.objectives.flm import FLMConfig
 from fastvlp.objectives.itm import ITMConfig
 from fastvlp.objectives.mlm import MLMConfig
@@ -186,7 +188,8 @@ def test_the_command(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     assert made.configs["my_flm"]["model"]["image"]["size"] == 32
     assert "my_mlm" in (out / "report.html").read_text("utf-8")
     assert json.loads((out / "results.json").read_text("utf-8"))["about"]["command"].startswith("vlp")
-    assert {path.name for path in out.iterdir()} == {"results.json", "report.html", "tokenizer-my_flm.json"}
+    assert {path.name for path in out.iterdir()} == {"results.json", "report.html", "runs", "tokenizer-my_flm.json"}
+    assert load_model(out / "runs" / "my_flm-0").info["task"] == "flm"
 
 
 def test_mistakes_are_named(capsys: pytest.CaptureFixture[str]) -> None:
@@ -202,3 +205,25 @@ def test_mistakes_are_named(capsys: pytest.CaptureFixture[str]) -> None:
     ):
         assert main(["compare", *words]) == 2
         assert message in capsys.readouterr().err
+
+
+def test_two_towers_are_scored_by_retrieval_alone(world: Path, tmp_path: Path) -> None:
+    data = PairData(train=str(world / "train"), val=str(world / "val"), batch_size=4)
+    run = TrainConfig(
+        name="towers",
+        data=data,
+        model=two_towers(tiny(size=32), width=16),
+        objectives={"clip": CLIPConfig()},
+        optim=OptimConfig(lr=1e-3),
+        steps=1,
+        vocab=200,
+        precision="fp32",
+        device="cpu",
+        out=str(tmp_path),
+    )
+    state = start(run)
+    yardsticks = Yardsticks(settings=Settings())
+    scores = yardsticks.score(state)
+    assert set(scores) == {"recall", "image_to_text/r1", "text_to_image/r1"}
+    assert all(0 <= score <= 1 for score in scores.values())
+    assert yardsticks.samples({"towers": state}) == []

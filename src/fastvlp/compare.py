@@ -30,7 +30,7 @@ from fastvlp.recipes import names, recipe
 from fastvlp.report import write_report
 from fastvlp.results import ArmRun, Comparison, LossPoint, Mark, Sample, Spent
 from fastvlp.train.run import StepReport, TrainConfig, TrainState, start, steps
-from fastvlp.train.state import pick_device
+from fastvlp.train.state import pick_device, save_config, save_weights
 from fastvlp.yardsticks import Yardsticks
 
 # Points kept of each training-loss curve.
@@ -141,9 +141,9 @@ class Lane:
 
 
 def resolved(plan: Plan, arms: Mapping[str, TrainConfig]) -> dict[str, TrainConfig]:
-    """Each arm with the budget as its length, so that its schedule runs on its own clock. Nothing is written by an arm."""
+    """Each arm with the budget as its length, so that its schedule runs on its own clock."""
     return {
-        arm: replace(run, name=arm, steps=None, budget_s=plan.budget_s, out=str(plan.out / "arms" / arm))
+        arm: replace(run, name=arm, steps=None, budget_s=plan.budget_s, out=str(plan.out / "runs" / arm))
         for arm, run in arms.items()
     }
 
@@ -174,6 +174,11 @@ def reference(arms: Mapping[str, TrainConfig]) -> str:
     return (alone or list(arms))[0]
 
 
+def keep_weights(state: TrainState) -> None:
+    save_config(state)
+    save_weights(state, "last")
+
+
 def compare(
     plan: Plan,
     arms: Mapping[str, TrainConfig],
@@ -183,8 +188,10 @@ def compare(
     display: Display,
     begin: Callable[[TrainConfig], TrainState] = start,
     go_on: Callable[[TrainState], Iterator[StepReport]] = steps,
+    keep: Callable[[TrainState], None] = keep_weights,
 ) -> Comparison:
-    """Trains and scores every arm with every seed; results.json and report.html are whole after every mark."""
+    """Trains and scores every arm with every seed; results.json and report.html are whole after every mark, and each
+    arm's last weights lie in runs/ARM-SEED, as a run's do."""
     runs = with_tokenizers(resolved(plan, arms), plan.out)
     comparison = Comparison(
         arms=list(runs),
@@ -201,16 +208,19 @@ def compare(
         lanes = []
         for arm, run in runs.items():
             display.note(f"seed {seed}: building {arm}")
-            state = begin(replace(run, seed=run.seed + seed))
+            state = begin(replace(run, seed=run.seed + seed, out=f"{run.out}-{run.seed + seed}"))
             record = ArmRun(arm=arm, seed=state.run.seed)
             comparison.runs.append(record)
             lanes.append(
                 Lane(state=state, reports=go_on(state), run=record, shares=plan.shares, budget_s=plan.budget_s)
             )
         race(lanes, plan.slice_s, scorer, display, lambda: save(comparison, plan.out))
+        sound = {lane.run.arm: lane.state for lane in lanes if not lane.run.failure}
+        for state in sound.values():
+            keep(state)
         if seed == 0:
             display.note("captions and answers for the report")
-            comparison.samples = scorer.samples({lane.run.arm: lane.state for lane in lanes if not lane.run.failure})
+            comparison.samples = scorer.samples(sound)
             save(comparison, plan.out)
     return comparison
 

@@ -27,6 +27,9 @@ YARDSTICKS = {
     "cloze": Yardstick(
         "Cloze accuracy", "words from both sides for FLM and MLM, from the left alone for AR and PrefixLM", True
     ),
+    "recall": Yardstick("Retrieval", "mean of R@1, 5 and 10 in both directions, by the towers alone", True),
+    "image_to_text/r1": Yardstick("Text R@1", "one of an image's own captions comes first", True),
+    "text_to_image/r1": Yardstick("Image R@1", "a caption's own image comes first", True),
     "cider": Yardstick("CIDEr", "greedy captions after the same short fine-tuning", False),
 }
 

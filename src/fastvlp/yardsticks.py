@@ -23,7 +23,9 @@ from fastvlp.data.rows import Data, PairData, Split, readable_infos
 from fastvlp.data.shards import Shards
 from fastvlp.errors import UserError
 from fastvlp.eval.cloze import Means, cloze
+from fastvlp.eval.embedding import Reader, embed_split, read_captions
 from fastvlp.eval.mode import evaluating
+from fastvlp.eval.ranks import retrieval_scores
 from fastvlp.model.model import Bos
 from fastvlp.objectives.ar import AR
 from fastvlp.objectives.flm import FLM
@@ -117,6 +119,10 @@ class Yardsticks:
                 model = state.evaluated.model
                 found = cloze(model, means, self.pairs(state, self.settings.cloze_items), bos=own_bos(state.run))
             scores["cloze"] = found.accuracy
+        if state.model.config.embed is not None:
+            scores |= self.retrieval(state)
+        if state.model.config.fusion is None:
+            return scores
         if (asked := self.asked(state)) is not None:
             scores["vqa"] = self.vqa(state, asked)
         if self.settings.caption_items:
@@ -133,6 +139,22 @@ class Yardsticks:
         size = self.settings.probe_batch
         for batch, _ in Loader(min(rows.count, count), rows.make, batch_size=size, seed=0).once():
             yield batch
+
+    def retrieval(self, state: TrainState) -> dict[str, float]:
+        """Recall of the towers among all pictures of the split and all captions of each."""
+        data = state.run.data
+        shards = Shards(split_folder(data, self.settings.split))
+        reader = Reader(
+            model=state.evaluated.model,
+            tokenizer=state.tokenizer,
+            batch_size=self.settings.probe_batch,
+            max_length=data.max_length,
+            fit=data.fit,
+            precision=state.run.precision,
+        )
+        field = data.captions if isinstance(data, PairData) else "captions"
+        scores = retrieval_scores(*embed_split(reader, shards, read_captions(shards, field)))
+        return {name: scores[name] for name in ("recall", "image_to_text/r1", "text_to_image/r1")}
 
     def vqa(self, state: TrainState, asked: Questions) -> float:
         head = cast(Objective, next(iter(state.pretraining.objectives.values())))
@@ -181,11 +203,12 @@ class Yardsticks:
 
     def samples(self, states: Mapping[str, TrainState]) -> list[Sample]:
         """The first validation pictures with captions and answers. Pictures and texts are those of the first arm's data;
-        arms with other data are left out."""
-        if not states or not self.settings.pictures:
+        arms with other data are left out, and two towers alone, which say nothing."""
+        speaking = {arm: state for arm, state in states.items() if state.model.config.fusion is not None}
+        if not speaking or not self.settings.pictures:
             return []
-        first = next(iter(states.values()))
-        alike = {arm: state for arm, state in states.items() if state.run.data == first.run.data}
+        first = next(iter(speaking.values()))
+        alike = {arm: state for arm, state in speaking.items() if state.run.data == first.run.data}
         count = self.settings.pictures
         images = torch.cat([batch.image for batch in self.pairs(first, count)])
         said = {arm: self.captions(state, count) for arm, state in alike.items()}

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 import signal
 import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 
 import torch
@@ -19,8 +18,7 @@ from torch.nn.utils import clip_grad_norm_
 
 from fastvlp import dist
 from fastvlp.batch import Batch, Dropped
-from fastvlp.config import show, to_json
-from fastvlp.data.files import write_whole
+from fastvlp.config import show
 from fastvlp.data.random import hash64
 from fastvlp.errors import UserError
 from fastvlp.objectives.objective import Loss, combine
@@ -30,7 +28,7 @@ from fastvlp.train.optim import set_rate
 from fastvlp.train.pretraining import Pretraining, draw_task
 from fastvlp.train.schedule import rate_factor
 from fastvlp.train.speed import row_width, step_flops
-from fastvlp.train.state import TrainConfig, TrainState, save, save_weights, start
+from fastvlp.train.state import TrainConfig, TrainState, save, save_config, save_weights, start
 
 __all__ = ["StepReport", "TrainConfig", "TrainState", "start", "steps", "train", "validate"]
 
@@ -86,7 +84,8 @@ def steps(state: TrainState) -> Iterator[StepReport]:
         norm = clip_grad_norm_(parameters, run.optim.clip or math.inf)
         totals = dist.all_reduce_sum(torch.stack([*shares.values(), norm.new_tensor(sum(map(len, micro)))]))
         asked = torch.stack([*counts.values()]).float()
-        # With the picking of asked tokens, whose number it must know, the only place in a step that waits for the device.
+        # With the picking of asked tokens and the packing of one stream, whose numbers it must know, the only place in a step
+        # that waits for the device.
         grad_norm, *numbers = torch.cat([norm[None], totals, asked]).tolist()
         values, pairs, targets = numbers[: len(shares)], int(numbers[len(shares)]), numbers[len(shares) + 1 :]
         skipped = not all(map(math.isfinite, [*values, grad_norm]))
@@ -252,10 +251,7 @@ def train(run: TrainConfig, resume: bool = False, *, verbose: bool = False) -> T
         if not resume and (run.folder / "last.pt").exists():
             raise UserError(f"{run.folder}: holds a run already; continue it with --resume, or choose another --out")
         state = start(run, resume)
-        # With the vocabulary, which is known only now.
-        whole = replace(run, model=state.model.config)
-        if dist.is_main():
-            write_whole(run.folder / "config.json", json.dumps(to_json(whole), indent=2).encode())
+        whole = save_config(state)
         with RunLog(state) as log, stop_signals(state):
             if verbose:
                 log.say(show(whole))

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -14,6 +15,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from fastvlp import dist
 from fastvlp.config import differences, to_json
+from fastvlp.data.files import write_whole
 from fastvlp.data.loader import Loader
 from fastvlp.data.random import hash64
 from fastvlp.data.rows import Data, Rows
