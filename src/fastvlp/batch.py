@@ -88,6 +88,7 @@ class Batch:
     slot:   int64 [B] or None: which image of a pair a row shows (NLVR2: 0 or 1); None means 0.
     target: what a task's rows are scored against (float [B A] or int64 [B]); None in pretraining.
     regions: of each image, where the data brings them (`RegionSource`).
+    plain: the images before training augmented them, for objectives that draw views of their own; None: `image` is it.
     """
 
     image: Tensor
@@ -97,6 +98,7 @@ class Batch:
     slot: Tensor | None = None
     target: Tensor | None = None
     regions: Regions | None = None
+    plain: Tensor | None = None
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> Batch:
         return _pytree.tree_map_only(Tensor, lambda t: t.to(device, non_blocking=non_blocking), self)

@@ -20,12 +20,13 @@ from fastvlp.objectives.mlm import MLMConfig
 from fastvlp.objectives.objective import ObjectiveConfig
 from fastvlp.objectives.prefixlm import PrefixLMConfig
 from fastvlp.objectives.siglip import SigLIPConfig
+from fastvlp.objectives.simclr import SimCLRConfig
 from fastvlp.train.optim import OptimConfig
 from fastvlp.train.run import TrainConfig, TrainState
 from tests.made import made_config
 
 WORDS = ["red", "blue", "green", "small", "large", "round", "left", "right", "above", "near", "far", "bright", "two"]
-PAIRED = ("clip", "siglip")
+PAIRED = ("clip", "siglip", "simclr")
 TOKENS = ("flm", "mlm", "prefixlm")
 OBJECTIVES: dict[str, ObjectiveConfig] = {
     "flm": FLMConfig(span_mode="uniform", span_rate=0.4),
@@ -33,6 +34,7 @@ OBJECTIVES: dict[str, ObjectiveConfig] = {
     "prefixlm": PrefixLMConfig(),
     "clip": CLIPConfig(),
     "siglip": SigLIPConfig(),
+    "simclr": SimCLRConfig(width=8, keep=0.5),
 }
 
 
@@ -65,7 +67,7 @@ def made_run(pairs: Path, out: Path, *objectives: str, dropout: float = 0.0, **c
         text=replace(model.text, layer=layer),
         fusion=replace(model.fusion, layer=layer),
         reconstructor=replace(model.reconstructor, layer=layer),
-        embed=joint_space(model, width=16) if {*objectives} & {*PAIRED} else None,
+        embed=joint_space(model, width=16) if {*objectives} & {"clip", "siglip"} else None,
     )
     data = PairData(
         train=str(pairs / "train"),

@@ -16,7 +16,7 @@ def pairs(tmp_path_factory):
     return made_pairs(tmp_path_factory.mktemp("pairs"))
 
 
-@pytest.mark.parametrize("names", [("clip",), ("siglip",), ("mlm", *PAIRED)], ids="-".join)
+@pytest.mark.parametrize("names", [("clip",), ("siglip",), ("simclr",), ("mlm", *PAIRED)], ids="-".join)
 def test_micro_batches_equal_one_batch(pairs, tmp_path, names):
     whole, parts = (
         start(made_run(pairs, tmp_path / str(n), *names, batch_size=12 // n, accumulate=n, keep=0.5, steps=3))

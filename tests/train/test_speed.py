@@ -11,6 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastvlp.batch import Batch
+from fastvlp.data.augment import AugmentConfig
 from fastvlp.model.model import VLModel
 from fastvlp.model.sizes import flm_base, tiny, two_towers, with_tokenizer
 from fastvlp.objectives.ar import ARConfig
@@ -22,6 +23,7 @@ from fastvlp.objectives.objective import combine
 from fastvlp.objectives.prefixlm import PrefixLMConfig
 from fastvlp.objectives.reconstruct import ReconstructConfig
 from fastvlp.objectives.siglip import SigLIPConfig
+from fastvlp.objectives.simclr import SimCLRConfig
 from fastvlp.train.pretraining import Pretraining
 from fastvlp.train.speed import (
     adamw_bytes,
@@ -79,13 +81,21 @@ def test_counted_flops_agree_with_the_counter(objective, keep):
 
 
 @pytest.mark.parametrize(
-    "objective", [CLIPConfig(text_keep=0.5), SigLIPConfig(), ReconstructConfig(depth=2, width=64, heads=4)]
+    "objectives",
+    [
+        [CLIPConfig(text_keep=0.5)],
+        [SigLIPConfig()],
+        [ReconstructConfig(depth=2, width=64, heads=4)],
+        [CLIPConfig(), SimCLRConfig(augment=AugmentConfig(), hidden=16, width=8, keep=0.25)],
+    ],
+    ids=lambda told: type(told[-1]).__name__,
 )
 @pytest.mark.parametrize("special", [True, False])
-def test_counted_flops_of_two_towers_agree_with_the_counter(objective, special):
+def test_counted_flops_of_two_towers_agree_with_the_counter(objectives, special):
     config = two_towers(CONFIG, width=8)
     config = replace(config, embed=replace(config.embed, text_special=special, text_length=8))
-    pretraining, batch = Pretraining(VLModel(config), {"it": objective.build(config, TOKENIZER)}, 0.5), made_batch()
+    built = {str(i): told.build(config, TOKENIZER) for i, told in enumerate(objectives)}
+    pretraining, batch = Pretraining(VLModel(config), built, 0.5), made_batch()
     counted = step_flops(pretraining, [tuple(batch.ids.shape)], {})
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         combine(pretraining(batch)).backward()

@@ -32,6 +32,7 @@ from fastvlp.objectives.objective import Objective, PairObjective
 from fastvlp.objectives.prefixlm import PrefixLM
 from fastvlp.objectives.reconstruct import Reconstruct, ReconstructConfig
 from fastvlp.objectives.siglip import SigLIP
+from fastvlp.objectives.simclr import SimCLR
 from fastvlp.train.pretraining import Pretraining
 
 Precision = Literal["fp32", "bf16"]
@@ -157,6 +158,8 @@ def objective_flops(objective: Objective, config: ModelConfig, rows: int, length
     seen = keep_count(config.image.grid**2, keep) + int(config.image.class_token)
     if config.single is not None:
         return single_flops(config.single, rows, length)
+    if isinstance(objective, SimCLR):
+        return image_flops(config.image, 2 * rows, objective.config.keep)
     if isinstance(objective, PairObjective):
         # The joint space and the logits are thousands of times smaller than the towers at any batch that fits.
         positions = length if config.embed is None else config.embed.positions(length)

@@ -1,0 +1,92 @@
+"""Two looks at each image, told apart from those at all others (SimCLR, arXiv 2002.05709): an image term beside a loss of
+pairs (SLIP, arXiv 2112.12750)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from fastvlp.batch import Batch
+from fastvlp.data.augment import AugmentConfig, augment
+from fastvlp.data.random import hash64_rows
+from fastvlp.data.tokenize import Tokenizer
+from fastvlp.errors import UserError
+from fastvlp.model.embed import unit
+from fastvlp.model.image import random_keep
+from fastvlp.model.layers import initialise
+from fastvlp.model.model import ModelConfig, VLModel
+from fastvlp.objectives.contrastive import nt_xent
+from fastvlp.objectives.objective import Loss, ObjectiveConfig, PairObjective
+
+VIEW_SALT = 901
+VIEWS = (1, 2)  # 0 is what training shows the other objectives
+NATURAL = AugmentConfig(
+    crop=(0.08, 1.0), flip=0.5, jitter=0.8, strength=(0.8, 0.8, 0.8, 0.2), gray=0.2, blur=0.5, sigma=(0.1, 2.0)
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SimCLRConfig(ObjectiveConfig):
+    """augment: of both views; the paper's by default, whose blur is meant for 224 pixels. keep: share of the patches that
+    are encoded, other ones of each view. hidden: width of the projection's layer with ReLU, by default the image tower's;
+    width: of the space that it leads to. weight: of the loss beside others (SLIP: 1)."""
+
+    augment: AugmentConfig = NATURAL
+    keep: float = 1.0
+    hidden: int | None = None
+    width: int = 128
+    temperature: float = 0.1
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.keep <= 1:
+            raise ValueError(f"keep is a share of the patches, above 0 and up to 1, not {self.keep}")
+        if self.temperature <= 0:
+            raise ValueError(f"temperature must be above 0, not {self.temperature}")
+
+    def build(self, model: ModelConfig, tokenizer: Tokenizer) -> SimCLR:
+        if model.single is not None:
+            raise UserError("simclr needs an image tower of patches, and a single stream reads regions")
+        return SimCLR(self, model.image.layer.width)
+
+
+class SimCLR(PairObjective):
+    def __init__(self, config: SimCLRConfig, width: int):
+        super().__init__()
+        self.config = config
+        hidden = config.hidden or width
+        # Without the released code's batch norms: a row must not depend on which others are encoded with it.
+        self.project = nn.Sequential(nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, config.width))
+        initialise(self, width)
+
+    def counts(self, batch: Batch) -> dict[str, Tensor]:
+        return {"views": batch.length.new_tensor(2 * len(batch))}
+
+    def embed(self, model: VLModel, image_BKD: Tensor, batch: Batch) -> tuple[Tensor, ...]:
+        """Both views projected to unit vectors, two [B E], encoded in one pass."""
+        told, image = self.config, batch.image if batch.plain is None else batch.plain
+        views = torch.cat([augment(image, batch.seed, told.augment, view=view)[0] for view in VIEWS])
+        keep_BK = None
+        if told.keep < 1:
+            seeds = torch.cat([hash64_rows(batch.seed, VIEW_SALT, view) for view in VIEWS])
+            keep_BK = random_keep(seeds, model.config.image.grid**2, told.keep)
+        a_BE, b_BE = unit(self.project(summary(model, model.encode_image(views, keep_BK)))).chunk(2)
+        return a_BE, b_BE
+
+    def score(self, *rows: Tensor) -> dict[str, Loss]:
+        """Each view among both views of the images of all ranks."""
+        a_BE, b_BE = rows
+        (all_a, first), (all_b, _) = self.everyone(a_BE), self.everyone(b_BE)
+        own = first + torch.arange(len(a_BE), device=a_BE.device)
+        loss = nt_xent(a_BE, b_BE, all_a, all_b, own, a_BE.new_tensor(1 / self.config.temperature))
+        return {"views": Loss(loss.sum(), own.new_tensor(len(loss)), self.config.weight)}
+
+
+def summary(model: VLModel, state_BKD: Tensor) -> Tensor:
+    """What the joint space reads of an image [B D]; the mean over its states where there is none."""
+    if model.config.embed is None:
+        return state_BKD.mean(1)
+    head = model.embed.image
+    return head.pooled(head.norm(state_BKD), None)
