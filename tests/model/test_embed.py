@@ -65,8 +65,8 @@ def test_kept_positions_alone_are_encoded():
 
 def test_pools():
     state = torch.arange(24.0).reshape(2, 4, 3)
-    length = torch.tensor([3, 4])
-    pooled = lambda pool, n=length: Head(HeadConfig(pool=pool), 3, 3).pooled(state, n)  # noqa: E731
+    seen = torch.arange(4) < torch.tensor([[3], [4]])
+    pooled = lambda pool, n=seen: Head(HeadConfig(pool=pool), 3, 3).pooled(state, n)  # noqa: E731
     torch.testing.assert_close(pooled("mean")[0], state[0, :3].mean(0))
     torch.testing.assert_close(pooled("patches", None), state[:, 1:].mean(1))
     assert (pooled("last") == state[[0, 1], [2, 3]]).all() and (pooled("first") == state[:, 0]).all()

@@ -168,8 +168,7 @@ def image_features(model: VLModel, image: Tensor, kind: Features = "pooled") -> 
         return model.embed_image(state_BKD)
     if model.config.embed is None:
         return state_BKD.mean(1).float()
-    head = model.embed.image
-    return head.pooled(head.norm(state_BKD), None).float()
+    return model.embed.image.summary(state_BKD).float()
 
 
 def embed_images(reader: Reader, shards: Shards) -> Tensor:

@@ -1,4 +1,5 @@
-"""Two towers: states of an image or a text to one unit vector in a joint space (CLIP, arXiv 2103.00020; FLIP, 2212.00794)."""
+"""Two towers: states of an image or a text to one unit vector in a joint space (CLIP, arXiv 2103.00020; FLIP, 2212.00794;
+BriVL, 2103.06561)."""
 
 from __future__ import annotations
 
@@ -9,7 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastvlp.model.layers import initialise
+from fastvlp.batch import Regions
+from fastvlp.errors import UserError
+from fastvlp.model.image import ImageConfig
+from fastvlp.model.layers import LayerConfig, initialise, stack
+from fastvlp.model.pooling import RegionPool, RegionPooling
 from fastvlp.model.text import TextConfig
 
 # first: the state at position 0 (class token, <s>, or FLIP's first word). last: the last real token (</s>). mean: over
@@ -22,13 +27,19 @@ TextMask = Literal["full", "causal", "none"]
 @dataclass(frozen=True, kw_only=True)
 class HeadConfig:
     """norm: a layer norm before pooling, for towers that end without one. hidden: width of a layer with ReLU before the
-    projection (None: one linear map). bias: of the projection."""
+    projection (None: one linear map). bias: of the projection.
+
+    regions: the image's states become regions pooled from their map (BriVL). depth, layer: blocks of self-attention over
+    states or regions, each made a unit vector first, without positions (BriVL); 0 for none."""
 
     pool: Pool
     norm: bool = False
     hidden: int | None = None
     bias: bool = False
     eps: float = 1e-5
+    regions: RegionPool | None = None
+    depth: int = 0
+    layer: LayerConfig | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,35 +59,72 @@ class EmbedConfig:
         return self.text_length or max(1, length - int(not self.text_special))
 
 
-class Head(nn.Module):
-    """States [B S D] to unit vectors [B E], in fp32."""
+def check_head(name: str, head: HeadConfig, width: int) -> None:
+    """Raises UserError for a head that cannot be built on states of `width`."""
+    layer, regions, field = head.layer, head.regions, f"model.embed.{name}"
+    if head.depth and layer is None:
+        raise UserError(f"{field}.depth {head.depth}: say with {field}.layer how wide the blocks are")
+    if layer is not None and (layer.heads < 1 or layer.width % layer.heads):
+        raise UserError(f"{field}.layer: width {layer.width} does not divide into {layer.heads} heads")
+    if layer is not None and regions is None and layer.width != width:
+        raise UserError(
+            f"{field}.layer.width {layer.width} must equal the tower's width {width}, where nothing is pooled"
+        )
+    if regions is None:
+        return
+    if name == "text" or head.pool != "mean":
+        raise UserError(f"{field}.regions: regions are of an image, and their mean is its summary (pool mean)")
+    if regions.samples < 1 or (regions.grid is not None and regions.grid < 1):
+        raise UserError(f"{field}.regions: samples {regions.samples}, grid {regions.grid}; use 1 or more")
 
-    def __init__(self, config: HeadConfig, width: int, joint: int):
+
+class Head(nn.Module):
+    """States [B S D] to unit vectors [B E], in fp32. `image`: the tower's shape, where its regions are pooled."""
+
+    def __init__(self, config: HeadConfig, width: int, joint: int, image: ImageConfig | None = None):
         super().__init__()
         self.pool = config.pool
         self.norm = nn.LayerNorm(width, eps=config.eps) if config.norm else nn.Identity()
+        inner = config.layer.width if config.layer else width
+        self.regions = RegionPooling(config.regions, image, inner) if config.regions and image else None
+        self.blocks = stack(config.layer, config.depth) if config.layer else []
         hidden = config.hidden
-        self.hidden = nn.Linear(width, hidden) if hidden else None
-        self.out = nn.Linear(hidden or width, joint, bias=config.bias)
-        initialise(self, width)
+        self.hidden = nn.Linear(inner, hidden) if hidden else None
+        self.out = nn.Linear(hidden or inner, joint, bias=config.bias)
+        initialise(self, inner)
 
-    def forward(self, state_BSD: Tensor, length_B: Tensor | None = None) -> Tensor:
-        """`length_B`: real states of each row, where some are padding."""
-        x = self.pooled(self.norm(state_BSD), length_B)
+    def forward(self, state_BSD: Tensor, length_B: Tensor | None = None, regions: Regions | None = None) -> Tensor:
+        """`length_B`: real states of each row, where some are padding. `regions`: a batch's, where the head reads them."""
+        x = self.summary(state_BSD, length_B, regions)
         if self.hidden is not None:
             x = F.relu(self.hidden(x))
         return unit(self.out(x))
 
-    def pooled(self, state_BSD: Tensor, length_B: Tensor | None) -> Tensor:
+    def summary(self, state_BSD: Tensor, length_B: Tensor | None = None, regions: Regions | None = None) -> Tensor:
+        """What the projection reads [B D]."""
+        x, seen_BS = self.norm(state_BSD), None
+        if self.regions is not None:
+            x, seen_BS = self.regions(x, regions)
+        elif length_B is not None:
+            seen_BS = torch.arange(x.shape[1], device=x.device) < length_B[:, None]
+        if self.blocks:
+            x = unit(x).to(x.dtype)
+            mask = None if seen_BS is None else seen_BS[:, None, None]
+            for block in self.blocks:
+                x = block(x, mask=mask)
+        return self.pooled(x, seen_BS)
+
+    def pooled(self, state_BSD: Tensor, seen_BS: Tensor | None) -> Tensor:
+        """`seen_BS`: which states are there; None: all."""
         if self.pool == "first":
             return state_BSD[:, 0]
-        S = state_BSD.shape[1]
-        length_B = length_B if length_B is not None else state_BSD.new_full(state_BSD.shape[:1], S, dtype=torch.long)
+        if seen_BS is None:
+            seen_BS = torch.ones(state_BSD.shape[:2], dtype=torch.bool, device=state_BSD.device)
         if self.pool == "last":
-            return state_BSD[torch.arange(len(state_BSD), device=state_BSD.device), length_B - 1]
-        position = torch.arange(S, device=state_BSD.device)
-        seen = (position < length_B[:, None]) & (position >= int(self.pool == "patches"))
-        weight = seen / seen.sum(1, keepdim=True).clamp(min=1)
+            return state_BSD[torch.arange(len(state_BSD), device=state_BSD.device), seen_BS.sum(1) - 1]
+        if self.pool == "patches":
+            seen_BS = seen_BS & (torch.arange(state_BSD.shape[1], device=state_BSD.device) > 0)
+        weight = seen_BS / seen_BS.sum(1, keepdim=True).clamp(min=1)
         return (state_BSD * weight[..., None].to(state_BSD.dtype)).sum(1)
 
 
@@ -87,10 +135,10 @@ def unit(x: Tensor) -> Tensor:
 
 
 class Embed(nn.Module):
-    def __init__(self, config: EmbedConfig, image_width: int, text_width: int):
+    def __init__(self, config: EmbedConfig, image: ImageConfig, text_width: int):
         super().__init__()
         self.config = config
-        self.image = Head(config.image, image_width, config.width)
+        self.image = Head(config.image, image.layer.width, config.width, image)
         self.text = Head(config.text, text_width, config.width)
 
     def words(self, ids_BL: Tensor, length_B: Tensor, text: TextConfig) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ from fastvlp.batch import Regions
 from fastvlp.errors import UserError
 from fastvlp.model import masks
 from fastvlp.model.absent import Absent
-from fastvlp.model.embed import Embed, EmbedConfig
+from fastvlp.model.embed import Embed, EmbedConfig, check_head
 from fastvlp.model.fusion import Fusion, FusionConfig, LMHead, Reconstructor, ReconstructorConfig
 from fastvlp.model.image import ImageConfig, ImageTower
 from fastvlp.model.layers import KeyValue, initialise_as_mae
@@ -81,6 +81,9 @@ def check(config: ModelConfig) -> None:
     if config.single and (fusion or part or config.embed or config.separate_heads or text.depth):
         raise UserError("model.single stands alone: no fusion, reconstructor, embed or heads, and model.text.depth 0")
     embed = config.embed
+    if embed:
+        check_head("image", embed.image, image.layer.width)
+        check_head("text", embed.text, text.layer.width)
     if embed and embed.image.pool == "patches" and not image.class_token:
         raise UserError("model.embed.image.pool patches leaves out the class token, and there is none; choose mean")
     if embed and embed.text_length is not None and not 1 <= embed.text_length <= text.positions:
@@ -136,7 +139,7 @@ class VLModel(nn.Module):
         self.forward_head = head() if config.separate_heads else None
         self.reverse_head = head() if config.separate_heads else None
         embed = config.embed
-        self.embed = Embed(embed, image_width, width) if embed else cast(Embed, Absent("embed"))
+        self.embed = Embed(embed, config.image, width) if embed else cast(Embed, Absent("embed"))
         if config.initial == "mae":
             initialise_as_mae(self)
 
@@ -173,9 +176,10 @@ class VLModel(nn.Module):
         words = self.text.embed(ids_BL, position_L, self.single.kinds[0])
         return self.single(words, length_B, feature_BRF, given(regions), hidden_BR=hidden_BR, slot_B=slot_B)
 
-    def embed_image(self, image_BKD: Tensor) -> Tensor:
-        """States of `encode_image` to unit vectors of the joint space, in fp32 -> [B E]."""
-        return self.embed.image(image_BKD)
+    def embed_image(self, image_BKD: Tensor, regions: Regions | None = None) -> Tensor:
+        """States of `encode_image` to unit vectors of the joint space, in fp32 -> [B E]. `regions`: of the batch, which
+        some heads read."""
+        return self.embed.image(image_BKD, regions=regions)
 
     def embed_text(self, ids_BL: Tensor, length_B: Tensor, keep_BK: Tensor | None = None) -> Tensor:
         """The text alone to unit vectors of the joint space, in fp32 -> [B E]. `keep_BK`: sorted positions that are

@@ -41,4 +41,4 @@ def embed_pair(model: VLModel, image_BKD: Tensor, batch: Batch, told: PairsConfi
         ids, length = model.embed.words(batch.ids, batch.length, model.config.text)
         L = ids.shape[1]
         keep_BK = keep_text(batch.seed, length, L, keep_count(L, told.text_keep), told.text_policy)
-    return model.embed_image(image_BKD), model.embed_text(batch.ids, batch.length, keep_BK)
+    return model.embed_image(image_BKD, batch.regions), model.embed_text(batch.ids, batch.length, keep_BK)

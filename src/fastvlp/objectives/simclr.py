@@ -88,5 +88,4 @@ def summary(model: VLModel, state_BKD: Tensor) -> Tensor:
     """What the joint space reads of an image [B D]; the mean over its states where there is none."""
     if model.config.embed is None:
         return state_BKD.mean(1)
-    head = model.embed.image
-    return head.pooled(head.norm(state_BKD), None)
+    return model.embed.image.summary(state_BKD)
