@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from itertools import accumulate
 from typing import NamedTuple, cast
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastvlp.batch import Batch
+from fastvlp.data.augment import AugmentConfig, augment
 from fastvlp.data.random import hash64
 from fastvlp.model.image import random_keep
 from fastvlp.model.model import VLModel
@@ -42,6 +44,17 @@ def draw_task(mix: Mapping[str, float] | None, seed: int, step: int) -> str | No
         return None
     point = hash64(seed, step, MIX_SALT) / 2**63 * sum(mix.values())
     return next(name for name, upper in zip(mix, accumulate(mix.values())) if point < upper)
+
+
+def augmented(batch: Batch, config: AugmentConfig) -> Batch:
+    """What training shows of a batch: other looks at its images, drawn by the rows' seeds; boxes move along."""
+    if config == AugmentConfig():
+        return batch
+    regions = batch.regions
+    image, box_BR4 = augment(batch.image, batch.seed, config, None if regions is None else regions.box)
+    if regions is not None and box_BR4 is not None:
+        regions = replace(regions, box=box_BR4)
+    return replace(batch, image=image, regions=regions, plain=batch.image)
 
 
 class Pretraining(nn.Module):

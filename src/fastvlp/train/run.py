@@ -25,7 +25,7 @@ from fastvlp.objectives.objective import Loss, combine
 from fastvlp.train.cached import cache_gradients
 from fastvlp.train.log import RunLog
 from fastvlp.train.optim import set_rate
-from fastvlp.train.pretraining import Pretraining, draw_task
+from fastvlp.train.pretraining import Pretraining, augmented, draw_task
 from fastvlp.train.schedule import rate_factor
 from fastvlp.train.speed import row_width, step_flops
 from fastvlp.train.state import TrainConfig, TrainState, save, save_config, save_weights, start
@@ -63,6 +63,7 @@ def steps(state: TrainState) -> Iterator[StepReport]:
         began, known = time.perf_counter(), len(state.dropped)
         micro = [next_batch(state, batches) for _ in range(run.accumulate)]
         data_wait = time.perf_counter() - began
+        micro = [augmented(batch, run.augment) for batch in micro]
         state.pretraining.task = draw_task(run.mix, run.seed, state.step)
         set_rate(state.optimiser, rate_factor(state.midway, run.optim.warmup, run.optim.decay))
         counts = global_counts(state.pretraining, micro)

@@ -15,6 +15,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from fastvlp import dist
 from fastvlp.config import differences, to_json
+from fastvlp.data.augment import AugmentConfig
 from fastvlp.data.files import write_whole
 from fastvlp.data.loader import Loader
 from fastvlp.data.random import hash64
@@ -46,10 +47,10 @@ class TrainConfig:
     the tokenizer: the file named by `tokenizer`, or a WordPiece of `vocab` tokens trained on the data's texts.
 
     mix: share of the steps that each objective gets, by name: a step runs one of them (UNITER, arXiv 1909.11740, section
-    3.1); None: every step runs all. keep: share of image patches that are encoded (FLIP). ema: decay of the averaged
-    weights that are then validated and saved. compile: the transformer blocks. init: run folder to inherit weights from.
-    threads: of the CPU, for the whole process: all arms of a comparison train with what the last arm to name a number
-    says; None leaves torch's choice.
+    3.1); None: every step runs all. keep: share of image patches that are encoded (FLIP). augment: other looks at the
+    images, in training alone. ema: decay of the averaged weights that are then validated and saved. compile: the
+    transformer blocks. init: run folder to inherit weights from. threads: of the CPU, for the whole process: all arms of
+    a comparison train with what the last arm to name a number says; None leaves torch's choice.
     """
 
     name: str
@@ -65,6 +66,7 @@ class TrainConfig:
     accumulate: int = 1
     mix: Mapping[str, float] | None = None
     keep: float = 1.0
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
     seed: int = 0
     precision: Literal["fp32", "bf16"] = "bf16"
     compile: bool = False
