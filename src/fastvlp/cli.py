@@ -261,8 +261,8 @@ def evaluate_embeddings(command: Retrieval | ZeroShot | Probe) -> None:
         case Probe():
             found = probe.evaluate(command)
     Console().print(score_table(found["scores"]))
-    for name in ("counts", "seconds"):
-        print(f"{name}: " + ", ".join(f"{key} {value:,}" for key, value in found.get(name, {}).items()))
+    for name in sorted({"counts", "seconds"} & {*found}):
+        print(f"{name}: " + ", ".join(f"{key} {value:,}" for key, value in found[name].items()))
     result = {**found, "settings": to_json(command), "about": about(pick_device(command.device))}
     print(f"results: {keep_result(command.run, type(command).__name__.lower(), found['data'], result)}")
 

@@ -86,6 +86,9 @@ def test_a_run_that_scores_no_pairs_is_refused(runs, world):
     _, saved, _ = open_run(told(runs, world))
     with pytest.raises(UserError, match=r"re-ranking needs a run .* this one has clip"):
         pair_score(saved._replace(info={"objectives": {"clip": {"type": "CLIPConfig"}}}))
+    assert pair_score(saved, "likelihood")[0] == "likelihood" and pair_score(saved, "match")[0] == "match"
+    with pytest.raises(UserError, match="--rerank-by match"):
+        pair_score(open_run(told(runs, world, "flm"))[1], "match")
 
 
 def test_both_stages_from_the_command_line(runs, world, capsys):

@@ -48,6 +48,8 @@ class Retrieval(Masked):
     """Field of the records with the captions; by default as in training."""
     rerank: str | None = None
     """Folder of a run whose fusion layers score the best candidates once more, or `self`."""
+    rerank_by: Literal["match", "likelihood"] | None = None
+    """Its image-text matching head, or how likely it finds the caption; by default the head, where there is one."""
     top: int = 16
     """Candidates of each query that are scored once more."""
 

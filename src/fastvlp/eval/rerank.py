@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -36,25 +36,26 @@ def mean_log_likelihood(
     return -total_B / asked.sum(1).clamp(min=1)
 
 
-def pair_score(saved: Saved) -> tuple[str, Match]:
+def pair_score(saved: Saved, by: Literal["match", "likelihood"] | None = None) -> tuple[str, Match]:
     """How a run that reads texts beside images scores a pair, and the name of it: by its image-text matching head where it
-    has one, else by the caption's mean log-likelihood. Raises UserError for a run that learned neither."""
+    has one, else by the caption's mean log-likelihood, or as told. Raises UserError for a run that did not learn it."""
     told: dict[str, dict[str, Any]] = saved.info.get("objectives", {})
     kinds = {name: config.get("type") for name, config in told.items()}
     model = saved.model
-    device = next(model.parameters()).device
-    if name := next((name for name, kind in kinds.items() if kind == "ITMConfig"), None):
+    itm_name = next((name for name, kind in kinds.items() if kind == "ITMConfig"), None)
+    if itm_name and by != "likelihood":
         itm = ITMConfig().build(model.config, saved.tokenizer)
-        own = {key.removeprefix(f"{name}."): v for key, v in saved.objectives.items() if key.startswith(f"{name}.")}
-        load_exactly(itm, own, saved.weights)
-        itm.to(device).eval()
+        parts = [(key.partition("."), value) for key, value in saved.objectives.items()]
+        load_exactly(itm, {key: value for (name, _, key), value in parts if name == itm_name}, saved.weights)
+        itm.to(next(model.parameters()).device).eval()
         return "match", lambda image, ids, length: itm.scores(model, image, ids, length).float().diff(dim=1)[:, 0]
-    if CAUSAL & {*kinds.values()}:
+    if CAUSAL & {*kinds.values()} and by != "match":
         bos: Bos = "official" if "official" in [config.get("bos") for config in told.values()] else "blind"
         return "likelihood", lambda image, ids, length: mean_log_likelihood(model, image, ids, length, bos=bos)
     raise UserError(
-        f"{saved.weights}: re-ranking needs a run that was trained with image-text matching or to write texts left to "
-        f"right (itm, flm, ar, prefixlm); this one has {', '.join(kinds) or 'no objectives'}"
+        f"{saved.weights}: re-ranking needs a run that was trained with image-text matching (itm) or to write texts left "
+        f"to right (flm, ar, prefixlm); this one{f', for --rerank-by {by},' if by else ''} has "
+        f"{', '.join(kinds) or 'no objectives'}"
     )
 
 

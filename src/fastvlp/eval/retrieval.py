@@ -37,7 +37,7 @@ def evaluate(told: Retrieval) -> dict[str, Any]:
     about: dict[str, Any] = {"data": shards.url, "weights": saved.weights.name, "step": saved.info.get("step")}
     if told.rerank is not None:
         second = (reader, saved) if told.rerank == "self" else open_run(told, told.rerank)[:2]
-        about["reranked_by"], new_rank = second_stage(*second, shards, captions, found, rank, told.top)
+        about["reranked_by"], new_rank = second_stage(*second, told, shards, captions, found, rank)
         scores["reranked"] = recall(*new_rank)
         clock.stop("rerank")
     texts = Counter(text for its in captions for text in {*its})
@@ -64,18 +64,18 @@ class Clock:
 def second_stage(
     reader: Reader,
     saved: Saved,
+    told: Retrieval,
     shards: Shards,
     captions: list[list[str]],
     found: Embedded,
     rank: tuple[Tensor, Tensor],
-    top: int,
 ) -> tuple[str, tuple[Tensor, Tensor]]:
-    """What scored the pairs, and both directions' ranks after each query's `top` best were put in the order of its scores."""
-    name, match = pair_score(saved)
+    """What scored the pairs, and both directions' ranks after each query's `told.top` best were put in their order."""
+    name, match = pair_score(saved, told.rerank_by)
     images, texts = len(shards), len(found.text_TE)
     towers, own_T = cosine(*found[:2]), found.image_of_text_T
-    text_IN = shortlist(towers, images, texts, top)
-    image_TN = shortlist(transposed(towers), texts, images, top)
+    text_IN = shortlist(towers, images, texts, told.top)
+    image_TN = shortlist(transposed(towers), texts, images, told.top)
     said = [text for its in captions for text in its]
     score_IN, score_TN = rerank(text_IN, image_TN, partial(score_pairs, reader, match, shards, said))
     row_I = torch.arange(images, device=own_T.device)
