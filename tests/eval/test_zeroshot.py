@@ -23,6 +23,7 @@ from fastvlp.eval.zeroshot import (
     read_classes,
     read_templates,
 )
+from fastvlp.model.saved import load_model
 
 
 def unit(*shape, seed=0):
@@ -121,14 +122,35 @@ def test_a_run_is_scored_from_the_command_line(runs, world, tmp_path, capsys):
     assert 0 <= scores["top1"] <= scores["top5"] <= 1
 
 
-def test_names_decide_nothing_but_the_vectors(runs, world, tmp_path):
-    """Classes under other labels, in another order, with the same names, have the same scores."""
-    data = str(world / "singles-test")
-    labels = sorted({record.info["label"] for record in Shards(data)})
-    (tmp_path / "c.json").write_text(json.dumps({label: [label] for label in reversed(labels)}))
-    told = ZeroShot(run=str(runs["both"]), data=data)
-    given = ZeroShot(run=str(runs["both"]), data=data, classes=str(tmp_path / "c.json"))
-    assert evaluate(told)["scores"]["zero-shot"] == pytest.approx(evaluate(given)["scores"]["zero-shot"])
+@pytest.fixture
+def names(runs, world):
+    """{label: name}, each in two characters that the run has learned: English words are all unknown to it."""
+    tokenizer = load_model(runs["both"]).tokenizer
+    unknown = tokenizer.encode(["unknown"], 9)[0][0, 1]
+    known = [char for char in "红黄绿蓝紫圆形方在的" if tokenizer.encode([char], 9)[0][0, 1] != unknown]
+    labels = sorted({record.info["label"] for record in Shards(world / "singles-test")})
+    spelt = [a + b for a in known for b in known]
+    return dict(zip(labels, spelt, strict=False))
+
+
+def scored(runs, world, path, names):
+    path.write_text(json.dumps(names))
+    return evaluate(ZeroShot(run=str(runs["both"]), data=str(world / "singles-test"), classes=str(path)))
+
+
+def test_names_decide_and_not_their_order(runs, world, tmp_path, names):
+    found = scored(runs, world, tmp_path / "c.json", names)
+    again = scored(runs, world, tmp_path / "c.json", dict(reversed(names.items())))
+    assert found["scores"]["zero-shot"] == pytest.approx(again["scores"]["zero-shot"])
+    assert found["by_class"] == again["by_class"] and found["counts"]["classes_like_another"] == 0
+    assert found["scores"]["zero-shot"]["top5"] > 0
+
+
+def test_classes_that_the_model_cannot_tell_apart_are_counted_and_never_right(runs, world, tmp_path, names):
+    alike = [*names][:3]
+    found = scored(runs, world, tmp_path / "c.json", names | dict.fromkeys(alike, "unknown"))
+    assert found["counts"]["classes_like_another"] == 3
+    assert [found["by_class"][label] for label in alike] == [0, 0, 0]
 
 
 def test_an_unknown_label_is_said_with_those_near_it(runs, world, tmp_path):

@@ -4,6 +4,7 @@ section 3.1.4; the seven of FLIP, arXiv 2212.00794, appendix A.2)."""
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
@@ -40,7 +41,7 @@ def accuracy_by_class(rank_I: Tensor, label_I: Tensor, classes: int) -> Tensor:
 
 def class_scores(rank_I: Tensor, label_I: Tensor, classes: int) -> dict[str, float]:
     """`top1`; `top5` where there are more than five classes; `mean_per_class`, of top1 over the classes that occur."""
-    shares = {f"top{k}": float((rank_I <= k).double().mean()) for k in (1, 5) if k < classes}
+    shares = {f"top{k}": float((rank_I <= k).double().mean()) for k in (1, 5) if k < max(classes, 2)}
     return shares | {"mean_per_class": float(accuracy_by_class(rank_I, label_I, classes).nanmean())}
 
 
@@ -138,13 +139,21 @@ def evaluate(told: ZeroShot) -> dict[str, Any]:
     class_of_text = torch.arange(len(classes)).repeat_interleave(torch.tensor([len(its) for its in texts]))
     text_TE = embed_texts(reader, [text for its in texts for text in its])
     score_IC = image_IE @ class_vectors(text_TE, class_of_text.to(reader.device), len(classes)).T
+    # Names that the tokenizer does not know may all be alike to it; their classes are then never told apart.
+    spelt_CL, _ = reader.tokenizer.encode([", ".join(names) for names in classes.values()], reader.max_length)
+    _, spelling_C, count = spelt_CL.unique(dim=0, return_inverse=True, return_counts=True)
     label_I = label_I.to(reader.device)
     rank_I = class_ranks(score_IC, label_I, tie=ROUNDING)
     by_class = accuracy_by_class(rank_I, label_I, len(classes)).tolist()
     return {
         "scores": {"zero-shot": class_scores(rank_I, label_I, len(classes))},
-        "by_class": {label: share for label, share in zip(classes, by_class) if label in labels},
-        "counts": {"images": len(shards), "classes": len(classes), "templates": len(templates)},
+        "by_class": {label: share for label, share in zip(classes, by_class) if not math.isnan(share)},
+        "counts": {
+            "images": len(shards),
+            "classes": len(classes),
+            "classes_like_another": int((count[spelling_C] > 1).sum()),
+            "templates": len(templates),
+        },
         "data": shards.url,
         "weights": saved.weights.name,
         "step": saved.info.get("step"),
