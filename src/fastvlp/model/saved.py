@@ -61,18 +61,16 @@ def save_model(
     tokenizer: Tokenizer,
     info: Mapping[str, Any],
     *,
-    objectives: nn.Module | None = None,
+    objectives: Mapping[str, Tensor] | None = None,
     name: str = "model",
 ) -> None:
-    """Writes `<name>.safetensors` with what it needs to be read. `info` is JSON; `objectives` the module dict of
-    Pretraining, where its parameters should be kept too. Raises UserError where the disk is full."""
+    """Writes `<name>.safetensors` with what it needs to be read. `info` is JSON; `objectives`: what is kept of
+    them, keys `<name>.<parameter>`. Raises UserError where the disk is full."""
     folder = Path(folder)
     described = {"format": FORMAT, "config": _converter.unstructure(model.config), "info": dict(info)}
     write_whole(folder / "model.json", json.dumps(described, indent=2).encode())
     tokenizer.save(folder / "tokenizer.json")
-    state = dict(model.state_dict())
-    if objectives is not None:
-        state |= {OBJECTIVES + key: value for key, value in objectives.state_dict().items()}
+    state = model.state_dict() | {OBJECTIVES + key: value for key, value in (objectives or {}).items()}
     tensors = {key: value.detach().cpu().contiguous() for key, value in state.items()}
     path = folder / f"{name}.safetensors"
     with whole_file(path, f"{path.name}.tmp") as part:

@@ -57,6 +57,10 @@ class Objective(nn.Module, abc.ABC):
     def after_step(self, model: VLModel) -> None:
         """Runs once after each optimiser step: a momentum copy, a queue. Most objectives have nothing to do."""
 
+    def kept(self) -> dict[str, Tensor]:
+        """What of its state is worth keeping with the weights: all, but for what training alone reads."""
+        return self.state_dict()
+
 
 class PairObjective(Objective):
     """Couples the rows of a batch: embeds each part of it, then scores the whole. The loop may embed the micro-batches of
@@ -73,13 +77,13 @@ class PairObjective(Objective):
         """What else is scored, [B ...] and without gradients: the keys of a momentum copy. Made once a step."""
         return ()
 
-    def everyone(self, rows: Tensor) -> tuple[Tensor, int]:
+    def everyone(self, rows: Tensor, least: int = 2) -> tuple[Tensor, int]:
         """Rows of all ranks, and where this rank's begin. In validation each rank scores its own batches alone: ranks
-        may have different numbers of them."""
+        may have different numbers of them. Raises UserError for fewer than `least` rows."""
         if not self.training:
             return rows, 0
         gathered, first = dist.gather(rows)
-        if len(gathered) < 2:
+        if len(gathered) < least:
             raise UserError(
                 "a contrastive objective tells the pairs of a batch apart and this one has a single readable pair; "
                 "raise --data.batch-size"

@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import nn
 
+from fastvlp.errors import UserError
 from fastvlp.train.pretraining import Pretraining
 from fastvlp.train.schedule import Decay
 
@@ -61,7 +62,8 @@ def flip_optim(batch: int, *, base: float = 4e-6, warmup: float = 0.004) -> Opti
 
 
 def parameter_groups(pretraining: Pretraining, config: OptimConfig) -> list[dict]:
-    """Groups by the module that owns a parameter; each group's `base_lr` is what the schedule scales."""
+    """Groups by the module that owns a parameter; each group's `base_lr` is what the schedule scales. What is frozen is in
+    none."""
     model = pretraining.model
     cross: list[nn.Module] = [model.fusion, *([model.reconstructor] if model.reconstructor else [])]
     heads = [head for head in (model.head, model.forward_head, model.reverse_head) if head is not None]
@@ -69,9 +71,11 @@ def parameter_groups(pretraining: Pretraining, config: OptimConfig) -> list[dict
     multiplier |= {id(p): config.head_multiplier for p in _parameters([*heads, pretraining.objectives])}
     still = spared(pretraining, config)
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
-    for parameter in pretraining.parameters():
+    for parameter in filter(lambda p: p.requires_grad, pretraining.parameters()):
         decay = 0.0 if id(parameter) in still else config.weight_decay
         groups.setdefault((multiplier.get(id(parameter), 1.0), decay), []).append(parameter)
+    if not groups:
+        raise UserError("nothing is left to train; name fewer parts in freeze")
     return [
         {"params": params, "lr": config.lr * times, "base_lr": config.lr * times, "weight_decay": decay}
         for (times, decay), params in groups.items()

@@ -282,7 +282,8 @@ def tell_start(state: TrainState, log: RunLog) -> None:
     if state.inherited is not None:
         named = asdict(state.inherited)
         # An objective's own parameters never come along.
-        named["fresh"] += [name for name, _ in state.pretraining.objectives.named_parameters("objectives")]
+        own = state.pretraining.objectives.named_parameters("objectives")
+        named["fresh"] += [name for name, parameter in own if parameter.requires_grad]
         log.event("inherited", step=0, elapsed=0.0, source=state.run.init, **named)
     tell_dropped(state, state.dropped, log)
 

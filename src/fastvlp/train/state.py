@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -26,7 +26,7 @@ from fastvlp.model.layers import Block
 from fastvlp.model.model import ModelConfig, VLModel
 from fastvlp.model.saved import Inheritance, inherit, load_exactly, load_model, save_model
 from fastvlp.model.sizes import with_tokenizer
-from fastvlp.objectives.objective import ObjectiveConfig
+from fastvlp.objectives.objective import Objective, ObjectiveConfig
 from fastvlp.train.checkpoint import load_checkpoint, save_checkpoint
 from fastvlp.train.optim import OptimConfig, adamw
 from fastvlp.train.pretraining import Pretraining
@@ -48,9 +48,10 @@ class TrainConfig:
 
     mix: share of the steps that each objective gets, by name: a step runs one of them (UNITER, arXiv 1909.11740, section
     3.1); None: every step runs all. keep: share of image patches that are encoded (FLIP). augment: other looks at the
-    images, in training alone. ema: decay of the averaged weights that are then validated and saved. compile: the
-    transformer blocks. init: run folder to inherit weights from. threads: of the CPU, for the whole process: all arms of
-    a comparison train with what the last arm to name a number says; None leaves torch's choice.
+    images, in training alone. freeze: parts of the model that stay as they are, such as text.word or text.blocks.0. ema:
+    decay of the averaged weights that are then validated and saved. compile: the transformer blocks. init: run folder to
+    inherit weights from. threads: of the CPU, for the whole process: all arms of a comparison train with what the last
+    arm to name a number says; None leaves torch's choice.
     """
 
     name: str
@@ -67,6 +68,7 @@ class TrainConfig:
     mix: Mapping[str, float] | None = None
     keep: float = 1.0
     augment: AugmentConfig = field(default_factory=AugmentConfig)
+    freeze: tuple[str, ...] = ()
     seed: int = 0
     precision: Literal["fp32", "bf16"] = "bf16"
     compile: bool = False
@@ -246,9 +248,21 @@ def make_pretraining(run: TrainConfig, tokenizer: Tokenizer) -> tuple[Pretrainin
     if run.init is not None:
         source = load_model(run.init)
         inherited = inherit(model, source.model.state_dict(), source.weights)
+    freeze(model, run.freeze)
     for objective in objectives.values():
         objective.begin(model)
     return Pretraining(model, objectives, run.keep), inherited
+
+
+def freeze(model: VLModel, parts: Iterable[str]) -> None:
+    """A part is a parameter's name, or that of a module that holds some. Raises UserError where there is no such part."""
+    for part in parts:
+        found = [parameter for name, parameter in model.named_parameters() if f"{name}.".startswith(f"{part}.")]
+        if not found:
+            own = ", ".join(dict.fromkeys(name.split(".")[0] for name, _ in model.named_parameters()))
+            raise UserError(f"freeze: the model has no {part}; it has {own}, and in them parts such as text.blocks.0")
+        for parameter in found:
+            parameter.requires_grad_(False)
 
 
 def compile_blocks(module: nn.Module) -> None:
@@ -315,7 +329,7 @@ COUNTERS = ("step", "elapsed", "pairs", "tokens", "bad_steps", "skipped", "best"
 
 
 def save_weights(state: TrainState, name: str, **more: Any) -> None:
-    """`name`.safetensors: the model and the objectives' own parameters, averaged where the run averages."""
+    """`name`.safetensors: the model and what is kept of the objectives, averaged where the run averages."""
     first, objective = next(iter(state.pretraining.objectives.items()))
     info = {
         "name": state.run.name,
@@ -327,7 +341,9 @@ def save_weights(state: TrainState, name: str, **more: Any) -> None:
         "objectives": to_json(state.run.objectives),
     }
     module = state.evaluated
-    save_model(state.run.folder, module.model, state.tokenizer, info | more, objectives=module.objectives, name=name)
+    objectives = cast(Mapping[str, Objective], module.objectives)
+    kept = {f"{own}.{key}": value for own, objective in objectives.items() for key, value in objective.kept().items()}
+    save_model(state.run.folder, module.model, state.tokenizer, info | more, objectives=kept, name=name)
 
 
 def restore(state: TrainState) -> None:
