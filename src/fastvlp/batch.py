@@ -17,18 +17,21 @@ from torch.utils import _pytree
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
-    """One record as a source yields it and a shard stores it: images still encoded, everything else JSON.
+    """One record as a source yields it and a shard stores it: images still encoded, everything else JSON, but for a
+    detector's regions: `detected` has the npz of each image, or nothing (`data/detected.py`).
 
     `info` keys that the library reads (all optional): `captions` and `captions_zh` (lists of str), `objects` (list of
     {class, box [x0,y0,x1,y1] in pixels, ...}, maybe with `class_distribution`: {class: share} and, of a pair of images,
     `image`: 0 or 1), `questions` (list of {question, answers: {answer: score in 0..1}, kind}), `statements` (list of
-    {text, label: bool}; about the record's one or two images), `label` (a class name).
+    {text, label: bool}; about the record's one or two images), `label` (a class name), `confidences` (of each image a
+    list with the detector's confidence in each region, falling).
     Any other key travels along untouched.
     """
 
     key: str
     images: tuple[bytes, ...]
     info: Mapping[str, Any]
+    detected: tuple[bytes, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -322,6 +322,71 @@ def test_labels_of_statements_follow_from_the_objects(scenes):
             assert claim["label"] == truth(claim["text"], record.info["objects"]), claim
 
 
+def meant(text, things):
+    """The things that an expression may mean: those that its first phrase fits, on that side of what the second means."""
+    skeleton, found = parse(text)
+    fitting = matching(found[0], things)
+    if skeleton == "#" and len(found) == 1:
+        return fitting
+    match = re.fullmatch(rf"# (?:that is )?({RELATION}) #", skeleton)
+    name = next(name for name, words in RELATIONS.items() if match[1] in words.split("|"))
+    anchor = only(found[1], things)
+    # Nobody could say of another one that it lies on that side at all.
+    return [thing for thing in fitting if thing is not anchor and name in where(thing, anchor, least=0.0)]
+
+
+def test_an_expression_means_one_thing_alone(scenes):
+    counts = Counter()
+    for record in scenes["train"] + scenes["test"]:
+        things = record.info["objects"]
+        for told in record.info["expressions"]:
+            assert meant(told["text"], things) == [things[told["object"]]], told
+            counts[len(parse(told["text"])[1])] += 1
+        counts["things"] += len(things)
+        assert [e["object"] for e in record.info["expressions_zh"]] == [e["object"] for e in record.info["expressions"]]
+    assert counts[1] + counts[2] > 0.85 * counts["things"] and counts[2] > 0.15 * counts["things"]
+
+
+def test_entailments_are_the_statements_and_what_no_picture_settles(scenes):
+    counts = Counter()
+    for record in scenes["train"] + scenes["test"]:
+        for told in record.info["entailments"]:
+            counts[told["label"]] += 1
+            if told["label"] == "neutral":
+                assert re.search("heavier|drawn before|older|made of paper|on the back of the picture", told["text"])
+                phrases = parse(told["text"])[1]
+                assert all(phrase[0] != "the" or only(phrase, record.info["objects"]) for phrase in phrases)
+            else:
+                assert truth(told["text"], record.info["objects"]) == (told["label"] == "entailment")
+    assert set(counts) == {"entailment", "contradiction", "neutral"} and min(counts.values()) > 0.3 * counts.total()
+
+
+def test_of_four_answers_and_reasons_one_is_right(scenes):
+    places, count = Counter(), 0
+    for record in scenes["train"] + scenes["test"]:
+        things = record.info["objects"]
+        for told, zh in zip(record.info["choices"], record.info["choices_zh"], strict=True):
+            assert len(set(told["answers"])) == len(set(told["rationales"])) == 4
+            assert told["answers"][told["right"]] == answer(told["question"], things), told
+            asked = only(parse(told["question"].replace("?", ""))[1][0], things)
+            right = [reason_holds(text, things) and reason_names(text, asked) for text in told["rationales"]]
+            assert right == [k == told["right_rationale"] for k in range(4)], told
+            assert all(zh[key] == told[key] for key in ("right", "right_rationale"))
+            places[told["right"]] += 1
+            count += 1
+    assert count > 600 and all(0.2 * count < n < 0.3 * count for n in places.values())
+
+
+def reason_holds(text, things):
+    skeleton, found = parse(text)
+    word = re.fullmatch(rf"# is ({RELATION}) #", skeleton)[1]
+    return any(related_thing(subject, word, found[1], things) for subject in matching(found[0], things))
+
+
+def reason_names(text, thing):
+    return fits(parse(text)[1][0], thing)
+
+
 def test_pairs_are_true_and_their_text_alone_tells_nothing():
     labels = defaultdict(list)
     for i in range(300):
@@ -380,7 +445,10 @@ def texts(records, suffix=""):
     for record in records:
         yield from record.info.get(f"captions{suffix}", ())
         yield from (asked["question"] for asked in record.info.get(f"questions{suffix}", ()))
-        yield from (claim["text"] for claim in record.info.get(f"statements{suffix}", ()))
+        for field in ("statements", "expressions", "entailments"):
+            yield from (claim["text"] for claim in record.info.get(f"{field}{suffix}", ()))
+        for told in record.info.get(f"choices{suffix}", ()):
+            yield from (told["question"], *told["rationales"])
 
 
 def named(texts):
@@ -411,7 +479,7 @@ def test_chinese_says_the_same(scenes):
         assert len(set(info["captions_zh"])) == 5
         assert [q["kind"] for q in info["questions"]] == [q["kind"] for q in info["questions_zh"]]
         assert [c["label"] for c in info["statements"]] == [c["label"] for c in info["statements_zh"]]
-        assert all(re.fullmatch(r"[\u4e00-\u9fff、,:?]{4,60}", text) for text in texts([record], "_zh"))
+        assert all(re.fullmatch(r"[\u4e00-\u9fff、,:?]{1,60}", text) for text in texts([record], "_zh"))
         names = {"绿": "green", "蓝": "blue", "黄": "yellow", "紫": "purple", "青": "cyan"}
         for text in info["captions_zh"]:
             shapes = re.findall(r"([绿蓝黄紫青])色?的?(圆环|环形|正方形|方块|菱形|心形|爱心)", text)
@@ -455,7 +523,10 @@ def test_records_depend_on_seed_split_and_index_only():
     assert Image.open(io.BytesIO(large.images[0])).size == (224, 224)
     # Pinned, so that scores of different checkouts are scores on the same corpus; a change is a new _FORMAT.
     parts = [make(CONFIG, "test", 3).info for make in (scene_record, pair_record, single_record)]
-    assert hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16] == "17ce7d842d331179"
+    second = ("expressions", "entailments", "choices")
+    first = [{name: told for name, told in part.items() if not name.startswith(second)} for part in parts]
+    assert hashlib.sha256(json.dumps(first).encode()).hexdigest()[:16] == "17ce7d842d331179"
+    assert hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16] == "e25deb8fe5d99192"
 
 
 def test_writing_twice_changes_nothing_and_a_foreign_folder_is_left_alone(tmp_path):

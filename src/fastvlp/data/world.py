@@ -16,6 +16,7 @@ from typing import Any
 from fastvlp.batch import Record
 from fastvlp.data.files import write_whole
 from fastvlp.data.shards import ShardWriter
+from fastvlp.data.world_expressions import CHINESE_TOO, ENGLISH_TOO, choices, expressions, neutrals
 from fastvlp.data.world_language import CHINESE, ENGLISH, Language, Saying
 from fastvlp.data.world_pairs import pair_sayings
 from fastvlp.data.world_sayings import captions, questions, statements
@@ -44,6 +45,8 @@ HELD_OUT_NAMES = tuple(f"{colour} {shape}" for colour, shape in HELD_OUT)
 CLASS_NAMES_ZH = tuple(CHINESE.words[colour][0] + CHINESE.words[shape][0] for colour, shape in COMBINATIONS)
 
 _FORMAT = 1
+# Counts what records tell; fields of a later edition are drawn apart, so that those of the earlier ones stay as they were.
+_EDITION = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +99,8 @@ def _check(split: str, index: int) -> None:
 
 
 def scene_record(config: WorldConfig, split: str, index: int) -> Record:
-    """One scene of 2 to 6 objects with captions, questions and statements in English and Chinese."""
+    """One scene of 2 to 6 objects with captions, questions, statements, expressions, entailments and multiple choice, in
+    English and Chinese."""
     _check(split, index)
     scene = draw_scene(_rng(config, "scene", split, index), split)
     asked = questions(_rng(config, "questions", split, index), scene, split)
@@ -111,9 +115,39 @@ def scene_record(config: WorldConfig, split: str, index: int) -> Record:
         ]
         info[f"statements{suffix}"] = [{"text": language.say(rng, saying), "label": label} for saying, label in claims]
     info["background"] = _background(scene)
+    info |= _second_edition(config, split, index, scene, info)
     return Record(key=_key("scene", split, index), images=(render(scene, config.size),), info=info)
 
 
+def _second_edition(
+    config: WorldConfig, split: str, index: int, scene: Scene, info: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Expressions, entailments (the statements, and about as many neutral ones as of either label), multiple choice."""
+    rng = _rng(config, "expressions", split, index)
+    meant, open_ones, chosen = expressions(rng, scene), neutrals(rng, scene, split), choices(rng, scene, split)
+    orders = [(rng.sample(range(4), 4), rng.sample(range(4), 4)) for _ in chosen]
+    found: dict[str, Any] = {}
+    for plain, language, suffix in ((ENGLISH, ENGLISH_TOO, ""), (CHINESE, CHINESE_TOO, "_zh")):
+        rng = _rng(config, "expression-words" + suffix, split, index)
+        found[f"expressions{suffix}"] = [{"text": language.say(rng, saying), "object": at} for saying, at in meant]
+        found[f"entailments{suffix}"] = [
+            *({"text": told["text"], "label": _JUDGED[told["label"]]} for told in info[f"statements{suffix}"]),
+            *({"text": language.say(rng, saying), "label": "neutral"} for saying in open_ones),
+        ]
+        found[f"choices{suffix}"] = [
+            {
+                "question": language.say(rng, choice.question),
+                "answers": [_answer(plain, choice.answers[k]) for k in answers],
+                "right": answers.index(0),
+                "rationales": [language.say(rng, choice.reasons[k]) for k in reasons],
+                "right_rationale": reasons.index(0),
+            }
+            for choice, (answers, reasons) in zip(chosen, orders)
+        ]
+    return found
+
+
+_JUDGED = {True: "entailment", False: "contradiction"}
 _PLAIN_ZH = {"yes": "是", "no": "否"}
 
 
@@ -203,7 +237,8 @@ def _claim(folder: Path, card: Mapping[str, Any]) -> bool:
             return False
         if found.get("complete", True):
             raise UserError(
-                f"{path}: another corpus ({found.get('config')}) lies here; delete the folder or choose another"
+                f"{path}: another corpus ({found.get('config')}, edition {found.get('edition', 1)}) lies here; delete the "
+                f"folder or choose another"
             )
         for part in card["counts"]:
             for file in [*(folder / part).glob("*.tar*"), *(folder / part).glob("*.index.json")]:
@@ -242,6 +277,7 @@ def write_world(
     card = {
         "corpus": "fastvlp world",
         "format": _FORMAT,
+        "edition": _EDITION,
         "config": asdict(config),
         "counts": counts,
         "classes": list(CLASS_NAMES),

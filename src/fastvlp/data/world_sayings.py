@@ -14,7 +14,7 @@ from fastvlp.data.world_language import Language, Phrase, Saying
 from fastvlp.data.world_scene import COLOURS, RADII, SHAPES, Kind, Scene, Thing, allowed, edit_kinds, relation
 
 Question = tuple[str, Saying, str]  # kind, what is asked, answer
-_OPPOSITE = {"left": "right", "right": "left", "above": "below", "below": "above"}
+OPPOSITE = {"left": "right", "right": "left", "above": "below", "below": "above"}
 
 
 def phrases(kinds: Iterable[Kind], *keys: str) -> list[Phrase]:
@@ -236,7 +236,7 @@ def _relation(rng: Random, scene: Scene) -> Question | None:
         return "relation", ("q-where", first, second), where
     if rng.random() < 0.5:
         return "relation", ("q-relation", first, where, second), "yes"
-    return "relation", ("q-relation", first, _OPPOSITE[where], second), "no"
+    return "relation", ("q-relation", first, OPPOSITE[where], second), "no"
 
 
 def _sized(rng: Random, scene: Scene) -> tuple[Phrase, Phrase] | None:
@@ -312,7 +312,7 @@ def statements(rng: Random, scene: Scene, split: str) -> list[tuple[Saying, bool
                 saying, label = ("none", *saying[1:]), not label
         elif form == "relation":
             related = _related(rng, scene)
-            saying = related and ("relative", related[0], related[1] if label else _OPPOSITE[related[1]], related[2])
+            saying = related and ("relative", related[0], related[1] if label else OPPOSITE[related[1]], related[2])
         else:
             sized, smaller = _sized(rng, scene), rng.random() < 0.3
             order = sized and (sized if label != smaller else sized[::-1])
