@@ -18,8 +18,8 @@ _DOUBT = 0.05
 
 ENGLISH_TOO = replace(
     ENGLISH,
-    forms=ENGLISH.forms
-    | {
+    forms={
+        **ENGLISH.forms,
         "the": ("{0}",),
         "the-related": ("{0} {1} {2}", "{0} that is {1} {2}"),
         "n-heavier": ("{0} is heavier than {1}",),
@@ -30,8 +30,8 @@ ENGLISH_TOO = replace(
 )
 CHINESE_TOO = replace(
     CHINESE,
-    forms=CHINESE.forms
-    | {
+    forms={
+        **CHINESE.forms,
         "the": ("{0}",),
         "the-related": ("{2}{1}的{0}", "在{2}{1}的{0}"),
         "n-heavier": ("{0}比{1}重",),
