@@ -1,6 +1,7 @@
 import io
 import json
 import math
+import zipfile
 
 import numpy as np
 import pytest
@@ -9,10 +10,11 @@ from PIL import Image
 
 from fastvlp.batch import Batch, Record, Regions
 from fastvlp.data.decode import ORIENTATION, Stored, decode, stored
+from fastvlp.data.detected import Detected, detected, pack, unpack
 from fastvlp.data.loader import Loader, PairMaker, Row
 from fastvlp.data.random import hash64
 from fastvlp.data.regions import RegionSource, pad_regions, read_regions
-from fastvlp.data.rows import PairData
+from fastvlp.data.rows import PairData, region_count
 from fastvlp.data.shards import RecordError, Shards, ShardWriter
 from fastvlp.data.tokenize import Tokenizer
 from fastvlp.data.transform import Transform
@@ -231,3 +233,165 @@ def test_a_recipe_says_which_regions(tmp_path, tokenizer):
     batch, _ = data.rows("train", tokenizer, image, strict=True).make(rows(1))
     assert batch.regions.box.shape == (1, 10, 4)
     assert json.dumps(batch.regions.count.tolist()) == "[10]"
+
+
+# --- a detector's regions, stored ------------------------------------------------------------------------------------
+
+CONFIDENCES = [0.9, 0.5, 0.3, 0.1, 0.05]
+
+
+def found_by_a_detector(n: int = 5, *, classes: bool = True) -> Detected:
+    """Region i starts at i tenths of the width and says so in its feature; halves and tenths, exact enough."""
+    low = np.arange(n)[:, None] / 10
+    box = np.concatenate([low, 0 * low, low + 0.2, 0 * low + 0.5], 1).astype(np.float32)
+    share = np.full((n, 4), 0.25, np.float32)
+    return detected({"norm_bb": box, "features": low + np.zeros((n, 3)), "soft_labels": share if classes else None})
+
+
+def read_stored(source, found=None, *, confidences=CONFIDENCES, at=WIDE, transform=SQUASH):
+    found = found_by_a_detector() if found is None else found
+    return read_regions(source, "r", {"confidences": [confidences]}, at, transform, (pack(found),))
+
+
+@pytest.mark.parametrize(
+    ("settings", "count"),
+    [
+        ({"least": 1}, 3),
+        ({"least": 4}, 4),
+        ({"least": 10}, 5),
+        ({"least": 1, "most": 2}, 2),
+        ({"least": 1, "confidence": 0.5}, 1),
+        ({"least": 2, "most": 2, "confidence": 0}, 2),
+    ],
+)
+def test_as_many_stored_regions_come_as_the_detector_is_sure_of(settings, count):
+    """UNITER: clip(number of confidences above the threshold, least, most), the most confident ones. Boxes have six
+    columns there, of which the last two are width and height."""
+    source = RegionSource(stored=True, **settings)
+    found = read_stored(source)
+    assert found.box_R4.dtype == torch.float32
+    assert close(found.box_R4[:, 0], [i / 10 for i in range(count)])
+    assert found.feature_RF.dtype == found.classes_RC.dtype == torch.float16
+    assert torch.allclose(found.feature_RF[:, 0].float(), found.box_R4[:, 0], atol=1e-3)
+    assert found.feature_RF.shape == (count, 3) and found.classes_RC.shape == (count, 4)
+    assert region_count(source, {"confidences": [CONFIDENCES]}) == count
+
+
+def test_features_go_with_their_boxes_where_a_crop_leaves_some_out():
+    """Of 100 x 50 pixels a crop shows those from 25 to 75: the first region ends at 20, the next is cut."""
+    found = read_stored(RegionSource(stored=True), transform=Transform(size=16))
+    assert close(found.box_R4, [[0, 0, 0.1, 0.5], [0, 0, 0.3, 0.5], [0.1, 0, 0.5, 0.5], [0.3, 0, 0.7, 0.5]])
+    assert torch.allclose(found.feature_RF[:, 0].float(), torch.tensor([0.1, 0.2, 0.3, 0.4]), atol=1e-3)
+
+
+@pytest.mark.parametrize("turn", range(1, 9))
+def test_stored_boxes_turn_as_objects_do(turn):
+    at = Stored(50, 100, turn)
+    boxes = [[round(100 * x) for x in (i / 10, 0, i / 10 + 0.2)] + [25] for i in range(5)]
+    as_objects = read(RegionSource(), *[thing(*box) for box in boxes], at=at)
+    assert torch.allclose(read_stored(RegionSource(stored=True), at=at).box_R4, as_objects.box_R4, atol=1e-6)
+
+
+def test_a_batch_of_stored_regions_is_padded_and_tells_nothing_of_classes_that_are_missing():
+    source = RegionSource(stored=True)
+    found = [read_stored(source), read_stored(source, found_by_a_detector(2, classes=False), confidences=[0.9, 0.8])]
+    regions = pad_regions(found)
+    assert regions.feature.shape == (2, 5, 3) and regions.classes.shape == (2, 5, 4)
+    assert regions.classes[0].eq(0.25).all() and regions.classes[1].eq(0).all() and regions.feature[1, 2:].eq(0).all()
+    assert regions.mask.sum(1).tolist() == [5, 2]
+    other = found_by_a_detector()._replace(feature_RF=np.zeros((5, 7), np.float16))
+    with pytest.raises(UserError, match=r"regions' features of one batch are \[3, 7\] numbers wide"):
+        pad_regions([found[0], read_stored(source, other)])
+
+
+HOSTILE = io.BytesIO()
+np.savez(HOSTILE, norm_bb=np.array([{}], dtype=object), features=np.zeros((1, 2)))
+
+
+@pytest.mark.parametrize(
+    ("info", "stored_with_it", "reason"),
+    [
+        (
+            {"confidences": [CONFIDENCES]},
+            (),
+            r"no detector's regions are stored with it \(`vlp data import --features`\)",
+        ),
+        ({}, (b"",), r"field confidences \[\] is not a list of numbers for each image"),
+        ({"confidences": [[0.1, 0.2]]}, (b"",), "field confidences: an image's are not falling"),
+        ({"confidences": [CONFIDENCES]}, (b"PK",), "its stored regions: not readable as npz"),
+        ({"confidences": [CONFIDENCES]}, (HOSTILE.getvalue(),), "its stored regions: Object arrays cannot be loaded"),
+        ({"confidences": [[0.5]]}, (pack(found_by_a_detector()),), "5 regions are stored, and confidences are not as"),
+    ],
+)
+def test_what_is_stored_wrongly_spoils_its_record(info, stored_with_it, reason):
+    with pytest.raises(RecordError, match=reason):
+        read_regions(RegionSource(stored=True), "r", info, WIDE, SQUASH, stored_with_it)
+
+
+def table(columns: int, value: float = 0.5) -> np.ndarray:
+    return np.full((2, columns), value, np.float32)
+
+
+@pytest.mark.parametrize(
+    ("arrays", "reason"),
+    [
+        ({"features": table(3)}, "norm_bb and features are needed, found features"),
+        (
+            {"norm_bb": table(4), "features": table(3)[:1]},
+            r"tables? of floats with 2 rows, and one is float32 \[1, 3\]",
+        ),
+        ({"norm_bb": table(4), "features": table(3).astype(int)}, "one is int64"),
+        ({"norm_bb": table(3), "features": table(3)}, "fewer than 4 columns"),
+        ({"norm_bb": table(4), "features": table(3, 1e6)}, "a number is not finite"),
+        ({"norm_bb": table(4), "features": table(3), "soft_labels": table(2, math.nan)}, "a number is not finite"),
+        ({"norm_bb": table(4) * [1, 1, 0.1, 1], "features": table(3)}, "x0 > x1"),
+    ],
+)
+def test_a_detectors_arrays_are_checked(arrays, reason):
+    with pytest.raises(ValueError, match=reason):
+        detected(arrays)
+
+
+def test_a_zip_that_would_fill_the_memory_is_refused():
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("norm_bb.npy", bytes(1 << 27))
+    with pytest.raises(ValueError, match="holds more than 64 MiB"):
+        unpack(file.getvalue())
+
+
+@pytest.mark.parametrize("cache", [False, True])
+def test_stored_regions_travel_from_shards_to_batches(tmp_path, tokenizer, cache):
+    with ShardWriter(tmp_path) as writer:
+        for i in range(3):
+            info = {"captions": ["a cat"], "confidences": [CONFIDENCES[: i + 1]]}
+            parts = (pack(found_by_a_detector(i + 1)),) if i < 2 else ()
+            writer.write(Record(key=f"p{i}", images=(png(i),), info=info, detected=parts))
+    shards = Shards(tmp_path)
+    assert [len(record.detected) for record in shards] == [1, 1, 0]
+    source = RegionSource(stored=True)
+    maker = PairMaker(shards, SQUASH, tokenizer, max_length=9, cache=cache, regions=source)
+    for _ in range(2):
+        batch, dropped = maker(rows(3))
+        assert batch.regions.count.tolist() == [1, 2] and batch.regions.feature.shape == (2, 2, 3)
+        assert [d.key for d in dropped] == ["p2"]
+
+
+def test_a_pair_of_images_keeps_the_regions_of_each(tmp_path):
+    found = (found_by_a_detector(2), found_by_a_detector(3))
+    info = {"confidences": [[0.9, 0.8], [0.9, 0.8, 0.7]]}
+    record = Record(key="p", images=(png(0), png(1)), info=info, detected=tuple(map(pack, found)))
+    with ShardWriter(tmp_path) as writer:
+        writer.write(record)
+    (back,) = Shards(tmp_path)
+    assert back.detected == record.detected
+    source = RegionSource(stored=True)
+    for image in (0, 1):
+        found = read_regions(source, "p", back.info, WIDE, SQUASH, back.detected, image=image)
+        assert len(found.box_R4) == image + 2
+
+
+def test_settings_that_contradict_stored_regions_are_refused():
+    for bad in ({"whole": True}, {"grid": 2}, {"classes": ("cat",)}, {"empty": "whole"}):
+        with pytest.raises(UserError, match=r"regions\.stored brings what a detector found"):
+            RegionSource(stored=True, **bad)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import pairwise
 from typing import Any
 
 LISTS_OF_TEXT = ("captions", "captions_zh")
@@ -20,6 +21,8 @@ def fault(info: Mapping[str, Any]) -> str | None:
     for name in LISTS_OF_TEXT:
         if name in info and not isinstance(info[name], list):
             return f"field {name} is not a list of texts"
+    if "confidences" in info and (wrong := confidences_fault(info["confidences"])):
+        return wrong
     return next(filter(None, (list_fault(info, name) for name in LISTS_OF_OBJECTS)), None)
 
 
@@ -39,6 +42,14 @@ def box_fault(box: Any) -> str | None:
     if isinstance(box, list) and len(box) == 4 and all(map(_number, box)) and box[0] <= box[2] and box[1] <= box[3]:
         return None
     return f"box {_short(box)} is not four numbers [x0, y0, x1, y1] with x0 <= x1 and y0 <= y1"
+
+
+def confidences_fault(lists: Any) -> str | None:
+    """Of each image a detector's confidences, falling."""
+    if isinstance(lists, list) and lists and all(isinstance(one, list) and all(map(_number, one)) for one in lists):
+        falling = all(a >= b for one in lists for a, b in pairwise(one))
+        return None if falling else "field confidences: an image's are not falling"
+    return f"field confidences {_short(lists)} is not a list of numbers for each image"
 
 
 def distribution_fault(shares: Any) -> str | None:

@@ -7,7 +7,7 @@ import json
 import re
 from collections import Counter
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -83,7 +83,7 @@ def import_data(source: sources.Source, out: Path, config: ImportConfig, *, show
             split = _split(item, config)
             if split not in writers:
                 writers[split] = stack.enter_context(ShardWriter(out / split, config.per_shard))
-            writers[split].write(Record(key=_key(item.key, keys), images=item.images, info=item.info))
+            writers[split].write(replace(item, key=_key(item.key, keys)))
             done.written[split] += 1
         if not done.written:
             raise UserError(f"{source.path}: no usable record among {len(done.dropped)}: {_listed(done.reasons)}")
@@ -138,10 +138,10 @@ def _prepare(item: Record | Dropped, max_side: int) -> Record | Dropped:
     except RecordError as error:
         return error.dropped
     if not max_side:
-        return Record(key=item.key, images=item.images, info=info)
+        return replace(item, info=info)
     images, scales = zip(*(shrink(image, max_side) for image in item.images))
     if info.get("objects"):
         # Of a pair of images an object says which one it is in.
         scale = [scales[at if (at := o.get("image")) in range(len(scales)) else 0] for o in info["objects"]]
         info["objects"] = [{**o, "box": [x * s for x in o["box"]]} for o, s in zip(info["objects"], scale)]
-    return Record(key=item.key, images=images, info=info)
+    return replace(item, images=images, info=info)

@@ -13,13 +13,15 @@ import numpy as np
 
 from fastvlp.batch import Dropped
 
-_VERSION = 1
+_VERSION = 2
 _IMAGE = re.compile(r"(?:(\d+)\.)?(?:jpe?g|png|webp|gif|bmp|tiff?|ppm|img)")
+_DETECTED = re.compile(r"(?:(\d+)\.)?npz")
 
 
 @dataclass(frozen=True, kw_only=True)
 class TarIndex:
-    """R records of M members. Record r owns members `first[r]` to `first[r + 1]`: its images in order, then its text.
+    """R records of M members. Record r owns members `first[r]` to `first[r + 1]`: its images in order, then its text, then its
+    regions.
 
     Flat arrays, because millions of small objects would cost gigabytes and be copied page by page in loader workers.
     """
@@ -62,7 +64,7 @@ class TarIndex:
             return None
 
 
-KINDS = ("image", "json", "txt")
+KINDS = ("image", "json", "txt", "npz")
 
 
 def scan(file: IO[bytes], name: str, size: int, mtime_ns: int) -> TarIndex:
@@ -118,9 +120,9 @@ def split_name(name: str) -> tuple[str, str]:
 
 def _kind(suffix: str) -> tuple[int, int] | None:
     """(place in KINDS, number of the image), None for a member that nobody reads."""
-    image = _IMAGE.fullmatch(suffix)
-    if image:
-        return 0, int(image[1] or 0)
+    for kind, pattern in (("image", _IMAGE), ("npz", _DETECTED)):
+        if found := pattern.fullmatch(suffix):
+            return KINDS.index(kind), int(found[1] or 0)
     return (KINDS.index(suffix), 0) if suffix in ("json", "txt") else None
 
 

@@ -292,18 +292,22 @@ class PairMaker:
     def _pair(self, row: Row) -> Pair:
         info: Mapping[str, Any]
         image = self.cache.get(row.index) if self.cache is not None else None
+        detected: tuple[bytes, ...] = ()
         if self.cache is not None and image is not None:
             info, lies = self.shards.info(row.index), self.cache.stored(row.index)
             text = self._caption(row, info)
+            if self.regions is not None and self.regions.stored:
+                detected = self.shards.detected(row.index)
         else:
             record = self.shards.read(row.index)
-            info, text = record.info, self._caption(row, record.info)
+            info, text, detected = record.info, self._caption(row, record.info), record.detected
             image, lies = decode(record, self.transform).images[0], stored(record.images[0])
             if self.cache is not None:
                 self.cache.put(row.index, image, lies)
         found = None
         if self.regions is not None:
-            found = read_regions(self.regions, self.shards.key(row.index), info, lies, self.transform)
+            key = self.shards.key(row.index)
+            found = read_regions(self.regions, key, info, lies, self.transform, detected)
         return Pair(image, text, row.seed, found)
 
     def _caption(self, row: Row, info: Mapping[str, Any]) -> str:

@@ -14,6 +14,7 @@ import torch
 
 from fastvlp.batch import Batch, Dropped
 from fastvlp.data.batching import Grouping, Lengths
+from fastvlp.data.faults import confidences_fault
 from fastvlp.data.loader import PairMaker, Row, clean_caption, usable_captions
 from fastvlp.data.regions import RegionSource
 from fastvlp.data.shards import RecordError, Shards
@@ -124,6 +125,8 @@ def region_count(source: RegionSource | None, info: Mapping[str, Any]) -> int:
         return 0
     if source.grid is not None:
         return source.grid**2 + 1
+    if source.stored:
+        return 0 if confidences_fault(info.get("confidences")) else source.count(info["confidences"][0])
     told = info.get("objects")
     objects = [o for o in told if isinstance(o, dict) and o.get("image", 0) == 0] if isinstance(told, list) else []
     return max(1, min(len(objects), source.most) + source.whole)

@@ -1,8 +1,9 @@
 """Sharded records: WebDataset-compatible tars with random access, local or through fsspec.
 
 A split is a folder of `00000.tar, 00001.tar, ...`. A record is the run of members that share a key:
-`{key}.jpg|png|webp` (a second image `{key}.1.jpg`), `{key}.json` with the info, and `{key}.txt`, one caption where the
-info has none. `00000.index.json` beside each tar says what is where; it is built when missing or older than its tar.
+`{key}.jpg|png|webp` (a second image `{key}.1.jpg`), `{key}.npz` with a detector's regions (of a second image
+`{key}.1.npz`), `{key}.json` with the info, and `{key}.txt`, one caption where the info has none. `00000.index.json` beside
+each tar says what is where; it is built when missing or older than its tar.
 """
 
 from __future__ import annotations
@@ -186,7 +187,12 @@ class Shards:
         images = tuple(self._bytes(tar, at, n) for kind, at, n in index.members(r) if kind == "image")
         if not images:
             raise RecordError(index.keys[r], f"no image in {tar}")
-        return Record(key=index.keys[r], images=images, info=self.info(i))
+        return Record(key=index.keys[r], images=images, info=self.info(i), detected=self.detected(i))
+
+    def detected(self, i: int) -> tuple[bytes, ...]:
+        """The npz of each of the record's images, without reading those; empty where there are none."""
+        tar, index, r = self._place(i)
+        return tuple(self._bytes(tar, at, n) for kind, at, n in index.members(r) if kind == "npz")
 
     def info(self, i: int) -> dict[str, Any]:
         """The record's JSON, without reading its images. Raises RecordError as `read` does."""
@@ -272,8 +278,10 @@ def _files(record: Record) -> list[tuple[str, bytes]]:
         raise UserError(
             f"record {key}: its info cannot be stored as JSON ({error}); remove or convert the field"
         ) from error
-    names = [f"{key}.{n}.{_suffix(data)}" if n else f"{key}.{_suffix(data)}" for n, data in enumerate(record.images)]
-    return [*zip(names, record.images), (f"{key}.json", text)]
+    parts = [(n, _suffix(data), data) for n, data in enumerate(record.images)]
+    parts += [(n, "npz", data) for n, data in enumerate(record.detected)]
+    files = [(f"{key}.{n}.{suffix}" if n else f"{key}.{suffix}", data) for n, suffix, data in parts]
+    return [*files, (f"{key}.json", text)]
 
 
 def _suffix(data: bytes) -> str:

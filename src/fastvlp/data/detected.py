@@ -1,0 +1,82 @@
+"""A detector's regions of an image as a shard keeps them: one npz with UNITER's names of its arrays (ChenRocks/UNITER)."""
+
+from __future__ import annotations
+
+import io
+import zipfile
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+# 100 regions of 2048 numbers and 1601 shares are 0.7 MB in half precision; a zip may claim to hold terabytes.
+MOST_BYTES = 1 << 26
+
+
+class Detected(NamedTuple):
+    """R regions by falling confidence: boxes x0 y0 x1 y1 as fractions of the stored image, float32, features and shares of
+    C classes, float16."""
+
+    box_R4: np.ndarray
+    feature_RF: np.ndarray
+    classes_RC: np.ndarray | None
+
+
+def detected(arrays: Mapping[str, Any]) -> Detected:
+    """From `norm_bb` [R 4 or more: x0 y0 x1 y1], `features` [R F] and, where there are any, `soft_labels` [R C]. Raises
+    ValueError saying what is wrong."""
+    box, feature, classes = (arrays.get(name) for name in ("norm_bb", "features", "soft_labels"))
+    if box is None or feature is None:
+        raise ValueError(f"norm_bb and features are needed, found {', '.join(sorted(arrays)) or 'nothing'}")
+    # What is too large for half precision becomes infinite, and is refused below.
+    with np.errstate(over="ignore"):
+        half = [None if x is None else _table(x, len(box)).astype(np.float16) for x in (feature, classes)]
+    box = _table(box, len(box)).astype(np.float32)[:, :4]
+    if box.shape[1] != 4 or not all(np.isfinite(x).all() for x in (box, *half) if x is not None):
+        raise ValueError("norm_bb has fewer than 4 columns, or a number is not finite")
+    box = box.clip(0, 1)
+    if (box[:, :2] > box[:, 2:]).any():
+        raise ValueError("norm_bb has a box with x0 > x1 or y0 > y1; fractions of width and height are expected")
+    assert half[0] is not None
+    return Detected(box, half[0], half[1])
+
+
+def _table(x: Any, rows: int) -> np.ndarray:
+    x = np.asarray(x)
+    if x.ndim != 2 or x.shape[0] != rows or x.dtype.kind != "f":
+        raise ValueError(f"each array is a table of floats with {rows} rows, and one is {x.dtype} {list(x.shape)}")
+    return x
+
+
+def pack(found: Detected) -> bytes:
+    file = io.BytesIO()
+    told: dict[str, Any] = {"norm_bb": found.box_R4, "features": found.feature_RF, "soft_labels": found.classes_RC}
+    np.savez(file, **{name: x for name, x in told.items() if x is not None})
+    return file.getvalue()
+
+
+def unpack(data: bytes) -> Detected:
+    """Raises ValueError where it is not what `pack` makes."""
+    return detected(read_npz(data))
+
+
+def read_npz(data: bytes) -> dict[str, np.ndarray]:
+    """The arrays of an npz. Nothing in it is executed. Raises ValueError where it cannot be read."""
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            if sum(member.file_size for member in archive.infolist()) > MOST_BYTES:
+                raise ValueError(f"holds more than {MOST_BYTES >> 20} MiB")
+        with np.load(io.BytesIO(data), allow_pickle=False) as file:
+            return {name: file[name] for name in file.files}
+    # Given hostile bytes, zip and npy readers raise anything.
+    except (
+        zipfile.BadZipFile,
+        OSError,
+        EOFError,
+        KeyError,
+        TypeError,
+        SyntaxError,
+        MemoryError,
+        RuntimeError,
+    ) as error:
+        raise ValueError(f"not readable as npz ({type(error).__name__}: {error})") from None
