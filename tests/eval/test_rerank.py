@@ -15,7 +15,8 @@ from fastvlp.errors import UserError
 from fastvlp.eval import retrieval
 from fastvlp.eval.embedding import open_run, read_captions
 from fastvlp.eval.options import Retrieval
-from fastvlp.eval.rerank import mean_log_likelihood, pair_score, score_pairs
+from fastvlp.eval.pairs import mean_log_likelihood, pair_score
+from fastvlp.eval.rerank import score_pairs
 from fastvlp.objectives.ar import AR, ARConfig
 from tests.made import made_batch, made_model
 

@@ -15,8 +15,9 @@ from fastvlp.data.shards import Shards
 from fastvlp.errors import UserError
 from fastvlp.eval.embedding import Embedded, Reader, embed_split, open_run, open_split, read_captions
 from fastvlp.eval.options import Retrieval
+from fastvlp.eval.pairs import pair_score
 from fastvlp.eval.ranks import ROUNDING, cosine, ranks, recall, rerank, reranked, shortlist, transposed
-from fastvlp.eval.rerank import pair_score, score_pairs
+from fastvlp.eval.rerank import score_pairs
 from fastvlp.model.saved import Saved
 
 
