@@ -11,6 +11,8 @@ import torch
 import torch.distributed as torch_dist
 from torch import Tensor
 
+from fastvlp.errors import UserError
+
 
 def active() -> bool:
     return torch_dist.is_available() and torch_dist.is_initialized()
@@ -31,6 +33,18 @@ def is_main() -> bool:
 def local_rank() -> int:
     """Which of this machine's devices is ours."""
     return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def pick_device(name: str) -> torch.device:
+    """auto: this rank's GPU where there is one, else the CPU. Raises UserError for a device that is not here."""
+    if name == "auto":
+        name = f"cuda:{local_rank()}" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UserError(f"device {name!r} cannot be used ({str(error).splitlines()[0]}); choose auto or cpu") from error
+    return device
 
 
 def launched() -> int:

@@ -21,6 +21,7 @@ from fastvlp.data.loader import Loader
 from fastvlp.data.random import hash64
 from fastvlp.data.rows import Data, Rows
 from fastvlp.data.tokenize import Tokenizer
+from fastvlp.dist import pick_device
 from fastvlp.errors import UserError
 from fastvlp.model.layers import Block
 from fastvlp.model.model import ModelConfig, VLModel
@@ -179,18 +180,6 @@ class TrainState:
     def evaluated(self) -> Pretraining:
         """What is validated and saved: the averaged weights where there are any."""
         return cast(Pretraining, self.ema.module) if self.ema is not None else self.pretraining
-
-
-def pick_device(name: str) -> torch.device:
-    """auto: this rank's GPU where there is one, else the CPU. Raises UserError for a device that is not here."""
-    if name == "auto":
-        name = f"cuda:{dist.local_rank()}" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UserError(f"device {name!r} cannot be used ({str(error).splitlines()[0]}); choose auto or cpu") from error
-    return device
 
 
 def start(run: TrainConfig, resume: bool = False) -> TrainState:
