@@ -89,6 +89,12 @@ def read_pixels(
             pass  # strict: also raised for harmless oddities, on which Pillow decides
     if jpeg and transform:
         image.draft(None, (least[1], least[0]))
+    return opened_pixels(image, upright=upright)
+
+
+def opened_pixels(image: Image.Image, *, upright: bool = True) -> Tensor:
+    """`read_pixels` of an image that Pillow has opened or made."""
+    turned = upright and orientation(image) != 1
     return torch.from_numpy(np.array(_rgb(ImageOps.exif_transpose(image) if turned else image)))
 
 
