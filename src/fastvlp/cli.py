@@ -73,8 +73,12 @@ class DataImport:
     """Column of image paths, for tables; by default one with a usual name."""
     caption_column: str = ""
     """Column of captions, for tables; by default one with a usual name."""
-    images: Path | None = None
-    """Folder that a table's image paths start from; by default the table's own."""
+    images: Literal["blank"] | Path | None = None
+    """Folder that a table's image paths start from; by default the table's own. `blank`: there are no images, and a model
+    that reads stored regions alone needs none."""
+    features: Path | None = None
+    """A detector's regions in UNITER's layout, a folder of npz files or an LMDB: each record gets those of its image's
+    name."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,6 +143,7 @@ def data_import(command: DataImport) -> None:
         image_column=command.image_column,
         caption_column=command.caption_column,
         images=command.images,
+        features=command.features,
     )
     config = ImportConfig(
         split=command.split,

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Literal
 
 from fastvlp.batch import Dropped, Record
-from fastvlp.data.sources import examples, folder, nlvr, table, webdataset
-from fastvlp.data.sources.paths import IMAGE_SUFFIXES
+from fastvlp.data.sources import examples, features, folder, nlvr, table, webdataset
+from fastvlp.data.sources.paths import IMAGE_SUFFIXES, Images
 from fastvlp.errors import UserError
 
 Format = Literal["table", "folder", "webdataset", "nlvr", "examples"]
@@ -24,16 +24,23 @@ FORMATS_HELP = """\
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """What is to be read and how; the last three fields are for tables."""
+    """What is to be read and how. images: the folder that image paths start from, or that there are none. features: a
+    detector's regions that come along with the records. The columns are of tables."""
 
     path: Path
     format: Format
     image_column: str = ""
     caption_column: str = ""
-    images: Path | None = None
+    images: Images | None = None
+    features: Path | None = None
 
 
 def read(source: Source) -> Iterator[Record | Dropped]:
+    items = _read(source)
+    return items if source.features is None else features.attached(items, source.features)
+
+
+def _read(source: Source) -> Iterator[Record | Dropped]:
     match source.format:
         case "table":
             columns = {"image_column": source.image_column, "caption_column": source.caption_column}

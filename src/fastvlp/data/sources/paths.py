@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import io
+from functools import lru_cache
 from pathlib import Path
+from typing import Literal
+
+from PIL import Image
 
 from fastvlp.batch import Dropped
 from fastvlp.errors import UserError
@@ -10,8 +15,23 @@ from fastvlp.errors import UserError
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
 
 
-def read_inside(root: Path, name: str, key: str) -> bytes | Dropped:
+# Where images are, or that there are none: a model that reads stored regions alone never looks at them.
+Images = Path | Literal["blank"]
+
+
+@lru_cache
+def blank() -> bytes:
+    """What stands for an image that nobody has: the smallest that is decoded, of one colour."""
+    file = io.BytesIO()
+    Image.new("RGB", (2, 2), "gray").save(file, "PNG")
+    return file.getvalue()
+
+
+def read_inside(root: Images, name: str, key: str) -> bytes | Dropped:
     """The bytes of `root/name`; Dropped when it is missing or when the path, links followed, leaves `root`."""
+    if root == "blank":
+        return blank()
+    assert isinstance(root, Path)
     try:
         path = (root / name).resolve()
         if not path.is_relative_to(root.resolve()):

@@ -10,7 +10,7 @@ from typing import Any
 
 from fastvlp.batch import Dropped, Record
 from fastvlp.data.sources.jsonlines import read_json_lines
-from fastvlp.data.sources.paths import read_inside, read_text
+from fastvlp.data.sources.paths import Images, read_inside, read_text
 from fastvlp.errors import UserError
 
 SUFFIXES = frozenset({".csv", ".tsv", ".jsonl", ".parquet"})
@@ -23,7 +23,7 @@ Row = dict[str, Any]
 
 
 def read(
-    path: Path, *, image_column: str = "", caption_column: str = "", images: Path | None = None
+    path: Path, *, image_column: str = "", caption_column: str = "", images: Images | None = None
 ) -> Iterator[Record | Dropped]:
     """Yields one record an image, with the captions of all its rows, English and Chinese (`caption_zh`); other columns travel
     from its first row.
