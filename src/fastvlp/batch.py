@@ -23,8 +23,10 @@ class Record:
     `info` keys that the library reads (all optional): `captions` and `captions_zh` (lists of str), `objects` (list of
     {class, box [x0,y0,x1,y1] in pixels, ...}, maybe with `class_distribution`: {class: share} and, of a pair of images,
     `image`: 0 or 1), `questions` (list of {question, answers: {answer: score in 0..1}, kind}), `statements` (list of
-    {text, label: bool}; about the record's one or two images), `label` (a class name), `confidences` (of each image a
-    list with the detector's confidence in each region, falling).
+    {text, label: bool}; about the record's one or two images), `expressions` (list of {text, object: place in objects}),
+    `entailments` (list of {text, label: "contradiction", "entailment" or "neutral"}), `choices` (list of {question,
+    answers: list of str, right: place in it}, maybe with `rationales` and `right_rationale`), `label` (a class name),
+    `confidences` (of each image a list with the detector's confidence in each region, falling).
     Any other key travels along untouched.
     """
 
