@@ -23,6 +23,7 @@ LEVELS = [
     {"train"},
     {"eval"},
     {"tasks"},
+    {"serve"},
     {"recipes"},
     {"compare_options", "results", "charts", "report", "display", "overrides", "yardsticks", "compare"},
     {"cli", "__main__", "__init__"},

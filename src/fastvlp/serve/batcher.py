@@ -1,0 +1,189 @@
+"""Inputs of many requests become batches of one model: those of a moment, and of about one length."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+from fastvlp.serve.limits import Refusal
+
+
+class InputError(Exception):
+    """Raised by a lane's `run` for one row of its batch: `reason` is for who sent it."""
+
+    def __init__(self, row: int, reason: str):
+        super().__init__(row, reason)
+        self.row, self.reason = row, reason
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lane:
+    """One kind of work. `run` gives an output for each input; `budget` is the most that rows times the longest of them
+    may come to."""
+
+    run: Callable[[list[Any]], Sequence[Any]]
+    budget: int
+
+
+@dataclass(frozen=True)
+class Ran:
+    """A batch that was run, for the metrics. `waited_s`: its oldest input, from submission to start."""
+
+    lane: str
+    rows: int
+    waited_s: float
+    took_s: float
+
+
+@dataclass(eq=False)
+class _Job:
+    lane: str
+    item: Any
+    length: int
+    future: asyncio.Future[Any]
+    loop: asyncio.AbstractEventLoop
+    since: float = field(default_factory=time.monotonic)
+
+    def settle(self, result: Any = None, error: Exception | None = None) -> None:
+        def settle() -> None:
+            if self.future.done():
+                return  # whoever asked is gone
+            if error is not None:
+                self.future.set_exception(error)
+            else:
+                self.future.set_result(result)
+
+        with suppress(RuntimeError):  # the loop was closed while the model ran
+            self.loop.call_soon_threadsafe(settle)
+
+
+def choose(lengths: Sequence[int], budget: int) -> list[int]:
+    """Which rows share a batch with row 0: its neighbours in length, nearest first, as long as rows times the longest
+    stay within the budget; row 0 in any case, and equal lengths in the order in which they came."""
+    order = sorted(range(len(lengths)), key=lambda i: lengths[i])
+    low = high = order.index(0)
+    while True:
+        rows = high - low + 2
+        below = lengths[order[low]] - lengths[order[low - 1]] if low else None
+        above = lengths[order[high + 1]] - lengths[order[high]] if high + 1 < len(order) else None
+        if below is not None and rows * lengths[order[high]] > budget:
+            below = None
+        if above is not None and rows * lengths[order[high + 1]] > budget:
+            above = None
+        if below is None and above is None:
+            return sorted(order[low : high + 1])
+        if above is None or (below is not None and below <= above):
+            low -= 1
+        else:
+            high += 1
+
+
+class Batcher:
+    """One thread that runs everything; `ask` is called from event loops. `watch` is told of every batch, in the thread.
+
+    A batch starts when its oldest input has waited `window_s`, or when a batch is full; an input that came while the
+    model was busy has waited long enough.
+    """
+
+    def __init__(
+        self,
+        lanes: Mapping[str, Lane],
+        *,
+        window_s: float = 0.003,
+        most_waiting: int = 512,
+        watch: Callable[[Ran], None] = lambda ran: None,
+    ):
+        self.lanes, self.window_s, self.most_waiting, self.watch = lanes, window_s, most_waiting, watch
+        self._jobs: list[_Job] = []
+        self._changed = threading.Condition()
+        self._closed = False
+        self._thread = threading.Thread(target=self._work, name="model", daemon=True)
+        self._thread.start()
+
+    @property
+    def waiting(self) -> int:
+        return len(self._jobs)
+
+    @property
+    def alive(self) -> bool:
+        return self._thread.is_alive()
+
+    async def ask(self, lane: str, items: Sequence[Any], lengths: Sequence[int] | None = None) -> list[Any]:
+        """An output for each item. Raises Refusal where more would wait than may (503), and InputError, whose row counts
+        from these items. Cancelled, it takes back what has not begun."""
+        loop = asyncio.get_running_loop()
+        jobs = [_Job(lane, item, n, loop.create_future(), loop) for item, n in zip(items, lengths or [1] * len(items))]
+        with self._changed:
+            if self._closed:
+                raise Refusal(503, "stopping", "the service is stopping", retry_s=5)
+            if len(self._jobs) + len(jobs) > self.most_waiting:
+                raise Refusal(503, "busy", f"{len(self._jobs)} inputs wait for the model already", retry_s=1)
+            self._jobs += jobs
+            self._changed.notify()
+        try:
+            return list(await asyncio.gather(*(job.future for job in jobs)))
+        except InputError as bad:
+            row = next(i for i, job in enumerate(jobs) if job.future.done() and job.future.exception() is bad)
+            raise InputError(row, bad.reason) from bad
+        finally:
+            for job in jobs:
+                job.future.cancel()
+
+    def close(self) -> None:
+        """Ends the thread after the batch that it is at; what waits is refused."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
+        self._thread.join()
+
+    def _work(self) -> None:
+        while (batch := self._next()) is not None:
+            began = time.monotonic()
+            self._run(batch)
+            waited = began - min(job.since for job in batch)
+            self.watch(Ran(batch[0].lane, len(batch), waited, time.monotonic() - began))
+
+    def _next(self) -> list[_Job] | None:
+        """The jobs of the next batch, taken out of those that wait; None when closed."""
+        with self._changed:
+            while not self._closed:
+                self._jobs = [job for job in self._jobs if not job.future.cancelled()]
+                if not self._jobs:
+                    self._changed.wait()
+                    continue
+                oldest = self._jobs[0]
+                alike = [job for job in self._jobs if job.lane == oldest.lane]
+                chosen = choose([job.length for job in alike], self.lanes[oldest.lane].budget)
+                left_s = oldest.since + self.window_s - time.monotonic()
+                if left_s > 0 and len(chosen) == len(alike):
+                    self._changed.wait(left_s)
+                    continue
+                batch = [alike[i] for i in chosen]
+                taken = {id(job) for job in batch}
+                self._jobs = [job for job in self._jobs if id(job) not in taken]
+                return batch
+            for job in self._jobs:
+                job.settle(error=Refusal(503, "stopping", "the service is stopping", retry_s=5))
+            self._jobs = []
+            return None
+
+    def _run(self, batch: list[_Job]) -> None:
+        while batch:
+            try:
+                results = self.lanes[batch[0].lane].run([job.item for job in batch])
+            except InputError as bad:
+                # The others are run again without it.
+                batch.pop(bad.row).settle(error=bad)
+            except Exception as error:
+                for job in batch:
+                    job.settle(error=error)
+                return
+            else:
+                for job, result in zip(batch, results, strict=True):
+                    job.settle(result)
+                return
