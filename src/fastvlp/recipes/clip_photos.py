@@ -1,0 +1,29 @@
+"""CLIP (arXiv 2103.00020) on your own image-text pairs: two towers, the pairs of a batch told apart.
+
+    vlp data import PAIRS --out photos --val 0.1 --max-side 192
+    vlp pretrain clip_photos
+    vlp pretrain clip_photos --accumulate 8       # a batch eight times as large, exactly, in the same memory
+
+siglip_photos differs in the objective; flip_photos masks half of each image and doubles the batch. Not measured yet.
+"""
+
+from fastvlp.data.rows import PairData
+from fastvlp.model.sizes import clip_small
+from fastvlp.objectives.clip import CLIPConfig
+from fastvlp.train.optim import OptimConfig
+from fastvlp.train.run import TrainConfig
+
+
+def clip_photos() -> TrainConfig:
+    return TrainConfig(
+        name="clip_photos",
+        data=PairData(train="photos/train", val="photos/val", batch_size=64),
+        model=clip_small(),
+        objectives={"clip": CLIPConfig()},
+        # Nothing is trained yet, so that all parts start from the same rate.
+        optim=OptimConfig(lr=1e-3, weight_decay=0.2, head_multiplier=1, decay="cosine"),
+        vocab=5000,
+        budget_s=1200,
+        validate_every=100,
+        checkpoint_every=100,
+    )

@@ -1,0 +1,32 @@
+"""FLIP (arXiv 2212.00794) on the embedded corpus: two towers, half of each image's patches.
+
+    vlp data demo
+    vlp pretrain flip_demo
+
+Not measured yet.
+"""
+
+from dataclasses import replace
+
+from fastvlp.data.rows import PairData
+from fastvlp.model.sizes import flip_tiny
+from fastvlp.objectives.clip import CLIPConfig
+from fastvlp.train.optim import flip_optim
+from fastvlp.train.run import TrainConfig
+
+
+def flip_demo() -> TrainConfig:
+    return TrainConfig(
+        name="flip_demo",
+        # 32 words and two special tokens, which the towers leave out.
+        data=PairData(train="demo/world/train", val="demo/world/val", batch_size=64, max_length=34),
+        model=flip_tiny(),
+        objectives={"clip": CLIPConfig(bound="clip")},
+        # The paper's rate is for 64 k pairs a step and 190,000 steps.
+        optim=replace(flip_optim(64), lr=2e-3, warmup=0.1),
+        keep=0.5,
+        budget_s=120,
+        vocab=500,
+        validate_every=200,
+        checkpoint_every=200,
+    )

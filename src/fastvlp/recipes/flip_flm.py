@@ -1,0 +1,16 @@
+"""Free language modeling on half of each image's patches (FLIP's masking under FLM): flm_photos with `keep`.
+
+    vlp data import PAIRS --out photos --val 0.1 --max-side 192
+    vlp pretrain flip_flm
+
+Not measured yet.
+"""
+
+from dataclasses import replace
+
+from fastvlp.recipes.flm_photos import flm_photos
+from fastvlp.train.run import TrainConfig
+
+
+def flip_flm() -> TrainConfig:
+    return replace(flm_photos(), name="flip_flm", keep=0.5)

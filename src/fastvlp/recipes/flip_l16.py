@@ -1,0 +1,32 @@
+"""The paper's run (FLIP, arXiv 2212.00794, Tables 9 and 10; facebookresearch/flip): L/16, LAION-400M, half of each image,
+190,000 steps of 65,536 pairs; then 1,900 on whole images.
+
+    torchrun --nproc-per-node 8 --no-python vlp pretrain flip_l16 --data.train PAIRS/train --tokenizer bert/tokenizer.json
+
+Then the same with `--name flip_l16_tuned --from runs/flip_l16 --keep 1 --steps 1900 --optim.lr 1.024e-5 --optim.warmup 0.2`.
+
+Fewer ranks: raise --accumulate in proportion, the gradients stay those of the whole batch. Not run yet: no result.
+"""
+
+from fastvlp.data.rows import PairData
+from fastvlp.model import sizes
+from fastvlp.objectives.clip import CLIPConfig
+from fastvlp.train.optim import flip_optim
+from fastvlp.train.run import TrainConfig
+
+
+def flip_l16() -> TrainConfig:
+    return TrainConfig(
+        name="flip_l16",
+        data=PairData(train="pairs/train", val="pairs/val", batch_size=256, max_length=34, workers=8, cache=False),
+        model=sizes.flip_l16(),
+        objectives={"clip": CLIPConfig(bound="clip")},
+        optim=flip_optim(65_536),
+        keep=0.5,
+        tokenizer="bert/tokenizer.json",
+        steps=190_000,
+        accumulate=32,
+        validate_every=1000,
+        checkpoint_every=500,
+        compile=True,
+    )

@@ -1,0 +1,33 @@
+"""FLIP (arXiv 2212.00794) on your own image-text pairs: half of each image's patches, and twice as many pairs a step.
+
+    vlp data import PAIRS --out photos --val 0.1 --max-side 192
+    vlp pretrain flip_photos
+    vlp pretrain flip_tune --from runs/flip_photos      # a short end on whole images
+
+clip_photos and siglip_photos read whole images. Not measured yet.
+"""
+
+from dataclasses import replace
+
+from fastvlp.data.rows import PairData
+from fastvlp.model.sizes import flip_small
+from fastvlp.objectives.clip import CLIPConfig
+from fastvlp.train.optim import flip_optim
+from fastvlp.train.run import TrainConfig
+
+
+def flip_photos() -> TrainConfig:
+    return TrainConfig(
+        name="flip_photos",
+        # 32 words and two special tokens, which the towers leave out.
+        data=PairData(train="photos/train", val="photos/val", batch_size=128, max_length=34),
+        model=flip_small(),
+        objectives={"clip": CLIPConfig(bound="clip")},
+        # The paper's rate is for 64 k pairs a step and 190,000 steps.
+        optim=replace(flip_optim(128), lr=4e-4, warmup=0.1),
+        keep=0.5,
+        vocab=5000,
+        budget_s=1200,
+        validate_every=100,
+        checkpoint_every=100,
+    )
