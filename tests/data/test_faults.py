@@ -11,6 +11,13 @@ GOOD = {
     "questions": [{"question": "q", "answers": {"yes": 1.0, "no": 0}}, {"question": "q", "answers": {}}],
     "questions_zh": [{"question": "问", "answers": {"是": 0.3}}],
     "statements": [{"text": "t", "label": False}, {"text": "t", "label": 1}],
+    "expressions": [{"text": "e", "object": 1}],
+    "entailments_zh": [{"text": "e", "label": "neutral"}],
+    "choices": [
+        {"question": "q", "answers": ["a", "b"], "right": 1, "rationales": ["c"], "right_rationale": 0},
+        {"question": "of a test split", "answers": ["a"]},
+    ],
+    "confidences": [[0.9, 0.9, 0.1], []],
     "other": {"box": None},
 }
 
@@ -52,3 +59,26 @@ def test_a_label_is_true_or_false(label: object) -> None:
     wrong = fault({"statements_zh": [{"text": "t", "label": label}]})
     assert wrong == f"field statements_zh: label {label!r} is not true or false"
     assert fault(json.loads('{"statements": 3}')) == "field statements is not a list of objects with text and label"
+
+
+@pytest.mark.parametrize(
+    ("name", "told", "said"),
+    [
+        ("expressions", {"text": "e", "object": 2}, "object 2 is no place among 2 objects"),
+        ("expressions_zh", {"text": "e", "object": "cat"}, "object 'cat' is no place among 2 objects"),
+        ("entailments", {"text": "e", "label": True}, "label True is not one of entailment, neutral, contradiction"),
+        ("choices", {"question": "q", "answers": {"a": 1}}, "answers {'a': 1} are not a list of texts"),
+        ("choices", {"question": "q", "answers": ["a", 2]}, "answers ['a', 2] are not a list of texts"),
+        ("choices_zh", {"question": "q", "answers": ["a"], "right": 1}, "right 1 is no place among 1 answers"),
+        ("choices", {"question": "q", "answers": ["a"], "right_rationale": 0}, "is no place among 0 rationales"),
+        ("choices", {"question": "q"}, "field choices is not a list of objects with question and answers"),
+    ],
+)
+def test_what_points_at_nothing_is_named(name: str, told: dict, said: str) -> None:
+    wrong = fault({"objects": GOOD["objects"], name: [told]})
+    assert wrong and wrong.startswith(f"field {name}") and said in wrong
+
+
+@pytest.mark.parametrize("told", [0.9, [], [0.9], [[0.9, "1"]], [[math.nan]], [[0.1, 0.2]]])
+def test_confidences_fall(told: object) -> None:
+    assert (fault({"confidences": told}) or "").startswith("field confidences")

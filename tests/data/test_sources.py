@@ -264,6 +264,7 @@ def test_examples(tmp_path: Path) -> None:
         {"question": "What is it?", "kind": "what", "answers": {"red": 1.0}},
         {"question": "Who?", "kind": "who", "answers": {"y": 1.0}, "answer": "y", "choices": ["y", "x"]},
     ]
+    assert info["choices"] == [{"question": "Who?", "answers": ["x", "y"], "right": 1}]
     assert records["s"].info["questions"] == [{"question": "is red green", "answers": {"no": 1.0}}]
     assert records["t"].info["statements"] == [{"text": "it is red", "label": True}]
     assert "captions" not in records["t"].info and "label" not in records["t"].info

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from itertools import pairwise
 from typing import Any
 
@@ -13,7 +13,14 @@ LISTS_OF_OBJECTS = {
     "questions_zh": ("question", "answers"),
     "statements": ("text", "label"),
     "statements_zh": ("text", "label"),
+    "expressions": ("text", "object"),
+    "expressions_zh": ("text", "object"),
+    "entailments": ("text", "label"),
+    "entailments_zh": ("text", "label"),
+    "choices": ("question", "answers"),
+    "choices_zh": ("question", "answers"),
 }
+LABELS = ("entailment", "neutral", "contradiction")
 
 
 def fault(info: Mapping[str, Any]) -> str | None:
@@ -31,9 +38,10 @@ def list_fault(info: Mapping[str, Any], name: str) -> str | None:
     items, fields = info.get(name, []), LISTS_OF_OBJECTS[name]
     if not isinstance(items, list) or not all(isinstance(o, dict) and all(f in o for f in fields) for o in items):
         return f"field {name} is not a list of objects with {' and '.join(fields)}"
-    checks = {"box": box_fault, "answers": answers_fault, "label": label_fault}
-    found = (check(item[field]) for field, check in checks.items() if field in fields for item in items)
-    wrong = next(filter(None, found), None)
+    check = _CHECKS[name.removesuffix("_zh")]
+    wrong = next(filter(None, map(check, items)), None)
+    if wrong is None and name.startswith("expressions"):
+        wrong = _pointer_fault(items, info.get("objects", []))
     return None if wrong is None else f"field {name}: {wrong}"
 
 
@@ -70,6 +78,38 @@ def answers_fault(answers: Any) -> str | None:
 def label_fault(label: Any) -> str | None:
     """A statement's label is true or false (or 1 or 0); the text "False" would count as true."""
     return None if label in (True, False) else f"label {_short(label)} is not true or false"
+
+
+def entailment_fault(label: Any) -> str | None:
+    return None if label in LABELS else f"label {_short(label)} is not one of {', '.join(LABELS)}"
+
+
+def choice_fault(choice: Mapping[str, Any]) -> str | None:
+    """Answers, and rationales where there are any, are lists of texts, and what is right is a place in them; a test split
+    does not tell what is right."""
+    for texts, right in (("answers", "right"), ("rationales", "right_rationale")):
+        told, at = choice.get(texts, []), choice.get(right)
+        if not isinstance(told, list) or not all(isinstance(text, str) for text in told):
+            return f"{texts} {_short(told)} are not a list of texts"
+        if at is not None and (not isinstance(at, int) or not 0 <= at < len(told)):
+            return f"{right} {_short(at)} is no place among {len(told)} {texts}"
+    return None
+
+
+def _pointer_fault(expressions: list[Mapping[str, Any]], objects: Any) -> str | None:
+    count = len(objects) if isinstance(objects, list) else 0
+    wrong = [at for told in expressions if not isinstance(at := told["object"], int) or not 0 <= at < count]
+    return f"object {_short(wrong[0])} is no place among {count} objects" if wrong else None
+
+
+_CHECKS: dict[str, Callable[[Mapping[str, Any]], str | None]] = {
+    "objects": lambda item: box_fault(item["box"]),
+    "questions": lambda item: answers_fault(item["answers"]),
+    "statements": lambda item: label_fault(item["label"]),
+    "expressions": lambda item: None,
+    "entailments": lambda item: entailment_fault(item["label"]),
+    "choices": choice_fault,
+}
 
 
 def _number(x: Any) -> bool:

@@ -20,9 +20,9 @@ STALE = ("file", "width", "height")
 def read(path: Path) -> Iterator[Record | Dropped]:
     """Yields one record an image.
 
-    `qa` becomes `questions`, `boxes` becomes `objects`; a row whose label is true or false is a statement (NLVR: six
-    images, six records) or, when it comes with a `program` (SHAPES), a question to be answered yes or no. All other
-    fields travel along.
+    `qa` becomes `questions`, and those with choices `choices` too; `boxes` becomes `objects`; a row whose label is true or
+    false is a statement (NLVR: six images, six records) or, when it comes with a `program` (SHAPES), a question to be
+    answered yes or no. All other fields travel along.
     """
     try:
         archive = zipfile.ZipFile(path / "images.zip")
@@ -75,6 +75,8 @@ def _info(row: dict[str, Any]) -> dict[str, Any]:
     info = {name: value for name, value in row.items() if name not in (*STALE, *moved) and value is not None}
     if row.get("qa"):
         info["questions"] = [_question(item) for item in row["qa"]]
+        if chosen := [_choice(item) for item in row["qa"] if "choices" in item]:
+            info["choices"] = chosen
     if row.get("boxes"):
         info["objects"] = [_object(item) for item in row["boxes"]]
     if isinstance(row.get("label"), bool):
@@ -95,6 +97,10 @@ def _question(item: dict[str, Any]) -> dict[str, Any]:
     choices = list(item["choices"])
     right = choices.pop(item["answer"])
     return {**question, "answers": {right: 1.0}, "answer": right, "choices": [right, *choices]}
+
+
+def _choice(item: dict[str, Any]) -> dict[str, Any]:
+    return {"question": item["q"], "answers": list(item["choices"]), "right": item["answer"]}
 
 
 def _object(item: dict[str, Any]) -> dict[str, Any]:
