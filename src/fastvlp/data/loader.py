@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 import os
-import re
 import signal
 from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
@@ -22,6 +21,8 @@ from torch.utils.data import DataLoader, Dataset
 from fastvlp.batch import Batch, Dropped
 from fastvlp.data.batching import Grouping, Lengths, Plan
 from fastvlp.data.cache import ImageCache
+from fastvlp.data.captions import clean_caption as clean_caption
+from fastvlp.data.captions import usable_captions
 from fastvlp.data.decode import decode, stored
 from fastvlp.data.prefetch import Prefetch
 from fastvlp.data.random import hash64, hash64_rows
@@ -30,9 +31,6 @@ from fastvlp.data.shards import RecordError, Shards
 from fastvlp.data.tokenize import Tokenizer
 from fastvlp.data.transform import Transform
 from fastvlp.errors import UserError
-
-# Control characters, the byte-order mark, and lone surrogates, which no tokenizer takes.
-_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\ufeff\ud800-\udfff]+")
 
 
 class Row(NamedTuple):
@@ -201,19 +199,6 @@ def _quiet_worker(_: int) -> None:
     # Ctrl-C and SIGTERM are for the main process, which saves and then closes its workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-
-def clean_caption(text: Any) -> str | None:
-    """The text without control characters and needless spaces; None where it is no text or nothing is left."""
-    if not isinstance(text, str):
-        return None
-    return " ".join(_CONTROL.sub(" ", text).split()) or None
-
-
-def usable_captions(info: Mapping[str, Any], field: str) -> list[str]:
-    """The captions of a record's `field`, a list of texts or one text, cleaned; what is no text is left out."""
-    told = info.get(field)
-    return [text for text in map(clean_caption, told if isinstance(told, list) else [told]) if text is not None]
 
 
 def refusal(shards: Shards, dropped: list[Dropped]) -> UserError:

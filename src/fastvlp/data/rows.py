@@ -14,8 +14,9 @@ import torch
 
 from fastvlp.batch import Batch, Dropped
 from fastvlp.data.batching import Grouping, Lengths
+from fastvlp.data.captions import clean_caption, usable_captions
 from fastvlp.data.faults import confidences_fault
-from fastvlp.data.loader import PairMaker, Row, clean_caption, usable_captions
+from fastvlp.data.loader import PairMaker, Row
 from fastvlp.data.regions import RegionSource
 from fastvlp.data.shards import RecordError, Shards
 from fastvlp.data.tokenize import Tokenizer
