@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from fastvlp.model.embed import EmbedConfig, HeadConfig
 from fastvlp.model.fusion import FusionConfig, ReconstructorConfig
 from fastvlp.model.image import ImageConfig
 from fastvlp.model.layers import Activation, LayerConfig, Norm
 from fastvlp.model.model import ModelConfig
+from fastvlp.model.pooling import Place, RegionPool
 from fastvlp.model.regions import RegionConfig
 from fastvlp.model.single import SingleConfig
 from fastvlp.model.text import TextConfig
@@ -176,6 +177,80 @@ def clip_l14(*, size: int = 224) -> ModelConfig:
 def clip_small(*, size: int = 112) -> ModelConfig:
     """The towers of `flip_small` in CLIP's form."""
     return clip(Tower(6, 192, 6), Tower(4, 192, 6), width=256, size=size, patch=16, positions=64, activation="gelu")
+
+
+def regional(
+    config: ModelConfig, *, width: int, layer: LayerConfig, depth: int, grid: int | None, place: Place = "exact"
+) -> EmbedConfig:
+    """BriVL's heads (arXiv 2103.06561; BAAI-WuDao/BriVL bb8d95b) on a size's towers: regions of the image, which are the
+    batch's boxes or a `grid`, and words, each among its own; their mean; two layers to the joint space. `layer`: of the
+    blocks, at whose width the regions are; words stay at the text tower's."""
+    return EmbedConfig(
+        width=width,
+        image=HeadConfig(
+            pool="mean", hidden=width, bias=True, regions=RegionPool(grid=grid, place=place), depth=depth, layer=layer
+        ),
+        text=HeadConfig(
+            pool="mean",
+            norm=config.text.layer.norm == "pre",
+            hidden=width,
+            bias=True,
+            depth=depth,
+            layer=replace(layer, width=config.text.layer.width),
+        ),
+        # The released code lets words see padding too, so that a text's vector depends on how far it was padded.
+        text_mask="full",
+    )
+
+
+# What the released BriVL does not train of its text tower: all but the last four layers.
+BRIVL_FROZEN = ("text.word", "text.position", "text.norm", *(f"text.blocks.{i}" for i in range(8)))
+
+
+def brivl(*, version: Literal[1, 2] = 1, dropout: float = 0.1) -> ModelConfig:
+    """BriVL 1.0 (boxes of a detector and the whole image) or 2 (a 6x6 grid and the whole image), released size.
+
+    Published: 4x4 samples a region, 4 layers of 4 heads at 2048 over regions and at 768 over words, a joint space of 2048, a
+    text tower of BERT-base's shape. Not published: the image tower. There it is an EfficientNet-B5, and there is no CNN here
+    yet: a ViT-B/32 stands for it, with as many cells in its map (12x12 at 384 px, where B5 has them at 380; 15x15 at 480 for
+    456). What that changes is not measured."""
+    bert = LayerConfig(width=768, heads=12, hidden=3072, norm="post", eps=1e-12, dropout=dropout)
+    config = ModelConfig(
+        image=ImageConfig(
+            size=384 if version == 1 else 480,
+            patch=32,
+            depth=12,
+            layer=LayerConfig(width=768, heads=12, hidden=3072),
+            mean=(0.485, 0.456, 0.406),
+            std=(0.229, 0.224, 0.225),
+        ),
+        text=TextConfig(positions=512, depth=12, layer=bert, embed_eps=1e-12),
+    )
+    layer = LayerConfig(width=2048, heads=4, hidden=2048, norm="post", activation="relu", dropout=dropout)
+    grid = None if version == 1 else 6
+    return replace(config, embed=regional(config, width=2048, layer=layer, depth=4, grid=grid, place="released"))
+
+
+def brivl_tiny(*, size: int = 48, grid: int | None = None) -> ModelConfig:
+    """As many layers as `flip_tiny`, the last of the text's in BriVL's heads."""
+    return _regional(tiny(size=size), text_depth=2, width=128, grid=grid)
+
+
+def brivl_small(*, size: int = 112, grid: int | None = 6) -> ModelConfig:
+    """As many layers as `flip_small`, the last of the text's in BriVL's heads."""
+    return _regional(small(size=size), text_depth=3, width=256, grid=grid)
+
+
+def _regional(config: ModelConfig, *, text_depth: int, width: int, grid: int | None) -> ModelConfig:
+    own = config.text.layer
+    layer = LayerConfig(width=own.width, heads=own.heads, hidden=2 * own.width, norm="post", activation="relu")
+    return replace(
+        config,
+        text=replace(config.text, depth=text_depth),
+        fusion=None,
+        reconstructor=None,
+        embed=regional(config, width=width, layer=layer, depth=1, grid=grid),
+    )
 
 
 def tiny(*, size: int = 48, patch: int = 8, norm: Norm = "pre", reconstructor: bool = True) -> ModelConfig:
