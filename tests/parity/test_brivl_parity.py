@@ -1,12 +1,17 @@
-"""Parity with BriVL 1.0: region pooling and both towers up to the embeddings, through the converter, and training steps."""
+"""Parity with BriVL 1.0: regions and both towers up to the embeddings, through the converter; and steps of training with a
+copy and queues, ALBEF's too, through the objective."""
 
 from __future__ import annotations
+
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
 
-from fastvlp.batch import Regions
+from fastvlp.batch import Batch, Regions
 from fastvlp.errors import UserError
 from fastvlp.model.convert_brivl import IMAGE, TEXT, from_brivl
 from fastvlp.model.embed import EmbedConfig, HeadConfig
@@ -15,6 +20,8 @@ from fastvlp.model.layers import LayerConfig
 from fastvlp.model.model import ModelConfig, VLModel
 from fastvlp.model.pooling import RegionPool, box_weights
 from fastvlp.model.text import TextConfig
+from fastvlp.objectives.moco import MoCo, MoCoConfig, albef
+from fastvlp.objectives.objective import combine
 from tests.golden import assert_close, load
 
 
@@ -122,3 +129,139 @@ def test_a_whole_checkpoint_is_read_and_nothing_else():
     assert from_brivl(whole, config(c)).keys() == from_brivl(weights, config(c)).keys()
     with pytest.raises(UserError, match=r"left over .*surprise"):
         from_brivl(weights | {"surprise": torch.zeros(1)}, config(c))
+
+
+class Stand(nn.Module):
+    """Towers of linear maps behind the names that an objective asks a model for."""
+
+    fusion = reconstructor = head = forward_head = reverse_head = None
+    config = SimpleNamespace(image=SimpleNamespace(grid=1))
+
+    def __init__(self, known: dict[str, Tensor], image: dict[str, str], text: dict[str, str]):
+        super().__init__()
+        self.image, self.text = (
+            nn.ParameterDict({ours: nn.Parameter(known[theirs].clone()) for ours, theirs in names.items()})
+            for names in (image, text)
+        )
+
+    def encode_image(self, x: Tensor, keep: None = None) -> Tensor:
+        return x
+
+    def embed_image(self, x: Tensor, regions: None) -> Tensor:
+        return self.embed(self.image, x)
+
+    def embed_text(self, x: Tensor, length: Tensor, keep: None) -> Tensor:
+        return self.embed(self.text, x)
+
+    def embed(self, maps: nn.ParameterDict, x: Tensor) -> Tensor:
+        x = F.linear(x, maps["w"], maps["b"])
+        return F.normalize(F.linear(x, maps["w2"], maps["b2"]) if "w2" in maps else x, dim=1)
+
+
+def rows_of(known: dict[str, Tensor], step: str, image: str, text: str) -> Batch:
+    x, ids = known[f"in.{step}.{image}"], known[f"in.{step}.{text}"]
+    return Batch(image=x, ids=ids, length=torch.ones(len(x), dtype=torch.long), seed=torch.arange(len(x)))
+
+
+def begun(told: MoCoConfig, model: Stand, slow: Stand, queues: list[Tensor]) -> MoCo:
+    """With the copy and the queues that the original began with, where the copy differs from the towers: it follows once."""
+    objective = MoCo(told, queues[0].shape[0])
+    objective.begin(model)
+    objective.slow.load_state_dict(slow.state_dict())
+    for mine, known in zip((objective.image_queue, objective.text_queue), queues):
+        mine.copy_(known.T)
+    objective.follow(model)
+    return objective
+
+
+def test_three_steps_as_released():
+    c, tol, _, known = load("brivl_step")
+    image, text = ({"w": f"in.{side}_w0", "b": f"in.{side}_b0"} for side in ("img", "txt"))
+    model = Stand(known, image, text)
+    slow = Stand(known, *({k: f"{v}_mom" for k, v in names.items()} for names in (image, text)))
+    told = MoCoConfig(queue=c["QUEUE_SIZE"], momentum=c["MOMENTUM"], temperature=c["TEMPERATURE"])
+    objective = begun(told, model, slow, [known["in.img_queue0"], known["in.text_queue0"]])
+    for step in ("step1", "step2", "step3"):
+        batch = rows_of(known, step, "img_x", "txt_x")
+        rows, keys = objective.embed(model, batch.image, batch), objective.constants(model, batch)
+        for row in rows:
+            row.retain_grad()
+        losses = objective.score(*rows, *keys)
+        found = dict(zip(("img_q", "txt_q", "img_k", "txt_k"), (*rows, *keys)))
+        queues = {"i2t": (rows[0], keys[1], objective.text_queue), "t2i": (rows[1], keys[0], objective.image_queue)}
+        for name, (query, key, queue) in queues.items():
+            logits = torch.cat([(query * key).sum(1, keepdim=True), query @ queue.T], 1) / objective.temperature
+            found[f"{name}_logits"] = logits
+        found |= {"loss_i2t": losses["image"].total / c["step_B"], "loss_t2i": losses["text"].total / c["step_B"]}
+        found["loss"] = combine(losses)
+        found |= {"img_w_mom": objective.slow.image["w"], "txt_w_mom": objective.slow.text["w"]}
+        found["txt_b_mom"] = objective.slow.text["b"]
+        for name, mine in found.items():
+            assert_close(mine, known[f"out.{step}.{name}"], tol[f"out.{step}.{name}"], f"{step} {name}")
+        found["loss"].backward()
+        grads = {"img_q": rows[0].grad, "txt_q": rows[1].grad}
+        grads |= {
+            f"{side}_{k}": p.grad for side, maps in (("img", model.image), ("txt", model.text)) for k, p in maps.items()
+        }
+        for name, grad in grads.items():
+            assert_close(grad, known[f"grad.{step}.{name}"], tol[f"grad.{step}.{name}"], f"{step} gradient of {name}")
+        descend(model, known["in.lr"].item())
+        objective.after_step(model)
+        after = {"img_queue": objective.image_queue.T, "text_queue": objective.text_queue.T}
+        after |= {"img_w_after_sgd": model.image["w"], "txt_w_after_sgd": model.text["w"]}
+        for name, mine in after.items():
+            assert_close(mine, known[f"out.{step}.{name}"], tol[f"out.{step}.{name}"], f"{step} {name}")
+        place = objective.written % told.queue
+        assert place == known[f"out.{step}.img_queue_ptr"] == known[f"out.{step}.text_queue_ptr"]
+
+
+def descend(model: nn.Module, rate: float) -> None:
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter -= rate * parameter.grad
+    model.zero_grad()
+
+
+def test_two_steps_of_albef():
+    c, tol, _, known = load("albef_ita_step")
+    names = [("visual_encoder{}.fc", "vision_proj{}"), ("text_encoder{}.fc", "text_proj{}")]
+
+    def stand(suffix: str) -> Stand:
+        maps = [
+            {f"{kind}{n}": f"in.w0.{tower.format(suffix)}.{full}" for kind, full in (("w", "weight"), ("b", "bias"))}
+            for side in names
+            for n, tower in zip(("", "2"), side)
+        ]
+        return Stand(known, maps[0] | maps[1], maps[2] | maps[3])
+
+    model = stand("")
+    told = replace(albef(queue=c["K"]), momentum=c["momentum"], temperature=c["temp"], alpha=c["alpha"])
+    objective = begun(told, model, stand("_m"), [known["in.image_queue0"], known["in.text_queue0"]])
+    for step in ("step1", "step2"):
+        batch = rows_of(known, step, "image_x", "text_x")
+        rows, keys = objective.embed(model, batch.image, batch), objective.constants(model, batch)
+        for row in rows:
+            row.retain_grad()
+        loss = combine(objective.score(*rows, *keys))
+        features = ("image_feat", "text_feat", "image_feat_m", "text_feat_m")
+        for name, mine in {**dict(zip(features, (*rows, *keys))), "loss_ita": loss}.items():
+            assert_close(mine, known[f"out.{step}.{name}"], tol[f"out.{step}.{name}"], f"{step} {name}")
+        loss.backward()
+        grads = {"image_feat": rows[0].grad, "text_feat": rows[1].grad, "temp": objective.temperature.grad}
+        for maps, (tower, head) in ((model.image, names[0]), (model.text, names[1])):
+            for kind, full in (("w", "weight"), ("b", "bias")):
+                grads[f"{tower.format('')}.{full}"] = maps[kind].grad
+                grads[f"{head.format('')}.{full}"] = maps[f"{kind}2"].grad
+        for name, grad in grads.items():
+            assert_close(grad, known[f"grad.{step}.{name}"], tol[f"grad.{step}.{name}"], f"{step} gradient of {name}")
+        rate = known["in.lr"].item()
+        descend(model, rate)
+        with torch.no_grad():
+            objective.temperature -= 0.01 * rate * objective.temperature.grad
+        objective.zero_grad()
+        objective.after_step(model)
+        after = {"image_queue": objective.image_queue.T, "text_queue": objective.text_queue.T}
+        after["temp_after_sgd"] = objective.temperature
+        for name, mine in after.items():
+            assert_close(mine, known[f"out.{step}.{name}"], tol[f"out.{step}.{name}"], f"{step} {name}")
+        assert objective.written % told.queue == known[f"out.{step}.queue_ptr"]

@@ -17,6 +17,7 @@ from fastvlp.model.sizes import joint_space
 from fastvlp.objectives.clip import CLIPConfig
 from fastvlp.objectives.flm import FLMConfig
 from fastvlp.objectives.mlm import MLMConfig
+from fastvlp.objectives.moco import MoCoConfig, albef
 from fastvlp.objectives.objective import ObjectiveConfig
 from fastvlp.objectives.prefixlm import PrefixLMConfig
 from fastvlp.objectives.siglip import SigLIPConfig
@@ -26,7 +27,7 @@ from fastvlp.train.run import TrainConfig, TrainState
 from tests.made import made_config
 
 WORDS = ["red", "blue", "green", "small", "large", "round", "left", "right", "above", "near", "far", "bright", "two"]
-PAIRED = ("clip", "siglip", "simclr")
+PAIRED = ("clip", "siglip", "simclr", "moco", "albef")
 TOKENS = ("flm", "mlm", "prefixlm")
 OBJECTIVES: dict[str, ObjectiveConfig] = {
     "flm": FLMConfig(span_mode="uniform", span_rate=0.4),
@@ -35,6 +36,9 @@ OBJECTIVES: dict[str, ObjectiveConfig] = {
     "clip": CLIPConfig(),
     "siglip": SigLIPConfig(),
     "simclr": SimCLRConfig(width=8, keep=0.5),
+    # A whole number of steps of 12 pairs, so that it does not matter in which order their keys are written.
+    "moco": MoCoConfig(queue=24, momentum=0.9),
+    "albef": replace(albef(queue=24), momentum=0.9),
 }
 
 
@@ -67,7 +71,7 @@ def made_run(pairs: Path, out: Path, *objectives: str, dropout: float = 0.0, **c
         text=replace(model.text, layer=layer),
         fusion=replace(model.fusion, layer=layer),
         reconstructor=replace(model.reconstructor, layer=layer),
-        embed=joint_space(model, width=16) if {*objectives} & {"clip", "siglip"} else None,
+        embed=joint_space(model, width=16) if {*objectives} & {*PAIRED} - {"simclr"} else None,
     )
     data = PairData(
         train=str(pairs / "train"),

@@ -14,6 +14,8 @@ import torch
 from fastvlp import dist
 from fastvlp.data.shards import ShardWriter
 from fastvlp.model.saved import load_model
+from fastvlp.objectives.moco import MoCoConfig
+from fastvlp.train.checkpoint import load_checkpoint
 from fastvlp.train.run import TrainConfig, train
 from tests.train.runs import OBJECTIVES, TOKENS, assert_equal, made_pairs, made_records, made_run
 
@@ -35,7 +37,9 @@ def as_rank(rank: int, port: int, runs: list[TrainConfig], out: str) -> None:
     torch.set_num_threads(1)
     with dist.process_group():
         for run in runs:
-            train(run)
+            state = train(run)
+            if run.name == "queue":
+                torch.save(state.pretraining.state_dict(), f"{out}/queue{rank}.pt")
         x = torch.full((2, 3), float(rank), requires_grad=True)
         everyone, first = dist.gather(x[: 2 - rank])
         (everyone * torch.arange(9).reshape(3, 3) * (rank + 1)).sum().backward()
@@ -53,6 +57,11 @@ def folder(tmp_path_factory) -> Path:
         told |= {"mix": {"mlm": 2, "clip": 1}} if names == MIXED else {}
         train(made_run(pairs, folder / "one" / "-".join(names), *names, batch_size=12, **told))
         runs.append(made_run(pairs, folder / "two" / "-".join(names), *names, batch_size=3, accumulate=2, **told))
+    # Steps of 12 and a queue of 20: which keys are left depends on their order.
+    odd = {"objectives": {"moco": MoCoConfig(queue=20, momentum=0.9)}, "steps": 3, "threads": 1, "name": "queue"}
+    odd["freeze"] = ("text.word",)
+    train(made_run(pairs, folder / "one" / "queue", "moco", batch_size=12, **odd))
+    runs.append(made_run(pairs, folder / "two" / "queue", "moco", batch_size=6, **odd))
     bad = [replace(r, images=(b"",)) if i % 3 == 0 else r for i, r in enumerate(made_records(12))]
     with ShardWriter(folder / "bad" / "train") as writer:
         for record in bad:
@@ -74,6 +83,14 @@ def test_one_rank_equals_two(folder, names):
 def test_ranks_validate_as_one(folder):
     best = [load_model(folder / count / "-".join(TOKENS), "best").info["validation"] for count in ("one", "two")]
     assert best[0] == pytest.approx(best[1], abs=1e-5)
+
+
+def test_ranks_keep_the_same_queue_in_the_order_of_their_keys(folder):
+    one = load_checkpoint(folder / "one" / "queue" / "last.pt")["pretraining"]
+    first, second = (torch.load(folder / f"queue{rank}.pt", weights_only=True) for rank in (0, 1))
+    assert_equal(first, second)
+    assert_equal(first, one, 1e-6)
+    assert first["objectives.moco.written"] == 36
 
 
 def test_what_any_rank_cannot_read_is_told(folder):

@@ -10,15 +10,16 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastvlp.batch import Batch
+from fastvlp.batch import Batch, Regions
 from fastvlp.data.augment import AugmentConfig
 from fastvlp.model.model import VLModel
-from fastvlp.model.sizes import flm_base, tiny, two_towers, with_tokenizer
+from fastvlp.model.sizes import brivl_tiny, flm_base, tiny, two_towers, with_tokenizer
 from fastvlp.objectives.ar import ARConfig
 from fastvlp.objectives.clip import CLIPConfig
 from fastvlp.objectives.flm import FLMConfig, official_flm
 from fastvlp.objectives.itm import ITMConfig
 from fastvlp.objectives.mlm import MLMConfig
+from fastvlp.objectives.moco import MoCoConfig
 from fastvlp.objectives.objective import combine
 from fastvlp.objectives.prefixlm import PrefixLMConfig
 from fastvlp.objectives.reconstruct import ReconstructConfig
@@ -85,6 +86,7 @@ def test_counted_flops_agree_with_the_counter(objective, keep):
     [
         [CLIPConfig(text_keep=0.5)],
         [SigLIPConfig()],
+        [MoCoConfig(queue=12, text_keep=0.5, key_keep=0.25)],
         [ReconstructConfig(depth=2, width=64, heads=4)],
         [CLIPConfig(), SimCLRConfig(augment=AugmentConfig(), hidden=16, width=8, keep=0.25)],
     ],
@@ -96,7 +98,19 @@ def test_counted_flops_of_two_towers_agree_with_the_counter(objectives, special)
     config = replace(config, embed=replace(config.embed, text_special=special, text_length=8))
     built = {str(i): told.build(config, TOKENIZER) for i, told in enumerate(objectives)}
     pretraining, batch = Pretraining(VLModel(config), built, 0.5), made_batch()
+    for objective in built.values():
+        objective.begin(pretraining.model)
     counted = step_flops(pretraining, [tuple(batch.ids.shape)], {})
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        combine(pretraining(batch)).backward()
+    assert counted.training == pytest.approx(counter.get_total_flops(), rel=0.05)
+
+
+def test_counted_flops_of_heads_that_attend_agree_with_the_counter():
+    config = with_tokenizer(brivl_tiny(size=32), TOKENIZER)
+    pretraining, batch = Pretraining(VLModel(config), {"clip": CLIPConfig().build(config, TOKENIZER)}), made_batch()
+    batch = replace(batch, regions=Regions(box=torch.rand(6, 20, 4), count=torch.full((6,), 20)))
+    counted = step_flops(pretraining, [tuple(batch.ids.shape)], {}, regions=20)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         combine(pretraining(batch)).backward()
     assert counted.training == pytest.approx(counter.get_total_flops(), rel=0.05)

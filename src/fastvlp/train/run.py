@@ -159,7 +159,9 @@ def global_counts(pretraining: Pretraining, micro: list[Batch]) -> dict[str, Ten
 def flops(pretraining: Pretraining, micro: list[Batch], targets: dict[str, float]) -> float:
     """Of this rank's micro-batches, which are taken to ask for an equal share of the step's targets."""
     shapes = [(len(batch), row_width(pretraining.model.config, batch)) for batch in micro]
-    return step_flops(pretraining, shapes, {name: n / dist.world() for name, n in targets.items()}).training
+    shares = {name: n / dist.world() for name, n in targets.items()}
+    regions = max((batch.regions.box.shape[1] for batch in micro if batch.regions is not None), default=0)
+    return step_flops(pretraining, shapes, shares, regions).training
 
 
 def agree(state: TrainState, known: int, seconds: float) -> float:
@@ -280,11 +282,7 @@ def train(run: TrainConfig, resume: bool = False, *, verbose: bool = False) -> T
 def tell_start(state: TrainState, log: RunLog) -> None:
     """What came of the weights to start from, and what the training data lacks."""
     if state.inherited is not None:
-        named = asdict(state.inherited)
-        # An objective's own parameters never come along.
-        own = state.pretraining.objectives.named_parameters("objectives")
-        named["fresh"] += [name for name, parameter in own if parameter.requires_grad]
-        log.event("inherited", step=0, elapsed=0.0, source=state.run.init, **named)
+        log.event("inherited", step=0, elapsed=0.0, source=state.run.init, **asdict(state.inherited))
     tell_dropped(state, state.dropped, log)
 
 

@@ -18,6 +18,7 @@ from typing import Literal
 import torch
 
 from fastvlp.batch import Batch
+from fastvlp.model.embed import HeadConfig
 from fastvlp.model.image import ImageConfig, keep_count
 from fastvlp.model.layers import LayerConfig
 from fastvlp.model.model import ModelConfig
@@ -28,6 +29,7 @@ from fastvlp.objectives.clip import CLIP
 from fastvlp.objectives.flm import FLM
 from fastvlp.objectives.itm import ITM
 from fastvlp.objectives.mlm import MLM
+from fastvlp.objectives.moco import MoCo
 from fastvlp.objectives.objective import Objective, PairObjective
 from fastvlp.objectives.prefixlm import PrefixLM
 from fastvlp.objectives.reconstruct import Reconstruct, ReconstructConfig
@@ -150,8 +152,38 @@ def head_flops(config: ModelConfig, targets: float) -> Flops:
     return Flops(head=linear_flops(targets, width, width + config.text.vocab))
 
 
-def objective_flops(objective: Objective, config: ModelConfig, rows: int, length: int, keep: float = 1.0) -> Flops:
-    """One forward pass of an objective beside encoded images, up to the vocabulary.
+def attended_flops(head: HeadConfig, rows: int, length: int) -> float:
+    """The blocks of a tower's head over `length` states or regions; what joins them to the tower is left out."""
+    if head.layer is None:
+        return 0.0
+    return head.depth * (_self_attention(head.layer, rows, length) + _mlp(head.layer, rows * length))
+
+
+def pair_flops(objective: PairObjective, config: ModelConfig, rows: int, length: int, seen: int, regions: int) -> Flops:
+    """Texts and heads of two towers. The joint space and the logits are thousands of times smaller at any batch that
+    fits."""
+    embed = config.embed
+    if embed is None:
+        return tower_flops(config.text, rows, length)
+    positions, pool = embed.positions(length), embed.image.regions
+    if isinstance(objective, CLIP | SigLIP | MoCo):
+        positions = keep_count(positions, objective.config.text_keep)
+    if pool is not None:
+        seen = regions if pool.grid is None else pool.grid**2 + 1
+    made = tower_flops(config.text, rows, positions) + Flops(
+        image=attended_flops(embed.image, rows, seen), text=attended_flops(embed.text, rows, positions)
+    )
+    if isinstance(objective, MoCo):
+        # Keys are made without gradients: a third of what `training` counts for a pass.
+        keys = made + image_flops(config.image, rows, objective.config.key_keep)
+        made += Flops(image=keys.image / 3, text=keys.text / 3)
+    return made
+
+
+def objective_flops(
+    objective: Objective, config: ModelConfig, rows: int, length: int, keep: float = 1.0, regions: int = 0
+) -> Flops:
+    """One forward pass of an objective beside encoded images, up to the vocabulary. regions: boxes that travel with each.
 
     An objective that is none of the pretraining ones counts as one summary by its `reading`: its own head is small.
     """
@@ -161,11 +193,7 @@ def objective_flops(objective: Objective, config: ModelConfig, rows: int, length
     if isinstance(objective, SimCLR):
         return image_flops(config.image, 2 * rows, objective.config.keep)
     if isinstance(objective, PairObjective):
-        # The joint space and the logits are thousands of times smaller than the towers at any batch that fits.
-        positions = length if config.embed is None else config.embed.positions(length)
-        if isinstance(objective, CLIP | SigLIP):
-            positions = keep_count(positions, objective.config.text_keep)
-        return tower_flops(config.text, rows, positions)
+        return pair_flops(objective, config, rows, length, seen, regions)
     if isinstance(objective, Reconstruct):
         return decoder_flops(objective.config, config.image, rows, seen)
     if objective.reading == "flm":
@@ -181,14 +209,17 @@ def objective_flops(objective: Objective, config: ModelConfig, rows: int, length
     return one
 
 
-def step_flops(pretraining: Pretraining, shapes: Iterable[tuple[int, int]], targets: Mapping[str, float]) -> Flops:
+def step_flops(
+    pretraining: Pretraining, shapes: Iterable[tuple[int, int]], targets: Mapping[str, float], regions: int = 0
+) -> Flops:
     """Micro-batches of `shapes` (rows, tokens that they are padded to); `targets`: of all together, as
-    `Pretraining.counts` names them."""
+    `Pretraining.counts` names them; `regions`: boxes that travel with each image."""
     config, keep, total = pretraining.model.config, pretraining.keep, Flops()
     for rows, length in shapes:
-        total += image_flops(config.image, rows, keep) if config.single is None else Flops()
+        towers = config.single is None or config.single.regions.pool is not None
+        total += image_flops(config.image, rows, keep) if towers else Flops()
         for _, objective in pretraining.named():
-            total += objective_flops(objective, config, rows, length, keep)
+            total += objective_flops(objective, config, rows, length, keep, regions)
     for term, count in targets.items():
         if isinstance(pretraining.objectives[term.split("/")[0]], FLM | AR | MLM | PrefixLM):
             total += head_flops(config, count)
