@@ -170,10 +170,13 @@ class VLModel(nn.Module):
         *,
         hidden_BR: Tensor | None = None,
         slot_B: Tensor | None = None,
+        kind_BL: Tensor | None = None,
     ) -> Joint:
-        """Words and regions in one stream. `feature`: what `encode_image` gave; it is masked where `hidden`."""
+        """Words and regions in one stream. `feature`: what `encode_image` gave; it is masked where `hidden`. `kind`: rows of
+        the type table for each word, where it is not row 0."""
         position_L = torch.arange(ids_BL.shape[1], device=ids_BL.device)
-        words = self.text.embed(ids_BL, position_L, self.single.kinds[0])
+        kinds = self.single.kinds
+        words = self.text.embed(ids_BL, position_L, kinds[0] if kind_BL is None else kinds[kind_BL])
         return self.single(words, length_B, feature_BRF, given(regions), hidden_BR=hidden_BR, slot_B=slot_B)
 
     def embed_image(self, image_BKD: Tensor, regions: Regions | None = None) -> Tensor:
