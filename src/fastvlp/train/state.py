@@ -14,6 +14,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from fastvlp import dist
+from fastvlp.about import about
 from fastvlp.config import differences, to_json
 from fastvlp.data.augment import AugmentConfig
 from fastvlp.data.files import write_whole
@@ -307,10 +308,12 @@ def save(state: TrainState) -> None:
 
 
 def save_config(state: TrainState) -> TrainConfig:
-    """Writes the run as config.json, with the vocabulary, which is known only now; returns it."""
+    """Writes the run as config.json, with the vocabulary, which is known only now, and beside it where it runs, as
+    about.json; returns the first."""
     whole = replace(state.run, model=state.model.config)
     if dist.is_main():
         write_whole(whole.folder / "config.json", json.dumps(to_json(whole), indent=2).encode())
+        write_whole(whole.folder / "about.json", json.dumps(about(state.device), indent=2).encode())
     return whole
 
 
