@@ -26,7 +26,7 @@ from fastvlp.dist import pick_device
 from fastvlp.errors import UserError
 from fastvlp.model.layers import Block
 from fastvlp.model.model import ModelConfig, VLModel
-from fastvlp.model.saved import Inheritance, inherit, load_exactly, load_model, save_model
+from fastvlp.model.saved import Inheritance, inherit, inherit_objectives, load_exactly, load_model, save_model
 from fastvlp.model.sizes import with_tokenizer
 from fastvlp.objectives.objective import Objective, ObjectiveConfig
 from fastvlp.train.checkpoint import load_checkpoint, save_checkpoint
@@ -52,8 +52,8 @@ class TrainConfig:
     3.1); None: every step runs all. keep: share of image patches that are encoded (FLIP). augment: other looks at the
     images, in training alone. freeze: parts of the model that stay as they are, such as text.word or text.blocks.0. ema:
     decay of the averaged weights that are then validated and saved. compile: the transformer blocks. init: run folder to
-    inherit weights from. threads: of the CPU, for the whole process: all arms of a comparison train with what the last
-    arm to name a number says; None leaves torch's choice.
+    inherit weights from (`--from`), of the model and of objectives of the same names. threads: of the CPU, for the whole
+    process: all arms of a comparison train with what the last arm to name a number says; None leaves torch's choice.
     """
 
     name: str
@@ -238,6 +238,7 @@ def make_pretraining(run: TrainConfig, tokenizer: Tokenizer) -> tuple[Pretrainin
     if run.init is not None:
         source = load_model(run.init)
         inherited = inherit(model, source.model.state_dict(), source.weights)
+        inherit_objectives(objectives, source.objectives, inherited)
     freeze(model, run.freeze)
     for objective in objectives.values():
         objective.begin(model)
