@@ -1,14 +1,16 @@
-"""A small corpus and two barely trained runs on it, that all tests of the tasks share."""
+"""A small corpus and barely trained runs on it, that all tests of the tasks share."""
 
 from dataclasses import replace
 
 import pytest
 
+from fastvlp.data.regions import RegionSource
 from fastvlp.data.rows import PairData
 from fastvlp.data.world import WorldConfig, write_world
-from fastvlp.model.sizes import tiny
+from fastvlp.model.sizes import tiny, tiny_single
 from fastvlp.objectives.flm import FLMConfig
 from fastvlp.objectives.mlm import MLMConfig
+from fastvlp.objectives.wra import WRAConfig
 from fastvlp.train.optim import OptimConfig
 from fastvlp.train.run import train
 from fastvlp.train.state import TrainConfig
@@ -23,7 +25,8 @@ def world(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def runs(world, tmp_path_factory):
-    """Folders of an FLM run (two streams) and of an MLM run (one)."""
+    """Folders of an FLM run (two streams over the text), of an MLM run (one), and of a single stream over text and
+    regions."""
     folder = tmp_path_factory.mktemp("runs")
     flm = TrainConfig(
         name="flm",
@@ -43,6 +46,14 @@ def runs(world, tmp_path_factory):
         model=tiny(size=32, patch=16, reconstructor=False),
         objectives={"mlm": MLMConfig()},
     )
-    train(flm)
-    train(mlm)
-    return {"flm": folder / "flm", "mlm": folder / "mlm"}
+    uniter = replace(
+        flm,
+        name="uniter",
+        out=str(folder / "uniter"),
+        data=replace(flm.data, regions=RegionSource(most=20)),
+        model=tiny_single(size=32, crop=4),
+        objectives={"itm": WRAConfig(), "mlm": MLMConfig()},
+    )
+    for run in (flm, mlm, uniter):
+        train(run)
+    return {name: folder / name for name in ("flm", "mlm", "uniter")}

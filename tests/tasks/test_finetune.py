@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from fastvlp.cli import main
+from fastvlp.data.regions import RegionSource
 from fastvlp.data.shards import Shards
 from fastvlp.errors import UserError
 from fastvlp.model.saved import load_model
@@ -19,8 +20,13 @@ def told(task, source, world, out, **more):
     return Finetune(task=task, source=str(source), data=str(world), out=str(out), **more)
 
 
-@pytest.mark.parametrize("kind", ["flm", "mlm"])
-@pytest.mark.parametrize("task", ["vqa", "nlvr", "nlvr2", "caption"])
+KINDS = ("flm", "mlm", "uniter")
+TASKS = ("vqa", "nlvr", "nlvr2", "grounding")
+
+
+@pytest.mark.parametrize(
+    "kind, task", [(kind, task) for task in TASKS for kind in KINDS] + [("flm", "caption"), ("mlm", "caption")]
+)
 def test_every_run_takes_every_task(kind, task, runs, world, tmp_path):
     scores, path = finetune(told(task, runs[kind], world, tmp_path / "run"))
     assert json.loads(path.read_text()) == scores
@@ -33,6 +39,28 @@ def test_every_run_takes_every_task(kind, task, runs, world, tmp_path):
     assert objective.reading == saved.info["reading"]
     again = evaluate(Evaluate(run=str(tmp_path / "run")))
     assert again == scores["test"]
+
+
+def test_a_single_stream_reads_the_regions_it_was_pretrained_with(runs, world, tmp_path):
+    run = plan(told("nlvr2", runs["uniter"], world, tmp_path / "run"))
+    assert run.data.regions == RegionSource(most=20)
+    assert run.model.single.types == 3 and run.objectives["nlvr2"].form == "pair-biattn"
+    assert plan(told("vqa", runs["uniter"], world, tmp_path / "run")).model.single.types == 2
+    assert plan(told("vqa", runs["mlm"], world, tmp_path / "run")).data.regions is None
+    with pytest.raises(UserError, match="reads all at once"):
+        finetune(told("vqa", runs["uniter"], world, tmp_path / "run", reading="causal"))
+    with pytest.raises(UserError, match="single stream"):
+        finetune(told("nlvr2", runs["mlm"], world, tmp_path / "run", form="triplet"))
+    with pytest.raises(UserError, match="grounding has ce and rank"):
+        plan(told("grounding", runs["mlm"], world, tmp_path / "run", loss="bce"))
+
+
+def test_the_second_image_starts_as_the_first(runs, world, tmp_path):
+    finetune(told("nlvr2", runs["uniter"], world, tmp_path / "run", lr=1e-12, form="triplet"))
+    before, after = (load_model(folder).model.state_dict() for folder in (runs["uniter"], tmp_path / "run"))
+    before["single.kinds"] = before["single.kinds"][[0, 1, 1]]
+    for name, value in before.items():
+        torch.testing.assert_close(after[name], value, atol=1e-6, rtol=0, msg=name)
 
 
 def test_scores_follow_the_weights_not_the_training_process(runs, world, tmp_path):

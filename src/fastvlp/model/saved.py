@@ -117,8 +117,8 @@ def load_exactly(module: nn.Module, state: Mapping[str, Tensor], source: str | P
 def inherit(model: VLModel, state: Mapping[str, Tensor], source: str | Path = "saved model") -> Inheritance:
     """Takes over the weights of another model, in place, and says what became of each parameter.
 
-    Image positions are resized to the model's grid. A reconstructor or separate heads that the source lacks stay as
-    they were made; those that the model lacks are dropped. Raises UserError for any other difference.
+    Image positions are resized to the model's grid. A reconstructor, separate heads, or types of further images that the
+    source lacks stay as they were made; those that the model lacks are dropped. Raises UserError for any other difference.
     """
     own, result, taken = model.state_dict(), Inheritance(), {}
     has = {prefix: any(name.startswith(prefix) for name in state) for prefix in OPTIONAL}
@@ -129,6 +129,9 @@ def inherit(model: VLModel, state: Mapping[str, Tensor], source: str | Path = "s
             if name == "image.position" and state[name].shape[0] != value.shape[0]:
                 image = model.config.image
                 taken[name] = resize_positions(state[name], image.grid, image.class_token)
+                result.resized.append(name)
+            elif name == "single.kinds" and state[name].shape[0] < value.shape[0]:
+                taken[name] = torch.cat([state[name], value[state[name].shape[0] :]])
                 result.resized.append(name)
             else:
                 result.loaded.append(name)

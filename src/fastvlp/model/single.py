@@ -92,8 +92,9 @@ class SingleStream(nn.Module):
         slot_B: Tensor | None = None,
     ) -> Joint:
         """Embedded words, of which `length` are real, and features of regions, masked where `hidden`. `slot`: which of a
-        pair of pictures a row shows; None means 0."""
-        kind = self.kinds[1] if slot_B is None else self.kinds[1 + slot_B][:, None]
+        pair of pictures a row shows, or [B R] each region is of; None means 0."""
+        kind = self.kinds[1] if slot_B is None else self.kinds[1 + slot_B]
+        kind = kind if slot_B is None or slot_B.dim() == 2 else kind[:, None]
         region_BRD = self.regions(feature_BRF, regions.box, kind, hidden_BR)
         L, R = word_BLD.shape[1], region_BRD.shape[1]
         word_BL = torch.arange(L, device=length_B.device) < length_B[:, None]

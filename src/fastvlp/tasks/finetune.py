@@ -15,13 +15,15 @@ from cattrs.errors import BaseValidationError
 from fastvlp import dist
 from fastvlp.data import splits
 from fastvlp.data.files import write_whole
+from fastvlp.data.regions import RegionSource
 from fastvlp.data.rows import Data, Split
 from fastvlp.errors import UserError
-from fastvlp.model.model import Bos, Reading
+from fastvlp.model.model import Bos, ModelConfig, Reading
 from fastvlp.model.saved import Saved, load_exactly, load_model
 from fastvlp.objectives.objective import Objective, ObjectiveConfig
-from fastvlp.tasks import caption, nlvr, vqa
+from fastvlp.tasks import caption, grounding, nlvr, vqa
 from fastvlp.tasks.caption import CaptionConfig, CaptionData
+from fastvlp.tasks.grounding import Grounding, GroundingConfig, GroundingData
 from fastvlp.tasks.nlvr import NLVR, NLVRConfig, NLVRData
 from fastvlp.tasks.nlvr2 import NLVR2, NLVR2Config, NLVR2Data
 from fastvlp.tasks.options import Evaluate, Finetune, Task
@@ -43,14 +45,27 @@ class Rates:
     head: float
 
 
-# For models of the sizes that are pretrained here, fusion as well trained as the towers. The paper's: lr 5e-6 to 1e-5,
-# cross 5, head 50 (VQA) or 10 (NLVR2), batches of 256 to 512 (spec flm.md section 5).
+# For models of the sizes that are pretrained here, fusion as well trained as the towers. The papers': lr 5e-6 to 1e-5,
+# cross 5, head 50 (VQA) or 10 (NLVR2), batches of 256 to 512 (FLM, spec flm.md section 5); lr 3e-5 to 1e-4, for VQA head
+# 10, batches of 5,120 to 10,240 tokens and regions (UNITER, spec uniter-brivl.md section A4).
+_USUAL = Rates(lr=5e-4, cross=1, head=5)
 RATES: dict[Task, Rates] = {
-    "vqa": Rates(lr=5e-4, cross=1, head=5),
-    "nlvr": Rates(lr=5e-4, cross=1, head=5),
-    "nlvr2": Rates(lr=5e-4, cross=1, head=5),
+    "vqa": _USUAL,
+    "nlvr": _USUAL,
+    "nlvr2": _USUAL,
     "caption": Rates(lr=5e-4, cross=1, head=1),
+    "grounding": _USUAL,
 }
+# What a task reads, and what it trains.
+KINDS: dict[Task, tuple[type[Data], type[ObjectiveConfig]]] = {
+    "vqa": (VQAData, VQAConfig),
+    "nlvr": (NLVRData, NLVRConfig),
+    "nlvr2": (NLVR2Data, NLVR2Config),
+    "caption": (CaptionData, CaptionConfig),
+    "grounding": (GroundingData, GroundingConfig),
+}
+# Rows of the type table that a task reads, where they are more than words and one image.
+TYPES: dict[Task, int] = {"nlvr2": 3}
 
 
 def find_splits(folder: str, task: Task, needed: Split = "train") -> dict[str, str]:
@@ -58,13 +73,14 @@ def find_splits(folder: str, task: Task, needed: Split = "train") -> dict[str, s
     return splits.find_splits(folder, ("pairs-", "") if task == "nlvr2" else ("",), needed)
 
 
-def task_data(told: Finetune, max_length: int) -> Data:
+def task_data(told: Finetune, model: ModelConfig) -> Data:
     places = find_splits(told.data, told.task)
     shared: dict[str, Any] = {
         **places,
         "batch_size": told.batch_size,
         "workers": told.workers,
-        "max_length": max_length,
+        "max_length": min(50, model.text.positions),
+        "regions": source_regions(told) if model.single is not None or told.task == "grounding" else None,
     } | ({} if told.fit is None else {"fit": told.fit})
     match told.task:
         case "vqa":
@@ -76,21 +92,49 @@ def task_data(told: Finetune, max_length: int) -> Data:
             return NLVR2Data(**shared, statements=told.field or "statements")
         case "caption":
             return CaptionData(**shared, captions=told.field or "captions")
+        case "grounding":
+            return GroundingData(**shared, expressions=told.field or "expressions")
         case _:
             assert_never(told.task)
 
 
-def task_objective(told: Finetune, data: Data, info: Mapping[str, Any]) -> ObjectiveConfig:
+def source_regions(told: Finetune) -> RegionSource:
+    """The regions that the pretrained run reads, but for their classes; the records' objects where it reads none."""
+    path = Path(told.source) / "config.json"
+    try:
+        data = json.loads(path.read_text(encoding="utf-8")).get("data") if path.exists() else None
+        found = (data or {}).get("regions")
+        return RegionSource() if found is None else replace(cattrs.structure(found, RegionSource), classes=None)
+    except (OSError, ValueError, TypeError, BaseValidationError) as error:
+        raise UserError(f"{path}: damaged ({error!r}); copy the folder again") from error
+
+
+def task_objective(told: Finetune, data: Data, info: Mapping[str, Any], model: ModelConfig) -> ObjectiveConfig:
     """`info` of the pretrained model says how it was read, and what its `<s>` saw."""
     reading: Reading = told.reading or info.get("reading", "full")
     bos: Bos = "official" if "official" in _values(info.get("objectives"), "bos") else "blind"
-    if isinstance(data, VQAData):
-        return VQAConfig(reading=reading, bos=bos, answers=len(data.answers))
-    if isinstance(data, NLVR2Data):
-        return NLVR2Config(reading=reading, bos=bos)
-    if isinstance(data, NLVRData):
-        return NLVRConfig(reading=reading, bos=bos)
-    return CaptionConfig()
+    head: dict[str, Any] = {"reading": reading, "bos": bos}
+    match told.task:
+        case "vqa":
+            assert isinstance(data, VQAData)
+            return VQAConfig(**head, answers=len(data.answers))
+        case "nlvr":
+            return NLVRConfig(**head)
+        case "nlvr2":
+            return NLVR2Config(**head, form=told.form or ("pair-biattn" if model.single is not None else "pair"))
+        case "caption":
+            return CaptionConfig()
+        case "grounding":
+            loss = _loss(told, "ce", "rank")
+            return GroundingConfig(**head, loss=loss, reduction=told.reduction, layers=told.layers)
+        case _:
+            assert_never(told.task)
+
+
+def _loss(told: Finetune, usual: str, other: str) -> Any:
+    if told.loss not in (None, usual, other):
+        raise UserError(f"--loss {told.loss}: {told.task} has {usual} and {other}")
+    return told.loss or usual
 
 
 def _values(objectives: Any, field: str) -> list[Any]:
@@ -98,11 +142,18 @@ def _values(objectives: Any, field: str) -> list[Any]:
     return [config.get(field) for config in configs if isinstance(config, Mapping)]
 
 
+def with_types(config: ModelConfig, types: int) -> ModelConfig:
+    """Room in a single stream's type table, whose new rows the task fills."""
+    if config.single is None or config.single.types >= types:
+        return config
+    return replace(config, single=replace(config.single, types=types))
+
+
 def plan(told: Finetune) -> TrainConfig:
     """The run that `finetune` trains."""
     source = load_model(told.source)
-    config = source.model.config
-    data = task_data(told, min(50, config.text.positions))
+    config = with_types(source.model.config, TYPES.get(told.task, 2))
+    data = task_data(told, config)
     rates = RATES[told.task]
     if told.lr is not None and told.lr <= 0:
         raise UserError(f"--lr must be above 0, not {told.lr}")
@@ -115,7 +166,7 @@ def plan(told: Finetune) -> TrainConfig:
         out=told.out,
         data=data,
         model=config,
-        objectives={told.task: task_objective(told, data, source.info)},
+        objectives={told.task: task_objective(told, data, source.info, config)},
         optim=optim,
         steps=told.steps,
         init=told.source,
@@ -148,13 +199,7 @@ def load_task(folder: str | Path) -> tuple[Saved, Objective, Data]:
     name, told = saved.info.get("task"), saved.info.get("objectives")
     if name not in RATES or not isinstance(told, Mapping):
         raise UserError(f"{folder}: no fine-tuned run (its task is {name!r}); make one with `vlp finetune`")
-    configs: dict[str, tuple[type[Data], type[ObjectiveConfig]]] = {
-        "vqa": (VQAData, VQAConfig),
-        "nlvr": (NLVRData, NLVRConfig),
-        "nlvr2": (NLVR2Data, NLVR2Config),
-        "caption": (CaptionData, CaptionConfig),
-    }
-    data_type, objective_type = configs[name]
+    data_type, objective_type = KINDS[name]
     path = Path(folder) / "config.json"
     try:
         data = cattrs.structure(json.loads(path.read_text(encoding="utf-8"))["data"], data_type)
@@ -190,6 +235,8 @@ def evaluate(told: Evaluate) -> dict[str, Any]:
         return about | vqa.evaluate(model, objective, data, told.split, tokenizer)
     if isinstance(objective, NLVR | NLVR2) and isinstance(data, NLVRData):
         return about | nlvr.evaluate(model, objective, data, told.split, tokenizer)
+    if isinstance(objective, Grounding) and isinstance(data, GroundingData):
+        return about | grounding.evaluate(model, objective, data, told.split, tokenizer)
     assert isinstance(data, CaptionData)
     decoding: dict[str, Any] = {"beams": told.beams, "most": told.most, "length_penalty": told.length_penalty}
     scores, said = caption.evaluate(model, data, told.split, tokenizer, **decoding)

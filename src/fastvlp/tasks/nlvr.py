@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastvlp.batch import Batch
 from fastvlp.data.faults import label_fault
@@ -17,7 +17,17 @@ from fastvlp.eval.metrics import mean_by
 from fastvlp.eval.mode import evaluating
 from fastvlp.model.model import ModelConfig, VLModel
 from fastvlp.objectives.objective import Loss
-from fastvlp.tasks.task import HeadConfig, HeadTask, Item, ItemData, ItemMaker, batches, read_items, target_of
+from fastvlp.tasks.task import (
+    HeadConfig,
+    HeadTask,
+    Item,
+    ItemData,
+    ItemMaker,
+    batches,
+    encoded,
+    read_items,
+    target_of,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,8 +55,8 @@ class NLVRConfig(HeadConfig):
 class Truth(HeadTask):
     """Cross-entropy over false and true; what NLVR and NLVR2 share."""
 
-    def __init__(self, config: HeadConfig, model: ModelConfig, *, images: int):
-        super().__init__(config, model, images=images, outputs=2)
+    def __init__(self, config: HeadConfig, model: ModelConfig, *, images: int, head: nn.Module | None = None):
+        super().__init__(config, model, images=images, outputs=2, head=head)
 
     def counts(self, batch: Batch) -> dict[str, Tensor]:
         return {"label": torch.tensor(len(batch) // self.images, device=batch.ids.device)}
@@ -68,7 +78,7 @@ def measure(model: VLModel, objective: Truth, made: ItemMaker, batch_size: int) 
     device = next(model.parameters()).device
     with evaluating(model, objective):
         for batch in batches(made, batch_size, device):
-            logits = objective.logits(model, model.encode_image(batch.image), batch)
+            logits = objective.logits(model, encoded(model, batch), batch)
             right += logits.argmax(1).eq(target_of(batch)).tolist()
     by_statement = mean_by([float(r) for r in right], [item.text for item in made.items])
     consistent = [share == 1.0 for share in by_statement.values()]

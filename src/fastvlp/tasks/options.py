@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
-Task = Literal["vqa", "nlvr", "nlvr2", "caption"]
+Task = Literal["vqa", "nlvr", "nlvr2", "caption", "grounding"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,7 +15,9 @@ class Finetune:
     """Fine-tune a pretrained run on a task, and score it on the splits val and test."""
 
     task: Positional[Task]
-    """vqa: questions with answers. nlvr: statements about one image. nlvr2: statements about two. caption: captions."""
+    """vqa: questions with answers. nlvr: statements about one image. nlvr2: statements about two. caption: captions.
+    grounding: expressions that mean one region. retrieval: images by captions and back. entailment: does the image
+    entail a statement, contradict it, or neither? vcr: questions with answers and rationales to choose from."""
     source: Annotated[str, arg(name="from")]
     """Folder of the pretrained run."""
     data: str
@@ -29,9 +31,19 @@ class Finetune:
     field: str | None = None
     """Field of the records with the questions, statements or captions, such as questions_zh."""
     fit: Literal["crop", "squash", "letterbox"] | None = None
-    """How an image becomes a square; by default squash for nlvr, crop otherwise."""
+    """How an image becomes a square; by default squash for nlvr and grounding, crop otherwise."""
     answers: int = 3129
     """Most answers that vqa chooses from: the most frequent ones of the training split."""
+    form: Literal["triplet", "pair", "pair-biattn"] | None = None
+    """nlvr2: how a pair of images is read; by default pair-biattn on a single stream over regions, else pair."""
+    loss: Literal["bce", "ce", "rank"] | None = None
+    """entailment: bce (UNITER's released code, by default) or ce (its paper). grounding: ce (by default) or rank."""
+    reduction: Literal["mean", "sum"] = "mean"
+    """grounding: over the expressions of a batch; UNITER's released code sums."""
+    layers: Literal[1, 2] = 1
+    """grounding: of the head that scores a region; UNITER has 2 for RefCOCO+."""
+    negatives: Literal["random", "hard"] = "random"
+    """retrieval: of each pair one other image and text of the batch, or the hardest of a few pairs (online)."""
     name: str | None = None
     """Name of the new run; by default that of the pretrained one and the task."""
     out: str | None = None
@@ -50,10 +62,12 @@ class Evaluate:
     """Score a fine-tuned run on a split; the result is written beside its earlier ones."""
 
     run: Positional[str]
-    """Folder of the fine-tuned run."""
+    """Folder of the fine-tuned run; with --zero-shot, of a pretrained one."""
     split: Literal["train", "val", "test"] = "test"
     data: str | None = None
     """Folder of another data set with the same splits and fields; by default the one it was fine-tuned on."""
+    zero_shot: bool = False
+    """Retrieval by the image-text matching that the run was pretrained with, on --data."""
     beams: int = 1
     """Captions kept at a time; 1 is greedy."""
     most: int = 30

@@ -5,16 +5,20 @@ from __future__ import annotations
 import abc
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
-from fastvlp.batch import Batch, Dropped
+from fastvlp.batch import Batch, Dropped, has_area
 from fastvlp.data.cache import ImageCache
-from fastvlp.data.decode import decode
+from fastvlp.data.decode import Stored, decode, stored
 from fastvlp.data.loader import Loader, Row, clean_caption, refusal
 from fastvlp.data.random import hash64
+from fastvlp.data.regions import Found, RegionSource, pad_regions, read_regions, upright
 from fastvlp.data.rows import Data, Rows, Split
 from fastvlp.data.shards import RecordError, Shards
 from fastvlp.data.tokenize import Tokenizer
@@ -24,16 +28,28 @@ from fastvlp.model.image import ImageConfig
 from fastvlp.model.layers import initialise
 from fastvlp.model.model import Bos, ModelConfig, Reading, VLModel
 from fastvlp.objectives.objective import Objective, ObjectiveConfig
+from fastvlp.tasks.uniter_heads import answer_head
 
 
 class Item(NamedTuple):
     """A text about a record's images; `told` is its entry in the record's info (answers, label, kind, ...). An entry that
-    cannot be used has no text; `wrong` says why."""
+    cannot be used has no text; `wrong` says why. more: texts that follow, each ended by a </s> of its own. box: what the
+    text is about, x0 y0 x1 y1 in pixels of the first stored image; in a batch as fractions of what the model sees."""
 
     record: int
     text: str
     told: Mapping[str, Any]
     wrong: str = ""
+    more: tuple[str, ...] = ()
+    box: tuple[float, ...] | None = None
+
+
+class Shown(NamedTuple):
+    """An item with its images as the model sees them, and their regions where it reads some."""
+
+    item: Item
+    images: list[Tensor]
+    regions: list[Found]
 
 
 def read_items(
@@ -80,7 +96,8 @@ def _item(i: int, entry: Any, field: str, text: str, told: str, fault: Callable[
 class ItemMaker:
     """Rows of items to batches: the record's `images` images, each beside the same text, in consecutive rows.
 
-    `target`: what the items are scored against, one row an item. strict: raise UserError where an item cannot be used.
+    `target`: what the items are scored against, one row an item. regions: parts of each image that come along. strict:
+    raise UserError where an item cannot be used.
     """
 
     def __init__(
@@ -95,31 +112,33 @@ class ItemMaker:
         max_length: int,
         cache: bool,
         strict: bool,
+        regions: RegionSource | None = None,
     ):
         self.shards, self.items, self.transform, self.tokenizer = shards, items, transform, tokenizer
         self.images, self.target, self.max_length, self.strict = images, target, max_length, strict
+        self.regions = regions
         self.cache = ImageCache(len(shards) * images, transform.size) if cache else None
         if strict and shards.damage:
             raise refusal(shards, shards.damage)
 
     def __call__(self, rows: list[Row]) -> tuple[Batch, list[Dropped]]:
-        pictures: list[Tensor] = []
-        used: list[Item] = []
+        shown: list[Shown] = []
         seeds: list[int] = []
         dropped: list[Dropped] = []
         for row in rows:
-            item = self.items[row.index]
             try:
-                pictures.extend(self._pictures(item))
+                shown.append(self._show(self.items[row.index]))
             except RecordError as error:
                 dropped.append(error.dropped)
                 continue
-            used.append(item)
             seeds.extend(row.seed if k == 0 else hash64(row.seed, k) for k in range(self.images))
         if dropped and self.strict:
             raise refusal(self.shards, dropped)
-        size = self.transform.size
-        ids, length = self.tokenizer.encode([item.text for item in used for _ in range(self.images)], self.max_length)
+        size, used = self.transform.size, [one.item for one in shown]
+        pictures = [image for one in shown for image in one.images]
+        regions = [part for one in shown for part in one.regions]
+        texts = [(item.text, *item.more) for item in used for _ in range(self.images)]
+        ids, length = encode_joined(self.tokenizer, texts, self.max_length)
         batch = Batch(
             image=torch.stack(pictures) if pictures else torch.empty(0, 3, size, size, dtype=torch.uint8),
             ids=ids,
@@ -127,34 +146,70 @@ class ItemMaker:
             seed=torch.tensor(seeds, dtype=torch.int64),
             slot=torch.arange(self.images).repeat(len(used)) if self.images > 1 else None,
             target=self.target(used),
+            regions=pad_regions(regions) if regions else None,
         )
         return batch, dropped
 
-    def _pictures(self, item: Item) -> list[Tensor]:
+    def _show(self, item: Item) -> Shown:
+        images, lies, info, detected = self._read(item)
+        key, found = self.shards.key(item.record), []
+        if self.regions is not None:
+            read = partial(read_regions, self.regions, key, info, transform=self.transform, detected=detected)
+            found = [read(stored=lie, image=k) for k, lie in enumerate(lies)]
+        if item.box is not None:
+            box_R4 = self.transform.boxes(*upright(torch.tensor([item.box]), lies[0])).clamp(0, 1)
+            if not has_area(box_R4).all():
+                raise RecordError(key, f"what {item.text!r} means is not in the picture (choose --fit squash)")
+            item = item._replace(box=tuple(box_R4[0].tolist()))
+        return Shown(item, images, found)
+
+    def _read(self, item: Item) -> tuple[list[Tensor], list[Stored], Mapping[str, Any], tuple[bytes, ...]]:
+        """Images, how they are stored, the record's info and its detector's regions, as far as regions read them."""
         places = range(item.record * self.images, (item.record + 1) * self.images)
         if self.cache is not None and item.text:
             kept = [image for image in map(self.cache.get, places) if image is not None]
             if len(kept) == self.images:
-                return kept
+                lies = [self.cache.stored(place) for place in places]
+                info = self.shards.info(item.record) if self.regions is not None else {}
+                detected = self.regions is not None and self.regions.stored
+                return kept, lies, info, self.shards.detected(item.record) if detected else ()
         record = self.shards.read(item.record)
         if not item.text:
             raise RecordError(record.key, item.wrong)
         if len(record.images) != self.images:
             raise RecordError(record.key, f"has {len(record.images)} images, the task wants {self.images}")
-        made = list(decode(record, self.transform).images)
+        made, lies = list(decode(record, self.transform).images), [stored(image) for image in record.images]
         if self.cache is not None:
-            for place, image in zip(places, made):
-                self.cache.put(place, image)
-        return made
+            for place, image, lie in zip(places, made, lies):
+                self.cache.put(place, image, lie)
+        return made, lies, record.info, record.detected
+
+
+def encode_joined(tokenizer: Tokenizer, texts: list[tuple[str, ...]], max_length: int) -> tuple[Tensor, Tensor]:
+    """`<s> first </s> second </s> ...` as ids int64 [B L], padded on the right, and their length [B]. Where all together
+    are too long, the longest loses its end."""
+    ids_TL, length_T = tokenizer.encode([text for joined in texts for text in joined], max_length)
+    if all(len(joined) == 1 for joined in texts):
+        return ids_TL, length_T
+    parts = iter(ids[:n] for ids, n in zip(ids_TL.tolist(), length_T.tolist()))
+    rows = []
+    for joined in texts:
+        row = [part[k > 0 :] for k, part in enumerate(islice(parts, len(joined)))]
+        while sum(map(len, row)) > max_length:
+            max(row, key=len).pop(-2)
+        rows.append(torch.tensor([i for part in row for i in part]))
+    return pad_sequence(rows, batch_first=True, padding_value=tokenizer.pad), torch.tensor([len(row) for row in rows])
 
 
 @dataclass(frozen=True, kw_only=True)
 class ItemData(Data, abc.ABC):
-    """Texts about records in shards. train, val, test: folders of the splits."""
+    """Texts about records in shards. train, val, test: folders of the splits. regions: parts of each image that come
+    along."""
 
     train: str
     val: str | None = None
     test: str | None = None
+    regions: RegionSource | None = None
 
     @abc.abstractmethod
     def read(self, shards: Shards) -> list[Item]:
@@ -192,6 +247,7 @@ class ItemData(Data, abc.ABC):
             max_length=self.max_length,
             cache=self.cache,
             strict=strict,
+            regions=self.regions,
         )
 
     def rows(self, split: Split, tokenizer: Tokenizer, image: ImageConfig, *, strict: bool) -> Rows | None:
@@ -218,37 +274,60 @@ class HeadConfig(ObjectiveConfig, abc.ABC):
 
 
 class HeadTask(Objective, abc.ABC):
-    """Pooler (Linear, tanh) on the summary of each image beside the text, then Linear, LayerNorm, GELU, Linear on the
-    summaries of an item together: the heads of VQA (768-1536-A) and NLVR2 (1536-1536-2) in METER and FLM (spec 1.1, 5).
+    """A head on the summaries of an item's rows together.
 
-    Every reading gives a summary of the model's width, so a one-stream model takes the same heads.
+    Fusion models: a pooler (Linear, tanh) on the summary of each image beside the text, then Linear, LayerNorm, GELU,
+    Linear: the heads of VQA (768-1536-A) and NLVR2 (1536-1536-2) in METER and FLM (spec 1.1, 5). Every reading gives a
+    summary of the model's width, so a model with one stream over the text takes the same heads. A single stream over text
+    and regions has a pooler of its own; its head is Linear, GELU, LayerNorm, Linear (UNITER), or the one given.
     """
 
-    def __init__(self, config: HeadConfig, model: ModelConfig, *, images: int, outputs: int):
+    def __init__(
+        self, config: HeadConfig, model: ModelConfig, *, images: int, outputs: int, head: nn.Module | None = None
+    ):
         super().__init__()
-        if config.reading == "flm" and model.reconstructor is None:
-            raise UserError("reading 'flm' needs a model with a reconstructor; choose --reading full or causal")
-        if model.fusion is None:
-            raise UserError("the task reads text beside an image, and the model has no fusion layers: two towers alone")
-        if model.fusion.slots < images:
-            raise UserError(
-                f"the model reads beside {model.fusion.slots} image at most; set model.fusion.slots {images}"
-            )
+        check_reads(config.reading, model, images)
         width = model.text.layer.width
         self.reading, self.bos, self.images = config.reading, config.bos, images
-        self.pool = nn.Linear(width, width)
-        self.head = nn.Sequential(
+        self.pool = nn.Linear(width, width) if model.single is None else None
+        if head is None and model.single is not None:
+            head = answer_head(width, outputs)
+        self.head = head or nn.Sequential(
             nn.Linear(images * width, 2 * width), nn.LayerNorm(2 * width), nn.GELU(), nn.Linear(2 * width, outputs)
         )
         initialise(self, width)
 
-    def logits(self, model: VLModel, image_BKD: Tensor, batch: Batch) -> Tensor:
-        """[items outputs]; an item has `images` consecutive rows of the batch."""
+    def pooled(self, model: VLModel, image_BKD: Tensor, batch: Batch) -> Tensor:
+        """The summary of each row, [B D]."""
+        if self.pool is None:
+            return model.read_regions(image_BKD, batch.regions, batch.ids, batch.length, slot_B=batch.slot).pooled
         summary = model.summarise(
             image_BKD, batch.ids, batch.length, reading=self.reading, slot_B=batch.slot, bos=self.bos
         )
-        pooled = torch.tanh(self.pool(summary))
+        return torch.tanh(self.pool(summary))
+
+    def logits(self, model: VLModel, image_BKD: Tensor, batch: Batch) -> Tensor:
+        """[items outputs]; an item has `images` consecutive rows of the batch."""
+        pooled = self.pooled(model, image_BKD, batch)
         return self.head(pooled.unflatten(0, (-1, self.images)).flatten(1)).float()
+
+
+def check_reads(reading: Reading, model: ModelConfig, images: int = 1) -> None:
+    """Raises UserError for a model that cannot read a text beside so many images in this way."""
+    if model.single is not None:
+        if reading != "full":
+            raise UserError(f"a single stream over text and regions reads all at once; --reading full, not {reading}")
+        if model.single.types <= images:
+            raise UserError(
+                f"the model knows {model.single.types - 1} image at most; set model.single.types {images + 1}"
+            )
+        return
+    if reading == "flm" and model.reconstructor is None:
+        raise UserError("reading 'flm' needs a model with a reconstructor; choose --reading full or causal")
+    if model.fusion is None:
+        raise UserError("the task reads text beside an image, and the model has no fusion layers: two towers alone")
+    if model.fusion.slots < images:
+        raise UserError(f"the model reads beside {model.fusion.slots} image at most; set model.fusion.slots {images}")
 
 
 def target_of(batch: Batch) -> Tensor:
@@ -256,6 +335,11 @@ def target_of(batch: Batch) -> Tensor:
     if batch.target is None:
         raise ValueError("a batch without targets; tasks take the batches of an ItemMaker")
     return batch.target
+
+
+def encoded(model: VLModel, batch: Batch) -> Tensor:
+    """What the model reads of the batch's images, [B K D]."""
+    return model.encode_image(batch.image, regions=batch.regions)
 
 
 def batches(made: ItemMaker, batch_size: int, device: torch.device | str) -> Iterator[Batch]:

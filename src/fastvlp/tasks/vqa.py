@@ -20,7 +20,17 @@ from fastvlp.eval.metrics import mean_by
 from fastvlp.eval.mode import evaluating
 from fastvlp.model.model import ModelConfig, VLModel
 from fastvlp.objectives.objective import Loss
-from fastvlp.tasks.task import HeadConfig, HeadTask, Item, ItemData, ItemMaker, batches, read_items, target_of
+from fastvlp.tasks.task import (
+    HeadConfig,
+    HeadTask,
+    Item,
+    ItemData,
+    ItemMaker,
+    batches,
+    encoded,
+    read_items,
+    target_of,
+)
 
 
 def frequent_answers(folder: str, questions: str = "questions", most: int = 3129) -> tuple[str, ...]:
@@ -80,6 +90,7 @@ class VQA(HeadTask):
         super().__init__(config, model, images=1, outputs=config.answers)
         # One answer of A is right: a start at probability 1/A spares the first steps, which would only lower all of them
         # from 1/2 (Lin et al. 2017, arXiv 1708.02002, section 4.1).
+        assert isinstance(self.head, nn.Sequential)
         last = self.head[-1]
         assert isinstance(last, nn.Linear)
         nn.init.constant_(last.bias, -math.log(max(1, config.answers - 1)))
@@ -117,7 +128,7 @@ def measure(
     items = iter(made.items)
     with evaluating(model, objective):
         for batch in batches(made, batch_size, device):
-            logits = objective.logits(model, model.encode_image(batch.image), batch).cpu()
+            logits = objective.logits(model, encoded(model, batch), batch).cpu()
             target = target_of(batch).cpu()
             scores += target.gather(1, logits.argmax(1, keepdim=True))[:, 0].tolist()
             best += target.max(1).values.tolist()
