@@ -16,6 +16,7 @@ from fastvlp.model.embed import Embed, EmbedConfig, check_head
 from fastvlp.model.fusion import Fusion, FusionConfig, LMHead, Reconstructor, ReconstructorConfig
 from fastvlp.model.image import ImageConfig, ImageTower
 from fastvlp.model.layers import KeyValue, initialise_as_mae
+from fastvlp.model.pooling import RegionPool, box_weights, pooled
 from fastvlp.model.regions import given, region_features
 from fastvlp.model.single import Joint, SingleConfig, SingleStream
 from fastvlp.model.text import TextConfig, TextTower
@@ -29,9 +30,10 @@ Bos = Literal["blind", "official"]
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """fusion: layers in which text reads the image, with a vocabulary head; None for two towers alone. embed: the towers'
-    heads into a joint space. single: one stream over words and regions; it has no towers: of `image` it reads the size, of
-    `text` the embedding. separate_heads: own vocabulary heads for the forward and the reverse stream (FLM's
-    share_lm_scorer_weights). initial: how weights are drawn, `bert` (`layers.initialise`) or `mae`, FLIP's way."""
+    heads into a joint space. single: one stream over words and regions, with no towers but the image's where regions are
+    pooled from it: else of `image` it reads the size, and of `text` the embedding. separate_heads: own vocabulary heads for
+    the forward and the reverse stream (FLM's share_lm_scorer_weights). initial: how weights are drawn, `bert`
+    (`layers.initialise`) or `mae`, FLIP's way."""
 
     image: ImageConfig
     text: TextConfig
@@ -80,6 +82,15 @@ def check(config: ModelConfig) -> None:
         )
     if config.single and (fusion or part or config.embed or config.separate_heads or text.depth):
         raise UserError("model.single stands alone: no fusion, reconstructor, embed or heads, and model.text.depth 0")
+    regions = config.single.regions if config.single else None
+    if regions and regions.pool is not None:
+        if regions.pool < 1 or regions.crop:
+            raise UserError("model.single.regions.pool is a number of samples a side, 1 or more, and needs no crop")
+        if regions.feature != image.layer.width:
+            raise UserError(
+                f"model.single.regions.feature {regions.feature} must be what is pooled, the image tower's width "
+                f"{image.layer.width}"
+            )
     embed = config.embed
     if embed:
         check_head("image", embed.image, image.layer.width)
@@ -129,7 +140,8 @@ class VLModel(nn.Module):
         self.config = config
         fusion, image_width, single = config.fusion, config.image.layer.width, config.single
         # Absent parts are declared as present: who reads one meets an error that names the field to set.
-        self.image = cast(ImageTower, Absent("image")) if single else ImageTower(config.image)
+        blind = single is not None and single.regions.pool is None
+        self.image = cast(ImageTower, Absent("image")) if blind else ImageTower(config.image)
         self.text = TextTower(config.text)
         self.single = SingleStream(single, config.text.vocab) if single else cast(SingleStream, Absent("single"))
         self.fusion = Fusion(fusion, image_width) if fusion else cast(Fusion, Absent("fusion"))
@@ -159,7 +171,12 @@ class VLModel(nn.Module):
             return self.image(image, keep_BK)
         if keep_BK is not None:
             raise UserError("keep drops patches, and a single stream reads regions; leave keep at 1")
-        return region_features(self.config.single.regions, image, regions)
+        source = self.config.single.regions
+        if source.pool is None:
+            return region_features(source, image, regions)
+        how = RegionPool(samples=source.pool, place="exact")
+        weight_BRN = box_weights(given(regions).box, self.config.image.grid, how)
+        return pooled(self.image(image), weight_BRN, self.config.image)
 
     def read_regions(
         self,

@@ -58,6 +58,18 @@ def box_weights(box_BR4: Tensor, cells: int, config: RegionPool) -> Tensor:
     return (down_BRH[..., :, None] * along_BRW[..., None, :]).flatten(-2)
 
 
+def pooled(state_BKD: Tensor, weight: Tensor, image: ImageConfig) -> Tensor:
+    """Regions by their `box_weights`, [B R N] or [R N] for all images -> [B R D]."""
+    patches_BND = state_BKD[:, int(image.class_token) :]
+    cells, found = image.grid, patches_BND.shape[1]
+    if found != cells**2:
+        raise UserError(
+            f"regions are pooled from a map of {cells**2} patches, of which {found} were encoded; leave keep at 1, or "
+            f"pool patches without regions (model.embed.image.regions None)"
+        )
+    return weight.to(patches_BND.dtype) @ patches_BND
+
+
 class RegionPooling(nn.Module):
     """Patch states to regions of `width`. A 1x1 convolution and then a mean over samples is the same as this order: the mean
     and then a linear map, for a sixteenth of the work."""
@@ -73,15 +85,8 @@ class RegionPooling(nn.Module):
 
     def forward(self, state_BKD: Tensor, regions: Regions | None) -> tuple[Tensor, Tensor | None]:
         """[B R width], and which of them are regions, bool [B R]; None: all."""
-        patches_BND = state_BKD[:, int(self.image.class_token) :]
-        cells, found = self.image.grid, patches_BND.shape[1]
-        if found != cells**2:
-            raise UserError(
-                f"regions are pooled from a map of {cells**2} patches, of which {found} were encoded; leave keep at 1, or "
-                f"pool patches without regions (model.embed.image.regions None)"
-            )
         if self.grid_RN is not None:
-            return self.project(self.grid_RN.to(patches_BND.dtype) @ patches_BND), None
+            return self.project(pooled(state_BKD, self.grid_RN, self.image)), None
         regions = given(regions)
-        weight_BRN = box_weights(regions.box, cells, self.config).to(patches_BND.dtype)
-        return self.project(weight_BRN @ patches_BND), regions.mask
+        weight_BRN = box_weights(regions.box, self.image.grid, self.config)
+        return self.project(pooled(state_BKD, weight_BRN, self.image)), regions.mask

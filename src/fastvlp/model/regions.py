@@ -19,12 +19,14 @@ HIDE_SALT = 102
 
 @dataclass(frozen=True, kw_only=True)
 class RegionConfig:
-    """feature: width of a detector's vector of a region. crop: where there is no detector, the region's own pixels at
-    crop x crop points are its feature, 3 * crop**2 numbers. mask: what stands for a hidden region's feature, a learned
-    vector (the released code) or zeros (the paper)."""
+    """feature: width of a region's vector, a detector's. crop: where there is no detector, the region's own pixels at
+    crop x crop points are its feature, 3 * crop**2 numbers. pool: or the states of the image tower in it, the mean of
+    pool x pool samples of their map; the tower is trained along, and `feature` is its width. mask: what stands for a
+    hidden region's feature, a learned vector (the released code) or zeros (the paper)."""
 
     feature: int = 2048
     crop: int | None = None
+    pool: int | None = None
     mask: Literal["learned", "zero"] = "learned"
 
     @property
@@ -67,7 +69,7 @@ def region_features(config: RegionConfig, image_B3HW: Tensor, regions: Regions |
         found = "none" if regions.feature is None else regions.feature.shape[-1]
         raise UserError(
             f"the model reads regions' features of {config.feature} numbers, and the data brings {found}; set "
-            f"model.single.regions.feature, or model.single.regions.crop to read their pixels"
+            f"model.single.regions.feature, or model.single.regions.crop or pool to read the image instead"
         )
     return regions.feature
 

@@ -139,7 +139,8 @@ class MRFR(MaskedRegions):
 
     def error(self, model: VLModel, state_TD: Tensor, feature_TF: Tensor, batch: Batch, hidden_BR: Tensor) -> Tensor:
         predicted = F.linear(state_TD, model.single.regions.feature.weight.T, self.bias)
-        return feature_error(at_least_fp32(predicted), at_least_fp32(feature_TF), self.config.reduction)
+        # What is asked for stands still: an image tower that gives it would learn to give all regions the same.
+        return feature_error(at_least_fp32(predicted), at_least_fp32(feature_TF.detach()), self.config.reduction)
 
 
 class MRC(MaskedRegions):

@@ -1,0 +1,127 @@
+"""Regions pooled from an image tower that is trained along, in one stream with words."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from fastvlp.batch import Batch
+from fastvlp.data.regions import grid_boxes
+from fastvlp.errors import UserError
+from fastvlp.model.image import ImageConfig
+from fastvlp.model.layers import LayerConfig
+from fastvlp.model.model import ModelConfig, VLModel
+from fastvlp.model.regions import RegionConfig
+from fastvlp.objectives.mlm import MLMConfig
+from fastvlp.objectives.region import MRFRConfig
+from fastvlp.train.pretraining import Pretraining
+from fastvlp.train.speed import image_flops, step_flops
+from tests.made import made_tokenizer
+from tests.made_single import region_batch, single_config
+
+WIDTH = 8
+
+
+def pooling_config(pool: int | None = 2, **regions) -> ModelConfig:
+    config = single_config()
+    image = ImageConfig(size=16, patch=4, depth=1, layer=LayerConfig(width=WIDTH, heads=2, hidden=16))
+    source = RegionConfig(**{"feature": WIDTH, "pool": pool, **regions})
+    return replace(config, image=image, single=replace(config.single, regions=source))
+
+
+def pooling_model(**options) -> VLModel:
+    torch.manual_seed(0)
+    model = VLModel(pooling_config(**options)).double()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+def gridded(batch: Batch, side: int) -> Batch:
+    """The same images with a grid of boxes, as `RegionSource(grid=side)` brings it, and nothing else of regions."""
+    box = grid_boxes(side).expand(len(batch), -1, -1)
+    count = torch.full((len(batch),), side**2 + 1)
+    return replace(batch, regions=replace(batch.regions, box=box, count=count, feature=None, classes=None))
+
+
+def made() -> Batch:
+    batch = region_batch(lengths=(6, 9, 4), counts=(2, 2, 2))
+    return replace(batch, image=(batch.image.double() / 128 - 1))
+
+
+def test_a_region_is_the_mean_of_the_towers_map_in_its_box():
+    """Two samples a side lie in the middles of 2 x 2 patches of a grid of 2, and see each whole."""
+    model, batch = pooling_model(), gridded(made(), 2)
+    feature = model.encode_image(batch.image, regions=batch.regions)
+    states = model.image(batch.image)[:, 1:].unflatten(1, (4, 4))
+    left, low = states[:, :, :2], states[:, 2:, :2]
+    torch.testing.assert_close(feature[:, 1], low.mean((1, 2)), rtol=0, atol=1e-6)
+    torch.testing.assert_close(feature[:, :2].mean(1), left.mean((1, 2)), rtol=0, atol=1e-6)
+    assert feature.shape == (3, 5, WIDTH)
+
+
+def test_the_image_tower_learns_from_the_words():
+    """By what each of two pixels' changes do to the loss, against its gradient."""
+    model, batch = pooling_model(), gridded(made(), 3)
+    objective = MLMConfig(mask_rate=0.5, whole_word=False).build(model.config, made_tokenizer()).double()
+
+    def loss(image: torch.Tensor) -> torch.Tensor:
+        shown = replace(batch, image=image)
+        (told,) = objective(model, model.encode_image(image, regions=batch.regions), shown).values()
+        return told.total
+
+    image = batch.image.clone().requires_grad_()
+    model.zero_grad()
+    loss(image).backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.image.parameters())
+    step = 1e-5
+    for place in ((0, 0, 3, 5), (2, 1, 10, 14)):
+        moved = torch.zeros_like(batch.image)
+        moved[place] = step
+        slope = (loss(batch.image + moved) - loss(batch.image - moved)) / (2 * step)
+        torch.testing.assert_close(image.grad[place], slope.detach(), rtol=1e-4, atol=1e-7)
+
+
+def test_what_is_asked_for_of_hidden_regions_teaches_the_tower_nothing():
+    """With all regions hidden the tower meets the loss as its target alone."""
+    model, batch = pooling_model(), gridded(made(), 2)
+    for rate, learns in ((1.0, False), (0.3, True)):
+        objective = MRFRConfig(rate=rate).build(model.config, made_tokenizer()).double()
+        model.zero_grad()
+        (told,) = objective(model, model.encode_image(batch.image, regions=batch.regions), batch).values()
+        told.total.backward()
+        assert any(p.grad is not None and p.grad.any() for p in model.image.parameters()) == learns
+
+
+@pytest.mark.parametrize(
+    ("bad", "said"),
+    [
+        ({"feature": WIDTH + 1}, r"regions\.feature 9 must be what is pooled, the image tower's width 8"),
+        ({"pool": 0}, "a number of samples a side, 1 or more"),
+        ({"crop": 4}, "needs no crop"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(bad, said):
+    with pytest.raises(UserError, match=said):
+        VLModel(pooling_config(**bad))
+
+
+def test_boxes_and_whole_images_are_needed():
+    model, batch = pooling_model(), made()
+    with pytest.raises(UserError, match=r"give data\.regions"):
+        model.encode_image(batch.image)
+    with pytest.raises(UserError, match="leave keep at 1"):
+        model.encode_image(batch.image, torch.zeros(3, 2, dtype=torch.int64), batch.regions)
+
+
+def test_the_tower_is_there_where_it_is_read_and_counted_where_it_works():
+    with_tower, without = VLModel(pooling_config()), VLModel(pooling_config(None))
+    assert not [name for name in without.state_dict() if name.startswith("image.")]
+    flops = []
+    for model in (with_tower, without):
+        objective = MLMConfig().build(model.config, made_tokenizer())
+        flops.append(step_flops(Pretraining(model, {"mlm": objective}), [(8, 20)], {}))
+    assert flops[0].image == image_flops(with_tower.config.image, 8).image > flops[1].image == 0
+    assert flops[0].text == flops[1].text
