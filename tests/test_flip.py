@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
 import torch
 from torch.utils import _pytree
 
+from fastvlp.data.augment import AugmentConfig
 from fastvlp.model import sizes
 from fastvlp.model.image import random_keep
 from fastvlp.model.model import ModelConfig, VLModel
 from fastvlp.objectives.clip import CLIPConfig
 from fastvlp.objectives.objective import combine
+from fastvlp.objectives.siglip import SigLIPConfig
+from fastvlp.recipes import recipe
 from fastvlp.train.pretraining import Pretraining
+from fastvlp.train.run import TrainConfig, start, steps, train
 from fastvlp.train.speed import image_flops, tower_flops
 from tests.made import SPECIALS, VOCAB, made_batch, made_tokenizer
+from tests.train.runs import assert_equal, made_pairs, made_run, weights
 
 FLIP = {"b16": sizes.flip_b16, "l16": sizes.flip_l16, "h14": sizes.flip_h14}
 
@@ -130,3 +136,56 @@ def test_padding_is_a_word_like_any_other():
     combine(module(batch)).backward()
     assert module.model.text.word.weight.grad[SPECIALS["pad"]].any()
     assert not module.model.text.word.weight.grad[[SPECIALS["bos"], SPECIALS["eos"]]].any()
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory):
+    return made_pairs(tmp_path_factory.mktemp("pairs"))
+
+
+def towers_run(pairs, out, **changes) -> TrainConfig:
+    """Two steps of FLIP's towers at 16 px."""
+    model = sizes.flip(sizes.Tower(1, 16, 2), sizes.Tower(1, 16, 2), width=8, size=16, patch=4, length=12)
+    run = made_run(pairs, out, "clip", steps=2, keep=0.5)
+    return replace(run, **{"model": model, "data": replace(run.data, max_length=14), **changes})
+
+
+def test_tuning_goes_on_with_weights_and_temperature_and_nothing_else(pairs, tmp_path):
+    """Section A.1: a fresh optimiser and step count; fixed positions of the finer grid are made, not resized."""
+    masked = train(towers_run(pairs, tmp_path / "masked", augment=AugmentConfig(crop=(0.5, 1.0), flip=0.5)))
+    run = towers_run(pairs, tmp_path / "tuned", init=str(tmp_path / "masked"))
+    larger = replace(run.model, image=replace(run.model.image, size=32))
+    tuned = start(replace(run, model=larger, keep=1.0))
+    assert_equal(weights(tuned), weights(masked))
+    scale = masked.pretraining.objectives["clip"].log_scale
+    assert scale != math.log(1 / 0.07) and not tuned.inherited.resized and not tuned.inherited.fresh
+    assert {"image.patch.weight", "objectives.clip.log_scale"} < {*tuned.inherited.loaded}
+    assert tuned.step == 0 and not tuned.optimiser.state
+    assert tuned.model.image.position.shape == (65, 16)
+    assert next(steps(tuned)).pairs == 8
+
+
+def test_another_objective_starts_anew(pairs, tmp_path):
+    train(towers_run(pairs, tmp_path / "clip"))
+    run = towers_run(pairs, tmp_path / "siglip", init=str(tmp_path / "clip"), objectives={"clip": SigLIPConfig()})
+    started = start(run)
+    assert {*started.inherited.fresh} == {"objectives.clip.log_scale", "objectives.clip.bias"}
+    assert started.pretraining.objectives["clip"].log_scale.item() == pytest.approx(math.log(10))
+
+
+def test_clipas_second_stage_resizes_learned_positions(pairs, tmp_path):
+    small = sizes.clip(sizes.Tower(1, 16, 2), sizes.Tower(1, 16, 2), width=8, size=16, patch=4, positions=16)
+    train(towers_run(pairs, tmp_path / "short", model=small, keep=1.0))
+    full = replace(small, image=replace(small.image, size=32))
+    run = towers_run(pairs, tmp_path / "full", init=str(tmp_path / "short"), model=full, keep=1.0)
+    state = start(run)
+    assert state.inherited.resized == ["image.position"] and next(steps(state)).pairs == 8
+
+
+def test_the_recipe_of_the_paper():
+    run = recipe("flip_l16")
+    assert run.data.batch_size * run.accumulate * 8 == 65_536 and run.keep == 0.5 and run.steps == 190_000
+    assert run.optim.lr == pytest.approx(1.024e-3) and run.optim.warmup * 12.8e9 == pytest.approx(51.2e6)
+    assert run.objectives == {"clip": CLIPConfig(temperature=0.07, max_scale=100, bound="clip")}
+    tune = recipe("flip_tune")
+    assert (tune.keep, tune.optim.warmup, tune.optim.lr) == (1, 0.2, recipe("flip_photos").optim.lr / 100)

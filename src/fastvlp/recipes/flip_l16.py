@@ -8,6 +8,7 @@ Then the same with `--name flip_l16_tuned --from runs/flip_l16 --keep 1 --steps 
 Fewer ranks: raise --accumulate in proportion, the gradients stay those of the whole batch. Not run yet: no result.
 """
 
+from fastvlp.data.augment import AugmentConfig
 from fastvlp.data.rows import PairData
 from fastvlp.model import sizes
 from fastvlp.objectives.clip import CLIPConfig
@@ -23,6 +24,7 @@ def flip_l16() -> TrainConfig:
         objectives={"clip": CLIPConfig(bound="clip")},
         optim=flip_optim(65_536),
         keep=0.5,
+        augment=AugmentConfig(crop=(0.5, 1.0), flip=0.5),
         tokenizer="bert/tokenizer.json",
         steps=190_000,
         accumulate=32,

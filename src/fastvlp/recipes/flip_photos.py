@@ -9,6 +9,7 @@ clip_photos and siglip_photos read whole images. Not measured yet.
 
 from dataclasses import replace
 
+from fastvlp.data.augment import AugmentConfig
 from fastvlp.data.rows import PairData
 from fastvlp.model.sizes import flip_small
 from fastvlp.objectives.clip import CLIPConfig
@@ -26,6 +27,7 @@ def flip_photos() -> TrainConfig:
         # The paper's rate is for 64 k pairs a step and 190,000 steps.
         optim=replace(flip_optim(128), lr=4e-4, warmup=0.1),
         keep=0.5,
+        augment=AugmentConfig(crop=(0.5, 1.0), flip=0.5),
         vocab=5000,
         budget_s=1200,
         validate_every=100,
