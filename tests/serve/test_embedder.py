@@ -1,0 +1,136 @@
+"""What an embedder says equals what the run's own model says, whatever shares a batch; hostile input is named."""
+
+import io
+import json
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fastvlp.data.shards import Shards
+from fastvlp.errors import UserError
+from fastvlp.eval.embedding import embed_images, embed_texts, open_run
+from fastvlp.eval.options import Encode
+from fastvlp.eval.pairs import pair_score
+from fastvlp.serve.embedder import Embedder, Unreadable
+from fastvlp.tasks.caption import caption
+from fastvlp.tasks.finetune import load_task
+
+TEXTS = ["a red circle", "红色的圆形", "", "a blue square left of a small green triangle", "x" * 500, "a red circle"]
+
+
+def test_vectors_equal_those_that_the_run_is_evaluated_by(embedder, runs, world, pictures):
+    reader, _, _ = open_run(Encode(run=str(runs["towers"]), data=str(world)))
+    images = embed_images(reader, Shards(world / "test"))
+    assert np.allclose(embedder.images(pictures), images.numpy(), atol=1e-6)
+    assert np.allclose(embedder.texts(TEXTS), embed_texts(reader, TEXTS).numpy(), atol=1e-6)
+    assert np.allclose(np.linalg.norm(embedder.texts(TEXTS), axis=1), 1, atol=1e-6)
+
+
+def test_a_vector_does_not_depend_on_what_shares_its_batch(embedder, pictures):
+    assert np.allclose(embedder.images(pictures)[3:4], embedder.images(pictures[3:4]), atol=1e-6)
+    assert np.allclose(embedder.texts(TEXTS)[3:4], embedder.texts(TEXTS[3:4]), atol=1e-6)
+    assert embedder.images([]).shape == embedder.texts([]).shape == (0, embedder.width)
+
+
+def test_an_opened_picture_reads_as_its_bytes(embedder, pictures):
+    opened = [Image.open(io.BytesIO(data)) for data in pictures]
+    assert np.allclose(embedder.images(opened), embedder.images(pictures), atol=1e-6)
+
+
+def test_texts_are_cleaned_as_captions_are(embedder):
+    told = embedder.texts(["a red\x00 circle\ud800", "  a red circle\n"])
+    assert np.array_equal(told[0], told[1])
+    assert embedder.lengths(["", "a " * 5000]) == [2, 40]
+
+
+def test_an_unreadable_picture_is_named_by_its_place(embedder, pictures):
+    with pytest.raises(Unreadable, match=r"picture 2: .*damaged or truncated") as caught:
+        embedder.images([*pictures[:2], pictures[0][:200], b"junk"])
+    assert caught.value.index == 2
+    with pytest.raises(Unreadable, match="not an image of a known format"):
+        embedder.images([b""])
+
+
+@pytest.mark.parametrize("opened", [False, True])
+def test_a_picture_with_too_many_pixels_is_not_decoded(exports, opened):
+    embedder = Embedder.load(exports["towers"])
+    embedder.max_pixels = 30 * 30
+    file = io.BytesIO()
+    Image.new("RGB", (40, 40)).save(file, "PNG")
+    with pytest.raises(Unreadable, match="40x40 pixels are more than the 900 allowed"):
+        embedder.images([Image.open(file) if opened else file.getvalue()])
+
+
+def test_what_a_model_can_do_is_known_and_the_rest_refused(exports, embedder, pictures):
+    assert {name: sorted(Embedder.load(folder).can) for name, folder in exports.items()} == {
+        "all": ["caption", "embed", "match"],
+        "towers": ["embed"],
+        "vqa": ["answer"],
+    }
+    with pytest.raises(UserError, match="towers cannot caption; it can embed"):
+        embedder.caption(pictures[:1])
+
+
+def test_match_scores_and_captions_are_the_run_s_own(exports, runs, world, pictures):
+    embedder = Embedder.load(exports["all"])
+    reader, saved, _ = open_run(Encode(run=str(runs["all"]), data=str(world)))
+    image = embedder.pixels(pictures[:3])
+    ids, length = reader.tokenizer.encode(TEXTS[:3], reader.max_length)
+    with torch.no_grad():
+        wanted = pair_score(saved)[1](saved.model.encode_image(image), ids, length)
+    assert np.allclose(embedder.match(pictures[:3], TEXTS[:3]), wanted, atol=1e-5)
+    assert embedder.caption(pictures[:3]) == caption(saved.model, saved.tokenizer, image)
+    assert embedder.match([], []).shape == (0,) and embedder.caption([]) == []
+
+
+def test_answers_are_the_tuned_run_s_own(exports, runs, pictures):
+    embedder = Embedder.load(exports["vqa"])
+    _, objective, data = load_task(runs["vqa"])
+    questions = ["what colour is the circle?", "how many squares are there?"]
+    found = embedder.answer(pictures[:2], questions)
+    assert set(found) <= {*data.answers} and len(found) == 2
+    ids, length = embedder.tokenizer.encode(questions, 50)
+    states = embedder.model.encode_image(embedder.pixels(pictures[:2]))
+    summary = embedder.model.summarise(states, ids, length, reading="full")
+    scores = objective.head(torch.tanh(objective.pool(summary)))
+    assert found == [data.answers[i] for i in scores.argmax(1)]
+
+
+def test_loading_imports_no_training_code(exports, tmp_path):
+    folder = shutil.copytree(exports["all"], tmp_path / "alone")
+    code = f"""
+import sys
+from fastvlp.serve.embedder import Embedder
+embedder = Embedder.load({str(folder)!r})
+embedder.texts(["a red circle"])
+unwanted = [m for m in sys.modules if m.startswith(("fastvlp.train", "fastvlp.data.loader", "fastvlp.recipes"))]
+sys.exit(str(unwanted) if unwanted else 0)
+"""
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_damaged_exports_are_refused(exports, runs, tmp_path):
+    with pytest.raises(UserError, match="not an export"):
+        Embedder.load(runs["towers"])
+    folder = shutil.copytree(exports["towers"], tmp_path / "damaged")
+    (folder / "config.json").write_text(json.dumps({"data": {}}))
+    with pytest.raises(UserError, match="damaged export"):
+        Embedder.load(folder)
+
+
+def test_the_fingerprint_is_of_weights_config_and_tokenizer(exports, tmp_path, embedder):
+    assert Embedder.load(exports["towers"]).fingerprint == embedder.fingerprint
+    folder = shutil.copytree(exports["towers"], tmp_path / "changed")
+    (folder / "card.json").write_text("{}")
+    assert Embedder.load(folder).fingerprint == embedder.fingerprint
+    for name in ("model.safetensors", "tokenizer.json"):
+        other = shutil.copytree(exports["towers"], tmp_path / name)
+        data = (other / name).read_bytes()
+        changed = data[:-1] + bytes([data[-1] ^ 1]) if name.endswith("safetensors") else data + b"\n"
+        (other / name).write_bytes(changed)
+        assert Embedder.load(other).fingerprint != embedder.fingerprint

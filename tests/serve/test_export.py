@@ -1,0 +1,85 @@
+"""An export stands alone, holds what serving reads and no more, and is there whole or not at all."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from safetensors import safe_open
+
+from fastvlp.errors import UserError
+from fastvlp.eval.results import keep_result
+from fastvlp.serve import export as exporting
+from fastvlp.serve.embedder import Embedder
+from fastvlp.serve.export import export
+from fastvlp.serve.options import Export
+
+
+def tensors(folder: Path) -> set[str]:
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        return {*file.keys()}
+
+
+def test_heads_that_serving_reads_stay_and_the_rest_of_objectives_goes(exports):
+    kept = {name: {key for key in tensors(folder) if key.startswith("objectives.")} for name, folder in exports.items()}
+    assert kept["towers"] == set()
+    assert {key.split(".")[1] for key in kept["all"]} == {"itm"}
+    assert {key.split(".")[1] for key in kept["vqa"]} == {"vqa"}
+    assert {path.name for path in exports["all"].iterdir()} == {
+        "model.json",
+        "model.safetensors",
+        "config.json",
+        "tokenizer.json",
+        "card.json",
+        "README.md",
+    }
+
+
+def test_nothing_tells_where_the_run_lay(exports, runs, world):
+    for folder in exports.values():
+        for path in folder.iterdir():
+            data = path.read_bytes()
+            assert str(world).encode() not in data and str(runs["all"].parent).encode() not in data, path
+
+
+def test_the_card_is_filled_from_the_run(runs, tmp_path):
+    run = shutil.copytree(runs["towers"], tmp_path / "run")
+    result = {"scores": {"towers": {"text_to_image/recall@1": 0.25}}}
+    keep_result(run, "retrieval", "somewhere/photos/test", {"scores": {"towers": {"text_to_image/recall@1": 0.125}}})
+    keep_result(run, "retrieval", "somewhere/photos/test", result)
+    card = export(Export(run=str(run), out=tmp_path / "out", license="cc-by-4.0"))
+    assert card["scores"] == {"retrieval, photos/test": {"text_to_image/recall@1": 0.25}}
+    assert card["objectives"] == {"clip": "CLIPConfig"} and card["data"]["train"].endswith("/train")
+    assert card["training"]["step"] == 1 and card["training"]["pairs"] == 8 and card["training"]["device"]
+    assert card == json.loads((tmp_path / "out" / "card.json").read_text()) == Embedder.load(tmp_path / "out").card
+    told = (tmp_path / "out" / "README.md").read_text()
+    for words in (
+        "license: cc-by-4.0",
+        "| text_to_image/recall@1 | 0.25 |",
+        card["training"]["device"],
+        "clip (CLIPConfig)",
+    ):
+        assert words in told
+
+
+def test_a_licence_that_was_not_told_is_asked_for(exports):
+    told = (exports["towers"] / "README.md").read_text()
+    assert "license: other" in told and "Not chosen yet" in told
+
+
+def test_an_export_that_fails_leaves_nothing(runs, tmp_path, monkeypatch):
+    def fails(card):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(exporting, "readme", fails)
+    with pytest.raises(KeyboardInterrupt):
+        export(Export(run=str(runs["towers"]), out=tmp_path / "out"))
+    assert [*tmp_path.iterdir()] == []
+
+
+def test_what_is_there_is_not_overwritten(exports, runs, tmp_path):
+    with pytest.raises(UserError, match="something is here already"):
+        export(Export(run=str(runs["towers"]), out=exports["towers"]))
+    (tmp_path / "empty").mkdir()
+    export(Export(run=str(runs["towers"]), out=tmp_path / "empty"))
+    assert (tmp_path / "empty" / "README.md").exists()
