@@ -16,9 +16,10 @@ from fastvlp.model.model import ModelConfig, VLModel
 from fastvlp.model.regions import RegionConfig
 from fastvlp.objectives.mlm import MLMConfig
 from fastvlp.objectives.region import MRFRConfig
+from fastvlp.recipes.uniter_end2end import end_to_end, uniter_end2end
 from fastvlp.train.pretraining import Pretraining
 from fastvlp.train.speed import image_flops, step_flops
-from tests.made import made_tokenizer
+from tests.made import made_config, made_tokenizer
 from tests.made_single import region_batch, single_config
 
 WIDTH = 8
@@ -125,3 +126,15 @@ def test_the_tower_is_there_where_it_is_read_and_counted_where_it_works():
         flops.append(step_flops(Pretraining(model, {"mlm": objective}), [(8, 20)], {}))
     assert flops[0].image == image_flops(with_tower.config.image, 8).image > flops[1].image == 0
     assert flops[0].text == flops[1].text
+
+
+def test_the_recipe_trains_all_of_its_model():
+    run, config = uniter_end2end(), end_to_end(made_config(reconstructor=False))
+    built = {name: told.build(config, made_tokenizer()) for name, told in run.objectives.items()}
+    pretraining = Pretraining(VLModel(config), built)
+    batch = gridded(region_batch(lengths=(6, 9, 4, 7), counts=(2, 2, 2, 2)), run.data.regions.grid)
+    losses = pretraining(batch)
+    assert losses.keys() == {"itm/match", "itm/align", "mlm/masked", "mrfr/masked"}
+    torch.stack([loss.total / loss.count for loss in losses.values()]).sum().backward()
+    still = [name for name, p in pretraining.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
+    assert not still
