@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tests.train.runs import made_pairs
 
@@ -64,3 +67,91 @@ def test_what_grouping_saves_each_objective_is_counted(tmp_path):
     random, grouped = (json.loads(line) for line in out.read_text().splitlines())
     assert grouped["padding"] < random["padding"] and 1 < grouped["flm_over_ar"] < random["flm_over_ar"]
     assert grouped["mlm_gflops_per_row"] < random["mlm_gflops_per_row"]
+
+
+@pytest.fixture
+def bench(monkeypatch):
+    """A module of the benchmarks, in this process."""
+    if not BENCH.exists():
+        pytest.skip("installed without its benchmarks")
+    monkeypatch.syspath_prepend(BENCH.parent)
+    return importlib.import_module
+
+
+def rows_of(out: Path) -> dict[str, dict]:
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert all(row["torch"] and row["commit"] and row["device"] == "cpu" and row["threads"] == 1 for row in rows)
+    return {row["arm"]: row for row in rows}
+
+
+def test_masking_is_timed_beside_its_ceiling(tmp_path):
+    out = tmp_path / "masking.jsonl"
+    size = ("masking", "--size", "tiny", "--layers", "1", "--vocab", "90", "--batch", "4", "--repetitions", "1")
+    done = run(*size, "--device", "cpu", "--keep", "1", "0.25", "--out", str(out), script="contrastive.py")
+    assert done.returncode == 0, done.stderr
+    rows = rows_of(out)
+    whole, quarter = rows["keep 1.0"], rows["keep 0.25"]
+    assert whole["step_s_gain"] == whole["achieved"] == 1 and quarter["flops_gain"] > 1.5
+    assert quarter["achieved"] == pytest.approx(quarter["step_s_gain"] / quarter["flops_gain"])
+    assert 0 < quarter["gradient_s"] <= quarter["step_s"]
+    assert quarter["command"].startswith("python bench/contrastive.py masking --size tiny")
+
+
+def test_bytes_of_losses_are_counted_and_tiles_keep_what_vectors_take(bench, tmp_path):
+    contrastive, out = bench("contrastive"), tmp_path / "loss.jsonl"
+    told = {"least": 4096, "most": 0, "counted": 4096, "width": 32, "device": "cpu", "out": out}
+    contrastive.main("loss", contrastive.Losses(**told))
+    rows, logits, vectors = rows_of(out), 4 * 4096**2, 4 * 4096 * 32
+    assert rows["softmax whole"]["kept_bytes"] == pytest.approx(2 * logits, rel=0.1)
+    assert rows["sigmoid whole"]["kept_bytes"] == pytest.approx(logits, rel=0.1)
+    assert rows["softmax tiles"]["kept_bytes"] < 6 * vectors and rows["softmax tiles"]["loss_s"] is None
+    timed = contrastive.timed_losses(contrastive.Losses(device="cpu", width=8), 64, ["softmax tiles"])
+    assert all(row["loss_s"] > 0 for row in timed["softmax tiles"])
+
+
+def test_cached_gradients_fit_more_rows_into_the_same_memory(bench, tmp_path):
+    contrastive, out = bench("contrastive"), tmp_path / "largest.jsonl"
+    told = {"size": "tiny", "layers": 1, "vocab": 90, "memory_gb": 0.012, "micro": 16, "device": "cpu", "out": out}
+    contrastive.main("largest", contrastive.Largest(keep=(0.5,), **told))
+    rows = rows_of(out)
+    once, cached = rows["one batch, keep 0.5"]["largest"], rows["cached gradients, keep 0.5"]["largest"]
+    assert 0 < once < cached / 5 and once % 8 == 0 and cached % 16 == 0
+
+
+@pytest.mark.parametrize(("most", "found"), [(1000, 1000 // 8 * 8), (7, 0), (8, 8), (12, 8)])
+def test_the_search_ends_at_the_most_that_fits(bench, most, found):
+    sizes = []
+
+    def taken(B: int) -> float:
+        sizes.append(B)
+        return 1e6 + 500 * B if B < 2000 else float("inf")
+
+    got = bench("contrastive").search(taken, 1e6 + 500 * most, 8)
+    assert found * 31 / 32 <= got <= found and all(B % 8 == 0 for B in sizes) and len(sizes) < 8
+
+
+@pytest.mark.parametrize("fake", [False, True])
+def test_held_bytes_are_those_of_living_storages(bench, fake):
+    with FakeTensorMode(allow_non_fake_inputs=True) if fake else torch.enable_grad():
+        x, index = torch.ones(1000, requires_grad=True), torch.zeros(1000)
+        with bench("held").Held() as held:
+            y = x.exp()
+            index.add_(1)  # not made inside
+            part = y[:10]
+            total = part.sum()
+            assert held.now == held.most == 4000 + 4
+            total.backward()
+            del y, part, total
+            assert held.now == 4000 and 8004 <= held.most <= 16004  # the gradient; with what it took to find it
+        assert x.grad is not None
+
+
+def test_a_rival_that_is_absent_is_left_out_by_name(bench, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "open_clip", None)
+    contrastive, out = bench("contrastive"), tmp_path / "beside.jsonl"
+    told = {"size": "small", "layers": 1, "vocab": 90, "batch": 2, "repetitions": 1, "device": "cpu", "out": out}
+    contrastive.main("beside", contrastive.Beside(keep=(0.5,), **told))
+    assert "open_clip is absent" in capsys.readouterr().out
+    rows = rows_of(out)
+    assert [*rows] == ["padded keep 0.5", "trimmed keep 0.5"] and not any(row["open_clip"] for row in rows.values())
+    assert rows["padded keep 0.5"]["flops"] > rows["trimmed keep 0.5"]["flops"]

@@ -1,0 +1,290 @@
+"""Contrastive training: what masking gains, what the losses keep, how large a batch can be, and a step beside open_clip's.
+
+    python bench/contrastive.py masking --size small --batch 128
+    python bench/contrastive.py loss --most 16384
+    python bench/contrastive.py largest --memory-gb 1
+    python bench/contrastive.py beside --size small
+
+Arms take turns, step by step, on the same batches; a ratio is the median of the ratios of neighbouring steps. Seconds are of
+the CPU, or of CUDA events. Bytes are counted from the operations that a CPU would run (`held.py`), so that they are the same
+on every machine; on a GPU the allocator's are told beside them. Results are appended to bench/results/contrastive.jsonl.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import tyro
+from beside import Beside, beside
+from held import Held
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from turns import Laps, Options, Row, in_turn, made_batch, made_training, medians, ratio, save, shaped, show, step
+
+from fastvlp.batch import Batch
+from fastvlp.model.embed import unit as normalised
+from fastvlp.model.sizes import flip_b16, flip_l16, flip_small, flip_tiny
+from fastvlp.objectives.contrastive import info_nce, sigmoid_loss
+from fastvlp.objectives.objective import combine
+from fastvlp.train.cached import cache_gradients
+from fastvlp.train.pretraining import Pretraining
+from fastvlp.train.speed import peak_flops, step_flops
+
+SIZES = {"tiny": flip_tiny, "small": flip_small, "b16": flip_b16, "l16": flip_l16}
+GIGA = 1e9
+
+
+@dataclass(frozen=True, kw_only=True)
+class Towers(Options):
+    """size: of FLIP's towers; layers: of each of them, where not all. keep: shares of the patches."""
+
+    size: Literal["tiny", "small", "b16", "l16"] = "small"
+    layers: int | None = None
+    vocab: int = 8000
+    keep: tuple[float, ...] = (1.0, 0.5, 0.25)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Masking(Towers):
+    """Whole training steps of one batch size at each share of the patches, beside what the FLOPs allow."""
+
+    batch: int = 128
+    repetitions: int = 10
+
+
+@dataclass(frozen=True, kw_only=True)
+class Losses(Options):
+    """Both losses forward and backward on unit vectors, all logits kept or in tiles. Batches from `least` rows, each twice the
+    one before, are counted up to `counted`, and timed up to `most` where they take at most `memory_gb`. repetitions: of the
+    smallest batch, a quarter of them for one twice as large."""
+
+    least: int = 1024
+    most: int = 4096
+    counted: int = 65536
+    memory_gb: float = 12.0
+    width: int = 256
+    repetitions: int = 32
+
+
+@dataclass(frozen=True, kw_only=True)
+class Largest(Towers):
+    """The largest batch that takes a step in `memory_gb`, weights and moments included, without and with cached gradients of
+    micro-batches of `micro` rows."""
+
+    memory_gb: float = 1.0
+    micro: int = 64
+
+
+# --- masking ---------------------------------------------------------------------------------------------------------
+
+
+def masking(o: Masking) -> list[Row]:
+    config = shaped(SIZES[o.size](), o.vocab, o.layers)
+    training, optimiser = made_training(o, config)
+
+    def run(number: int, name: str) -> Row:
+        training.keep = float(name)
+        batch = made_batch(o, config, o.batch, number)
+        flops = step_flops(training, [(o.batch, batch.ids.shape[1])], {}).training
+        return step(o, lambda: combine(training(batch)), optimiser) | {"flops": flops}
+
+    told = in_turn([str(keep) for keep in o.keep], o.repetitions, run)
+    whole, peak, rows = told[str(o.keep[0])], peak_flops(o.device, o.precision), []
+    for name, taken in told.items():
+        row = {"arm": f"keep {name}"} | medians(taken)
+        row |= {f"{field}_gain": ratio(whole, taken, field) for field in ("step_s", "gradient_s", "flops")}
+        row |= {"achieved": row["step_s_gain"] / row["flops_gain"], "pairs_per_s": o.batch / row["step_s"]}
+        row |= {"flops_per_s": row["flops"] / row["step_s"]}
+        rows.append(row | {"mfu": row["flops_per_s"] / peak if peak else None})
+    columns = {"step s": ("step_s", ".3f"), "gain": ("step_s_gain", ".2f"), "ceiling": ("flops_gain", ".2f")}
+    columns |= {"achieved": ("achieved", ".0%"), "less optimiser": ("gradient_s_gain", ".2f")}
+    show(f"masking, {o.size}, batch {o.batch}", rows, columns | {"FLOP/s": ("flops_per_s", ".2g")})
+    return rows
+
+
+# --- the losses alone ------------------------------------------------------------------------------------------------
+
+
+def made_losses(o: Losses, B: int, device: str) -> tuple[list[Tensor], dict[str, Callable[[], Tensor]]]:
+    """Inputs, and each arm's loss of them."""
+    random = torch.Generator().manual_seed(o.seed)
+    image, text = (normalised(torch.randn(B, o.width, generator=random)).to(device).requires_grad_() for _ in range(2))
+    scale, bias = (torch.tensor(x, device=device, requires_grad=True) for x in (10.0, -10.0))
+    own = torch.arange(B, device=device)
+
+    def softmax(whole: int | None) -> Tensor:
+        both = [info_nce(*two, own, scale, whole_logits=whole) for two in ((image, text), (text, image))]
+        return torch.cat(both).mean()
+
+    def sigmoid(whole: int | None) -> Tensor:
+        return sigmoid_loss(image, text, own, scale, bias, whole_logits=whole).mean()
+
+    losses = {
+        "softmax whole": lambda: softmax(B * B),
+        "softmax tiles": lambda: softmax(None),
+        "sigmoid whole": lambda: sigmoid(B * B),
+        "sigmoid tiles": lambda: sigmoid(None),
+    }
+    return [image, text, scale, bias], losses
+
+
+def counted_bytes(o: Losses, B: int) -> dict[str, Row]:
+    """What each loss keeps between its passes and the most it holds at once, beside its inputs, gradients included."""
+    told = {}
+    with FakeTensorMode():
+        inputs, losses = made_losses(o, B, "cpu")
+        for name, loss in losses.items():
+            with Held() as held:
+                total = loss()
+                kept = held.now
+                total.backward()
+            told[name] = {"kept_bytes": kept, "peak_bytes": held.most}
+            clear(inputs)
+    return told
+
+
+def clear(inputs: Sequence[Tensor]) -> None:
+    for x in inputs:
+        x.grad = None
+
+
+def timed_losses(o: Losses, B: int, names: Sequence[str]) -> dict[str, list[Row]]:
+    inputs, losses = made_losses(o, B, o.device)
+
+    def run(_: int, name: str) -> Row:
+        if o.cuda:
+            torch.cuda.reset_peak_memory_stats(o.device)
+        before = torch.cuda.memory_allocated(o.device) if o.cuda else 0
+        lap = Laps(o.cuda)
+        losses[name]().backward()
+        lap()
+        peak = {"device_peak_bytes": torch.cuda.max_memory_allocated(o.device) - before} if o.cuda else {}
+        clear(inputs)
+        return {"loss_s": lap.seconds()[0]} | peak
+
+    return in_turn(names, max(1, round(o.repetitions * (o.least / B) ** 2)), run)
+
+
+def loss_alone(o: Losses) -> list[Row]:
+    rows, B = [], o.least
+    while max(o.most, o.counted) >= B:
+        told = counted_bytes(o, B)
+        fit = [name for name, row in told.items() if o.most >= B and row["peak_bytes"] <= o.memory_gb * GIGA]
+        timed = timed_losses(o, B, fit)
+        for name, row in told.items():
+            taken, whole = timed.get(name), timed.get(f"{name.split()[0]} whole")
+            row = {"arm": name, "rows": B} | row | (medians(taken) if taken else {"loss_s": None})
+            rows.append(row | {"time_ratio": ratio(taken, whole, "loss_s") if taken and whole else None})
+        B *= 2
+    columns = {"pairs": ("rows", ",d"), "seconds": ("loss_s", ".3f"), "time to whole": ("time_ratio", ".2f")}
+    columns |= {"bytes kept": ("kept_bytes", ".2e"), "peak": ("peak_bytes", ".2e")}
+    show(f"losses alone, width {o.width}", rows, columns)
+    return rows
+
+
+# --- the largest batch -----------------------------------------------------------------------------------------------
+
+
+def whole_step(o: Largest, training: Pretraining, optimiser: torch.optim.Optimizer, micro: Sequence[Batch]) -> None:
+    """One step of train/run.py: gradients are cached where there are several micro-batches."""
+    counts = {name: count * len(micro) for name, count in training.counts(micro[0]).items()}
+    cached = cache_gradients(training, micro, counts, lambda i: o.autocast()) if len(micro) > 1 else None
+    # Where it is only counted, two tell: those after them hold no more.
+    for i, batch in enumerate(micro if o.cuda else micro[:2]):
+        with o.autocast():
+            losses = training(batch, cached.grads[i] if cached is not None else None)
+        combine(losses, counts).backward()
+    optimiser.step()
+    optimiser.zero_grad()
+
+
+@contextmanager
+def peaks(o: Largest) -> Iterator[Callable[[], int]]:
+    """Tells the most bytes held since it was last asked: the allocator's on a GPU; on a CPU nothing is made, but counted."""
+    if o.cuda:
+
+        def peak() -> int:
+            most = torch.cuda.max_memory_allocated(o.device)
+            torch.cuda.reset_peak_memory_stats(o.device)
+            return most
+
+        yield peak
+        return
+    with FakeTensorMode(), Held() as held:
+
+        def counted() -> int:
+            most, held.most = held.most, held.now
+            return most
+
+        yield counted
+
+
+def largest_batch(o: Largest, keep: float, micro: int | None) -> int:
+    """Of micro-batches of so many rows, or of one for all."""
+    with peaks(o) as peak:
+        training, optimiser = made_training(o, shaped(SIZES[o.size](), o.vocab, o.layers))
+        training.keep = keep
+
+        def taken(B: int) -> float:
+            rows = micro or B
+            try:
+                batches = [made_batch(o, training.model.config, rows, length=25) for _ in range(B // rows)]
+                whole_step(o, training, optimiser, batches)
+            except torch.OutOfMemoryError:
+                optimiser.zero_grad()
+                return math.inf
+            return peak()
+
+        return search(taken, o.memory_gb * GIGA, micro or 8)
+
+
+def search(taken: Callable[[int], float], limit: float, unit: int) -> int:
+    """The most rows, a multiple of `unit`, that take no more than the limit, within a thirty-second; 0 where not even `unit`
+    do. What they take grows about as a line: each guess lies on the one through the last two."""
+    low, high, guess = 0, math.inf, unit
+    points = [(0.0, 0.0)]
+    while True:
+        points = [points[-1], (guess, taken(guess))]
+        low, high = (guess, high) if points[1][1] <= limit else (low, guess)
+        near = max(unit, low // 32 // unit * unit)
+        if high - low <= near:
+            return low
+        (b, before), (a, after) = points
+        on_line = a + (limit - after) * (a - b) / (after - before) if before < after < math.inf else (low + high) / 2
+        guess = int(min(max(on_line, low + near), high - unit, 8 * guess)) // unit * unit
+
+
+def largest(o: Largest) -> list[Row]:
+    rows = [
+        {"arm": f"{arm}, keep {keep}", "largest": largest_batch(o, keep, micro)}
+        for keep in o.keep
+        for arm, micro in (("one batch", None), ("cached gradients", o.micro))
+    ]
+    show(f"largest batch in {o.memory_gb:g} GB, {o.size}", rows, {"pairs": ("largest", ",d")})
+    return rows
+
+
+# --- all -------------------------------------------------------------------------------------------------------------
+
+
+def main(part: str, o: Options) -> None:
+    torch.set_num_threads(o.threads)
+    torch.manual_seed(o.seed)
+    save(o, part, PARTS[part][1](o))
+
+
+PARTS: dict[str, tuple[type, Any]] = {
+    "masking": (Masking, masking),
+    "loss": (Losses, loss_alone),
+    "largest": (Largest, largest),
+    "beside": (Beside, beside),
+}
+
+if __name__ == "__main__":
+    told = tyro.extras.subcommand_cli_from_dict({part: made for part, (made, _) in PARTS.items()}, description=__doc__)
+    main(next(part for part, (made, _) in PARTS.items() if isinstance(told, made)), told)
