@@ -1,4 +1,5 @@
-"""VQA accuracy by the official rule (Antol et al. 2015, arXiv 1505.00468; evaluation code GT-Vision-Lab/VQA a013f00)."""
+"""Answers as VQA compares them: accuracy by the official rule (Antol et al. 2015, arXiv 1505.00468; evaluation code
+GT-Vision-Lab/VQA a013f00)."""
 
 from __future__ import annotations
 
