@@ -130,9 +130,9 @@ def flip_tiny(*, size: int = 48) -> ModelConfig:
     return flip(Tower(4, 96, 3), Tower(3, 96, 3), width=128, size=size, patch=8)
 
 
-def flip_small(*, size: int = 112) -> ModelConfig:
+def flip_small(*, size: int = 112, length: int = 32) -> ModelConfig:
     """The towers of `small`, the text's with the layers that fusion has there."""
-    return flip(Tower(6, 192, 6), Tower(4, 192, 6), width=256, size=size, patch=16)
+    return flip(Tower(6, 192, 6), Tower(4, 192, 6), width=256, size=size, patch=16, length=length)
 
 
 def clip(
