@@ -21,7 +21,7 @@ def told(task, source, world, out, **more):
 
 
 KINDS = ("flm", "mlm", "uniter")
-TASKS = ("vqa", "nlvr", "nlvr2", "grounding")
+TASKS = ("vqa", "nlvr", "nlvr2", "grounding", "retrieval")
 
 
 @pytest.mark.parametrize(
@@ -31,7 +31,7 @@ def test_every_run_takes_every_task(kind, task, runs, world, tmp_path):
     scores, path = finetune(told(task, runs[kind], world, tmp_path / "run"))
     assert json.loads(path.read_text()) == scores
     assert set(scores) == {"val", "test"}
-    main_score = scores["test"]["cider" if task == "caption" else "accuracy"]
+    main_score = scores["test"][{"caption": "cider", "retrieval": "recall"}.get(task, "accuracy")]
     assert 0 <= main_score <= 10
 
     saved, objective, _ = load_task(tmp_path / "run")

@@ -21,12 +21,13 @@ from fastvlp.errors import UserError
 from fastvlp.model.model import Bos, ModelConfig, Reading
 from fastvlp.model.saved import Saved, load_exactly, load_model
 from fastvlp.objectives.objective import Objective, ObjectiveConfig
-from fastvlp.tasks import caption, grounding, nlvr, vqa
+from fastvlp.tasks import caption, grounding, nlvr, retrieval, vqa
 from fastvlp.tasks.caption import CaptionConfig, CaptionData
 from fastvlp.tasks.grounding import Grounding, GroundingConfig, GroundingData
 from fastvlp.tasks.nlvr import NLVR, NLVRConfig, NLVRData
 from fastvlp.tasks.nlvr2 import NLVR2, NLVR2Config, NLVR2Data
 from fastvlp.tasks.options import Evaluate, Finetune, Task
+from fastvlp.tasks.retrieval import Retrieval, RetrievalConfig, RetrievalData
 from fastvlp.tasks.vqa import VQA, VQAConfig, VQAData, frequent_answers
 from fastvlp.train.optim import OptimConfig
 from fastvlp.train.run import train
@@ -55,6 +56,7 @@ RATES: dict[Task, Rates] = {
     "nlvr2": _USUAL,
     "caption": Rates(lr=5e-4, cross=1, head=1),
     "grounding": _USUAL,
+    "retrieval": Rates(lr=5e-4, cross=1, head=1),
 }
 # What a task reads, and what it trains.
 KINDS: dict[Task, tuple[type[Data], type[ObjectiveConfig]]] = {
@@ -63,6 +65,7 @@ KINDS: dict[Task, tuple[type[Data], type[ObjectiveConfig]]] = {
     "nlvr2": (NLVR2Data, NLVR2Config),
     "caption": (CaptionData, CaptionConfig),
     "grounding": (GroundingData, GroundingConfig),
+    "retrieval": (RetrievalData, RetrievalConfig),
 }
 # Rows of the type table that a task reads, where they are more than words and one image.
 TYPES: dict[Task, int] = {"nlvr2": 3}
@@ -80,7 +83,7 @@ def task_data(told: Finetune, model: ModelConfig) -> Data:
         "batch_size": told.batch_size,
         "workers": told.workers,
         "max_length": min(50, model.text.positions),
-        "regions": source_regions(told) if model.single is not None or told.task == "grounding" else None,
+        "regions": source_regions(told.source) if model.single is not None or told.task == "grounding" else None,
     } | ({} if told.fit is None else {"fit": told.fit})
     match told.task:
         case "vqa":
@@ -94,19 +97,28 @@ def task_data(told: Finetune, model: ModelConfig) -> Data:
             return CaptionData(**shared, captions=told.field or "captions")
         case "grounding":
             return GroundingData(**shared, expressions=told.field or "expressions")
+        case "retrieval":
+            return RetrievalData(**shared, captions=told.field or "captions")
         case _:
             assert_never(told.task)
 
 
-def source_regions(told: Finetune) -> RegionSource:
-    """The regions that the pretrained run reads, but for their classes; the records' objects where it reads none."""
-    path = Path(told.source) / "config.json"
+def source_data(folder: str) -> dict[str, Any]:
+    """What a run's config says of its data; nothing where a model was saved without one."""
+    path = Path(folder) / "config.json"
     try:
-        data = json.loads(path.read_text(encoding="utf-8")).get("data") if path.exists() else None
-        found = (data or {}).get("regions")
-        return RegionSource() if found is None else replace(cattrs.structure(found, RegionSource), classes=None)
-    except (OSError, ValueError, TypeError, BaseValidationError) as error:
+        return dict(json.loads(path.read_text(encoding="utf-8"))["data"]) if path.exists() else {}
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: damaged ({error!r}); copy the folder again") from error
+
+
+def source_regions(folder: str) -> RegionSource:
+    """The regions that the pretrained run reads, but for their classes; the records' objects where it reads none."""
+    found = source_data(folder).get("regions")
+    try:
+        return RegionSource() if found is None else replace(cattrs.structure(found, RegionSource), classes=None)
+    except (TypeError, BaseValidationError) as error:
+        raise UserError(f"{folder}: no regions that this version knows ({error!r}); copy the folder again") from error
 
 
 def task_objective(told: Finetune, data: Data, info: Mapping[str, Any], model: ModelConfig) -> ObjectiveConfig:
@@ -127,6 +139,11 @@ def task_objective(told: Finetune, data: Data, info: Mapping[str, Any], model: M
         case "grounding":
             loss = _loss(told, "ce", "rank")
             return GroundingConfig(**head, loss=loss, reduction=told.reduction, layers=told.layers)
+        case "retrieval":
+            # The matching head, which it starts from, reads all at once.
+            matched = told.reading is None and "ITMConfig" in _values(info.get("objectives"), "type")
+            head |= {"reading": "full"} if matched else {}
+            return RetrievalConfig(**head, negatives=told.negatives, source=told.source if matched else None)
         case _:
             assert_never(told.task)
 
@@ -212,14 +229,26 @@ def load_task(folder: str | Path) -> tuple[Saved, Objective, Data]:
     return saved, objective, data
 
 
+def load_zero_shot(told: Evaluate) -> tuple[Saved, Objective, Data]:
+    """A pretrained run that matches images and texts, with the captions and regions that it was trained on."""
+    if told.data is None:
+        raise UserError("--zero-shot needs --data: the folder whose splits are searched")
+    saved, source = load_model(told.run), source_data(told.run)
+    known = {name: source[name] for name in ("captions", "max_length", "fit") if name in source}
+    regions = source_regions(told.run) if saved.model.config.single is not None else None
+    data = RetrievalData(train="", batch_size=64, regions=regions, **known)
+    return saved, retrieval.zero_shot(saved, told.run), data
+
+
 def evaluate(told: Evaluate) -> dict[str, Any]:
     """Scores of a fine-tuned run's best weights on a split of its own data, or of `told.data`. Raises UserError for a
     record that cannot be read: an evaluation leaves none out."""
     if told.threads:
         torch.set_num_threads(told.threads)
-    saved, objective, data = load_task(told.run)
+    saved, objective, data = load_zero_shot(told) if told.zero_shot else load_task(told.run)
     if told.data is not None:
-        places: dict[str, Any] = {**find_splits(told.data, saved.info["task"], needed=told.split)}
+        task: Task = "retrieval" if told.zero_shot else saved.info["task"]
+        places: dict[str, Any] = {**find_splits(told.data, task, needed=told.split)}
         data = replace(data, **places)
     if told.beams < 1 or told.most < 1:
         raise UserError(f"--beams {told.beams} and --most {told.most} must be at least 1")
@@ -235,6 +264,8 @@ def evaluate(told: Evaluate) -> dict[str, Any]:
         return about | vqa.evaluate(model, objective, data, told.split, tokenizer)
     if isinstance(objective, NLVR | NLVR2) and isinstance(data, NLVRData):
         return about | nlvr.evaluate(model, objective, data, told.split, tokenizer)
+    if isinstance(objective, Retrieval) and isinstance(data, RetrievalData):
+        return about | retrieval.evaluate(model, objective, data, told.split, tokenizer)
     if isinstance(objective, Grounding) and isinstance(data, GroundingData):
         return about | grounding.evaluate(model, objective, data, told.split, tokenizer)
     assert isinstance(data, CaptionData)

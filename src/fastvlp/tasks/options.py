@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
-Task = Literal["vqa", "nlvr", "nlvr2", "caption", "grounding"]
+Task = Literal["vqa", "nlvr", "nlvr2", "caption", "grounding", "retrieval"]
 
 
 @dataclass(frozen=True, kw_only=True)

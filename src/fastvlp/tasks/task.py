@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from fastvlp.batch import Batch, Dropped, has_area
+from fastvlp.batch import Batch, Dropped, Regions, has_area
 from fastvlp.data.cache import ImageCache
 from fastvlp.data.decode import Stored, decode, stored
 from fastvlp.data.loader import Loader, Row, clean_caption, refusal
@@ -297,18 +297,24 @@ class HeadTask(Objective, abc.ABC):
         )
         initialise(self, width)
 
-    def pooled(self, model: VLModel, image_BKD: Tensor, batch: Batch) -> Tensor:
+    def pooled(
+        self,
+        model: VLModel,
+        image_BKD: Tensor,
+        ids_BL: Tensor,
+        length_B: Tensor,
+        regions: Regions | None,
+        slot_B: Tensor | None = None,
+    ) -> Tensor:
         """The summary of each row, [B D]."""
         if self.pool is None:
-            return model.read_regions(image_BKD, batch.regions, batch.ids, batch.length, slot_B=batch.slot).pooled
-        summary = model.summarise(
-            image_BKD, batch.ids, batch.length, reading=self.reading, slot_B=batch.slot, bos=self.bos
-        )
+            return model.read_regions(image_BKD, regions, ids_BL, length_B, slot_B=slot_B).pooled
+        summary = model.summarise(image_BKD, ids_BL, length_B, reading=self.reading, slot_B=slot_B, bos=self.bos)
         return torch.tanh(self.pool(summary))
 
     def logits(self, model: VLModel, image_BKD: Tensor, batch: Batch) -> Tensor:
         """[items outputs]; an item has `images` consecutive rows of the batch."""
-        pooled = self.pooled(model, image_BKD, batch)
+        pooled = self.pooled(model, image_BKD, batch.ids, batch.length, batch.regions, batch.slot)
         return self.head(pooled.unflatten(0, (-1, self.images)).flatten(1)).float()
 
 

@@ -1,0 +1,216 @@
+"""Image-text retrieval by a model that reads both: a score of each pair, tuned to rank, and exact recall over all pairs
+(UNITER, arXiv 1909.11740, section 4 and A.2; released code: model/itm.py, train_itm*.py; spec uniter-brivl.md A4.5)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree
+
+from fastvlp.batch import Batch, Regions
+from fastvlp.data.loader import Loader
+from fastvlp.data.random import uniform
+from fastvlp.data.rows import PairData, Split
+from fastvlp.data.shards import Shards
+from fastvlp.data.tokenize import Tokenizer
+from fastvlp.errors import UserError
+from fastvlp.eval.embedding import read_captions
+from fastvlp.eval.mode import evaluating
+from fastvlp.eval.ranks import ranks, recall
+from fastvlp.model.model import ModelConfig, VLModel
+from fastvlp.model.saved import Saved, load_model
+from fastvlp.objectives.losses import at_least_fp32
+from fastvlp.objectives.objective import Loss
+from fastvlp.tasks.task import HeadConfig, HeadTask, encoded
+from fastvlp.tasks.uniter_heads import rank_loss
+
+SALTS = {"image": 731, "text": 732}
+# Wrong candidates of some rows, [G N], and which of them are wrong indeed: a row may have fewer.
+Drawn = tuple[Tensor, Tensor]
+# Texts that are read beside an image at a time.
+ROWS = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class RetrievalData(PairData):
+    """The pairs of pretraining; every caption of a record is a candidate."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RetrievalConfig(HeadConfig):
+    """negatives: `random`, of each pair one other image and one other text of the batch. `hard`, online: for the first
+    `anchors` pairs of the batch all other texts, and all other images, are scored without gradients, and the `keep` best
+    are trained on. The released code draws both from the whole data set (8 anchors, 31 of 399); here a batch of 400
+    gives as many, nothing is read twice, and a pair with the very same text is never wrong.
+
+    source: the pretrained run whose matching head a fusion model starts from; a single stream has its own.
+    """
+
+    negatives: Literal["random", "hard"] = "random"
+    margin: float = 0.2
+    anchors: int = 8
+    keep: int = 31
+    source: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.anchors < 1 or self.keep < 1:
+            raise ValueError(f"anchors {self.anchors} and keep {self.keep} are at least 1")
+
+    def build(self, model: ModelConfig, tokenizer: Tokenizer) -> Retrieval:
+        return Retrieval(self, model)
+
+
+def hardest(score_AB: Tensor, wrong_AB: Tensor, keep: int) -> Drawn:
+    """Of each row the candidates that score highest among the wrong ones, best first: places [A min(keep, B - 1)], and
+    which of these are wrong indeed, for a row that has fewer."""
+    place = score_AB.masked_fill(~wrong_AB, -torch.inf).topk(min(keep, score_AB.shape[1] - 1), 1).indices
+    return place, wrong_AB.gather(1, place)
+
+
+class Retrieval(HeadTask):
+    def __init__(self, config: RetrievalConfig, model: ModelConfig):
+        super().__init__(config, model, images=1, outputs=1, head=nn.Linear(model.text.layer.width, 1))
+        self.config = config
+
+    @torch.no_grad()
+    def begin(self, model: VLModel) -> None:
+        """Scores start as the pretrained head's for "match": its second row, copied, so that saving and moving keep both."""
+        if self.pool is None:
+            learned: dict[str, Tensor] = {f"match.{name}": p for name, p in model.single.match.named_parameters()}
+        else:
+            learned = {} if self.config.source is None else matching_head(load_model(self.config.source))
+            for name, parameter in self.pool.named_parameters() if learned else ():
+                parameter.copy_(learned[f"pool.{name}"])
+        for name, parameter in self.head.named_parameters() if learned else ():
+            parameter.copy_(learned[f"match.{name}"][1:])
+
+    def scores(
+        self, model: VLModel, image_BKD: Tensor, ids_BL: Tensor, length_B: Tensor, regions: Regions | None
+    ) -> Tensor:
+        """How well each image fits the text of its row, [B]. A single image is read beside every text."""
+        if self.pool is None and len(image_BKD) == 1:
+            image_BKD = image_BKD.expand(len(ids_BL), -1, -1)
+            regions = _pytree.tree_map_only(Tensor, lambda x: x.expand(len(ids_BL), *x.shape[1:]), regions)
+        return at_least_fp32(self.head(self.pooled(model, image_BKD, ids_BL, length_B, regions))[:, 0])
+
+    def pair_scores(self, model: VLModel, image_BKD: Tensor, batch: Batch, image_P: Tensor, text_P: Tensor) -> Tensor:
+        """Of rows of the batch, images beside texts -> [P]."""
+        regions = _pytree.tree_map_only(Tensor, lambda x: x[image_P], batch.regions)
+        return self.scores(model, image_BKD[image_P], batch.ids[text_P], batch.length[text_P], regions)
+
+    def wrong(self, batch: Batch) -> Tensor:
+        """Which texts are not the row's own, bool [B B]."""
+        if len(batch) < 2 and self.training:
+            raise UserError("retrieval takes its negatives from the batch and this one has a single readable pair")
+        return (batch.ids[:, None] != batch.ids).any(-1)
+
+    def counts(self, batch: Batch) -> dict[str, Tensor]:
+        c, others_B = self.config, self.wrong(batch).sum(1)
+        count = (others_B > 0).sum() if c.negatives == "random" else others_B[: c.anchors].clamp(max=c.keep).sum()
+        return {"image": count, "text": count}
+
+    def random(self, batch: Batch) -> dict[str, Drawn]:
+        wrong_BB = self.wrong(batch)
+        some_B1 = wrong_BB.any(1, keepdim=True)
+        noise = {name: uniform(batch.seed, (len(batch),), salt) for name, salt in SALTS.items()}
+        return {name: (x.masked_fill(~wrong_BB, -1).argmax(1, keepdim=True), some_B1) for name, x in noise.items()}
+
+    def hard(self, model: VLModel, image_BKD: Tensor, batch: Batch) -> dict[str, Drawn]:
+        wrong_AB, every_B = self.wrong(batch)[: self.config.anchors], torch.arange(len(batch), device=batch.ids.device)
+        found: dict[str, list[Tensor]] = {name: [] for name in SALTS}
+        with evaluating(model, self):
+            for anchor in every_B[: len(wrong_AB)]:
+                own_B = anchor.expand(len(batch))
+                found["image"].append(self.pair_scores(model, image_BKD, batch, every_B, own_B))
+                found["text"].append(self.pair_scores(model, image_BKD, batch, own_B, every_B))
+        return {name: hardest(torch.stack(rows), wrong_AB, self.config.keep) for name, rows in found.items()}
+
+    def forward(self, model: VLModel, image_BKD: Tensor, batch: Batch) -> dict[str, Loss]:
+        """image: wrong images beside a text, text: wrong texts beside an image; a hinge for each."""
+        random = self.config.negatives == "random"
+        drawn = self.random(batch) if random else self.hard(model, image_BKD, batch)
+        (image_GN, _), (text_GN, _) = drawn["image"], drawn["text"]
+        own_G = torch.arange(len(image_GN), device=image_GN.device)
+        own_GN = own_G[:, None].expand_as(image_GN)
+        # Each right pair is read once, for both kinds of wrong ones.
+        image = torch.cat([own_G, image_GN.flatten(), own_GN.flatten()])
+        text = torch.cat([own_G, own_GN.flatten(), text_GN.flatten()])
+        score = self.pair_scores(model, image_BKD, batch, image, text)
+        right_G1, wrong = score[: len(own_G), None], score[len(own_G) :].view(2, *image_GN.shape)
+        losses, counts = {}, self.counts(batch)
+        for (name, (_, real_GN)), wrong_GN in zip(drawn.items(), wrong):
+            each_GN = rank_loss(torch.cat([right_G1, wrong_GN], 1), self.config.margin)
+            # As released: random, the mean over both kinds; hard, the sum of both means.
+            losses[name] = Loss(torch.where(real_GN, each_GN, 0).sum(), counts[name], 0.5 if random else 1.0)
+        return losses
+
+
+def matching_head(saved: Saved) -> dict[str, Tensor]:
+    """What a fusion model's image-text matching learned (objectives/itm.py); empty where it did not learn any."""
+    name = next((name for name, kind in objective_types(saved).items() if kind == "ITMConfig"), None)
+    return {key.removeprefix(f"{name}."): x for key, x in saved.objectives.items() if key.startswith(f"{name}.")}
+
+
+def objective_types(saved: Saved) -> dict[str, str]:
+    told = saved.info.get("objectives", {})
+    return {name: config.get("type", "") for name, config in told.items()}
+
+
+def zero_shot(saved: Saved, folder: str) -> Retrieval:
+    """Retrieval by the matching head of a pretrained run, untouched. Raises UserError for a run that did not learn to
+    match, or has been tuned to rank since: its own head is the one to score."""
+    kinds, single = {*objective_types(saved).values()}, saved.model.config.single is not None
+    if "RetrievalConfig" in kinds:
+        raise UserError(f"{folder}: has been fine-tuned for retrieval; evaluate it without --zero-shot")
+    # Weights that were converted tell of no objectives; UNITER's have a matching head.
+    if not (("WRAConfig" in kinds or not kinds) if single else matching_head(saved)):
+        raise UserError(f"{folder}: learned no image-text matching ({', '.join(sorted(kinds))}); fine-tune it first")
+    objective = Retrieval(RetrievalConfig(reading="full", source=folder), saved.model.config)
+    objective.begin(saved.model)
+    return objective
+
+
+def score_all(
+    model: VLModel, objective: Retrieval, data: RetrievalData, split: Split, tokenizer: Tokenizer, texts: Sequence[str]
+) -> Tensor:
+    """Of every image beside every text, [I T] on the CPU. Each image is encoded once; texts of like length share a batch."""
+    rows = data.rows(split, tokenizer, model.config.image, strict=True)
+    assert rows is not None
+    device = next(model.parameters()).device
+    ids_TL, length_T = (part.to(device) for part in tokenizer.encode(list(texts), data.max_length))
+    parts = length_T.argsort().split(ROWS)
+    score_IT = torch.empty(rows.count, len(texts))
+    first = 0
+    with evaluating(model, objective):
+        for made, _ in Loader(rows.count, rows.make, batch_size=data.batch_size, seed=0).once():
+            batch = made.to(device)
+            image_BKD = encoded(model, batch)
+            for b in range(len(batch)):
+                one = slice(b, b + 1)
+                regions = _pytree.tree_map_only(Tensor, lambda x, one=one: x[one], batch.regions)
+                for some in parts:
+                    ids = ids_TL[some, : int(length_T[some].max())]
+                    score = objective.scores(model, image_BKD[one], ids, length_T[some], regions)
+                    score_IT[first + b, some.cpu()] = score.cpu()
+            first += len(batch)
+    return score_IT
+
+
+def evaluate(
+    model: VLModel, objective: Retrieval, data: RetrievalData, split: Split, tokenizer: Tokenizer
+) -> dict[str, float]:
+    """Recall over all pairs of a split's images and captions; refuses a split with an unreadable record."""
+    folder = {"train": data.train, "val": data.val, "test": data.test}[split]
+    if folder is None:
+        raise UserError(f"the data has no {split!r} split; choose another --split, or --data FOLDER that has it")
+    captions = read_captions(Shards(folder), data.captions)
+    said = [text for its in captions for text in its]
+    place = {text: t for t, text in enumerate(dict.fromkeys(said))}
+    score_IT = score_all(model, objective, data, split, tokenizer, list(place))[:, [place[text] for text in said]]
+    own_T = torch.arange(len(captions)).repeat_interleave(torch.tensor([len(its) for its in captions]))
+    found = ranks(lambda i, t: score_IT[i, t], own_T, len(captions))
+    return recall(*found) | {"images": float(len(captions)), "count": float(len(said))}

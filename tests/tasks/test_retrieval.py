@@ -1,0 +1,206 @@
+from dataclasses import replace
+
+import pytest
+import torch
+
+from fastvlp.cli import main
+from fastvlp.data.loader import Row
+from fastvlp.data.random import hash64
+from fastvlp.data.rows import PairData
+from fastvlp.data.shards import Shards
+from fastvlp.errors import UserError
+from fastvlp.eval.ranks import ranks, recall
+from fastvlp.model.saved import load_model
+from fastvlp.objectives.itm import ITMConfig
+from fastvlp.objectives.objective import combine
+from fastvlp.tasks import retrieval
+from fastvlp.tasks.finetune import evaluate, finetune, load_task, load_zero_shot
+from fastvlp.tasks.options import Evaluate, Finetune
+from fastvlp.tasks.retrieval import RetrievalConfig, hardest
+from fastvlp.train.optim import OptimConfig
+from fastvlp.train.pretraining import Pretraining
+from fastvlp.train.run import train
+from fastvlp.train.state import TrainConfig
+from tests.made import made_batch, made_model, made_tokenizer
+from tests.made_single import region_batch, row_of, single_model
+
+LENGTHS, COUNTS = (7, 4, 9, 5, 6, 8), (3, 1, 5, 2, 4, 2)
+
+
+def made(kind, **told):
+    model = single_model() if kind == "single" else made_model()
+    objective = RetrievalConfig(reading="full", **told).build(model.config, made_tokenizer())
+    batch = region_batch(lengths=LENGTHS, counts=COUNTS) if kind == "single" else made_batch(lengths=LENGTHS)
+    module = Pretraining(model, {"task": objective})
+    return module, batch
+
+
+def alone(module, batch, image, text):
+    """The score of one pair, read without any other or padding."""
+    objective, n = module.objectives["task"], int(batch.length[text])
+    one = row_of(batch, image) if batch.regions is not None else None
+    regions = None if one is None else one.regions
+    feature = module.model.encode_image(batch.image[image : image + 1], regions=regions)
+    length = batch.length[text : text + 1]
+    return objective.scores(module.model, feature, batch.ids[text : text + 1, :n], length, regions).item()
+
+
+def test_the_hardest_of_a_table_of_scores():
+    score = torch.tensor([[9.0, 1, 5, 3], [2, 9, 7, 8], [0, 0, 9, 4]])
+    wrong = torch.tensor([[False, True, True, True], [True, False, True, True], [False, False, False, True]])
+    place, real = hardest(score, wrong, 2)
+    assert place[0].tolist() == [2, 3] and place[1].tolist() == [3, 2] and place[2, 0] == 3
+    assert real.tolist() == [[True, True], [True, True], [True, False]]
+    assert hardest(score, wrong, 31)[0].shape == (3, 3)
+
+
+@pytest.mark.parametrize("kind", ["single", "fusion"])
+def test_random_negatives_are_a_hinge_on_one_other_of_each_kind(kind):
+    module, batch = made(kind)
+    objective, losses = module.objectives["task"], module(batch)
+    drawn = objective.random(batch)
+    for name, (place, real) in drawn.items():
+        total = 0.0
+        for b, other in enumerate(place[:, 0].tolist()):
+            assert other != b and real[b]
+            pair = (other, b) if name == "image" else (b, other)
+            right, wrong = (torch.tensor(alone(module, batch, *p)).sigmoid().item() for p in ((b, b), pair))
+            total += max(0.0, 0.2 + wrong - right)
+        loss = losses[f"task/{name}"]
+        assert loss.count == module.counts(batch)[f"task/{name}"] == 6
+        assert loss.total.item() == pytest.approx(total, rel=1e-4, abs=1e-5)
+    # The mean over all negatives, as in the released code.
+    mean = sum(loss.total for loss in losses.values()) / 12
+    torch.testing.assert_close(combine(losses), mean)
+    moved = replace(batch, seed=torch.tensor([hash64(int(s), 1) for s in batch.seed]))
+    assert any(not objective.random(moved)[name][0].equal(drawn[name][0]) for name in drawn)
+
+
+@pytest.mark.parametrize("kind", ["single", "fusion"])
+def test_hard_negatives_are_the_best_scored_of_the_batch(kind):
+    """Their scores are those of each pair read alone: no row loses a region to another's padding (bug U-2)."""
+    module, batch = made(kind, negatives="hard", anchors=2, keep=3, margin=2.0)
+    losses = module(batch)
+    totals = {"image": 0.0, "text": 0.0}
+    for name in totals:
+        for anchor in range(2):
+            pairs = [(k, anchor) if name == "image" else (anchor, k) for k in range(6) if k != anchor]
+            best = sorted((alone(module, batch, *pair) for pair in pairs), reverse=True)[:3]
+            right = torch.tensor(alone(module, batch, anchor, anchor)).sigmoid()
+            totals[name] += sum((2.0 + torch.tensor(score).sigmoid() - right).item() for score in best)
+        assert losses[f"task/{name}"].count == module.counts(batch)[f"task/{name}"] == 6
+        assert losses[f"task/{name}"].total.item() == pytest.approx(totals[name], rel=1e-4)
+    torch.testing.assert_close(combine(losses).item(), sum(totals.values()) / 6, rtol=1e-4, atol=0)
+    combine(losses).backward()
+    assert module.objectives["task"].head.weight.grad.abs().sum() > 0
+    assert module.training, "scoring without gradients leaves training as it was"
+
+
+@pytest.mark.parametrize("negatives", ["random", "hard"])
+def test_a_pair_with_the_same_text_is_never_wrong(negatives):
+    module, batch = made("fusion", negatives=negatives, anchors=6, keep=4)
+    ids, length = batch.ids.clone(), batch.length.clone()
+    ids[1:4], length[1:4] = ids[0], length[0]
+    same = replace(batch, ids=ids, length=length)
+    losses = module(same)
+    assert losses["task/text"].count == (6 if negatives == "random" else 4 * 2 + 2 * 4)
+    one = replace(batch, ids=ids[:1].expand(6, -1), length=length[:1].expand(6))
+    assert all(loss.total == 0 and loss.count == 0 for loss in module(one).values())
+    with pytest.raises(UserError, match="single readable pair"):
+        module.objectives["task"].wrong(replace(batch, ids=ids[:1], seed=batch.seed[:1], image=batch.image[:1]))
+
+
+def told(source, world, out, **more):
+    more = {"steps": 3, "batch_size": 8, "precision": "fp32", **more}
+    return Finetune(task="retrieval", source=str(source), data=str(world), out=str(out), **more)
+
+
+@pytest.fixture(scope="module")
+def matched(runs, world, tmp_path_factory):
+    """Folders of runs that learned to match: a single stream, and a fusion model."""
+    folder = tmp_path_factory.mktemp("itm")
+    config = load_model(runs["mlm"]).model.config
+    train(
+        TrainConfig(
+            name="itm",
+            out=str(folder / "itm"),
+            data=PairData(train=str(world / "train"), batch_size=8, max_length=40),
+            model=config,
+            objectives={"itm": ITMConfig()},
+            optim=OptimConfig(lr=1e-3),
+            steps=2,
+            tokenizer=str(runs["mlm"] / "tokenizer.json"),
+            precision="fp32",
+        )
+    )
+    return {"single": runs["uniter"], "fusion": folder / "itm"}
+
+
+@pytest.mark.parametrize("kind", ["single", "fusion"])
+def test_zero_shot_is_the_matching_heads_score(kind, matched, world):
+    saved, objective, data = load_zero_shot(Evaluate(run=str(matched[kind]), data=str(world), zero_shot=True))
+    data = replace(data, train=str(world / "train"), test=str(world / "test"))
+    texts = [text for i in range(6) for text in Shards(data.test).info(i)["captions"]]
+    found = retrieval.score_all(saved.model, objective, data, "test", saved.tokenizer, texts)
+    image = saved.model.config.image
+    rows = data.rows("test", saved.tokenizer, image, strict=True)
+
+    batch, _ = rows.make([Row(i, 0) for i in range(6)])
+    if kind == "fusion":
+        itm = ITMConfig().build(saved.model.config, saved.tokenizer)
+        itm.load_state_dict({k.removeprefix("itm."): v for k, v in saved.objectives.items()})
+    for i in range(6):
+        ids, length = saved.tokenizer.encode(texts, data.max_length)
+        with torch.no_grad():
+            image_BKD = saved.model.encode_image(batch.image, regions=batch.regions)[[i] * len(texts)]
+            if kind == "single":
+                regions = replace(batch.regions, box=batch.regions.box[[i] * 30], count=batch.regions.count[[i] * 30])
+                logits = saved.model.single.match(saved.model.read_regions(image_BKD, regions, ids, length).pooled)
+            else:
+                logits = itm.scores(saved.model, image_BKD, ids, length)
+        torch.testing.assert_close(found[i], logits[:, 1], atol=1e-5, rtol=1e-5)
+    scores = evaluate(Evaluate(run=str(matched[kind]), data=str(world), zero_shot=True))
+    own = torch.arange(6).repeat_interleave(5)
+    known = recall(*ranks(lambda i, t: found[i, t], own, 6))
+    assert {name: scores[name] for name in known} == pytest.approx(known)
+    assert scores["images"] == 6 and scores["count"] == 30
+
+
+@pytest.mark.parametrize("kind", ["single", "fusion"])
+def test_the_ranking_head_starts_as_a_copy_and_stays_what_it_became(kind, matched, world, tmp_path):
+    still = told(matched[kind], world, tmp_path / "still", lr=1e-12, negatives="hard")
+    scores = finetune(still)[0]["test"]
+    zero = evaluate(Evaluate(run=str(matched[kind]), data=str(world), zero_shot=True))
+    assert {n: scores[n] for n in scores if "/" in n} == {n: zero[n] for n in zero if "/" in n}
+    finetune(told(matched[kind], world, tmp_path / "run", lr=1e-2))
+    saved, objective, _ = load_task(tmp_path / "run")
+    if kind == "single":
+        pretrained = load_model(matched[kind]).model.single.match
+        assert objective.head.weight.data_ptr() != saved.model.single.match.weight.data_ptr()
+        torch.testing.assert_close(saved.model.single.match.weight, pretrained.weight)
+        assert not torch.allclose(objective.head.weight, pretrained.weight[1:], atol=1e-4)
+    # Evaluating it reads its own head: the released script overwrites it (bug U-22).
+    again = evaluate(Evaluate(run=str(tmp_path / "run")))
+    assert again == evaluate(Evaluate(run=str(tmp_path / "run")))
+    with pytest.raises(UserError, match="without --zero-shot"):
+        evaluate(Evaluate(run=str(tmp_path / "run"), data=str(world), zero_shot=True))
+
+
+def test_what_was_never_learned_is_not_scored(runs, world, capsys):
+    with pytest.raises(UserError, match="learned no image-text matching"):
+        evaluate(Evaluate(run=str(runs["mlm"]), data=str(world), zero_shot=True))
+    assert main(["evaluate", str(runs["uniter"]), "--zero-shot"]) == 2
+    assert "needs --data" in capsys.readouterr().err
+
+
+def test_every_image_meets_every_text_once(runs, world, monkeypatch):
+    """Chunks of texts change nothing, and equal captions share one score."""
+    monkeypatch.setattr(retrieval, "ROWS", 7)
+    saved, objective, data = load_zero_shot(Evaluate(run=str(runs["uniter"]), data=str(world), zero_shot=True))
+    data = replace(data, test=str(world / "test"), batch_size=4)
+    texts = [text for i in range(6) for text in Shards(data.test).info(i)["captions"]]
+    found = retrieval.score_all(saved.model, objective, data, "test", saved.tokenizer, texts)
+    monkeypatch.setattr(retrieval, "ROWS", 100)
+    whole = retrieval.score_all(saved.model, objective, data, "test", saved.tokenizer, texts)
+    torch.testing.assert_close(found, whole, atol=1e-5, rtol=1e-5)
+    assert found.shape == (6, 30) and found.isfinite().all()
