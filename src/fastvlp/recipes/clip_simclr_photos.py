@@ -1,0 +1,31 @@
+"""CLIP with SimCLR as an image term (SLIP, arXiv 2112.12750) on your own image-text pairs: clip_photos with two looks at each
+image beside its caption, three images encoded a pair.
+
+    vlp data import PAIRS --out photos --val 0.1 --max-side 192
+    vlp pretrain clip_simclr_photos
+    vlp pretrain clip_simclr_photos --objectives.simclr.keep 0.5      # half of each view's patches
+
+Not measured yet.
+"""
+
+from dataclasses import replace
+
+from fastvlp.data.augment import AugmentConfig
+from fastvlp.objectives.simclr import NATURAL, SimCLRConfig
+from fastvlp.recipes.clip_photos import clip_photos
+from fastvlp.train.run import TrainConfig
+
+
+def clip_simclr_photos() -> TrainConfig:
+    run = clip_photos()
+    return replace(
+        run,
+        name="clip_simclr_photos",
+        objectives={
+            **run.objectives,
+            # Blurred as 224 pixels would be.
+            "simclr": SimCLRConfig(augment=replace(NATURAL, sigma=(0.05, 1.0))),
+        },
+        # SLIP's for the image beside its caption.
+        augment=AugmentConfig(crop=(0.5, 1.0)),
+    )
