@@ -10,6 +10,8 @@ if TYPE_CHECKING:
     from fastvlp.batch import Batch as Batch
     from fastvlp.batch import Example as Example
     from fastvlp.batch import Record as Record
+    from fastvlp.data.augment import AugmentConfig as AugmentConfig
+    from fastvlp.data.regions import RegionSource as RegionSource
     from fastvlp.data.rows import PairData as PairData
     from fastvlp.data.shards import Shards as Shards
     from fastvlp.data.shards import ShardWriter as ShardWriter
@@ -21,14 +23,23 @@ if TYPE_CHECKING:
     from fastvlp.model.saved import load_model as load_model
     from fastvlp.model.saved import save_model as save_model
     from fastvlp.objectives.ar import ARConfig as ARConfig
+    from fastvlp.objectives.clip import CLIPConfig as CLIPConfig
     from fastvlp.objectives.flm import FLMConfig as FLMConfig
     from fastvlp.objectives.flm import official_flm as official_flm
     from fastvlp.objectives.itm import ITMConfig as ITMConfig
     from fastvlp.objectives.mlm import MLMConfig as MLMConfig
+    from fastvlp.objectives.moco import MoCoConfig as MoCoConfig
     from fastvlp.objectives.objective import Loss as Loss
     from fastvlp.objectives.objective import Objective as Objective
     from fastvlp.objectives.objective import ObjectiveConfig as ObjectiveConfig
+    from fastvlp.objectives.objective import PairObjective as PairObjective
     from fastvlp.objectives.prefixlm import PrefixLMConfig as PrefixLMConfig
+    from fastvlp.objectives.reconstruct import ReconstructConfig as ReconstructConfig
+    from fastvlp.objectives.region import MRCConfig as MRCConfig
+    from fastvlp.objectives.region import MRFRConfig as MRFRConfig
+    from fastvlp.objectives.siglip import SigLIPConfig as SigLIPConfig
+    from fastvlp.objectives.simclr import SimCLRConfig as SimCLRConfig
+    from fastvlp.objectives.wra import WRAConfig as WRAConfig
     from fastvlp.recipes import recipe as recipe
     from fastvlp.tasks.caption import caption as caption
     from fastvlp.train.optim import OptimConfig as OptimConfig
@@ -36,26 +47,37 @@ if TYPE_CHECKING:
 
 _HOME = {
     "ARConfig": "objectives.ar",
+    "AugmentConfig": "data.augment",
     "Batch": "batch",
+    "CLIPConfig": "objectives.clip",
     "Example": "batch",
     "FLMConfig": "objectives.flm",
     "ITMConfig": "objectives.itm",
     "Loss": "objectives.objective",
     "MLMConfig": "objectives.mlm",
+    "MRCConfig": "objectives.region",
+    "MRFRConfig": "objectives.region",
+    "MoCoConfig": "objectives.moco",
     "ModelConfig": "model.model",
     "Objective": "objectives.objective",
     "ObjectiveConfig": "objectives.objective",
     "OptimConfig": "train.optim",
     "PairData": "data.rows",
+    "PairObjective": "objectives.objective",
     "PrefixLMConfig": "objectives.prefixlm",
+    "ReconstructConfig": "objectives.reconstruct",
     "Record": "batch",
+    "RegionSource": "data.regions",
     "ShardWriter": "data.shards",
     "Shards": "data.shards",
+    "SigLIPConfig": "objectives.siglip",
+    "SimCLRConfig": "objectives.simclr",
     "Tokenizer": "data.tokenize",
     "TrainConfig": "train.state",
     "Transform": "data.transform",
     "UserError": "errors",
     "VLModel": "model.model",
+    "WRAConfig": "objectives.wra",
     "caption": "tasks.caption",
     "load_model": "model.saved",
     "official_flm": "objectives.flm",
