@@ -54,10 +54,14 @@ class DataImport:
 
     source: Positional[Path]
     """A csv, tsv, jsonl or parquet file; a folder of images with .txt beside them; WebDataset tars; Cornell NLVR; a
-    folder with examples.jsonl and images.zip."""
+    folder with examples.jsonl and images.zip; the published annotations of COCO, Karpathy's splits, VQA v2, NLVR2, SNLI-VE,
+    RefCOCO or VCR."""
     out: Path
     """Folder to write; each split becomes a folder of shards in it."""
-    format: Literal["auto", "table", "folder", "webdataset", "nlvr", "examples"] = "auto"
+    format: Literal[
+        "auto", "table", "folder", "webdataset", "nlvr", "examples",
+        "coco", "karpathy", "vqa", "nlvr2", "snli_ve", "refcoco", "vcr",
+    ] = "auto"  # fmt: skip
     """The source's format; auto tells it from the path."""
     split: str = "train"
     """Split of the records that name none."""
@@ -74,8 +78,8 @@ class DataImport:
     caption_column: str = ""
     """Column of captions, for tables; by default one with a usual name."""
     images: Literal["blank"] | Path | None = None
-    """Folder that a table's image paths start from; by default the table's own. `blank`: there are no images, and a model
-    that reads stored regions alone needs none."""
+    """Folder that the image paths of a table or of published annotations start from; by default where these are. `blank`:
+    there are no images, and a model that reads stored regions alone needs none."""
     features: Path | None = None
     """A detector's regions in UNITER's layout, a folder of npz files or an LMDB: each record gets those of its image's
     name."""

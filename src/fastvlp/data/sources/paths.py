@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import io
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from PIL import Image
 
-from fastvlp.batch import Dropped
+from fastvlp.batch import Dropped, Record
 from fastvlp.errors import UserError
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
@@ -41,6 +44,38 @@ def read_inside(root: Images, name: str, key: str) -> bytes | Dropped:
         return Dropped(key=key, reason="image file is missing")
     except (OSError, ValueError) as error:
         return Dropped(key=key, reason=f"image file cannot be read ({type(error).__name__})")
+
+
+def pictured(key: str, info: Mapping[str, Any], root: Images, *names: str) -> Record | Dropped:
+    """A record with these images; Dropped as of `read_inside` where one cannot be had."""
+    images = [read_inside(root, name, key) for name in names]
+    lost = next((image for image in images if isinstance(image, Dropped)), None)
+    return lost or Record(key=key, images=tuple(image for image in images if isinstance(image, bytes)), info=info)
+
+
+def read_json(path: Path) -> Any:
+    """A JSON file whole; UserError where it is none."""
+    try:
+        return json.loads(read_text(path))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not JSON ({error}); copy the file again") from None
+
+
+@contextmanager
+def in_form(path: Path, form: str) -> Iterator[None]:
+    """What only a file of another form can cause becomes a UserError that says so."""
+    try:
+        yield
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(
+            f"{path}: not in the form of {form} ({type(error).__name__}: {error}); name its format with --format"
+        ) from None
+
+
+def xyxy(box: Any) -> list[float]:
+    """COCO's boxes are x, y, width, height."""
+    x, y, width, height = box
+    return [x, y, x + width, y + height]
 
 
 def read_text(path: Path) -> str:
