@@ -1,0 +1,36 @@
+"""Made items, and a process that adds some until it is killed."""
+
+from __future__ import annotations
+
+import sys
+from itertools import count
+
+import numpy as np
+
+from fastvlp.serve.index import Stamp, open_index
+
+WIDTH = 16
+STAMP = Stamp(fingerprint="f" * 32, width=WIDTH, model="made")
+
+
+def made_vectors(number: int, seed: int = 0) -> np.ndarray:
+    vectors = np.random.default_rng(seed).normal(size=(number, WIDTH)).astype(np.float32)
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+
+def vector_of(i: int) -> np.ndarray:
+    return made_vectors(1, seed=i)[0]
+
+
+def add_for_ever(uri: str, size: int) -> None:
+    """Prints the number of each batch once it is acknowledged."""
+    index = open_index(uri, STAMP)
+    print("ready", flush=True)
+    for batch in count():
+        numbers = range(batch * size, (batch + 1) * size)
+        index.add([f"i{i}" for i in numbers], np.stack([vector_of(i) for i in numbers]), [{"n": i} for i in numbers])
+        print(batch, flush=True)
+
+
+if __name__ == "__main__":
+    add_for_ever(sys.argv[1], int(sys.argv[2]))

@@ -1,0 +1,285 @@
+"""One set of demands on every engine: a folder, a Chroma server on loopback, and PostgreSQL where there is one."""
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import uuid
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fastvlp.errors import UserError
+from fastvlp.serve.index import EngineError, open_index, pictures_of
+from tests.serve.engines import STAMP, made_vectors, vector_of
+
+pytest.importorskip("chromadb", reason="chromadb is not installed: pip install 'fastvlp[serve]'")
+PG = "FASTVLP_TEST_PG"
+
+
+@pytest.fixture(scope="session")
+def chroma_server(tmp_path_factory):
+    """http://127.0.0.1:PORT of a server that lives as long as the tests."""
+    program = Path(sys.executable).with_name("chroma")
+    if not program.exists():
+        pytest.skip("no Chroma server here: the package's `chroma` program is missing")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    folder = tmp_path_factory.mktemp("server")
+    command = [program, "run", "--path", folder, "--host", "127.0.0.1", "--port", str(port)]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:
+        for _ in range(300):
+            with socket.socket() as knock:
+                if knock.connect_ex(("127.0.0.1", port)) == 0:
+                    break
+            time.sleep(0.1)
+        yield f"http://127.0.0.1:{port}"
+        server.kill()
+
+
+@pytest.fixture(params=["folder", "server", "postgresql"])
+def uri(request, tmp_path):
+    """Where an index may be made."""
+    if request.param == "folder":
+        return str(tmp_path / "index")
+    name = f"t{uuid.uuid4().hex[:16]}"
+    if request.param == "server":
+        return f"{request.getfixturevalue('chroma_server')}/{name}"
+    if PG not in os.environ:
+        pytest.skip(f"no PostgreSQL with pgvector: name one with {PG}=postgresql://USER@HOST/DATABASE")
+    pytest.importorskip("psycopg")
+    return f"{os.environ[PG]}#{name}"
+
+
+@pytest.fixture
+def index(uri):
+    index = open_index(uri, STAMP, create=True)
+    yield index
+    index.close()
+
+
+def fill(index, number=50):
+    vectors = made_vectors(number)
+    index.add([f"i{i}" for i in range(number)], vectors, [{"n": i, "even": i % 2 == 0} for i in range(number)])
+    return vectors
+
+
+def test_search_gives_the_nearest_with_their_cosines(index):
+    vectors = fill(index)
+    query = made_vectors(3, seed=1)
+    exact = query @ vectors.T
+    for row, hits in zip(exact, index.search(query, 5)):
+        order = np.argsort(-row)[:5]
+        assert [hit.id for hit in hits] == [f"i{i}" for i in order]
+        assert np.allclose([hit.score for hit in hits], row[order], atol=1e-5)
+        assert hits[0].info == {"n": order[0], "even": bool(order[0] % 2 == 0)}
+    assert index.search(made_vectors(0), 5) == [] and index.count() == 50
+
+
+def test_pages_continue_where_the_last_one_ended(index):
+    fill(index)
+    query = made_vectors(1, seed=1)
+    whole = index.search(query, 20)[0]
+    assert index.search(query, 7, offset=13)[0] == whole[13:]
+    assert index.search(query, 7, offset=48)[0] == index.search(query, 60)[0][48:]
+
+
+@pytest.mark.parametrize(
+    ("where", "wanted"),
+    [
+        ({"n": 3}, {3}),
+        ({"n": [3, 4, 99]}, {3, 4}),
+        ({"n": [3, 4], "even": True}, {4}),
+        ({"n": [3, "four"]}, {3}),
+        ({"n": []}, set()),
+        ({"unknown": 1}, set()),
+        ({"name": "红色'\"; drop table"}, {50}),
+    ],
+)
+def test_filters_are_of_equal_or_listed_values(index, where, wanted):
+    fill(index)
+    index.add(["odd one"], made_vectors(1, seed=9), [{"name": "红色'\"; drop table"}])
+    hits = index.search(made_vectors(1, seed=1), 10, where)[0]
+    assert {hit.info.get("n", 50) for hit in hits} == wanted
+
+
+def test_an_item_that_is_added_again_is_replaced_whole(index):
+    vectors = fill(index)
+    index.add(["i1", "new"], vectors[[7, 8]], [{"other": "x"}, {}])
+    found = index.get(["new", "i1", "nobody", "i1"])
+    assert [(item.id, item.info) for item in found] == [("new", {}), ("i1", {"other": "x"})]
+    assert np.allclose(found[1].vector, vectors[7], atol=1e-6) and found[1].vector.dtype == np.float32
+    assert index.count() == 51
+
+
+def test_what_is_deleted_is_not_found_and_counted_once(index):
+    vectors = fill(index)
+    assert index.delete(["i1", "i2", "i1", "nobody"]) == 2
+    assert index.delete(["i1"]) == 0 and index.count() == 48
+    assert index.search(vectors[[1]], 1)[0][0].id != "i1" and index.get(["i1"]) == []
+    index.add(["i1"], vectors[[1]], [{}])
+    assert index.search(vectors[[1]], 1)[0][0].id == "i1"
+
+
+def test_an_index_keeps_its_items_and_stamp(uri):
+    index = open_index(uri, STAMP, create=True)
+    vectors = fill(index)
+    index.close()
+    again = open_index(uri)
+    assert again.stamp == STAMP and again.count() == 50
+    assert again.search(vectors[[4]], 1)[0][0].id == "i4"
+    again.close()
+
+
+def test_another_model_is_refused(uri):
+    open_index(uri, STAMP, create=True).close()
+    for other in (replace(STAMP, fingerprint="0" * 32), replace(STAMP, width=8)):
+        for create in (False, True):
+            with pytest.raises(UserError, match="vectors of another model, made"):
+                open_index(uri, replace(other, model="other"), create=create)
+    open_index(uri, replace(STAMP, model="renamed"), create=True).close()
+
+
+def test_an_index_that_is_not_there_is_not_made_by_asking(uri, tmp_path):
+    with pytest.raises(UserError, match="no index here"):
+        open_index(uri, STAMP)
+    assert not (tmp_path / "index").exists()
+
+
+@pytest.mark.parametrize(
+    ("ids", "vectors", "infos", "said"),
+    [
+        (["a"], np.zeros((1, 8), np.float32), [{}], r"rows of 16 numbers"),
+        (["a"], np.full((1, 16), np.nan), [{}], "no finite number"),
+        (["a", "a"], made_vectors(2), [{}, {}], "stands twice"),
+        (["a"], made_vectors(1), [], "one of each"),
+        ([""], made_vectors(1), [{}], "not empty"),
+        (["a\0"], made_vectors(1), [{}], "Unicode"),
+        (["a\ud800"], made_vectors(1), [{}], "Unicode"),
+        (["a"], made_vectors(1), [{"x": None}], "field 'x' is None"),
+        (["a"], made_vectors(1), [{"x": 2**70}], "a finite number"),
+        (["a"], made_vectors(1), [{"x": float("inf")}], "a finite number"),
+        (["a"], made_vectors(1), [{"$and": 1}], "does not begin with"),
+    ],
+)
+def test_what_no_engine_can_hold_is_refused_whole(index, ids, vectors, infos, said):
+    with pytest.raises(UserError, match=said):
+        index.add(ids, vectors, infos)
+    assert index.count() == 0
+
+
+@pytest.mark.parametrize(
+    ("k", "offset", "where"), [(0, 0, None), (1, -1, None), (10**9, 0, None), (1, 0, {"$or": 1}), (1, 0, {"a": [None]})]
+)
+def test_what_cannot_be_asked_is_refused(index, k, offset, where):
+    with pytest.raises(UserError):
+        index.search(made_vectors(1), k, where, offset)
+
+
+def test_many_items_at_once(index):
+    number = 4500  # more than one request of any engine
+    vectors = np.tile(made_vectors(1), (number, 1))
+    ids = [f"many/{i}" for i in range(number)]
+    index.add(ids, vectors, [{"n": i} for i in range(number)])
+    assert index.count() == number and [item.id for item in index.get(ids[::-1])] == ids[::-1]
+    assert index.delete(ids[:4200]) == 4200 and index.count() == 300
+
+
+def kill_while_adding(uri, batches, size=20):
+    """How many batches were acknowledged before the process was killed."""
+    command = [sys.executable, "-m", "tests.serve.engines", uri, str(size)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
+        assert child.stdout is not None
+        acknowledged = -1
+        for line in child.stdout:
+            acknowledged = int(line) if line.strip().isdigit() else acknowledged
+            if acknowledged >= batches:
+                break
+        time.sleep(0.007)  # into the next batch
+        child.kill()
+        # What it said before it died counts too.
+        said = [int(line) for line in child.stdout if line.strip().isdigit()]
+    return max([acknowledged, *said]) + 1
+
+
+def test_nothing_acknowledged_is_lost_when_the_writer_is_killed(uri):
+    open_index(uri, STAMP, create=True).close()
+    batches = kill_while_adding(uri, batches=3)
+    with_all = open_index(uri, STAMP)
+    ids = [f"i{i}" for i in range(20 * batches)]
+    found = with_all.get(ids)
+    assert [item.id for item in found] == ids
+    assert all(
+        item.info == {"n": i} and np.allclose(item.vector, vector_of(i), atol=1e-6) for i, item in enumerate(found)
+    )
+    last = 20 * batches - 1
+    assert with_all.search(vector_of(last)[None], 1)[0][0].id == f"i{last}"
+    # Of the batch that was cut short, items are there or not; added again, nothing is there twice.
+    numbers = range(20 * (batches + 1))
+    with_all.add([f"i{i}" for i in numbers], np.stack([vector_of(i) for i in numbers]), [{"n": i} for i in numbers])
+    assert with_all.count() == len(numbers)
+    hits = with_all.search(vector_of(5)[None], len(numbers))[0]
+    assert len({hit.id for hit in hits}) == len(hits) == len(numbers)
+    with_all.close()
+
+
+def test_a_folder_has_one_writer_and_readers_see_what_it_wrote(tmp_path):
+    uri = str(tmp_path / "index")
+    reader = open_index(uri, STAMP, create=True)
+    command = [sys.executable, "-m", "tests.serve.engines", uri, "20"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
+        assert child.stdout is not None
+        assert next(line for line in child.stdout if line.strip() == "1")
+        assert reader.search(vector_of(39)[None], 1)[0][0].id == "i39"
+        with pytest.raises(UserError, match=f"another process .number {child.pid}. writes"):
+            reader.add(["mine"], made_vectors(1), [{}])
+        child.kill()
+    reader.add(["mine"], made_vectors(1), [{}])
+    assert reader.count() % 20 == 1
+    reader.close()
+
+
+def test_a_folder_is_moved_as_it_is(tmp_path):
+    index = open_index(str(tmp_path / "index"), STAMP, create=True)
+    vectors = fill(index)
+    index.close()
+    moved = open_index(str(shutil.move(tmp_path / "index", tmp_path / "elsewhere")), STAMP)
+    assert moved.search(vectors[[3]], 1)[0][0].id == "i3"
+    moved.close()
+
+
+def test_a_damaged_folder_and_a_server_that_is_away_are_said(tmp_path):
+    (tmp_path / "chroma.sqlite3").write_bytes(b"no database" * 100)
+    with pytest.raises(UserError, match="damaged"):
+        open_index(str(tmp_path), STAMP)
+    with pytest.raises(EngineError, match="is a Chroma server running there"):
+        open_index("http://127.0.0.1:9/x", STAMP)
+    with pytest.raises(UserError, match="an index is a folder"):
+        open_index("ftp://somewhere/x", STAMP)
+
+
+def test_pictures_are_in_the_folder_of_the_index_or_where_told(tmp_path):
+    assert pictures_of("http://127.0.0.1/x") is None
+    assert pictures_of("http://127.0.0.1/x", tmp_path).folder == tmp_path
+    assert pictures_of(str(tmp_path)).folder == tmp_path / "pictures"
+
+
+def test_an_index_loads_no_embedder_and_reports_to_nobody(tmp_path):
+    code = f"""
+import socket, sys
+def refuse(*_): raise SystemExit("a connection was asked for")
+socket.socket.connect = refuse
+from tests.serve.engines import STAMP, made_vectors
+from fastvlp.serve.index import open_index
+index = open_index({str(tmp_path / "index")!r}, STAMP, create=True)
+index.add(["a"], made_vectors(1), [{{}}])
+assert index.search(made_vectors(1), 1)[0][0].id == "a"
+index.close()
+sys.exit("onnxruntime" in sys.modules or "torch" in sys.modules)
+"""
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
