@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import pickle
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,20 @@ from fastvlp.batch import Dropped, Record
 from fastvlp.cli import main
 from fastvlp.data.decode import Stored
 from fastvlp.data.importing import ImportConfig, import_data
+from fastvlp.data.loader import Row
+from fastvlp.data.random import hash64
 from fastvlp.data.regions import RegionSource, read_regions
+from fastvlp.data.rows import PairData
 from fastvlp.data.shards import Shards
 from fastvlp.data.sources import Source, features
+from fastvlp.data.tokenize import Tokenizer
 from fastvlp.data.transform import Transform
 from fastvlp.errors import UserError
+from fastvlp.model.model import VLModel
+from fastvlp.model.regions import RegionConfig
+from fastvlp.model.sizes import tiny_single, with_tokenizer
+from fastvlp.objectives.region import MRCConfig, MRFRConfig
+from fastvlp.train.pretraining import Pretraining
 
 Arrays = dict[str, np.ndarray]
 CONF = (0.3, 0.9, 0.1)
@@ -259,3 +269,26 @@ def test_the_command_joins_features(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "1 its regions: no entry of its name" in capsys.readouterr().out
     assert main(["data", "inspect", str(out)]) == 0
     assert "confidences 1" in capsys.readouterr().out
+
+
+def test_uniter_pretrains_on_what_was_imported(tmp_path: Path) -> None:
+    """From an LMDB and captions, without images, to the losses of features and classes that are asked for."""
+    rows = [{"image": f"{name.removesuffix('.npz')}.jpg", "caption": "a cat"} for name in ENTRIES]
+    (tmp_path / "t.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    source = Source(path=tmp_path / "t.jsonl", format="table", images="blank", features=store(tmp_path, "lmdb"))
+    import_data(source, tmp_path / "out", ImportConfig())
+    regions = RegionSource(stored=True, most=100)
+    data = PairData(train=str(tmp_path / "out/train"), batch_size=2, regions=regions, max_tokens=64)
+    tokenizer = Tokenizer.train(["a cat"] * 3, vocab_size=40)
+    config = with_tokenizer(tiny_single(), tokenizer)
+    config = replace(config, single=replace(config.single, regions=RegionConfig(feature=6)))
+    rows_of = data.rows("train", tokenizer, config.image, strict=True)
+    assert rows_of is not None and rows_of.lengths().tokens_T.tolist() == [4 + 3, 4 + 3]
+    batch, _ = rows_of.make([Row(i, hash64(0, 0, i)) for i in range(2)])
+    objectives = {"mrfr": MRFRConfig(rate=0.9), "mrc": MRCConfig(classes=5, rate=0.9)}
+    built = {name: told.build(config, tokenizer) for name, told in objectives.items()}
+    pretraining = Pretraining(VLModel(config), built)
+    losses = pretraining(batch)
+    assert losses.keys() == {"mrfr/masked", "mrc/masked"}
+    torch.stack([loss.total for loss in losses.values()]).sum().backward()
+    assert pretraining.model.single.regions.feature.weight.grad.abs().sum() > 0
