@@ -21,7 +21,7 @@ def told(task, source, world, out, **more):
 
 
 KINDS = ("flm", "mlm", "uniter")
-TASKS = ("vqa", "nlvr", "nlvr2", "grounding", "retrieval")
+TASKS = ("vqa", "nlvr", "nlvr2", "grounding", "retrieval", "entailment", "vcr")
 
 
 @pytest.mark.parametrize(

@@ -17,17 +17,20 @@ from fastvlp.data import splits
 from fastvlp.data.files import write_whole
 from fastvlp.data.regions import RegionSource
 from fastvlp.data.rows import Data, Split
+from fastvlp.data.tokenize import Tokenizer
 from fastvlp.errors import UserError
-from fastvlp.model.model import Bos, ModelConfig, Reading
+from fastvlp.model.model import Bos, ModelConfig, Reading, VLModel
 from fastvlp.model.saved import Saved, load_exactly, load_model
 from fastvlp.objectives.objective import Objective, ObjectiveConfig
-from fastvlp.tasks import caption, grounding, nlvr, retrieval, vqa
+from fastvlp.tasks import caption, entailment, grounding, nlvr, retrieval, vcr, vqa
 from fastvlp.tasks.caption import CaptionConfig, CaptionData
+from fastvlp.tasks.entailment import Entailment, EntailmentConfig, EntailmentData
 from fastvlp.tasks.grounding import Grounding, GroundingConfig, GroundingData
 from fastvlp.tasks.nlvr import NLVR, NLVRConfig, NLVRData
 from fastvlp.tasks.nlvr2 import NLVR2, NLVR2Config, NLVR2Data
 from fastvlp.tasks.options import Evaluate, Finetune, Task
 from fastvlp.tasks.retrieval import Retrieval, RetrievalConfig, RetrievalData
+from fastvlp.tasks.vcr import VCR, VCRConfig, VCRData
 from fastvlp.tasks.vqa import VQA, VQAConfig, VQAData, frequent_answers
 from fastvlp.train.optim import OptimConfig
 from fastvlp.train.run import train
@@ -57,6 +60,8 @@ RATES: dict[Task, Rates] = {
     "caption": Rates(lr=5e-4, cross=1, head=1),
     "grounding": _USUAL,
     "retrieval": Rates(lr=5e-4, cross=1, head=1),
+    "entailment": _USUAL,
+    "vcr": _USUAL,
 }
 # What a task reads, and what it trains.
 KINDS: dict[Task, tuple[type[Data], type[ObjectiveConfig]]] = {
@@ -66,9 +71,11 @@ KINDS: dict[Task, tuple[type[Data], type[ObjectiveConfig]]] = {
     "caption": (CaptionData, CaptionConfig),
     "grounding": (GroundingData, GroundingConfig),
     "retrieval": (RetrievalData, RetrievalConfig),
+    "entailment": (EntailmentData, EntailmentConfig),
+    "vcr": (VCRData, VCRConfig),
 }
 # Rows of the type table that a task reads, where they are more than words and one image.
-TYPES: dict[Task, int] = {"nlvr2": 3}
+TYPES: dict[Task, int] = {"nlvr2": 3, "vcr": 4}
 
 
 def find_splits(folder: str, task: Task, needed: Split = "train") -> dict[str, str]:
@@ -99,6 +106,10 @@ def task_data(told: Finetune, model: ModelConfig) -> Data:
             return GroundingData(**shared, expressions=told.field or "expressions")
         case "retrieval":
             return RetrievalData(**shared, captions=told.field or "captions")
+        case "entailment":
+            return EntailmentData(**shared, entailments=told.field or "entailments")
+        case "vcr":
+            return VCRData(**shared, choices=told.field or "choices")
         case _:
             assert_never(told.task)
 
@@ -144,6 +155,10 @@ def task_objective(told: Finetune, data: Data, info: Mapping[str, Any], model: M
             matched = told.reading is None and "ITMConfig" in _values(info.get("objectives"), "type")
             head |= {"reading": "full"} if matched else {}
             return RetrievalConfig(**head, negatives=told.negatives, source=told.source if matched else None)
+        case "entailment":
+            return EntailmentConfig(**head, loss=_loss(told, "bce", "ce"))
+        case "vcr":
+            return VCRConfig(**head, kinds=told.kinds)
         case _:
             assert_never(told.task)
 
@@ -260,18 +275,32 @@ def evaluate(told: Evaluate) -> dict[str, Any]:
         "step": saved.info.get("step"),
         "data": getattr(data, told.split),
     }
-    if isinstance(objective, VQA) and isinstance(data, VQAData):
-        return about | vqa.evaluate(model, objective, data, told.split, tokenizer)
-    if isinstance(objective, NLVR | NLVR2) and isinstance(data, NLVRData):
-        return about | nlvr.evaluate(model, objective, data, told.split, tokenizer)
-    if isinstance(objective, Retrieval) and isinstance(data, RetrievalData):
-        return about | retrieval.evaluate(model, objective, data, told.split, tokenizer)
-    if isinstance(objective, Grounding) and isinstance(data, GroundingData):
-        return about | grounding.evaluate(model, objective, data, told.split, tokenizer)
+    found = task_scores(model, objective, data, told.split, tokenizer)
+    if found is not None:
+        return about | found
     assert isinstance(data, CaptionData)
     decoding: dict[str, Any] = {"beams": told.beams, "most": told.most, "length_penalty": told.length_penalty}
     scores, said = caption.evaluate(model, data, told.split, tokenizer, **decoding)
     return about | scores | {"decoding": decoding, "captions": said}
+
+
+def task_scores(
+    model: VLModel, objective: Objective, data: Data, split: Split, tokenizer: Tokenizer
+) -> dict[str, float] | None:
+    """What the task's own `evaluate` finds; None of captions, which are decoded."""
+    if isinstance(objective, VQA) and isinstance(data, VQAData):
+        return vqa.evaluate(model, objective, data, split, tokenizer)
+    if isinstance(objective, NLVR | NLVR2) and isinstance(data, NLVRData):
+        return nlvr.evaluate(model, objective, data, split, tokenizer)
+    if isinstance(objective, Grounding) and isinstance(data, GroundingData):
+        return grounding.evaluate(model, objective, data, split, tokenizer)
+    if isinstance(objective, Retrieval) and isinstance(data, RetrievalData):
+        return retrieval.evaluate(model, objective, data, split, tokenizer)
+    if isinstance(objective, Entailment) and isinstance(data, EntailmentData):
+        return entailment.evaluate(model, objective, data, split, tokenizer)
+    if isinstance(objective, VCR) and isinstance(data, VCRData):
+        return vcr.evaluate(model, objective, data, split, tokenizer)
+    return None
 
 
 def write_results(folder: Path, scores: Mapping[Split, Any]) -> Path:

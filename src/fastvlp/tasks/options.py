@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
-Task = Literal["vqa", "nlvr", "nlvr2", "caption", "grounding", "retrieval"]
+Task = Literal["vqa", "nlvr", "nlvr2", "caption", "grounding", "retrieval", "entailment", "vcr"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +31,8 @@ class Finetune:
     field: str | None = None
     """Field of the records with the questions, statements or captions, such as questions_zh."""
     fit: Literal["crop", "squash", "letterbox"] | None = None
-    """How an image becomes a square; by default squash for nlvr and grounding, crop otherwise."""
+    """How an image becomes a square; by default squash where a text may speak of its edges (nlvr, grounding, entailment, vcr),
+    else crop."""
     answers: int = 3129
     """Most answers that vqa chooses from: the most frequent ones of the training split."""
     form: Literal["triplet", "pair", "pair-biattn"] | None = None
@@ -42,6 +43,8 @@ class Finetune:
     """grounding: over the expressions of a batch; UNITER's released code sums."""
     layers: Literal[1, 2] = 1
     """grounding: of the head that scores a region; UNITER has 2 for RefCOCO+."""
+    kinds: bool = True
+    """vcr: types of their own for the words of answers and rationales, in a single stream."""
     negatives: Literal["random", "hard"] = "random"
     """retrieval: of each pair one other image and text of the batch, or the hardest of a few pairs (online)."""
     name: str | None = None
