@@ -150,6 +150,7 @@ class Yardsticks:
             batch_size=self.settings.probe_batch,
             max_length=data.max_length,
             fit=data.fit,
+            regions=data.regions if isinstance(data, PairData) else None,
             precision=state.run.precision,
         )
         field = data.captions if isinstance(data, PairData) else "captions"

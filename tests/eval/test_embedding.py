@@ -9,10 +9,14 @@ import pytest
 import torch
 
 from fastvlp.data.decode import decode
+from fastvlp.data.loader import Row
+from fastvlp.data.regions import RegionSource
+from fastvlp.data.rows import PairData
 from fastvlp.data.shards import Shards
 from fastvlp.data.transform import Transform
 from fastvlp.errors import UserError
 from fastvlp.eval.embedding import (
+    Images,
     embed_images,
     embed_split,
     embed_texts,
@@ -24,6 +28,11 @@ from fastvlp.eval.embedding import (
     view_keeps,
 )
 from fastvlp.eval.options import Probe, Retrieval
+from fastvlp.model.sizes import brivl_tiny
+from fastvlp.objectives.moco import MoCoConfig
+from fastvlp.train.optim import OptimConfig
+from fastvlp.train.run import train
+from fastvlp.train.state import TrainConfig
 
 
 @pytest.fixture
@@ -96,13 +105,41 @@ def test_features_of_a_probe(reader, runs, world):
     image = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
     model, head = reader.model, reader.model.embed.image
     with torch.no_grad():
-        pooled, embedding = image_features(model, image), image_features(model, image, "embedding")
+        images = Images(image, None)
+        pooled, embedding = image_features(model, images), image_features(model, images, "embedding")
         projected = head.out(pooled)
         torch.testing.assert_close(projected / projected.norm(dim=1, keepdim=True), embedding)
         bare = open_run(Probe(run=str(runs["flm"]), data=str(world)))[0].model
-        torch.testing.assert_close(image_features(bare, image), bare.encode_image(image).mean(1))
+        torch.testing.assert_close(image_features(bare, images), bare.encode_image(image).mean(1))
         with pytest.raises(UserError, match="no embed"):
-            image_features(bare, image, "embedding")
+            image_features(bare, images, "embedding")
+
+
+def test_boxes_come_along_for_a_model_that_reads_them(reader, world, tmp_path):
+    """The rows' own in training, and the same in an evaluation, whatever batch they are in."""
+    source = RegionSource(whole=True, empty="whole")
+    data = PairData(train=str(world / "train"), batch_size=8, regions=source)
+    run = TrainConfig(
+        name="brivl",
+        out=str(tmp_path / "brivl"),
+        data=data,
+        model=brivl_tiny(size=32),
+        objectives={"moco": MoCoConfig(queue=16)},
+        optim=OptimConfig(lr=1e-3),
+        steps=1,
+        vocab=400,
+        precision="fp32",
+    )
+    state = train(run)
+    opened = replace(open_run(Retrieval(run=run.out, data=str(world)))[0], show=False, batch_size=5)
+    assert opened.regions == source and reader.regions is None
+    rows = data.rows("train", state.tokenizer, run.model.image, strict=True)
+    batch, _ = rows.make([Row(i, 0) for i in range(8)])
+    with torch.no_grad():
+        wanted = opened.model.embed_image(opened.model.encode_image(batch.image), batch.regions)
+    torch.testing.assert_close(embed_images(opened, Shards(world / "train"))[:8], wanted)
+    with pytest.raises(UserError, match=r"give data\.regions"):
+        embed_images(replace(opened, regions=None), Shards(world / "train"))
 
 
 def test_what_is_wrong_with_the_data_is_said(reader, world, tmp_path):

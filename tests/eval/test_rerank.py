@@ -66,8 +66,8 @@ def test_pairs_are_scored_as_if_alone_and_images_encoded_once(name, kind, runs, 
 def retrieval_images(reader, shards):
     from fastvlp.eval.embedding import image_batches
 
-    for rows, image in image_batches(shards, reader):
-        yield from ((i, image[i - rows.start : i - rows.start + 1]) for i in range(rows.start, rows.stop))
+    for rows, images in image_batches(shards, reader):
+        yield from ((i, images.image[i - rows.start : i - rows.start + 1]) for i in range(rows.start, rows.stop))
 
 
 def test_a_matching_head_is_read_as_it_was_trained(runs, world):

@@ -10,14 +10,17 @@ from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import cattrs
 import torch
 from torch import Tensor
+from torch.utils import _pytree
 
-from fastvlp.batch import Dropped
-from fastvlp.data.decode import decode
+from fastvlp.batch import Dropped, Regions
+from fastvlp.data.decode import decode, stored
 from fastvlp.data.loader import refusal, usable_captions
 from fastvlp.data.prefetch import Prefetch
 from fastvlp.data.random import hash64_rows, uniform
+from fastvlp.data.regions import Found, RegionSource, pad_regions, read_regions
 from fastvlp.data.rows import Fit
 from fastvlp.data.shards import RecordError, Shards
 from fastvlp.data.splits import is_folder, place_in
@@ -38,13 +41,15 @@ Features = Literal["pooled", "embedding"]
 
 @dataclass(frozen=True, kw_only=True)
 class Reader:
-    """A model with what it reads images and texts by. `keep`, `views`: see `view_keeps`. show: bars on a terminal."""
+    """A model with what it reads images and texts by. regions: where boxes come from, of models that read them. `keep`,
+    `views`: see `view_keeps`. show: bars on a terminal."""
 
     model: VLModel
     tokenizer: Tokenizer
     batch_size: int = 256
     max_length: int = 50
     fit: Fit = "crop"
+    regions: RegionSource | None = None
     precision: Literal["fp32", "bf16"] = "fp32"
     keep: float = 1.0
     views: int = 1
@@ -60,6 +65,16 @@ class Reader:
         bf16 = self.precision == "bf16"
         with evaluating(self.model), torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
             yield
+
+
+class Images(NamedTuple):
+    """uint8 [B 3 H W], and the regions of a model that reads boxes."""
+
+    image: Tensor
+    regions: Regions | None
+
+    def to(self, device: torch.device) -> Images:
+        return _pytree.tree_map_only(Tensor, lambda x: x.to(device), self)
 
 
 class Embedded(NamedTuple):
@@ -85,6 +100,7 @@ def open_run(told: Encode, folder: str | None = None) -> tuple[Reader, Saved, di
         batch_size=told.batch_size,
         max_length=min(told.max_length or data.get("max_length", 50), saved.model.config.longest_text),
         fit=told.fit or data.get("fit", "crop"),
+        regions=_regions(data),
         precision=told.precision or trained.get("precision", "fp32"),
         keep=getattr(told, "keep", 1.0),
         views=getattr(told, "views", 1),
@@ -101,30 +117,44 @@ def _trained(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: damaged ({error}); copy the folder again") from error
 
 
+def _regions(data: dict[str, Any]) -> RegionSource | None:
+    told = data.get("regions")
+    return cattrs.structure({k: v for k, v in told.items() if k != "type"}, RegionSource) if told else None
+
+
 def open_split(told: Encode) -> Shards:
     place = place_in(told.data, told.split)
     return Shards(place if is_folder(place) else told.data)
 
 
-def image_batches(shards: Shards, reader: Reader, description: str = "images") -> Iterator[tuple[slice, Tensor]]:
-    """Every record's first image in order, uint8 [B 3 H W], decoded on all cores ahead of their use. Raises UserError for
-    one that cannot be read: an evaluation leaves none out."""
-    transform = Transform(size=reader.model.config.image.size, mode=reader.fit)
+def image_batches(shards: Shards, reader: Reader, description: str = "images") -> Iterator[tuple[slice, Images]]:
+    """Every record's first image in order, decoded on all cores ahead of their use. Raises UserError for one that cannot
+    be read: an evaluation leaves none out."""
+    config = reader.model.config
+    transform = Transform(size=config.image.size, mode=reader.fit)
+    source = reader.regions if config.embed is not None and config.embed.reads_boxes else None
 
-    def read(i: int) -> Tensor | Dropped:
+    def read(i: int) -> tuple[Tensor, Found | None] | Dropped:
         try:
-            return decode(shards.read(i), transform).images[0]
+            record = shards.read(i)
+            image, found = decode(record, transform).images[0], None
+            if source is not None:
+                lies = stored(record.images[0])
+                found = read_regions(source, record.key, record.info, lies, transform, record.detected)
+            return image, found
         except RecordError as error:
             return error.dropped
 
-    def batches() -> Iterator[tuple[slice, Tensor]]:
+    def batches() -> Iterator[tuple[slice, Images]]:
         read_all = in_threads(read, range(len(shards)))
         images = with_progress(read_all, lambda: len(shards), description, reader.show)
         for first in range(0, len(shards), reader.batch_size):
             part = list(islice(images, reader.batch_size))
             if dropped := [one for one in part if isinstance(one, Dropped)]:
                 raise refusal(shards, dropped)
-            yield slice(first, first + len(part)), torch.stack([one for one in part if isinstance(one, Tensor)])
+            seen, found = zip(*(one for one in part if not isinstance(one, Dropped)))
+            regions = None if source is None else pad_regions(found)
+            yield slice(first, first + len(part)), Images(torch.stack(seen), regions)
 
     if shards.damage:
         raise refusal(shards, shards.damage)
@@ -150,33 +180,34 @@ def view_keeps(seed_B: Tensor, patches: int, keep: float, views: int) -> list[Te
     return [order_BN[:, a:b].sort(1).values for a, b in pairwise(edges)]
 
 
-def embed_views(model: VLModel, image: Tensor, seed_B: Tensor, keep: float, views: int) -> Tensor:
+def embed_views(model: VLModel, images: Images, seed_B: Tensor, keep: float, views: int) -> Tensor:
     """Unit vectors [B E] of whole images or, for keep < 1, of masked views: the mean of theirs, made a unit vector again.
     FLIP (arXiv 2212.00794, table 1d) does not say how views are combined; the mean is ours."""
     if keep == views == 1:
-        return model.embed_image(model.encode_image(image))
+        return model.embed_image(model.encode_image(images.image), images.regions)
     keeps = view_keeps(seed_B, model.config.image.grid**2, keep, views)
-    return unit(torch.stack([model.embed_image(model.encode_image(image, kept)) for kept in keeps]).mean(0))
+    found = [model.embed_image(model.encode_image(images.image, kept), images.regions) for kept in keeps]
+    return unit(torch.stack(found).mean(0))
 
 
-def image_features(model: VLModel, image: Tensor, kind: Features = "pooled") -> Tensor:
+def image_features(model: VLModel, images: Images, kind: Features = "pooled") -> Tensor:
     """What a linear probe reads of images, fp32 [B D]: the embedding, or what its projection reads. A model without an
     embedding head gives the mean of its image states."""
-    state_BKD = model.encode_image(image)
+    state_BKD = model.encode_image(images.image)
     if kind == "embedding":
-        return model.embed_image(state_BKD)
+        return model.embed_image(state_BKD, images.regions)
     if model.config.embed is None:
         return state_BKD.mean(1).float()
-    return model.embed.image.summary(state_BKD).float()
+    return model.embed.image.summary(state_BKD, regions=images.regions).float()
 
 
 def embed_images(reader: Reader, shards: Shards) -> Tensor:
     """Every record's first image -> unit vectors [I E]."""
     parts = []
     with reader.reading():
-        for rows, image in image_batches(shards, reader):
+        for rows, images in image_batches(shards, reader):
             seed_B = hash64_rows(0, torch.arange(rows.start, rows.stop)).to(reader.device)
-            parts.append(embed_views(reader.model, image.to(reader.device), seed_B, reader.keep, reader.views))
+            parts.append(embed_views(reader.model, images.to(reader.device), seed_B, reader.keep, reader.views))
     return torch.cat(parts)
 
 

@@ -84,7 +84,7 @@ def read_features(reader: Reader, shards: Shards, kind: Features) -> Tensor:
     """Of every record's first image, fp32 [I D]."""
     with reader.reading():
         batches = image_batches(shards, reader)
-        return torch.cat([image_features(reader.model, image.to(reader.device), kind) for _, image in batches])
+        return torch.cat([image_features(reader.model, images.to(reader.device), kind) for _, images in batches])
 
 
 def probe(x: Mapping[str, Tensor], label: Mapping[str, Tensor], classes: int) -> tuple[dict[str, float], Chosen]:

@@ -22,8 +22,8 @@ def score_pairs(
     values are made once for all of its texts (once for ROWS of them)."""
     ids_TL, length_T = (part.to(reader.device) for part in reader.tokenizer.encode(list(texts), reader.max_length))
     with reader.reading():
-        for rows, image in image_batches(shards, reader, "re-ranking"):
-            image_BKD = reader.model.encode_image(image.to(reader.device))
+        for rows, images in image_batches(shards, reader, "re-ranking"):
+            image_BKD = reader.model.encode_image(images.image.to(reader.device))
             for states_KD, asked in zip(image_BKD, texts_of_image[rows]):
                 parts = [
                     match(states_KD[None], ids_TL[some, : int(length_T[some].max())], length_T[some])

@@ -54,6 +54,11 @@ class EmbedConfig:
     text_special: bool = True
     text_length: int | None = None
 
+    @property
+    def reads_boxes(self) -> bool:
+        """Whether an image's boxes must come along."""
+        return self.image.regions is not None and self.image.regions.grid is None
+
     def positions(self, length: int) -> int:
         """That the text tower encodes, of texts padded to `length` tokens with <s> and </s>."""
         return self.text_length or max(1, length - int(not self.text_special))
