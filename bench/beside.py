@@ -39,6 +39,7 @@ class OpenCLIP:
     """open_clip's model of this shape and its loss. Raises ImportError where it cannot be imported."""
 
     def __init__(self, o: Beside, config: ModelConfig, parameters: int):
+        import open_clip
         from open_clip.loss import ClipLoss
         from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
         from open_clip.transformer import PatchDropout
@@ -61,7 +62,7 @@ class OpenCLIP:
         )
         quick = image.layer.activation == "quick_gelu"
         self.model = CLIP(embed.width, vision, words, quick_gelu=quick).to(o.device).train()
-        self.score, self.drop = ClipLoss(), PatchDropout
+        self.score, self.drop, self.version = ClipLoss(), PatchDropout, open_clip.__version__
         if (theirs := sum(p.numel() for p in self.model.parameters())) != parameters:
             raise SystemExit(f"{parameters} parameters here and {theirs} in open_clip: steps are not comparable")
 
@@ -101,7 +102,7 @@ def beside(o: Beside) -> list[Row]:
     rows = []
     for name, taken in told.items():
         theirs = told.get(f"open_clip keep {name.split()[-1]}")
-        row: dict[str, Any] = {"arm": name, "open_clip": theirs is not None} | medians(taken)
+        row: dict[str, Any] = {"arm": name, "open_clip": rival.version if rival else None} | medians(taken)
         row |= {"times_as_fast": ratio(theirs, taken, "step_s") if theirs else None}
         rows.append(row | {"pairs_per_s": o.batch / row["step_s"]})
     columns = {
