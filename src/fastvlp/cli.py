@@ -11,104 +11,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass, make_dataclass, replace
 from inspect import getdoc
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 from rich.console import Console
 from tyro.conf import Positional, arg, subcommand
 
 from fastvlp.compare_options import Compare
+from fastvlp.data.options import Data, DataDemo, DataImport, DataInspect
 from fastvlp.errors import UserError
 from fastvlp.eval.options import Probe, Retrieval, ZeroShot
+from fastvlp.serve.options import Embed, Export, IndexBuild, Indexing, IndexSearch
 from fastvlp.tasks.options import Evaluate, Finetune
 
 if TYPE_CHECKING:
+    from fastvlp.batch import Dropped
     from fastvlp.train.state import TrainConfig
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataDemo:
-    """Write the embedded corpus: rendered scenes with captions, questions and statements."""
-
-    out: Path = Path("demo/world")
-    """Folder to write."""
-    seed: int = 0
-    size: int = 64
-    """Side of a picture in pixels."""
-    captions: int = 5
-    """Captions of a scene."""
-    train: int = 6000
-    """Scenes to train on."""
-    val: int = 500
-    test: int = 1000
-    """Scenes with combinations of colour and shape that training never shows."""
-    pairs: int = 1000
-    """Pairs of scenes with statements about both, to train on."""
-    singles: int = 256
-    """Pictures of one object, for zero-shot classification."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataImport:
-    """Import what you have into shards: every image is decoded once, what is broken is dropped and named."""
-
-    source: Positional[Path]
-    """A csv, tsv, jsonl or parquet file; a folder of images with .txt beside them; WebDataset tars; Cornell NLVR; a
-    folder with examples.jsonl and images.zip; the published annotations of COCO, Karpathy's splits, VQA v2, NLVR2, SNLI-VE,
-    RefCOCO or VCR."""
-    out: Path
-    """Folder to write; each split becomes a folder of shards in it."""
-    format: Literal[
-        "auto", "table", "folder", "webdataset", "nlvr", "examples",
-        "coco", "karpathy", "vqa", "nlvr2", "snli_ve", "refcoco", "vcr",
-    ] = "auto"  # fmt: skip
-    """The source's format; auto tells it from the path."""
-    split: str = "train"
-    """Split of the records that name none."""
-    val: float = 0.0
-    """Share of that split to hold out as `val`, by a hash of the key."""
-    test: float = 0.0
-    """Share of that split to hold out as `test`."""
-    max_side: int = 0
-    """Make images with a longer side than this many pixels smaller (JPEG of quality 92); 0 keeps all as they are."""
-    per_shard: int = 1000
-    """Records in a tar."""
-    image_column: str = ""
-    """Column of image paths, for tables; by default one with a usual name."""
-    caption_column: str = ""
-    """Column of captions, for tables; by default one with a usual name."""
-    images: Literal["blank"] | Path | None = None
-    """Folder that the image paths of a table or of published annotations start from; by default where these are. `blank`:
-    there are no images, and a model that reads stored regions alone needs none."""
-    features: Path | None = None
-    """A detector's regions in UNITER's layout, a folder of npz files or an LMDB: each record gets those of its image's
-    name."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataInspect:
-    """Show what is in a folder of shards, name every record that cannot be read, and draw a contact sheet."""
-
-    folder: Positional[Path]
-    """A split, or a folder of splits."""
-    sheet: Path | None = None
-    """PNG to draw 24 records into; by default contact-sheet.png in the folder."""
-    tokenizer: Path | None = None
-    """A tokenizer.json, to count tokens as well."""
-
-
-DataCommand = (
-    Annotated[DataDemo, subcommand("demo")]
-    | Annotated[DataImport, subcommand("import")]
-    | Annotated[DataInspect, subcommand("inspect")]
-)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Data:
-    """Make, import and inspect data."""
-
-    command: Annotated[DataCommand, arg(name="")]
 
 
 def data_demo(command: DataDemo) -> None:
@@ -310,8 +228,49 @@ def towers(command: Towers) -> None:
     print(f"{command.out}: {sum(p.numel() for p in model.parameters()) / 1e6:.0f} M parameters")
 
 
-def run(command: Data | Pretrain | Finetune | Evaluation | Compare | Towers) -> None:
+def export(command: Export) -> None:
+    from fastvlp.serve.export import export
+
+    card = export(command)
+    print(f"{command.out}: {card['name']} can {', '.join(card['can'])}; its card: {command.out / 'README.md'}")
+
+
+def embed(command: Embed) -> None:
+    from fastvlp.serve.bulk import embed
+
+    if (done := embed(command)) is not None:
+        print(f"{command.out}: {done['images']:,} images, {done['texts']:,} texts")
+        say_dropped(done["dropped"], f"by name in {command.out / 'dropped.jsonl'}")
+
+
+def say_dropped(dropped: Sequence[Dropped], where: str) -> None:
+    if dropped:
+        print(f"dropped {len(dropped)}{f', {where}' if where else ''}:")
+        for one in dropped[:10]:
+            print(f"  {one.key}: {one.reason}")
+        if len(dropped) > 10:
+            print(f"  and {len(dropped) - 10} more")
+
+
+def index(command: IndexBuild | IndexSearch) -> None:
+    from fastvlp.serve import indexing
+
+    if isinstance(command, IndexSearch):
+        Console().print(indexing.as_table(indexing.search(command)))
+        return
+    done = indexing.build(command)
+    print(f"{command.index}: {done['images']:,} images")
+    say_dropped(done["dropped"], "")
+
+
+def run(command: Data | Pretrain | Finetune | Evaluation | Compare | Towers | Export | Embed | Indexing) -> None:
     match command:
+        case Export():
+            export(command)
+        case Embed():
+            embed(command)
+        case Indexing(command=part):
+            index(part)
         case Towers():
             towers(command)
         case Compare():
@@ -351,6 +310,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                 "evaluate": Evaluation,
                 "compare": Compare,
                 "towers": Towers,
+                "export": Export,
+                "embed": Embed,
+                "index": Indexing,
             },
             prog="vlp",
             description="Pretrain vision-language models on your image-text pairs.",

@@ -31,6 +31,7 @@ from fastvlp.dist import pick_device
 from fastvlp.errors import UserError
 from fastvlp.eval.pairs import CAUSAL, pair_score
 from fastvlp.model.saved import Saved, load_exactly, load_model
+from fastvlp.serve.index import Stamp
 from fastvlp.tasks.decode import greedy
 
 Picture: TypeAlias = bytes | Image.Image
@@ -131,6 +132,11 @@ class Embedder:
     @property
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
+
+    @property
+    def stamp(self) -> Stamp:
+        """Of an index of its vectors."""
+        return Stamp(fingerprint=self.fingerprint, width=self.width, model=str(self.card.get("name", "")))
 
     def images(self, pictures: Sequence[Picture]) -> np.ndarray:
         """Unit vectors, float32 [n width]. Raises Unreadable for the first picture that cannot be read."""

@@ -86,7 +86,7 @@ def facts(saved: Saved, run: Path, config: Mapping[str, Any]) -> dict[str, Any]:
             "vocabulary": model.text.vocab,
         },
         "objectives": {name: told.get("type", "") for name, told in info.get("objectives", {}).items()},
-        "data": {split: _place(data[split]) for split in ("train", "val", "test") if data.get(split)},
+        "data": {split: short_place(data[split]) for split in ("train", "val", "test") if data.get(split)},
         "captions": data.get("captions"),
         "batch_size": data.get("batch_size"),
         "training": {
@@ -108,7 +108,7 @@ def scores(run: Path) -> dict[str, dict[str, float]]:
     for path in sorted((run / "evaluations").glob("*.json")):
         told = _json(path)
         last = told.get("results", [{}])[-1].get("scores", {})
-        name = f"{told.get('task', path.stem)}, {_place(told.get('data', ''))}"
+        name = f"{told.get('task', path.stem)}, {short_place(told.get('data', ''))}"
         found[name] = _numbers(next(iter(last.values())) if len(last) == 1 else last)
     for split, told in _json(run / "results.json").items():
         found[f"{split} split"] = _numbers(told)
@@ -179,7 +179,7 @@ def _numbers(told: Any) -> dict[str, float]:
     }
 
 
-def _place(path: str) -> str:
+def short_place(path: str) -> str:
     """The last two names of a path: enough to tell data sets apart, and nothing of the machine."""
     return "/".join(path.rstrip("/").split("/")[-2:])
 
