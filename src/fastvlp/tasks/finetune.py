@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, assert_never
+from typing import Any, NamedTuple, assert_never
 
 import cattrs
 import torch
@@ -17,21 +17,20 @@ from fastvlp.data import splits
 from fastvlp.data.files import write_whole
 from fastvlp.data.regions import RegionSource
 from fastvlp.data.rows import Data, Split
-from fastvlp.data.tokenize import Tokenizer
 from fastvlp.errors import UserError
-from fastvlp.model.model import Bos, ModelConfig, Reading, VLModel
+from fastvlp.model.model import Bos, ModelConfig, Reading
 from fastvlp.model.saved import Saved, load_exactly, load_model
 from fastvlp.objectives.objective import Objective, ObjectiveConfig
 from fastvlp.tasks import caption, entailment, grounding, nlvr, retrieval, vcr, vqa
 from fastvlp.tasks.caption import CaptionConfig, CaptionData
-from fastvlp.tasks.entailment import Entailment, EntailmentConfig, EntailmentData
-from fastvlp.tasks.grounding import Grounding, GroundingConfig, GroundingData
-from fastvlp.tasks.nlvr import NLVR, NLVRConfig, NLVRData
-from fastvlp.tasks.nlvr2 import NLVR2, NLVR2Config, NLVR2Data
+from fastvlp.tasks.entailment import EntailmentConfig, EntailmentData
+from fastvlp.tasks.grounding import GroundingConfig, GroundingData
+from fastvlp.tasks.nlvr import NLVRConfig, NLVRData
+from fastvlp.tasks.nlvr2 import NLVR2Config, NLVR2Data
 from fastvlp.tasks.options import Evaluate, Finetune, Task
-from fastvlp.tasks.retrieval import Retrieval, RetrievalConfig, RetrievalData
-from fastvlp.tasks.vcr import VCR, VCRConfig, VCRData
-from fastvlp.tasks.vqa import VQA, VQAConfig, VQAData, frequent_answers
+from fastvlp.tasks.retrieval import RetrievalConfig, RetrievalData
+from fastvlp.tasks.vcr import VCRConfig, VCRData
+from fastvlp.tasks.vqa import VQAConfig, VQAData, frequent_answers
 from fastvlp.train.optim import OptimConfig
 from fastvlp.train.run import train
 from fastvlp.train.state import TrainConfig, pick_device
@@ -52,30 +51,31 @@ class Rates:
 # For models of the sizes that are pretrained here, fusion as well trained as the towers. The papers': lr 5e-6 to 1e-5,
 # cross 5, head 50 (VQA) or 10 (NLVR2), batches of 256 to 512 (FLM, spec flm.md section 5); lr 3e-5 to 1e-4, for VQA head
 # 10, batches of 5,120 to 10,240 tokens and regions (UNITER, spec uniter-brivl.md section A4).
-_USUAL = Rates(lr=5e-4, cross=1, head=5)
-RATES: dict[Task, Rates] = {
-    "vqa": _USUAL,
-    "nlvr": _USUAL,
-    "nlvr2": _USUAL,
-    "caption": Rates(lr=5e-4, cross=1, head=1),
-    "grounding": _USUAL,
-    "retrieval": Rates(lr=5e-4, cross=1, head=1),
-    "entailment": _USUAL,
-    "vcr": _USUAL,
+USUAL = Rates(lr=5e-4, cross=1, head=5)
+
+
+class Kind(NamedTuple):
+    """A task: what it reads, what it trains, and how a split is scored (captions are decoded first). types: rows of a
+    single stream's type table, where it reads more than words and one image."""
+
+    data: type[Data]
+    config: type[ObjectiveConfig]
+    score: Callable[..., dict[str, float]] | None
+    rates: Rates = USUAL
+    types: int = 2
+
+
+# Heads that pretraining has trained already learn no faster than the towers.
+TASKS: dict[Task, Kind] = {
+    "vqa": Kind(VQAData, VQAConfig, vqa.evaluate),
+    "nlvr": Kind(NLVRData, NLVRConfig, nlvr.evaluate),
+    "nlvr2": Kind(NLVR2Data, NLVR2Config, nlvr.evaluate, types=3),
+    "caption": Kind(CaptionData, CaptionConfig, None, replace(USUAL, head=1)),
+    "grounding": Kind(GroundingData, GroundingConfig, grounding.evaluate),
+    "retrieval": Kind(RetrievalData, RetrievalConfig, retrieval.evaluate, replace(USUAL, head=1)),
+    "entailment": Kind(EntailmentData, EntailmentConfig, entailment.evaluate),
+    "vcr": Kind(VCRData, VCRConfig, vcr.evaluate, types=4),
 }
-# What a task reads, and what it trains.
-KINDS: dict[Task, tuple[type[Data], type[ObjectiveConfig]]] = {
-    "vqa": (VQAData, VQAConfig),
-    "nlvr": (NLVRData, NLVRConfig),
-    "nlvr2": (NLVR2Data, NLVR2Config),
-    "caption": (CaptionData, CaptionConfig),
-    "grounding": (GroundingData, GroundingConfig),
-    "retrieval": (RetrievalData, RetrievalConfig),
-    "entailment": (EntailmentData, EntailmentConfig),
-    "vcr": (VCRData, VCRConfig),
-}
-# Rows of the type table that a task reads, where they are more than words and one image.
-TYPES: dict[Task, int] = {"nlvr2": 3, "vcr": 4}
 
 
 def find_splits(folder: str, task: Task, needed: Split = "train") -> dict[str, str]:
@@ -184,9 +184,10 @@ def with_types(config: ModelConfig, types: int) -> ModelConfig:
 def plan(told: Finetune) -> TrainConfig:
     """The run that `finetune` trains."""
     source = load_model(told.source)
-    config = with_types(source.model.config, TYPES.get(told.task, 2))
+    kind = TASKS[told.task]
+    config = with_types(source.model.config, kind.types)
     data = task_data(told, config)
-    rates = RATES[told.task]
+    rates = kind.rates
     if told.lr is not None and told.lr <= 0:
         raise UserError(f"--lr must be above 0, not {told.lr}")
     often = max(1, told.steps // 5)
@@ -229,13 +230,12 @@ def load_task(folder: str | Path) -> tuple[Saved, Objective, Data]:
     run of a task, or is damaged."""
     saved = load_model(folder)
     name, told = saved.info.get("task"), saved.info.get("objectives")
-    if name not in RATES or not isinstance(told, Mapping):
+    if name not in TASKS or not isinstance(told, Mapping):
         raise UserError(f"{folder}: no fine-tuned run (its task is {name!r}); make one with `vlp finetune`")
-    data_type, objective_type = KINDS[name]
     path = Path(folder) / "config.json"
     try:
-        data = cattrs.structure(json.loads(path.read_text(encoding="utf-8"))["data"], data_type)
-        config = cattrs.structure(told[name], objective_type)
+        data = cattrs.structure(json.loads(path.read_text(encoding="utf-8"))["data"], TASKS[name].data)
+        config = cattrs.structure(told[name], TASKS[name].config)
     except (OSError, ValueError, KeyError, TypeError, BaseValidationError) as error:
         raise UserError(f"{path}: not the config of this run ({error!r}); copy the folder again") from error
     objective = config.build(saved.model.config, saved.tokenizer)
@@ -261,8 +261,8 @@ def evaluate(told: Evaluate) -> dict[str, Any]:
     if told.threads:
         torch.set_num_threads(told.threads)
     saved, objective, data = load_zero_shot(told) if told.zero_shot else load_task(told.run)
+    task: Task = "retrieval" if told.zero_shot else saved.info["task"]
     if told.data is not None:
-        task: Task = "retrieval" if told.zero_shot else saved.info["task"]
         places: dict[str, Any] = {**find_splits(told.data, task, needed=told.split)}
         data = replace(data, **places)
     if told.beams < 1 or told.most < 1:
@@ -275,32 +275,12 @@ def evaluate(told: Evaluate) -> dict[str, Any]:
         "step": saved.info.get("step"),
         "data": getattr(data, told.split),
     }
-    found = task_scores(model, objective, data, told.split, tokenizer)
-    if found is not None:
-        return about | found
+    if (score := TASKS[task].score) is not None:
+        return about | score(model, objective, data, told.split, tokenizer)
     assert isinstance(data, CaptionData)
     decoding: dict[str, Any] = {"beams": told.beams, "most": told.most, "length_penalty": told.length_penalty}
     scores, said = caption.evaluate(model, data, told.split, tokenizer, **decoding)
     return about | scores | {"decoding": decoding, "captions": said}
-
-
-def task_scores(
-    model: VLModel, objective: Objective, data: Data, split: Split, tokenizer: Tokenizer
-) -> dict[str, float] | None:
-    """What the task's own `evaluate` finds; None of captions, which are decoded."""
-    if isinstance(objective, VQA) and isinstance(data, VQAData):
-        return vqa.evaluate(model, objective, data, split, tokenizer)
-    if isinstance(objective, NLVR | NLVR2) and isinstance(data, NLVRData):
-        return nlvr.evaluate(model, objective, data, split, tokenizer)
-    if isinstance(objective, Grounding) and isinstance(data, GroundingData):
-        return grounding.evaluate(model, objective, data, split, tokenizer)
-    if isinstance(objective, Retrieval) and isinstance(data, RetrievalData):
-        return retrieval.evaluate(model, objective, data, split, tokenizer)
-    if isinstance(objective, Entailment) and isinstance(data, EntailmentData):
-        return entailment.evaluate(model, objective, data, split, tokenizer)
-    if isinstance(objective, VCR) and isinstance(data, VCRData):
-        return vcr.evaluate(model, objective, data, split, tokenizer)
-    return None
 
 
 def write_results(folder: Path, scores: Mapping[Split, Any]) -> Path:
