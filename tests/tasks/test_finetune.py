@@ -51,6 +51,8 @@ def test_a_single_stream_reads_the_regions_it_was_pretrained_with(runs, world, t
         finetune(told("vqa", runs["uniter"], world, tmp_path / "run", reading="causal"))
     with pytest.raises(UserError, match="single stream"):
         finetune(told("nlvr2", runs["mlm"], world, tmp_path / "run", form="triplet"))
+    with pytest.raises(UserError, match="--anchors 0"):
+        plan(told("retrieval", runs["uniter"], world, tmp_path / "run", anchors=0))
     with pytest.raises(UserError, match="no fusion"):
         finetune(told("caption", runs["uniter"], world, tmp_path / "caption"))
     with pytest.raises(UserError, match="grounding has ce and rank"):

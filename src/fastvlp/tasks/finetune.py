@@ -154,7 +154,8 @@ def task_objective(told: Finetune, data: Data, info: Mapping[str, Any], model: M
             # The matching head, which it starts from, reads all at once.
             matched = told.reading is None and "ITMConfig" in _values(info.get("objectives"), "type")
             head |= {"reading": "full"} if matched else {}
-            return RetrievalConfig(**head, negatives=told.negatives, source=told.source if matched else None)
+            hard: dict[str, Any] = {"negatives": told.negatives, "anchors": told.anchors, "keep": told.keep}
+            return RetrievalConfig(**head, **hard, source=told.source if matched else None)
         case "entailment":
             return EntailmentConfig(**head, loss=_loss(told, "bce", "ce"))
         case "vcr":

@@ -47,6 +47,10 @@ class Finetune:
     """vcr: types of their own for the words of answers and rationales, in a single stream."""
     negatives: Literal["random", "hard"] = "random"
     """retrieval: of each pair one other image and text of the batch, or the hardest of a few pairs (online)."""
+    anchors: int = 8
+    """retrieval with hard negatives: pairs of a batch that get them, out of the whole batch."""
+    keep: int = 31
+    """retrieval with hard negatives: how many images, and how many texts, each of these pairs is set against."""
     name: str | None = None
     """Name of the new run; by default that of the pretrained one and the task."""
     out: str | None = None

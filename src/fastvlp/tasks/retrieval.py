@@ -58,7 +58,7 @@ class RetrievalConfig(HeadConfig):
 
     def __post_init__(self) -> None:
         if self.anchors < 1 or self.keep < 1:
-            raise ValueError(f"anchors {self.anchors} and keep {self.keep} are at least 1")
+            raise UserError(f"--anchors {self.anchors}, --keep {self.keep}: hard negatives need at least 1 of each")
 
     def build(self, model: ModelConfig, tokenizer: Tokenizer) -> Retrieval:
         return Retrieval(self, model)
