@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,7 +26,7 @@ class Lane:
     """One kind of work. `run` gives an output for each input; `budget` is the most that rows times the longest of them
     may come to."""
 
-    run: Callable[[list[Any]], Sequence[Any]]
+    run: Callable[[list[Any]], Iterable[Any]]
     budget: int
 
 
@@ -107,7 +107,8 @@ class Batcher:
 
     @property
     def waiting(self) -> int:
-        return len(self._jobs)
+        """Inputs that somebody still waits for."""
+        return sum(not job.future.cancelled() for job in [*self._jobs])
 
     @property
     def alive(self) -> bool:
@@ -121,8 +122,8 @@ class Batcher:
         with self._changed:
             if self._closed:
                 raise Refusal(503, "stopping", "the service is stopping", retry_s=5)
-            if len(self._jobs) + len(jobs) > self.most_waiting:
-                raise Refusal(503, "busy", f"{len(self._jobs)} inputs wait for the model already", retry_s=1)
+            if self.waiting + len(jobs) > self.most_waiting:
+                raise Refusal(503, "busy", f"{self.waiting} inputs wait for the model already", retry_s=1)
             self._jobs += jobs
             self._changed.notify()
         try:

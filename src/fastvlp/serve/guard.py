@@ -1,0 +1,160 @@
+"""Between the network and the routes: who may ask, how much, for how long; and what every answer says to a browser."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import time
+from collections.abc import Mapping, Sequence
+from http.cookies import CookieError, SimpleCookie
+from urllib.parse import unquote, urlsplit
+
+from pydantic_core import to_json
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from fastvlp.serve.limits import Limits, Refusal
+from fastvlp.serve.metrics import Metrics
+
+COOKIE = "fastvlp_key"
+# What a browser may load without a key: nothing in it is about the data.
+OPEN = ("/", "/health", "/openapi.json", "/docs", "/session")
+POLICY = "default-src 'self'; img-src 'self' blob: data:; base-uri 'none'; form-action 'self'; frame-ancestors 'none'"
+HEADERS = {
+    "content-security-policy": POLICY,
+    "x-content-type-options": "nosniff",
+    "referrer-policy": "no-referrer",
+    "cross-origin-resource-policy": "same-origin",
+}
+TYPES = {401: "authentication_error", 403: "permission_error", 503: "overloaded_error"}
+
+
+def reply(content: object, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    return Response(to_json(content), status, headers, media_type="application/json")
+
+
+def refusal(error: Refusal) -> Response:
+    """OpenAI's shape of errors."""
+    kind = TYPES.get(error.status, "invalid_request_error")
+    said = {"error": {"message": error.message, "type": kind, "code": error.code}}
+    headers = {"retry-after": str(error.retry_s)} if error.retry_s is not None else {}
+    return reply(said, error.status, headers | ({"www-authenticate": "Bearer"} if error.status == 401 else {}))
+
+
+def known_key(headers: Headers, keys: Sequence[str]) -> bool:
+    """Whether a bearer token or the page's cookie is one of the keys; how long it takes does not tell how much of it is."""
+    scheme, _, token = headers.get("authorization", "").partition(" ")
+    given = token.strip() if scheme.lower() == "bearer" else _cookie(headers)
+    return sum(hmac.compare_digest(given.encode(), key.encode()) for key in keys) > 0
+
+
+def _cookie(headers: Headers) -> str:
+    try:
+        found = SimpleCookie(headers.get("cookie", "")).get(COOKIE)
+    except CookieError:
+        return ""
+    return unquote(found.value) if found else ""
+
+
+class Guard:
+    """ASGI middleware. A request's body is read whole, within its limits, before any route sees it; the route is
+    cancelled when its time is over or when nobody listens any more."""
+
+    def __init__(self, app: ASGIApp, *, limits: Limits, keys: Sequence[str], origins: Sequence[str], metrics: Metrics):
+        self.app, self.limits, self.keys, self.origins, self.metrics = app, limits, keys, origins, metrics
+        self.requests = 0
+        self.held = 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        began, status = time.perf_counter(), 499  # nginx's number for a client that left
+        self.requests += 1
+
+        async def sending(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                headers = MutableHeaders(scope=message)
+                for name, value in HEADERS.items():
+                    headers.setdefault(name, value)
+            await send(message)
+
+        try:
+            await self._answer(scope, receive, sending)
+        except Refusal as error:
+            if status == 499:
+                await refusal(error)(scope, receive, sending)
+        finally:
+            self.requests -= 1
+            # A path that no route knows would make a label of its own for each typing error.
+            route = getattr(scope.get("route"), "path", "other")
+            self.metrics.requests.observe(time.perf_counter() - began, route=route, status=str(status))
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self._admit(scope, Headers(scope=scope))
+        parts: list[bytes] = []
+        try:
+            if await self._read(receive, parts):
+                await self._route(scope, b"".join(parts), receive, send)
+        finally:
+            self.held -= sum(map(len, parts))
+
+    async def _read(self, receive: Receive, parts: list[bytes]) -> bool:
+        """Appends the body; False where the client left before its end."""
+        try:
+            async with asyncio.timeout(self.limits.seconds):
+                while True:
+                    message = await receive()
+                    if message["type"] == "http.disconnect":
+                        return False
+                    parts.append(message.get("body", b""))
+                    self.held += len(parts[-1])
+                    self._weigh(sum(map(len, parts)))
+                    if not message.get("more_body", False):
+                        return True
+        except TimeoutError as error:
+            raise Refusal(408, "slow", f"the request did not arrive within {self.limits.seconds:g} s") from error
+
+    def _admit(self, scope: Scope, headers: Headers) -> None:
+        limits, path = self.limits, scope["path"]
+        if self.requests > limits.requests:
+            raise Refusal(503, "busy", f"{limits.requests} requests are being answered already", retry_s=1)
+        length = headers.get("content-length", "0")
+        self._weigh(int(length) if length.isdecimal() and len(length) < 20 else 0)
+        origin = headers.get("origin")
+        same = origin is None or urlsplit(origin).netloc == headers.get("host") or origin in self.origins
+        # Forms of other sites need no permission from CORS to be sent: they are stopped here.
+        if not same and scope["method"] not in ("GET", "HEAD", "OPTIONS"):
+            raise Refusal(403, "origin", f"pages of {origin} may not ask this service")
+        if self.keys and path not in OPEN and not path.startswith("/page/") and not known_key(headers, self.keys):
+            raise Refusal(401, "invalid_api_key", "this needs a key: Authorization: Bearer KEY")
+
+    def _weigh(self, length: int) -> None:
+        if length > self.limits.body_mb * 1e6:
+            raise Refusal(413, "too_large", f"a request may have {self.limits.body_mb:g} MB")
+        if self.held > self.limits.held_mb * 1e6:
+            raise Refusal(503, "busy", "the requests of others fill the memory", retry_s=2)
+
+    async def _route(self, scope: Scope, body: bytes, receive: Receive, send: Send) -> None:
+        unread = [{"type": "http.request", "body": body, "more_body": False}]
+        # After the body there is one message more: that the client is gone.
+        gone = asyncio.ensure_future(receive())
+
+        async def replay() -> Message:
+            return unread.pop() if unread else await asyncio.shield(gone)
+
+        routed = asyncio.ensure_future(self.app(scope, replay, send))
+        try:
+            done, _ = await asyncio.wait(
+                {routed, gone}, timeout=self.limits.seconds, return_when=asyncio.FIRST_COMPLETED
+            )
+            if routed in done:
+                routed.result()
+            elif not done:
+                raise Refusal(503, "timeout", f"no answer within {self.limits.seconds:g} s", retry_s=2)
+        finally:
+            for task in (routed, gone):
+                task.cancel()
+            await asyncio.gather(routed, gone, return_exceptions=True)

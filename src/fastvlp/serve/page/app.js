@@ -1,0 +1,382 @@
+// The search page. What is searched for stands in the address, so that Back, reload and a sent link work; a dropped picture
+// cannot be sent, and is kept in memory under a number.
+
+const PAGE = 24;
+const by = (id) => document.getElementById(id);
+const [text, grid, panel, status, problem] = ["text", "grid", "panel", "status", "problem"].map(by);
+const dropped = new Map();
+let service = { can: [], items: 0 };
+let asked = {}; // text, id, picture (a number in `dropped`)
+let next = null; // offset of the next page, or null
+let running = null; // AbortController of the search that is under way
+let typing = 0;
+
+// ---- the service
+
+class Failed extends Error {}
+
+async function ask(path, fields = null, signal = undefined) {
+  const form = fields && new FormData();
+  for (const [name, value] of Object.entries(fields ?? {})) if (value != null && value !== "") form.append(name, value);
+  let answer;
+  try {
+    answer = await fetch(path, { method: form ? "POST" : "GET", body: form, signal });
+  } catch (error) {
+    if (error.name === "AbortError") throw error;
+    throw new Failed("The service does not answer. Is it still running?");
+  }
+  const told = await answer.json().catch(() => null);
+  if (answer.status === 401) openKey();
+  if (!answer.ok) throw new Failed(told?.error?.message ?? `The service answered ${answer.status}.`);
+  return told;
+}
+
+// ---- what is searched for
+
+function fromAddress() {
+  const query = new URLSearchParams(location.search);
+  const picture = Number(query.get("picture"));
+  return { text: query.get("q") ?? "", id: query.get("id"), picture: dropped.has(picture) ? picture : null };
+}
+
+function go(to, { replace = false } = {}) {
+  const query = new URLSearchParams();
+  if (to.text) query.set("q", to.text);
+  if (to.id) query.set("id", to.id);
+  if (to.picture) query.set("picture", to.picture);
+  const address = query.size ? `/?${query}` : "/";
+  if (address !== location.pathname + location.search) history[replace ? "replaceState" : "pushState"](null, "", address);
+  show(to);
+}
+
+async function show(to) {
+  const samePicture = to.id === asked.id && to.picture === asked.picture;
+  asked = to;
+  if (text.value.trim() !== to.text) text.value = to.text;
+  document.title = to.text ? `${to.text} · picture search` : "Picture search";
+  const home = !to.text && !to.id && !to.picture;
+  by("intro").hidden = !home;
+  if (!samePicture) showPanel(to);
+  scrollTo({ top: 0 });
+  await (home ? sample() : search());
+}
+
+const fields = (to) => ({ text: to.text, id: to.id, image: dropped.get(to.picture) });
+
+async function search() {
+  next = 0;
+  grid.replaceChildren(...Array.from({ length: 12 }, waiting));
+  say("");
+  await more(true);
+}
+
+async function more(first = false) {
+  if (next === null || (running && !first)) return;
+  running?.abort();
+  const own = (running = new AbortController());
+  await loading(async () => {
+    const found = await ask("/v1/search", { ...fields(asked), offset: next, limit: PAGE }, own.signal);
+    if (first) grid.replaceChildren();
+    next = found.next_offset;
+    grid.append(...found.results.map(tile));
+    if (grid.firstElementChild && first) grid.querySelector(".tile").tabIndex = 0;
+    tell();
+  }, own);
+  if (running === own) running = null;
+  // A tall screen shows the end at once: the observer saw it before this page came.
+  if (running === null && next !== null && problem.hidden && atEnd()) more();
+}
+
+async function sample() {
+  running?.abort();
+  const own = (running = new AbortController());
+  next = null;
+  grid.replaceChildren(...Array.from({ length: 12 }, waiting));
+  await loading(async () => {
+    const { results } = await ask(`/v1/items?limit=${PAGE}`, null, own.signal);
+    grid.replaceChildren(...results.map(tile));
+    if (results.length) grid.querySelector(".tile").tabIndex = 0;
+    examples(results);
+    say(results.length ? `A few of ${service.items.toLocaleString()} pictures` : "The index is empty: add pictures to it first.");
+  }, own);
+  if (running === own) running = null;
+}
+
+async function loading(work, own) {
+  document.body.classList.add("busy");
+  grid.ariaBusy = "true";
+  problem.hidden = true;
+  try {
+    await work();
+  } catch (error) {
+    if (error.name === "AbortError") return;
+    grid.querySelectorAll(".waiting").forEach((cell) => cell.remove());
+    problem.firstElementChild.textContent = error instanceof Failed ? error.message : `The page failed: ${error.message}`;
+    problem.hidden = false;
+    say("");
+  } finally {
+    if (running === own) {
+      document.body.classList.remove("busy");
+      grid.ariaBusy = "false";
+    }
+  }
+}
+
+// ---- what is found
+
+function make(kind, className = "", content = "") {
+  const element = document.createElement(kind);
+  element.className = className;
+  element.textContent = content;
+  return element;
+}
+
+const waiting = () => {
+  const cell = make("li", "waiting");
+  cell.ariaHidden = "true";
+  return cell;
+};
+
+function captions(info) {
+  const named = Object.keys(info).filter((name) => name.startsWith("caption")).sort();
+  return named.flatMap((name) => String(info[name]).split("\n")).filter(Boolean);
+}
+
+function tile(hit) {
+  const [caption = hit.id] = captions(hit.info);
+  const cell = make("li");
+  const button = make("button", "tile");
+  const photo = make("span", "photo");
+  const image = new Image();
+  image.alt = "";
+  image.loading = "lazy";
+  image.onload = () => image.classList.add("here", ...(image.naturalWidth < 100 ? ["crisp"] : []));
+  image.onerror = () => {
+    button.classList.add("missing");
+    photo.textContent = "no picture kept";
+  };
+  image.src = hit.image;
+  photo.append(image);
+  button.ariaLabel = caption;
+  if (asked.text || asked.id || asked.picture) {
+    const score = make("span", "score", hit.score.toFixed(2));
+    score.title = `cosine ${hit.score.toFixed(4)}`;
+    photo.append(score);
+    button.ariaLabel += `, score ${hit.score.toFixed(2)}`;
+  }
+  button.append(photo, make("span", "caption", caption));
+  button.type = "button";
+  button.tabIndex = -1;
+  button.title = caption;
+  button.onclick = () => {
+    known.set(hit.id, hit);
+    go({ text: "", id: hit.id, picture: null });
+    text.blur();
+  };
+  cell.append(button);
+  return cell;
+}
+
+const say = (words) => (status.textContent = words);
+
+function tell() {
+  const count = grid.querySelectorAll(".tile").length;
+  if (!count) return say("Nothing found.");
+  const parts = [`${count} of ${service.items.toLocaleString()} pictures`];
+  if (asked.text) parts.push("for ", make("b", "", asked.text));
+  if (asked.id || asked.picture) parts.push(asked.text ? "and like this picture" : "like this picture");
+  status.replaceChildren(...parts.flatMap((part, i) => (i && typeof part === "string" ? [" ", part] : [part])));
+}
+
+function examples(results) {
+  const told = results.flatMap((hit) => captions(hit.info).map((caption) => caption.replace(/[\s.。]+$/, "")));
+  const chinese = (caption) => /\p{Script=Han}/u.test(caption);
+  const short = told.filter((caption) => caption.length < 44);
+  const picked = [...new Set([...short.filter((c) => !chinese(c)).slice(0, 3), ...short.filter(chinese).slice(0, 2)])];
+  by("examples").replaceChildren(
+    ...picked.map((caption) => {
+      const button = make("button", "", caption);
+      button.type = "button";
+      button.onclick = () => go({ text: caption, id: null, picture: null });
+      return button;
+    }),
+  );
+}
+
+// ---- the picture that is searched by
+
+const known = new Map(); // items that were shown, by id
+
+async function showPanel(to) {
+  const present = Boolean(to.id || to.picture);
+  panel.hidden = !present;
+  document.querySelector("main").classList.toggle("beside", present);
+  const source = to.id ? `/v1/items/${encodeURIComponent(to.id)}/image` : to.picture ? URL.createObjectURL(dropped.get(to.picture)) : "";
+  const chip = by("chip");
+  chip.hidden = !present;
+  for (const part of ["captions", "answers", "info"]) by(part).replaceChildren();
+  by("said").hidden = true;
+  by("question").hidden = !(present && service.can.includes("answer"));
+  if (!present) return;
+  const shown = by("shown");
+  shown.onload = () => shown.classList.toggle("crisp", shown.naturalWidth < 100);
+  shown.src = chip.firstElementChild.src = source;
+  const info = known.get(to.id)?.info ?? {};
+  const told = captions(info);
+  shown.alt = told[0] ?? to.id ?? "the picture that you gave";
+  by("captions").replaceChildren(...told.map((caption, i) => make("p", i ? "other" : "", caption)));
+  for (const [name, value] of Object.entries(to.id ? { id: to.id, ...info } : {}))
+    if (!name.startsWith("caption")) by("info").append(make("dt", "", name), make("dd", "", String(value)));
+  if (!service.can.includes("caption")) return;
+  const { caption } = await ask("/v1/caption", { id: to.id, image: dropped.get(to.picture) }).catch(() => ({}));
+  if (!caption || asked.id !== to.id || asked.picture !== to.picture) return;
+  by("said").replaceChildren(make("small", "", "The model says"), caption);
+  by("said").hidden = false;
+}
+
+by("question").onsubmit = async (event) => {
+  event.preventDefault();
+  const question = by("asked").value.trim();
+  if (!question) return;
+  const [term, answer] = [make("dt", "", question), make("dd", "", "…")];
+  by("answers").prepend(term, answer);
+  by("asked").value = "";
+  const { id, picture } = asked;
+  answer.textContent = await ask("/v1/answer", { id, image: dropped.get(picture), question }).then(
+    (told) => told.answer,
+    (error) => error.message,
+  );
+};
+
+async function searchBy(file) {
+  if (!file?.type.startsWith("image/")) return;
+  const number = dropped.size + 1;
+  dropped.set(number, await smaller(file));
+  go({ text: "", id: null, picture: number });
+}
+
+// A photograph of a phone is many times what a model reads; it is sent again for every page of results.
+async function smaller(file) {
+  if (file.size < 1e6) return file;
+  const image = await createImageBitmap(file).catch(() => null);
+  if (!image) return file;
+  const scale = Math.min(1, 1024 / Math.max(image.width, image.height));
+  const canvas = new OffscreenCanvas(Math.round(image.width * scale), Math.round(image.height * scale));
+  canvas.getContext("2d").drawImage(image, 0, 0, canvas.width, canvas.height);
+  return canvas.convertToBlob({ type: "image/jpeg", quality: 0.92 });
+}
+
+// ---- typing, pictures, keys
+
+const typed = (replace) => {
+  clearTimeout(typing);
+  const said = text.value.trim();
+  if (said !== asked.text) go({ ...asked, text: said }, { replace });
+};
+
+by("search").onsubmit = (event) => {
+  event.preventDefault();
+  typed(false);
+};
+// While a Chinese word is being composed the field holds Latin letters that nobody means.
+text.oninput = (event) => {
+  clearTimeout(typing);
+  if (!event.isComposing) typing = setTimeout(typed, 350, Boolean(asked.text));
+};
+text.addEventListener("compositionstart", () => clearTimeout(typing));
+text.addEventListener("compositionend", () => (typing = setTimeout(typed, 350, Boolean(asked.text))));
+by("chip").lastElementChild.onclick = () => {
+  go({ ...asked, id: null, picture: null });
+  text.focus();
+};
+by("pick").onclick = () => by("file").click();
+by("file").onchange = ({ target }) => {
+  searchBy(target.files[0]);
+  target.value = "";
+};
+document.addEventListener("paste", (event) => {
+  const file = [...event.clipboardData.files].find(({ type }) => type.startsWith("image/"));
+  if (file) event.preventDefault();
+  searchBy(file);
+});
+const carriesFile = (event) => event.dataTransfer?.types.includes("Files");
+document.addEventListener("dragover", (event) => {
+  event.preventDefault();
+  by("drop").hidden = !carriesFile(event);
+});
+document.addEventListener("dragleave", (event) => (by("drop").hidden = by("drop").hidden || event.relatedTarget === null));
+document.addEventListener("drop", (event) => {
+  event.preventDefault();
+  by("drop").hidden = true;
+  searchBy(event.dataTransfer.files[0]);
+});
+document.querySelector(".home").onclick = (event) => {
+  if (event.ctrlKey || event.metaKey || event.shiftKey) return;
+  event.preventDefault();
+  go({ text: "", id: null, picture: null });
+};
+
+document.addEventListener("keydown", (event) => {
+  if (event.isComposing || event.ctrlKey || event.metaKey || event.altKey || by("key").open) return;
+  const inField = event.target.matches("input");
+  if (event.key === "/" && !inField) {
+    event.preventDefault();
+    text.focus();
+    text.select();
+  } else if (event.key === "Escape") {
+    event.preventDefault();
+    if (event.target === by("asked")) by("asked").blur();
+    else if (event.target === text && text.value) go({ ...asked, text: (text.value = "") });
+    else if (asked.id || asked.picture) go({ ...asked, id: null, picture: null });
+    else if (asked.text) go({ text: "", id: null, picture: null });
+  } else if (event.target === text && event.key === "ArrowDown") {
+    event.preventDefault();
+    grid.querySelector(".tile")?.focus();
+  } else if (event.target.matches(".tile")) move(event);
+});
+
+function move(event) {
+  const tiles = [...grid.querySelectorAll(".tile")];
+  const columns = tiles.findIndex((other) => other.offsetTop > tiles[0].offsetTop);
+  const steps = { ArrowRight: 1, ArrowLeft: -1, ArrowDown: columns, ArrowUp: -columns, Home: -Infinity, End: Infinity };
+  if (!(event.key in steps)) return;
+  event.preventDefault();
+  const at = tiles.indexOf(event.target);
+  if (event.key === "ArrowUp" && at < columns) return text.focus();
+  const to = tiles[Math.max(0, Math.min(tiles.length - 1, at + steps[event.key]))];
+  event.target.tabIndex = -1;
+  to.tabIndex = 0;
+  to.focus();
+  if (tiles.indexOf(to) + 2 * columns >= tiles.length) more();
+}
+
+// ---- the key
+
+function openKey() {
+  if (!by("key").open) by("key").showModal();
+}
+by("key").oncancel = (event) => event.preventDefault();
+by("key").firstElementChild.onsubmit = async (event) => {
+  event.preventDefault();
+  const answer = await fetch("/session", { method: "POST", headers: { authorization: `Bearer ${by("token").value}` } });
+  by("refused").textContent = answer.ok ? "" : "That is not a key of this service.";
+  if (!answer.ok) return;
+  by("key").close();
+  start();
+};
+
+// ---- beginning
+
+problem.lastElementChild.onclick = () => start();
+const atEnd = () => by("end").getBoundingClientRect().top < innerHeight + 600;
+new IntersectionObserver(([entry]) => entry.isIntersecting && more(), { rootMargin: "600px" }).observe(by("end"));
+addEventListener("popstate", () => show(fromAddress()));
+
+async function start() {
+  service = await ask("/health").catch(() => service);
+  by("report").hidden = !service.report;
+  if (service.key) return openKey();
+  asked = {};
+  show(fromAddress());
+}
+start();

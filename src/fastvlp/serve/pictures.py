@@ -1,0 +1,50 @@
+"""Small pictures of an index's items, for the page to show and for re-ranking: a file each."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from pathlib import Path
+
+from PIL import Image
+
+from fastvlp.data.decode import MAX_PIXELS, read_pixels
+from fastvlp.data.files import write_whole
+from fastvlp.data.transform import Transform
+
+SIDE = 320
+
+
+class Pictures:
+    """The name of a file is a hash of the item's id, so that an id can be anything."""
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+
+    def _path(self, id: str) -> Path:
+        name = hashlib.sha256(id.encode()).hexdigest()
+        return self.folder / name[:2] / name[2:34]
+
+    def put(self, id: str, data: bytes) -> None:
+        """Raises UserError where the disk is full."""
+        write_whole(self._path(id), data)
+
+    def get(self, id: str) -> bytes | None:
+        try:
+            return self._path(id).read_bytes()
+        except FileNotFoundError:
+            return None
+
+    def delete(self, id: str) -> None:
+        self._path(id).unlink(missing_ok=True)
+
+
+def thumbnail(data: bytes, side: int = SIDE, max_pixels: int = MAX_PIXELS) -> bytes:
+    """The upright picture with a longest side of at most `side`; WebP, which keeps few colours and photographs alike small.
+    Raises what decoders raise, ValueError for a picture that is too large."""
+    pixels = read_pixels(data, Transform(size=side, mode="letterbox"), max_pixels=max_pixels)
+    image = Image.fromarray(pixels.numpy())
+    image.thumbnail((side, side), Image.Resampling.LANCZOS)
+    file = io.BytesIO()
+    image.save(file, "WEBP", quality=85)
+    return file.getvalue()

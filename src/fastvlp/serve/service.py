@@ -1,0 +1,214 @@
+"""What the routes ask for: vectors, captions, answers and match scores in batches, and items of the index."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from fastvlp.serve.batcher import Batcher, InputError, Lane
+from fastvlp.serve.embedder import Embedder, Picture, Unreadable
+from fastvlp.serve.index import Hit, Index, Item, Where
+from fastvlp.serve.limits import Limits, Refusal, refuse
+from fastvlp.serve.metrics import Metrics
+from fastvlp.serve.pictures import Pictures, thumbnail
+
+T = TypeVar("T")
+# Tokens that a text of `Limits.batch` stands for.
+TOKENS = 64
+
+
+class Service:
+    """The model behind a batcher, the index behind a thread of its own; decoding has threads too.
+
+    `index` is None where only embeddings are served.
+    """
+
+    def __init__(self, embedder: Embedder, index: Index | None, pictures: Pictures | None, limits: Limits):
+        self.embedder, self.index, self.pictures, self.limits = embedder, index, pictures, limits
+        embedder.max_pixels = limits.pixels
+        self.name = str(embedder.card.get("name", "fastvlp"))
+        self.metrics = Metrics()
+        self.batcher = Batcher(
+            lanes(embedder, limits.batch),
+            window_s=limits.window_ms / 1000,
+            most_waiting=limits.waiting,
+            watch=self.metrics.batch,
+        )
+        # Each decoder holds a picture of up to `Limits.pixels`.
+        self._decoders = ThreadPoolExecutor(min(4, os.cpu_count() or 1), "decode")
+        # One thread is the one writer, and no client library has to be safe for several.
+        self._engine = ThreadPoolExecutor(1, "index")
+
+    def close(self) -> None:
+        self.batcher.close()
+        self._decoders.shutdown(cancel_futures=True)
+        self._engine.shutdown(cancel_futures=True)
+        if self.index is not None:
+            self.index.close()
+
+    def need(self, ability: str) -> None:
+        if ability not in self.embedder.can:
+            known = ", ".join(sorted(self.embedder.can))
+            raise Refusal(404, "not_supported", f"{self.name} cannot {ability}; it can {known}")
+
+    async def pixels(self, pictures: Sequence[bytes]) -> list[Tensor]:
+        """Each decoded as the model reads it, uint8 [3 size size]."""
+        self.few(pictures)
+        loop = asyncio.get_running_loop()
+        read = [loop.run_in_executor(self._decoders, self.embedder.pixels, [data]) for data in pictures]
+        try:
+            return [pixels[0] for pixels in await asyncio.gather(*read)]
+        except Unreadable as error:
+            raise refuse(error.reason, "unreadable_picture") from error
+
+    async def images(self, pixels: Sequence[Tensor]) -> np.ndarray:
+        """Unit vectors [n E]."""
+        self.need("embed")
+        if not pixels:
+            return np.empty((0, self.embedder.width), np.float32)
+        return np.array(await self._ask("images", pixels))
+
+    async def texts(self, texts: Sequence[str]) -> tuple[np.ndarray, int]:
+        """Unit vectors [n E], and how many tokens were read."""
+        self.need("embed")
+        if not texts:
+            return np.empty((0, self.embedder.width), np.float32), 0
+        lengths = await self.lengths(texts)
+        return np.array(await self._ask("texts", texts, lengths)), sum(lengths)
+
+    async def lengths(self, texts: Sequence[str]) -> list[int]:
+        """Tokens of each text."""
+        self.few(texts)
+        longest = max(map(len, texts))
+        if longest > self.limits.characters:
+            raise refuse(f"a text of {longest} characters; {self.limits.characters} are allowed", "too_long")
+        return await asyncio.to_thread(self.embedder.lengths, texts)
+
+    async def caption(self, pixels: Tensor) -> str:
+        self.need("caption")
+        return (await self._ask("caption", [pixels]))[0]
+
+    async def answer(self, pixels: Tensor, question: str) -> str:
+        self.need("answer")
+        await self.lengths([question])
+        return (await self._ask("answer", [(pixels, question)]))[0]
+
+    async def match(self, pixels: Sequence[Tensor], texts: Sequence[str]) -> list[float]:
+        """How well each picture fits its text."""
+        self.need("match")
+        return [float(score) for score in await self._ask("match", [*zip(pixels, texts)])]
+
+    async def indexed(self, work: Callable[[Index], T]) -> T:
+        """`work` in the index's thread."""
+        if self.index is None:
+            raise Refusal(404, "no_index", "this service has no index; start it with --index")
+        return await asyncio.get_running_loop().run_in_executor(self._engine, work, self.index)
+
+    async def search(self, vector: np.ndarray, k: int, where: Where | None = None, offset: int = 0) -> list[Hit]:
+        return await self.indexed(lambda index: index.search(vector[None], k, where or None, offset)[0])
+
+    async def item(self, id: str) -> Item:
+        """Raises Refusal for an item that the index does not have."""
+        found = await self.indexed(lambda index: index.get([id]))
+        if not found:
+            raise Refusal(404, "unknown_item", f"no item {id!r}")
+        return found[0]
+
+    async def count(self) -> int:
+        return 0 if self.index is None else await self.indexed(lambda index: index.count())
+
+    async def picture(self, id: str) -> bytes | None:
+        """What the index keeps of the item's picture."""
+        pictures = self.pictures
+        return None if pictures is None else await self.indexed(lambda index: pictures.get(id))
+
+    async def add(self, id: str, vector: np.ndarray, info: Mapping[str, Any], data: bytes) -> None:
+        """The item is in the index when this returns."""
+        small = await asyncio.get_running_loop().run_in_executor(self._decoders, thumbnail, data)
+
+        def add(index: Index) -> None:
+            # First: an item without its picture would be shown, a picture without its item is not.
+            if self.pictures is not None:
+                self.pictures.put(id, small)
+            index.add([id], vector[None], [info])
+
+        await self.indexed(add)
+
+    async def remove(self, id: str) -> bool:
+        """Whether there was such an item."""
+
+        def remove(index: Index) -> bool:
+            found = index.delete([id]) > 0
+            if found and self.pictures is not None:
+                self.pictures.delete(id)
+            return found
+
+        return await self.indexed(remove)
+
+    async def matches(self, hits: Sequence[Hit], text: str) -> dict[str, float]:
+        """How well the picture of each hit fits the text, by id; hits without a picture are left out."""
+        found = [(hit.id, await self.picture(hit.id)) for hit in hits]
+        kept = [(id, data) for id, data in found if data is not None]
+        pixels = [
+            pixels
+            for first in range(0, len(kept), self.limits.inputs)
+            for pixels in await self.pixels([data for _, data in kept[first : first + self.limits.inputs]])
+        ]
+        scores = await self.match(pixels, [text] * len(kept))
+        return {id: score for (id, _), score in zip(kept, scores)}
+
+    async def _ask(self, lane: str, items: Sequence[Any], lengths: Sequence[int] | None = None) -> list[Any]:
+        try:
+            return await self.batcher.ask(lane, items, lengths)
+        except InputError as bad:
+            raise refuse(f"input {bad.row}: {bad.reason}") from bad
+
+    def few(self, inputs: Sequence[Any]) -> None:
+        if len(inputs) > self.limits.inputs:
+            raise refuse(f"{len(inputs)} inputs; {self.limits.inputs} are allowed in a request", "too_many")
+
+
+def lanes(embedder: Embedder, batch: int) -> dict[str, Lane]:
+    """The kinds of work of a model. Whatever writes or reads beside the picture takes smaller batches: others wait."""
+
+    def beside(method: Callable[[list[Picture], list[str]], Iterable[Any]]) -> Callable[[list[Any]], Iterable[Any]]:
+        return lambda rows: method([as_picture(pixels) for pixels, _ in rows], [text for _, text in rows])
+
+    return {
+        "texts": Lane(run=embedder.texts, budget=batch * TOKENS),
+        "images": Lane(run=lambda rows: embedder.embed_pixels(torch.stack(rows)), budget=batch),
+        "caption": Lane(run=lambda rows: embedder.caption([*map(as_picture, rows)]), budget=max(1, batch // 4)),
+        "answer": Lane(run=beside(embedder.answer), budget=max(1, batch // 4)),
+        "match": Lane(run=beside(embedder.match), budget=max(1, batch // 2)),
+    }
+
+
+def as_picture(pixels_CHW: Tensor) -> Image.Image:
+    """Of the model's own size, so that reading it once more changes nothing."""
+    return Image.fromarray(pixels_CHW.permute(1, 2, 0).numpy())
+
+
+def mean_vector(vectors: Sequence[np.ndarray]) -> np.ndarray:
+    """The direction between unit vectors [E]; the first where they cancel out."""
+    total = np.sum(vectors, axis=0)
+    length = float(np.linalg.norm(total))
+    return total / length if length > 1e-6 else vectors[0]
+
+
+def sample_direction(width: int, seed: int) -> np.ndarray:
+    """A unit vector [E] in which nobody asked to look."""
+    drawn = np.random.default_rng(seed).standard_normal(width).astype(np.float32)
+    return drawn / np.linalg.norm(drawn)
+
+
+def picture_id(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:32]

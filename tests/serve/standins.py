@@ -1,0 +1,170 @@
+"""A model without weights and an index without an engine: what they give is a hash of what they get."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+import uvicorn
+from PIL import Image
+from torch import Tensor
+
+from fastvlp.batch import Record
+from fastvlp.data.decode import DecodeError, decode
+from fastvlp.data.transform import Transform
+from fastvlp.serve.embedder import Unreadable
+from fastvlp.serve.index import Hit, Item, Stamp, choices
+
+
+def hashed(data: bytes, width: int) -> np.ndarray:
+    """A unit vector."""
+    seed = int.from_bytes(hashlib.sha256(data).digest()[:8], "little")
+    drawn = np.random.default_rng(seed).standard_normal(width).astype(np.float32)
+    return drawn / np.linalg.norm(drawn)
+
+
+class StandinEmbedder:
+    """A text's vector is its words'; a picture's is that of the name of its mean colour, so that "red" finds red."""
+
+    width, fingerprint, max_pixels = 16, "f" * 32, 10**9
+    card: ClassVar[dict[str, Any]] = {"name": "standin"}
+    colours: ClassVar = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255), "white": (255, 255, 255)}
+    chinese: ClassVar = {"红色": "red", "绿色": "green", "蓝色": "blue", "白色": "white"}
+
+    def __init__(self, can: Sequence[str] = ("embed", "caption", "answer", "match")):
+        self.can = frozenset(can)
+        self.transform = Transform(size=8)
+        self.threads: set[int] = set()
+        self.batches: list[int] = []
+        self.running = threading.Event()
+        self.gate = threading.Event()
+        self.gate.set()
+
+    def _seen(self, rows: Sequence[Any]) -> None:
+        self.running.set()
+        self.gate.wait(20)
+        self.threads.add(threading.get_ident())
+        self.batches.append(len(rows))
+
+    def pixels(self, pictures: Sequence[bytes]) -> Tensor:
+        read = []
+        for i, data in enumerate(pictures):
+            try:
+                record = Record(key="", images=(data,), info={})
+                read.append(decode(record, self.transform, max_pixels=self.max_pixels).images[0])
+            except DecodeError as error:
+                raise Unreadable(i, error.reason) from error
+        return torch.stack(read)
+
+    def colour(self, pixels: Tensor) -> str:
+        mean = pixels.float().mean((1, 2)).numpy()
+        return min(self.colours, key=lambda name: float(np.abs(mean - self.colours[name]).sum()))
+
+    def embed_pixels(self, pixels: Tensor) -> np.ndarray:
+        self._seen(pixels)
+        # Two pictures of one colour are similar, not equal.
+        parts = [
+            hashed(self.colour(p).encode(), self.width) + 0.2 * hashed(p.numpy().tobytes(), self.width) for p in pixels
+        ]
+        return np.stack([part / np.linalg.norm(part) for part in parts])
+
+    def texts(self, texts: Sequence[str]) -> np.ndarray:
+        self._seen(texts)
+        found = []
+        for text in texts:
+            words = [self.chinese.get(word, word) for word in text.split()] or [""]
+            total = np.sum([hashed(word.encode(), self.width) for word in words], axis=0)
+            found.append(total / np.linalg.norm(total))
+        return np.stack(found)
+
+    def lengths(self, texts: Sequence[str]) -> list[int]:
+        return [2 + len(text.split()) for text in texts]
+
+    def caption(self, pictures: Sequence[Image.Image]) -> list[str]:
+        self._seen(pictures)
+        return [f"a {self.colour(self.read(picture))} picture" for picture in pictures]
+
+    def answer(self, pictures: Sequence[Image.Image], questions: Sequence[str]) -> list[str]:
+        self._seen(pictures)
+        return [self.colour(self.read(picture)) for picture in pictures]
+
+    def match(self, pictures: Sequence[Image.Image], texts: Sequence[str]) -> np.ndarray:
+        """1 where the text names the colour, larger for longer texts."""
+        self._seen(pictures)
+        named = [self.colour(self.read(picture)) in text.split() for picture, text in zip(pictures, texts)]
+        return np.array(named, dtype=np.float32)
+
+    def read(self, picture: Image.Image) -> Tensor:
+        assert picture.size == (8, 8), "what the model reads has its own size already"
+        return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+
+
+class StandinIndex:
+    """Exact search in memory."""
+
+    stamp = Stamp(fingerprint=StandinEmbedder.fingerprint, width=StandinEmbedder.width)
+
+    def __init__(self) -> None:
+        self.items: dict[str, Item] = {}
+        self.closed = False
+
+    def add(self, ids: Sequence[str], vectors: np.ndarray, infos: Sequence[Mapping[str, Any]]) -> None:
+        self.items |= {id: Item(id, vector, dict(info)) for id, vector, info in zip(ids, vectors, infos)}
+
+    def delete(self, ids: Sequence[str]) -> int:
+        return sum(self.items.pop(id, None) is not None for id in ids)
+
+    def search(
+        self, vectors: np.ndarray, k: int, where: Mapping[str, Any] | None = None, offset: int = 0
+    ) -> list[list[Hit]]:
+        asked = choices(where)
+        kept = [
+            item for item in self.items.values() if all(item.info.get(name) in some for name, some in asked.items())
+        ]
+        found = [[Hit(item.id, float(vector @ item.vector), item.info) for item in kept] for vector in vectors]
+        return [sorted(row, key=lambda hit: -hit.score)[offset : offset + k] for row in found]
+
+    def count(self) -> int:
+        return len(self.items)
+
+    def get(self, ids: Sequence[str]) -> list[Item]:
+        return [self.items[id] for id in ids if id in self.items]
+
+    def close(self) -> None:
+        self.closed = True
+
+
+@contextmanager
+def listening(app: Any) -> Iterator[str]:
+    """The address at which `app` answers over a real socket of this machine."""
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning"))
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    while not server.started:
+        assert thread.is_alive()
+        time.sleep(0.01)
+    port = server.servers[0].sockets[0].getsockname()[1]
+    try:
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        server.should_exit = True
+        thread.join(20)
+
+
+def picture(colour: tuple[int, int, int], side: int = 32, format: str = "PNG") -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (side, side), colour).save(file, format)
+    return file.getvalue()
+
+
+def shade(colour: str, i: int) -> bytes:
+    """The i-th picture of about that colour."""
+    rgb = [abs(value - 2 * i) for value in StandinEmbedder.colours[colour]]
+    return picture((rgb[0], rgb[1], rgb[2]))

@@ -1,0 +1,355 @@
+"""What the service answers: the right things, and the right refusals."""
+
+from __future__ import annotations
+
+import base64
+import io
+import struct
+import threading
+import zlib
+from collections.abc import Iterator
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from starlette.testclient import TestClient
+
+from fastvlp.errors import UserError
+from fastvlp.serve.api import create_app
+from fastvlp.serve.limits import Limits
+from fastvlp.serve.pictures import Pictures
+from tests.serve.standins import StandinEmbedder, StandinIndex, hashed, picture, shade
+
+COLOURS = ("red", "green", "blue", "white")
+
+
+def b64(data: bytes) -> str:
+    return base64.b64encode(data).decode()
+
+
+def opened(folder: Path, embedder: StandinEmbedder | None = None, **said: Any) -> TestClient:
+    app = create_app(
+        embedder or StandinEmbedder(), said.pop("index", StandinIndex()), pictures=Pictures(folder / "pictures"), **said
+    )
+    return TestClient(app, raise_server_exceptions=False)
+
+
+@pytest.fixture
+def client(tmp_path: Path) -> Iterator[TestClient]:
+    """12 items, three shades of each colour."""
+    with opened(tmp_path) as client:
+        for colour in COLOURS:
+            for i in range(3):
+                form = {"id": f"{colour}/{i}", "caption": f"{colour} picture", "info": f'{{"shade": {i}}}'}
+                added = client.post("/v1/items", data=form, files={"image": shade(colour, i)})
+                assert added.status_code == 201, added.text
+        yield client
+
+
+def found(client: TestClient, **asked: Any) -> list[str]:
+    answer = client.post("/v1/search", json=asked)
+    assert answer.status_code == 200, answer.text
+    return [hit["id"] for hit in answer.json()["results"]]
+
+
+def refused(answer: Any, status: int, words: str) -> None:
+    assert answer.status_code == status, answer.text
+    assert words in answer.json()["error"]["message"], answer.text
+
+
+def test_embeddings_have_openais_shape(client: TestClient):
+    asked = {"input": ["red", {"image": b64(shade("red", 0))}, "green"], "model": "standin"}
+    answer = client.post("/v1/embeddings", json=asked).json()
+    assert answer["object"] == "list" and answer["model"] == "standin" and answer["fingerprint"] == "f" * 32
+    assert [row["index"] for row in answer["data"]] == [0, 1, 2]
+    vectors = np.array([row["embedding"] for row in answer["data"]], np.float32)
+    np.testing.assert_array_equal(vectors[0], hashed(b"red", 16))
+    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-6)
+    assert vectors[1] @ vectors[0] > 0.9 > vectors[2] @ vectors[0]
+    assert answer["usage"] == {"prompt_tokens": 6, "total_tokens": 6}
+    one = client.post("/v1/embeddings", json={"input": "red", "encoding_format": "base64"}).json()["data"][0][
+        "embedding"
+    ]
+    np.testing.assert_array_equal(np.frombuffer(base64.b64decode(one), "<f4"), vectors[0])
+
+
+def test_a_form_says_the_same_as_json(client: TestClient):
+    data = shade("blue", 1)
+    json = client.post("/v1/embeddings", json={"input": ["red", {"image": f"data:image/png;base64,{b64(data)}"}]})
+    form = client.post("/v1/embeddings", files=[("input", (None, "red")), ("image", ("x.png", data))])
+    assert form.json() == json.json()
+    asked = {"text": "red", "limit": "2", "where": '{"shade": 1}'}
+    searched = client.post("/v1/search", data=asked, files={"image": data}).json()
+    same = client.post("/v1/search", json={"text": "red", "limit": 2, "where": {"shade": 1}, "image": b64(data)}).json()
+    assert searched["results"] == same["results"] != []
+
+
+def test_search_by_text_picture_both_and_item(client: TestClient):
+    assert {*found(client, text="红色", limit=3)} == {"red/0", "red/1", "red/2"}
+    assert found(client, image=b64(shade("green", 2)), limit=1) == ["green/2"]
+    assert {id.split("/")[0] for id in found(client, text="red", image=b64(shade("blue", 0)), limit=6)} == {
+        "red",
+        "blue",
+    }
+    by_item = found(client, id="blue/1", limit=2)
+    assert by_item == ["blue/0", "blue/2"] or by_item == ["blue/2", "blue/0"], "all but itself"
+    refused(client.post("/v1/search", json={"id": "nobody"}), 404, "nobody")
+
+
+def test_search_filters_and_pages(client: TestClient):
+    everything = found(client, text="red", limit=12)
+    answer, pages = {"next_offset": 0}, []
+    while (offset := answer["next_offset"]) is not None:
+        answer = client.post("/v1/search", json={"text": "red", "limit": 5, "offset": offset}).json()
+        pages.append([hit["id"] for hit in answer["results"]])
+    assert [len(page) for page in pages] == [5, 5, 2] and [*chain(*pages)] == everything
+    without = [id for id in everything if id != "red/1"]
+    paged = found(client, id="red/1", limit=6) + found(client, id="red/1", limit=6, offset=6)
+    assert sorted(paged) == sorted(without) and len(paged) == 11
+    assert {*found(client, text="red", where={"shade": 2})} == {f"{colour}/2" for colour in COLOURS}
+    assert found(client, text="red", where={"shade": 2, "caption": "blue picture"}) == ["blue/2"]
+    assert {*found(client, text="red", where={"shade": [0, 9]})} == {f"{colour}/0" for colour in COLOURS}
+    assert found(client, text="red", where={"shade": 9}) == []
+
+
+def test_rerank_reads_the_best_once_more(tmp_path: Path):
+    class Contrary(StandinEmbedder):
+        def match(self, pictures: Any, texts: Any) -> np.ndarray:
+            return -super().match(pictures, texts)
+
+    with opened(tmp_path, Contrary()) as client:
+        for id, colour in (("a", "red"), ("b", "blue"), ("c", "green")):
+            client.post("/v1/items", data={"id": id}, files={"image": shade(colour, 0)})
+        plain = found(client, text="red")
+        answer = client.post("/v1/search", json={"text": "red", "rerank": 2}).json()["results"]
+        assert plain[0] == "a"
+        assert [hit["id"] for hit in answer] == [plain[1], "a", plain[2]]
+        assert [hit.get("match") for hit in answer] == [0.0, -1.0, None]
+        assert found(client, text="red", rerank=2, offset=1, limit=1) == ["a"]
+        refused(client.post("/v1/search", json={"id": "a", "rerank": 2}), 400, "text")
+
+
+def test_pairs_are_scored(client: TestClient):
+    pairs = [{"text": "red", "id": "red/0"}, {"text": "red", "image": b64(shade("blue", 0))}]
+    scores = client.post("/v1/score", json={"pairs": pairs}).json()["scores"]
+    assert scores[0]["similarity"] > 0.9 > scores[1]["similarity"]
+    assert [score["match"] for score in scores] == [1.0, 0.0]
+    form = [("text", (None, "red")), ("text", (None, "blue")), ("image", ("x", shade("blue", 0)))]
+    assert [score["match"] for score in client.post("/v1/score", files=form).json()["scores"]] == [0.0, 1.0]
+
+
+def test_captions_and_answers(client: TestClient):
+    assert client.post("/v1/caption", json={"id": "red/0"}).json()["caption"] == "a red picture"
+    answer = client.post("/v1/answer", files={"image": shade("blue", 0)}, data={"question": "which colour?"})
+    assert answer.json()["answer"] == "blue"
+
+
+def test_what_the_model_cannot_is_said(tmp_path: Path):
+    with opened(tmp_path, StandinEmbedder(can=("embed",))) as client:
+        image = b64(shade("red", 0))
+        refused(client.post("/v1/caption", json={"image": image}), 404, "cannot caption")
+        refused(client.post("/v1/answer", json={"image": image, "question": "?"}), 404, "cannot answer")
+        refused(client.post("/v1/search", json={"text": "a", "rerank": 4}), 404, "cannot match")
+        assert [*client.post("/v1/score", json={"pairs": [{"text": "red", "image": image}]}).json()["scores"][0]] == [
+            "similarity"
+        ]
+        refused(client.get("/report"), 404, "--report")
+    with opened(tmp_path, index=None) as client:
+        refused(client.post("/v1/search", json={"text": "a"}), 404, "--index")
+        assert client.get("/health").json()["items"] == 0
+
+
+def test_items_come_and_go(client: TestClient):
+    data = picture((9, 9, 9), side=900, format="JPEG")
+    added = client.post("/v1/items", files={"image": data}).json()
+    assert client.get("/health").json()["items"] == 13
+    again = client.post("/v1/items", json={"image": b64(data), "caption": "dark"}).json()
+    assert again["id"] == added["id"] and client.get("/health").json()["items"] == 13
+    kept = client.get(added["image"])
+    assert kept.headers["content-type"] == "image/webp" and Image.open(io.BytesIO(kept.content)).size == (320, 320)
+    assert client.get("/v1/items/red%2F0/image").status_code == 200
+    assert client.delete(f"/v1/items/{added['id']}").json() == {"id": added["id"], "deleted": True}
+    refused(client.delete(f"/v1/items/{added['id']}"), 404, "no item")
+    refused(client.get(added["image"]), 404, "no picture")
+    assert len(client.get("/v1/items?limit=5").json()["results"]) == 5
+
+
+def bomb() -> bytes:
+    """A PNG whose header says 50,000 x 50,000 pixels."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", 50_000, 50_000, 8, 2, 0, 0, 0)
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(b"\0" * 9999))
+        + chunk(b"IEND", b"")
+    )
+
+
+JSON = {"content-type": "application/json"}
+BAD = {
+    "malformed JSON": ({"content": b'{"input": "a', "headers": JSON}, 400, "JSON"),
+    "not UTF-8": ({"content": b'{"input": "\xff"}', "headers": JSON}, 400, ""),
+    "half a surrogate": ({"content": b'{"input": "\\ud800"}', "headers": JSON}, 400, ""),
+    "deep JSON": ({"content": b"[" * 100_000, "headers": JSON}, 400, ""),
+    "an empty body": ({"content": b""}, 400, "JSON"),
+    "nothing asked": ({"json": {}}, 400, "input"),
+    "an empty list": ({"json": {"input": []}}, 400, "input"),
+    "an empty text": ({"json": {"input": ""}}, 400, "input"),
+    "a misspelt field": ({"json": {"input": "a", "imput": 1}}, 400, "imput"),
+    "a number": ({"json": {"input": 7}}, 400, "input"),
+    "tokens": ({"json": {"input": [[1, 2]]}}, 400, "input"),
+    "another model": ({"json": {"input": "a", "model": "gpt"}}, 404, "gpt"),
+    "other dimensions": ({"json": {"input": "a", "dimensions": 3}}, 400, "16"),
+    "bad base64": ({"json": {"input": {"image": "!!!"}}}, 400, "base64"),
+    "a URL": ({"json": {"input": {"image": "http://127.0.0.1/a.png"}}}, 400, "URLs are not read"),
+    "a path": ({"json": {"input": {"image": "/etc/passwd"}}}, 400, "base64"),
+    "a file URL": ({"json": {"input": {"image": "file:///etc/passwd"}}}, 400, "URLs are not read"),
+    "not an image": ({"json": {"input": {"image": b64(b"hello there, no image")}}}, 400, "not an image"),
+    "half an image": ({"json": {"input": ["a", {"image": b64(shade("red", 0)[:60])}]}}, 400, "image"),
+    "a bomb": ({"files": {"image": bomb()}}, 400, "pixels"),
+    "too many": ({"json": {"input": ["a"] * 99}}, 400, "99 inputs"),
+    "a long text": ({"json": {"input": "a" * 9999}}, 400, "9999 characters"),
+    "a huge body": ({"content": b" " * 3_000_000}, 413, "2 MB"),
+    "another type": ({"content": b"input=a", "headers": {"content-type": "text/csv"}}, 415, "text/csv"),
+    "no boundary": ({"content": b"abc", "headers": {"content-type": "multipart/form-data"}}, 400, "boundary"),
+    "a broken form": (
+        {"content": b"--x\r\nabc", "headers": {"content-type": "multipart/form-data; boundary=x"}},
+        400,
+        "",
+    ),
+    "an odd charset": (
+        {"content": b"--x\r\n\r\n", "headers": {"content-type": "multipart/form-data; boundary=x; charset=nonsense"}},
+        400,
+        "",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_requests_are_refused(case: str, tmp_path: Path):
+    asked, status, words = BAD[case]
+    with opened(tmp_path, limits=Limits(body_mb=2, pixels=10**6)) as client:
+        refused(client.post("/v1/embeddings", **asked), status, words)
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {},
+        {"text": "a", "limit": 0},
+        {"text": "a", "limit": 10**9},
+        {"text": "a", "offset": 999, "limit": 24},
+        {"text": "a", "offset": -1},
+        {"text": "a", "where": {"$or": 1}},
+        {"text": "a", "where": {"a": {"$gt": 1}}},
+        {"text": "a", "where": {"a": "\0"}},
+        {"text": "a", "where": [1]},
+        {"id": "a\0"},
+        {"id": "../../etc/passwd", "image": "aaaa"},
+        {"id": "x" * 999},
+        {"text": "a", "rerank": 10**6},
+    ],
+)
+def test_bad_searches_are_refused(client: TestClient, asked: dict[str, Any]):
+    assert client.post("/v1/search", json=asked).status_code == 400
+
+
+def test_paths_lead_nowhere(client: TestClient):
+    for path in (
+        "/page/../api.py",
+        "/page/%2e%2e/api.py",
+        "/v1/items/..%2f..%2fetc%2fpasswd/image",
+        "/page//etc/passwd",
+    ):
+        assert client.get(path).status_code == 404, path
+
+
+def test_keys_are_asked_for(tmp_path: Path):
+    with opened(tmp_path, keys=("first-key", "second-key")) as client:
+        for path in ("/", "/health", "/openapi.json", "/page/app.js"):
+            assert client.get(path).status_code == 200, path
+        assert client.get("/health").json()["key"] is True
+        for headers in ({}, {"authorization": "Bearer wrong"}, {"authorization": "Basic first-key"}, {"cookie": "a=b"}):
+            refused(client.post("/v1/embeddings", json={"input": "a"}, headers=headers), 401, "key")
+        for path in ("/metrics", "/report", "/v1/items/a/image", "/v1/items"):
+            assert client.get(path).status_code == 401
+        for key in ("first-key", "second-key"):
+            bearer = {"authorization": f"Bearer {key}"}
+            assert client.post("/v1/embeddings", json={"input": "a"}, headers=bearer).status_code == 200
+        refused(client.post("/session", headers={"authorization": "Bearer wrong"}), 401, "key")
+        cookie = client.post("/session", headers={"authorization": "Bearer second-key"}).headers["set-cookie"]
+        assert "httponly" in cookie.lower() and "samesite=strict" in cookie.lower()
+        assert client.get("/v1/items").status_code == 200, "the page's cookie is enough"
+        assert client.get("/health").json()["key"] is False
+    with pytest.raises(UserError, match="api-key"):
+        create_app(StandinEmbedder(), keys=("schlüssel",))
+
+
+def test_pages_of_other_sites_may_not_ask(tmp_path: Path):
+    origin = {"origin": "https://elsewhere.example"}
+    with opened(tmp_path) as client:
+        refused(client.post("/v1/items", files={"image": shade("red", 0)}, headers=origin), 403, "elsewhere")
+        assert "access-control-allow-origin" not in client.get("/health", headers=origin).headers
+        assert client.post("/v1/embeddings", json={"input": "a"}, headers={"origin": "http://testserver"}).is_success
+    with opened(tmp_path, origins=("https://elsewhere.example",)) as client:
+        answer = client.post("/v1/embeddings", json={"input": "a"}, headers=origin)
+        assert answer.is_success and answer.headers["access-control-allow-origin"] == origin["origin"]
+
+
+def test_nothing_loads_from_another_host(client: TestClient):
+    page = client.get("/")
+    assert "default-src 'self'" in page.headers["content-security-policy"]
+    for path in ("/", "/page/app.js", "/page/style.css"):
+        assert "//" not in client.get(path).text.replace("// ", "").replace("http://www.w3.org/2000/svg", ""), path
+    assert client.get("/docs").status_code in (200, 404)
+
+
+def test_requests_share_batches_and_one_thread(tmp_path: Path):
+    embedder = StandinEmbedder()
+    with opened(tmp_path, embedder, limits=Limits(window_ms=100)) as client:
+        answers: list[int] = []
+
+        def ask(i: int) -> None:
+            answers.append(client.post("/v1/embeddings", json={"input": f"text {i}"}).status_code)
+
+        threads = [threading.Thread(target=ask, args=(i,)) for i in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert answers == [200] * 8 and sum(embedder.batches) == 8 and len(embedder.batches) < 8
+        assert len(embedder.threads) == 1
+        text = client.get("/metrics").text
+        assert 'fastvlp_batch_rows_sum{kind="texts"} 8' in text
+        assert 'fastvlp_request_seconds_count{route="/v1/embeddings",status="200"} 8' in text
+        assert "fastvlp_resident_memory_bytes" in text
+
+
+def test_a_busy_service_says_when_to_come_back(tmp_path: Path):
+    embedder = StandinEmbedder()
+    embedder.gate.clear()
+    with opened(tmp_path, embedder, limits=Limits(waiting=2, seconds=0.3, window_ms=0)) as client:
+        answer = client.post("/v1/embeddings", json={"input": ["a", "b", "c"]})
+        refused(answer, 503, "wait")
+        assert int(answer.headers["retry-after"]) >= 1
+        late = client.post("/v1/embeddings", json={"input": "a"})
+        refused(late, 503, "no answer within")
+        assert int(late.headers["retry-after"]) >= 1
+        embedder.gate.set()
+    with opened(tmp_path, limits=Limits(requests=0)) as client:
+        refused(client.get("/health"), 503, "requests")
+    with opened(tmp_path, limits=Limits(held_mb=0)) as client:
+        refused(client.post("/v1/embeddings", json={"input": "a"}), 503, "memory")
+
+
+def test_a_report_is_shown(tmp_path: Path):
+    (tmp_path / "report.html").write_text("<h1>Report</h1>")
+    with opened(tmp_path, report=tmp_path / "report.html") as client:
+        assert client.get("/report").text == "<h1>Report</h1>" and client.get("/health").json()["report"]
