@@ -213,11 +213,18 @@ def test_a_warm_queue_counts_what_was_written():
     assert objective.written == 6 and torch.isfinite(objective.image_queue).all()
 
 
-def test_validation_leaves_the_queue_alone():
-    model = towers()
-    objective = made(model).eval()
+@pytest.mark.parametrize("told", [MoCoConfig(queue=12), albef(queue=12), MoCoConfig(queue=12, warm=True)])
+def test_validation_tells_a_batch_apart_and_leaves_the_queue_alone(told):
+    model, batch = towers(), batch_of(3)
+    objective = told.build(model.config, made_tokenizer()).eval()
+    objective.begin(model)
     before = {name: x.clone() for name, x in objective.state_dict().items()}
-    objective(model, model.encode_image(batch_of(3).image), batch_of(3))
+    losses = objective(model, model.encode_image(batch.image), batch)
+    image = model.embed_image(model.encode_image(batch.image))
+    text = model.embed_text(batch.ids, batch.length)
+    for name, logits in (("image", image @ text.T / 0.07), ("text", text @ image.T / 0.07)):
+        known = F.cross_entropy(logits, torch.arange(3), reduction="sum")
+        torch.testing.assert_close(losses[name].total, known)
     assert objective.latest is None
     objective.remember()
     assert all(torch.equal(x, objective.state_dict()[name]) for name, x in before.items())

@@ -133,20 +133,23 @@ class MoCo(PairObjective):
         return embed_pair(self.slow, self.slow.encode_image(batch.image, keep_BK), batch, self.config)
 
     def score(self, *rows: Tensor) -> dict[str, Loss]:
-        """Each image among keys of texts and the reverse (spec B2.2); the queue is as it was before the step."""
+        """Each image among keys of texts and the reverse; the queue is as it was before the step.
+
+        In validation a row is told apart from the others of its batch: the loss over a queue stays where it is, or rises,
+        while negatives get harder, and would call the first weights the best."""
         image_BE, text_BE, image_key_BE, text_key_BE = rows
-        told = self.config
+        told, filled = self.config, 0
+        mode, alpha = (told.mode, told.alpha) if self.training else ("batch+queue", 0.0)
         (images, first), (texts, _) = self.everyone(image_key_BE, least=1), self.everyone(text_key_BE, least=1)
         if self.training:
             self.latest = images, texts
+            filled = min(int(self.written), told.queue) if told.warm else told.queue
         own = first + torch.arange(len(image_BE), device=image_BE.device)
-        filled = min(int(self.written), told.queue) if told.warm else told.queue
         weight = told.weight / (2 if told.directions == "mean" else 1)
 
         def loss(query_BE: Tensor, key_ME: Tensor, queue_KE: Tensor, other_BE: Tensor) -> Loss:
-            soft_BE = other_BE if told.alpha else None
-            scale = 1 / self.temperature
-            each = queue_nce(query_BE, key_ME, queue_KE[:filled], own, scale, told.mode, soft_BE, told.alpha)
+            soft_BE = other_BE if alpha else None
+            each = queue_nce(query_BE, key_ME, queue_KE[:filled], own, 1 / self.temperature, mode, soft_BE, alpha)
             return Loss(each.sum(), own.new_tensor(len(own)), weight)
 
         return {
