@@ -1,0 +1,19 @@
+"""BriVL in the language it was made for: brivl_photos with Chinese captions, and a tokenizer trained on them.
+
+    vlp data import PAIRS --out photos --val 0.1 --max-side 192      # a column caption_zh, or a field captions_zh
+    vlp pretrain brivl_zh
+
+Not measured yet.
+"""
+
+from dataclasses import replace
+
+from fastvlp.data.rows import PairData
+from fastvlp.recipes.brivl_photos import brivl_photos
+from fastvlp.train.run import TrainConfig
+
+
+def brivl_zh() -> TrainConfig:
+    run = brivl_photos()
+    data = PairData(train="photos/train", val="photos/val", batch_size=32, captions="captions_zh")
+    return replace(run, name="brivl_zh", data=data)
