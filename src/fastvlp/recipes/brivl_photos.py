@@ -18,7 +18,7 @@ from fastvlp.train.run import TrainConfig
 def brivl_photos() -> TrainConfig:
     return TrainConfig(
         name="brivl_photos",
-        data=PairData(train="photos/train", val="photos/val", batch_size=32),
+        data=PairData(train="photos/train", val="photos/val", batch_size=32, fit="squash"),
         model=brivl_small(),
         # Fewer keys than a few thousand photographs, so that hardly any is in the queue when it comes again.
         objectives={"moco": MoCoConfig(queue=2048, warm=True)},

@@ -15,5 +15,5 @@ from fastvlp.train.run import TrainConfig
 
 def brivl_zh() -> TrainConfig:
     run = brivl_photos()
-    data = PairData(train="photos/train", val="photos/val", batch_size=32, captions="captions_zh")
+    data = PairData(train="photos/train", val="photos/val", batch_size=32, fit="squash", captions="captions_zh")
     return replace(run, name="brivl_zh", data=data)
