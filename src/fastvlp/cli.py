@@ -21,7 +21,7 @@ from fastvlp.compare_options import Compare
 from fastvlp.data.options import Data, DataDemo, DataImport, DataInspect
 from fastvlp.errors import UserError
 from fastvlp.eval.options import Probe, Retrieval, ZeroShot
-from fastvlp.serve.options import Embed, Export, IndexBuild, Indexing, IndexSearch
+from fastvlp.serve.options import Embed, Export, IndexBuild, Indexing, IndexSearch, Serve
 from fastvlp.tasks.options import Evaluate, Finetune
 
 if TYPE_CHECKING:
@@ -263,7 +263,19 @@ def index(command: IndexBuild | IndexSearch) -> None:
     say_dropped(done["dropped"], "")
 
 
-def run(command: Data | Pretrain | Finetune | Evaluation | Compare | Towers | Export | Embed | Indexing) -> None:
+def serve(command: Serve) -> None:
+    try:
+        from fastvlp.serve.run import serve
+    except ImportError as error:
+        raise UserError(f"no {error.name}: the service needs pip install 'fastvlp[serve]'") from error
+
+    key = os.environ.get("FASTVLP_API_KEY")
+    serve(replace(command, api_key=(*command.api_key, *([key] if key else []))))
+
+
+def run(
+    command: Data | Pretrain | Finetune | Evaluation | Compare | Towers | Export | Embed | Indexing | Serve,
+) -> None:
     match command:
         case Export():
             export(command)
@@ -271,6 +283,8 @@ def run(command: Data | Pretrain | Finetune | Evaluation | Compare | Towers | Ex
             embed(command)
         case Indexing(command=part):
             index(part)
+        case Serve():
+            serve(command)
         case Towers():
             towers(command)
         case Compare():
@@ -313,6 +327,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 "export": Export,
                 "embed": Embed,
                 "index": Indexing,
+                "serve": Serve,
             },
             prog="vlp",
             description="Pretrain vision-language models on your image-text pairs.",

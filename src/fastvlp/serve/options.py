@@ -3,11 +3,13 @@ once."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg, subcommand
+
+from fastvlp.serve.limits import Limits
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,3 +99,29 @@ class Indexing:
     """Build and search an index of vectors."""
 
     command: Annotated[IndexCommand, arg(name="")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Serve(Device):
+    """Serve a model over HTTP: embeddings and scores, search in an index with a page for people, and what it says of
+    pictures. OpenAPI at /openapi.json, Prometheus at /metrics."""
+
+    export: Positional[str]
+    """Folder that `vlp export` wrote."""
+    index: str | None = None
+    """As of `vlp index build`; without one there is no search."""
+    create: bool = False
+    """Make an empty index where there is none."""
+    pictures: Path | None = None
+    """Folder of the items' pictures; by default `pictures` in the index's own."""
+    host: str = "127.0.0.1"
+    """Address to listen at; 0.0.0.0 lets other machines ask."""
+    port: int = 8000
+    api_key: tuple[str, ...] = ()
+    """Requests need one of these keys as a bearer token. Other users of this machine can read a command line: the
+    variable FASTVLP_API_KEY does as well."""
+    allow_origin: tuple[str, ...] = ()
+    """Other sites whose pages may ask, such as https://example.org."""
+    report: Path | None = None
+    """HTML of the run's report, shown at /report; by default report.html in the export, where there is one."""
+    limits: Limits = field(default_factory=Limits)
