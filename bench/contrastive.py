@@ -10,8 +10,8 @@ the CPU, or of CUDA events. Bytes are counted from the operations that a CPU wou
 on every machine; on a GPU the allocator's are told beside them. Results are appended to bench/results/contrastive.jsonl.
 
 On one core of an AMD EPYC (commit cbc6530, bf16): half and a quarter of the patches gain 100 to 110 % of what the FLOPs allow;
-of 65,536 pairs, width 256, the softmax loss keeps 34.6 GB whole and 0.27 GB in tiles (of 16,384: 2.2 and 0.07 GB, in 0.75 of the
-time); a step of `small` in 1 GB takes 224 pairs, with cached gradients 9,472. Nothing was measured on a GPU yet.
+of 65,536 pairs, width 256, the softmax loss keeps 34.6 GB whole and 0.27 GB in tiles (of 16,384: 2.2 and 0.07 GB, in 0.75 of
+the time); a step of `small` in 1 GB takes 224 pairs, with cached gradients 9,472. Nothing was measured on a GPU yet.
 """
 
 from __future__ import annotations
