@@ -44,6 +44,7 @@ class ChromaIndex:
     def __init__(self, uri: str, stamp: Stamp | None, create: bool):
         self.uri = uri
         self.folder = None if "://" in uri else Path(uri)
+        self._mark = self.folder / "written" if self.folder else None
         self._lock = WriterLock(self.folder / "writer.lock") if self.folder else None
         if self.folder and not create and not (self.folder / FILE).exists():
             raise UserError(f"{uri}: no index here; make one with `vlp index build {uri} EMBEDDED`")
@@ -110,9 +111,11 @@ class ChromaIndex:
         return UserError(f"{told}; is the disk full, or the folder damaged? Restore it, or build the index again")
 
     def _written(self) -> int:
-        """When another process may have written last."""
-        mark = self.folder / "written" if self.folder else None
-        return mark.stat().st_mtime_ns if mark is not None and mark.exists() else 0
+        """When a process last wrote to the folder."""
+        try:
+            return self._mark.stat().st_mtime_ns if self._mark else 0
+        except FileNotFoundError:
+            return 0
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
@@ -123,17 +126,16 @@ class ChromaIndex:
             try:
                 yield
             finally:
-                if self.folder is not None:
-                    (self.folder / "written").touch()
+                if self._mark is not None:
+                    self._mark.touch()
                     self._seen = self._written()
 
     def _refresh(self) -> None:
         """The engine keeps its graph in memory and does not notice what other processes write."""
-        if self._written() != self._seen:
-            seen = self._written()
+        if (now := self._written()) != self._seen:
             self._client.close()
             self._open(self.stamp, create=False)
-            self._seen = seen
+            self._seen = now
 
     def add(self, ids: Sequence[str], vectors: np.ndarray, infos: Sequence[Mapping[str, Scalar]]) -> None:
         found = fitting(ids, vectors, infos, self.stamp.width)
