@@ -1,0 +1,112 @@
+"""The whole way with a trained model and a real index: export, index, serve, ask."""
+
+from __future__ import annotations
+
+import base64
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+from starlette.testclient import TestClient
+
+from fastvlp.cli import main
+from fastvlp.data.shards import Shards
+from fastvlp.serve import indexing
+from fastvlp.serve.api import create_app
+from fastvlp.serve.embedder import Embedder
+from fastvlp.serve.index import open_index, pictures_of
+from fastvlp.serve.options import IndexBuild
+
+pytest.importorskip("chromadb", reason="chromadb is not installed: pip install 'fastvlp[serve]'")
+
+
+@pytest.fixture
+def index(exports: dict[str, Path], world: Path, tmp_path: Path) -> str:
+    """Of the test pictures, by the model that also captions and matches."""
+    told = IndexBuild(index=str(tmp_path / "index"), export=str(exports["all"]), data=str(world / "test"))
+    indexing.build(told)
+    return told.index
+
+
+@pytest.fixture
+def client(exports: dict[str, Path], index: str) -> Iterator[TestClient]:
+    embedder = Embedder.load(exports["all"], "cpu")
+    app = create_app(embedder, open_index(index, embedder.stamp), pictures=pictures_of(index))
+    with TestClient(app) as client:
+        yield client
+
+
+def hits(answer: Any) -> list[str]:
+    assert answer.status_code == 200, answer.text
+    return [hit["id"] for hit in answer.json()["results"]]
+
+
+def test_what_is_served_is_what_the_model_and_the_index_say(client, exports, world):
+    shards, embedder = Shards(world / "test"), Embedder.load(exports["all"], "cpu")
+    picture = shards.read(3).images[0]
+    text = shards.info(3)["captions"][0]
+    asked = {"input": [text, {"image": base64.b64encode(picture).decode()}]}
+    rows = [row["embedding"] for row in client.post("/v1/embeddings", json=asked).json()["data"]]
+    expected = np.concatenate([embedder.texts([text]), embedder.images([picture])])
+    np.testing.assert_allclose(rows, expected, atol=1e-5)
+    found = client.post("/v1/search", files={"image": picture}).json()["results"]
+    assert found[0]["id"] == shards.key(3) and found[0]["score"] == pytest.approx(1, abs=1e-4)
+    assert found[0]["info"]["caption"] == text and client.get(found[0]["image"]).status_code == 200
+    assert len(found) == 12
+    said = client.post("/v1/caption", files={"image": picture}).json()["caption"]
+    assert said == embedder.caption([picture])[0]
+    score = client.post("/v1/score", files={"image": picture}, data={"text": text}).json()["scores"][0]
+    assert score["similarity"] == pytest.approx(float(expected[0] @ expected[1]), abs=1e-5)
+    assert score["match"] == pytest.approx(float(embedder.match([picture], [text])[0]), abs=1e-4)
+    reranked = client.post("/v1/search", json={"text": text, "rerank": 12}).json()["results"]
+    assert [hit["match"] for hit in reranked] == sorted((hit["match"] for hit in reranked), reverse=True)
+    assert client.post("/v1/answer", json={"id": shards.key(3), "question": "?"}).status_code == 404
+
+
+def test_items_are_added_found_and_deleted(client, world):
+    picture = Shards(world / "val").read(0).images[0]
+    added = client.post("/v1/items", files={"image": picture}, data={"id": "new/一", "info": '{"year": 2024}'})
+    assert added.status_code == 201, added.text
+    assert hits(client.post("/v1/search", files={"image": picture}))[0] == "new/一"
+    assert hits(client.post("/v1/search", json={"text": "a", "where": {"year": [2023, 2024]}})) == ["new/一"]
+    assert "new/一" not in hits(client.post("/v1/search", json={"id": "new/一"}))
+    assert client.delete(added.json()["image"].removesuffix("/image")).json()["deleted"]
+    assert "new/一" not in hits(client.post("/v1/search", files={"image": picture}))
+
+
+@pytest.mark.slow
+def test_the_command_serves_until_it_is_told_to_stop(exports, index):
+    command = [sys.executable, "-m", "fastvlp", "serve", str(exports["all"]), "--index", index, "--port", "0"]
+    served = subprocess.Popen([*command, "--api-key", "sesame", "--pixels", "100"], stdout=subprocess.PIPE, text=True)
+    try:
+        assert served.stdout is not None
+        address, _, told = served.stdout.readline().partition("  ")
+        assert "all, 12 items" in told
+        with httpx.Client(base_url=address, headers={"authorization": "Bearer sesame"}) as client:
+            assert client.get("/").status_code == 200
+            assert len(hits(client.post("/v1/search", json={"text": "a red circle"}))) == 12
+            too_large = client.post("/v1/caption", json={"id": hits(client.get("/v1/items"))[0]})
+            assert too_large.status_code == 400 and "100 allowed" in too_large.text
+        served.send_signal(signal.SIGTERM)
+        served.wait(20)
+    finally:
+        served.kill()
+
+
+def test_what_cannot_be_served_is_said(exports, index, tmp_path, capsys):
+    towers = str(exports["towers"])
+    for told, words in (
+        ([str(tmp_path)], "not an export"),
+        ([towers, "--index", index], "another model"),
+        ([towers, "--index", str(tmp_path / "none")], "none"),
+        ([towers, "--host", "no.such.host.invalid"], "cannot listen"),
+        ([towers, "--api-key", "schlüssel"], "--api-key"),
+    ):
+        assert main(["serve", *told, "--port", "0"]) == 2
+        assert words in capsys.readouterr().err
