@@ -19,8 +19,10 @@ from starlette.testclient import TestClient
 
 from fastvlp.errors import UserError
 from fastvlp.serve.api import create_app
+from fastvlp.serve.batcher import InputError
 from fastvlp.serve.limits import Limits
 from fastvlp.serve.pictures import Pictures
+from fastvlp.serve.service import search_together
 from tests.serve.standins import StandinEmbedder, StandinIndex, hashed, picture, shade
 
 COLOURS = ("red", "green", "blue", "white")
@@ -330,6 +332,27 @@ def test_requests_share_batches_and_one_thread(tmp_path: Path):
         assert 'fastvlp_batch_rows_sum{kind="texts"} 8' in text
         assert 'fastvlp_request_seconds_count{route="/v1/embeddings",status="200"} 8' in text
         assert "fastvlp_resident_memory_bytes" in text
+
+
+def test_searches_of_a_moment_share_a_call():
+    class Counting(StandinIndex):
+        def search(self, vectors: np.ndarray, k: int, where: Any = None, offset: int = 0) -> Any:
+            calls.append(len(vectors))
+            if where and "broken" in where:
+                raise UserError("no such field")
+            return super().search(vectors, k, where, offset)
+
+    calls: list[int] = []
+    index = Counting()
+    rows = np.stack([hashed(bytes([i]), 16) for i in range(6)])
+    index.add([*"abcdef"], rows, [{"even": i % 2 == 0} for i in range(6)])
+    asked = [(rows[i], 1 + i % 2, {"even": True} if i == 4 else {}) for i in range(6)]
+    found = search_together(index, asked)
+    assert calls == [2, 3, 1] and [len(hits) for hits in found] == [1, 2, 1, 2, 1, 2]
+    assert [hits[0].id for hits in found] == [*"abcdef"]
+    with pytest.raises(InputError, match="no such field") as bad:
+        search_together(index, [*asked, (rows[0], 1, {"broken": 1})])
+    assert bad.value.row == 6
 
 
 def test_a_busy_service_says_when_to_come_back(tmp_path: Path):

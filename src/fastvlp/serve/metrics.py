@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Sequence
@@ -63,6 +64,7 @@ class Metrics:
         lines = [line for part in (self.requests, self.rows, self.ran, self.waited) for line in part.lines()]
         for name, value in {**gauges, "resident_memory_bytes": resident_bytes()}.items():
             lines += [f"# TYPE fastvlp_{name} gauge", f"fastvlp_{name} {value}"]
+        lines += ["# TYPE fastvlp_cpu_seconds_total counter", f"fastvlp_cpu_seconds_total {time.process_time():.3f}"]
         return "\n".join(lines) + "\n"
 
 

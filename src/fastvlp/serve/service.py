@@ -14,9 +14,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from fastvlp.errors import UserError
 from fastvlp.serve.batcher import Batcher, InputError, Lane
 from fastvlp.serve.embedder import Embedder, Picture, Unreadable
-from fastvlp.serve.index import Hit, Index, Item, Where
+from fastvlp.serve.index import EngineError, Hit, Index, Item, Where
 from fastvlp.serve.limits import Limits, Refusal, refuse
 from fastvlp.serve.metrics import Metrics
 from fastvlp.serve.pictures import Pictures, thumbnail
@@ -45,13 +46,21 @@ class Service:
         )
         # Each decoder holds a picture of up to `Limits.pixels`.
         self._decoders = ThreadPoolExecutor(min(4, os.cpu_count() or 1), "decode")
-        # One thread is the one writer, and no client library has to be safe for several.
-        self._engine = ThreadPoolExecutor(1, "index")
+        # One thread is the one writer, and no client library has to be safe for several. Searches of a moment share a call.
+        self._engine = Batcher(
+            {
+                "search": Lane(run=lambda asked: search_together(self._index, asked), budget=limits.batch),
+                "index": Lane(run=lambda works: [work(self._index) for work in works], budget=1),
+            },
+            window_s=0.0,
+            most_waiting=2 * limits.requests,
+            watch=self.metrics.batch,
+        )
 
     def close(self) -> None:
         self.batcher.close()
         self._decoders.shutdown(cancel_futures=True)
-        self._engine.shutdown(cancel_futures=True)
+        self._engine.close()
         if self.index is not None:
             self.index.close()
 
@@ -107,14 +116,21 @@ class Service:
         self.need("match")
         return [float(score) for score in await self._ask("match", [*zip(pixels, texts)])]
 
-    async def indexed(self, work: Callable[[Index], T]) -> T:
-        """`work` in the index's thread."""
+    @property
+    def _index(self) -> Index:
         if self.index is None:
             raise Refusal(404, "no_index", "this service has no index; start it with --index")
-        return await asyncio.get_running_loop().run_in_executor(self._engine, work, self.index)
+        return self.index
 
-    async def search(self, vector: np.ndarray, k: int, where: Where | None = None, offset: int = 0) -> list[Hit]:
-        return await self.indexed(lambda index: index.search(vector[None], k, where or None, offset)[0])
+    async def indexed(self, work: Callable[[Index], T]) -> T:
+        """`work` in the index's thread."""
+        return (await self._engine.ask("index", [work]))[0]
+
+    async def search(self, vector: np.ndarray, k: int, where: Where | None = None) -> list[Hit]:
+        try:
+            return (await self._engine.ask("search", [(vector, k, where or {})]))[0]
+        except InputError as bad:
+            raise refuse(bad.reason) from bad
 
     async def item(self, id: str) -> Item:
         """Raises Refusal for an item that the index does not have."""
@@ -175,6 +191,25 @@ class Service:
     def few(self, inputs: Sequence[Any]) -> None:
         if len(inputs) > self.limits.inputs:
             raise refuse(f"{len(inputs)} inputs; {self.limits.inputs} are allowed in a request", "too_many")
+
+
+def search_together(index: Index, asked: Sequence[tuple[np.ndarray, int, Where]]) -> list[list[Hit]]:
+    """The hits of each search: one call of the index for those that differ in the vector alone."""
+    alike: dict[str, list[int]] = {}
+    for row, (_, k, where) in enumerate(asked):
+        alike.setdefault(repr((k, sorted(where.items()))), []).append(row)
+    found: list[list[Hit]] = [[] for _ in asked]
+    for rows in alike.values():
+        _, k, where = asked[rows[0]]
+        try:
+            answers = index.search(np.stack([asked[row][0] for row in rows]), k, where)
+        except EngineError:
+            raise
+        except UserError as error:
+            raise InputError(rows[0], str(error)) from error
+        for row, hits in zip(rows, answers):
+            found[row] = hits
+    return found
 
 
 def lanes(embedder: Embedder, batch: int) -> dict[str, Lane]:
