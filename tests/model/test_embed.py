@@ -41,6 +41,15 @@ def test_without_a_mask_a_text_of_fixed_length_sees_its_padding():
     assert not torch.allclose(vector, model.embed_text(batch.ids, batch.length))
 
 
+def test_a_text_that_is_cut_ends_all_the_same():
+    """Or the last state, which is CLIP's summary, would be a word's."""
+    model, batch = towers(text_length=6), made_batch(lengths=(5, 9))
+    ids, length = model.embed.words(batch.ids, batch.length, model.config.text)
+    eos, pad = model.config.text.eos, model.config.text.pad
+    assert length.tolist() == [5, 6] and ids[:, 4:].tolist() == [[eos, pad], [int(batch.ids[1, 4]), eos]]
+    assert torch.equal(ids[:, :4], batch.ids[:, :4])
+
+
 def test_special_ids_are_left_out():
     model, batch = towers(text_special=False, text=HeadConfig(pool="mean", norm=True)), made_batch(lengths=(6, 8))
     ids, length = model.embed.words(batch.ids, batch.length, model.config.text)

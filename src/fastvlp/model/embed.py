@@ -155,4 +155,8 @@ class Embed(nn.Module):
         if config.text_length is not None:
             more = config.text_length - ids.shape[1]
             ids, length = F.pad(ids, (0, more), value=text.pad), length.clamp(max=config.text_length)
+            if config.text_special:
+                # A text that is cut ends all the same: </s> may be what is pooled.
+                end = torch.arange(ids.shape[1], device=ids.device) == length[:, None] - 1
+                ids = ids.masked_fill(end, text.eos)
         return ids, length
