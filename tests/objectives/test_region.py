@@ -137,6 +137,8 @@ def test_what_is_lacking_is_said():
             MRFRConfig(**wrong)
     with pytest.raises(ValueError, match="region_rate"):
         MLMConfig(region_rate=2.0)
+    with pytest.raises(UserError, match=r"region_rate masks regions.*set model\.single"):
+        MLMConfig(region_rate=0.1).build(made_config(), made_tokenizer())
     with pytest.raises(ValueError, match="wrong pairs"):
         WRAConfig(rate=1.0)
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from fastvlp.batch import Batch
 from fastvlp.data.random import uniform
 from fastvlp.data.tokenize import Tokenizer
+from fastvlp.errors import UserError
 from fastvlp.model import masks
 from fastvlp.model.model import ModelConfig, VLModel
 from fastvlp.model.regions import given, random_hide
@@ -47,6 +48,10 @@ class MLMConfig(ObjectiveConfig):
             raise ValueError("keep_mask and keep_random are shares of the corrupted tokens: together at most 1")
 
     def build(self, model: ModelConfig, tokenizer: Tokenizer) -> MLM:
+        if self.region_rate and model.single is None:
+            raise UserError(
+                "region_rate masks regions, which a single stream alone reads; set model.single, or leave it 0"
+            )
         return MLM(self, model, tokenizer.starts_word)
 
 
