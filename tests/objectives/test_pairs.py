@@ -66,3 +66,5 @@ def test_texts_of_any_length_have_no_share(told):
 def test_a_share_is_a_share():
     with pytest.raises(ValueError, match="text_keep"):
         CLIPConfig(text_keep=0.0)
+    with pytest.raises(ValueError, match="scale must be above 0"):
+        SigLIPConfig(scale=0.0)

@@ -23,6 +23,11 @@ class SigLIPConfig(PairsConfig):
     scale: float = 10.0
     bias: float = -10.0
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.scale <= 0:
+            raise ValueError(f"scale must be above 0, not {self.scale}")
+
     def build(self, model: ModelConfig, tokenizer: Tokenizer) -> SigLIP:
         self.check(model)
         return SigLIP(self)
