@@ -218,17 +218,20 @@ def faiss_hnsw(o: Options, data: Data) -> dict[str, dict]:
     return {"faiss": found["faiss"] | {"build_s": built, "memory_bytes": grown}}
 
 
-def one_arm(o: Options, arm: Arm, folder: Path, results: multiprocessing.Queue) -> None:
-    data = Data(folder)
+def run_arm(o: Options, arm: Arm, data: Data) -> dict[str, dict]:
     match arm:
         case "exact":
-            results.put(exact(o, data))
+            return exact(o, data)
         case "engine":
-            results.put(engine(o, data))
-        case "hash_random" | "hash_learned":
-            results.put(hashed(o, data, "random" if arm == "hash_random" else "learned"))
+            return engine(o, data)
         case "faiss":
-            results.put(faiss_hnsw(o, data))
+            return faiss_hnsw(o, data)
+        case _:
+            return hashed(o, data, "random" if arm == "hash_random" else "learned")
+
+
+def one_arm(o: Options, arm: Arm, folder: Path, results: multiprocessing.Queue) -> None:
+    results.put(run_arm(o, arm, Data(folder)))
 
 
 def in_own_process(o: Options, arm: Arm, folder: Path) -> dict[str, dict]:

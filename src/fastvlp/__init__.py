@@ -41,6 +41,8 @@ if TYPE_CHECKING:
     from fastvlp.objectives.simclr import SimCLRConfig as SimCLRConfig
     from fastvlp.objectives.wra import WRAConfig as WRAConfig
     from fastvlp.recipes import recipe as recipe
+    from fastvlp.serve.embedder import Embedder as Embedder
+    from fastvlp.serve.index import open_index as open_index
     from fastvlp.tasks.caption import caption as caption
     from fastvlp.train.optim import OptimConfig as OptimConfig
     from fastvlp.train.state import TrainConfig as TrainConfig
@@ -50,6 +52,7 @@ _HOME = {
     "AugmentConfig": "data.augment",
     "Batch": "batch",
     "CLIPConfig": "objectives.clip",
+    "Embedder": "serve.embedder",
     "Example": "batch",
     "FLMConfig": "objectives.flm",
     "ITMConfig": "objectives.itm",
@@ -81,6 +84,7 @@ _HOME = {
     "caption": "tasks.caption",
     "load_model": "model.saved",
     "official_flm": "objectives.flm",
+    "open_index": "serve.index",
     "recipe": "recipes",
     "save_model": "model.saved",
 }

@@ -8,7 +8,9 @@ import pytest
 from safetensors import safe_open
 
 from fastvlp.errors import UserError
+from fastvlp.eval.options import Retrieval
 from fastvlp.eval.results import keep_result
+from fastvlp.eval.retrieval import evaluate
 from fastvlp.serve import export as exporting
 from fastvlp.serve.embedder import Embedder
 from fastvlp.serve.export import export
@@ -83,3 +85,8 @@ def test_what_is_there_is_not_overwritten(exports, runs, tmp_path):
     (tmp_path / "empty").mkdir()
     export(Export(run=str(runs["towers"]), out=tmp_path / "empty"))
     assert (tmp_path / "empty" / "README.md").exists()
+
+
+def test_an_export_is_evaluated_as_the_run_is(exports, runs, world):
+    found = [evaluate(Retrieval(run=str(folder), data=str(world))) for folder in (exports["towers"], runs["towers"])]
+    assert found[0]["scores"] == found[1]["scores"]

@@ -139,7 +139,7 @@ def readme(card: Mapping[str, Any]) -> str:
         f"---\nlibrary_name: fastvlp\nlicense: {card['license'] or 'other'}\ntags: [image-text, fastvlp]\n---\n\n"
         f"# {card['name']}\n\n| | |\n|---|---|\n{facts}\n\n"
         f"## Scores\n\n{chr(10).join(tables) or 'None yet: `vlp evaluate` scores a run, and the next export tells.'}\n\n"
-        f'## Use\n\n```python\nfrom fastvlp.serve.embedder import Embedder\n\nembedder = Embedder.load("{card["name"]}")\n'
+        f'## Use\n\n```python\nfrom fastvlp import Embedder\n\nembedder = Embedder.load("{card["name"]}")\n'
         f"{_use(card['can'])}```\n\n"
         f"## Licence\n\n{card['license'] or 'Not chosen yet: say here under which licence the weights may be used.'}\n"
     )

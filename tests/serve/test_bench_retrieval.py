@@ -1,0 +1,41 @@
+"""The arms of the benchmark find the same, and what they are timed on is what they say."""
+
+import importlib
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+BENCH = Path(__file__).parents[2] / "bench"
+
+
+@pytest.fixture
+def bench(monkeypatch):
+    if not BENCH.exists():
+        pytest.skip("installed without its benchmarks")
+    monkeypatch.syspath_prepend(str(BENCH))
+    return importlib.import_module("retrieval")
+
+
+def test_arms_agree_on_made_vectors(bench, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("chromadb")
+    monkeypatch.setattr(bench, "in_own_process", lambda o, arm, folder: bench.run_arm(o, arm, bench.Data(folder)))
+    options = {"vectors": 600, "width": 32, "queries": 20, "candidates": 300, "bits": 64, "batch": 200}
+    bench.main(bench.Options(**options, out=tmp_path / "rows.jsonl"))
+    rows = {row["arm"]: row for row in map(json.loads, (tmp_path / "rows.jsonl").read_text().splitlines())}
+    assert {"exact", "chroma", "ours", "hash_random", "hash_learned"} <= {*rows}
+    assert rows["exact"]["recall@10"] == 1 and all(row["recall@10"] > 0.95 for row in rows.values())
+    assert rows["chroma"]["recall@10"] == pytest.approx(rows["ours"]["recall@10"], abs=0.02)
+    assert rows["hash_random"]["floats_over_kept"] == 16
+    for row in rows.values():
+        assert 0 < row["p50_ms"] <= row["p99_ms"] and row["vectors"] == 600 and row["commit"]
+    assert "600 x 32, 20 queries" in capsys.readouterr().out
+
+
+def test_made_queries_lie_in_a_cone_of_their_own(bench):
+    image, text = bench.made(4000, 32, 1, "image"), bench.made(4000, 32, 2, "text")
+    assert np.allclose(np.linalg.norm(image, axis=1), 1, atol=1e-5)
+    apart = np.linalg.norm(image.mean(0) - text.mean(0))
+    assert apart > 5 * np.linalg.norm(image[:2000].mean(0) - image[2000:].mean(0))
+    assert np.array_equal(image, bench.made(4000, 32, 1, "image"))
