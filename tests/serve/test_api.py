@@ -176,6 +176,9 @@ def test_items_come_and_go(client: TestClient):
     assert client.delete(f"/v1/items/{added['id']}").json() == {"id": added["id"], "deleted": True}
     refused(client.delete(f"/v1/items/{added['id']}"), 404, "no item")
     refused(client.get(added["image"]), 404, "no picture")
+    told = client.get("/v1/items/red%2F1").json()
+    assert told == {"id": "red/1", "info": {"shade": 1, "caption": "red picture"}, "image": "/v1/items/red%2F1/image"}
+    refused(client.get("/v1/items/nobody"), 404, "no item")
     assert len(client.get("/v1/items?limit=5").json()["results"]) == 5
 
 

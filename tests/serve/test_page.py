@@ -159,6 +159,8 @@ def test_a_click_searches_by_a_result_and_the_model_answers(page: Any):
     found(page, "red")
     assert "red number 4" not in page.locator(".tile .caption").all_text_contents()
     expect(page.locator("#said")).to_contain_text("a red picture")
+    page.reload()
+    expect(page.locator("#captions")).to_contain_text("red number 4")
     page.fill("#asked", "which colour?")
     page.keyboard.press("Enter")
     expect(page.locator("#answers dd")).to_have_text("red")

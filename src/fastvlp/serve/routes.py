@@ -211,6 +211,13 @@ async def item_image(id: str, served: Served) -> Response:
     return Response(data, media_type=kind, headers={"cache-control": "private, max-age=3600"})
 
 
+@router.get(ITEM, tags=["index"])
+async def item(id: str, served: Served) -> Response:
+    """What the index has of an item, but for its vector."""
+    found = await served.item(id)
+    return reply({"id": id, "info": found.info, "image": f"/v1/items/{quote(id, safe='')}/image"})
+
+
 SHOWN = {"image": FILE, "id": STRING}
 
 

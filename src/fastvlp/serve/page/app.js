@@ -221,7 +221,9 @@ async function showPanel(to) {
   const shown = by("shown");
   shown.onload = () => shown.classList.toggle("crisp", shown.naturalWidth < 100);
   shown.src = chip.firstElementChild.src = source;
-  const info = known.get(to.id)?.info ?? {};
+  const path = `/v1/items/${encodeURIComponent(to.id)}`;
+  const { info } = !to.id ? { info: {} } : (known.get(to.id) ?? (await ask(path).catch(() => ({ info: {} }))));
+  if (asked.id !== to.id || asked.picture !== to.picture) return;
   const told = captions(info);
   shown.alt = told[0] ?? to.id ?? "the picture that you gave";
   by("captions").replaceChildren(...told.map((caption, i) => make("p", i ? "other" : "", caption)));
