@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastvlp.batch import Batch, Dropped, Record
-from fastvlp.data.batching import Grouping, Lengths, budget_sizes
+from fastvlp.data.batching import Grouping, Lengths, accompanied, budget_sizes
 from fastvlp.data.loader import Loader, PairMaker, Row
 from fastvlp.data.random import hash64
 from fastvlp.data.regions import RegionSource
@@ -139,6 +139,30 @@ def test_no_batch_exceeds_its_budget_and_no_larger_one_would_fit(lengths, budget
         assert len(batch) % multiple == 0 or len(batch) < multiple
         fits = budget // int(batch[0] if reset else lengths[0])
         assert fits - multiple < len(batch) <= fits
+
+
+@pytest.mark.parametrize(
+    ("sizes", "wanted"),
+    [
+        ([8, 8, 1], [8, 7, 2]),
+        ([3, 1], [2, 2]),
+        ([8, 2], [8, 2]),
+        ([2, 1], [2, 1]),
+        ([1, 1], [1, 1]),
+        ([1], [1]),
+        ([], []),
+    ],
+)
+def test_no_row_is_left_alone(sizes, wanted):
+    assert accompanied(sizes) == wanted
+
+
+def test_what_takes_its_negatives_from_the_batch_meets_the_end_of_a_bucket():
+    """Nine rows of ten tokens in batches of at most four: 4, 4 and 1 would be an error of ITM, not of the data."""
+    lengths, told = Lengths(torch.full((9,), 10), torch.arange(10)), Grouping(group=9, max_tokens=40, multiple=2)
+    made = Loader(9, make, batch_size=1, seed=0, grouping=told, lengths=lambda: lengths)
+    batches = made.batches()
+    assert sorted(len(next(batches)[0]) for _ in range(3)) == [2, 3, 4]
 
 
 @pytest.mark.parametrize(("max_tokens", "fill"), [(10240, 0.434), (6144, 0.41)])

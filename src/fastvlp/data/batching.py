@@ -62,6 +62,12 @@ def budget_sizes(length_N: Tensor, max_tokens: int, *, multiple: int = 8, reset_
     return sizes
 
 
+def accompanied(sizes: list[int]) -> list[int]:
+    """A last row that would be alone takes one from the batch before, where that has more than two: matching and contrast
+    have nothing to tell a single row apart from. No budget is exceeded, two being fewer than that batch had."""
+    return [*sizes[:-2], sizes[-2] - 1, 2] if sizes[-1:] == [1] and sum(sizes[-2:]) > 3 else sizes
+
+
 class Plan:
     """Which places of the shuffled sequence make batch number t; rank r's batch s is t = s * world + r.
 
@@ -143,7 +149,7 @@ class Plan:
             batches, together = place_N.split(self.batch_size), self.world
         else:
             sizes = budget_sizes(length_N, told.max_tokens, multiple=told.multiple, reset_longest=told.reset_longest)
-            batches, together = place_N.split(sizes), 1
+            batches, together = place_N.split(accompanied(sizes)), 1
         blocks = [batches[i : i + together] for i in range(0, len(batches), together)]
         order = hash64_rows(self.seed, _SHUFFLE, b, torch.arange(len(blocks))).argsort()
         return [batch for i in order.tolist() for batch in blocks[i]]
