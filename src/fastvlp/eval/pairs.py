@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -36,18 +36,16 @@ def mean_log_likelihood(
 def pair_score(saved: Saved, by: Literal["match", "likelihood"] | None = None) -> tuple[str, Match]:
     """How a run that reads texts beside images scores a pair, and the name of it: by its image-text matching head where it
     has one, else by the caption's mean log-likelihood, or as told. Raises UserError for a run that did not learn it."""
-    told: dict[str, dict[str, Any]] = saved.info.get("objectives", {})
-    kinds = {name: config.get("type") for name, config in told.items()}
-    model = saved.model
+    kinds, model = saved.kinds, saved.model
     itm_name = next((name for name, kind in kinds.items() if kind == "ITMConfig"), None)
     if itm_name and by != "likelihood":
         itm = ITMConfig().build(model.config, saved.tokenizer)
-        parts = [(key.partition("."), value) for key, value in saved.objectives.items()]
-        load_exactly(itm, {key: value for (name, _, key), value in parts if name == itm_name}, saved.weights)
+        load_exactly(itm, saved.learned(itm_name), saved.weights)
         itm.to(next(model.parameters()).device).eval()
         return "match", lambda image, ids, length: itm.scores(model, image, ids, length).float().diff(dim=1)[:, 0]
     if CAUSAL & {*kinds.values()} and by != "match":
-        bos: Bos = "official" if "official" in [config.get("bos") for config in told.values()] else "blind"
+        told = [config.get("bos") for config in saved.info["objectives"].values()]
+        bos: Bos = "official" if "official" in told else "blind"
         return "likelihood", lambda image, ids, length: mean_log_likelihood(model, image, ids, length, bos=bos)
     raise UserError(
         f"{saved.weights}: re-ranking needs a run that was trained with image-text matching (itm) or to write texts left "

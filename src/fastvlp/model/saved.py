@@ -43,6 +43,16 @@ class Saved(NamedTuple):
     objectives: dict[str, Tensor]
     weights: Path
 
+    @property
+    def kinds(self) -> dict[str, str]:
+        """The type of each objective's config, by the objective's name; empty for weights that were converted."""
+        return {name: told.get("type", "") for name, told in self.info.get("objectives", {}).items()}
+
+    def learned(self, name: str) -> dict[str, Tensor]:
+        """What is kept of one objective, by parameter."""
+        own = f"{name}."
+        return {key.removeprefix(own): x for key, x in self.objectives.items() if key.startswith(own)}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Inheritance:

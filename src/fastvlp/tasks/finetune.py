@@ -33,7 +33,7 @@ from fastvlp.tasks.vcr import VCRConfig, VCRData
 from fastvlp.tasks.vqa import VQAConfig, VQAData, frequent_answers
 from fastvlp.train.optim import OptimConfig
 from fastvlp.train.run import train
-from fastvlp.train.state import TrainConfig, pick_device
+from fastvlp.train.state import TrainConfig
 
 HELD_OUT: tuple[Split, ...] = ("val", "test")
 
@@ -240,8 +240,7 @@ def load_task(folder: str | Path) -> tuple[Saved, Objective, Data]:
     except (OSError, ValueError, KeyError, TypeError, BaseValidationError) as error:
         raise UserError(f"{path}: not the config of this run ({error!r}); copy the folder again") from error
     objective = config.build(saved.model.config, saved.tokenizer)
-    own = {key.removeprefix(f"{name}."): value for key, value in saved.objectives.items()}
-    load_exactly(objective, own, saved.weights)
+    load_exactly(objective, saved.learned(name), saved.weights)
     return saved, objective, data
 
 
@@ -268,7 +267,7 @@ def evaluate(told: Evaluate) -> dict[str, Any]:
         data = replace(data, **places)
     if told.beams < 1 or told.most < 1:
         raise UserError(f"--beams {told.beams} and --most {told.most} must be at least 1")
-    device = pick_device(told.device)
+    device = dist.pick_device(told.device)
     model, tokenizer = saved.model.to(device), saved.tokenizer
     objective.to(device)
     about: dict[str, Any] = {

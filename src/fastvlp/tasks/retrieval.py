@@ -151,19 +151,14 @@ class Retrieval(HeadTask):
 
 def matching_head(saved: Saved) -> dict[str, Tensor]:
     """What a fusion model's image-text matching learned (objectives/itm.py); empty where it did not learn any."""
-    name = next((name for name, kind in objective_types(saved).items() if kind == "ITMConfig"), None)
-    return {key.removeprefix(f"{name}."): x for key, x in saved.objectives.items() if key.startswith(f"{name}.")}
-
-
-def objective_types(saved: Saved) -> dict[str, str]:
-    told = saved.info.get("objectives", {})
-    return {name: config.get("type", "") for name, config in told.items()}
+    name = next((name for name, kind in saved.kinds.items() if kind == "ITMConfig"), None)
+    return {} if name is None else saved.learned(name)
 
 
 def zero_shot(saved: Saved, folder: str) -> Retrieval:
     """Retrieval by the matching head of a pretrained run, untouched. Raises UserError for a run that did not learn to
     match, or has been tuned to rank since: its own head is the one to score."""
-    kinds, single = {*objective_types(saved).values()}, saved.model.config.single is not None
+    kinds, single = {*saved.kinds.values()}, saved.model.config.single is not None
     if "RetrievalConfig" in kinds:
         raise UserError(f"{folder}: has been fine-tuned for retrieval; evaluate it without --zero-shot")
     # Weights that were converted tell of no objectives; UNITER's have a matching head.
