@@ -176,9 +176,9 @@ def evaluate_task(command: Evaluate) -> None:
 def evaluate_embeddings(command: Retrieval | ZeroShot | Probe) -> None:
     from fastvlp.about import about
     from fastvlp.config import to_json
+    from fastvlp.dist import pick_device
     from fastvlp.eval import probe, retrieval, zeroshot
     from fastvlp.eval.results import keep_result, score_table
-    from fastvlp.train.state import pick_device
 
     match command:
         case Retrieval():

@@ -23,6 +23,7 @@ from fastvlp.compare_options import Compare
 from fastvlp.config import to_json
 from fastvlp.data.tokenize import Tokenizer
 from fastvlp.display import Display, print_tables
+from fastvlp.dist import pick_device
 from fastvlp.errors import UserError
 from fastvlp.objectives.mlm import MLMConfig
 from fastvlp.overrides import duration, override
@@ -30,7 +31,7 @@ from fastvlp.recipes import names, recipe
 from fastvlp.report import write_report
 from fastvlp.results import ArmRun, Comparison, LossPoint, Mark, Sample, Spent
 from fastvlp.train.run import StepReport, TrainConfig, TrainState, start, steps
-from fastvlp.train.state import pick_device, save_config, save_weights
+from fastvlp.train.state import save_config, save_weights
 from fastvlp.yardsticks import Yardsticks
 
 # Points kept of each training-loss curve.

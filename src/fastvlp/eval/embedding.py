@@ -27,13 +27,13 @@ from fastvlp.data.splits import is_folder, place_in
 from fastvlp.data.streams import in_threads, with_progress
 from fastvlp.data.tokenize import Tokenizer
 from fastvlp.data.transform import Transform
+from fastvlp.dist import pick_device
 from fastvlp.errors import UserError
 from fastvlp.eval.mode import evaluating
 from fastvlp.eval.options import Encode
 from fastvlp.model.embed import unit
 from fastvlp.model.model import VLModel
 from fastvlp.model.saved import Saved, load_model
-from fastvlp.train.state import pick_device
 
 VIEW_SALT = 701
 Features = Literal["pooled", "embedding"]
