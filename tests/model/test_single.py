@@ -175,3 +175,13 @@ def test_a_single_stream_stands_alone():
     ):
         with pytest.raises(UserError, match=r"model\.single"):
             VLModel(wrong)
+
+
+def test_boxes_differ_from_the_start():
+    """Of a fresh embedder's place vectors most is what boxes differ in, not what they share."""
+    model = VLModel(single_config())
+    corner = torch.rand(512, 2, 2, generator=torch.Generator().manual_seed(0)).sort(1).values
+    box = torch.cat([corner[:, 0], corner[:, 1]], 1)
+    embed = model.single.regions
+    place = embed.box_norm(embed.box(box_vector(box)))
+    assert place.var(0).mean() > 4 * place.mean(0).square().mean()

@@ -7,7 +7,7 @@ neither train nor val ever shows or names (`HELD_OUT`), so that a score on it me
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from random import Random
@@ -16,6 +16,7 @@ from typing import Any
 from fastvlp.batch import Record
 from fastvlp.data.files import write_whole
 from fastvlp.data.shards import ShardWriter
+from fastvlp.data.world_detector import detect
 from fastvlp.data.world_expressions import CHINESE_TOO, ENGLISH_TOO, choices, expressions, neutrals
 from fastvlp.data.world_language import CHINESE, ENGLISH, Language, Saying
 from fastvlp.data.world_pairs import pair_sayings
@@ -46,7 +47,7 @@ CLASS_NAMES_ZH = tuple(CHINESE.words[colour][0] + CHINESE.words[shape][0] for co
 
 _FORMAT = 1
 # Counts what records tell; fields of a later edition are drawn apart, so that those of the earlier ones stay as they were.
-_EDITION = 2
+_EDITION = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,6 +99,20 @@ def _check(split: str, index: int) -> None:
         raise UserError(f"world: split {split!r}, index {index}: use one of {', '.join(SPLITS)} and an index from 0")
 
 
+def _record(
+    config: WorldConfig, kind: str, split: str, index: int, scenes: Sequence[Scene], info: dict[str, Any]
+) -> Record:
+    """With the pictures, and a detector's regions of each."""
+    rng = _rng(config, "detector", kind, split, index)
+    shown = [[o for o in info["objects"] if o.get("image", 0) == side] for side in range(len(scenes))]
+    found = [detect(rng, objects, config.size) for objects in shown]
+    info["confidences"] = [confidences for _, confidences in found]
+    images = tuple(render(scene, config.size) for scene in scenes)
+    return Record(
+        key=_key(kind, split, index), images=images, info=info, detected=tuple(regions for regions, _ in found)
+    )
+
+
 def scene_record(config: WorldConfig, split: str, index: int) -> Record:
     """One scene of 2 to 6 objects with captions, questions, statements, expressions, entailments and multiple choice, in
     English and Chinese."""
@@ -116,7 +131,7 @@ def scene_record(config: WorldConfig, split: str, index: int) -> Record:
         info[f"statements{suffix}"] = [{"text": language.say(rng, saying), "label": label} for saying, label in claims]
     info["background"] = _background(scene)
     info |= _second_edition(config, split, index, scene, info)
-    return Record(key=_key("scene", split, index), images=(render(scene, config.size),), info=info)
+    return _record(config, "scene", split, index, (scene,), info)
 
 
 def _second_edition(
@@ -197,8 +212,7 @@ def pair_record(config: WorldConfig, split: str, index: int) -> Record:
         ],
         "backgrounds": [_background(scene) for scene in scenes],
     }
-    images = tuple(render(scene, config.size) for scene in scenes)
-    return Record(key=_key("pair", split, index), images=images, info=info)
+    return _record(config, "pair", split, index, scenes, info)
 
 
 def single_record(config: WorldConfig, split: str, index: int) -> Record:
@@ -213,7 +227,7 @@ def single_record(config: WorldConfig, split: str, index: int) -> Record:
     for language, suffix in ((ENGLISH, ""), (CHINESE, "_zh")):
         info[f"captions{suffix}"] = captions(rng, language, scene, config.captions, single=True)
     info["background"] = _background(scene)
-    return Record(key=_key("single", split, index), images=(render(scene, config.size),), info=info)
+    return _record(config, "single", split, index, (scene,), info)
 
 
 def _folders(train: int, val: int, test: int, pairs: int, singles: int) -> Iterator[tuple[str, Any, str, int]]:

@@ -81,6 +81,10 @@ def random_hide(seed_B: Tensor, region_BR: Tensor, rate: float) -> Tensor:
     return ((noise < rate) | (noise == noise.amin(1, keepdim=True))) & region_BR
 
 
+# The mean of `box_vector` over boxes whose edges are drawn evenly.
+_USUAL = (1 / 3, 1 / 3, 2 / 3, 2 / 3, 1 / 3, 1 / 3, 1 / 9)
+
+
 class RegionEmbedder(nn.Module):
     """Feature and box vector to the model's width, each with its norm, summed with the type, and a norm of the sum.
     Regions have no order but that of their boxes."""
@@ -95,6 +99,12 @@ class RegionEmbedder(nn.Module):
         self.norm = norm()
         self.drop = nn.Dropout(layer.dropout)
         self.mask = nn.Parameter(torch.zeros(config.width)) if config.mask == "learned" else None
+
+    @torch.no_grad()
+    def centre(self) -> None:
+        """The usual box starts at zero: what boxes have in common would be nine tenths of what their norm lets through, and
+        training then forgets the rest before it needs it."""
+        self.box.bias.copy_(-self.box.weight @ self.box.weight.new_tensor(_USUAL))
 
     def forward(
         self, feature_BRF: Tensor, box_BR4: Tensor, kind_BRD: Tensor, hidden_BR: Tensor | None = None

@@ -80,6 +80,7 @@ class SingleStream(nn.Module):
         self.words = WordHead(width, vocab, layer.eps)
         self.match = nn.Linear(width, 2)
         initialise(self, width)
+        self.regions.centre()
 
     def forward(
         self,

@@ -313,9 +313,10 @@ def _single(
     )
 
 
-def tiny_single(*, size: int = 48, crop: int = 8, norm: Norm = "pre") -> ModelConfig:
-    """For a few minutes on two CPU cores: width 96, 4 layers over words and the regions' own pixels."""
-    regions = RegionConfig(crop=crop)
+def tiny_single(*, size: int = 48, crop: int = 8, feature: int | None = None, norm: Norm = "pre") -> ModelConfig:
+    """For a few minutes on two CPU cores: width 96, 4 layers over words and a detector's features, or the regions' own
+    pixels where it gives none."""
+    regions = RegionConfig(crop=crop) if feature is None else RegionConfig(feature=feature)
     return _single(width=96, depth=4, regions=regions, positions=64, size=size, norm=norm, dropout=0.0)
 
 
