@@ -205,7 +205,7 @@ def world(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("captions", ["captions", "captions_zh"])
+@pytest.mark.parametrize("captions", ["captions", "captions_zh", "captions+captions_zh"])
 def test_lengths_of_pairs_are_those_of_their_batches(world, captions):
     data = PairData(train=str(world / "train"), batch_size=16, group=300, captions=captions, cache=False)
     tokenizer = Tokenizer.train(data.texts(), vocab_size=300)

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from fastvlp.batch import Batch, Dropped, Record
-from fastvlp.data.loader import Loader, PairMaker, Row, clean_caption
+from fastvlp.data.loader import Loader, PairMaker, Row, clean_caption, usable_captions
 from fastvlp.data.random import hash64
 from fastvlp.data.rows import PairData
 from fastvlp.data.shards import Shards, ShardWriter
@@ -287,3 +287,9 @@ def test_captions_are_cleaned():
     assert clean_caption("naïve 猫 👩‍🚀") == "naïve 猫 👩‍🚀"
     assert clean_caption(7) is None
     assert clean_caption("\x07") is None
+
+
+def test_captions_of_two_languages_are_those_of_both():
+    info = {"captions": ["a dog", 3], "captions_zh": "一只狗"}
+    assert usable_captions(info, "captions+captions_zh") == ["a dog", "一只狗"]
+    assert usable_captions(info, "captions+captions_de") == ["a dog"]

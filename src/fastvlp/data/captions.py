@@ -18,6 +18,11 @@ def clean_caption(text: Any) -> str | None:
 
 
 def usable_captions(info: Mapping[str, Any], field: str) -> list[str]:
-    """The captions of a record's `field`, a list of texts or one text, cleaned; what is no text is left out."""
-    told = info.get(field)
-    return [text for text in map(clean_caption, told if isinstance(told, list) else [told]) if text is not None]
+    """The captions of a record's `field`, a list of texts or one text, cleaned; what is no text is left out. Of several
+    fields, joined by + (`captions+captions_zh`), one after the other."""
+    told = [text for name in field.split("+") for text in _listed(info.get(name))]
+    return [text for text in map(clean_caption, told) if text is not None]
+
+
+def _listed(told: Any) -> list[Any]:
+    return told if isinstance(told, list) else [told]

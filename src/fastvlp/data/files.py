@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -36,3 +37,22 @@ def write_whole(path: Path, data: bytes) -> None:
     # Loader workers may build the same index at once: each has a temporary file of its own.
     with whole_file(path, f"{path.name}.{os.getpid()}.tmp") as part:
         part.write_bytes(data)
+
+
+@contextmanager
+def whole_folder(out: Path) -> Iterator[Path]:
+    """Yields a path beside `out` to make a folder of; it gets its name when the block ends: it is there whole or not at all.
+
+    Raises UserError where something is there already, the disk is full or the place not writable.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out}: something is here already; choose another folder, or remove it")
+    part = out.with_name(f"{out.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    try:
+        yield part
+        part.rename(out)
+    except OSError as error:
+        raise UserError(f"{out}: cannot write ({error.strerror}); choose another folder") from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)

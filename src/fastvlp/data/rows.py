@@ -133,10 +133,14 @@ def region_count(source: RegionSource | None, info: Mapping[str, Any]) -> int:
     return max(1, min(len(objects), source.most) + source.whole)
 
 
+_ASKED = (("questions", "question"), ("statements", "text"))
+
+
 @dataclass(frozen=True, kw_only=True)
 class PairData(Data):
     """Image-text pairs in shards. `captions`: the field of a record that holds its list of captions (`captions_zh`: the
-    Chinese ones); each epoch reads one of them. `regions`: parts of each image that come along."""
+    Chinese ones; `captions+captions_zh`: both, for a model of two languages); each epoch reads one of them. `regions`: parts
+    of each image that come along."""
 
     train: str
     val: str | None = None
@@ -165,13 +169,14 @@ class PairData(Data):
 
     def texts(self) -> Iterator[str]:
         """Captions, and whatever else the records say in that language: fine-tuning meets the questions later."""
-        language = self.captions.removeprefix("captions")
+        languages = [field.removeprefix("captions") for field in self.captions.split("+")]
+        asked = [(f"{field}{language}", text) for language in languages for field, text in _ASKED]
         found = False
         for info in readable_infos(Shards(self.train)):
             captions = usable_captions(info, self.captions)
             found |= bool(captions)
             yield from captions
-            for field, text in ((f"questions{language}", "question"), (f"statements{language}", "text")):
+            for field, text in asked:
                 told = info.get(field)
                 entries = [entry for entry in told if isinstance(entry, dict)] if isinstance(told, list) else []
                 yield from filter(None, (clean_caption(entry.get(text)) for entry in entries))

@@ -59,8 +59,9 @@ class Tokenizer:
         self.starts_word[[self.pad, self.bos, self.eos, self.mask]] = False
 
     @classmethod
-    def load(cls, path: str | Path) -> Tokenizer:
-        """Raises UserError where the file is missing, is no tokenizer.json, or lacks a special token."""
+    def load(cls, path: str | Path, *, complete: bool = False) -> Tokenizer:
+        """complete: a token for padding or the mask that the vocabulary lacks, as CLIP's does, is added at its end. Raises
+        UserError where the file is missing, is no tokenizer.json, or lacks a special token."""
         path = Path(path)
         try:
             text = path.read_text(encoding="utf-8")
@@ -72,6 +73,11 @@ class Tokenizer:
             inner = tokenizers.Tokenizer.from_str(text)
         except Exception as error:  # the library raises bare Exception
             raise UserError(f"{path}: not a tokenizer.json of the `tokenizers` library ({error})") from error
+        if complete:
+            lacking = [
+                role for role in ("pad", "mask") if all(inner.token_to_id(name) is None for name in _ROLES[role])
+            ]
+            inner.add_special_tokens([_ROLES[role][-1] for role in lacking])
         return cls(inner, str(path))
 
     @classmethod
