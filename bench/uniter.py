@@ -1,11 +1,13 @@
 """What UNITER's pretraining and each of its objectives bring on the embedded corpus.
 
     vlp data demo
+    vlp data demo --out demo/small --train 2000 --val 64 --test 64 --pairs 0 --singles 0
     python bench/uniter.py nine        # uniter_demo, nine fine-tunings, and the same from a model that was not pretrained
     python bench/uniter.py objectives  # the objectives added one by one, as in the paper's Table 2 (arXiv 1909.11740)
 
 Runs the `vlp` commands that it prints, in the folder that has demo/, and appends to bench/results/uniter.jsonl. A model that
-was not pretrained has made one step, so that it has a tokenizer. Chance is what the most frequent answer or label scores.
+was not pretrained has made one step, so that it has a tokenizer. Retrieval, which scores each image beside each caption, is
+on the small one. Chance is what the most frequent answer or label scores.
 """
 
 from __future__ import annotations
@@ -61,7 +63,7 @@ SHARES = {"itm": 6, "mlm": 8, "mrfr": 4, "mrc_kl": 4}
 @dataclass(frozen=True, kw_only=True)
 class Options:
     """budget: seconds of pretraining in `nine`; steps: of pretraining in `objectives`. tune: steps of each fine-tuning, of
-    `batch` items. tasks: in `objectives`, for `seeds` from the `first`. data: of `vlp data demo`."""
+    `batch` items. tasks: in `objectives`, for `seeds` from the `first`. data, small: of `vlp data demo`."""
 
     what: Annotated[Literal["nine", "objectives"], tyro.conf.Positional]
     budget: int = 300
@@ -73,6 +75,7 @@ class Options:
     first: int = 0
     threads: int = 1
     data: str = "demo/world"
+    small: str = "demo/small"
     runs: Path = Path("runs/uniter")
     out: Path = RESULTS
 
@@ -98,20 +101,9 @@ def tune(o: Options, task: str, source: Path, seed: int = 0) -> tuple[dict[str, 
     """The scores of the split test, and seconds."""
     kind, options, _ = NINE[task]
     out = source.parent / f"{source.name}-{task.replace(', ', '-').replace(' ', '-')}"
-    told = (
-        "--from",
-        source,
-        "--data",
-        o.data,
-        "--steps",
-        o.tune,
-        "--batch-size",
-        o.batch,
-        "--seed",
-        seed,
-        "--out",
-        out,
-    )
+    data = o.small if kind == "retrieval" else o.data
+    told = ("--from", source, "--data", data, "--out", out, "--seed", seed)
+    told += ("--steps", o.tune, "--batch-size", o.batch)
     seconds = vlp("finetune", kind, *told, "--threads", o.threads, *options)
     return json.loads((out / "results.json").read_text(encoding="utf-8"))["test"], seconds
 
