@@ -5,9 +5,9 @@
     python bench/uniter.py nine        # uniter_demo, nine fine-tunings, and the same from a model that was not pretrained
     python bench/uniter.py objectives  # the objectives added one by one, as in the paper's Table 2 (arXiv 1909.11740)
 
-Runs the `vlp` commands that it prints, in the folder that has demo/; seconds are of the CPU. Rows are appended to bench/results/uniter.jsonl. A model that
-was not pretrained has made one step, so that it has a tokenizer. Retrieval, which scores each image beside each caption, is
-on the small one. Chance is what the most frequent answer or label scores.
+Runs the `vlp` commands that it prints, in the folder that has demo/; seconds are of the CPU. A model that was not
+pretrained has made one step, so that it has a tokenizer. Retrieval, which scores each image beside each caption, is on the
+small one. Chance is what the most frequent answer or label scores. Rows are appended to bench/results/uniter.jsonl.
 """
 
 from __future__ import annotations
@@ -61,7 +61,8 @@ SHARES = {"itm": 6, "mlm": 8, "mrfr": 4, "mrc_kl": 4}
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """steps: of pretraining. tune: steps of each fine-tuning, of `batch` items, at the rate `lr`. tasks: in `objectives`, for `seeds` from the `first`. data, small: of `vlp data demo`."""
+    """steps: of pretraining. tune: steps of each fine-tuning, of `batch` items, at the rate `lr`. tasks: in `objectives`, for
+    `seeds` from the `first`. data, small: of `vlp data demo`."""
 
     what: Annotated[Literal["nine", "objectives"], tyro.conf.Positional]
     steps: int = 4800
