@@ -44,6 +44,15 @@ async def started(model: Model, batcher: Batcher) -> asyncio.Task[list[Any]]:
     return first
 
 
+async def crowded(model: Model, batcher: Batcher) -> None:
+    """Leaves behind a batch of two requests, so that the next ones are expected to have company."""
+    first = await started(model, batcher)
+    two = [asyncio.create_task(batcher.ask("a", [0])) for _ in range(2)]
+    await asyncio.sleep(0)
+    model.may_run.set()
+    await asyncio.gather(first, *two)
+
+
 def together(*requests: Sequence[int], budget: int = 100, most_waiting: int = 100) -> tuple[list[Any], Model]:
     """The answers (or errors) of requests that all came while the model was busy."""
 
@@ -117,25 +126,39 @@ def test_who_leaves_takes_back_what_has_not_begun():
 
 def test_a_window_gathers_requests_of_a_moment():
     async def play() -> list[Any]:
+        await crowded(model, batcher)
         return await asyncio.gather(*(batcher.ask("a", [i]) for i in range(4)))
 
     seen: list[Ran] = []
-    batcher = Batcher({"a": Lane(run=list, budget=100)}, window_s=0.1, watch=seen.append)
-    assert asyncio.run(play()) == [[0], [1], [2], [3]]
+    model = Model()
+    batcher = Batcher({"a": Lane(run=model, budget=100)}, window_s=0.1, watch=seen.append)
+    assert asyncio.run(play()) == [[0], [2], [4], [6]]
     batcher.close()
-    assert [(ran.lane, ran.rows) for ran in seen] == [("a", 4)] and seen[0].waited_s >= 0.1
+    assert [(ran.lane, ran.rows) for ran in seen] == [("a", 1), ("a", 2), ("a", 4)] and seen[2].waited_s >= 0.1
+
+
+def test_one_request_after_another_does_not_wait_for_the_window():
+    async def play() -> list[Any]:
+        # Several inputs of one request are no company.
+        return [await batcher.ask(lane, [i, i]) for i, lane in enumerate("aab")]
+
+    batcher = Batcher({lane: Lane(run=list, budget=9) for lane in "ab"}, window_s=9999.0)
+    assert asyncio.run(asyncio.wait_for(play(), 20)) == [[0, 0], [1, 1], [2, 2]]
+    batcher.close()
 
 
 def test_a_full_batch_does_not_wait_for_the_window():
     async def play() -> list[Any]:
+        await crowded(model, batcher)
         tasks = [asyncio.create_task(batcher.ask("a", [i])) for i in range(3)]
         answers = await asyncio.wait_for(asyncio.gather(*tasks[:2]), 20)
         assert not tasks[2].done()
         tasks[2].cancel()
         return answers
 
-    batcher = Batcher({"a": Lane(run=list, budget=2)}, window_s=9999.0)
-    assert asyncio.run(play()) == [[0], [1]]
+    model = Model()
+    batcher = Batcher({"a": Lane(run=model, budget=2)}, window_s=9999.0)
+    assert asyncio.run(play()) == [[0], [2]]
     batcher.close()
 
 

@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from fastvlp.serve.limits import Refusal
@@ -47,7 +47,7 @@ class _Job:
     length: int
     future: asyncio.Future[Any]
     loop: asyncio.AbstractEventLoop
-    since: float = field(default_factory=time.monotonic)
+    since: float
 
     def settle(self, result: Any = None, error: Exception | None = None) -> None:
         def settle() -> None:
@@ -87,7 +87,8 @@ class Batcher:
     """One thread that runs everything; `ask` is called from event loops. `watch` is told of every batch, in the thread.
 
     A batch starts when its oldest input has waited `window_s`, or when a batch is full; an input that came while the
-    model was busy has waited long enough.
+    model was busy has waited long enough. Where the last batch of its kind was of one request, the next starts at once:
+    those that come meanwhile share the one after it, and then there is company to wait for.
     """
 
     def __init__(
@@ -100,6 +101,7 @@ class Batcher:
     ):
         self.lanes, self.window_s, self.most_waiting, self.watch = lanes, window_s, most_waiting, watch
         self._jobs: list[_Job] = []
+        self._shared: dict[str, bool] = {}  # whether a lane's last batch was of several requests
         self._changed = threading.Condition()
         self._closed = False
         self._thread = threading.Thread(target=self._work, name="model", daemon=True)
@@ -117,8 +119,8 @@ class Batcher:
     async def ask(self, lane: str, items: Sequence[Any], lengths: Sequence[int] | None = None) -> list[Any]:
         """An output for each item. Raises Refusal where more would wait than may (503), and InputError, whose row counts
         from these items. Cancelled, it takes back what has not begun."""
-        loop = asyncio.get_running_loop()
-        jobs = [_Job(lane, item, n, loop.create_future(), loop) for item, n in zip(items, lengths or [1] * len(items))]
+        loop, now, lengths = asyncio.get_running_loop(), time.monotonic(), lengths or [1] * len(items)
+        jobs = [_Job(lane, item, n, loop.create_future(), loop, now) for item, n in zip(items, lengths)]
         with self._changed:
             if self._closed:
                 raise Refusal(503, "stopping", "the service is stopping", retry_s=5)
@@ -160,11 +162,13 @@ class Batcher:
                 oldest = self._jobs[0]
                 alike = [job for job in self._jobs if job.lane == oldest.lane]
                 chosen = choose([job.length for job in alike], self.lanes[oldest.lane].budget)
-                left_s = oldest.since + self.window_s - time.monotonic()
+                window_s = self.window_s if self._shared.get(oldest.lane) else 0.0
+                left_s = oldest.since + window_s - time.monotonic()
                 if left_s > 0 and len(chosen) == len(alike):
                     self._changed.wait(left_s)
                     continue
                 batch = [alike[i] for i in chosen]
+                self._shared[oldest.lane] = len({job.since for job in batch}) > 1
                 taken = {id(job) for job in batch}
                 self._jobs = [job for job in self._jobs if id(job) not in taken]
                 return batch

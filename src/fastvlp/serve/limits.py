@@ -28,7 +28,7 @@ class Limits:
     seconds: float = 30.0
     """Time of a request from its first byte to its answer; the same again for a slow sender."""
     window_ms: float = 3.0
-    """How long a request waits for others to share a batch with."""
+    """How long a request waits for others to share a batch with, where the batch before it was shared."""
     batch: int = 32
     """Pictures of a batch, and texts of 64 tokens; shorter texts are more to a batch."""
 
