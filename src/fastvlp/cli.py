@@ -21,6 +21,7 @@ from fastvlp.compare_options import Compare
 from fastvlp.data.options import Data, DataDemo, DataImport, DataInspect
 from fastvlp.errors import UserError
 from fastvlp.eval.options import Probe, Retrieval, ZeroShot
+from fastvlp.model.options import Convert, Towers
 from fastvlp.serve.options import Embed, Export, IndexBuild, Indexing, IndexSearch, Serve
 from fastvlp.tasks.options import Evaluate, Finetune
 
@@ -201,19 +202,12 @@ def compare(command: Compare) -> None:
     print(command.out / "report.html")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Towers:
-    """Make a model to start from of public towers: CLIP ViT-B/32's image tower and RoBERTa-base's first 6 layers, as FLM
-    does. Each is a file, a folder, or owner/repository of the Hugging Face hub."""
+def convert(command: Convert) -> None:
+    from fastvlp.train.released import convert
 
-    out: Path
-    """Folder to write; `vlp pretrain flm_base --init` reads it."""
-    clip: str = "openai/clip-vit-base-patch32"
-    """model.safetensors (or a state dict) of CLIP."""
-    roberta: str = "FacebookAI/roberta-base"
-    """The same of RoBERTa."""
-    tokenizer: str | None = None
-    """RoBERTa's tokenizer.json; by default from where RoBERTa is."""
+    model, fresh = convert(command)
+    untrained = f"; untrained: {', '.join(part.rstrip('.') for part in fresh)}" if fresh else ""
+    print(f"{command.out}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters{untrained}")
 
 
 def towers(command: Towers) -> None:
@@ -274,7 +268,7 @@ def serve(command: Serve) -> None:
 
 
 def run(
-    command: Data | Pretrain | Finetune | Evaluation | Compare | Towers | Export | Embed | Indexing | Serve,
+    command: Data | Pretrain | Finetune | Evaluation | Compare | Convert | Towers | Export | Embed | Indexing | Serve,
 ) -> None:
     match command:
         case Export():
@@ -285,6 +279,8 @@ def run(
             index(part)
         case Serve():
             serve(command)
+        case Convert():
+            convert(command)
         case Towers():
             towers(command)
         case Compare():
@@ -323,6 +319,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 "finetune": Finetune,
                 "evaluate": Evaluation,
                 "compare": Compare,
+                "convert": Convert,
                 "towers": Towers,
                 "export": Export,
                 "embed": Embed,

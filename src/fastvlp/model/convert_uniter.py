@@ -81,3 +81,20 @@ def from_uniter(
 def uniter_heads(weights: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     """State dicts of the objectives `mrfr` and `mrc` from a pretrained checkpoint."""
     return {name: {ours: weights[theirs] for ours, (theirs,) in made.items()} for name, made in HEADS.items()}
+
+
+def from_bert(weights: Mapping[str, Tensor], depth: int) -> dict[str, Tensor]:
+    """The model's state dict without regions and matching, from BERT as transformers lays it out for pretraining: what
+    UNITER begins with. Raises UserError where a tensor is missing or left over."""
+    # The hub's first files have the norms' parameters by their names in TensorFlow.
+    spelled = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
+    told: dict[str, Tensor] = {}
+    for name, x in weights.items():
+        new = name.replace("bert.", "uniter.", 1) if name.startswith("bert.") else name
+        for old, now in spelled.items():
+            new = new.replace(old, now)
+        told[new] = x
+    made = uniter_map(depth) | WORD_AND_MATCH
+    made = {ours: parts for ours, parts in made.items() if not ours.startswith(("single.regions.", "single.match."))}
+    unused = ("cls.seq_relationship.", "cls.predictions.decoder.", "uniter.embeddings.position_ids")
+    return apply_map(told, WeightMap(made=made, unused=unused), source="BERT")

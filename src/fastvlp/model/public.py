@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import pickle
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -41,18 +39,28 @@ def local_file(source: str, name: str) -> Path:
 
 
 def load_weights(path: Path) -> dict[str, Tensor]:
-    """Tensors of a .safetensors file or of a PyTorch file (read with weights_only: nothing in it is executed)."""
+    """Tensors of a .safetensors file or of a PyTorch file (read with weights_only: nothing in it is executed), from under
+    `state_dict` where it has one (open_clip, Lightning), without the `module.` of a parallel wrapper."""
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; name a .safetensors file or a PyTorch file")
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
+    except Exception as error:  # a damaged pickle fails in any way
+        reason = str(error).partition("\n")[0] or type(error).__name__
         raise UserError(
-            f"{path}: not readable as weights ({error}); give a .safetensors file or a state dict"
-        ) from None
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+            f"{path}: not readable as weights ({reason}); copy it again, or give a .safetensors file or a state dict"
+        ) from error
+    if isinstance(state, dict):
+        # BriVL's files hold its `learnable` part alone.
+        learnable = state.get("learnable")
+        state = {f"learnable.{k}": x for k, x in learnable.items()} if isinstance(learnable, dict) else state
+        state = state.get("state_dict", state)
+    if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(x, Tensor) for k, x in state.items()):
         raise UserError(f"{path}: holds more than named tensors; give a .safetensors file or a plain state dict")
-    return state
+    wrapped = all(name.startswith("module.") for name in state)
+    return {name.removeprefix("module.") if wrapped else name: x for name, x in state.items()}
 
 
 def start_from_towers(config: ModelConfig, clip: Path, roberta: Path, tokenizer: Path, out: Path) -> VLModel:

@@ -322,14 +322,15 @@ def tiny_single(*, size: int = 48, crop: int = 8, feature: int | None = None, no
 
 def uniter_base(*, dropout: float = 0.1) -> ModelConfig:
     """UNITER-base (arXiv 1909.11740; ChenRocks/UNITER config): BERT-base over words and a detector's 2048-d regions."""
-    return _uniter(width=768, depth=12, dropout=dropout)
+    return uniter(width=768, depth=12, dropout=dropout)
 
 
 def uniter_large(*, dropout: float = 0.1) -> ModelConfig:
     """UNITER-large: BERT-large likewise."""
-    return _uniter(width=1024, depth=24, dropout=dropout)
+    return uniter(width=1024, depth=24, dropout=dropout)
 
 
-def _uniter(*, width: int, depth: int, dropout: float) -> ModelConfig:
-    regions = RegionConfig(feature=2048)
+def uniter(*, width: int, depth: int, feature: int = 2048, dropout: float = 0.1) -> ModelConfig:
+    """BERT of any size over words and a detector's regions."""
+    regions = RegionConfig(feature=feature)
     return _single(width=width, depth=depth, regions=regions, positions=512, size=224, norm="post", dropout=dropout)

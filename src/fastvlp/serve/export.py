@@ -7,13 +7,12 @@ that matches an image and a text, and the one that answers questions.
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from fastvlp.config import flatten
-from fastvlp.data.files import write_whole
+from fastvlp.data.files import whole_folder, write_whole
 from fastvlp.errors import UserError
 from fastvlp.model.saved import Saved, load_model, save_model
 from fastvlp.serve.embedder import abilities
@@ -25,30 +24,20 @@ HEADS = {"ITMConfig", "VQAConfig"}
 def export(told: Export) -> dict[str, Any]:
     """Writes the folder and returns its card. Raises UserError for a run that can do nothing by itself, and where something
     is in the way."""
-    run, out = Path(told.run), told.out
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out}: something is here already; choose another folder, or remove it")
-    saved = load_model(run, told.weights)
-    if not abilities(saved):
-        raise UserError(
-            f"{run}: nothing to serve: it has no joint space (model.embed), and neither layers that read a text beside the "
-            f"image nor a head that uses them; export a run of clip, siglip, moco, flm, ar, prefixlm, itm or a task"
-        )
-    config = _json(run / "config.json")
-    card = facts(saved, run, config) | {"license": told.license or None}
-    # The folder gets its name last: it is there whole or not at all.
-    part = out.with_name(f"{out.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    try:
+    run = Path(told.run)
+    with whole_folder(told.out) as part:
+        saved = load_model(run, told.weights)
+        if not abilities(saved):
+            raise UserError(
+                f"{run}: nothing to serve: it has no joint space (model.embed), and neither layers that read a text beside "
+                f"the image nor a head that uses them; export a run of clip, siglip, moco, flm, ar, prefixlm, itm or a task"
+            )
+        config = _json(run / "config.json")
+        card = facts(saved, run, config) | {"license": told.license or None}
         save_model(part, saved.model, saved.tokenizer, saved.info, objectives=heads(saved))
         write_whole(part / "config.json", json.dumps(reading(config), indent=2, ensure_ascii=False).encode())
         write_whole(part / "card.json", json.dumps(card, indent=2, ensure_ascii=False).encode())
         write_whole(part / "README.md", readme(card).encode())
-        part.rename(out)
-    except OSError as error:
-        raise UserError(f"{out}: cannot write ({error.strerror}); choose another folder") from error
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
     return card
 
 
