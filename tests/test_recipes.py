@@ -26,6 +26,19 @@ def test_the_paper_run_is_the_papers():
     assert (run.optim.cross_multiplier, run.optim.head_multiplier, run.optim.clip) == (5, 5, None)
 
 
+def test_uniter_is_pretrained_as_released():
+    run = recipe("uniter_base")
+    assert (run.data.max_tokens, run.data.fill, run.data.group, run.accumulate) == (10_240, "official", 8192, 6)
+    assert (run.optim.lr, run.optim.eps, run.optim.betas, run.optim.clip) == (5e-5, 1e-6, (0.9, 0.98), 5.0)
+    assert (run.optim.cross_multiplier, run.optim.head_multiplier, run.optim.weight_decay) == (1, 1, 0.01)
+    assert run.steps == 200_000 and run.steps * run.optim.warmup == 10_000 and run.seed == 42
+    assert run.mix == {"itm": 6, "mlm": 8, "mrfr": 4, "mrc_kl": 4}
+    assert run.data.regions.stored and (run.data.regions.least, run.data.regions.most) == (10, 100)
+    layer = run.model.single.layer
+    assert (run.model.single.depth, layer.width, layer.heads, layer.hidden, layer.norm) == (12, 768, 12, 3072, "post")
+    assert run.model.single.regions.feature == 2048 and run.objectives["mrc_kl"].classes == 1601
+
+
 def test_an_unknown_recipe_is_answered_with_the_nearest(capsys):
     with pytest.raises(UserError, match="did you mean flm_demo"):
         recipe("flm_dmo")
