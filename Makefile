@@ -1,9 +1,9 @@
-# `make demo` and `make test` do everything on a fresh machine; each makes .venv itself.
+# `make demo` and `make test` do everything on a fresh machine; each makes .venv itself. `make serve` shows what the demo made.
 PYTHON ?= python3
 PIP = .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 BUDGET ?= 80s
 
-.PHONY: demo test check clean
+.PHONY: demo serve test check clean
 
 # torch goes first: asked for by another package, pip might pick another build of it.
 .venv/.core: pyproject.toml constraints.txt
@@ -18,11 +18,24 @@ BUDGET ?= 80s
 	@$(PIP) -e '.[dev]'
 	@touch $@
 
-demo: .venv/.core  ## embedded corpus -> FLM, MLM, AR and PrefixLM at equal time -> table and report
+.venv/.serve: .venv/.core
+	@$(PIP) -e '.[serve]'
+	@touch $@
+
+demo: .venv/.core  ## embedded corpus -> FLM, MLM, AR and PrefixLM at equal time -> table and report; FLIP for search
 	@.venv/bin/vlp data demo --out demo/world
 	@.venv/bin/vlp compare flm_demo mlm_demo ar_demo prefixlm_demo --budget $(BUDGET) --marks 0.5 1 \
 	  --probe-steps 200 --probe-batch 32 --probe-lr 1e-3 --probe-items 800 --cloze-items 128 --out demo/report
+	@rm -rf demo/flip demo/export demo/index
+	@.venv/bin/vlp pretrain flip_demo --budget-s $(BUDGET:s=) --out demo/flip
+	@.venv/bin/vlp export demo/flip demo/export --report demo/report/report.html
 	@echo "The report: demo/report/report.html"
+	@echo "Search the pictures by words, at http://127.0.0.1:8000/: make serve"
+
+serve: .venv/.serve  ## a page that searches the demo's test pictures
+	@test -d demo/export || { echo "There is no model yet: make demo"; exit 1; }
+	@test -d demo/index || .venv/bin/vlp index build demo/index --export demo/export --data demo/world/test
+	@.venv/bin/vlp serve demo/export --index demo/index
 
 test: .venv/.dev  ## all tests
 	@.venv/bin/python -m pytest -n 2
