@@ -1,14 +1,16 @@
 """Searching many vectors: recall, latency, build time and memory of each way to do it.
 
     python bench/retrieval.py                                # 100,000 made vectors of 256 numbers
-    python bench/retrieval.py --vectors 1000000
+    python bench/retrieval.py --vectors 1000000 --limit engine 300000 faiss 500000    # these on the first so many alone
     python bench/retrieval.py --embedded photos/vectors      # of `vlp embed`: images are searched by their captions
 
 Arms: exact (a matrix product), chroma (the embedded engine called directly), ours (the same through our layer: their
-queries take turns), hash (codes as a prefilter, scored exactly), and faiss's HNSW where it is installed, as a yardstick.
-Each is built in a process of its own, whose growth is its memory; queries come one at a time. Made vectors have clusters
-in few of their dimensions and lie in a narrow cone, queries in another, as images and texts do. Results are appended to
-bench/results/retrieval.jsonl.
+queries take turns), http (the service, asked by text over a connection that stays open; in turns with it model, the
+vector of that text alone, and search, our index by that vector), hash (codes as a prefilter, scored exactly), and faiss's
+HNSW where it is installed, as a yardstick. Each is built in a process of its own, whose growth is its memory; queries come
+one at a time. Made vectors have clusters in few of their dimensions and lie in a narrow cone, queries in another, as images
+and texts do. The model behind http has random weights: its recall is of queries that no item is near to, and says little.
+Results are appended to bench/results/retrieval.jsonl.
 """
 
 from __future__ import annotations
@@ -18,32 +20,37 @@ import multiprocessing
 import os
 import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
+import torch
 import tyro
 from objectives import stamp
 from rich.console import Console
 from rich.table import Table
+from served import made_export, made_texts, serving
 
 from fastvlp.errors import UserError
 from fastvlp.serve.bulk import open_embedded, read_part
+from fastvlp.serve.embedder import Embedder, fingerprint
 from fastvlp.serve.hashing import HashSearch, learned_projection, random_projection
-from fastvlp.serve.index import Stamp, open_index
+from fastvlp.serve.index import Index, Stamp, open_index
 
 RESULTS = Path(__file__).parent / "results" / "retrieval.jsonl"
 K = 10
-ARMS = ("exact", "engine", "hash_random", "hash_learned", "faiss")
-Arm = Literal["exact", "engine", "hash_random", "hash_learned", "faiss"]
+CPU, TEXTS = "fastvlp_cpu_seconds_total", 'fastvlp_batch_wait_seconds_{}{{kind="texts"}}'
+ARMS = ("exact", "engine", "http", "hash_random", "hash_learned", "faiss")
+Arm = Literal["exact", "engine", "http", "hash_random", "hash_learned", "faiss"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
     """vectors, width, queries: of the made data. embedded: a folder of `vlp embed` instead. bits, candidates: of hash
-    codes. batch: vectors of one addition. The arm engine times chroma and ours."""
+    codes. batch: vectors of one addition. The arm engine times chroma and ours. limit: of an arm, vectors where it gets the
+    first so many alone, as its rows then say; http searches what engine built."""
 
     vectors: int = 100_000
     width: int = 256
@@ -53,17 +60,19 @@ class Options:
     candidates: int = 1000
     batch: int = 2000
     arms: tuple[Arm, ...] = ARMS
+    limit: dict[Arm, int] = field(default_factory=dict)
     threads: int = 1
     out: Path = RESULTS
 
 
 class Data:
     """Vectors and queries in files, which every arm's process opens without a copy in its memory. others: queries that are
-    not asked, for their mean."""
+    not asked, for their mean. texts: to ask a model by; the queries' own where there is a model to them."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, limit: int | None = None):
         self.folder = folder
-        self.vectors = np.load(folder / "vectors.npy", mmap_mode="r")
+        self.vectors = np.load(folder / "vectors.npy", mmap_mode="r")[:limit]
+        self.texts = json.loads((folder / "texts.json").read_text())
         self.queries = np.load(folder / "queries.npy")
         self.others = np.load(folder / "others.npy")
 
@@ -91,12 +100,17 @@ def made(number: int, width: int, seed: int, kind: Literal["image", "text"]) -> 
 def prepare(o: Options, folder: Path) -> Data:
     if o.embedded is None:
         vectors, texts = made(o.vectors, o.width, 1, "image"), made(2 * o.queries, o.width, 2, "text")
+        said = made_texts(o.queries, 3)
     else:
         parts = [read_part(path) for path in open_embedded(o.embedded).parts]
         vectors, texts = (np.concatenate([getattr(part, name) for part in parts]) for name in ("image", "text"))
         if not len(texts):
             raise UserError(f"{o.embedded}: has no texts to search by; embed records with captions")
-        texts = texts[np.random.default_rng(0).permutation(len(texts))]
+        order = np.random.default_rng(0).permutation(len(texts))
+        all_said = [text for part in parts for text in part.said]
+        texts, said = texts[order], [all_said[i] for i in order[: o.queries]]
+    (folder / "texts.json").write_text(json.dumps(said))
+    made_export(folder, said, vectors.shape[1])
     np.save(folder / "vectors.npy", vectors)
     np.save(folder / "queries.npy", texts[: o.queries])
     np.save(folder / "others.npy", texts[o.queries : 2 * o.queries])
@@ -107,7 +121,7 @@ def resident() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-def timed(searches: dict[str, Callable[[np.ndarray], list[int]]], queries: np.ndarray) -> dict[str, dict]:
+def timed(searches: dict[str, Callable[[Any], list[int]]], queries: Sequence[Any] | np.ndarray) -> dict[str, dict]:
     """Each query in turn by each search, which take turns in being first, after the first tenth to warm up. over_first: of
     the first search, the median of each query's ratios in CPU time, which a busy machine does not stretch."""
     names = list(searches)
@@ -150,6 +164,34 @@ def exact(o: Options, data: Data) -> dict[str, dict]:
     return {"exact": found["exact"] | {"build_s": built, "memory_bytes": grown, "kept_bytes": vectors.nbytes}}
 
 
+def additions(arm: str, o: Options, data: Data) -> Iterator[tuple[np.ndarray, list[str]]]:
+    """The vectors and ids of each addition; how far the build is, now and then. A graph grows slower the larger it is: of
+    the rest it says the least."""
+    count, began, worked = len(data.vectors), time.perf_counter(), time.process_time()
+    every = max(10_000, count // 20)
+    for first in range(0, count, o.batch):
+        rows = np.array(data.vectors[first : first + o.batch])
+        done = first + len(rows)
+        yield rows, [str(i) for i in range(first, done)]
+        if done // every > first // every:
+            passed, cpu = time.perf_counter() - began, time.process_time() - worked
+            each = f"{1e4 * passed / done:.1f} s ({1e4 * cpu / done:.1f} s of CPU) each 10,000"
+            left = f"at least {passed / done * (count - done) / 60:.0f} min more"
+            print(f"{arm}: {done:,} of {count:,} vectors, {each}, {left}", flush=True)
+
+
+def infos(ids: Sequence[str]) -> list[dict[str, str]]:
+    return [{"caption": f"caption {id}", "source": "made"} for id in ids]
+
+
+def ours(data: Data) -> Index:
+    """An index that the service will open: it says that its vectors are of the export."""
+    width = data.vectors.shape[1]
+    return open_index(
+        str(data.folder / "ours"), Stamp(fingerprint=fingerprint(data.folder / "export"), width=width), create=True
+    )
+
+
 def engine(o: Options, data: Data) -> dict[str, dict]:
     """Chroma directly, and our layer over it, each over a folder of its own, with the same graph."""
     import chromadb
@@ -157,22 +199,18 @@ def engine(o: Options, data: Data) -> dict[str, dict]:
 
     from fastvlp.serve.chroma import GRAPH
 
-    count, width = data.vectors.shape
     quiet = Settings(anonymized_telemetry=False)
     client = chromadb.PersistentClient(str(data.folder / "chroma"), settings=quiet)
     collection = client.create_collection("items", embedding_function=None, configuration={"hnsw": GRAPH})
-    index = open_index(str(data.folder / "ours"), Stamp(fingerprint="made", width=width), create=True)
+    index = ours(data)
     built, grown = {"chroma": 0.0, "ours": 0.0}, {"chroma": 0, "ours": 0}
-    for first in range(0, count, o.batch):
-        rows = np.array(data.vectors[first : first + o.batch])
-        ids = [str(i) for i in range(first, first + len(rows))]
-        infos = [{"caption": f"caption {i}", "source": "made"} for i in ids]
-        for name in ("chroma", "ours") if first // o.batch % 2 else ("ours", "chroma"):
+    for turn, (rows, ids) in enumerate(additions("chroma and ours", o, data)):
+        for name in ("chroma", "ours") if turn % 2 else ("ours", "chroma"):
             before, began = resident(), time.perf_counter()
             if name == "chroma":
-                collection.upsert(ids=ids, embeddings=rows, metadatas=infos)
+                collection.upsert(ids=ids, embeddings=rows, metadatas=infos(ids))
             else:
-                index.add(ids, rows, infos)
+                index.add(ids, rows, infos(ids))
             built[name] += time.perf_counter() - began
             grown[name] += resident() - before
 
@@ -186,6 +224,50 @@ def engine(o: Options, data: Data) -> dict[str, dict]:
     found = timed({"chroma": direct, "ours": layered}, data.queries)
     index.close()
     return {name: row | {"build_s": built[name], "memory_bytes": grown[name]} for name, row in found.items()}
+
+
+def http(o: Options, data: Data) -> dict[str, dict]:
+    """Of http, over_model_ms: its median above that of the model alone; waited_ms: mean time in which a text waited for
+    others to share its batch; cpu_ms (a mean) and memory are the service's."""
+    torch.set_num_threads(o.threads)
+    embedder, index = Embedder.load(data.folder / "export", "cpu"), ours(data)
+    if index.count() == 0:  # else the arm engine has filled it
+        for rows, ids in additions("http", o, data):
+            index.add(ids, rows, infos(ids))
+    asked = embedder.texts(data.texts)
+    vector = dict(zip(data.texts, asked))
+
+    with serving(data.folder / "export", data.folder / "ours", o.threads) as client:
+
+        def request(text: str) -> list[int]:
+            answer = json.loads(client.ask("/v1/search", {"text": text, "limit": K}))
+            return [int(hit["id"]) for hit in answer["results"]]
+
+        def model(text: str) -> list[int]:
+            embedder.texts([text])
+            return []
+
+        def search(text: str) -> list[int]:
+            return [int(hit.id) for hit in index.search(vector[text][None], K)[0]]
+
+        request(data.texts[0])  # the service loads its graph with the first search
+        before = client.measured()
+        found = timed({"http": request, "model": model, "search": search}, data.texts)
+        after = client.measured()
+    index.close()
+    for row in found.values():
+        del row["over_first"]  # of CPU times, and most of a request's is not this process's
+    requests = after[TEXTS.format("count")] - before[TEXTS.format("count")]
+    each = {name: 1e3 * (after[name] - before[name]) / requests for name in (CPU, TEXTS.format("sum"))}
+    own = found["http"]["p50_ms"] - found["model"]["p50_ms"]
+    found["http"] |= {
+        "over_model_ms": own,
+        "over_model_and_search_ms": own - found["search"]["p50_ms"],
+        "cpu_ms": each[CPU],
+        "waited_ms": each[TEXTS.format("sum")],
+        "memory_bytes": after["fastvlp_resident_memory_bytes"],
+    }
+    return {name: row | {"asked": asked} for name, row in found.items()}
 
 
 def hashed(o: Options, data: Data, kind: Literal["random", "learned"]) -> dict[str, dict]:
@@ -212,7 +294,8 @@ def faiss_hnsw(o: Options, data: Data) -> dict[str, dict]:
     before, began = resident(), time.perf_counter()
     index = faiss.IndexHNSWFlat(data.vectors.shape[1], 24, faiss.METRIC_INNER_PRODUCT)
     index.hnsw.efConstruction, index.hnsw.efSearch = 128, 128
-    index.add(np.array(data.vectors))
+    for rows, _ in additions("faiss", o, data):
+        index.add(rows)
     built, grown = time.perf_counter() - began, resident() - before
     found = timed({"faiss": lambda query: index.search(query[None], K)[1][0].tolist()}, data.queries)
     return {"faiss": found["faiss"] | {"build_s": built, "memory_bytes": grown}}
@@ -224,14 +307,20 @@ def run_arm(o: Options, arm: Arm, data: Data) -> dict[str, dict]:
             return exact(o, data)
         case "engine":
             return engine(o, data)
+        case "http":
+            return http(o, data)
         case "faiss":
             return faiss_hnsw(o, data)
         case _:
             return hashed(o, data, "random" if arm == "hash_random" else "learned")
 
 
+def limit(o: Options, arm: Arm) -> int | None:
+    return o.limit.get("engine" if arm == "http" and "engine" in o.arms else arm)
+
+
 def one_arm(o: Options, arm: Arm, folder: Path, results: multiprocessing.Queue) -> None:
-    results.put(run_arm(o, arm, Data(folder)))
+    results.put(run_arm(o, arm, Data(folder, limit(o, arm))))
 
 
 def in_own_process(o: Options, arm: Arm, folder: Path) -> dict[str, dict]:
@@ -250,9 +339,19 @@ def in_own_process(o: Options, arm: Arm, folder: Path) -> dict[str, dict]:
     return found
 
 
-def best(data: Data) -> list[set[int]]:
-    score_QN = data.queries @ np.array(data.vectors).T
-    return [{*row.tolist()} for row in np.argpartition(-score_QN, K, axis=1)[:, :K]]
+def best(queries_QE: np.ndarray, vectors: np.ndarray) -> list[set[int]]:
+    parts = (queries_QE[first : first + 20] @ vectors.T for first in range(0, len(queries_QE), 20))
+    return [{*row.tolist()} for score_QN in parts for row in np.argpartition(-score_QN, K, axis=1)[:, :K]]
+
+
+def scored(row: dict, data: Data, vectors: np.ndarray) -> dict:
+    """The row with its recall among these vectors, where it found any."""
+    places, asked = row.pop("places"), row.pop("asked", data.queries)
+    size = {"vectors": len(vectors), "width": vectors.shape[1], "queries": len(places)}
+    if not any(places):
+        return row | size
+    shares = [len({*one} & right) / K for one, right in zip(places, best(asked, vectors))]
+    return {"recall@10": float(np.mean(shares))} | row | size
 
 
 def main(o: Options) -> None:
@@ -261,28 +360,10 @@ def main(o: Options) -> None:
     rows: list[dict] = []
     with tempfile.TemporaryDirectory() as folder:
         data = prepare(o, Path(folder))
-        wanted = best(data)
-        size = {"vectors": len(data.vectors), "width": data.vectors.shape[1], "queries": len(data.queries)}
-        for arm in o.arms:
+        for arm in sorted(o.arms, key=ARMS.index):
             for name, row in in_own_process(o, arm, Path(folder)).items():
-                found = row.pop("places")
-                share = np.mean([len({*one} & right) / K for one, right in zip(found, wanted)])
-                rows.append({"arm": name, "recall@10": float(share), **row, **size})
-    table = Table(title=f"{size['vectors']:,} x {size['width']}, {size['queries']} queries one at a time")
-    columns = {
-        "recall@10": ".4f",
-        "p50_ms": ".2f",
-        "p99_ms": ".2f",
-        "cpu_ms": ".2f",
-        "over_first": ".2f",
-        "build_s": ".1f",
-    }
-    for name in ("arm", *columns, "memory MB", "kept MB"):
-        table.add_column(name.replace("_", " "), justify="left" if name == "arm" else "right")
-    for row in rows:
-        sizes = [f"{row[key] / 1e6:.0f}" if key in row else "-" for key in ("memory_bytes", "kept_bytes")]
-        table.add_row(row["arm"], *(format(row[name], told) for name, told in columns.items()), *sizes)
-    Console().print(table)
+                rows.append({"arm": name} | scored(row, data, data.vectors[: limit(o, arm)]))
+        show(rows, f"{len(data.vectors):,} x {data.vectors.shape[1]}, {len(data.queries)} queries one at a time")
     told = {
         name: str(value) if isinstance(value, Path) else value for name, value in asdict(o).items() if name != "out"
     }
@@ -290,6 +371,23 @@ def main(o: Options) -> None:
     with o.out.open("a", encoding="utf-8") as file:
         for row in rows:
             file.write(json.dumps(stamp("cpu", "retrieval.py") | told | row) + "\n")
+
+
+def show(rows: list[dict], title: str) -> None:
+    table = Table(title=title)
+    times = dict.fromkeys(("p50_ms", "p99_ms", "cpu_ms", "over_first"), ".2f")
+    columns = {"vectors": ",", "recall@10": ".4f", **times, "build_s": ".1f"}
+    for name in ("arm", *columns, "memory MB", "kept MB"):
+        table.add_column(name.replace("_", " "), justify="left" if name == "arm" else "right")
+    for row in rows:
+        sizes = [f"{row[key] / 1e6:.0f}" if key in row else "-" for key in ("memory_bytes", "kept_bytes")]
+        numbers = [format(row[name], told) if name in row else "-" for name, told in columns.items()]
+        table.add_row(row["arm"], *numbers, *sizes)
+    Console().print(table)
+    for row in rows:
+        if "over_model_ms" in row:
+            over, both = row["over_model_ms"], row["over_model_and_search_ms"]
+            print(f"http p50 is {over:.2f} ms above the model's, {both:.2f} ms above model and search")
 
 
 if __name__ == "__main__":

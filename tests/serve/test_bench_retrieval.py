@@ -18,12 +18,25 @@ def bench(monkeypatch):
     return importlib.import_module("retrieval")
 
 
-def test_arms_agree_on_made_vectors(bench, tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def rows_of(bench, tmp_path, monkeypatch):
+    """Rows by arm, of arms that run in this process."""
     pytest.importorskip("chromadb")
-    monkeypatch.setattr(bench, "in_own_process", lambda o, arm, folder: bench.run_arm(o, arm, bench.Data(folder)))
+
+    def in_process(o, arm, folder):
+        return bench.run_arm(o, arm, bench.Data(folder, bench.limit(o, arm)))
+
+    def rows_of(**options) -> dict[str, dict]:
+        monkeypatch.setattr(bench, "in_own_process", in_process)
+        bench.main(bench.Options(**options, out=tmp_path / "rows.jsonl"))
+        return {row["arm"]: row for row in map(json.loads, (tmp_path / "rows.jsonl").read_text().splitlines())}
+
+    return rows_of
+
+
+def test_arms_agree_on_made_vectors(bench, rows_of, capsys):
     options = {"vectors": 600, "width": 32, "queries": 20, "candidates": 300, "bits": 64, "batch": 200}
-    bench.main(bench.Options(**options, out=tmp_path / "rows.jsonl"))
-    rows = {row["arm"]: row for row in map(json.loads, (tmp_path / "rows.jsonl").read_text().splitlines())}
+    rows = rows_of(**options, arms=[arm for arm in bench.ARMS if arm != "http"])
     assert {"exact", "chroma", "ours", "hash_random", "hash_learned"} <= {*rows}
     assert rows["exact"]["recall@10"] == 1 and all(row["recall@10"] > 0.95 for row in rows.values())
     assert rows["chroma"]["recall@10"] == pytest.approx(rows["ours"]["recall@10"], abs=0.02)
@@ -31,6 +44,17 @@ def test_arms_agree_on_made_vectors(bench, tmp_path, monkeypatch, capsys):
     for row in rows.values():
         assert 0 < row["p50_ms"] <= row["p99_ms"] and row["vectors"] == 600 and row["commit"]
     assert "600 x 32, 20 queries" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_the_service_finds_in_what_was_built_what_its_index_finds(rows_of, capsys):
+    limit = {"engine": 300}
+    rows = rows_of(vectors=500, width=32, queries=15, arms=("http", "engine", "exact"), batch=100, limit=limit)
+    assert {name: row["vectors"] for name, row in rows.items()} == dict.fromkeys(rows, 300) | {"exact": 500}
+    assert rows["http"]["recall@10"] == rows["search"]["recall@10"] > 0.95 and "recall@10" not in rows["model"]
+    over = rows["http"]["p50_ms"] - rows["model"]["p50_ms"]
+    assert rows["http"]["over_model_ms"] == pytest.approx(over) and rows["http"]["cpu_ms"] > 0
+    assert f"{over:.2f} ms above the model's" in capsys.readouterr().out
 
 
 def test_made_queries_lie_in_a_cone_of_their_own(bench):
