@@ -5,7 +5,8 @@ The regions are those of an imitated detector (data/world_detector.py), which ha
 vlp data demo
 vlp pretrain uniter_demo
 
-MEASURED
+4,800 steps (about 5 minutes of one CPU core), validation: matching 0.08 (0.70 at the start), masked words 0.83 (6.0), masked
+classes 1.61 (3.4), features 0.78. What that is worth to nine tasks is in docs/log.md (2026-11-21).
 """
 
 from fastvlp.data.regions import RegionSource
