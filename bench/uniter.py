@@ -152,7 +152,8 @@ def objectives(o: Options) -> Iterator[Row]:
     """Rows of the table for each seed, all of as many steps: a step of one objective is not a step of another."""
     for seed in range(o.first, o.first + o.seeds):
         for name, on in TABLE.items():
-            mix = [word for part in on if part != "wra" for word in (part, SHARES[part])]
+            # What is off keeps a share, which a mix asks for, of a step in a thousand million.
+            mix = [word for part, share in SHARES.items() for word in (part, share if part in on else 1e-8)]
             more: tuple[object, ...] = ("--steps", o.steps if on else 1, "--seed", seed)
             more += ("--mix", *mix) if on else ()
             more += () if "wra" in on else ("--objectives.itm.align", 0)
