@@ -24,6 +24,7 @@ BUDGET ?= 80s
 
 demo: .venv/.core  ## embedded corpus -> FLM, MLM, AR and PrefixLM at equal time -> table and report; FLIP for search
 	@.venv/bin/vlp data demo --out demo/world
+	@rm -rf demo/report
 	@.venv/bin/vlp compare flm_demo mlm_demo ar_demo prefixlm_demo --budget $(BUDGET) --marks 0.5 1 \
 	  --probe-steps 200 --probe-batch 32 --probe-lr 1e-3 --probe-items 800 --cloze-items 128 --out demo/report
 	@rm -rf demo/flip demo/export demo/index

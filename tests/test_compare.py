@@ -204,6 +204,13 @@ def test_plans_that_cannot_be() -> None:
         same_arms(["a", "b", "a"])
 
 
+def test_an_earlier_comparison_is_not_written_over(tmp_path):
+    (tmp_path / "results.json").write_text("{}")
+    with pytest.raises(UserError, match=r"holds a comparison already"):
+        run_comparison(Compare(recipes=("flm_demo",), out=tmp_path))
+    assert (tmp_path / "results.json").read_text() == "{}"
+
+
 def test_a_comparison_under_torchrun_is_refused(monkeypatch):
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")

@@ -276,6 +276,8 @@ def run_comparison(told: Compare) -> Comparison:
         marks=told.marks,
         slice_s=duration(told.slice),
     )
+    if (plan.out / "results.json").exists():
+        raise UserError(f"{plan.out}: holds a comparison already; choose another --out, or delete it")
     device = pick_device(next(iter(arms.values())).device)
     with Display(list(arms), budget_s=plan.budget_s, seeds=plan.seeds, marks=len(plan.shares)) as display:
         made = compare(plan, arms, origin=about(device), scorer=Yardsticks(settings=told.yardsticks), display=display)

@@ -162,6 +162,12 @@ def test_no_shards_and_only_broken_shards_name_folder_and_remedy(tmp_path):
         Shards(tmp_path / "nowhere")
     with pytest.raises(UserError, match=r"no shards .*vlp data import"):
         Shards(tmp_path)
+    for split in ("train", "val"):
+        (tmp_path / "all" / split).mkdir(parents=True)
+        (tmp_path / "all" / split / "0.tar").touch()
+    (tmp_path / "all" / "empty").mkdir()
+    with pytest.raises(UserError, match=r"all: no shards .* its folders train, val have some"):
+        Shards(tmp_path / "all")
     (tmp_path / "0.tar").write_bytes(b"this is no tar" * 100)
     (tmp_path / "1.tar").write_bytes(b"")
     with pytest.raises(UserError, match=r"no readable record in 2 tars.*0\.tar"):

@@ -46,6 +46,13 @@ def test_rows_are_the_embedder_s_own(told, embedder, shards, pictures):
     }
 
 
+def test_captions_of_joined_fields_are_stored_apart(told, shards):
+    embed(replace(told, captions=("captions+captions_zh",)))
+    info = shards.info(7)
+    stored = read_part(next(path for path in open_embedded(told.out).parts if "00001" in path.name)).infos[2]
+    assert stored["caption"] == info["captions"][0] and stored["caption_zh"] == info["captions_zh"][0]
+
+
 def test_damaged_records_are_named_and_leave_the_others_in_place(told, embedder, pictures, tmp_path):
     with ShardWriter(tmp_path / "damaged") as writer:
         for i, picture in enumerate(pictures[:6]):

@@ -150,3 +150,10 @@ def test_other_ranks_are_silent(tmp_path, monkeypatch):
         train(log, state, 10)
         log.event("validation", step=1, elapsed=1.0, losses={"loss": 1.0})
     assert not (tmp_path / "run").exists()
+
+
+def test_slow_steps_are_told_before_there_are_many(tmp_path):
+    state = State(tmp_path)
+    with RunLog(state, console=plain()) as log:
+        train(log, state, 4, seconds=4.0)
+    assert [line["step"] for line in lines(tmp_path)] == [3]

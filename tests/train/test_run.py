@@ -38,6 +38,14 @@ def one_thread():
     torch.set_num_threads(before)
 
 
+def test_a_run_says_that_it_ended_and_that_it_had(pairs, tmp_path, capsys):
+    run = made_run(pairs, tmp_path / "a")
+    train(run)
+    assert "finished after step" in capsys.readouterr().out
+    train(run, resume=True)
+    assert "was at its end already" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_resumed_run_equals_the_straight_one_bit_for_bit(pairs, tmp_path, workers):
     # 20 rows do not divide by 4 x 2: epochs end inside steps; dropout, masks, spans and averaged weights are in play.

@@ -21,5 +21,6 @@ class Absent(nn.Module):
         if name.startswith("_"):
             return super().__getattr__(name)
         raise UserError(
-            f"the model has no {self.part}, which the objective or task at hand reads; set model.{self.part}"
+            f"the model has no {self.part}, which the objective or task at hand reads: use a run that has learned it, or in "
+            f"a recipe set model.{self.part}"
         )

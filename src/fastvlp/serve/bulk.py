@@ -191,11 +191,11 @@ def _part(
 
 
 def _told(info: Mapping[str, Any], captions: Mapping[str, Sequence[str]]) -> dict[str, Scalar]:
-    """What is stored beside a vector: the first caption of each field (`caption`, of captions_zh `caption_zh`), and the
-    label."""
-    told: dict[str, Scalar] = {
-        field.replace("captions", "caption"): texts[0] for field, texts in captions.items() if texts
-    }
+    """What is stored beside a vector: the first caption of each field (`caption`, of captions_zh `caption_zh`; of several
+    joined by +, of each), and the label."""
+    told: dict[str, Scalar] = {}
+    for field in dict.fromkeys(name for fields in captions for name in fields.split("+")):
+        told |= {field.replace("captions", "caption"): text for text in usable_captions(info, field)[:1]}
     label = info.get("label")
     return told | ({"label": label} if isinstance(label, str | int) and label != "" else {})
 

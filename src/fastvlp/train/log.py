@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from fastvlp.train.state import TrainState
 
 
+SILENCE_S = 10.0
+
+
 @dataclass(kw_only=True)
 class _Window:
     """Sums since the last line. `flops` are of this rank, pairs and tokens of all."""
@@ -82,9 +85,10 @@ class RunLog:
             self._live.start()
 
     def step(self, report: StepReport, state: TrainState) -> None:
-        """One step: counted always, told every `log_every` steps, and when it was skipped."""
+        """One step: counted always, told every `log_every` steps, when those would take long, and when it was skipped."""
         self._window.add(report)
-        if self.active and (report.step % state.run.log_every == 0 or report.skipped):
+        due = report.step % state.run.log_every == 0 or self._window.seconds > SILENCE_S
+        if self.active and (due or report.skipped):
             self._train(report, state)
 
     def _train(self, report: StepReport, state: TrainState) -> None:

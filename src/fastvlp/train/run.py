@@ -262,6 +262,8 @@ def train(run: TrainConfig, resume: bool = False, *, verbose: bool = False) -> T
                 if resume:
                     log.say(f"{run.folder}: no checkpoint here to resume from, the run starts anew")
                 tell_start(state, log)
+            elif state.progress >= 1:
+                log.say(f"{run.folder}: was at its end already; for more give --steps or --budget-s")
             for report in steps(state):
                 log.step(report, state)
                 tell_dropped(state, report.dropped, log)
@@ -276,6 +278,8 @@ def train(run: TrainConfig, resume: bool = False, *, verbose: bool = False) -> T
             if state.stop is not None:
                 log.say(f"stopped at step {state.step}, saved: the same command with --resume continues from there")
                 raise SystemExit(128 + state.stop)
+            best = f", best validation loss {state.best:.4g}" if math.isfinite(state.best) else ""
+            log.say(f"{run.folder}: finished after step {state.step}{best}")
         return state
 
 

@@ -104,7 +104,8 @@ COUNTED = (
 def check(run: TrainConfig) -> None:
     """Raises UserError for what cannot be run, before any work is done."""
     if (run.steps is None) == (run.budget_s is None):
-        raise UserError(f"{run.name}: give steps or budget_s (seconds), one of the two; the other is None")
+        has = "neither" if run.steps is None else "both"
+        raise UserError(f"{run.name}: it has {has} of steps and budget_s (seconds); give one of the two alone")
     if not run.objectives:
         raise UserError(f"{run.name}: no objectives; a recipe names at least one")
     counted = {name: getattr(run, name) for name in COUNTED} | {"data.batch_size": run.data.batch_size}
