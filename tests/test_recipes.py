@@ -77,11 +77,13 @@ def test_a_run_starts_from_another(monkeypatch, options):
     assert [run.init for run in runs] == ["runs/a"]
 
 
-@pytest.mark.parametrize("options", [["--steps", "7", "--budget-s", "7"], ["--budget-s", "None"]])
-def test_two_lengths_or_none_are_refused_at_once(options, capsys):
+@pytest.mark.parametrize(
+    ("options", "has"), [(["--steps", "7", "--budget-s", "7"], "both"), (["--budget-s", "None"], "neither")]
+)
+def test_two_lengths_or_none_are_refused_at_once(options, has, capsys):
     assert main(["pretrain", "flm_demo", *options]) == 2
     told = capsys.readouterr()
-    assert "steps or budget_s" in told.err and not told.out
+    assert f"it has {has} of steps and budget_s" in told.err and not told.out
 
 
 def test_a_file_of_ones_own_is_a_recipe(tmp_path):

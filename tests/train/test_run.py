@@ -281,8 +281,8 @@ def test_a_cut_shard_is_told_once_at_the_start(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"steps": None}, "steps or budget_s"),
-        ({"budget_s": 3.0}, "steps or budget_s"),
+        ({"steps": None}, "neither of steps and budget_s"),
+        ({"budget_s": 3.0}, "both of steps and budget_s"),
         ({"accumulate": 0}, "accumulate"),
         ({"steps": 0}, "steps must be at least 1"),
         ({"steps": None, "budget_s": 0.0}, "budget_s"),
