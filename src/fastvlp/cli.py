@@ -261,7 +261,7 @@ def serve(command: Serve) -> None:
     try:
         from fastvlp.serve.run import serve
     except ImportError as error:
-        raise UserError(f"no {error.name}: the service needs pip install 'fastvlp[serve]'") from error
+        raise UserError(f"no {error.name}: the service needs the extra serve: pip install -e '.[serve]'") from error
 
     key = os.environ.get("FASTVLP_API_KEY")
     serve(replace(command, api_key=(*command.api_key, *([key] if key else []))))

@@ -255,7 +255,7 @@ def test_what_is_no_store_is_refused_with_the_remedy(tmp_path: Path, monkeypatch
     with pytest.raises(UserError, match="its __keys__ are not a JSON list of names"):
         features.opened(bad)
     monkeypatch.setitem(sys.modules, "lmdb", None)
-    with pytest.raises(UserError, match=r"needs lmdb and msgpack; pip install fastvlp\[lmdb\]"):
+    with pytest.raises(UserError, match=r"needs lmdb and msgpack; pip install -e '.\[lmdb\]'"):
         features.opened(write_npz(tmp_path / "without", {"data.mdb": b""}))
 
 

@@ -31,7 +31,7 @@ def local_file(source: str, name: str) -> Path:
         from huggingface_hub import hf_hub_download
         from huggingface_hub.errors import HfHubHTTPError
     except ImportError:
-        raise UserError(f"{source}: no such file; to fetch it from the hub, pip install 'fastvlp[hub]'") from None
+        raise UserError(f"{source}: no such file; to fetch it from the hub, pip install -e '.[hub]'") from None
     try:
         return Path(hf_hub_download(source, name))
     except (HfHubHTTPError, OSError, ValueError) as error:

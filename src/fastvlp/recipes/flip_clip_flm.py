@@ -3,7 +3,8 @@
     vlp data import PAIRS --out photos --val 0.1 --max-side 192
     vlp pretrain flip_clip_flm
 
-One run gives a model that writes and answers, and one that finds. Not measured yet.
+One run gives a model that writes and answers, and one that finds. Smaller and in nine minutes of one
+CPU core: 5.1 % retrieval recall (clip_photos 6.4) and 45.4 % of cloze words (docs/log.md, 2026-11-21).
 """
 
 from dataclasses import replace

@@ -3,7 +3,8 @@
     vlp data import PAIRS --out photos --val 0.1 --max-side 192
     vlp pretrain siglip_photos
 
-Not measured yet.
+5.2 % retrieval recall beside clip_photos' 6.4 and flip_photos' 8.4, smaller and in nine minutes of one CPU core
+(docs/log.md, 2026-11-21).
 """
 
 from dataclasses import replace

@@ -82,7 +82,7 @@ class ChromaIndex:
             import chromadb
             from chromadb.config import Settings
         except ImportError as error:
-            raise UserError("an index needs Chroma: pip install 'fastvlp[serve]'") from error
+            raise UserError("an index needs Chroma: pip install -e '.[serve]'") from error
         quiet = Settings(anonymized_telemetry=False)
         if self.folder is not None:
             return chromadb.PersistentClient(str(self.folder), settings=quiet)

@@ -47,7 +47,7 @@ class PgIndex:
             import psycopg
             from pgvector.psycopg import register_vector
         except ImportError as error:
-            raise UserError("an index in PostgreSQL needs its client: pip install 'fastvlp[pg]'") from error
+            raise UserError("an index in PostgreSQL needs its client: pip install -e '.[pg]'") from error
         try:
             self._connection = psycopg.connect(self._place, autocommit=True, connect_timeout=10)
             self._connection.execute("CREATE EXTENSION IF NOT EXISTS vector")

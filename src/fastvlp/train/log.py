@@ -198,7 +198,7 @@ def _tensorboard(folder: Path, step: int) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
-        raise UserError("TensorBoard is not installed: pip install 'fastvlp[tensorboard]', or leave it off") from error
+        raise UserError("TensorBoard is not installed: pip install -e '.[tensorboard]', or leave it off") from error
     return SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 
 

@@ -124,7 +124,7 @@ def _environment(path: str) -> Any:
         import lmdb
         import msgpack  # noqa: F401  (of its entries)
     except ImportError:
-        raise UserError(f"{path}: reading an LMDB needs lmdb and msgpack; pip install fastvlp[lmdb]") from None
+        raise UserError(f"{path}: reading an LMDB needs lmdb and msgpack; pip install -e '.[lmdb]'") from None
     try:
         return lmdb.open(path, subdir=Path(path).is_dir(), readonly=True, create=False, lock=False, readahead=False)
     except lmdb.Error as error:

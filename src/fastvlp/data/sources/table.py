@@ -116,7 +116,7 @@ def _parquet(path: Path) -> Iterator[Row]:
         import pyarrow as pa
         from pyarrow import parquet
     except ImportError:
-        raise UserError(f"{path}: reading parquet needs pyarrow; pip install fastvlp[parquet]") from None
+        raise UserError(f"{path}: reading parquet needs pyarrow; pip install -e '.[parquet]'") from None
     try:
         with parquet.ParquetFile(path) as file:
             for batch in file.iter_batches(batch_size=256):
