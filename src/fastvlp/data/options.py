@@ -25,7 +25,7 @@ class DataDemo:
     val: int = 500
     test: int = 1000
     """Scenes with combinations of colour and shape that training never shows."""
-    pairs: int = 1000
+    pairs: int = 3000
     """Pairs of scenes with statements about both, to train on."""
     singles: int = 256
     """Pictures of one object, for zero-shot classification."""

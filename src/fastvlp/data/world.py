@@ -275,7 +275,7 @@ def write_world(
     train: int = 6000,
     val: int = 500,
     test: int = 1000,
-    pairs: int = 1000,
+    pairs: int = 3000,
     singles: int = 256,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> dict[str, int]:
