@@ -55,7 +55,9 @@ Encoded = Annotated[
     bytes,
     Field(min_length=1),
     BeforeValidator(picture_bytes),
-    WithJsonSchema({"type": "string", "contentEncoding": "base64", "description": "base64, or a data URL of it"}),
+    WithJsonSchema(
+        {"type": "string", "format": "byte", "contentEncoding": "base64", "description": "base64, or a data URL of it"}
+    ),
 ]
 Form = Sequence[tuple[str, str | bytes]]
 NESTED = ("where", "info")
@@ -165,17 +167,6 @@ class ItemRequest(Message):
     id: Id | None = None
     caption: Annotated[str, Printable] | None = None
     info: dict[Name, Scalar] = {}
-
-
-class Failure(BaseModel):
-    """OpenAI's shape of errors."""
-
-    class Error(BaseModel):
-        message: str
-        type: str
-        code: str
-
-    error: Error
 
 
 def parsed(name: str, value: str | bytes) -> Any:

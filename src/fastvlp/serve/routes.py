@@ -15,13 +15,18 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, PlainTextResponse, Response
 from torch import Tensor
 
+from fastvlp.serve import answers as a
 from fastvlp.serve import messages as m
 from fastvlp.serve.guard import COOKIE, known_key, reply
 from fastvlp.serve.limits import Refusal, refuse
 from fastvlp.serve.service import Service, mean_vector, picture_id, sample_direction
 
 REPORT_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; frame-ancestors 'none'"
-router = APIRouter()
+FAILURES: dict[int | str, dict[str, Any]] = {
+    "4XX": {"model": a.Failure, "description": "What the sender can mend"},
+    "503": {"model": a.Failure, "description": "Full, slow or stopping; Retry-After says when to try again"},
+}
+router = APIRouter(responses=FAILURES)
 
 
 def of_request(request: Request) -> Service:
@@ -30,6 +35,8 @@ def of_request(request: Request) -> Service:
 
 
 Served = Annotated[Service, Depends(of_request)]
+KINDS = ("image/webp", "image/png", "image/jpeg")
+PICTURES: dict[int | str, dict[str, Any]] = {200: {"content": {kind: {} for kind in KINDS}}}
 # Ids may hold slashes, as keys of records from sub-folders do.
 ITEM = "/v1/items/{id:path}"
 
@@ -47,7 +54,9 @@ STRING, FILE = {"type": "string"}, {"type": "string", "format": "binary"}
 MANY = {"input": {"type": "array", "items": STRING}, "image": {"type": "array", "items": FILE}}
 
 
-@router.post("/v1/embeddings", openapi_extra=takes(m.EmbeddingsRequest, MANY), tags=["model"])
+@router.post(
+    "/v1/embeddings", response_model=a.Embeddings, openapi_extra=takes(m.EmbeddingsRequest, MANY), tags=["model"]
+)
 async def embeddings(request: Request, served: Served) -> Response:
     """Unit vectors of texts and pictures, in one space. OpenAI's shape."""
     asked = await m.read(m.EmbeddingsRequest, request, served.limits.inputs)
@@ -89,7 +98,10 @@ async def depicted(served: Service, asked: m.Depicted | m.SearchRequest) -> Tens
 
 
 @router.post(
-    "/v1/score", openapi_extra=takes(m.ScoreRequest, {"text": MANY["input"], "image": MANY["image"]}), tags=["model"]
+    "/v1/score",
+    response_model=a.Scores,
+    openapi_extra=takes(m.ScoreRequest, {"text": MANY["input"], "image": MANY["image"]}),
+    tags=["model"],
 )
 async def score(request: Request, served: Served) -> Response:
     """How well texts and pictures fit: the cosine of their vectors, and what the model says that reads both, where it can."""
@@ -119,7 +131,10 @@ SEARCHED = {
 
 
 @router.post(
-    "/v1/search", openapi_extra=takes(m.SearchRequest, SEARCHED | {"rerank": {"type": "integer"}}), tags=["index"]
+    "/v1/search",
+    response_model=a.Found,
+    openapi_extra=takes(m.SearchRequest, SEARCHED | {"rerank": {"type": "integer"}}),
+    tags=["index"],
 )
 async def search(request: Request, served: Served) -> Response:
     """Items of the index, the most similar first; by pages."""
@@ -168,7 +183,7 @@ def told(served: Service, hit: Any) -> dict[str, Any]:
     return {"id": hit.id, "score": hit.score, "info": info, "image": f"/v1/items/{quote(hit.id, safe='')}/image"}
 
 
-@router.get("/v1/items", tags=["index"])
+@router.get("/v1/items", response_model=a.Some, tags=["index"])
 async def some_items(
     served: Served,
     limit: Annotated[int, Query(ge=1, le=100)] = 24,
@@ -182,7 +197,9 @@ async def some_items(
 FIELDS = {"image": FILE, "id": STRING, "caption": STRING, "info": STRING}
 
 
-@router.post("/v1/items", openapi_extra=takes(m.ItemRequest, FIELDS), status_code=201, tags=["index"])
+@router.post(
+    "/v1/items", response_model=a.Item, openapi_extra=takes(m.ItemRequest, FIELDS), status_code=201, tags=["index"]
+)
 async def add_item(request: Request, served: Served) -> Response:
     """Adds a picture to the index; when the answer comes, it is found."""
     asked = await m.read(m.ItemRequest, request, 1)
@@ -193,7 +210,7 @@ async def add_item(request: Request, served: Served) -> Response:
     return reply({"id": id, "info": info, "image": f"/v1/items/{quote(id, safe='')}/image"}, 201)
 
 
-@router.delete(ITEM, tags=["index"])
+@router.delete(ITEM, response_model=a.Deleted, tags=["index"])
 async def delete_item(id: str, served: Served) -> Response:
     """Takes an item out of the index."""
     if not await served.remove(id):
@@ -201,7 +218,7 @@ async def delete_item(id: str, served: Served) -> Response:
     return reply({"id": id, "deleted": True})
 
 
-@router.get(ITEM + "/image", tags=["index"])
+@router.get(ITEM + "/image", response_class=Response, responses=PICTURES, tags=["index"])
 async def item_image(id: str, served: Served) -> Response:
     """The picture of an item as the index keeps it, of at most 320 pixels."""
     data = await served.picture(id)
@@ -211,7 +228,7 @@ async def item_image(id: str, served: Served) -> Response:
     return Response(data, media_type=kind, headers={"cache-control": "private, max-age=3600"})
 
 
-@router.get(ITEM, tags=["index"])
+@router.get(ITEM, response_model=a.Item, tags=["index"])
 async def item(id: str, served: Served) -> Response:
     """What the index has of an item, but for its vector."""
     found = await served.item(id)
@@ -221,7 +238,7 @@ async def item(id: str, served: Served) -> Response:
 SHOWN = {"image": FILE, "id": STRING}
 
 
-@router.post("/v1/caption", openapi_extra=takes(m.CaptionRequest, SHOWN), tags=["model"])
+@router.post("/v1/caption", response_model=a.Caption, openapi_extra=takes(m.CaptionRequest, SHOWN), tags=["model"])
 async def caption(request: Request, served: Served) -> Response:
     """What the model says of a picture."""
     asked = await m.read(m.CaptionRequest, request, 1)
@@ -229,7 +246,12 @@ async def caption(request: Request, served: Served) -> Response:
     return reply({"model": served.name, "caption": await served.caption(await depicted(served, asked))})
 
 
-@router.post("/v1/answer", openapi_extra=takes(m.AnswerRequest, SHOWN | {"question": STRING}), tags=["model"])
+@router.post(
+    "/v1/answer",
+    response_model=a.Reply,
+    openapi_extra=takes(m.AnswerRequest, SHOWN | {"question": STRING}),
+    tags=["model"],
+)
 async def answer(request: Request, served: Served) -> Response:
     """What the model answers to a question about a picture."""
     asked = await m.read(m.AnswerRequest, request, 1)
@@ -237,7 +259,7 @@ async def answer(request: Request, served: Served) -> Response:
     return reply({"model": served.name, "answer": await served.answer(await depicted(served, asked), asked.question)})
 
 
-@router.get("/health", tags=["service"])
+@router.get("/health", response_model=a.Health, tags=["service"])
 async def health(request: Request, served: Served) -> Response:
     """What is served, and whether the model's thread lives."""
     state = request.app.state
@@ -251,14 +273,14 @@ async def health(request: Request, served: Served) -> Response:
     return reply({"status": "ok" if alive else "failed", **facts}, 200 if alive else 503)
 
 
-@router.get("/metrics", tags=["service"])
+@router.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}}, tags=["service"])
 async def metrics(served: Served) -> PlainTextResponse:
     """Prometheus' text format."""
     text = served.metrics.text(waiting=served.batcher.waiting, items=await served.count())
     return PlainTextResponse(text, media_type="text/plain; version=0.0.4")
 
 
-@router.post("/session", tags=["service"])
+@router.post("/session", response_model=a.Status, tags=["service"])
 async def session(request: Request) -> Response:
     """A cookie for the page instead of the key that comes as a bearer token: a browser's pictures carry no token."""
     keys = request.app.state.keys
