@@ -278,7 +278,8 @@ def test_paths_lead_nowhere(client: TestClient):
 
 def test_keys_are_asked_for(tmp_path: Path):
     with opened(tmp_path, keys=("first-key", "second-key")) as client:
-        for path in ("/", "/health", "/openapi.json", "/page/app.js"):
+        assert client.get("/openapi.json").json()["security"] == [{"key": []}]
+        for path in ("/", "/health", "/docs", "/page/swagger/swagger-ui.css", "/page/app.js"):
             assert client.get(path).status_code == 200, path
         assert client.get("/health").json()["key"] is True
         for headers in ({}, {"authorization": "Bearer wrong"}, {"authorization": "Basic first-key"}, {"cookie": "a=b"}):

@@ -230,6 +230,18 @@ def test_the_report_is_one_click_away(page: Any):
     assert page.title() == "Run"
 
 
+def test_the_interface_can_be_read_and_tried(page: Any, address: str):
+    told: list[str] = []
+    page.on("console", lambda message: told.append(message.text) if message.type == "error" else None)
+    page.goto(f"{address}/docs")
+    expect(page.locator(".opblock-summary-path", has_text="/v1/embeddings")).to_be_visible()
+    page.click(".opblock-summary-path >> text=/health")
+    page.click("text=Try it out")
+    page.click("text=Execute")
+    expect(page.locator(".live-responses-table tbody .response-col_status")).to_contain_text("200")
+    assert told == []
+
+
 def test_everything_has_a_name(page: Any):
     page.click(".tile >> nth=0")
     page.wait_for_selector("#asked")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from importlib.metadata import PackageNotFoundError, version
 from importlib.resources import files
@@ -43,7 +43,7 @@ def create_app(
     report: Path | None = None,
 ) -> FastAPI:
     """`pictures`: of the index's items. `keys`: where there are any, one must come with every request but for the page
-    itself. `origins`: other sites whose pages may ask (CORS). `report`: an HTML file to show at /report.
+    itself and /docs. `origins`: other sites whose pages may ask (CORS). `report`: an HTML file to show at /report.
 
     Raises UserError for a key that no header can carry.
     """
@@ -57,11 +57,13 @@ def create_app(
         yield
         service.close()
 
-    # FastAPI's own pages of documentation load from another host.
+    # FastAPI's own pages of documentation load from another host: fastapi_offline has what they load.
     app = FastAPI(title="fastvlp", version=_version(), lifespan=life, docs_url=None, redoc_url=None)
     app.state.service, app.state.report, app.state.keys = service, report, keys
     app.include_router(router)
-    app.add_api_route("/", _page, include_in_schema=False)
+    app.add_api_route("/", _page("index.html"), include_in_schema=False)
+    app.add_api_route("/docs", _page("docs.html"), include_in_schema=False)
+    app.mount("/page/swagger", StaticFiles(packages=[("fastapi_offline", "static")]))
     app.mount("/page", StaticFiles(directory=PAGE))
     app.add_middleware(Guard, limits=limits, keys=keys, origins=origins, metrics=service.metrics)
     if origins:
@@ -72,8 +74,11 @@ def create_app(
     return app
 
 
-async def _page() -> Response:
-    return FileResponse(PAGE / "index.html", headers={"cache-control": "no-cache"})
+def _page(name: str) -> Callable[[], Awaitable[Response]]:
+    async def page() -> Response:
+        return FileResponse(PAGE / name, headers={"cache-control": "no-cache"})
+
+    return page
 
 
 def _refused(request: Request, error: Exception) -> Response:
@@ -96,6 +101,9 @@ def _document(app: FastAPI) -> dict[str, Any]:
     if app.openapi_schema is None:
         document = get_openapi(title=app.title, version=app.version, routes=app.routes)
         document.setdefault("components", {}).setdefault("schemas", {}).update(names(BODIES))
+        if app.state.keys:
+            document["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+            document["security"] = [{"key": []}]
         app.openapi_schema = document
     return app.openapi_schema
 
