@@ -24,7 +24,6 @@ LEVELS = [
     {"eval"},
     {"tasks"},
     {"serve"},
-    {"serve"},
     {"recipes"},
     {"compare_options", "results", "charts", "report", "display", "overrides", "yardsticks", "compare"},
     {"cli", "__main__", "__init__"},

@@ -68,3 +68,9 @@ def test_a_share_is_a_share():
         CLIPConfig(text_keep=0.0)
     with pytest.raises(ValueError, match="scale must be above 0"):
         SigLIPConfig(scale=0.0)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.005, 1.5])
+def test_a_temperature_beyond_its_bounds_is_refused(temperature):
+    with pytest.raises(ValueError, match=f"temperature {temperature}"):
+        CLIPConfig(temperature=temperature)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from fastvlp.data.augment import AugmentConfig, augment
 from fastvlp.errors import UserError
 from fastvlp.model.model import VLModel
-from fastvlp.model.sizes import two_towers
+from fastvlp.model.sizes import brivl_tiny, two_towers
 from fastvlp.objectives.simclr import SimCLR, SimCLRConfig
 from tests.made import made_batch, made_config, made_tokenizer
 from tests.made_single import single_config
@@ -100,6 +100,9 @@ def test_validation_draws_the_same_views():
 def test_what_cannot_be_is_refused():
     with pytest.raises(UserError, match="image tower"):
         TOLD.build(single_config(), made_tokenizer())
+    with pytest.raises(UserError, match="views have no boxes"):
+        TOLD.build(brivl_tiny(), made_tokenizer())
+    assert TOLD.build(brivl_tiny(grid=2), made_tokenizer())
     for bad in ({"keep": 0.0}, {"keep": 1.5}, {"temperature": 0.0}):
         with pytest.raises(ValueError, match=next(iter(bad))):
             SimCLRConfig(**bad)

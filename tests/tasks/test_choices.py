@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from fastvlp.batch import Record
+from fastvlp.data.faults import LABELS
 from fastvlp.data.loader import Row
 from fastvlp.data.regions import RegionSource
 from fastvlp.data.shards import Shards, ShardWriter
@@ -15,7 +16,7 @@ from fastvlp.errors import UserError
 from fastvlp.model.sizes import tiny_single
 from fastvlp.objectives.objective import combine
 from fastvlp.tasks import entailment, vcr
-from fastvlp.tasks.entailment import LABELS, EntailmentConfig, EntailmentData
+from fastvlp.tasks.entailment import EntailmentConfig, EntailmentData
 from fastvlp.tasks.vcr import VCRConfig, VCRData, text_kinds
 from fastvlp.train.pretraining import Pretraining
 from tests.made import SPECIALS, made_model, made_tokenizer

@@ -17,7 +17,7 @@ from fastvlp.tasks.nlvr2 import NLVR2Config, NLVR2Data
 from fastvlp.tasks.task import encode_joined
 from fastvlp.tasks.vqa import VQAConfig
 from fastvlp.train.pretraining import Pretraining
-from tests.made import SPECIALS, made_tokenizer
+from tests.made import made_tokenizer
 from tests.made_single import region_batch, row_of, single_config, single_model
 
 IMAGE = tiny_single(size=32).image
@@ -114,4 +114,3 @@ def test_a_model_without_room_for_two_pictures_is_refused():
     small = replace(config, single=replace(config.single, types=2))
     with pytest.raises(Exception, match="types 3"):
         NLVR2Config(reading="full").build(small, made_tokenizer())
-    assert SPECIALS["eos"] == 2

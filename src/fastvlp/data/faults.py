@@ -20,7 +20,8 @@ LISTS_OF_OBJECTS = {
     "choices": ("question", "answers"),
     "choices_zh": ("question", "answers"),
 }
-LABELS = ("entailment", "neutral", "contradiction")
+# Heads have them in this order.
+LABELS = ("contradiction", "entailment", "neutral")
 
 
 def fault(info: Mapping[str, Any]) -> str | None:

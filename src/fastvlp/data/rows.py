@@ -168,7 +168,7 @@ class PairData(Data):
         return Rows(len(shards), make, tuple(shards.damage), lengths)
 
     def texts(self) -> Iterator[str]:
-        """Captions, and whatever else the records say in that language: fine-tuning meets the questions later."""
+        """Captions, questions and statements in those languages: fine-tuning meets the last two later."""
         languages = [field.removeprefix("captions") for field in self.captions.split("+")]
         asked = [(f"{field}{language}", text) for language in languages for field, text in _ASKED]
         found = False

@@ -45,7 +45,7 @@ class Saved(NamedTuple):
 
     @property
     def kinds(self) -> dict[str, str]:
-        """The type of each objective's config, by the objective's name; empty for weights that were converted."""
+        """The type of each objective's config, by the objective's name."""
         return {name: told.get("type", "") for name, told in self.info.get("objectives", {}).items()}
 
     def learned(self, name: str) -> dict[str, Tensor]:

@@ -29,8 +29,9 @@ class CLIPConfig(PairsConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 < 1 / self.max_scale <= self.temperature:
-            raise ValueError(f"temperature {self.temperature} must be at least 1 / max_scale {1 / self.max_scale:g}")
+        # The scale stays within 1 and max_scale: beyond them it would jump, or learn nothing.
+        if not 0 < 1 / self.max_scale <= self.temperature <= 1:
+            raise ValueError(f"temperature {self.temperature} must be from 1 / max_scale {1 / self.max_scale:g} to 1")
 
     def build(self, model: ModelConfig, tokenizer: Tokenizer) -> CLIP:
         self.check(model)

@@ -49,6 +49,10 @@ class SimCLRConfig(ObjectiveConfig):
     def build(self, model: ModelConfig, tokenizer: Tokenizer) -> SimCLR:
         if model.single is not None:
             raise UserError("simclr needs an image tower of patches, and a single stream reads regions")
+        if model.embed is not None and model.embed.reads_boxes:
+            raise UserError(
+                "simclr's views have no boxes, which the joint space reads; give model.embed a grid, or no regions"
+            )
         return SimCLR(self, model.image.layer.width)
 
 

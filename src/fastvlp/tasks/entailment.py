@@ -4,13 +4,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fastvlp.batch import Batch
+from fastvlp.data.faults import LABELS, entailment_fault
 from fastvlp.data.rows import Fit, Split
 from fastvlp.data.shards import Shards
 from fastvlp.data.tokenize import Tokenizer
@@ -30,12 +31,6 @@ from fastvlp.tasks.task import (
     target_of,
 )
 
-LABELS = ("contradiction", "entailment", "neutral")
-
-
-def _fault(label: Any) -> str | None:
-    return None if label in LABELS else f"label {label!r} is not {', '.join(LABELS[:-1])} or {LABELS[-1]}"
-
 
 @dataclass(frozen=True, kw_only=True)
 class EntailmentData(ItemData):
@@ -45,7 +40,7 @@ class EntailmentData(ItemData):
     fit: Fit = "squash"
 
     def read(self, shards: Shards) -> list[Item]:
-        return read_items(shards, self.entailments, "text", "label", _fault)
+        return read_items(shards, self.entailments, "text", "label", entailment_fault)
 
     def target(self, items: list[Item]) -> Tensor:
         """int64 [items]: places in LABELS."""

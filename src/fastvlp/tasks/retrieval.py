@@ -161,8 +161,7 @@ def zero_shot(saved: Saved, folder: str) -> Retrieval:
     kinds, single = {*saved.kinds.values()}, saved.model.config.single is not None
     if "RetrievalConfig" in kinds:
         raise UserError(f"{folder}: has been fine-tuned for retrieval; evaluate it without --zero-shot")
-    # Weights that were converted tell of no objectives; UNITER's have a matching head.
-    if not (("WRAConfig" in kinds or not kinds) if single else matching_head(saved)):
+    if not ("WRAConfig" in kinds if single else matching_head(saved)):
         raise UserError(f"{folder}: learned no image-text matching ({', '.join(sorted(kinds))}); fine-tune it first")
     objective = Retrieval(RetrievalConfig(reading="full", source=folder), saved.model.config)
     objective.begin(saved.model)

@@ -16,11 +16,11 @@ from fastvlp.train.schedule import Decay
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """lr: of the towers; `cross_multiplier` times it for fusion and reconstructor, `head_multiplier` times it for the
-    vocabulary heads and what objectives own (the paper starts the towers from trained weights and uses 5 for both; from
-    scratch use 1). clip: largest gradient norm, or None. warmup: share of the run. weight_decay: not of `spared`, all that
-    has one dimension, or as in FLIP's released code biases, norms and tables of positions: there the class token and the
-    temperature decay."""
+    """lr: of the towers; `cross_multiplier` times it for fusion and reconstructor, `head_multiplier` times it for their
+    vocabulary heads and what objectives own (a single stream's words and matching are its own; the paper starts the towers
+    from trained weights and uses 5 for both; from scratch use 1). clip: largest gradient norm, or None. warmup: share of the
+    run. weight_decay: not of `spared`, all that has one dimension, or as in FLIP's released code biases, norms and tables of
+    positions: there the class token and the temperature decay."""
 
     lr: float
     betas: tuple[float, float] = (0.9, 0.98)

@@ -85,8 +85,8 @@ def steps(state: TrainState) -> Iterator[StepReport]:
         norm = clip_grad_norm_(parameters, run.optim.clip or math.inf)
         totals = dist.all_reduce_sum(torch.stack([*shares.values(), norm.new_tensor(sum(map(len, micro)))]))
         asked = torch.stack([*counts.values()]).float()
-        # With the picking of asked tokens and the packing of one stream, whose numbers it must know, the only place in a step
-        # that waits for the device.
+        # The only place in a step that waits for the device, but for what must know a number: the picking of asked tokens,
+        # the packing of one stream, a queue that is still filling, and the sizes of other ranks' batches.
         grad_norm, *numbers = torch.cat([norm[None], totals, asked]).tolist()
         values, pairs, targets = numbers[: len(shares)], int(numbers[len(shares)]), numbers[len(shares) + 1 :]
         skipped = not all(map(math.isfinite, [*values, grad_norm]))
