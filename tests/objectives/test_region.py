@@ -8,14 +8,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastvlp.batch import Batch
+from fastvlp.batch import Batch, Regions
+from fastvlp.data.batching import budget_sizes
+from fastvlp.data.random import mix64, uniform
 from fastvlp.errors import UserError
 from fastvlp.model.model import VLModel
 from fastvlp.objectives.mlm import MLMConfig
 from fastvlp.objectives.objective import Objective, ObjectiveConfig
 from fastvlp.objectives.region import MRCConfig, MRFRConfig, class_divergence, class_nll, feature_error
 from fastvlp.objectives.transport import transport_distance
-from fastvlp.objectives.wra import WRAConfig, match_loss
+from fastvlp.objectives.wra import OTHER_SALT, WRAConfig, match_loss
 from tests.made import SPECIALS, made_config, made_tokenizer
 from tests.made_single import CLASSES, FEATURE, region_batch, row_of, single_config, single_model
 
@@ -130,7 +132,7 @@ def test_what_is_lacking_is_said():
         build(MRCConfig()).counts(BATCH)
     with pytest.raises(UserError, match=r"model\.single"):
         MRFRConfig().build(made_config(), made_tokenizer())
-    with pytest.raises(UserError, match="batch-size"):
+    with pytest.raises(UserError, match=r"raise --data\.batch-size, or --data\.max-tokens where it is given"):
         build(WRAConfig())(model, BATCH.regions.feature[:1], row_of(BATCH, 0))
     for wrong in ({"rate": 0.0}, {"rate": 1.5}, {"word_rate": -0.1}):
         with pytest.raises(ValueError, match="share"):
@@ -155,6 +157,44 @@ def test_wrong_pairs(negative):
     assert (~right).float().mean().item() == pytest.approx(0.3, abs=0.05)
     others = (text != own).float().mean() / (~right).float().mean()
     assert others.item() == pytest.approx({"image": 0.0, "text": 1.0, "both": 0.5}[negative], abs=0.1)
+
+
+@pytest.mark.parametrize("negative", ["image", "text", "both"])
+def test_wrong_pairs_stay_within_the_budget_of_tokens(negative):
+    """Text and regions as UNITER's data has them, cut into batches of 10,240 tokens; of another pair a row would be up to
+    1.4 times that long (bug U-7)."""
+    generator = torch.Generator().manual_seed(0)
+    text, count = (
+        (mean + std * torch.randn(6000, generator=generator)).round().clamp(*limits).long()
+        for mean, std, limits in ((13.5, 3.5, (3, 62)), (36, 16, (10, 100)))
+    )
+    order = (text + count).argsort(descending=True)
+    objective, rights = build(WRAConfig(negative=negative)), []
+    for row in order.split(budget_sizes((text + count)[order], 10240)):
+        batch = Batch(
+            image=row[:, None],
+            ids=row[:, None],
+            length=text[row],
+            seed=mix64(row),
+            regions=Regions(box=torch.zeros(len(row), 100, 4), count=count[row]),
+        )
+        words, image, right = objective.pairs(batch)
+        assert len(row) * (batch.length[words] + count[row][image]).max() <= 10240
+        rights.append(right)
+    assert torch.cat(rights).float().mean().item() == pytest.approx(0.5, abs=0.03)
+
+
+def test_a_pair_that_no_other_fits_stays_right_and_where_all_fit_any_may_come():
+    told = region_batch(lengths=(9, 4), counts=(3, 8))
+    seeds = mix64(torch.arange(40)).view(20, 2)
+    for negative, kept in (("image", 0), ("text", 1)):
+        objective = build(WRAConfig(negative=negative, rate=0.9))
+        right = torch.stack([objective.pairs(replace(told, seed=seed))[2] for seed in seeds])
+        assert right[:, kept].all() and not right[:, 1 - kept].all()
+    batch = region_batch(lengths=(9, 4, 7, 6), counts=(6, 3, 5, 2))
+    _, image, right = build(WRAConfig(rate=0.99)).pairs(batch)
+    drawn = uniform(batch.seed, (4,), OTHER_SALT) + torch.eye(4)
+    assert torch.equal(image, torch.where(right, torch.arange(4), drawn.argmin(1))) and not right.all()
 
 
 @pytest.mark.parametrize("sign", ["code", "paper"])

@@ -19,7 +19,7 @@ from fastvlp.errors import UserError
 from fastvlp.model import masks
 from fastvlp.model.layers import initialise
 from fastvlp.model.model import ModelConfig, VLModel
-from fastvlp.objectives.objective import Loss, Objective, ObjectiveConfig
+from fastvlp.objectives.objective import MORE_ROWS, Loss, Objective, ObjectiveConfig
 
 NEGATIVE_SALT, OFFSET_SALT = 501, 502
 
@@ -85,8 +85,8 @@ class ITM(Objective):
             return {"match": Loss(image_BKD.new_zeros(()), batch.length.new_zeros(()))}
         if B < 2:
             raise UserError(
-                "image-text matching takes its negatives from the batch and this one has a single readable pair; "
-                "raise --data.batch-size"
+                f"image-text matching takes its negatives from the batch and this one has a single readable pair; "
+                f"{MORE_ROWS}"
             )
         other = self.negatives(model, image_BKD, batch)
         ids = torch.stack([batch.ids, batch.ids[other]], 1).flatten(0, 1)

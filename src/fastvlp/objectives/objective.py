@@ -17,6 +17,8 @@ from fastvlp.model.model import ModelConfig, Reading, VLModel
 if TYPE_CHECKING:
     from fastvlp.data.tokenize import Tokenizer
 
+MORE_ROWS = "raise --data.batch-size, or --data.max-tokens where it is given: then that alone sizes the batches"
+
 
 @dataclass(frozen=True)
 class Loss:
@@ -85,8 +87,8 @@ class PairObjective(Objective):
         gathered, first = dist.gather(rows)
         if len(gathered) < least:
             raise UserError(
-                "a contrastive objective tells the pairs of a batch apart and this one has a single readable pair; "
-                "raise --data.batch-size"
+                f"a contrastive objective tells the pairs of a batch apart and this one has a single readable pair; "
+                f"{MORE_ROWS}"
             )
         return gathered, first
 

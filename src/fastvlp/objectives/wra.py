@@ -18,7 +18,7 @@ from fastvlp.errors import UserError
 from fastvlp.model.model import ModelConfig, VLModel
 from fastvlp.model.regions import given
 from fastvlp.objectives.losses import at_least_fp32
-from fastvlp.objectives.objective import Loss, Objective, ObjectiveConfig
+from fastvlp.objectives.objective import MORE_ROWS, Loss, Objective, ObjectiveConfig
 from fastvlp.objectives.transport import transport_distance
 
 COIN_SALT, SIDE_SALT, OTHER_SALT = 611, 612, 613
@@ -53,7 +53,8 @@ class WRAConfig(ObjectiveConfig):
 
 class WRA(Objective):
     """The released code draws the other image from its whole data set, when an epoch begins. Here it comes from the
-    batch, by the row's seed, so that nothing is read twice; a pair with the very same text is never the other one."""
+    batch, by the row's seed, so that nothing is read twice; a pair with the very same text is never the other one, nor is
+    one that would make the row longer than the batch's longest: there a budget of tokens was counted before (bug U-7)."""
 
     reading = "full"
 
@@ -62,19 +63,22 @@ class WRA(Objective):
         self.config = config
 
     def pairs(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """(text, image, right): the rows that each pair takes its two halves from, and whether they belong together."""
+        """(text, image, right): the rows that each pair takes its two halves from, and whether they belong together. A pair
+        that no other fits, such as the longest text's where all rows are as long, stays right."""
         c, B = self.config, len(batch)
         if B < 2 and self.training:
             raise UserError(
-                "image-text matching takes its negatives from the batch and this one has a single readable pair; "
-                "raise --data.batch-size"
+                f"image-text matching takes its negatives from the batch and this one has a single readable pair; "
+                f"{MORE_ROWS}"
             )
         own = torch.arange(B, device=batch.ids.device)
-        same = (batch.ids[:, None] == batch.ids).all(-1)
-        other = uniform(batch.seed, (B,), OTHER_SALT).masked_fill(same, 2.0).argmin(1)
-        wrong = (uniform(batch.seed, (1,), COIN_SALT)[:, 0] < c.rate) & ~same.all(1)
-        side = uniform(batch.seed, (1,), SIDE_SALT)[:, 0] < 0.5
-        image = {"image": wrong, "text": torch.zeros_like(wrong), "both": wrong & side}[c.negative]
+        from_image = uniform(batch.seed, (1,), SIDE_SALT) < {"image": 1.0, "text": 0.0, "both": 0.5}[c.negative]
+        length, count = batch.length, given(batch.regions).count
+        total_BB = torch.where(from_image, length[:, None] + count, length + count[:, None])
+        fits = (batch.ids[:, None] != batch.ids).any(-1) & (total_BB <= (length + count).max())
+        other = uniform(batch.seed, (B,), OTHER_SALT).masked_fill(~fits, 2.0).argmin(1)
+        wrong = (uniform(batch.seed, (1,), COIN_SALT)[:, 0] < c.rate) & fits.any(1)
+        image = wrong & from_image[:, 0]
         return torch.where(wrong & ~image, other, own), torch.where(image, other, own), ~wrong
 
     def counts(self, batch: Batch) -> dict[str, Tensor]:
