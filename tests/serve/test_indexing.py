@@ -8,12 +8,13 @@ import pytest
 
 from fastvlp.batch import Record
 from fastvlp.cli import main
-from fastvlp.data.shards import ShardWriter
+from fastvlp.data.shards import Shards, ShardWriter
 from fastvlp.errors import UserError
 from fastvlp.serve import indexing
 from fastvlp.serve.bulk import embed
 from fastvlp.serve.index import open_index, pictures_of
 from fastvlp.serve.options import Embed, IndexBuild, IndexSearch
+from fastvlp.serve.pictures import thumbnail
 
 pytest.importorskip("chromadb", reason="chromadb is not installed: pip install 'fastvlp[serve]'")
 
@@ -65,6 +66,45 @@ def test_building_again_adds_nothing_and_mends_what_changed(told, monkeypatch):
     index.add([one.id], one.vector[None], [{"caption": "changed"}])
     index.close()
     assert indexing.build(told)["images"] == 12 and added == [[one.id]]
+
+
+def test_a_picture_is_the_one_whose_vector_is_kept(told, exports, pictures, tmp_path):
+    """Built again over records of the same keys with other pictures."""
+    for name, shown in (("old/made/data", pictures[0]), ("new/made/data", pictures[1])):
+        with ShardWriter(tmp_path / name) as writer:
+            writer.write(Record(key="r", images=(shown,), info={}))
+            writer.write(Record(key="same", images=(pictures[2],), info={}))
+    kept = pictures_of(told.index)
+    build = replace(told, embedded=None, export=str(exports["towers"]), data=str(tmp_path / "old/made/data"))
+    indexing.build(build)
+    written = {path: path.stat().st_mtime_ns for path in kept.folder.rglob("*") if path.is_file()}
+    assert kept.get("r") == thumbnail(pictures[0]) and len(written) == 2
+    indexing.build(replace(build, data=str(tmp_path / "new/made/data")))
+    assert kept.get("r") == thumbnail(pictures[1])
+    again = {path: path.stat().st_mtime_ns for path in kept.folder.rglob("*") if path.is_file()}
+    assert sum(again[path] == written[path] for path in written) == 1, "of what did not change it is left"
+    indexing.build(replace(build, images="none"))
+    assert kept.get("r") is None and kept.get("same") == thumbnail(pictures[2])
+
+
+def test_what_damaged_shards_lost_is_named(told, exports, pictures, tmp_path):
+    with ShardWriter(tmp_path / "data") as writer:
+        for i, shown in enumerate([pictures[0], pictures[1][:99], pictures[2]]):
+            writer.write(Record(key=f"r{i}", images=(shown,), info={}))
+    (tar,) = (tmp_path / "data").glob("*.tar")
+    tar.write_bytes(tar.read_bytes()[: -len(pictures[2]) - 1024])
+    build = replace(told, embedded=None, export=str(exports["towers"]), data=str(tmp_path / "data"))
+    done = indexing.build(build)
+    lost = {one.key for one in Shards(build.data).damage}
+    assert lost and done["images"] == 1 and {one.key for one in done["dropped"]} == {*lost, "r1"}
+    embed(Embed(export=build.export, data=build.data, out=tmp_path / "vectors"))
+    from_vectors = replace(told, embedded=tmp_path / "vectors")
+    for images in ("keep", "none"):
+        again = indexing.build(replace(from_vectors, images=images))
+        assert sorted(map(str, again["dropped"])) == sorted(map(str, done["dropped"]))
+    (tmp_path / "vectors" / "dropped.jsonl").unlink()
+    with pytest.raises(UserError, match="run `vlp embed` again"):
+        indexing.build(from_vectors)
 
 
 def test_data_sets_share_an_index_by_prefixes(told, exports, world):

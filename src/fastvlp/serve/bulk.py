@@ -33,7 +33,7 @@ from fastvlp.serve.export import short_place
 from fastvlp.serve.index import Scalar, Stamp, as_fields
 from fastvlp.serve.options import Embed
 
-PLAN = "embedded.json"
+PLAN, DROPPED = "embedded.json", "dropped.jsonl"
 
 
 class Part(NamedTuple):
@@ -255,10 +255,18 @@ def summary(folder: Path, shards: Shards) -> dict[str, Any]:
         part = read_part(path)
         images, texts = images + len(part.image), texts + len(part.text)
         dropped += part.dropped
-    name_dropped(folder / "dropped.jsonl", dropped)
+    name_dropped(folder / DROPPED, dropped)
     return {"images": images, "texts": texts, "dropped": dropped}
 
 
 def name_dropped(path: Path, dropped: Iterable[Dropped]) -> None:
     lines = [json.dumps({"key": one.key, "reason": one.reason}, ensure_ascii=False) + "\n" for one in dropped]
     write_whole(path, "".join(lines).encode())
+
+
+def read_dropped(path: Path) -> list[Dropped]:
+    """What `name_dropped` wrote. Raises UserError where it is not there: the run was stopped just before its end."""
+    try:
+        return [Dropped(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); run `vlp embed` again, which writes it") from error

@@ -15,7 +15,7 @@ from fastvlp.batch import Dropped
 from fastvlp.data.shards import RecordError, Shards
 from fastvlp.data.streams import in_threads, with_progress
 from fastvlp.errors import UserError
-from fastvlp.serve.bulk import Part, open_embedded, parts, read_part
+from fastvlp.serve.bulk import DROPPED, Part, open_embedded, parts, read_dropped, read_part
 from fastvlp.serve.embedder import Embedder, Unreadable
 from fastvlp.serve.index import Hit, Index, Scalar, Stamp, open_index, pictures_of
 from fastvlp.serve.options import Device, IndexBuild, IndexSearch
@@ -27,32 +27,42 @@ SPAN = 1000
 
 def build(told: IndexBuild) -> dict[str, Any]:
     """Adds, and says how many images the index has and what was dropped. Raises UserError for data that is not there."""
-    pictures = pictures_of(told.index, told.pictures) if told.images == "keep" else None
+    pictures = pictures_of(told.index, told.pictures)
     if told.images == "keep" and pictures is None:
         raise UserError(f"{told.index}: say with --pictures in which folder its pictures are kept, or --images none")
-    stamp, shards, found = _source(told, needs_shards=pictures is not None)
-    dropped: list[Dropped] = []
+    stamp, shards, found, dropped = _source(told)
     with closing(open_index(told.index, stamp, create=True)) as index:
         for part in found:
             dropped += part.dropped
-            if pictures is not None and shards is not None:
-                dropped += keep_pictures(pictures, shards, part, told.prefix)
-            add_changed(index, [told.prefix + id for id in part.ids], part.image, part.infos)
+            ids = [told.prefix + id for id in part.ids]
+            new = changed(index, ids, part.image, part.infos)
+            if pictures is not None:
+                # Beside a new vector an old picture would be shown, and be read when results are re-ranked.
+                for i in new:
+                    pictures.delete(ids[i])
+                if told.images == "keep" and shards is not None:
+                    dropped += keep_pictures(pictures, shards, part, told.prefix)
+            if new:
+                index.add([ids[i] for i in new], part.image[new], [part.infos[i] for i in new])
         return {"images": index.count(), "dropped": dropped}
 
 
-def _source(told: IndexBuild, needs_shards: bool) -> tuple[Stamp, Shards | None, Iterator[Part]]:
+def _source(told: IndexBuild) -> tuple[Stamp, Shards | None, Iterator[Part], list[Dropped]]:
+    """With the parts, what is dropped and named in none of them."""
     if (told.embedded is None) == (told.export is None) or (told.export is not None and told.data is None):
         raise UserError("give a folder that `vlp embed` wrote, or --export and --data: one of the two")
     if told.embedded is not None:
         embedded = open_embedded(told.embedded)
-        shards = Shards(told.data or embedded.data) if needs_shards else None
+        shards = Shards(told.data or embedded.data) if told.images == "keep" else None
         paths = with_progress(embedded.parts, lambda: len(embedded.parts), "parts", show=True)
-        return embedded.stamp, shards, map(read_part, paths)
+        # What the parts dropped is in the file too.
+        found = (read_part(path)._replace(dropped=[]) for path in paths)
+        return embedded.stamp, shards, found, read_dropped(embedded.folder / DROPPED)
     embedder, shards = _embedder(told, str(told.export)), Shards(str(told.data))
     spans = [range(first, min(first + SPAN, len(shards))) for first in range(0, len(shards), SPAN)]
     fields = told.captions or (embedder.captions,)
-    return embedder.stamp, shards, parts(embedder, shards, spans, fields, told.batch_size, show=True)
+    read = parts(embedder, shards, spans, fields, told.batch_size, show=True)
+    return embedder.stamp, shards, read, list(shards.damage)
 
 
 def _embedder(told: Device, export: str) -> Embedder:
@@ -79,16 +89,14 @@ def keep_pictures(pictures: Pictures, shards: Shards, part: Part, prefix: str = 
     return [one for one in kept if one is not None]
 
 
-def add_changed(index: Index, ids: Sequence[str], vectors: np.ndarray, infos: Sequence[dict[str, Scalar]]) -> None:
-    """Adds what the index does not have just so: a build that was stopped goes on where it was."""
+def changed(index: Index, ids: Sequence[str], vectors: np.ndarray, infos: Sequence[dict[str, Scalar]]) -> list[int]:
+    """Rows of what the index does not have just so: a build that was stopped goes on where it was."""
     known = {item.id: item for item in index.get(ids)}
-    new = [
+    return [
         i
         for i, id in enumerate(ids)
         if id not in known or known[id].info != infos[i] or not np.array_equal(known[id].vector, vectors[i])
     ]
-    if new:
-        index.add([ids[i] for i in new], vectors[new], [infos[i] for i in new])
 
 
 def search(told: IndexSearch) -> list[Hit]:
