@@ -107,10 +107,21 @@ def test_queries_of_another_kind_are_centred_on_their_own_mean():
     vectors, query = structured(20_000, seed=1), structured(200, seed=2, shift=0.7)
     projection = random_projection(WIDTH, 64, mean_E=vectors.mean(0))
     own, items = (
-        recall(HashSearch(vectors, projection, mean).search(query, 10, 400)[0], query, vectors)
+        recall(HashSearch(vectors, projection).search(query, 10, 400, mean_E=mean)[0], query, vectors)
         for mean in (query.mean(0), None)
     )
     assert own > items + 0.02
+
+
+def test_only_those_looked_among_are_found():
+    vectors, query = structured(500, seed=1), structured(5, seed=2)
+    search, among = HashSearch(vectors, random_projection(WIDTH, 64)), np.arange(500) % 7 == 3
+    places, scores = search.search(query, 10, 500, among_N=among)
+    best = np.argsort(-(query @ vectors[among].T), axis=1)[:, :10]
+    assert (places == np.flatnonzero(among)[best]).all() and np.allclose(
+        scores[:, 0], (query @ vectors[among].T).max(1)
+    )
+    assert search.search(query, 10, among_N=np.zeros(500, bool))[0].shape == (5, 0)
 
 
 def test_vectors_may_stay_on_the_disk_at_half_size(tmp_path):

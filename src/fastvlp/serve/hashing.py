@@ -108,21 +108,32 @@ class HashSearch:
         code_WN: what is kept in memory, C / 8 bytes a vector.
     """
 
-    def __init__(self, vector_NE: np.ndarray, projection: Projection, query_mean_E: np.ndarray | None = None):
-        """`vector_NE`: unit rows, floats of any size, in memory or not. `query_mean_E`: of some queries, where they are
-        of another kind than the items, texts to find images by; None: they are like the items."""
-        self.vector_NE, self.projection, self.query_mean_E = vector_NE, projection, query_mean_E
+    def __init__(self, vector_NE: np.ndarray, projection: Projection):
+        """`vector_NE`: unit rows, floats of any size, in memory or not."""
+        self.vector_NE, self.projection = vector_NE, projection
         self.code_WN = encode(projection, vector_NE)
 
-    def search(self, query_QE: np.ndarray, k: int, candidates: int = 1000) -> tuple[np.ndarray, np.ndarray]:
+    def search(
+        self,
+        query_QE: np.ndarray,
+        k: int,
+        candidates: int = 1000,
+        *,
+        mean_E: np.ndarray | None = None,
+        among_N: np.ndarray | None = None,
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Places [Q k] and cosines [Q k] of the best of `candidates` items, best first; k or candidates beyond the items
-        there are give all of them."""
+        there are give all of them. `mean_E`: of some queries, where they are of another kind than the items, texts to find
+        images by; None: they are like the items. `among_N`: bool, the items to look among."""
         query_QE = np.asarray(query_QE, np.float32)
-        code_WQ = encode(self.projection, query_QE, self.query_mean_E)
-        k = min(k, candidates, self.code_WN.shape[1])
+        code_WQ = encode(self.projection, query_QE, mean_E)
+        place_N = None if among_N is None else np.flatnonzero(among_N)
+        code_WN = self.code_WN if place_N is None else self.code_WN[:, place_N]
+        k = min(k, candidates, code_WN.shape[1])
         places, scores = np.empty((len(query_QE), k), np.int64), np.empty((len(query_QE), k), np.float32)
         for q, query_E in enumerate(query_QE):
-            found = closest(hamming(code_WQ[:, q], self.code_WN), candidates)
+            found = closest(hamming(code_WQ[:, q], code_WN), candidates)
+            found = found if place_N is None else place_N[found]
             score = self.vector_NE[found].astype(np.float32, copy=False) @ query_E
             best = np.argsort(-score, kind="stable")[:k]
             places[q], scores[q] = found[best], score[best]

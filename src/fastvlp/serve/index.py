@@ -83,20 +83,26 @@ class Index(Protocol):
 
 
 def open_index(uri: str, stamp: Stamp | None = None, create: bool = False) -> Index:
-    """A folder, http(s)://HOST:PORT/NAME of a Chroma server, or postgresql://USER@HOST/DATABASE#TABLE with pgvector.
+    """A folder, http(s)://HOST:PORT/NAME of a Chroma server, postgresql://USER@HOST/DATABASE#TABLE with pgvector, or
+    codes:FOLDER of what `vlp embed` wrote, to search and no more.
 
     `stamp`: of the model that will ask; None takes whatever there is. `create`: makes an empty index of that stamp where
     there is none. Raises UserError where there is no index, it is of another model, or its engine is not installed.
     """
     if create and stamp is None:
         raise ValueError("an index that may be made needs the stamp of its model")
+    if uri.startswith("codes:"):
+        from fastvlp.serve.codes import CodesIndex
+
+        return CodesIndex(uri, stamp)
     if uri.startswith(("postgresql://", "postgres://")):
         from fastvlp.serve.pgvector import PgIndex
 
         return PgIndex(uri, stamp, create)
     if "://" in uri and not uri.startswith(("http://", "https://")):
         raise UserError(
-            f"{uri}: an index is a folder, http://HOST:PORT/NAME of a Chroma server, or postgresql://USER@HOST/DATABASE"
+            f"{uri}: an index is a folder, http://HOST:PORT/NAME of a Chroma server, postgresql://USER@HOST/DATABASE, or "
+            f"codes:FOLDER of what `vlp embed` wrote"
         )
     from fastvlp.serve.chroma import ChromaIndex
 
@@ -110,7 +116,7 @@ def pictures_of(uri: str, folder: str | Path | None = None) -> Pictures | None:
 
     if folder is not None:
         return Pictures(folder)
-    return None if "://" in uri else Pictures(Path(uri) / "pictures")
+    return None if "://" in uri or uri.startswith("codes:") else Pictures(Path(uri) / "pictures")
 
 
 def agreed(told: Mapping[str, Any] | None, stamp: Stamp | None, where: str) -> Stamp:

@@ -1,0 +1,74 @@
+"""A folder of vectors that is searched as it lies."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from fastvlp.cli import main
+from fastvlp.errors import UserError
+from fastvlp.serve.bulk import embed, open_embedded, read_part
+from fastvlp.serve.codes import VECTORS, CodesIndex
+from fastvlp.serve.index import Item, Stamp, open_index, pictures_of
+from fastvlp.serve.options import Embed
+
+
+@pytest.fixture
+def folder(exports, world, tmp_path):
+    embed(Embed(export=str(exports["towers"]), data=str(world / "test"), out=tmp_path / "vectors", per_part=5))
+    return tmp_path / "vectors"
+
+
+@pytest.fixture
+def index(folder):
+    return open_index(f"codes:{folder}")
+
+
+def test_what_is_found_is_what_the_product_ranks_first(index, folder):
+    parts = [read_part(path) for path in open_embedded(folder).parts]
+    vectors, ids = np.concatenate([part.image for part in parts]), [id for part in parts for id in part.ids]
+    infos = [info for part in parts for info in part.infos]
+    queries = np.concatenate([vectors[3:5], parts[0].text[:2]])
+    for query, hits in zip(queries, index.search(queries, 5, offset=1)):
+        best = np.argsort(-(vectors @ query), kind="stable")[1:6]
+        assert [hit.id for hit in hits] == [ids[place] for place in best]
+        assert np.allclose([hit.score for hit in hits], (vectors @ query)[best], atol=1e-6)
+        assert [hit.info for hit in hits] == [infos[place] for place in best]
+    assert index.count() == len(ids) and index.stamp == open_embedded(folder).stamp
+    (item,) = index.get(["nobody", ids[7]])
+    assert isinstance(item, Item) and item.id == ids[7] and np.array_equal(item.vector, vectors[7])
+
+
+def test_filters_are_of_equal_or_listed_values(index, folder):
+    part = read_part(open_embedded(folder).parts[0])
+    name, value = next(iter(part.infos[1].items()))
+    hits = index.search(part.image[:1], 12, {name: [value, "another"]})[0]
+    assert hits and all(hit.info[name] == value for hit in hits)
+    assert index.search(part.image[:1], 12, {name: "nothing"}) == [[]]
+
+
+def test_the_vectors_stay_on_the_disk_and_are_written_once(index, folder):
+    made = (folder / VECTORS).stat()
+    assert isinstance(index.get([index.search(np.eye(1, 16), 1)[0][0].id])[0].vector, np.ndarray)
+    assert (folder / VECTORS).stat().st_mtime_ns == made.st_mtime_ns and open_index(f"codes:{folder}").count() == 12
+    np.save(folder / VECTORS, np.zeros((3, 16), np.float32))
+    with pytest.raises(UserError, match="delete it"):
+        CodesIndex(f"codes:{folder}")
+
+
+def test_what_it_cannot_do_is_said(index, folder, tmp_path):
+    for change in (lambda: index.add(["a"], np.eye(1, 16), [{}]), lambda: index.delete(["a"])):
+        with pytest.raises(UserError, match="vlp index build"):
+            change()
+    with pytest.raises(UserError, match="another model"):
+        open_index(f"codes:{folder}", Stamp(fingerprint="f" * 32, width=16))
+    with pytest.raises(UserError, match="nowhere"):
+        open_index(f"codes:{tmp_path}/nowhere")
+    assert pictures_of(f"codes:{folder}") is None and pictures_of(f"codes:{folder}", tmp_path) is not None
+
+
+def test_it_is_searched_from_the_command_line(folder, exports, capsys):
+    argv = ["index", "search", f"codes:{folder}", "--export", str(exports["towers"])]
+    assert main([*argv, "--text", "一个红色圆", "--k", "2"]) == 0
+    said = capsys.readouterr().out
+    assert sum(id in said for part in open_embedded(folder).parts for id in read_part(part).ids) == 2
