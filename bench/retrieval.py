@@ -280,7 +280,9 @@ def hashed(o: Options, data: Data, kind: Literal["random", "learned"]) -> dict[s
         projection = learned_projection(vectors[:: max(1, len(vectors) // 20_000)], o.bits, rounds=20)
     index, mean = HashSearch(vectors, projection), data.others.mean(0) if len(data.others) else None
     built, grown = time.perf_counter() - began, resident() - before
-    found = timed({"hash": lambda query: index.search(query[None], K, o.candidates, mean_E=mean)[0][0].tolist()}, data.queries)
+    found = timed(
+        {"hash": lambda query: index.search(query[None], K, o.candidates, mean_E=mean)[0][0].tolist()}, data.queries
+    )
     told = {"build_s": built, "memory_bytes": grown, "kept_bytes": index.code_WN.nbytes}
     return {f"hash_{kind}": found["hash"] | told | {"floats_over_kept": vectors.nbytes / index.code_WN.nbytes}}
 
