@@ -341,6 +341,10 @@ def table(columns: int, value: float = 0.5) -> np.ndarray:
             r"tables? of floats with 2 rows, and one is float32 \[1, 3\]",
         ),
         ({"norm_bb": table(4), "features": table(3).astype(int)}, "one is int64"),
+        (
+            {"norm_bb": np.float32(0.5), "features": table(3)},
+            r"each array is a table of floats, and one is float32 \[\]",
+        ),
         ({"norm_bb": table(3), "features": table(3)}, "fewer than 4 columns"),
         ({"norm_bb": table(4), "features": table(3, 1e6)}, "a number is not finite"),
         ({"norm_bb": table(4), "features": table(3), "soft_labels": table(2, math.nan)}, "a number is not finite"),

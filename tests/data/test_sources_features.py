@@ -1,6 +1,7 @@
 """A detector's regions in UNITER's layouts, joined to the records of other sources."""
 
 import io
+import itertools
 import json
 import multiprocessing
 import os
@@ -17,6 +18,7 @@ import torch
 from fastvlp.batch import Dropped, Record
 from fastvlp.cli import main
 from fastvlp.data.decode import Stored
+from fastvlp.data.detected import detected, pack, read_npz
 from fastvlp.data.importing import ImportConfig, import_data
 from fastvlp.data.loader import Row
 from fastvlp.data.random import hash64
@@ -201,6 +203,21 @@ def test_broken_regions_are_named(tmp_path: Path, told: Arrays, said: str) -> No
     path = write_npz(tmp_path / "f", {"a.npz": npz(arrays() | told), "cut.npz": npz(arrays())[:-40]})
     assert said in reason(path, record("a"))
     assert "not readable as npz" in reason(path, record("cut"))
+
+
+@pytest.mark.parametrize("layout", ["npz", "packed", "msgpack"])
+def test_no_flipped_byte_escapes(layout: str) -> None:
+    """What is left of an entry can be read, or is named: one rotten file is no reason to end an import."""
+    told = arrays()
+    read = features.read_msgpack if layout == "msgpack" else read_npz
+    data = {"npz": npz, "packed": lambda told: pack(detected(told)), "msgpack": msgpacked}[layout](told)
+    named = 0
+    for i, mask in itertools.product(range(len(data)), (0x01, 0xFF)):
+        try:
+            features.by_confidence(read(data[:i] + bytes([data[i] ^ mask]) + data[i + 1 :]))
+        except ValueError:
+            named += 1
+    assert named > len(data)
 
 
 class Evil:

@@ -27,11 +27,12 @@ def detected(arrays: Mapping[str, Any]) -> Detected:
     ValueError saying what is wrong."""
     box, feature, classes = (arrays.get(name) for name in ("norm_bb", "features", "soft_labels"))
     if box is None or feature is None:
-        raise ValueError(f"norm_bb and features are needed, found {', '.join(sorted(arrays)) or 'nothing'}")
+        raise ValueError(f"norm_bb and features are needed, found {', '.join(sorted(map(str, arrays))) or 'nothing'}")
+    box = _table(box)
     # What is too large for half precision becomes infinite, and is refused below.
     with np.errstate(over="ignore"):
         half = [None if x is None else _table(x, len(box)).astype(np.float16) for x in (feature, classes)]
-    box = _table(box, len(box)).astype(np.float32)[:, :4]
+    box = box.astype(np.float32)[:, :4]
     if box.shape[1] != 4 or not all(np.isfinite(x).all() for x in (box, *half) if x is not None):
         raise ValueError("norm_bb has fewer than 4 columns, or a number is not finite")
     box = box.clip(0, 1)
@@ -41,10 +42,11 @@ def detected(arrays: Mapping[str, Any]) -> Detected:
     return Detected(box, half[0], half[1])
 
 
-def _table(x: Any, rows: int) -> np.ndarray:
+def _table(x: Any, rows: int | None = None) -> np.ndarray:
     x = np.asarray(x)
-    if x.ndim != 2 or x.shape[0] != rows or x.dtype.kind != "f":
-        raise ValueError(f"each array is a table of floats with {rows} rows, and one is {x.dtype} {list(x.shape)}")
+    if x.ndim != 2 or rows not in (None, len(x)) or x.dtype.kind != "f":
+        many = "" if rows is None else f" with {rows} rows"
+        raise ValueError(f"each array is a table of floats{many}, and one is {x.dtype} {list(x.shape)}")
     return x
 
 
@@ -68,15 +70,8 @@ def read_npz(data: bytes) -> dict[str, np.ndarray]:
                 raise ValueError(f"holds more than {MOST_BYTES >> 20} MiB")
         with np.load(io.BytesIO(data), allow_pickle=False) as file:
             return {name: file[name] for name in file.files}
-    # Given hostile bytes, zip and npy readers raise anything.
-    except (
-        zipfile.BadZipFile,
-        OSError,
-        EOFError,
-        KeyError,
-        TypeError,
-        SyntaxError,
-        MemoryError,
-        RuntimeError,
-    ) as error:
+    except ValueError:
+        raise
+    # Given hostile bytes, zip, zlib and npy readers raise anything.
+    except Exception as error:
         raise ValueError(f"not readable as npz ({type(error).__name__}: {error})") from None

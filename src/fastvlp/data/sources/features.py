@@ -62,9 +62,10 @@ def by_confidence(arrays: Mapping[str, Any]) -> tuple[Detected, list[float]]:
     """Regions by falling confidence, and those confidences; the released extractor leaves images with just 100 of them as
     they were proposed (spec A3.2). Without `conf` their order stands, all with confidence 1."""
     found = detected(arrays)
-    conf = np.asarray(arrays.get("conf", np.ones(len(found.box_R4)))).astype(np.float64)
-    if conf.shape != (len(found.box_R4),) or not np.isfinite(conf).all():
+    conf = np.asarray(arrays.get("conf", np.ones(len(found.box_R4))))
+    if conf.shape != (len(found.box_R4),) or conf.dtype.kind not in "fiu" or not np.isfinite(conf).all():
         raise ValueError(f"conf is one finite number a region, {len(found.box_R4)} in all")
+    conf = conf.astype(np.float64)
     order = np.argsort(-conf, kind="stable")
     classes = None if found.classes_RC is None else found.classes_RC[order]
     return Detected(found.box_R4[order], found.feature_RF[order], classes), conf[order].round(4).tolist()
