@@ -9,6 +9,7 @@ import time
 import uuid
 from dataclasses import replace
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import numpy as np
 import pytest
@@ -267,6 +268,44 @@ def test_a_folder_is_moved_as_it_is(tmp_path):
     moved = open_index(str(shutil.move(tmp_path / "index", tmp_path / "elsewhere")), STAMP)
     assert moved.search(vectors[[3]], 1)[0][0].id == "i3"
     moved.close()
+
+
+@pytest.mark.parametrize("width", [2000, 2048])
+def test_postgresql_ranks_wide_vectors_by_its_graph(postgres, width, monkeypatch):
+    uri = f"{postgres}#t{uuid.uuid4().hex[:16]}"
+    drawn = np.random.default_rng(0).normal(size=(30, width)).astype(np.float32)
+    vectors = drawn / np.linalg.norm(drawn, axis=1, keepdims=True)
+    index = open_index(uri, replace(STAMP, width=width), create=True)
+    index.add([f"i{i}" for i in range(30)], vectors, [{}] * 30)
+    index.close()
+    again = open_index(uri)
+    hits = again.search(vectors[[4]], 30)[0]
+    assert [hit.id for hit in hits] == [f"i{i}" for i in np.argsort(-(vectors @ vectors[4]))]
+    assert np.allclose([hit.score for hit in hits], np.sort(vectors @ vectors[4])[::-1], atol=1e-5)
+    asked, execute = [], again._connection.execute
+    monkeypatch.setattr(again._connection, "execute", lambda *query: (asked.append(query), execute(*query))[1])
+    again.search(vectors[[4]], 5)
+    execute("SET enable_seqscan = off")  # which is what the planner would do for thirty rows
+    plan = str(execute(f"EXPLAIN {asked[0][0]}", asked[0][1]).fetchall())
+    assert "Index Scan using" in plan and "vector_idx" in plan and "Sort" not in plan
+    again.close()
+
+
+def test_postgresql_is_asked_before_anything_is_made(postgres):
+    import psycopg
+
+    name = f"t{uuid.uuid4().hex[:16]}"
+    with pytest.raises(UserError, match="takes 4000 at most"):
+        open_index(f"{postgres}#{name}", replace(STAMP, width=4001), create=True)
+    with psycopg.connect(postgres, autocommit=True) as connection:
+        assert connection.execute("SELECT to_regclass(%s)", (name,)).fetchone() == (None,)
+        connection.execute(f"CREATE DATABASE {name}")
+    empty = urlsplit(postgres)._replace(path=f"/{name}").geturl()
+    with pytest.raises(UserError, match="no index here"):
+        open_index(empty, STAMP)
+    with psycopg.connect(empty) as connection:
+        assert connection.execute("SELECT count(*) FROM pg_extension WHERE extname = 'vector'").fetchone() == (0,)
+    open_index(empty, STAMP, create=True).close()
 
 
 def test_a_damaged_folder_and_a_server_that_is_away_are_said(tmp_path):

@@ -21,6 +21,8 @@ from fastvlp.serve.index import EngineError, Hit, Item, Scalar, Stamp, Where, ag
 TABLE = re.compile(r"[a-z_][a-z0-9_]{0,49}")
 # Candidates of the graph (HNSW) for each search; it goes on where a filter leaves too few, to at most so many rows.
 CANDIDATES, SCANNED = 128, 100_000
+# Numbers of a vector that the graph takes: in fp32, and in half precision.
+WIDEST, WIDEST_HALF = 2_000, 4_000
 
 
 class PgIndex:
@@ -33,16 +35,15 @@ class PgIndex:
         if not TABLE.fullmatch(name or "fastvlp"):
             raise UserError(f"{self.uri}: {name!r} names no table; take small letters, digits and _, such as #photos")
         self._table = name or "fastvlp"
-        self._connect()
+        self._connect(create)
         with self._asking():
             if create and stamp is not None:
                 self._make(stamp)
-            if not self._one("SELECT to_regclass(%s) IS NOT NULL", self._table):
-                raise UserError(f"{self.uri}: no index here; make one with `vlp index build`")
             told = self._one("SELECT obj_description(%s::regclass, 'pg_class')", self._table)
         self.stamp = agreed(_json(told), stamp, self.uri)
+        self._kind = _kind(self.stamp.width)
 
-    def _connect(self) -> None:
+    def _connect(self, create: bool = False) -> None:
         try:
             import psycopg
             from pgvector.psycopg import register_vector
@@ -50,7 +51,10 @@ class PgIndex:
             raise UserError("an index in PostgreSQL needs its client: pip install -e '.[pg]'") from error
         try:
             self._connection = psycopg.connect(self._place, autocommit=True, connect_timeout=10)
-            self._connection.execute("CREATE EXTENSION IF NOT EXISTS vector")
+            if create:
+                self._connection.execute("CREATE EXTENSION IF NOT EXISTS vector")
+            elif not self._one("SELECT to_regclass(%s) IS NOT NULL", self._table):
+                raise EngineError(f"{self.uri}: no index here; make one with `vlp index build`")
             register_vector(self._connection)
             for setting, value in (("ef_search", CANDIDATES), ("max_scan_tuples", SCANNED)):
                 self._connection.execute(f"SET hnsw.{setting} = {value}")
@@ -61,7 +65,7 @@ class PgIndex:
             ) from error
 
     def _make(self, stamp: Stamp) -> None:
-        table, told = self._table, json.dumps(asdict(stamp))
+        table, told, kind = self._table, json.dumps(asdict(stamp)), _kind(stamp.width)
         with self._connection.transaction():
             # Two that make it at once: the second waits, and finds it made.
             self._connection.execute("SELECT pg_advisory_xact_lock(hashtext(%s))", (table,))
@@ -71,7 +75,8 @@ class PgIndex:
                 f"CREATE TABLE {table} (id text PRIMARY KEY, vector vector({stamp.width}) NOT NULL, info jsonb NOT NULL)"
             )
             self._connection.execute(
-                f"CREATE INDEX ON {table} USING hnsw (vector vector_ip_ops) WITH (m = 24, ef_construction = 128)"
+                f"CREATE INDEX ON {table} USING hnsw ((vector::{kind}) {kind.partition('(')[0]}_ip_ops) "
+                f"WITH (m = 24, ef_construction = 128)"
             )
             self._connection.execute(f"CREATE INDEX ON {table} USING gin (info jsonb_path_ops)")
             quoted = told.replace("'", "''")
@@ -114,7 +119,7 @@ class PgIndex:
         wanted = [json.dumps({name: value}) for name, values in asked.items() for value in values]
         text = (
             f"SELECT id, -(vector <#> %s) AS score, info FROM {self._table} {'WHERE ' + fits if fits else ''} "
-            f"ORDER BY vector <#> %s LIMIT %s OFFSET %s"
+            f"ORDER BY vector::{self._kind} <#> %s::{self._kind} LIMIT %s OFFSET %s"
         )
         with self._asking():
             found = [self._connection.execute(text, (row, *wanted, row, k, offset)).fetchall() for row in query]
@@ -138,6 +143,17 @@ class PgIndex:
 def _numbers(vector: Any) -> Any:
     """Releases of the client differ in what they give: an array, or an object that has one."""
     return vector.to_numpy() if hasattr(vector, "to_numpy") else vector
+
+
+def _kind(width: int) -> str:
+    """What the graph is of: pgvector's `vector`, or its half precision, which takes more numbers and ranks by them; scores are
+    of the whole vectors. Raises UserError for vectors that it cannot take."""
+    if width > WIDEST_HALF:
+        raise UserError(
+            f"vectors of {width} numbers: pgvector's index takes {WIDEST_HALF} at most; keep the index in a folder, or export a "
+            f"model with a narrower embed.width"
+        )
+    return f"{'vector' if width <= WIDEST else 'halfvec'}({width})"
 
 
 def _json(text: str | None) -> Any:
