@@ -9,6 +9,7 @@ from rich.console import Console
 
 from fastvlp.batch import Record
 from fastvlp.data import contact_sheet as sheets
+from fastvlp.data.detected import Detected, pack
 from fastvlp.data.inspect import SplitReport, inspect, rendered
 from fastvlp.data.shards import ShardWriter
 from fastvlp.data.tokenize import Tokenizer
@@ -113,6 +114,36 @@ def test_info_that_training_could_not_read_is_named(tmp_path: Path) -> None:
     (report,) = inspect(tmp_path / "s")
     assert report.records == 1
     assert [(d.key, d.reason) for d in report.unreadable] == [("bad", "field captions is not a list of texts")]
+
+
+def test_stored_regions_that_evaluation_would_refuse_are_named(tmp_path: Path) -> None:
+    box = np.array([[0, 0, 0.5, 0.5], [0.2, 0.2, 0.9, 0.9]], np.float32)
+    good = pack(Detected(box, np.ones((2, 3), np.float16), None))
+    empty = pack(Detected(box * 0, np.ones((2, 3), np.float16), None))
+    sure = [0.9, 0.8]
+    records = {
+        "good": ([sure], (good,)),
+        "without": (None, ()),
+        "pair": ([sure, sure], (good, good)),
+        "cut": ([sure], (good[:-40],)),
+        "second": ([sure, sure], (good, good[:9])),
+        "fewer": ([[0.9]], (good,)),
+        "untold": (None, (good,)),
+        "lost": ([sure], ()),
+        "one": ([sure, sure], (good,)),
+        "empty": ([sure], (empty,)),
+    }
+    with ShardWriter(tmp_path / "s") as writer:
+        for key, (told, parts) in records.items():
+            images = (jpeg(),) * (2 if key in ("pair", "second", "one") else 1)
+            info = {} if told is None else {"confidences": told}
+            writer.write(Record(key=key, images=images, info=info, detected=parts))
+    (report,) = inspect(tmp_path / "s")
+    assert report.records == 3
+    reasons = {drop.key: drop.reason for drop in report.unreadable}
+    assert reasons.keys() == records.keys() - {"good", "without", "pair"}
+    assert "its stored regions: not readable as npz" in reasons["cut"] and "not readable" in reasons["second"]
+    assert "2 regions are stored" in reasons["fewer"] and "no detector's regions" in reasons["lost"]
 
 
 def test_no_shards(tmp_path: Path) -> None:

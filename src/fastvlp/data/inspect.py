@@ -17,16 +17,19 @@ from rich.text import Text
 
 from fastvlp.batch import Dropped, Record
 from fastvlp.data.contact_sheet import COLUMNS, ROWS, contact_sheet, text_of
-from fastvlp.data.decode import decode
+from fastvlp.data.decode import decode, stored
 from fastvlp.data.faults import fault
 from fastvlp.data.files import write_whole
 from fastvlp.data.importing import CHECK
+from fastvlp.data.regions import RegionSource, read_regions
 from fastvlp.data.shards import RecordError, Shards
 from fastvlp.data.streams import in_threads, with_progress
 from fastvlp.data.tokenize import Tokenizer
 
 # Field, with any language's suffix: its text's name.
 TEXTS = {"captions": None, "questions": "question", "statements": "text"}
+# A run may read fewer of a record's stored regions; one that shows none even so is of no use to any.
+ALL = RegionSource(stored=True, least=1 << 30, most=1 << 30)
 
 
 @dataclass(kw_only=True)
@@ -82,10 +85,14 @@ def _look(shards: Shards, i: int) -> Record | Dropped:
     try:
         record = shards.read(i)
         decode(record, CHECK)
+        if wrong := fault(record.info):
+            raise RecordError(record.key, wrong)
+        if record.detected or "confidences" in record.info:
+            for k, image in enumerate(record.images):
+                read_regions(ALL, record.key, record.info, stored(image), CHECK, record.detected, image=k)
     except RecordError as error:
         return error.dropped
-    wrong = fault(record.info)
-    return Dropped(key=record.key, reason=wrong) if wrong else record
+    return record
 
 
 def _count(report: SplitReport, record: Record, tokenizer: Tokenizer | None) -> None:
