@@ -1,5 +1,6 @@
 import json
 import shutil
+from dataclasses import replace
 
 import fsspec
 import pytest
@@ -8,9 +9,10 @@ import torch
 from fastvlp.cli import main
 from fastvlp.data.regions import RegionSource
 from fastvlp.data.shards import Shards
+from fastvlp.data.splits import find_split
 from fastvlp.errors import UserError
 from fastvlp.model.saved import load_model
-from fastvlp.tasks.finetune import evaluate, find_splits, finetune, load_task, plan, told_in_words
+from fastvlp.tasks.finetune import evaluate, find_splits, finetune, load_task, plan, task_data, told_in_words
 from fastvlp.tasks.options import Evaluate, Finetune
 from fastvlp.tasks.vqa import VQAData, frequent_answers, measure
 
@@ -92,6 +94,58 @@ def test_the_plan_inherits_the_run(runs, world, tmp_path):
         plan(told("vqa", runs["flm"], world, tmp_path / "run", lr=0.0))
 
 
+def pretrained_as(source, folder, **data):
+    """The run's weights with another config of their data, as `vlp convert` writes it."""
+    shutil.copytree(source, folder)
+    (folder / "config.json").write_text(json.dumps({"data": data}))
+    return folder
+
+
+STORED = {"stored": True, "most": 100}
+
+
+def test_images_and_texts_are_seen_as_in_pretraining(runs, world, tmp_path):
+    squashed = pretrained_as(runs["uniter"], tmp_path / "squashed", regions=STORED, fit="squash", max_length=62)
+    config = load_model(squashed).model.config
+    long = replace(config, text=replace(config.text, positions=512))
+
+    def seen(task, source=squashed, model=config, **more):
+        data = task_data(told(task, source, world, tmp_path / "run", **more), model)
+        return data.fit, data.max_length
+
+    for task in ("vqa", "nlvr2", "grounding", "retrieval"):
+        assert seen(task) == seen(task, model=long) == ("squash", 62), "a crop would lose the boxes at the sides"
+    assert seen("vqa", fit="crop", max_length=40) == ("crop", 40)
+    assert seen("vcr") == ("squash", 64) and seen("vcr", model=long) == ("squash", 224)
+    assert seen("vcr", model=long, max_length=100) == ("squash", 100)
+
+    assert seen("vqa", runs["mlm"]) == ("crop", 50), "questions are longer than the captions of a short pretraining"
+    assert seen("grounding", runs["mlm"])[0] == "squash", "a text may speak of what a crop cuts off"
+    boxed = pretrained_as(runs["mlm"], tmp_path / "boxed", fit="letterbox")
+    assert seen("nlvr", boxed)[0] == seen("vqa", boxed)[0] == "letterbox"
+    assert seen("vqa", pretrained_as(runs["uniter"], tmp_path / "stored", regions=STORED))[0] == "squash"
+    assert seen("vqa", pretrained_as(runs["uniter"], tmp_path / "silent"))[0] == "crop"
+
+    with pytest.raises(UserError, match="--max-length 2"):
+        seen("vqa", max_length=2)
+    with pytest.raises(UserError, match="max_length 65 exceeds the model's 64"):
+        finetune(told("vqa", runs["mlm"], world, tmp_path / "run", max_length=65))
+    with pytest.raises(UserError, match=r"config\.json: .*zoom"):
+        seen("vqa", pretrained_as(runs["mlm"], tmp_path / "unknown", fit="zoom"))
+
+
+def test_a_resumed_run_reads_on_as_it_did(runs, world, tmp_path):
+    """Also one from when fine-tuning did not ask how its source saw."""
+    squashed = pretrained_as(runs["mlm"], tmp_path / "squashed", fit="squash", max_length=62)
+    begun = told("vqa", squashed, world, tmp_path / "run", fit="crop", max_length=50)
+    finetune(begun)
+    again = replace(begun, fit=None, max_length=None, resume=True, steps=3)
+    finetune(again)
+    assert plan(replace(again, resume=False)).data.fit == "squash"
+    with pytest.raises(UserError, match=r"data\.fit: crop then, squash now"):
+        finetune(replace(again, fit="squash"))
+
+
 def test_splits_are_found_where_shards_are_read(world):
     memory = fsspec.filesystem("memory")
     for split in ("train", "val"):
@@ -102,7 +156,7 @@ def test_splits_are_found_where_shards_are_read(world):
     assert frequent_answers(found["train"]) == frequent_answers(str(world / "train"))
     assert find_splits(f"file://{world}", "nlvr2")["train"] == f"file://{world}/pairs-train"
     with pytest.raises(UserError, match="no split called test"):
-        find_splits("memory://bucket", "vqa", needed="test")
+        find_split("memory://bucket", "test")
     with pytest.raises(UserError, match=r"nowhere://x/train: cannot look here"):
         find_splits("nowhere://x", "vqa")
     memory.rm("/bucket", recursive=True)

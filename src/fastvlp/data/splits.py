@@ -10,26 +10,35 @@ import fsspec
 from fastvlp.data.rows import Split
 from fastvlp.errors import UserError
 
-# Other names under which a development split is imported.
-SPLITS: dict[Split, tuple[str, ...]] = {"train": ("train",), "val": ("val", "dev", "validation"), "test": ("test",)}
+# Other names under which a split is imported. testA and testB of RefCOCO are none of them: either is half of a test.
+SPLITS = {"train": ("train",), "val": ("val", "dev", "validation"), "test": ("test", "test1")}
 
 
 def find_splits(folder: str, prefixes: Sequence[str] = ("",), needed: Split = "train") -> dict[str, str]:
-    """Place of each split that is there; of several prefixes of its name the first one that is. Raises UserError where the
-    needed one is not."""
-    found: dict[str, str] = {}
-    for split, names in SPLITS.items():
-        places = [place_in(folder, f"{prefix}{name}") for prefix in prefixes for name in names]
-        place = next(filter(is_folder, places), None)
-        if place is not None:
-            found[split] = place
-    if needed not in found:
-        raise UserError(f"{folder}: no split called {needed} here; give the folder that `vlp data import --out` wrote")
-    return found
+    """Place of each split that is there. Raises UserError where the needed one is not."""
+    found = {split: place for split in SPLITS if (place := _find(folder, split, prefixes)) is not None}
+    return found if needed in found else found | {needed: find_split(folder, needed, prefixes)}
+
+
+def find_split(folder: str, name: str, prefixes: Sequence[str] = ("",)) -> str:
+    """Place of the split of this name, which may have others; of several prefixes of its name the first one that is there.
+    Raises UserError where there is none."""
+    if (place := _find(folder, name, prefixes)) is None:
+        raise UserError(f"{folder}: no split called {name} here; give the folder that `vlp data import --out` wrote")
+    return place
+
+
+def _find(folder: str, name: str, prefixes: Sequence[str]) -> str | None:
+    names = SPLITS.get(name, (name,))
+    return next(filter(is_folder, (place_in(folder, prefix + one) for prefix in prefixes for one in names)), None)
 
 
 def place_in(folder: str, name: str) -> str:
     return f"{folder.rstrip('/')}/{name}" if "://" in folder else str(Path(folder) / name)
+
+
+def parent(place: str) -> str:
+    return place.rstrip("/").rpartition("/")[0] if "://" in place else str(Path(place).parent)
 
 
 def is_folder(place: str) -> bool:

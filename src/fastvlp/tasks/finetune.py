@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple, assert_never
 
@@ -14,9 +14,11 @@ from cattrs.errors import BaseValidationError
 
 from fastvlp import dist
 from fastvlp.data import splits
+from fastvlp.data.captions import usable_captions
 from fastvlp.data.files import write_whole
 from fastvlp.data.regions import RegionSource
-from fastvlp.data.rows import Data, Split
+from fastvlp.data.rows import Data, Fit, PairData, Split, readable_infos
+from fastvlp.data.shards import Shards
 from fastvlp.errors import UserError
 from fastvlp.model.model import Bos, ModelConfig, Reading
 from fastvlp.model.saved import Saved, load_exactly, load_model
@@ -29,11 +31,14 @@ from fastvlp.tasks.nlvr import NLVRConfig, NLVRData
 from fastvlp.tasks.nlvr2 import NLVR2Config, NLVR2Data
 from fastvlp.tasks.options import Evaluate, Finetune, Task
 from fastvlp.tasks.retrieval import RetrievalConfig, RetrievalData
+from fastvlp.tasks.task import ItemData
 from fastvlp.tasks.vcr import VCRConfig, VCRData
 from fastvlp.tasks.vqa import VQAConfig, VQAData, frequent_answers
 from fastvlp.train.optim import OptimConfig
 from fastvlp.train.run import train
 from fastvlp.train.state import TrainConfig
+
+TaskData = ItemData | PairData
 
 HELD_OUT: tuple[Split, ...] = ("val", "test")
 
@@ -55,66 +60,64 @@ USUAL = Rates(lr=5e-4, cross=1, head=5)
 
 
 class Kind(NamedTuple):
-    """A task: what it reads, what it trains, and how a split is scored (captions are decoded first). types: rows of a
-    single stream's type table, where it reads more than words and one image."""
+    """A task: what it reads, what it trains, and how a split is scored (captions are decoded first). field: of a record, with
+    what is said or asked. target: what each entry of it tells, which is to be found; captions are themselves that. types: rows
+    of a single stream's type table, where it reads more than words and one image. length: tokens of a text that are not cut."""
 
-    data: type[Data]
+    data: type[ItemData] | type[PairData]
     config: type[ObjectiveConfig]
     score: Callable[..., dict[str, float]] | None
+    field: str
+    target: str | None
     rates: Rates = USUAL
     types: int = 2
+    length: int = 50
 
 
-# Heads that pretraining has trained already learn no faster than the towers.
+# Heads that pretraining has trained already learn no faster than the towers. VCR's rows have 220 pieces (UNITER's released
+# code, spec uniter-brivl.md A4), <s> and three </s>.
 TASKS: dict[Task, Kind] = {
-    "vqa": Kind(VQAData, VQAConfig, vqa.evaluate),
-    "nlvr": Kind(NLVRData, NLVRConfig, nlvr.evaluate),
-    "nlvr2": Kind(NLVR2Data, NLVR2Config, nlvr.evaluate, types=3),
-    "caption": Kind(CaptionData, CaptionConfig, None, replace(USUAL, head=1)),
-    "grounding": Kind(GroundingData, GroundingConfig, grounding.evaluate),
-    "retrieval": Kind(RetrievalData, RetrievalConfig, retrieval.evaluate, replace(USUAL, head=1)),
-    "entailment": Kind(EntailmentData, EntailmentConfig, entailment.evaluate),
-    "vcr": Kind(VCRData, VCRConfig, vcr.evaluate, types=4),
+    "vqa": Kind(VQAData, VQAConfig, vqa.evaluate, "questions", "answers"),
+    "nlvr": Kind(NLVRData, NLVRConfig, nlvr.evaluate, "statements", "label"),
+    "nlvr2": Kind(NLVR2Data, NLVR2Config, nlvr.evaluate, "statements", "label", types=3),
+    "caption": Kind(CaptionData, CaptionConfig, None, "captions", None, replace(USUAL, head=1)),
+    "grounding": Kind(GroundingData, GroundingConfig, grounding.evaluate, "expressions", "object"),
+    "retrieval": Kind(RetrievalData, RetrievalConfig, retrieval.evaluate, "captions", None, replace(USUAL, head=1)),
+    "entailment": Kind(EntailmentData, EntailmentConfig, entailment.evaluate, "entailments", "label"),
+    "vcr": Kind(VCRData, VCRConfig, vcr.evaluate, "choices", "right", types=4, length=224),
 }
 
 
-def find_splits(folder: str, task: Task, needed: Split = "train") -> dict[str, str]:
-    """The splits in `folder`; those of pairs are looked for first where a task is about two images."""
-    return splits.find_splits(folder, ("pairs-", "") if task == "nlvr2" else ("",), needed)
+def prefixes(task: Task) -> tuple[str, ...]:
+    """Of the splits' names: those of pairs are looked for first where a task is about two images."""
+    return ("pairs-", "") if task == "nlvr2" else ("",)
 
 
-def task_data(told: Finetune, model: ModelConfig) -> Data:
+def find_splits(folder: str, task: Task) -> dict[str, str]:
+    return splits.find_splits(folder, prefixes(task))
+
+
+def task_data(told: Finetune, model: ModelConfig) -> TaskData:
     places = find_splits(told.data, told.task)
+    kind, seen = TASKS[told.task], seen_by(told.source)
+    if told.max_length is not None and told.max_length < 3:
+        raise UserError(f"--max-length {told.max_length} leaves no room between <s> and </s>; give 3 or more")
+    asked = told.field or kind.field
     shared: dict[str, Any] = {
         **places,
+        kind.field: asked,
         "batch_size": told.batch_size,
         "workers": told.workers,
-        "max_length": min(50, model.text.positions),
-        "regions": source_regions(told.source) if model.single is not None or told.task == "grounding" else None,
-    } | ({} if told.fit is None else {"fit": told.fit})
-    match told.task:
-        case "vqa":
-            field = told.field or "questions"
-            return VQAData(**shared, questions=field, answers=frequent_answers(places["train"], field, told.answers))
-        case "nlvr":
-            return NLVRData(**shared, statements=told.field or "statements")
-        case "nlvr2":
-            return NLVR2Data(**shared, statements=told.field or "statements")
-        case "caption":
-            return CaptionData(**shared, captions=told.field or "captions")
-        case "grounding":
-            return GroundingData(**shared, expressions=told.field or "expressions")
-        case "retrieval":
-            return RetrievalData(**shared, captions=told.field or "captions")
-        case "entailment":
-            return EntailmentData(**shared, entailments=told.field or "entailments")
-        case "vcr":
-            return VCRData(**shared, choices=told.field or "choices")
-        case _:
-            assert_never(told.task)
+        "fit": told.fit or (kind.data.fit if seen.fit == "crop" else seen.fit),
+        "max_length": told.max_length or min(max(seen.max_length, kind.length), model.longest_text),
+        "regions": seen.regions if model.single is not None or told.task == "grounding" else None,
+    }
+    if told.task == "vqa":
+        shared["answers"] = frequent_answers(places["train"], asked, told.answers)
+    return kind.data(**shared)
 
 
-def source_data(folder: str) -> dict[str, Any]:
+def source_data(folder: str | Path) -> dict[str, Any]:
     """What a run's config says of its data; nothing where a model was saved without one."""
     path = Path(folder) / "config.json"
     try:
@@ -123,13 +126,27 @@ def source_data(folder: str) -> dict[str, Any]:
         raise UserError(f"{path}: damaged ({error!r}); copy the folder again") from error
 
 
-def source_regions(folder: str) -> RegionSource:
-    """The regions that the pretrained run reads, but for their classes; the records' objects where it reads none."""
-    found = source_data(folder).get("regions")
+@dataclass(frozen=True, kw_only=True)
+class Seen:
+    """How a pretrained run saw images and texts; the records' objects where it says nothing of regions."""
+
+    regions: RegionSource = field(default_factory=RegionSource)
+    fit: Fit = "crop"
+    max_length: int = 50
+    captions: str = "captions"
+
+
+def seen_by(folder: str) -> Seen:
+    """All but the classes of its regions."""
+    said = {name: value for name, value in source_data(folder).items() if value is not None}
     try:
-        return RegionSource() if found is None else replace(cattrs.structure(found, RegionSource), classes=None)
-    except (TypeError, BaseValidationError) as error:
-        raise UserError(f"{folder}: no regions that this version knows ({error!r}); copy the folder again") from error
+        seen = cattrs.structure(said, Seen)
+    except (TypeError, ValueError, BaseValidationError) as error:
+        why = "; ".join(cattrs.transform_error(error))
+        raise UserError(f"{folder}/config.json: no data that this version knows ({why}); copy it again") from error
+    # A crop would leave out some of what a detector found.
+    fit = "squash" if "fit" not in said and seen.regions.stored else seen.fit
+    return replace(seen, regions=replace(seen.regions, classes=None), fit=fit)
 
 
 def task_objective(told: Finetune, data: Data, info: Mapping[str, Any], model: ModelConfig) -> ObjectiveConfig:
@@ -195,7 +212,7 @@ def plan(told: Finetune) -> TrainConfig:
     optim = OptimConfig(
         lr=told.lr or rates.lr, cross_multiplier=rates.cross, head_multiplier=rates.head, warmup=0.1, decay="linear"
     )
-    return TrainConfig(
+    run = TrainConfig(
         name=told.name or f"{Path(told.source).name}-{told.task}",
         out=told.out,
         data=data,
@@ -211,22 +228,53 @@ def plan(told: Finetune) -> TrainConfig:
         precision=told.precision,
         threads=told.threads,
     )
+    return as_before(told, run) if told.resume else run
 
 
-def finetune(told: Finetune) -> tuple[dict[Split, Any], Path] | None:
-    """Trains, then scores the best weights on val and test where they exist. Returns the scores and their file (None on
-    all ranks but the main one)."""
+def as_before(told: Finetune, run: TrainConfig) -> TrainConfig:
+    """A resumed run reads on as it did where nothing else is told, whatever the defaults have become."""
+    said = source_data(run.folder)
+    kept = {name: said[name] for name in ("fit", "max_length") if name in said and getattr(told, name) is None}
+    return replace(run, data=replace(run.data, **kept))
+
+
+def finetune(told: Finetune) -> tuple[dict[str, Any], Path] | None:
+    """Trains, then scores the best weights on val and test where they exist, each written as it comes. Returns the scores
+    and their file (None on all ranks but the main one)."""
     run = plan(told)
+    places = {split: place for split in HELD_OUT if (place := getattr(run.data, split)) is not None}
+    lacks = {split: untold(place, told.task, run.data) for split, place in places.items()}
+    if lacks.get("val"):
+        raise UserError(f"{lacks['val']}, and val chooses the weights; remove the folder, or import answers with it")
     with dist.process_group():
         train(run, told.resume)
         if not dist.is_main():
             return None
-        held_out = [split for split in HELD_OUT if getattr(run.data, split) is not None]
-        scores = {split: evaluate(Evaluate(run=str(run.folder), split=split, device=told.device)) for split in held_out}
-    return scores, write_results(run.folder, scores)
+        scores: dict[str, Any] = {}
+        path = new_results(run.folder)
+        for split, lack in lacks.items():
+            asked = Evaluate(run=str(run.folder), split=split, device=told.device)
+            scores[split] = {"not scored": lack} if lack else evaluate(asked)
+            write_whole(path, as_json(scores))
+    return scores, path
 
 
-def load_task(folder: str | Path) -> tuple[Saved, Objective, Data]:
+def untold(place: str, task: Task, data: Data) -> str | None:
+    """What all records of a split lack to be scored, as those of published test sets do; None where one has it."""
+    kind, count = TASKS[task], 0
+    asked, target = getattr(data, kind.field), kind.target
+    for info in readable_infos(Shards(place)):
+        entries = info.get(asked)
+        dicts = [one for one in entries if isinstance(one, dict)] if isinstance(entries, list) else []
+        told = [one.get(target) for one in dicts] if target else usable_captions(info, asked)
+        if any(value not in (None, {}) for value in told):
+            return None
+        count += 1
+    # Where none can be read, who scores them says why.
+    return f"{place}: no record has {asked!r}" + (f" with {target!r}" if target else "") if count else None
+
+
+def load_task(folder: str | Path) -> tuple[Saved, Objective, TaskData]:
     """A fine-tuned run by itself: model, head, and the data it was trained on. Raises UserError where the folder is no
     run of a task, or is damaged."""
     saved = load_model(folder)
@@ -244,59 +292,74 @@ def load_task(folder: str | Path) -> tuple[Saved, Objective, Data]:
     return saved, objective, data
 
 
-def load_zero_shot(told: Evaluate) -> tuple[Saved, Objective, Data]:
+def load_zero_shot(told: Evaluate) -> tuple[Saved, Objective, TaskData]:
     """A pretrained run that matches images and texts, with the captions and regions that it was trained on."""
     if told.data is None:
         raise UserError("--zero-shot needs --data: the folder whose splits are searched")
-    saved, source = load_model(told.run), source_data(told.run)
-    known = {name: source[name] for name in ("captions", "max_length", "fit") if name in source}
-    regions = source_regions(told.run) if saved.model.config.single is not None else None
+    saved, seen = load_model(told.run), seen_by(told.run)
+    known: dict[str, Any] = {name: getattr(seen, name) for name in ("captions", "max_length", "fit")}
+    regions = seen.regions if saved.model.config.single is not None else None
     data = RetrievalData(train="", batch_size=64, regions=regions, **known)
     return saved, retrieval.zero_shot(saved, told.run), data
 
 
+def split_place(told: Evaluate, task: Task, data: TaskData) -> str:
+    """Of the split that is told: a folder's name, beside those of the run's own data or in `told.data`."""
+    own = getattr(data, told.split) if told.data is None and told.split in splits.SPLITS else None
+    return own or splits.find_split(told.data or splits.parent(data.train), told.split, prefixes(task))
+
+
 def evaluate(told: Evaluate) -> dict[str, Any]:
     """Scores of a fine-tuned run's best weights on a split of its own data, or of `told.data`. Raises UserError for a
-    record that cannot be read: an evaluation leaves none out."""
+    record that cannot be read, as an evaluation leaves none out, and for a split that tells nothing to score by."""
     if told.threads:
         torch.set_num_threads(told.threads)
     saved, objective, data = load_zero_shot(told) if told.zero_shot else load_task(told.run)
     task: Task = "retrieval" if told.zero_shot else saved.info["task"]
-    if told.data is not None:
-        places: dict[str, Any] = {**find_splits(told.data, task, needed=told.split)}
-        data = replace(data, **places)
+    place = split_place(told, task, data)
+    if lack := untold(place, task, data):
+        raise UserError(f"split {told.split!r} cannot be scored, {lack}; choose another --split, or --data FOLDER")
+    # The split may have any name, and data knows three; test is the one that nothing is chosen by.
+    split: Split = "test"
+    data = replace(data, test=place)
     if told.beams < 1 or told.most < 1:
         raise UserError(f"--beams {told.beams} and --most {told.most} must be at least 1")
     device = dist.pick_device(told.device)
     model, tokenizer = saved.model.to(device), saved.tokenizer
     objective.to(device)
-    about: dict[str, Any] = {
-        "weights": saved.weights.name,
-        "step": saved.info.get("step"),
-        "data": getattr(data, told.split),
-    }
+    about: dict[str, Any] = {"weights": saved.weights.name, "step": saved.info.get("step"), "data": place}
     if (score := TASKS[task].score) is not None:
-        return about | score(model, objective, data, told.split, tokenizer)
+        return about | score(model, objective, data, split, tokenizer)
     assert isinstance(data, CaptionData)
     decoding: dict[str, Any] = {"beams": told.beams, "most": told.most, "length_penalty": told.length_penalty}
-    scores, said = caption.evaluate(model, data, told.split, tokenizer, **decoding)
+    scores, said = caption.evaluate(model, data, split, tokenizer, **decoding)
     return about | scores | {"decoding": decoding, "captions": said}
 
 
-def write_results(folder: Path, scores: Mapping[Split, Any]) -> Path:
+def write_results(folder: Path, scores: Mapping[str, Any]) -> Path:
+    write_whole(path := new_results(folder), as_json(scores))
+    return path
+
+
+def new_results(folder: Path) -> Path:
     """results.json, or results-2.json and so on: no result is ever overwritten."""
     n = 1
     while (path := folder / ("results.json" if n == 1 else f"results-{n}.json")).exists():
         n += 1
-    write_whole(path, json.dumps(scores, indent=2, ensure_ascii=False).encode())
     return path
 
 
-def told_in_words(scores: Mapping[Split, Mapping[str, Any]]) -> str:
-    """A line for each score, to print."""
+def as_json(scores: Mapping[str, Any]) -> bytes:
+    return json.dumps(scores, indent=2, ensure_ascii=False).encode()
+
+
+def told_in_words(scores: Mapping[str, Mapping[str, Any]]) -> str:
+    """A line for each score, to print, and for each split without one."""
     return "\n".join(
         f"{split:>5} {name:24} {value:{'.0f' if name == 'count' else '.4f'}}"
+        if isinstance(value, float)
+        else f"{split:>5} {name}: {value}"
         for split, found in scores.items()
         for name, value in found.items()
-        if isinstance(value, float)
+        if isinstance(value, float) or name == "not scored"
     )

@@ -31,8 +31,11 @@ class Finetune:
     field: str | None = None
     """Field of the records with the questions, statements or captions, such as questions_zh."""
     fit: Literal["crop", "squash", "letterbox"] | None = None
-    """How an image becomes a square; by default squash where a text may speak of its edges (nlvr, grounding, entailment, vcr),
-    else crop."""
+    """How an image becomes a square; by default as in pretraining, but squash instead of crop where a text may speak of what
+    a crop loses (nlvr, grounding, entailment, vcr)."""
+    max_length: int | None = None
+    """Tokens of a text, `<s>` and `</s>` included, after which it is cut; by default as in pretraining and at least 50 (vcr:
+    224, for question, answer and rationale in one row), as far as the model has positions."""
     answers: int = 3129
     """Most answers that vqa chooses from: the most frequent ones of the training split."""
     form: Literal["triplet", "pair", "pair-biattn"] | None = None
@@ -70,7 +73,8 @@ class Evaluate:
 
     run: Positional[str]
     """Folder of the fine-tuned run; with --zero-shot, of a pretrained one."""
-    split: Literal["train", "val", "test"] = "test"
+    split: str = "test"
+    """Name of the split's folder, such as val, test or testA; test may be called test1 there, and val dev."""
     data: str | None = None
     """Folder of another data set with the same splits and fields; by default the one it was fine-tuned on."""
     zero_shot: bool = False
