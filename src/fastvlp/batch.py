@@ -61,7 +61,8 @@ class Regions:
              padding, or one that a crop has left behind (`augment`).
     count:   int64 [B], regions of each row before any crop; they come first.
     feature: float [B R F], a detector's features; None where regions are pooled from the image itself.
-    classes: float [B R C], a detector's shares of C classes, which sum to 1; zeros where nothing is told of a region.
+    classes: float [B R C], a detector's shares of C classes, which sum to 1; zeros where nothing is told of a region; None
+             where it is of no region of the batch.
     """
 
     box: Tensor

@@ -10,14 +10,19 @@ import torch.nn.functional as F
 
 from fastvlp.batch import Batch, Regions
 from fastvlp.data.batching import budget_sizes
+from fastvlp.data.detected import pack, unpack
 from fastvlp.data.random import mix64, uniform
+from fastvlp.data.shards import ShardWriter
+from fastvlp.data.world import WorldConfig, scene_record
 from fastvlp.errors import UserError
 from fastvlp.model.model import VLModel
 from fastvlp.objectives.mlm import MLMConfig
-from fastvlp.objectives.objective import Objective, ObjectiveConfig
+from fastvlp.objectives.objective import Objective, ObjectiveConfig, combine
 from fastvlp.objectives.region import MRCConfig, MRFRConfig, class_divergence, class_nll, feature_error
 from fastvlp.objectives.transport import transport_distance
 from fastvlp.objectives.wra import OTHER_SALT, WRAConfig, match_loss
+from fastvlp.recipes.uniter_demo import uniter_demo
+from fastvlp.train.run import start, steps
 from tests.made import SPECIALS, made_config, made_tokenizer
 from tests.made_single import CLASSES, FEATURE, region_batch, row_of, single_config, single_model
 
@@ -114,6 +119,40 @@ def test_regions_of_no_known_class_are_not_asked_for():
     objective = build(MRCConfig(rate=1.0, **CLASSES_TOLD))
     hidden = objective.hidden(replace(BATCH, regions=replace(BATCH.regions, classes=share)))
     assert hidden.sum(1).tolist() == [4, 2, 5, 1] and not hidden[:, 0].any()
+
+
+def test_a_batch_that_tells_no_classes_has_no_target():
+    """Such as come by chance where few records have `soft_labels`; data of which no record has any is a mistake."""
+    untold = replace(BATCH, regions=replace(BATCH.regions, classes=None))
+    for target in ("soft", "hard"):
+        objective = build(MRCConfig(target=target, **CLASSES_TOLD)).double()
+        assert objective.counts(untold)["masked"] == 0
+        loss = objective(single_model().double(), BATCH.regions.feature.double(), untold)["masked"]
+        combine({"masked": loss}).backward()
+        assert loss.total == loss.count == 0 and not objective.classify.weight.grad.any()
+    objective.check(iter([untold, untold, BATCH]))
+    objective.check(iter([]))  # what cannot be read is told with its first batch
+    with pytest.raises(UserError, match=r"predicts 5 classes of regions, and the data brings none: .*soft_labels"):
+        objective.check(iter([untold, untold]))
+
+
+def test_a_run_begins_if_any_record_tells_classes(tmp_path):
+    for name, told in (("few", 3), ("none", 0)):
+        with ShardWriter(tmp_path / name) as writer:
+            for i in range(8):
+                record = scene_record(WorldConfig(size=16), "train", i)
+                found = [
+                    unpack(part) if i == told else unpack(part)._replace(classes_RC=None) for part in record.detected
+                ]
+                kept = () if name == "none" and i == 0 else tuple(map(pack, found))
+                writer.write(replace(record, detected=kept))
+    run = replace(uniter_demo(), budget_s=None, steps=8, seed=1, out=str(tmp_path / "run"), device="cpu", vocab=60)
+    mrc, data = run.objectives["mrc_kl"], replace(run.data, val=None, batch_size=2)
+    run = replace(run, objectives={"mrc": mrc}, mix=None, precision="fp32")
+    state = start(replace(run, data=replace(data, train=str(tmp_path / "few"))))
+    assert 0 < sum(report.tokens == 0 for report in steps(state)) < 8
+    with pytest.raises(UserError, match=r"predicts .* classes of regions, and the data brings none"):
+        start(replace(run, data=replace(data, train=str(tmp_path / "none"))))
 
 
 def test_feature_regression_is_tied_to_the_projection_that_reads_features():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -52,6 +52,10 @@ class Objective(nn.Module, abc.ABC):
     @abc.abstractmethod
     def counts(self, batch: Batch) -> dict[str, Tensor]:
         """The counts that `forward` will return, from the batch alone: known before any micro-batch is run."""
+
+    def check(self, samples: Iterator[Batch]) -> None:
+        """Runs once, when a run starts; `samples` are single rows from all over its data, read as they are asked for.
+        Raises UserError where the data lacks what is learned from. Most objectives leave that to the first batch."""
 
     def begin(self, model: VLModel) -> None:
         """Runs once, on fresh or inherited weights, before the first step. Most objectives have nothing to do."""

@@ -8,6 +8,7 @@ of it, Table 2 row 12), as `MLMConfig.region_rate` does the other way round.
 from __future__ import annotations
 
 import abc
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -153,15 +154,26 @@ class MRC(MaskedRegions):
         self.classify = nn.Linear(width, config.classes)
         initialise(self.classify, width)
 
+    def check(self, samples: Iterator[Batch]) -> None:
+        """Raises UserError where no sample tells any class."""
+        told = (bool(self.asked(batch).any()) for batch in samples)
+        if not next(told, True) and not any(told):
+            raise self._refusal("none")
+
     def _shares(self, batch: Batch) -> Tensor:
-        shares = given(batch.regions).classes
-        if shares is None or shares.shape[2] != self.config.classes:
-            found = "none" if shares is None else shares.shape[2]
-            raise UserError(
-                f"MRC predicts {self.config.classes} classes of regions, and the data brings {found}: data.regions.classes "
-                f"names them, and the objective's `classes` is their number"
-            )
-        return shares
+        """[B R C]; zeros where no region of the batch has any."""
+        regions, classes = given(batch.regions), self.config.classes
+        if regions.classes is None:
+            return regions.box.new_zeros(*regions.box.shape[:2], classes)
+        if regions.classes.shape[2] != classes:
+            raise self._refusal(regions.classes.shape[2])
+        return regions.classes
+
+    def _refusal(self, found: int | str) -> UserError:
+        return UserError(
+            f"MRC predicts {self.config.classes} classes of regions, and the data brings {found}: data.regions.classes names "
+            f"them, or a detector's regions hold them as soft_labels, and the objective's `classes` is their number"
+        )
 
     def asked(self, batch: Batch) -> Tensor:
         return given(batch.regions).mask & (self._shares(batch).sum(-1) > 0)

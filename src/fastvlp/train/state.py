@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -15,10 +15,11 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from fastvlp import dist
 from fastvlp.about import about
+from fastvlp.batch import Batch
 from fastvlp.config import differences, to_json
 from fastvlp.data.augment import AugmentConfig
 from fastvlp.data.files import write_whole
-from fastvlp.data.loader import Loader
+from fastvlp.data.loader import Loader, Row
 from fastvlp.data.random import hash64
 from fastvlp.data.rows import Data, Rows
 from fastvlp.data.tokenize import Tokenizer
@@ -36,7 +37,7 @@ from fastvlp.train.pretraining import Pretraining
 # A resumed run may change these; anything else would make it another run.
 FREE = {
     "name", "out", "steps", "budget_s", "log_every", "validate_every", "checkpoint_every", "max_bad_steps", "init",
-    "compile", "device", "tensorboard", "threads", "tokenizer", "data.workers", "data.cache", "data.test",
+    "compile", "device", "tensorboard", "threads", "tokenizer", "data.workers", "data.cache",
 }  # fmt: skip
 
 
@@ -200,6 +201,8 @@ def start(run: TrainConfig, resume: bool = False) -> TrainState:
     rows = run.data.rows("train", tokenizer, image, strict=False)
     if rows is None:
         raise UserError(f"{run.name}: the data has no training split")
+    for objective in cast(Mapping[str, Objective], pretraining.objectives).values():
+        objective.check(samples(rows))
     held_out = run.data.rows("val", tokenizer, image, strict=True)
     state = TrainState(
         run=run,
@@ -228,6 +231,14 @@ def start(run: TrainConfig, resume: bool = False) -> TrainState:
             broadcast_buffers=False,
         )
     return state
+
+
+def samples(rows: Rows, most: int = 1000) -> Iterator[Batch]:
+    """At most so many readable rows, each alone, evenly spread over the data."""
+    for i in range(0, rows.count, -(-rows.count // most)):
+        batch, _ = rows.make([Row(i, hash64(i))])
+        if len(batch):
+            yield batch
 
 
 def make_pretraining(run: TrainConfig, tokenizer: Tokenizer) -> tuple[Pretraining, Inheritance | None]:
