@@ -37,6 +37,11 @@ def in_threads(function: Callable[[X], Y], items: Iterable[X]) -> Iterator[Y]:
             yield pending.popleft().result()
 
 
+def blocks(count: int, size: int) -> Iterator[slice]:
+    """Of `count` rows, `size` at a time."""
+    return (slice(first, min(first + size, count)) for first in range(0, count, size))
+
+
 def with_progress(items: Iterable[X], total: Callable[[], int | None], description: str, show: bool) -> Iterator[X]:
     """`items`, with a bar when `show` is true and stderr is a terminal."""
     if not show:

@@ -10,10 +10,12 @@ scores all pairs alike, or with NaN, so has the last rank and not the first.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
+
+from fastvlp.data.streams import blocks
 
 # The scores [i t] of some images beside some texts.
 Scores = Callable[[slice, slice], Tensor]
@@ -30,10 +32,6 @@ def cosine(image_IE: Tensor, text_TE: Tensor) -> Scores:
 
 def transposed(scores: Scores) -> Scores:
     return lambda t, i: scores(i, t).T
-
-
-def blocks(count: int, size: int) -> Iterator[slice]:
-    return (slice(first, min(first + size, count)) for first in range(0, count, size))
 
 
 def ranks(

@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
+from fastvlp.data.streams import blocks
 from fastvlp.errors import UserError
 from fastvlp.serve.index import (
     EngineError,
@@ -25,7 +26,6 @@ from fastvlp.serve.index import (
     agreed,
     as_fields,
     choices,
-    chunks,
     fitting,
     page,
     rows,
@@ -104,11 +104,11 @@ class ChromaIndex:
         except Exception as error:
             raise self._explained(error) from error
 
-    def _explained(self, error: Exception) -> UserError:
+    def _explained(self, error: Exception) -> EngineError:
         told = f"{self.uri}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         if self.folder is None:
             return EngineError(f"{told}; is a Chroma server running there?")
-        return UserError(f"{told}; is the disk full, or the folder damaged? Restore it, or build the index again")
+        return EngineError(f"{told}; is the disk full, or the folder damaged? Restore it, or build the index again")
 
     def _written(self) -> int:
         """When a process last wrote to the folder."""
@@ -119,10 +119,10 @@ class ChromaIndex:
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
-        if self._lock is not None:
-            self._lock.take()
-        self._refresh()
         with self._asking():
+            if self._lock is not None:
+                self._lock.take()
+            self._refresh()
             try:
                 yield
             finally:
@@ -134,13 +134,16 @@ class ChromaIndex:
         """The engine keeps its graph in memory and does not notice what other processes write."""
         if (now := self._written()) != self._seen:
             self._client.close()
-            self._open(self.stamp, create=False)
+            try:
+                self._open(self.stamp, create=False)
+            except UserError as error:
+                raise EngineError(str(error)) from error
             self._seen = now
 
     def add(self, ids: Sequence[str], vectors: np.ndarray, infos: Sequence[Mapping[str, Scalar]]) -> None:
         found = fitting(ids, vectors, infos, self.stamp.width)
         with self._writing():
-            for part in chunks(len(ids), CHUNK):
+            for part in blocks(len(ids), CHUNK):
                 told = self._collection.get(ids=list(ids[part]), include=["metadatas"])
                 # An item that is replaced would keep its old fields beside the new ones.
                 old = {id: dict.fromkeys(info or ()) for id, info in zip(told["ids"], told["metadatas"] or ())}
@@ -150,7 +153,7 @@ class ChromaIndex:
     def delete(self, ids: Sequence[str]) -> int:
         unique, count = list(dict.fromkeys(ids)), 0
         with self._writing():
-            for part in chunks(len(unique), CHUNK):
+            for part in blocks(len(unique), CHUNK):
                 present = self._collection.get(ids=unique[part], include=[])["ids"]
                 if present:
                     self._collection.delete(ids=present)
@@ -182,7 +185,7 @@ class ChromaIndex:
         found: dict[str, Item] = {}
         unique = list(dict.fromkeys(ids))
         with self._asking():
-            for part in chunks(len(unique), CHUNK):
+            for part in blocks(len(unique), CHUNK):
                 told = self._collection.get(ids=unique[part], include=["embeddings", "metadatas"])
                 vectors, infos = np.asarray(told["embeddings"], np.float32), told["metadatas"] or []
                 for id, vector, info in zip(told["ids"], vectors, infos):

@@ -18,7 +18,7 @@ PREFIX, VECTORS = "codes:", "vectors.npy"
 BITS = 256
 # Of a search for k: so many are scored exactly (bench/retrieval.py: recall@10 of 0.999 or more).
 LEAST, EACH = 1000, 20
-FIXED = "is searched as it was embedded; to add and delete, make an index of it: vlp index build INDEX FOLDER"
+FIXED = "it is searched as it was embedded; to add and delete, make an index of it: vlp index build INDEX FOLDER"
 
 
 class CodesIndex:
@@ -50,10 +50,10 @@ class CodesIndex:
         return self._stamp
 
     def add(self, ids: Sequence[str], vectors: np.ndarray, infos: Sequence[Mapping[str, Scalar]]) -> None:
-        raise UserError(f"{self.uri}: {FIXED}")
+        raise UserError(FIXED)
 
     def delete(self, ids: Sequence[str]) -> int:
-        raise UserError(f"{self.uri}: {FIXED}")
+        raise UserError(FIXED)
 
     def search(self, vectors: np.ndarray, k: int, where: Where | None = None, offset: int = 0) -> list[list[Hit]]:
         depth, query_QE = page(k, offset), rows(vectors, self._stamp.width)

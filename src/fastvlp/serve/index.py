@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from math import isfinite
 from pathlib import Path
@@ -54,11 +54,11 @@ class Item(NamedTuple):
 
 
 class EngineError(UserError):
-    """The engine's server does not answer, or fails: worth asking again."""
+    """The engine does not answer, fails, or cannot write: nothing that who asks over HTTP can mend."""
 
 
 class Index(Protocol):
-    """All raise UserError for what an index cannot hold or be asked, and EngineError where a server does not answer."""
+    """All raise UserError for what an index cannot hold or be asked, and EngineError where that is not the reason."""
 
     @property
     def stamp(self) -> Stamp: ...
@@ -164,6 +164,13 @@ def fitting(ids: Sequence[str], vectors: np.ndarray, infos: Sequence[Mapping[str
     return rows(vectors, width)
 
 
+def middle(vectors: Sequence[np.ndarray]) -> np.ndarray:
+    """The direction between unit vectors [E]; the first where they cancel out."""
+    total = np.sum(vectors, axis=0)
+    length = float(np.linalg.norm(total))
+    return total / length if length > 1e-6 else vectors[0]
+
+
 def choices(where: Where | None) -> dict[str, list[Scalar]]:
     """Of each field the values that will do. Raises UserError for a field or value that no item can have."""
     found: dict[str, list[Scalar]] = {}
@@ -215,7 +222,7 @@ class WriterLock:
         return self._file is not None
 
     def take(self) -> None:
-        """Raises UserError where another process writes."""
+        """Raises EngineError where another process writes."""
         if self._file is not None:
             return
         file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
@@ -224,7 +231,7 @@ class WriterLock:
         except OSError as error:
             who = os.read(file, 32).decode(errors="replace").strip() or "unknown"
             os.close(file)
-            raise UserError(
+            raise EngineError(
                 f"{self.path.parent}: another process (number {who}) writes to this index; stop it, add through its "
                 f"`vlp serve`, or keep the index on a server"
             ) from error
@@ -236,7 +243,3 @@ class WriterLock:
         if self._file is not None:
             os.close(self._file)
             self._file = None
-
-
-def chunks(count: int, size: int) -> Iterable[slice]:
-    return (slice(first, first + size) for first in range(0, count, size))

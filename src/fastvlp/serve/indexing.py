@@ -17,7 +17,7 @@ from fastvlp.data.streams import in_threads, with_progress
 from fastvlp.errors import UserError
 from fastvlp.serve.bulk import DROPPED, Part, open_embedded, parts, read_dropped, read_part
 from fastvlp.serve.embedder import Embedder, Unreadable
-from fastvlp.serve.index import Hit, Index, Scalar, Stamp, open_index, pictures_of
+from fastvlp.serve.index import Hit, Index, Scalar, Stamp, middle, open_index, pictures_of
 from fastvlp.serve.options import Device, IndexBuild, IndexSearch
 from fastvlp.serve.pictures import Pictures, thumbnail
 
@@ -111,14 +111,13 @@ def search(told: IndexSearch) -> list[Hit]:
 
 def query(embedder: Embedder, text: str | None, image: Path | None) -> np.ndarray:
     """One unit row: of the text, of the image, or the middle between them."""
-    rows = [] if text is None else [embedder.texts([text])]
+    rows = [] if text is None else [embedder.texts([text])[0]]
     try:
-        rows += [] if image is None else [embedder.images([image.read_bytes()])]
+        rows += [] if image is None else [embedder.images([image.read_bytes()])[0]]
     except (OSError, Unreadable) as error:
         reason = error.reason if isinstance(error, Unreadable) else error.strerror
         raise UserError(f"{image}: cannot be read ({reason}); give a JPEG, PNG or WebP") from error
-    total = np.sum(rows, axis=0)
-    return total / (np.linalg.norm(total, axis=1, keepdims=True) + 1e-8)
+    return middle(rows)[None]
 
 
 def _asked(term: str) -> tuple[str, list[Scalar]]:

@@ -150,8 +150,8 @@ def _kind(width: int) -> str:
     of the whole vectors. Raises UserError for vectors that it cannot take."""
     if width > WIDEST_HALF:
         raise UserError(
-            f"vectors of {width} numbers: pgvector's index takes {WIDEST_HALF} at most; keep the index in a folder, or export a "
-            f"model with a narrower embed.width"
+            f"vectors of {width} numbers: pgvector's index takes {WIDEST_HALF} at most; keep the index in a folder, or "
+            f"export a model with a narrower embed.width"
         )
     return f"{'vector' if width <= WIDEST else 'halfvec'}({width})"
 

@@ -11,6 +11,8 @@ from PIL import Image
 from fastvlp.data.decode import MAX_PIXELS, read_pixels
 from fastvlp.data.files import write_whole
 from fastvlp.data.transform import Transform
+from fastvlp.errors import UserError
+from fastvlp.serve.index import EngineError
 
 SIDE = 320
 
@@ -26,8 +28,11 @@ class Pictures:
         return self.folder / name[:2] / name[2:34]
 
     def put(self, id: str, data: bytes) -> None:
-        """Raises UserError where the disk is full."""
-        write_whole(self._path(id), data)
+        """Raises EngineError where the disk is full or the folder not writable."""
+        try:
+            write_whole(self._path(id), data)
+        except (UserError, OSError) as error:
+            raise EngineError(str(error)) from error
 
     def get(self, id: str) -> bytes | None:
         try:
