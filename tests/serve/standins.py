@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import io
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
 import uvicorn
 from PIL import Image
+from starlette.testclient import TestClient
 from torch import Tensor
 
 from fastvlp.batch import Record
 from fastvlp.data.decode import DecodeError, decode
 from fastvlp.data.transform import Transform
+from fastvlp.serve.api import create_app
 from fastvlp.serve.embedder import Unreadable
 from fastvlp.serve.index import Hit, Item, Stamp, choices
+from fastvlp.serve.pictures import Pictures
 
 
 def hashed(data: bytes, width: int) -> np.ndarray:
@@ -67,7 +72,7 @@ class StandinEmbedder:
         mean = pixels.float().mean((1, 2)).numpy()
         return min(self.colours, key=lambda name: float(np.abs(mean - self.colours[name]).sum()))
 
-    def embed_pixels(self, pixels: Tensor) -> np.ndarray:
+    def images(self, pixels: Tensor) -> np.ndarray:
         self._seen(pixels)
         # Two pictures of one colour are similar, not equal.
         parts = [
@@ -87,23 +92,18 @@ class StandinEmbedder:
     def lengths(self, texts: Sequence[str]) -> list[int]:
         return [2 + len(text.split()) for text in texts]
 
-    def caption(self, pictures: Sequence[Image.Image]) -> list[str]:
-        self._seen(pictures)
-        return [f"a {self.colour(self.read(picture))} picture" for picture in pictures]
+    def caption(self, pixels: Tensor) -> list[str]:
+        self._seen(pixels)
+        return [f"a {self.colour(one)} picture" for one in pixels]
 
-    def answer(self, pictures: Sequence[Image.Image], questions: Sequence[str]) -> list[str]:
-        self._seen(pictures)
-        return [self.colour(self.read(picture)) for picture in pictures]
+    def answer(self, pixels: Tensor, questions: Sequence[str]) -> list[str]:
+        self._seen(pixels)
+        return [self.colour(one) for one in pixels]
 
-    def match(self, pictures: Sequence[Image.Image], texts: Sequence[str]) -> np.ndarray:
-        """1 where the text names the colour, larger for longer texts."""
-        self._seen(pictures)
-        named = [self.colour(self.read(picture)) in text.split() for picture, text in zip(pictures, texts)]
-        return np.array(named, dtype=np.float32)
-
-    def read(self, picture: Image.Image) -> Tensor:
-        assert picture.size == (8, 8), "what the model reads has its own size already"
-        return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+    def match(self, pixels: Tensor, texts: Sequence[str]) -> np.ndarray:
+        """1 where the text names the colour."""
+        self._seen(pixels)
+        return np.array([self.colour(one) in text.split() for one, text in zip(pixels, texts)], dtype=np.float32)
 
 
 class StandinIndex:
@@ -156,6 +156,23 @@ def listening(app: Any) -> Iterator[str]:
     finally:
         server.should_exit = True
         thread.join(20)
+
+
+def opened(folder: Path, embedder: StandinEmbedder | None = None, **said: Any) -> TestClient:
+    """A client of a service of these, whose 500 is an answer."""
+    app = create_app(
+        embedder or StandinEmbedder(), said.pop("index", StandinIndex()), pictures=Pictures(folder / "pictures"), **said
+    )
+    return TestClient(app, raise_server_exceptions=False)
+
+
+def refused(answer: Any, status: int, words: str) -> None:
+    assert answer.status_code == status, answer.text
+    assert words in answer.json()["error"]["message"], answer.text
+
+
+def b64(data: bytes) -> str:
+    return base64.b64encode(data).decode()
 
 
 def picture(colour: tuple[int, int, int], side: int = 32, format: str = "PNG") -> bytes:

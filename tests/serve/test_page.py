@@ -41,7 +41,7 @@ def filled(folder: Path) -> dict[str, Any]:
         for i in range(COUNT):
             data, id = shade(colour, i), f"{colour}/{i}"
             info = {"caption": f"{colour} number {i}", "caption_zh": f"{chinese} 第 {i}", "source": "made"}
-            index.add([id], embedder.embed_pixels(embedder.pixels([data])), [info])
+            index.add([id], embedder.images(embedder.pixels([data])), [info])
             pictures.put(id, thumbnail(data))
     report = folder / "report.html"
     report.write_text("<title>Run</title><h1>The run</h1>")

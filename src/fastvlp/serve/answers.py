@@ -35,7 +35,8 @@ class Embeddings(Answer):
 
 
 class Score(Answer):
-    """`similarity`: cosine of the vectors. `match`: probability of a pair, by the model that reads both."""
+    """`similarity`: cosine of the vectors. `match`: by the model that reads both, the logit of a pair less that of none or the
+    text's mean log-likelihood: larger is better, comparable for one text or one picture."""
 
     similarity: float | None = None
     match: float | None = None
@@ -92,7 +93,8 @@ class Status(Answer):
 
 
 class Health(Status):
-    """`can`: embed, match, caption, answer. `items`: of the index. `key`: whether one is asked for, and did not come."""
+    """`can`: embed, match, caption, answer. `items`: of the index; null while it does not say. `key`: whether one is asked
+    for, and did not come."""
 
     model: str
     fingerprint: str

@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from importlib.metadata import PackageNotFoundError, version
 from importlib.resources import files
+from logging import getLogger
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +94,9 @@ def _refused(request: Request, error: Exception) -> Response:
         case Refusal():
             return refusal(error)
         case EngineError():
-            return refusal(Refusal(503, "unavailable", str(error), retry_s=5))
+            # Its words hold paths and addresses of the server.
+            getLogger(__name__).error("%s: %s", request.url.path, error, exc_info=error)
+            return refusal(Refusal(503, "unavailable", "the index cannot be used now", retry_s=5))
     return refusal(refuse(str(error)))
 
 

@@ -159,7 +159,7 @@ def parts(
             good = [one for one in batch if isinstance(one, Read)]
             dropped += [one for one in batch if isinstance(one, Dropped)]
             if good:
-                vectors.append(embedder.embed_pixels(torch.stack([one.pixels for one in good])))
+                vectors.append(embedder.images(torch.stack([one.pixels for one in good])))
             found += [one._replace(pixels=torch.empty(0)) for one in good]
         yield _part(embedder, shards, found, np.concatenate(vectors), fields, dropped)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
@@ -25,7 +25,7 @@ from fastvlp.batch import Batch, Record
 from fastvlp.data.captions import clean_caption
 from fastvlp.data.decode import MAX_PIXELS, decode, opened_pixels
 from fastvlp.data.shards import RecordError
-from fastvlp.data.streams import in_threads
+from fastvlp.data.streams import blocks, in_threads
 from fastvlp.data.transform import Transform
 from fastvlp.dist import pick_device
 from fastvlp.errors import UserError
@@ -35,6 +35,8 @@ from fastvlp.serve.index import Stamp
 from fastvlp.tasks.decode import greedy
 
 Picture: TypeAlias = bytes | Image.Image
+# Or what `Embedder.pixels` gave, uint8 [n 3 size size].
+Pictures: TypeAlias = Sequence[Picture] | Tensor
 Precision = Literal["fp32", "bf16"]
 Ability = Literal["embed", "caption", "answer", "match"]
 # Image states, ids and lengths of texts to what a head says of each row.
@@ -68,16 +70,14 @@ def fingerprint(folder: str | Path) -> str:
 
 def abilities(saved: Saved) -> frozenset[Ability]:
     """What a model has learned and its config allows. A stream over a detector's regions cannot read plain pictures."""
-    told: dict[str, dict[str, Any]] = saved.info.get("objectives", {})
-    kinds = {config.get("type") for config in told.values()}
-    config, can = saved.model.config, set[Ability]()
+    config, kinds, can = saved.model.config, {*saved.kinds.values()}, set[Ability]()
     head = config.embed.image if config.embed else None
     if head is not None and (head.regions is None or head.regions.grid is not None):
         can.add("embed")
     if config.fusion is None:
         return frozenset(can)
     # A <s> that saw the text in training has nothing to see where a text is only being written.
-    if CAUSAL & kinds and "official" not in {config.get("bos") for config in told.values()}:
+    if CAUSAL & kinds and "official" not in {told.get("bos") for told in saved.info["objectives"].values()}:
         can.add("caption")
     if "VQAConfig" in kinds:
         can.add("answer")
@@ -138,21 +138,21 @@ class Embedder:
         """Of an index of its vectors."""
         return Stamp(fingerprint=self.fingerprint, width=self.width, model=str(self.card.get("name", "")))
 
-    def images(self, pictures: Sequence[Picture]) -> np.ndarray:
-        """Unit vectors, float32 [n width]. Raises Unreadable for the first picture that cannot be read."""
-        return self.embed_pixels(self.pixels(pictures))
-
-    def pixels(self, pictures: Sequence[Picture]) -> Tensor:
-        """uint8 [n 3 size size] as the model reads them, decoded on all cores. Raises Unreadable."""
+    def pixels(self, pictures: Pictures) -> Tensor:
+        """uint8 [n 3 size size] as the model reads them, decoded on all cores. Raises Unreadable for the first picture that
+        cannot be read."""
+        if isinstance(pictures, Tensor):
+            return pictures
         read = [*in_threads(lambda numbered: self._read(*numbered), enumerate(pictures))]
         size = self.transform.size
         return torch.stack(read) if read else torch.empty(0, 3, size, size, dtype=torch.uint8)
 
-    def embed_pixels(self, image: Tensor) -> np.ndarray:
-        """`images` of what `pixels` gave."""
+    def images(self, pictures: Pictures) -> np.ndarray:
+        """Unit vectors, float32 [n width]. Raises Unreadable."""
         self._need("embed")
+        image = self.pixels(pictures)
         vectors = np.empty((len(image), self.width), np.float32)
-        for rows in _parts(image):
+        for rows in blocks(len(image), ROWS):
             vectors[rows] = self._run(self.model.embed_image, image[rows]).numpy()
         return vectors
 
@@ -161,7 +161,7 @@ class Embedder:
         self._need("embed")
         order = np.argsort(self.lengths(texts), kind="stable")
         vectors = np.empty((len(texts), self.width), np.float32)
-        for part in _parts(texts):
+        for part in blocks(len(texts), ROWS):
             rows = order[part]
             vectors[rows] = self._run(self.model.embed_text, None, [texts[i] for i in rows]).numpy()
         return vectors
@@ -170,29 +170,29 @@ class Embedder:
         """Tokens of each text, <s> and </s> included, after what is too long is cut."""
         return self._ids(texts)[1].tolist()
 
-    def caption(self, pictures: Sequence[Picture]) -> list[str]:
+    def caption(self, pictures: Pictures) -> list[str]:
         """What the model says of each picture, the likeliest word each time."""
         self._need("caption")
         said: list[str] = []
-        for rows in _parts(pictures):
+        for rows in blocks(len(pictures), ROWS):
             ids_BT = self._run(partial(greedy, self.model), self.pixels(pictures[rows]))
             said += map(self.tokenizer.decode, ids_BT.tolist())
         return said
 
-    def answer(self, pictures: Sequence[Picture], questions: Sequence[str]) -> list[str]:
+    def answer(self, pictures: Pictures, questions: Sequence[str]) -> list[str]:
         """The likeliest answer to each picture's question, of those that the model was tuned to choose from."""
         self._need("answer")
         return [self._answers[i] for part in self._beside(self._answer, pictures, questions) for i in part.argmax(1)]
 
-    def match(self, pictures: Sequence[Picture], texts: Sequence[str]) -> np.ndarray:
+    def match(self, pictures: Pictures, texts: Sequence[str]) -> np.ndarray:
         """How well each picture fits its text, float32 [n]: larger is better, comparable for one text or one picture."""
         self._need("match")
         return np.concatenate([np.empty(0, np.float32), *map(np.asarray, self._beside(self._match, pictures, texts))])
 
-    def _beside(self, reads: Reads | None, pictures: Sequence[Picture], texts: Sequence[str]) -> Iterator[Tensor]:
+    def _beside(self, reads: Reads | None, pictures: Pictures, texts: Sequence[str]) -> Iterator[Tensor]:
         """`reads` picture i beside text i."""
         assert reads is not None and len(pictures) == len(texts)
-        for rows in _parts(texts):
+        for rows in blocks(len(texts), ROWS):
             yield self._run(reads, self.pixels(pictures[rows]), texts[rows])
 
     def _run(self, reads: Callable[..., Tensor], image: Tensor | None, texts: Sequence[str] | None = None) -> Tensor:
@@ -228,20 +228,15 @@ class Embedder:
             )
 
 
-def _parts(rows: Sized) -> Iterator[slice]:
-    return (slice(first, first + ROWS) for first in range(0, len(rows), ROWS))
-
-
 def answer_head(saved: Saved) -> Reads:
     """The head of a model that was tuned to answer questions: logits of its answers [B A]."""
     from fastvlp.tasks.vqa import VQAConfig
 
-    name, told = next(item for item in saved.info["objectives"].items() if item[1]["type"] == "VQAConfig")
-    known = {field.name for field in fields(VQAConfig)}
+    name = next(name for name, kind in saved.kinds.items() if kind == "VQAConfig")
+    known, told = {field.name for field in fields(VQAConfig)}, saved.info["objectives"][name]
     config = cattrs.structure({key: value for key, value in told.items() if key in known}, VQAConfig)
     head = config.build(saved.model.config, saved.tokenizer)
-    own = {key.removeprefix(f"{name}."): value for key, value in saved.objectives.items() if key.startswith(f"{name}.")}
-    load_exactly(head, own, saved.weights)
+    load_exactly(head, saved.learned(name), saved.weights)
     head.to(next(saved.model.parameters()).device).eval().requires_grad_(False)
 
     def reads(image_BKD: Tensor, ids_BL: Tensor, length_B: Tensor) -> Tensor:

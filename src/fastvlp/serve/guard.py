@@ -7,7 +7,7 @@ import hmac
 import time
 from collections.abc import Mapping, Sequence
 from http.cookies import CookieError, SimpleCookie
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote
 
 from pydantic_core import to_json
 from starlette.datastructures import Headers, MutableHeaders
@@ -42,10 +42,15 @@ def refusal(error: Refusal) -> Response:
     return reply(said, error.status, headers | ({"www-authenticate": "Bearer"} if error.status == 401 else {}))
 
 
-def known_key(headers: Headers, keys: Sequence[str]) -> bool:
-    """Whether a bearer token or the page's cookie is one of the keys; how long it takes does not tell how much of it is."""
+def given_key(headers: Headers) -> str:
+    """The bearer token, or what the page's cookie holds."""
     scheme, _, token = headers.get("authorization", "").partition(" ")
-    given = token.strip() if scheme.lower() == "bearer" else _cookie(headers)
+    return token.strip() if scheme.lower() == "bearer" else _cookie(headers)
+
+
+def known_key(headers: Headers, keys: Sequence[str]) -> bool:
+    """Whether the key that came is one of these; how long it takes does not tell how much of it is."""
+    given = given_key(headers)
     return sum(hmac.compare_digest(given.encode(), key.encode()) for key in keys) > 0
 
 
@@ -103,6 +108,7 @@ class Guard:
 
     async def _read(self, receive: Receive, parts: list[bytes]) -> bool:
         """Appends the body; False where the client left before its end."""
+        length = 0
         try:
             async with asyncio.timeout(self.limits.seconds):
                 while True:
@@ -110,8 +116,9 @@ class Guard:
                     if message["type"] == "http.disconnect":
                         return False
                     parts.append(message.get("body", b""))
+                    length += len(parts[-1])
                     self.held += len(parts[-1])
-                    self._weigh(sum(map(len, parts)))
+                    self._weigh(length)
                     if not message.get("more_body", False):
                         return True
         except TimeoutError as error:
@@ -124,9 +131,9 @@ class Guard:
         length = headers.get("content-length", "0")
         self._weigh(int(length) if length.isdecimal() and len(length) < 20 else 0)
         origin = headers.get("origin")
-        same = origin is None or urlsplit(origin).netloc == headers.get("host") or origin in self.origins
+        same = origin is None or origin.partition("://")[2] == headers.get("host")
         # Forms of other sites need no permission from CORS to be sent: they are stopped here.
-        if not same and scope["method"] not in ("GET", "HEAD", "OPTIONS"):
+        if not same and not {origin, "*"} & {*self.origins} and scope["method"] not in ("GET", "HEAD", "OPTIONS"):
             raise Refusal(403, "origin", f"pages of {origin} may not ask this service")
         if self.keys and path not in OPEN and not path.startswith("/page/") and not known_key(headers, self.keys):
             raise Refusal(401, "invalid_api_key", "this needs a key: Authorization: Bearer KEY")

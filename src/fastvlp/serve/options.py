@@ -121,7 +121,7 @@ class Serve(Device):
     """Requests need one of these keys as a bearer token. Other users of this machine can read a command line: the
     variable FASTVLP_API_KEY does as well."""
     allow_origin: tuple[str, ...] = ()
-    """Other sites whose pages may ask, such as https://example.org."""
+    """Other sites whose pages may ask, such as https://example.org; * for all."""
     report: Path | None = None
     """HTML of the run's report, shown at /report; by default report.html in the export, where there is one."""
     limits: Limits = field(default_factory=Limits)

@@ -17,9 +17,10 @@ from torch import Tensor
 
 from fastvlp.serve import answers as a
 from fastvlp.serve import messages as m
-from fastvlp.serve.guard import COOKIE, known_key, reply
+from fastvlp.serve.guard import COOKIE, given_key, known_key, reply
+from fastvlp.serve.index import middle
 from fastvlp.serve.limits import Refusal, refuse
-from fastvlp.serve.service import Service, mean_vector, picture_id, sample_direction
+from fastvlp.serve.service import Service, picture_id, sample_direction
 
 REPORT_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; frame-ancestors 'none'"
 FAILURES: dict[int | str, dict[str, Any]] = {
@@ -38,7 +39,7 @@ Served = Annotated[Service, Depends(of_request)]
 KINDS = ("image/webp", "image/png", "image/jpeg")
 PICTURES: dict[int | str, dict[str, Any]] = {200: {"content": {kind: {} for kind in KINDS}}}
 # Ids may hold slashes, as keys of records from sub-folders do.
-ITEM = "/v1/items/{id:path}"
+ITEM, PICTURE = "/v1/items/{id:path}", "/v1/pictures/{id:path}"
 
 
 def takes(kind: type[m.Message], form: dict[str, Any]) -> dict[str, Any]:
@@ -106,6 +107,8 @@ async def depicted(served: Service, asked: m.Depicted | m.SearchRequest) -> Tens
 async def score(request: Request, served: Served) -> Response:
     """How well texts and pictures fit: the cosine of their vectors, and what the model says that reads both, where it can."""
     asked = await m.read(m.ScoreRequest, request, served.limits.inputs)
+    if "embed" not in served.embedder.can:
+        served.need("match")
     served.few(asked.pairs)
     texts = [pair.text for pair in asked.pairs]
     pixels = await asyncio.gather(*(depicted(served, pair) for pair in asked.pairs))
@@ -148,16 +151,15 @@ async def search(request: Request, served: Served) -> Response:
     if asked.rerank:
         served.need("match")
     vector = await sought(served, asked)
+    # Of the pages after those that are read once more, the order is the index's.
+    read = asked.rerank if asked.offset < asked.rerank else 0
     # An item that is sought by its own vector is left out: it would be the first of its own results.
     skipped = int(asked.id is not None)
-    if asked.rerank and asked.offset < asked.rerank:
-        hits = await served.search(vector, max(end, asked.rerank) + skipped + 1, asked.where)
-    else:
-        hits = await served.search(vector, end + skipped + 1, asked.where)
+    hits = await served.search(vector, max(end, read) + skipped + 1, asked.where)
     hits = [hit for hit in hits if hit.id != asked.id]
     matches: dict[str, float] = {}
-    if asked.rerank and asked.text is not None:
-        matches = await served.matches(hits[: asked.rerank], asked.text)
+    if read and asked.text is not None:
+        matches = await served.matches(hits[:read], asked.text)
         hits.sort(key=lambda hit: -matches.get(hit.id, float("-inf")))
     page = hits[asked.offset : end]
     more = len(hits) > end and end < served.limits.results
@@ -175,12 +177,15 @@ async def sought(served: Service, asked: m.SearchRequest) -> np.ndarray:
         parts.append((await served.images(await served.pixels([asked.image])))[0])
     if asked.id is not None:
         parts.append((await served.item(asked.id)).vector)
-    return mean_vector(parts)
+    return middle(parts)
 
 
 def told(served: Service, hit: Any) -> dict[str, Any]:
-    info = dict(hit.info)
-    return {"id": hit.id, "score": hit.score, "info": info, "image": f"/v1/items/{quote(hit.id, safe='')}/image"}
+    return {"id": hit.id, "score": hit.score, "info": dict(hit.info), "image": picture_of(hit.id)}
+
+
+def picture_of(id: str) -> str:
+    return f"/v1/pictures/{quote(id, safe='')}"
 
 
 @router.get("/v1/items", response_model=a.Some, tags=["index"])
@@ -207,7 +212,7 @@ async def add_item(request: Request, served: Served) -> Response:
     info = asked.info | ({"caption": asked.caption} if asked.caption is not None else {})
     pixels = await served.pixels([asked.image])
     await served.add(id, (await served.images(pixels))[0], info, asked.image)
-    return reply({"id": id, "info": info, "image": f"/v1/items/{quote(id, safe='')}/image"}, 201)
+    return reply({"id": id, "info": info, "image": picture_of(id)}, 201)
 
 
 @router.delete(ITEM, response_model=a.Deleted, tags=["index"])
@@ -218,7 +223,7 @@ async def delete_item(id: str, served: Served) -> Response:
     return reply({"id": id, "deleted": True})
 
 
-@router.get(ITEM + "/image", response_class=Response, responses=PICTURES, tags=["index"])
+@router.get(PICTURE, response_class=Response, responses=PICTURES, tags=["index"])
 async def item_image(id: str, served: Served) -> Response:
     """The picture of an item as the index keeps it, of at most 320 pixels."""
     data = await served.picture(id)
@@ -232,7 +237,7 @@ async def item_image(id: str, served: Served) -> Response:
 async def item(id: str, served: Served) -> Response:
     """What the index has of an item, but for its vector."""
     found = await served.item(id)
-    return reply({"id": id, "info": found.info, "image": f"/v1/items/{quote(id, safe='')}/image"})
+    return reply({"id": id, "info": found.info, "image": picture_of(id)})
 
 
 SHOWN = {"image": FILE, "id": STRING}
@@ -276,7 +281,8 @@ async def health(request: Request, served: Served) -> Response:
 @router.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}}, tags=["service"])
 async def metrics(served: Served) -> PlainTextResponse:
     """Prometheus' text format."""
-    text = served.metrics.text(waiting=served.batcher.waiting, items=await served.count())
+    items = await served.count()
+    text = served.metrics.text(waiting=served.batcher.waiting, **({} if items is None else {"items": items}))
     return PlainTextResponse(text, media_type="text/plain; version=0.0.4")
 
 
@@ -288,9 +294,8 @@ async def session(request: Request) -> Response:
         raise Refusal(401, "invalid_api_key", "not a key of this service")
     answered = reply({"status": "ok"})
     if keys:
-        key = request.headers.get("authorization", "").partition(" ")[2].strip()
-        secure = request.url.scheme == "https"
-        answered.set_cookie(COOKIE, quote(key, safe=""), httponly=True, samesite="strict", secure=secure)
+        key, secure = quote(given_key(request.headers), safe=""), request.url.scheme == "https"
+        answered.set_cookie(COOKIE, key, httponly=True, samesite="strict", secure=secure)
     return answered
 
 

@@ -11,12 +11,11 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from fastvlp.errors import UserError
 from fastvlp.serve.batcher import Batcher, InputError, Lane
-from fastvlp.serve.embedder import Embedder, Picture, Unreadable
+from fastvlp.serve.embedder import Embedder, Unreadable
 from fastvlp.serve.index import EngineError, Hit, Index, Item, Where
 from fastvlp.serve.limits import Limits, Refusal, refuse
 from fastvlp.serve.metrics import Metrics
@@ -25,6 +24,8 @@ from fastvlp.serve.pictures import Pictures, thumbnail
 T = TypeVar("T")
 # Tokens that a text of `Limits.batch` stands for.
 TOKENS = 64
+# How long to wait for the index to say how many items it has.
+COUNT_S = 1.0
 
 
 class Service:
@@ -84,7 +85,7 @@ class Service:
         self.need("embed")
         if not pixels:
             return np.empty((0, self.embedder.width), np.float32)
-        return np.array(await self._ask("images", pixels))
+        return np.array(await self.batcher.ask("images", pixels))
 
     async def texts(self, texts: Sequence[str]) -> tuple[np.ndarray, int]:
         """Unit vectors [n E], and how many tokens were read."""
@@ -92,29 +93,28 @@ class Service:
         if not texts:
             return np.empty((0, self.embedder.width), np.float32), 0
         lengths = await self.lengths(texts)
-        return np.array(await self._ask("texts", texts, lengths)), sum(lengths)
+        return np.array(await self.batcher.ask("texts", texts, lengths)), sum(lengths)
 
     async def lengths(self, texts: Sequence[str]) -> list[int]:
         """Tokens of each text."""
         self.few(texts)
-        longest = max(map(len, texts))
-        if longest > self.limits.characters:
-            raise refuse(f"a text of {longest} characters; {self.limits.characters} are allowed", "too_long")
+        self.short(texts)
         return await asyncio.to_thread(self.embedder.lengths, texts)
 
     async def caption(self, pixels: Tensor) -> str:
         self.need("caption")
-        return (await self._ask("caption", [pixels]))[0]
+        return (await self.batcher.ask("caption", [pixels]))[0]
 
     async def answer(self, pixels: Tensor, question: str) -> str:
         self.need("answer")
-        await self.lengths([question])
-        return (await self._ask("answer", [(pixels, question)]))[0]
+        self.short([question])
+        return (await self.batcher.ask("answer", [(pixels, question)]))[0]
 
     async def match(self, pixels: Sequence[Tensor], texts: Sequence[str]) -> list[float]:
         """How well each picture fits its text."""
         self.need("match")
-        return [float(score) for score in await self._ask("match", [*zip(pixels, texts)])]
+        self.short(texts)
+        return [float(score) for score in await self.batcher.ask("match", [*zip(pixels, texts)])]
 
     @property
     def _index(self) -> Index:
@@ -139,8 +139,15 @@ class Service:
             raise Refusal(404, "unknown_item", f"no item {id!r}")
         return found[0]
 
-    async def count(self) -> int:
-        return 0 if self.index is None else await self.indexed(lambda index: index.count())
+    async def count(self) -> int | None:
+        """Items of the index; None where it fails or is busy: the model answers all the same."""
+        if self.index is None:
+            return 0
+        try:
+            async with asyncio.timeout(COUNT_S):
+                return await self.indexed(lambda index: index.count())
+        except Exception:
+            return None
 
     async def picture(self, id: str) -> bytes | None:
         """What the index keeps of the item's picture."""
@@ -182,15 +189,14 @@ class Service:
         scores = await self.match(pixels, [text] * len(kept))
         return {id: score for (id, _), score in zip(kept, scores)}
 
-    async def _ask(self, lane: str, items: Sequence[Any], lengths: Sequence[int] | None = None) -> list[Any]:
-        try:
-            return await self.batcher.ask(lane, items, lengths)
-        except InputError as bad:
-            raise refuse(f"input {bad.row}: {bad.reason}") from bad
-
     def few(self, inputs: Sequence[Any]) -> None:
         if len(inputs) > self.limits.inputs:
             raise refuse(f"{len(inputs)} inputs; {self.limits.inputs} are allowed in a request", "too_many")
+
+    def short(self, texts: Sequence[str]) -> None:
+        longest = max(map(len, texts), default=0)
+        if longest > self.limits.characters:
+            raise refuse(f"a text of {longest} characters; {self.limits.characters} are allowed", "too_long")
 
 
 def search_together(index: Index, asked: Sequence[tuple[np.ndarray, int, Where]]) -> list[list[Hit]]:
@@ -215,28 +221,16 @@ def search_together(index: Index, asked: Sequence[tuple[np.ndarray, int, Where]]
 def lanes(embedder: Embedder, batch: int) -> dict[str, Lane]:
     """The kinds of work of a model. Whatever writes or reads beside the picture takes smaller batches: others wait."""
 
-    def beside(method: Callable[[list[Picture], list[str]], Iterable[Any]]) -> Callable[[list[Any]], Iterable[Any]]:
-        return lambda rows: method([as_picture(pixels) for pixels, _ in rows], [text for _, text in rows])
+    def beside(method: Callable[[Tensor, list[str]], Iterable[Any]]) -> Callable[[list[Any]], Iterable[Any]]:
+        return lambda rows: method(torch.stack([pixels for pixels, _ in rows]), [text for _, text in rows])
 
     return {
         "texts": Lane(run=embedder.texts, budget=batch * TOKENS),
-        "images": Lane(run=lambda rows: embedder.embed_pixels(torch.stack(rows)), budget=batch),
-        "caption": Lane(run=lambda rows: embedder.caption([*map(as_picture, rows)]), budget=max(1, batch // 4)),
+        "images": Lane(run=lambda rows: embedder.images(torch.stack(rows)), budget=batch),
+        "caption": Lane(run=lambda rows: embedder.caption(torch.stack(rows)), budget=max(1, batch // 4)),
         "answer": Lane(run=beside(embedder.answer), budget=max(1, batch // 4)),
         "match": Lane(run=beside(embedder.match), budget=max(1, batch // 2)),
     }
-
-
-def as_picture(pixels_CHW: Tensor) -> Image.Image:
-    """Of the model's own size, so that reading it once more changes nothing."""
-    return Image.fromarray(pixels_CHW.permute(1, 2, 0).numpy())
-
-
-def mean_vector(vectors: Sequence[np.ndarray]) -> np.ndarray:
-    """The direction between unit vectors [E]; the first where they cancel out."""
-    total = np.sum(vectors, axis=0)
-    length = float(np.linalg.norm(total))
-    return total / length if length > 1e-6 else vectors[0]
 
 
 def sample_direction(width: int, seed: int) -> np.ndarray:

@@ -97,7 +97,7 @@ async function sample() {
     grid.replaceChildren(...results.map(tile));
     if (results.length) grid.querySelector(".tile").tabIndex = 0;
     examples(results);
-    say(results.length ? `A few of ${service.items.toLocaleString()} pictures` : "The index is empty: add pictures to it first.");
+    say(results.length ? `A few of ${total()} pictures` : "The index is empty: add pictures to it first.");
   }, own);
   if (running === own) running = null;
 }
@@ -177,12 +177,14 @@ function tile(hit) {
   return cell;
 }
 
+// A busy index does not say how many it has.
+const total = () => service.items?.toLocaleString() ?? "all";
 const say = (words) => (status.textContent = words);
 
 function tell() {
   const count = grid.querySelectorAll(".tile").length;
   if (!count) return say("Nothing found.");
-  const parts = [`${count} of ${service.items.toLocaleString()} pictures`];
+  const parts = [`${count} of ${total()} pictures`];
   if (asked.text) parts.push("for ", make("b", "", asked.text));
   if (asked.id || asked.picture) parts.push(asked.text ? "and like this picture" : "like this picture");
   status.replaceChildren(...parts.flatMap((part, i) => (i && typeof part === "string" ? [" ", part] : [part])));
@@ -211,7 +213,7 @@ async function showPanel(to) {
   const present = Boolean(to.id || to.picture);
   panel.hidden = !present;
   document.querySelector("main").classList.toggle("beside", present);
-  const source = to.id ? `/v1/items/${encodeURIComponent(to.id)}/image` : to.picture ? URL.createObjectURL(dropped.get(to.picture)) : "";
+  const source = to.id ? `/v1/pictures/${encodeURIComponent(to.id)}` : to.picture ? URL.createObjectURL(dropped.get(to.picture)) : "";
   const chip = by("chip");
   chip.hidden = !present;
   for (const part of ["captions", "answers", "info"]) by(part).replaceChildren();

@@ -1,0 +1,179 @@
+"""What goes wrong around the model: an engine that fails, a full disk, hostile headers, odd ids."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import numpy as np
+import pytest
+from starlette.testclient import TestClient
+from starlette.types import Message
+
+from fastvlp.serve.api import create_app
+from fastvlp.serve.embedder import Embedder
+from fastvlp.serve.guard import Guard
+from fastvlp.serve.index import EngineError, open_index
+from fastvlp.serve.limits import Limits
+from fastvlp.serve.metrics import Metrics
+from tests.serve.engines import STAMP, made_vectors
+from tests.serve.standins import StandinEmbedder, StandinIndex, b64, opened, picture, refused, shade
+
+
+class Away(StandinIndex):
+    """An engine whose server is away."""
+
+    def count(self) -> int:
+        raise EngineError("/home/me/index: disk full")
+
+    def search(self, *asked: Any, **said: Any) -> Any:
+        raise EngineError("/home/me/index: disk full")
+
+
+def test_an_engine_that_fails_is_said_and_its_place_is_not(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    with opened(tmp_path, index=Away()) as client:
+        answer = client.post("/v1/search", json={"text": "red"})
+        refused(answer, 503, "the index")
+        assert "/home" not in answer.text and int(answer.headers["retry-after"]) >= 1
+    assert "/home/me/index: disk full" in caplog.text
+
+
+def test_a_damaged_folder_and_a_full_disk_are_no_fault_of_who_asks(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    pytest.importorskip("chromadb", reason="chromadb is not installed: pip install 'fastvlp[serve]'")
+    index = open_index(str(tmp_path / "index"), STAMP, create=True)
+    index.add(["a"], made_vectors(1), [{}])
+    (tmp_path / "pictures").write_text("no folder")
+    with opened(tmp_path, index=index) as client:
+        assert client.post("/v1/search", json={"text": "red"}).status_code == 200
+        unwritten = client.post("/v1/items", files={"image": shade("red", 0)})
+        assert unwritten.status_code == 503 and str(tmp_path) not in unwritten.text
+        index._collection = None  # what a damaged folder does to it
+        broken = client.post("/v1/search", json={"text": "red"})
+        assert broken.status_code == 503 and str(tmp_path) not in broken.text
+    assert "cannot write" in caplog.text and "folder damaged" in caplog.text
+    other = open_index(str(tmp_path / "index"), STAMP)
+    other._lock.take()
+    (tmp_path / "pictures").unlink()
+    with opened(tmp_path, index=open_index(str(tmp_path / "index"), STAMP)) as client:
+        locked = client.post("/v1/items", files={"image": shade("red", 0)})
+        assert locked.status_code == 503 and str(tmp_path) not in locked.text
+    other.close()
+
+
+def test_the_model_is_well_while_its_engine_is_away_or_busy(tmp_path: Path):
+    class Busy(StandinIndex):
+        def count(self) -> int:
+            busy.wait(20)
+            return 0
+
+    busy = threading.Event()
+    for index in (Away(), Busy()):
+        busy.clear()
+        with opened(tmp_path, index=index) as client:
+            told = client.get("/health")
+            assert told.status_code == 200 and told.json()["status"] == "ok" and told.json()["items"] is None
+            text = client.get("/metrics")
+            assert text.status_code == 200 and "fastvlp_waiting 0" in text.text and "fastvlp_items" not in text.text
+            busy.set()
+
+
+def test_pictures_larger_than_allowed_are_those_that_were_sent(exports: dict[str, Path]):
+    """The model's own size is none of the sender's business."""
+    embedder = Embedder.load(exports["all"], "cpu")
+    with TestClient(create_app(embedder, limits=Limits(pixels=100)), raise_server_exceptions=False) as client:
+        small = b64(picture((200, 30, 30), side=8))
+        assert client.post("/v1/caption", json={"image": small}).status_code == 200
+        assert "match" in client.post("/v1/score", json={"pairs": [{"text": "a", "image": small}]}).json()["scores"][0]
+        refused(client.post("/v1/caption", json={"image": b64(shade("red", 0))}), 400, "100 allowed")
+
+
+def test_later_pages_are_not_read_again(tmp_path: Path):
+    class Counting(StandinEmbedder):
+        def match(self, pixels: Any, texts: Sequence[str]) -> np.ndarray:
+            read.append(len(texts))
+            return super().match(pixels, texts)
+
+    read: list[int] = []
+    with opened(tmp_path, Counting()) as client:
+        for i in range(6):
+            client.post("/v1/items", data={"id": f"i{i}"}, files={"image": shade("red", i)})
+        plain = client.post("/v1/search", json={"text": "red"}).json()["results"]
+        asked = {"text": "red", "rerank": 4, "limit": 2}
+        pages = [client.post("/v1/search", json=asked | {"offset": at}).json()["results"] for at in (0, 2, 4)]
+        assert sum(read) == 8 and {hit["id"] for page in pages for hit in page} == {f"i{i}" for i in range(6)}
+        assert pages[2] == plain[4:]
+
+
+def test_scores_need_a_model_that_has_some(tmp_path: Path):
+    image = b64(shade("red", 0))
+    with opened(tmp_path, StandinEmbedder(can=("match",))) as client:
+        asked = {"pairs": [{"text": "red " * 1000, "image": image}]}
+        refused(client.post("/v1/score", json=asked), 400, "4000 characters")
+        asked = {"pairs": [{"text": "red", "image": image}]}
+        assert client.post("/v1/score", json=asked).json()["scores"] == [{"match": 1.0}]
+    with opened(tmp_path, StandinEmbedder(can=("answer",))) as client:
+        refused(client.post("/v1/score", json=asked), 404, "cannot match; it can answer")
+
+
+def test_an_id_may_end_in_anything(tmp_path: Path):
+    with opened(tmp_path) as client:
+        for id in ("a", "a/image", "pictures/a", "a/image/image"):
+            added = client.post("/v1/items", data={"id": id}, files={"image": shade("red", len(id))}).json()
+            assert client.get(f"/v1/items/{quote(id, safe='')}").json() == added
+        shown = {client.get(f"/v1/pictures/{id}").content for id in ("a", "a/image", "pictures/a", "a/image/image")}
+        assert len(shown) == 4
+        assert client.delete("/v1/items/a/image").json()["id"] == "a/image"
+        refused(client.get("/v1/pictures/a/image"), 404, "no picture")
+
+
+@pytest.mark.parametrize("origin", ["http://[", "null", "testserver", "http://[::1]:99999999", "://"])
+def test_a_malformed_origin_is_another(tmp_path: Path, origin: str):
+    with opened(tmp_path) as client:
+        refused(client.post("/v1/embeddings", json={"input": "a"}, headers={"origin": origin}), 403, "may not ask")
+
+
+def test_all_sites_may_be_allowed(tmp_path: Path):
+    with opened(tmp_path, origins=("*",)) as client:
+        answer = client.post("/v1/embeddings", json={"input": "a"}, headers={"origin": "https://elsewhere.example"})
+        assert answer.is_success and answer.headers["access-control-allow-origin"] == "*"
+
+
+def test_a_cookie_is_kept_by_who_has_no_token_to_send_again(tmp_path: Path):
+    with opened(tmp_path, keys=("a key; with=signs",)) as client:
+        assert client.post("/session", headers={"authorization": "Bearer a key; with=signs"}).is_success
+        for headers in ({}, {"authorization": "Basic other"}):
+            assert client.post("/session", headers=headers).is_success
+            assert client.get("/v1/items").is_success
+
+
+def test_each_piece_of_a_body_is_weighed_once():
+    class Piece(bytes):
+        def __len__(self) -> int:
+            nonlocal weighed
+            weighed += 1
+            return super().__len__()
+
+    weighed, bodies = 0, list[bytes]()
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        bodies.append((await receive())["body"])
+
+    async def ask() -> None:
+        pieces = [{"type": "http.request", "body": Piece(b"ab"), "more_body": i < 99} for i in range(100)]
+
+        async def receive() -> Message:
+            return pieces.pop(0) if pieces else await asyncio.Future()
+
+        async def send(message: Message) -> None:
+            pass
+
+        guard = Guard(app, limits=Limits(), keys=(), origins=(), metrics=Metrics())
+        await guard({"type": "http", "method": "POST", "path": "/", "headers": []}, receive, send)
+        assert guard.held == 0
+
+    asyncio.run(ask())
+    assert bodies == [b"ab" * 100] and weighed <= 400
