@@ -37,7 +37,7 @@ from fastvlp.train.pretraining import Pretraining
 # A resumed run may change these; anything else would make it another run.
 FREE = {
     "name", "out", "steps", "budget_s", "log_every", "validate_every", "checkpoint_every", "max_bad_steps", "init",
-    "compile", "device", "tensorboard", "threads", "tokenizer", "data.workers", "data.cache",
+    "compile", "device", "tensorboard", "threads", "tokenizer", "data.workers", "data.cache", "data.test",
 }  # fmt: skip
 
 
