@@ -141,6 +141,8 @@ def test_what_is_deleted_is_not_found_and_counted_once(index):
     assert index.search(vectors[[1]], 1)[0][0].id != "i1" and index.get(["i1"]) == []
     index.add(["i1"], vectors[[1]], [{}])
     assert index.search(vectors[[1]], 1)[0][0].id == "i1"
+    impossible = ["a\0b", "\ud800"]
+    assert index.get([*impossible, "i1"])[0].id == "i1" and index.delete(impossible) == 0
 
 
 def test_an_index_keeps_its_items_and_stamp(uri):

@@ -28,6 +28,7 @@ from fastvlp.serve.index import (
     choices,
     fitting,
     page,
+    possible,
     rows,
 )
 
@@ -151,7 +152,7 @@ class ChromaIndex:
                 self._collection.upsert(ids=list(ids[part]), embeddings=found[part], metadatas=cast(Any, merged))
 
     def delete(self, ids: Sequence[str]) -> int:
-        unique, count = list(dict.fromkeys(ids)), 0
+        unique, count = possible(ids), 0
         with self._writing():
             for part in blocks(len(unique), CHUNK):
                 present = self._collection.get(ids=unique[part], include=[])["ids"]
@@ -183,7 +184,7 @@ class ChromaIndex:
     def get(self, ids: Sequence[str]) -> list[Item]:
         self._refresh()
         found: dict[str, Item] = {}
-        unique = list(dict.fromkeys(ids))
+        unique = possible(ids)
         with self._asking():
             for part in blocks(len(unique), CHUNK):
                 told = self._collection.get(ids=unique[part], include=["embeddings", "metadatas"])

@@ -198,6 +198,11 @@ def _storable(value: Any) -> bool:
     return isinstance(value, int) and -(2**63) <= value < 2**63
 
 
+def possible(ids: Sequence[str]) -> list[str]:
+    """Those that an item can have, each once: engines refuse to look for others."""
+    return [id for id in dict.fromkeys(ids) if _storable(id)]
+
+
 def page(k: int, offset: int) -> int:
     """How many are searched for to give k after `offset`. Raises UserError where either is out of range."""
     if k < 1 or offset < 0:

@@ -16,7 +16,20 @@ from urllib.parse import urldefrag
 import numpy as np
 
 from fastvlp.errors import UserError
-from fastvlp.serve.index import EngineError, Hit, Item, Scalar, Stamp, Where, agreed, choices, fitting, page, rows
+from fastvlp.serve.index import (
+    EngineError,
+    Hit,
+    Item,
+    Scalar,
+    Stamp,
+    Where,
+    agreed,
+    choices,
+    fitting,
+    page,
+    possible,
+    rows,
+)
 
 TABLE = re.compile(r"[a-z_][a-z0-9_]{0,49}")
 # Candidates of the graph (HNSW) for each search; it goes on where a filter leaves too few, to at most so many rows.
@@ -109,7 +122,7 @@ class PgIndex:
 
     def delete(self, ids: Sequence[str]) -> int:
         with self._asking():
-            return self._connection.execute(f"DELETE FROM {self._table} WHERE id = ANY(%s)", (list(ids),)).rowcount
+            return self._connection.execute(f"DELETE FROM {self._table} WHERE id = ANY(%s)", (possible(ids),)).rowcount
 
     def search(self, vectors: np.ndarray, k: int, where: Where | None = None, offset: int = 0) -> list[list[Hit]]:
         query, _, asked = rows(vectors, self.stamp.width), page(k, offset), choices(where)
@@ -132,9 +145,9 @@ class PgIndex:
     def get(self, ids: Sequence[str]) -> list[Item]:
         with self._asking():
             text = f"SELECT id, vector, info FROM {self._table} WHERE id = ANY(%s)"
-            told = self._connection.execute(text, (list(ids),)).fetchall()
+            told = self._connection.execute(text, (possible(ids),)).fetchall()
         found = {id: Item(id, np.asarray(_numbers(vector), np.float32), info) for id, vector, info in told}
-        return [found[id] for id in dict.fromkeys(ids) if id in found]
+        return [found[id] for id in possible(ids) if id in found]
 
     def close(self) -> None:
         self._connection.close()

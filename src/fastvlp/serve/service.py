@@ -7,6 +7,7 @@ import hashlib
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -156,7 +157,8 @@ class Service:
 
     async def add(self, id: str, vector: np.ndarray, info: Mapping[str, Any], data: bytes) -> None:
         """The item is in the index when this returns."""
-        small = await asyncio.get_running_loop().run_in_executor(self._decoders, thumbnail, data)
+        shrink = partial(thumbnail, data, max_pixels=self.limits.pixels)
+        small = await asyncio.get_running_loop().run_in_executor(self._decoders, shrink)
 
         def add(index: Index) -> None:
             # First: an item without its picture would be shown, a picture without its item is not.
