@@ -15,7 +15,7 @@ BUDGET ?= 80s
 	@touch $@
 
 .venv/.dev: .venv/.core
-	@$(PIP) -e '.[dev]'
+	@$(PIP) -e '.[dev,serve,pg]'
 	@touch $@
 
 .venv/.serve: .venv/.core

@@ -43,7 +43,7 @@ def test_an_engine_that_fails_is_said_and_its_place_is_not(tmp_path: Path, caplo
 
 
 def test_a_damaged_folder_and_a_full_disk_are_no_fault_of_who_asks(tmp_path: Path, caplog: pytest.LogCaptureFixture):
-    pytest.importorskip("chromadb", reason="chromadb is not installed: pip install 'fastvlp[serve]'")
+    pytest.importorskip("chromadb", reason="chromadb is not installed: pip install -e '.[serve]'")
     index = open_index(str(tmp_path / "index"), STAMP, create=True)
     index.add(["a"], made_vectors(1), [{}])
     (tmp_path / "pictures").write_text("no folder")

@@ -18,7 +18,7 @@ from fastvlp.errors import UserError
 from fastvlp.serve.index import EngineError, open_index, pictures_of
 from tests.serve.engines import STAMP, made_vectors, vector_of
 
-pytest.importorskip("chromadb", reason="chromadb is not installed: pip install 'fastvlp[serve]'")
+pytest.importorskip("chromadb", reason="chromadb is not installed: pip install -e '.[serve]'")
 PG = "FASTVLP_TEST_PG"
 
 
@@ -46,7 +46,7 @@ def chroma_server(tmp_path_factory):
 @pytest.fixture(scope="session")
 def postgres(tmp_path_factory):
     """The server that the environment names, or one that lives as long as the tests, where a package carries it."""
-    pytest.importorskip("psycopg", reason="no client of PostgreSQL: pip install 'fastvlp[pg]'")
+    pytest.importorskip("psycopg", reason="no client of PostgreSQL: pip install -e '.[pg]'")
     if PG in os.environ:
         yield os.environ[PG]
         return

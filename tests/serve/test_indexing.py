@@ -16,7 +16,7 @@ from fastvlp.serve.index import open_index, pictures_of
 from fastvlp.serve.options import Embed, IndexBuild, IndexSearch
 from fastvlp.serve.pictures import thumbnail
 
-pytest.importorskip("chromadb", reason="chromadb is not installed: pip install 'fastvlp[serve]'")
+pytest.importorskip("chromadb", reason="chromadb is not installed: pip install -e '.[serve]'")
 
 
 @pytest.fixture(scope="session")

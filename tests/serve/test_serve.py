@@ -23,7 +23,7 @@ from fastvlp.serve.embedder import Embedder
 from fastvlp.serve.index import open_index, pictures_of
 from fastvlp.serve.options import IndexBuild
 
-pytest.importorskip("chromadb", reason="chromadb is not installed: pip install 'fastvlp[serve]'")
+pytest.importorskip("chromadb", reason="chromadb is not installed: pip install -e '.[serve]'")
 
 
 @pytest.fixture
