@@ -29,14 +29,14 @@ demo: .venv/.core  ## embedded corpus -> FLM, MLM, AR and PrefixLM at equal time
 	  --probe-steps 200 --probe-batch 32 --probe-lr 1e-3 --probe-items 800 --cloze-items 128 --out demo/report
 	@rm -rf demo/flip demo/export demo/index
 	@.venv/bin/vlp pretrain flip_demo --budget-s $(BUDGET:s=) --out demo/flip
-	@.venv/bin/vlp export demo/flip demo/export --report demo/report/report.html
+	@.venv/bin/vlp export demo/flip demo/export
 	@echo "The report: demo/report/report.html"
 	@echo "Search the pictures by words, at http://127.0.0.1:8000/: make serve"
 
 serve: .venv/.serve  ## a page that searches the demo's test pictures
 	@test -d demo/export || { echo "There is no model yet: make demo"; exit 1; }
 	@test -d demo/index || .venv/bin/vlp index build demo/index --export demo/export --data demo/world/test
-	@.venv/bin/vlp serve demo/export --index demo/index
+	@.venv/bin/vlp serve demo/export --index demo/index --report demo/report/report.html
 
 test: .venv/.dev  ## all tests
 	@.venv/bin/python -m pytest -n 2

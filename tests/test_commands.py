@@ -1,0 +1,36 @@
+"""Every `vlp` command that the README, the guide and the Makefile tell is one that the command line understands."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from fastvlp.cli import main
+
+ROOT = Path(__file__).parent.parent
+COMMAND = re.compile(r"(?:^|&& |\|\| |@|@?\.venv/bin/)(vlp [^#\n]*?)(?= +#|$| &&| \|\|)", re.MULTILINE)
+
+
+def told(name: str) -> list[str]:
+    text = (ROOT / name).read_text(encoding="utf-8").replace("\\\n", " ")
+    blocks = re.findall(r"```bash\n(.*?)```", text, re.DOTALL) if name.endswith(".md") else [text.replace("\t", "")]
+    found = [command for block in blocks for command in COMMAND.findall(block)]
+    return [command.replace("$(BUDGET:s=)", "80").replace("$(BUDGET)", "80s") for command in found]
+
+
+COMMANDS = [(name, command) for name in ("README.md", "docs/guide.md", "Makefile") for command in told(name)]
+
+
+def test_they_are_found():
+    assert {name for name, _ in COMMANDS} == {"README.md", "docs/guide.md", "Makefile"} and len(COMMANDS) > 60
+
+
+@pytest.mark.parametrize(("name", "command"), COMMANDS)
+def test_each_is_understood(name, command, monkeypatch):
+    runs = []
+    monkeypatch.setattr("fastvlp.cli.run", runs.append)
+    monkeypatch.setattr("fastvlp.train.run.train", lambda run, *_, **__: runs.append(run))
+    assert main(shlex.split(command)[1:]) == 0 and len(runs) == 1
