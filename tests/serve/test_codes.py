@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+
 import numpy as np
 import pytest
+from starlette.testclient import TestClient
 
 from fastvlp.cli import main
+from fastvlp.data.shards import Shards
 from fastvlp.errors import UserError
-from fastvlp.serve.bulk import embed, open_embedded, read_part
+from fastvlp.serve.api import create_app
+from fastvlp.serve.bulk import PLAN, embed, open_embedded, read_part
 from fastvlp.serve.codes import VECTORS, CodesIndex
+from fastvlp.serve.embedder import Embedder
 from fastvlp.serve.index import Item, Stamp, open_index, pictures_of
 from fastvlp.serve.options import Embed
+from fastvlp.serve.pictures import thumbnail
 
 
 @pytest.fixture
@@ -62,9 +70,41 @@ def test_what_it_cannot_do_is_said(index, folder, tmp_path):
             change()
     with pytest.raises(UserError, match="another model"):
         open_index(f"codes:{folder}", Stamp(fingerprint="f" * 32, width=16))
-    with pytest.raises(UserError, match="nowhere"):
+    with pytest.raises(UserError, match=r"nowhere: no folder that `vlp embed` wrote, it has no embedded\.json"):
         open_index(f"codes:{tmp_path}/nowhere")
-    assert pictures_of(f"codes:{folder}") is None and pictures_of(f"codes:{folder}", tmp_path) is not None
+    with pytest.raises(UserError, match=f"search it as codes:{folder}"):
+        open_index(str(folder))
+
+
+def test_pictures_are_read_from_the_shards_while_those_are_there(index, folder, world, tmp_path):
+    kept = pictures_of(f"codes:{folder}")
+    for hit in index.search(np.eye(1, 16), 12)[0]:
+        (place,) = (i for i, key in enumerate(Shards(world / "test").keys) if key == hit.id)
+        assert kept.get(hit.id) == thumbnail(Shards(world / "test").read(place).images[0])
+    assert kept.get("nobody") is None
+    with pytest.raises(UserError, match="vlp index build"):
+        kept.put(hit.id, b"another")
+    plan = json.loads((folder / PLAN).read_text())
+    moved = shutil.copytree(world / "test", tmp_path / "moved")
+    (folder / PLAN).write_text(json.dumps(plan | {"data": str(moved)}))
+    kept = pictures_of(f"codes:{folder}")
+    for tar in moved.glob("*.tar"):
+        tar.unlink()
+    assert kept.get(hit.id) is None and pictures_of(f"codes:{folder}") is None
+
+
+def test_it_is_served_with_its_pictures_and_an_addition_changes_none(index, folder, exports, pictures, tmp_path):
+    def asked(kept):
+        app = create_app(Embedder.load(exports["towers"], "cpu"), index, pictures=kept)
+        with TestClient(app, raise_server_exceptions=False) as client:
+            first = client.get("/v1/items").json()["results"][0]
+            added = client.post("/v1/items", data={"id": first["id"]}, files={"image": pictures[0]})
+            assert added.status_code == 400 and "vlp index build" in added.text
+            return client.get(first["image"])
+
+    assert asked(pictures_of(f"codes:{folder}")).headers["content-type"] == "image/webp"
+    assert asked(pictures_of(f"codes:{folder}", tmp_path / "own")).status_code == 404
+    assert not (tmp_path / "own").exists()
 
 
 def test_it_is_searched_from_the_command_line(folder, exports, capsys):

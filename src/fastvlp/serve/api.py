@@ -25,7 +25,7 @@ from fastvlp.serve.embedder import Embedder
 from fastvlp.serve.guard import Guard, refusal
 from fastvlp.serve.index import EngineError, Index
 from fastvlp.serve.limits import Limits, Refusal, refuse
-from fastvlp.serve.pictures import Pictures
+from fastvlp.serve.pictures import Kept
 from fastvlp.serve.routes import names, router
 from fastvlp.serve.service import Service
 
@@ -37,7 +37,7 @@ def create_app(
     embedder: Embedder,
     index: Index | None = None,
     *,
-    pictures: Pictures | None = None,
+    pictures: Kept | None = None,
     limits: Limits | None = None,
     keys: Sequence[str] = (),
     origins: Sequence[str] = (),

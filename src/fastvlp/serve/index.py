@@ -19,7 +19,7 @@ import numpy as np
 from fastvlp.errors import UserError
 
 if TYPE_CHECKING:
-    from fastvlp.serve.pictures import Pictures
+    from fastvlp.serve.pictures import Kept
 
 FORMAT = 1
 # Of one search, those before the page counted.
@@ -109,14 +109,16 @@ def open_index(uri: str, stamp: Stamp | None = None, create: bool = False) -> In
     return ChromaIndex(uri, stamp, create)
 
 
-def pictures_of(uri: str, folder: str | Path | None = None) -> Pictures | None:
-    """Where the pictures of an index's items are: in the folder that was told, or in the index's own; none where it is on
-    a server and nobody told."""
-    from fastvlp.serve.pictures import Pictures
+def pictures_of(uri: str, folder: str | Path | None = None) -> Kept | None:
+    """Where the pictures of an index's items are: in the folder that was told, in the index's own, or in the shards that were
+    embedded; none where it is on a server and nobody told, or the shards are gone."""
+    from fastvlp.serve.pictures import Pictures, shard_pictures
 
     if folder is not None:
         return Pictures(folder)
-    return None if "://" in uri or uri.startswith("codes:") else Pictures(Path(uri) / "pictures")
+    if uri.startswith("codes:"):
+        return shard_pictures(Path(uri.removeprefix("codes:")))
+    return None if "://" in uri else Pictures(Path(uri) / "pictures")
 
 
 def agreed(told: Mapping[str, Any] | None, stamp: Stamp | None, where: str) -> Stamp:

@@ -19,7 +19,7 @@ from fastvlp.serve.bulk import DROPPED, Part, open_embedded, parts, read_dropped
 from fastvlp.serve.embedder import Embedder, Unreadable
 from fastvlp.serve.index import Hit, Index, Scalar, Stamp, middle, open_index, pictures_of
 from fastvlp.serve.options import Device, IndexBuild, IndexSearch
-from fastvlp.serve.pictures import Pictures, thumbnail
+from fastvlp.serve.pictures import Kept, thumbnail
 
 # Records that are embedded and added at a time.
 SPAN = 1000
@@ -71,7 +71,7 @@ def _embedder(told: Device, export: str) -> Embedder:
     return Embedder.load(export, told.device, told.precision)
 
 
-def keep_pictures(pictures: Pictures, shards: Shards, part: Part, prefix: str = "") -> list[Dropped]:
+def keep_pictures(pictures: Kept, shards: Shards, part: Part, prefix: str = "") -> list[Dropped]:
     """Small pictures of the part's records that have none yet; what cannot be read now is named, and shown without one."""
 
     def keep(id: str, place: int) -> Dropped | None:

@@ -113,7 +113,7 @@ class Serve(Device):
     create: bool = False
     """Make an empty index where there is none."""
     pictures: Path | None = None
-    """Folder of the items' pictures; by default `pictures` in the index's own."""
+    """Folder of the items' pictures; by default `pictures` in the index's own; of codes: they are read from the shards."""
     host: str = "127.0.0.1"
     """Address to listen at; 0.0.0.0 lets other machines ask."""
     port: int = 8000

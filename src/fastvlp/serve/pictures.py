@@ -1,17 +1,21 @@
-"""Small pictures of an index's items, for the page to show and for re-ranking: a file each."""
+"""Small pictures of an index's items, for the page to show and for re-ranking: a file each, or made from the shards."""
 
 from __future__ import annotations
 
 import hashlib
 import io
 from pathlib import Path
+from typing import NoReturn, TypeAlias
 
 from PIL import Image
 
 from fastvlp.data.decode import MAX_PIXELS, read_pixels
 from fastvlp.data.files import write_whole
+from fastvlp.data.shards import Shards
 from fastvlp.data.transform import Transform
 from fastvlp.errors import UserError
+from fastvlp.serve.bulk import open_embedded
+from fastvlp.serve.codes import FIXED
 from fastvlp.serve.index import EngineError
 
 SIDE = 320
@@ -42,6 +46,42 @@ class Pictures:
 
     def delete(self, id: str) -> None:
         self._path(id).unlink(missing_ok=True)
+
+
+class ShardPictures:
+    """Of what `vlp embed` wrote: read from the shards when they are asked for, and kept nowhere. Safe to ask from several
+    threads."""
+
+    def __init__(self, shards: Shards):
+        self.shards = shards
+        self._places = {key: place for place, key in enumerate(shards.keys)}
+
+    def put(self, id: str, data: bytes) -> NoReturn:
+        raise UserError(FIXED)
+
+    def get(self, id: str) -> bytes | None:
+        if (place := self._places.get(id)) is None:
+            return None
+        try:
+            return thumbnail(self.shards.read(place).images[0])
+        # The shards may have changed since; and decoders given damaged bytes raise anything.
+        except Exception:
+            return None
+
+    def delete(self, id: str) -> NoReturn:
+        raise UserError(FIXED)
+
+
+Kept: TypeAlias = Pictures | ShardPictures
+
+
+def shard_pictures(embedded: Path) -> ShardPictures | None:
+    """None where the shards are gone or cannot be reached. Raises UserError for a folder that `vlp embed` did not write."""
+    data = open_embedded(embedded).data
+    try:
+        return ShardPictures(Shards(data))
+    except (UserError, OSError, ImportError):
+        return None
 
 
 def thumbnail(data: bytes, side: int = SIDE, max_pixels: int = MAX_PIXELS) -> bytes:

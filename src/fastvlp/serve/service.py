@@ -20,7 +20,7 @@ from fastvlp.serve.embedder import Embedder, Unreadable
 from fastvlp.serve.index import EngineError, Hit, Index, Item, Where
 from fastvlp.serve.limits import Limits, Refusal, refuse
 from fastvlp.serve.metrics import Metrics
-from fastvlp.serve.pictures import Pictures, thumbnail
+from fastvlp.serve.pictures import Kept, thumbnail
 
 T = TypeVar("T")
 # Tokens that a text of `Limits.batch` stands for.
@@ -35,7 +35,7 @@ class Service:
     `index` is None where only embeddings are served.
     """
 
-    def __init__(self, embedder: Embedder, index: Index | None, pictures: Pictures | None, limits: Limits):
+    def __init__(self, embedder: Embedder, index: Index | None, pictures: Kept | None, limits: Limits):
         self.embedder, self.index, self.pictures, self.limits = embedder, index, pictures, limits
         embedder.max_pixels = limits.pixels
         self.name = str(embedder.card.get("name", "fastvlp"))
@@ -152,8 +152,9 @@ class Service:
 
     async def picture(self, id: str) -> bytes | None:
         """What the index keeps of the item's picture."""
-        pictures = self.pictures
-        return None if pictures is None else await self.indexed(lambda index: pictures.get(id))
+        if self.pictures is None:
+            return None
+        return await asyncio.get_running_loop().run_in_executor(self._decoders, self.pictures.get, id)
 
     async def add(self, id: str, vector: np.ndarray, info: Mapping[str, Any], data: bytes) -> None:
         """The item is in the index when this returns."""
@@ -161,10 +162,10 @@ class Service:
         small = await asyncio.get_running_loop().run_in_executor(self._decoders, shrink)
 
         def add(index: Index) -> None:
-            # First: an item without its picture would be shown, a picture without its item is not.
+            # First: what it refuses must not change the picture of an item that it has.
+            index.add([id], vector[None], [info])
             if self.pictures is not None:
                 self.pictures.put(id, small)
-            index.add([id], vector[None], [info])
 
         await self.indexed(add)
 
