@@ -64,13 +64,42 @@ def test_the_card_is_filled_from_the_run(runs, tmp_path):
         assert words in told
 
 
+def test_the_card_tells_of_the_checkpoint_that_is_exported(runs, tmp_path):
+    run = shutil.copytree(runs["towers"], tmp_path / "run")
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    (best,) = (line for line in lines if line["kind"] == "validation")
+    with (run / "log.jsonl").open("a") as log:
+        for kind in ("train", "validation"):
+            log.write(
+                json.dumps(best | {"kind": kind, "step": 297, "elapsed": 9999.0, "loss": best["loss"] + 1}) + "\n"
+            )
+    card = export(Export(run=str(run), out=tmp_path / "out"))
+    assert card["validation"]["loss"] == best["loss"]
+    told = {name: card["training"][name] for name in ("step", "steps", "pairs", "weights")}
+    assert told == {"step": 1, "steps": 297, "pairs": 8, "weights": "best.safetensors"}
+    assert card["training"]["seconds"] == pytest.approx(best["elapsed"], abs=1e-3)
+    assert f"| loss | {best['loss']:.4g} |" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_the_cards_code_runs_where_it_was_exported(runs, pictures, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("cat.jpg").write_bytes(pictures[0])
+    for out, named in ((Path("exports/small"), "exports/small"), (tmp_path / "own", "own")):
+        export(Export(run=str(runs["towers"]), out=out))
+        code = (out / "README.md").read_text().partition("```python\n")[2].partition("```")[0]
+        assert f'Embedder.load("{named}")' in code
+        ran: dict[str, object] = {}
+        exec(code, ran)
+        assert ran["scores"].shape == (1, 1)
+
+
 def test_a_licence_that_was_not_told_is_asked_for(exports):
     told = (exports["towers"] / "README.md").read_text()
     assert "license: other" in told and "Not chosen yet" in told
 
 
 def test_an_export_that_fails_leaves_nothing(runs, tmp_path, monkeypatch):
-    def fails(card):
+    def fails(card, place):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(exporting, "readme", fails)

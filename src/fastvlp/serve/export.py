@@ -37,7 +37,9 @@ def export(told: Export) -> dict[str, Any]:
         save_model(part, saved.model, saved.tokenizer, saved.info, objectives=heads(saved))
         write_whole(part / "config.json", json.dumps(reading(config), indent=2, ensure_ascii=False).encode())
         write_whole(part / "card.json", json.dumps(card, indent=2, ensure_ascii=False).encode())
-        write_whole(part / "README.md", readme(card).encode())
+        # An absolute path tells of the machine.
+        place = told.out.name if told.out.is_absolute() else told.out.as_posix()
+        write_whole(part / "README.md", readme(card, place).encode())
     return card
 
 
@@ -60,7 +62,7 @@ def reading(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def facts(saved: Saved, run: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     """What is known of a run: for the card, and for whoever serves it."""
-    info, model, log = saved.info, saved.model.config, _log(run / "log.jsonl")
+    info, model, log = saved.info, saved.model.config, _log(run / "log.jsonl", saved.info.get("step"))
     tower = "reads text beside the image" if model.fusion else "two towers"
     data, about = config.get("data", {}), _json(run / "about.json")
     return {
@@ -82,7 +84,7 @@ def facts(saved: Saved, run: Path, config: Mapping[str, Any]) -> dict[str, Any]:
             "weights": saved.weights.name,
             "step": info.get("step"),
             "steps": log.get("step"),
-            "seconds": log.get("elapsed", info.get("elapsed_s")),
+            "seconds": info.get("elapsed_s"),
             "pairs": info.get("pairs"),
             **{key: about[key] for key in ("device", "threads", "fastvlp", "commit", "torch", "date") if key in about},
         },
@@ -104,8 +106,8 @@ def scores(run: Path) -> dict[str, dict[str, float]]:
     return found
 
 
-def readme(card: Mapping[str, Any]) -> str:
-    """The card to read, with the front matter of a model hub."""
+def readme(card: Mapping[str, Any], place: str) -> str:
+    """The card to read, with the front matter of a model hub. `place`: of the export, as its Python names it."""
     model, training = card["model"], card["training"]
     objectives = ", ".join(f"{name} ({kind})" for name, kind in card["objectives"].items())
     rows = {
@@ -128,13 +130,13 @@ def readme(card: Mapping[str, Any]) -> str:
         f"---\nlibrary_name: fastvlp\nlicense: {card['license'] or 'other'}\ntags: [image-text, fastvlp]\n---\n\n"
         f"# {card['name']}\n\n| | |\n|---|---|\n{facts}\n\n"
         f"## Scores\n\n{chr(10).join(tables) or 'None yet: `vlp evaluate` scores a run, and the next export tells.'}\n\n"
-        f'## Use\n\n```python\nfrom fastvlp import Embedder\n\nembedder = Embedder.load("{card["name"]}")\n'
-        f"{_use(card['can'])}```\n\n"
+        f"## Use\n\n```python\n{_use(place, card['can'])}```\n\n"
         f"## Licence\n\n{card['license'] or 'Not chosen yet: say here under which licence the weights may be used.'}\n"
     )
 
 
-def _use(can: list[str]) -> str:
+def _use(place: str, can: list[str]) -> str:
+    start = f"from fastvlp import Embedder\n\nembedder = Embedder.load({json.dumps(place, ensure_ascii=False)})\n"
     lines = {
         "embed": 'pictures = embedder.images([open("cat.jpg", "rb").read()])  # unit vectors\n'
         'scores = pictures @ embedder.texts(["a cat on a sofa"]).T\n',
@@ -142,7 +144,7 @@ def _use(can: list[str]) -> str:
         "answer": 'embedder.answer([open("cat.jpg", "rb").read()], ["what is on the sofa?"])\n',
         "match": 'embedder.match([open("cat.jpg", "rb").read()], ["a cat on a sofa"])\n',
     }
-    return "".join(lines[ability] for ability in lines if ability in can)
+    return start + "".join(lines[ability] for ability in lines if ability in can)
 
 
 def _training(told: Mapping[str, Any]) -> str:
@@ -182,15 +184,15 @@ def _json(path: Path) -> dict[str, Any]:
     return told if isinstance(told, dict) else {}
 
 
-def _log(path: Path) -> dict[str, Any]:
-    """The last step and its time, and the last validation's losses."""
+def _log(path: Path, step: int | None) -> dict[str, Any]:
+    """The last step, and the losses of the validation at `step`."""
     found: dict[str, Any] = {}
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
         try:
             told = json.loads(line)
-            found |= {"step": told["step"], "elapsed": told["elapsed"]}
+            found["step"] = told["step"]
         except (ValueError, KeyError, TypeError):
             continue  # a line cut by a kill
-        if told.get("kind") == "validation":
+        if told.get("kind") == "validation" and told["step"] == step:
             found["validation"] = {k: v for k, v in told.items() if k.startswith("loss") and v is not None}
     return found
