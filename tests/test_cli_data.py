@@ -51,8 +51,6 @@ def test_what_the_user_can_mend_is_one_line_and_exit_2(tmp_path: Path, capsys: p
     ("argv", "offered"),
     [
         (["data", "import", "x", "--out", "y", "--max-sid", "3"], "--max-side"),
-        (["data", "inspct", "x"], "inspect"),
-        (["dta"], "data"),
         (["data", "import", "x", "--out", "y", "--format", "tabel"], "table"),
     ],
 )
@@ -62,6 +60,37 @@ def test_a_misspelt_word_is_answered_with_the_right_ones(
     with pytest.raises(SystemExit) as stop:
         main(argv)
     assert stop.value.code == 2 and offered in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["dta", "inspect", "x"], "dta: no command of `vlp`; did you mean data?"),
+        (["xyz"], "xyz: no command of `vlp`; there are data, pretrain"),
+        (["data", "inspct", "photos"], "inspct: no command of `vlp data`; did you mean inspect?"),
+        (["index", "serch", "a"], "serch: no command of `vlp index`; did you mean search?"),
+        (
+            ["evaluate", "retreival", "run", "--data", "x"],
+            "retreival: no command of `vlp evaluate`; did you mean retrieval?",
+        ),
+        (["evaluate", "nowhere"], "nowhere: not the folder of a run"),
+        (["evaluate", "runs/probe"], "runs/probe: not the folder of a run"),
+    ],
+)
+def test_a_misspelt_command_is_named_with_the_nearest(
+    argv: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(argv) == 2
+    assert capsys.readouterr().err.startswith(f"error: {said}")
+
+
+def test_a_run_may_be_called_much_like_a_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tasks").mkdir()
+    assert main(["evaluate", "tasks"]) == 2
+    assert "tasks: not the folder of a run" in capsys.readouterr().err
 
 
 def test_help_does_not_load_torch() -> None:

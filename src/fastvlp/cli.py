@@ -9,20 +9,21 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, make_dataclass, replace
+from difflib import get_close_matches
 from inspect import getdoc
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import tyro
 from rich.console import Console
 from tyro.conf import Positional, arg, subcommand
 
 from fastvlp.compare_options import Compare
-from fastvlp.data.options import Data, DataDemo, DataImport, DataInspect
+from fastvlp.data.options import Data, DataCommand, DataDemo, DataImport, DataInspect
 from fastvlp.errors import UserError
 from fastvlp.eval.options import Probe, Retrieval, ZeroShot
 from fastvlp.model.options import Convert, Towers
-from fastvlp.serve.options import Embed, Export, IndexBuild, Indexing, IndexSearch, Serve
+from fastvlp.serve.options import Embed, Export, IndexBuild, IndexCommand, Indexing, IndexSearch, Serve
 from fastvlp.tasks.options import Evaluate, Finetune
 
 if TYPE_CHECKING:
@@ -156,7 +157,12 @@ EvaluateCommand = (
 )
 
 
-EVALUATIONS = ("task", "retrieval", "zeroshot", "probe")
+def names(parts: Any) -> tuple[str, ...]:
+    """Of a command's parts, as tyro is told them."""
+    return tuple(get_args(part)[1].name for part in get_args(parts))
+
+
+EVALUATIONS = names(EvaluateCommand)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -301,31 +307,49 @@ def run(
             data_inspect(inspecting)
 
 
+COMMANDS: dict[str, Any] = {
+    "data": Data,
+    "pretrain": Pretrain,
+    "finetune": Finetune,
+    "evaluate": Evaluation,
+    "compare": Compare,
+    "convert": Convert,
+    "towers": Towers,
+    "export": Export,
+    "embed": Embed,
+    "index": Indexing,
+    "serve": Serve,
+}
+PARTS = {"data": names(DataCommand), "evaluate": EVALUATIONS, "index": names(IndexCommand)}
+
+
+def check_words(argv: Sequence[str]) -> None:
+    """Raises UserError, with the nearest, where the first word is no command or the second no part of it."""
+    for at, known in enumerate((tuple(COMMANDS), PARTS.get(argv[0], ()) if argv else ())):
+        if len(argv) <= at or not known or argv[at].startswith("-") or argv[at] in known:
+            continue
+        near = get_close_matches(argv[at], known, n=1)
+        # `vlp evaluate RUN`.
+        if argv[:at] == ["evaluate"] and (not near or "/" in argv[at] or Path(argv[at]).exists()):
+            continue
+        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
+        raise UserError(f"{argv[at]}: no command of `{' '.join(['vlp', *argv[:at]])}`; {hint}")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command. Returns 0, or 2 after saying what is wrong where the user can mend it; tyro exits with 2 too."""
     argv = sys.argv[1:] if argv is None else argv
     # Torch's threads spin while they wait for each other: on cores that others use too, a step then takes 50 times as long.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
+        check_words(argv)
         if argv[:1] == ["pretrain"] and len(argv) > 1 and not argv[1].startswith("-"):
             pretrain(argv[1:])
             return 0
         if argv[:1] == ["evaluate"] and len(argv) > 1 and argv[1] not in EVALUATIONS and not argv[1].startswith("-"):
             argv = ["evaluate", "task", *argv[1:]]
         command = tyro.extras.subcommand_cli_from_dict(
-            {
-                "data": Data,
-                "pretrain": Pretrain,
-                "finetune": Finetune,
-                "evaluate": Evaluation,
-                "compare": Compare,
-                "convert": Convert,
-                "towers": Towers,
-                "export": Export,
-                "embed": Embed,
-                "index": Indexing,
-                "serve": Serve,
-            },
+            COMMANDS,
             prog="vlp",
             description="Pretrain vision-language models on your image-text pairs.",
             args=argv,
