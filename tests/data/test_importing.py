@@ -2,6 +2,7 @@ import io
 import json
 import struct
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -70,7 +71,7 @@ def test_splits_counts_and_drops(tmp_path: Path) -> None:
     assert set(reasons) == {"cut", "text", "none", "c", "d", "bomb"}
     assert "truncated" in reasons["cut"] and reasons["text"].startswith("not an image of a known format")
     assert "pixels" in reasons["bomb"]
-    assert reasons["none"] == "image file is missing" and reasons["c"].startswith("nothing is said")
+    assert reasons["none"] == f"image file is missing in {tmp_path}" and reasons["c"].startswith("nothing is said")
     assert reasons["d"] == "field statements is not a list of objects with text and label"
     assert done.reasons.total() == 6
 
@@ -155,8 +156,12 @@ def test_equal_keys_are_told_apart(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_imported_says_so(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no usable record among 1: 1x image file is missing"):
-        run(tmp_path, [row("none.png", "x")], {})
+    said = rf"no usable record among 2 \(first: in/none\): 2x image file is missing in {tmp_path}$"
+    with pytest.raises(UserError, match=said):
+        run(tmp_path, [row("in/none.png", "x"), row("in/b.png", "x")], {})
+    absent = replace(source(tmp_path, [row("a.png", "x")], {}), images=tmp_path / "nowhere")
+    with pytest.raises(UserError, match=f"--images {tmp_path}/nowhere: no such folder"):
+        import_data(absent, tmp_path / "out", ImportConfig())
     with pytest.raises(UserError, match=r"split '\.\./up' cannot be a folder's name"):
         run(tmp_path, [row("a.png", "x", split="../up")], {"a.png": picture()})
     assert not list(tmp_path.glob("**/*.tar"))

@@ -110,7 +110,7 @@ def test_a_path_that_leaves_the_folder_is_refused(pairs: Path, name: str) -> Non
 
 def test_what_a_table_gets_wrong_is_named(pairs: Path) -> None:
     records, dropped = parted(table.read(write_table(pairs / "t.csv", [("pics/none.png", "x"), ("pics/a.png", "y")])))
-    assert list(records) == ["pics/a"] and dropped == {"pics/none": "image file is missing"}
+    assert list(records) == ["pics/a"] and dropped == {"pics/none": f"image file is missing in {pairs}"}
     with pytest.raises(UserError, match=r"t\.csv.*no caption column.*picture, words.*--caption-column"):
         list(table.read(write_table(pairs / "t.csv", ROWS, ("image", "picture, words"))))
     (pairs / "t.csv").write_bytes("image,caption\npics/a.png,é\n".encode("latin-1"))
@@ -214,7 +214,10 @@ def test_nlvr_in_its_official_layout(official: Path) -> None:
     assert sources.guess(official) == "nlvr"
     records, dropped = parted(nlvr.read(official))
     assert list(records) == [f"dev-5-1-{k}" for k in range(5)]
-    assert dropped == {"dev-5-1-5": "image file is missing", "dev-6-0": "no sentence or no label"}
+    assert dropped == {
+        "dev-5-1-5": f"image file is missing in {official}/dev",
+        "dev-6-0": "no sentence or no label",
+    }
     info = records["dev-5-1-3"].info
     assert info["statements"] == [{"text": "x", "label": False}]
     assert (info["split"], info["group"], info["permutation"]) == ("dev", "dev-5", 3)

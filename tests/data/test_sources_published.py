@@ -72,7 +72,7 @@ def test_coco(coco_folder: Path) -> None:
         other = records["val2017/000000000009"]
         assert other.info["split"] == "val" and other.info["captions"] == [] and len(other.info["objects"]) == 1
         assert other.images != records["train2017/000000000009"].images
-        assert dropped == {"train2017/000000000025": "image file is missing"}
+        assert dropped == {"train2017/000000000025": f"image file is missing in {coco_folder}"}
 
 
 def test_karpathys_splits(tmp_path: Path) -> None:
@@ -141,7 +141,7 @@ def test_nlvr2(tmp_path: Path) -> None:
         "group": "train-1",
         "split": "train",
     }
-    assert dropped == {"test1-3-1": "image file is missing"}
+    assert dropped == {"test1-3-1": f"image file is missing in {tmp_path}/images"}
     assert read(tmp_path / "data/train.json", "nlvr2", images=tmp_path / "images")[0].keys() == {"train-1-0"}
 
 

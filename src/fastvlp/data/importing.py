@@ -86,7 +86,10 @@ def import_data(source: sources.Source, out: Path, config: ImportConfig, *, show
             writers[split].write(replace(item, key=_key(item.key, keys)))
             done.written[split] += 1
         if not done.written:
-            raise UserError(f"{source.path}: no usable record among {len(done.dropped)}: {_listed(done.reasons)}")
+            first = f" (first: {done.dropped[0].key})" if done.dropped else ""
+            raise UserError(
+                f"{source.path}: no usable record among {len(done.dropped)}{first}: {_listed(done.reasons)}"
+            )
     lines = [json.dumps({"key": d.key, "reason": d.reason}, ensure_ascii=False) + "\n" for d in done.dropped]
     path = out / "dropped.jsonl"
     write_whole(path, (path.read_bytes() if path.exists() else b"") + "".join(lines).encode())

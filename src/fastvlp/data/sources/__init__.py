@@ -68,6 +68,8 @@ class Source:
 
 
 def read(source: Source) -> Iterator[Record | Dropped]:
+    if isinstance(source.images, Path) and not source.images.is_dir():
+        raise UserError(f"--images {source.images}: no such folder; give the one that image paths start from")
     items = _read(source)
     return items if source.features is None else features.attached(items, source.features)
 

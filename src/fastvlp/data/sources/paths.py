@@ -41,7 +41,7 @@ def read_inside(root: Images, name: str, key: str) -> bytes | Dropped:
             return Dropped(key=key, reason="image path leaves the source folder (see --images)")
         return path.read_bytes()
     except FileNotFoundError:
-        return Dropped(key=key, reason="image file is missing")
+        return Dropped(key=key, reason=f"image file is missing in {root.resolve()}")
     except (OSError, ValueError) as error:
         return Dropped(key=key, reason=f"image file cannot be read ({type(error).__name__})")
 
