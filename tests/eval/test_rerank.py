@@ -129,9 +129,9 @@ def test_what_is_wrong_is_said(runs, world, capsys):
         (["--keep", "0.5", "--views", "3"], "--keep 0.5 --views 3"),
         (["--batch-size", "0"], "--batch-size 0"),
         (["--captions", "title"], "no caption in 'title'"),
-        (["--split", "dev"], "no shards"),
+        (["--split", "dev"], f"--split dev: no folder of that name in the data; {world}: no shards"),
     ):
         assert main([*argv, *more]) == 2
         assert said in capsys.readouterr().err
     assert main(["evaluate", "retrieval", str(runs["flm"]), "--data", str(world)]) == 2
-    assert "set model.embed" in capsys.readouterr().err
+    assert f"{runs['flm']}: it has no towers that embed" in capsys.readouterr().err

@@ -155,7 +155,7 @@ class Shards:
         self._local = isinstance(fs, LocalFileSystem)
         self._tars = _find_tars(fs, root)
         if not self._tars:
-            raise UserError(f"{self.url}: no shards (*.tar) here; {_remedy(fs, root)}")
+            raise UserError(f"{self.url}: no shards (*.tar) here; {_remedy(self.url, fs, root)}")
         if self._local:
             self._indexes = [_local_index(Path(tar)) for tar in self._tars]
         else:
@@ -307,12 +307,12 @@ def _parse(data: bytes, key: str) -> dict[str, Any]:
     return info
 
 
-def _remedy(fs: Any, root: str) -> str:
+def _remedy(url: str, fs: Any, root: str) -> str:
     """Where a folder of splits was given for one of them, which they are."""
     inside = fs.ls(root, detail=False) if fs.isdir(root) else []
     splits = sorted(Path(place).name for place in inside if fs.isdir(place) and _find_tars(fs, place))
     if splits:
-        return f"its folders {', '.join(splits)} have some: name one of them (`vlp evaluate` has --split)"
+        return f"its folders {', '.join(splits)} have some: give one of them, such as {url.rstrip('/')}/{splits[0]}"
     return "make them with `vlp data import` or `vlp data demo`"
 
 

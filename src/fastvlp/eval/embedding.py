@@ -30,7 +30,7 @@ from fastvlp.data.transform import Transform
 from fastvlp.dist import pick_device
 from fastvlp.errors import UserError
 from fastvlp.eval.mode import evaluating
-from fastvlp.eval.options import Encode
+from fastvlp.eval.options import Encode, Masked
 from fastvlp.model.embed import unit
 from fastvlp.model.model import VLModel
 from fastvlp.model.saved import Saved, load_model
@@ -109,6 +109,17 @@ def open_run(told: Encode, folder: str | None = None) -> tuple[Reader, Saved, di
     return reader, saved, data
 
 
+def open_towers(told: Masked) -> tuple[Reader, Saved, dict[str, Any]]:
+    """As `open_run`. Raises UserError where the model cannot embed."""
+    opened = open_run(told)
+    if opened[0].model.config.embed is None:
+        raise UserError(
+            f"{told.run}: it has no towers that embed images and texts, so that it cannot do {type(told).__name__.lower()} "
+            f"alone; give a run that was trained with model.embed"
+        )
+    return opened
+
+
 def _trained(path: Path) -> dict[str, Any]:
     """The config of the run; nothing where a model was saved without one."""
     try:
@@ -124,7 +135,12 @@ def _regions(data: dict[str, Any]) -> RegionSource | None:
 
 def open_split(told: Encode) -> Shards:
     place = place_in(told.data, told.split)
-    return Shards(place if is_folder(place) else told.data)
+    if is_folder(place):
+        return Shards(place)
+    try:
+        return Shards(told.data)
+    except UserError as error:
+        raise UserError(f"--split {told.split}: no folder of that name in the data; {error}") from error
 
 
 def image_batches(shards: Shards, reader: Reader, description: str = "images") -> Iterator[tuple[slice, Images]]:

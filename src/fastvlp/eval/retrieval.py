@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastvlp.data.shards import Shards
 from fastvlp.errors import UserError
-from fastvlp.eval.embedding import Embedded, Reader, embed_split, open_run, open_split, read_captions
+from fastvlp.eval.embedding import Embedded, Reader, embed_split, open_run, open_split, open_towers, read_captions
 from fastvlp.eval.options import Retrieval
 from fastvlp.eval.pairs import pair_score
 from fastvlp.eval.ranks import ROUNDING, cosine, ranks, recall, rerank, reranked, shortlist, transposed
@@ -26,7 +26,7 @@ def evaluate(told: Retrieval) -> dict[str, Any]:
     cannot be used: an evaluation leaves none out."""
     if told.top < 1:
         raise UserError(f"--top {told.top}: score at least one candidate of each query once more")
-    reader, saved, data = open_run(told)
+    reader, saved, data = open_towers(told)
     shards = open_split(told)
     captions = read_captions(shards, told.captions or data.get("captions", "captions"))
     clock = Clock(reader.device)

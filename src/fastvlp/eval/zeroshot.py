@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastvlp.data.shards import Shards
 from fastvlp.errors import UserError
-from fastvlp.eval.embedding import embed_images, embed_texts, open_run, open_split, read_labels
+from fastvlp.eval.embedding import embed_images, embed_texts, open_split, open_towers, read_labels
 from fastvlp.eval.options import ZeroShot
 from fastvlp.eval.ranks import ROUNDING
 from fastvlp.model.embed import unit
@@ -133,7 +133,7 @@ def evaluate(told: ZeroShot) -> dict[str, Any]:
     labels = read_labels(shards, told.label)
     classes = read_classes(Path(told.classes)) if told.classes else {label: [label] for label in sorted({*labels})}
     label_I = find_labels(shards, labels, classes, told.classes or shards.url)
-    reader, saved, _ = open_run(told)
+    reader, saved, _ = open_towers(told)
     image_IE = embed_images(reader, shards)
     texts = [[t.replace("{}", name) for name in names for t in templates] for names in classes.values()]
     class_of_text = torch.arange(len(classes)).repeat_interleave(torch.tensor([len(its) for its in texts]))
