@@ -70,7 +70,7 @@ def test_what_it_cannot_do_is_said(index, folder, tmp_path):
             change()
     with pytest.raises(UserError, match="another model"):
         open_index(f"codes:{folder}", Stamp(fingerprint="f" * 32, width=16))
-    with pytest.raises(UserError, match=r"nowhere: no folder that `vlp embed` wrote, it has no embedded\.json"):
+    with pytest.raises(UserError, match=r"nowhere: not a folder that `vlp embed` wrote, it has no embedded\.json"):
         open_index(f"codes:{tmp_path}/nowhere")
     with pytest.raises(UserError, match=f"search it as codes:{folder}"):
         open_index(str(folder))

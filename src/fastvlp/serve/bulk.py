@@ -127,6 +127,8 @@ def settle(path: Path, wanted: Mapping[str, Any]) -> None:
 def _read_plan(path: Path) -> dict[str, Any]:
     try:
         told = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"{path.parent}: not a folder that `vlp embed` wrote, it has no {path.name}") from error
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read ({error}); give a folder that `vlp embed` wrote") from error
     return told if isinstance(told, dict) else {}

@@ -48,6 +48,10 @@ class ChromaIndex:
         self._mark = self.folder / "written" if self.folder else None
         self._lock = WriterLock(self.folder / "writer.lock") if self.folder else None
         if self.folder and not create and not (self.folder / FILE).exists():
+            from fastvlp.serve.bulk import PLAN
+
+            if (self.folder / PLAN).exists():
+                raise UserError(f"{uri}: no index but a folder of `vlp embed`; search it as codes:{uri}")
             raise UserError(f"{uri}: no index here; make one with `vlp index build {uri} EMBEDDED`")
         self._open(stamp, create)
         self._seen = self._written()
