@@ -226,6 +226,26 @@ def test_resuming_nothing_says_that_it_starts_anew(pairs, tmp_path, capsys):
     assert "no checkpoint" not in capsys.readouterr().out
 
 
+def test_another_length_of_a_resumed_run_is_told(pairs, tmp_path, capsys):
+    run = made_run(pairs, tmp_path / "a", "mlm", steps=1)
+    train(run)
+    train(run, resume=True)
+    assert "length was" not in capsys.readouterr().out
+    train(replace(run, steps=None, budget_s=1e-6), resume=True)
+    assert f"{tmp_path / 'a'}: length was 1 steps, now 1e-06 s" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("objective", "rows", "told"), [("clip", 16, True), ("clip", 12, False), ("mlm", 16, False)])
+def test_a_step_that_contrasts_records_with_themselves_is_told(tmp_path, objective, rows, told, capsys):
+    pairs = made_pairs(tmp_path / "pairs", 12)
+    run = made_run(pairs, tmp_path / "a", objective, steps=1, batch_size=rows // 2, accumulate=2)
+    state = train(run)
+    # The rows of the first step, whose micro-batches are scored together.
+    assert (len({row.index for s in (0, 1) for row in state.train.rows(s)}) < rows) == (rows == 16)
+    said = "data.batch_size 8: a step contrasts 16 rows of only 12 records"
+    assert (said in capsys.readouterr().out) == told
+
+
 def test_resuming_another_run_names_the_fields(pairs, tmp_path):
     run = made_run(pairs, tmp_path / "a", "mlm", steps=1)
     train(run)

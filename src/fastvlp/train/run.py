@@ -258,6 +258,8 @@ def train(run: TrainConfig, resume: bool = False, *, verbose: bool = False) -> T
         with RunLog(state) as log, stop_signals(state):
             if verbose:
                 log.say(show(whole))
+            if state.length_was not in (None, run.length):
+                log.say(f"{run.folder}: length was {state.length_was}, now {run.length}")
             if state.step == 0:
                 if resume:
                     log.say(f"{run.folder}: no checkpoint here to resume from, the run starts anew")
@@ -284,10 +286,18 @@ def train(run: TrainConfig, resume: bool = False, *, verbose: bool = False) -> T
 
 
 def tell_start(state: TrainState, log: RunLog) -> None:
-    """What came of the weights to start from, and what the training data lacks."""
+    """What came of the weights to start from, what the training data lacks, and whether it fills a step."""
     if state.inherited is not None:
         log.event("inherited", step=0, elapsed=0.0, source=state.run.init, **asdict(state.inherited))
     tell_dropped(state, state.dropped, log)
+    run, records = state.run, state.train.count
+    budget = run.data.grouping is not None and run.data.grouping.max_tokens is not None
+    rows = run.data.batch_size * run.accumulate * dist.world()
+    if rows > records and state.pretraining.pairs() and not budget:
+        log.say(
+            f"data.batch_size {run.data.batch_size}: a step contrasts {rows} rows of only {records} records, so that some "
+            f"are negatives of themselves; lower it"
+        )
 
 
 def tell_dropped(state: TrainState, dropped: Mapping[str, str], log: RunLog) -> None:

@@ -89,6 +89,10 @@ class TrainConfig:
     def folder(self) -> Path:
         return Path(self.out or f"runs/{self.name}")
 
+    @property
+    def length(self) -> str:
+        return f"{self.budget_s:g} s" if self.budget_s is not None else f"{self.steps} steps"
+
 
 COUNTED = (
     "steps",
@@ -138,8 +142,8 @@ class TrainState:
     """Where a run stands. `wrapped` is `pretraining`, maybe under DDP. `elapsed`: seconds of training, agreed by all
     ranks. `pairs` and `tokens` (targets of all losses) count all ranks. `dropped`: unreadable records and what damaged
     shards lack, key -> reason. `bad_steps` in a row were skipped, `skipped` in all. `best`: lowest validation loss so
-    far. `inherited`: what `run.init` gave. `told`: the signal that this process got; `stop`: the one that all ranks stop
-    for."""
+    far. `inherited`: what `run.init` gave. `length_was`: of a resumed run, when it was saved. `told`: the signal that this
+    process got; `stop`: the one that all ranks stop for."""
 
     run: TrainConfig
     device: torch.device
@@ -160,6 +164,7 @@ class TrainState:
     skipped: int = 0
     best: float = math.inf
     inherited: Inheritance | None = None
+    length_was: str | None = None
     told: int | None = None
     stop: int | None = None
 
@@ -370,5 +375,6 @@ def restore(state: TrainState) -> None:
         load_exactly(state.ema, told["ema"], path)
     state.optimiser.load_state_dict(told["optimiser"])
     state.dropped = told["dropped"] | state.dropped
+    state.length_was = replace(state.run, **{name: told["run"][name] for name in ("steps", "budget_s")}).length
     for name in COUNTERS:
         setattr(state, name, told[name])
