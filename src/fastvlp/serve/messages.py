@@ -198,7 +198,8 @@ def _first(error: ValidationError) -> str:
     worst = max(errors, key=lambda e: len(e["loc"]))
     # Names of fields and places in lists; not those of the types that were tried.
     where = ".".join(str(part) for part in worst["loc"] if re.fullmatch("[a-z_]+|[0-9]+", str(part)))
-    return f"{where}: {worst['msg']}" if where else worst["msg"]
+    what = worst["msg"].removeprefix("Value error, ")
+    return f"{where}: {what}" if where else what
 
 
 async def _form(request: Request, most_parts: int) -> list[tuple[str, str | bytes]]:
