@@ -45,6 +45,7 @@ class StandinEmbedder:
 
     def __init__(self, can: Sequence[str] = ("embed", "caption", "answer", "match")):
         self.can = frozenset(can)
+        self.languages = ["en", "zh"]
         self.transform = Transform(size=8)
         self.threads: set[int] = set()
         self.batches: list[int] = []

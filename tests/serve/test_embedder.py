@@ -31,6 +31,13 @@ def test_vectors_equal_those_that_the_run_is_evaluated_by(embedder, runs, world,
     assert np.allclose(np.linalg.norm(embedder.texts(TEXTS), axis=1), 1, atol=1e-6)
 
 
+def test_languages_are_those_of_the_captions(embedder, monkeypatch):
+    assert embedder.languages == ["en"]
+    for field, languages in (("captions_zh", ["zh"]), ("captions_zh+captions", ["en", "zh"]), ("alt_text", [])):
+        monkeypatch.setattr(embedder, "captions", field)
+        assert embedder.languages == languages
+
+
 def test_a_vector_does_not_depend_on_what_shares_its_batch(embedder, pictures):
     assert np.allclose(embedder.images(pictures)[3:4], embedder.images(pictures[3:4]), atol=1e-6)
     assert np.allclose(embedder.texts(TEXTS)[3:4], embedder.texts(TEXTS[3:4]), atol=1e-6)

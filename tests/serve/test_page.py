@@ -105,6 +105,24 @@ def test_typing_searches_in_english_and_chinese(page: Any):
     found(page, "blue")
 
 
+@pytest.mark.parametrize(
+    ("languages", "told", "hint"),
+    [
+        (["en"], "Type in English,", "Describe a picture"),
+        (["zh"], "Type in Chinese,", "用中文描述图片"),
+        (["en", "zh"], "Type in English or Chinese,", "Describe a picture · 用中文也行"),
+        ([], "Type words,", "Describe a picture"),
+    ],
+)
+def test_the_page_asks_for_the_languages_of_the_model(page: Any, languages: list[str], told: str, hint: str):
+    page.route("**/health", lambda route: route.fulfill(json=route.fetch().json() | {"languages": languages}))
+    page.reload()
+    expect(page.locator("#intro")).to_contain_text(told)
+    assert page.get_attribute("#text", "placeholder") == hint
+    asked = page.get_attribute("#asked", "placeholder")
+    assert ("图里有什么" in asked, "what is in it?" in asked) == ("zh" in languages, languages != ["zh"])
+
+
 def test_nothing_is_searched_while_a_word_is_composed(page: Any):
     asked: list[bytes] = []
     page.on("request", lambda sent: asked.append(sent.post_data_buffer) if "/v1/search" in sent.url else None)

@@ -93,13 +93,14 @@ class Status(Answer):
 
 
 class Health(Status):
-    """`can`: embed, match, caption, answer. `items`: of the index; null while it does not say. `key`: whether one is asked
-    for, and did not come."""
+    """`can`: embed, match, caption, answer. `languages`: of the captions that the model was trained on. `items`: of the
+    index; null while it does not say. `key`: whether one is asked for, and did not come."""
 
     model: str
     fingerprint: str
     width: int
     can: list[str]
+    languages: list[Literal["en", "zh"]]
     items: int | None
     report: bool
     key: bool

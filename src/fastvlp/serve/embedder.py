@@ -43,6 +43,8 @@ Ability = Literal["embed", "caption", "answer", "match"]
 Reads = Callable[[Tensor, Tensor, Tensor], Tensor]
 # Rows of one pass.
 ROWS = 256
+# Of the fields that an importer fills.
+LANGUAGES = {"captions": "en", "captions_zh": "zh"}
 # Files of an export whose bytes are its fingerprint.
 FILES = ("model.json", "config.json", "tokenizer.json", "model.safetensors")
 
@@ -132,6 +134,11 @@ class Embedder:
     @property
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
+
+    @property
+    def languages(self) -> list[str]:
+        """In which its captions are, en and zh, where their field tells."""
+        return sorted({LANGUAGES[field] for field in self.captions.split("+") if field in LANGUAGES})
 
     @property
     def stamp(self) -> Stamp:

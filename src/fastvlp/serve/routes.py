@@ -269,7 +269,8 @@ async def health(request: Request, served: Served) -> Response:
     """What is served, and whether the model's thread lives."""
     state = request.app.state
     facts: dict[str, Any] = {"model": served.name, "fingerprint": served.embedder.fingerprint}
-    facts |= {"width": served.embedder.width, "can": sorted(served.embedder.can), "items": await served.count()}
+    facts |= {"width": served.embedder.width, "can": sorted(served.embedder.can)}
+    facts |= {"languages": served.embedder.languages, "items": await served.count()}
     facts |= {
         "report": state.report is not None,
         "key": bool(state.keys) and not known_key(request.headers, state.keys),

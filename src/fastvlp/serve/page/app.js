@@ -5,7 +5,7 @@ const PAGE = 24;
 const by = (id) => document.getElementById(id);
 const [text, grid, panel, status, problem] = ["text", "grid", "panel", "status", "problem"].map(by);
 const dropped = new Map();
-let service = { can: [], items: 0 };
+let service = { can: [], languages: [], items: 0 };
 let asked = {}; // text, id, picture (a number in `dropped`)
 let next = null; // offset of the next page, or null
 let running = null; // AbortController of the search that is under way
@@ -376,8 +376,21 @@ const atEnd = () => by("end").getBoundingClientRect().top < innerHeight + 600;
 new IntersectionObserver(([entry]) => entry.isIntersecting && more(), { rootMargin: "600px" }).observe(by("end"));
 addEventListener("popstate", () => show(fromAddress()));
 
+// By the languages of the captions that the model was trained on.
+const HINTS = {
+  en: ["Type in English", "Describe a picture", "what is in it?"],
+  zh: ["Type in Chinese", "用中文描述图片", "图里有什么？"],
+  "en,zh": ["Type in English or Chinese", "Describe a picture · 用中文也行", "what is in it? · 图里有什么？"],
+};
+
+function hint(languages) {
+  const told = HINTS[languages.join()];
+  if (told) [by("language").textContent, text.placeholder, by("asked").placeholder] = told;
+}
+
 async function start() {
   service = await ask("/health").catch(() => service);
+  hint(service.languages);
   by("report").hidden = !service.report;
   if (service.key) return openKey();
   asked = {};
