@@ -126,6 +126,21 @@ def test_pairs_are_scored(client: TestClient):
     assert [score["match"] for score in client.post("/v1/score", files=form).json()["scores"]] == [0.0, 1.0]
 
 
+def test_health_tells_the_languages_of_the_model(tmp_path: Path):
+    embedder = StandinEmbedder()
+    for languages in (["en"], ["en", "zh"], []):
+        embedder.languages = languages
+        with opened(tmp_path, embedder) as client:
+            assert client.get("/health").json()["languages"] == languages
+
+
+def test_the_guide_names_every_route(client: TestClient):
+    guide = (Path(__file__).parents[2] / "docs" / "guide.md").read_text(encoding="utf-8")
+    table = guide.partition("| route | |")[2].partition("\n\n")[0]
+    for path in client.get("/openapi.json").json()["paths"]:
+        assert f"{path.replace('{id}', 'ID')}`" in table, path
+
+
 def test_captions_and_answers(client: TestClient):
     assert client.post("/v1/caption", json={"id": "red/0"}).json()["caption"] == "a red picture"
     answer = client.post("/v1/answer", files={"image": shade("blue", 0)}, data={"question": "which colour?"})
