@@ -66,7 +66,7 @@ def test_a_label_is_true_or_false(label: object) -> None:
     [
         ("expressions", {"text": "e", "object": 2}, "object 2 is no place among 2 objects"),
         ("expressions_zh", {"text": "e", "object": "cat"}, "object 'cat' is no place among 2 objects"),
-        ("entailments", {"text": "e", "label": True}, "label True is not one of entailment, neutral, contradiction"),
+        ("entailments", {"text": "e", "label": True}, "label True is not one of contradiction, entailment, neutral"),
         ("choices", {"question": "q", "answers": {"a": 1}}, "answers {'a': 1} are not a list of texts"),
         ("choices", {"question": "q", "answers": ["a", 2]}, "answers ['a', 2] are not a list of texts"),
         ("choices_zh", {"question": "q", "answers": ["a"], "right": 1}, "right 1 is no place among 1 answers"),

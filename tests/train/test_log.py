@@ -139,7 +139,7 @@ def test_tensorboard_by_option(tmp_path, monkeypatch):
         train(log, state, 10)
     assert list((tmp_path / "tensorboard").iterdir())
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    with pytest.raises(UserError, match=r"fastvlp\[tensorboard\]"):
+    with pytest.raises(UserError, match=r"-e '.\[tensorboard\]'"):
         RunLog(state, quiet=True)
 
 
