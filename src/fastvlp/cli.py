@@ -20,7 +20,7 @@ from tyro.conf import Positional, arg, subcommand
 
 from fastvlp.compare_options import Compare
 from fastvlp.data.options import Data, DataCommand, DataDemo, DataImport, DataInspect
-from fastvlp.errors import UserError
+from fastvlp.errors import UserError, install
 from fastvlp.eval.options import Probe, Retrieval, ZeroShot
 from fastvlp.model.options import Convert, Towers
 from fastvlp.serve.options import Embed, Export, IndexBuild, IndexCommand, Indexing, IndexSearch, Serve
@@ -267,7 +267,7 @@ def serve(command: Serve) -> None:
     try:
         from fastvlp.serve.run import serve
     except ImportError as error:
-        raise UserError(f"no {error.name}: the service needs the extra serve: pip install -e '.[serve]'") from error
+        raise UserError(f"no {error.name}: the service needs the extra serve: {install('serve')}") from error
 
     key = os.environ.get("FASTVLP_API_KEY")
     serve(replace(command, api_key=(*command.api_key, *([key] if key else []))))

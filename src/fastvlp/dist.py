@@ -42,7 +42,7 @@ def pick_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError) as error:
         raise UserError(f"device {name!r} cannot be used ({str(error).splitlines()[0]}); choose auto or cpu") from error
     return device
 

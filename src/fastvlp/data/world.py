@@ -272,11 +272,11 @@ def write_world(
     folder: Path,
     config: WorldConfig,
     *,
-    train: int = 6000,
-    val: int = 500,
-    test: int = 1000,
-    pairs: int = 3000,
-    singles: int = 256,
+    train: int,
+    val: int,
+    test: int,
+    pairs: int,
+    singles: int,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> dict[str, int]:
     """Writes the corpus as sharded splits under `folder`, with `corpus.json` beside them; returns records by split.

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from fastvlp.data.tokenize import Tokenizer
-from fastvlp.errors import UserError
+from fastvlp.errors import UserError, install
 from fastvlp.model import convert
 from fastvlp.model.model import ModelConfig, VLModel
 from fastvlp.model.saved import save_model
@@ -31,7 +31,7 @@ def local_file(source: str, name: str) -> Path:
         from huggingface_hub import hf_hub_download
         from huggingface_hub.errors import HfHubHTTPError
     except ImportError:
-        raise UserError(f"{source}: no such file; to fetch it from the hub, pip install -e '.[hub]'") from None
+        raise UserError(f"{source}: no such file; to fetch it from the hub, {install('hub')}") from None
     try:
         return Path(hf_hub_download(source, name))
     except (HfHubHTTPError, OSError, ValueError) as error:

@@ -14,8 +14,9 @@ from urllib.parse import urlsplit
 import numpy as np
 
 from fastvlp.data.streams import blocks
-from fastvlp.errors import UserError
+from fastvlp.errors import UserError, install
 from fastvlp.serve.index import (
+    CODES,
     EngineError,
     Hit,
     Item,
@@ -51,7 +52,7 @@ class ChromaIndex:
             from fastvlp.serve.bulk import PLAN
 
             if (self.folder / PLAN).exists():
-                raise UserError(f"{uri}: no index but a folder of `vlp embed`; search it as codes:{uri}")
+                raise UserError(f"{uri}: no index but a folder of `vlp embed`; search it as {CODES}{uri}")
             raise UserError(f"{uri}: no index here; make one with `vlp index build {uri} EMBEDDED`")
         self._open(stamp, create)
         self._seen = self._written()
@@ -87,7 +88,7 @@ class ChromaIndex:
             import chromadb
             from chromadb.config import Settings
         except ImportError as error:
-            raise UserError("an index needs Chroma: pip install -e '.[serve]'") from error
+            raise UserError(f"an index needs Chroma: {install('serve')}") from error
         quiet = Settings(anonymized_telemetry=False)
         if self.folder is not None:
             return chromadb.PersistentClient(str(self.folder), settings=quiet)
@@ -111,9 +112,8 @@ class ChromaIndex:
 
     def _explained(self, error: Exception) -> EngineError:
         told = f"{self.uri}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-        if self.folder is None:
-            return EngineError(f"{told}; is a Chroma server running there?")
-        return EngineError(f"{told}; is the disk full, or the folder damaged? Restore it, or build the index again")
+        asked = "is the disk full, or the folder damaged? Restore it, or build the index again"
+        return EngineError(f"{told}; {asked if self.folder else 'is a Chroma server running there?'}")
 
     def _written(self) -> int:
         """When a process last wrote to the folder."""

@@ -12,9 +12,9 @@ from fastvlp.data.files import whole_file
 from fastvlp.errors import UserError
 from fastvlp.serve.bulk import open_embedded, read_part
 from fastvlp.serve.hashing import HashSearch, learned_projection
-from fastvlp.serve.index import Hit, Item, Scalar, Stamp, Where, agreed, as_fields, choices, page, rows
+from fastvlp.serve.index import CODES, Hit, Item, Scalar, Stamp, Where, agreed, as_fields, choices, page, rows
 
-PREFIX, VECTORS = "codes:", "vectors.npy"
+VECTORS = "vectors.npy"
 BITS = 256
 # Of a search for k: so many are scored exactly (bench/retrieval.py: recall@10 of 0.999 or more).
 LEAST, EACH = 1000, 20
@@ -26,7 +26,7 @@ class CodesIndex:
     (bench/retrieval.py); a filter looks at every item. Nothing can be added or deleted."""
 
     def __init__(self, uri: str, stamp: Stamp | None = None):
-        folder = Path(uri.removeprefix(PREFIX))
+        folder = Path(uri.removeprefix(CODES))
         embedded = open_embedded(folder)
         self.uri, self._stamp = uri, agreed(as_fields(embedded.stamp), stamp, uri)
         self._ids: list[str] = []
@@ -82,7 +82,7 @@ class CodesIndex:
         return [Item(self._ids[at], np.array(self._search.vector_NE[at]), self._infos[at]) for at in places]
 
     def close(self) -> None:
-        pass
+        """Nothing to do: it holds memory alone, and a file that is mapped into it."""
 
 
 def on_disk(path: Path, parts: Sequence[Path], shape: tuple[int, int]) -> np.ndarray:

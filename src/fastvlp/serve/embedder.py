@@ -36,7 +36,7 @@ from fastvlp.tasks.decode import greedy
 
 Picture: TypeAlias = bytes | Image.Image
 # Or what `Embedder.pixels` gave, uint8 [n 3 size size].
-Pictures: TypeAlias = Sequence[Picture] | Tensor
+PictureBatch: TypeAlias = Sequence[Picture] | Tensor
 Precision = Literal["fp32", "bf16"]
 Ability = Literal["embed", "caption", "answer", "match"]
 # Image states, ids and lengths of texts to what a head says of each row.
@@ -145,7 +145,7 @@ class Embedder:
         """Of an index of its vectors."""
         return Stamp(fingerprint=self.fingerprint, width=self.width, model=str(self.card.get("name", "")))
 
-    def pixels(self, pictures: Pictures) -> Tensor:
+    def pixels(self, pictures: PictureBatch) -> Tensor:
         """uint8 [n 3 size size] as the model reads them, decoded on all cores. Raises Unreadable for the first picture that
         cannot be read."""
         if isinstance(pictures, Tensor):
@@ -154,7 +154,7 @@ class Embedder:
         size = self.transform.size
         return torch.stack(read) if read else torch.empty(0, 3, size, size, dtype=torch.uint8)
 
-    def images(self, pictures: Pictures) -> np.ndarray:
+    def images(self, pictures: PictureBatch) -> np.ndarray:
         """Unit vectors, float32 [n width]. Raises Unreadable."""
         self._need("embed")
         image = self.pixels(pictures)
@@ -177,7 +177,7 @@ class Embedder:
         """Tokens of each text, <s> and </s> included, after what is too long is cut."""
         return self._ids(texts)[1].tolist()
 
-    def caption(self, pictures: Pictures) -> list[str]:
+    def caption(self, pictures: PictureBatch) -> list[str]:
         """What the model says of each picture, the likeliest word each time."""
         self._need("caption")
         said: list[str] = []
@@ -186,17 +186,17 @@ class Embedder:
             said += map(self.tokenizer.decode, ids_BT.tolist())
         return said
 
-    def answer(self, pictures: Pictures, questions: Sequence[str]) -> list[str]:
+    def answer(self, pictures: PictureBatch, questions: Sequence[str]) -> list[str]:
         """The likeliest answer to each picture's question, of those that the model was tuned to choose from."""
         self._need("answer")
         return [self._answers[i] for part in self._beside(self._answer, pictures, questions) for i in part.argmax(1)]
 
-    def match(self, pictures: Pictures, texts: Sequence[str]) -> np.ndarray:
+    def match(self, pictures: PictureBatch, texts: Sequence[str]) -> np.ndarray:
         """How well each picture fits its text, float32 [n]: larger is better, comparable for one text or one picture."""
         self._need("match")
         return np.concatenate([np.empty(0, np.float32), *map(np.asarray, self._beside(self._match, pictures, texts))])
 
-    def _beside(self, reads: Reads | None, pictures: Pictures, texts: Sequence[str]) -> Iterator[Tensor]:
+    def _beside(self, reads: Reads | None, pictures: PictureBatch, texts: Sequence[str]) -> Iterator[Tensor]:
         """`reads` picture i beside text i."""
         assert reads is not None and len(pictures) == len(texts)
         for rows in blocks(len(texts), ROWS):

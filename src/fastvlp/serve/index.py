@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from fastvlp.serve.pictures import Kept
 
 FORMAT = 1
+# Of the address of an index that is a folder of `vlp embed`.
+CODES = "codes:"
 # Of one search, those before the page counted.
 MOST = 10_000
 Scalar = str | int | float | bool
@@ -91,7 +93,7 @@ def open_index(uri: str, stamp: Stamp | None = None, create: bool = False) -> In
     """
     if create and stamp is None:
         raise ValueError("an index that may be made needs the stamp of its model")
-    if uri.startswith("codes:"):
+    if uri.startswith(CODES):
         from fastvlp.serve.codes import CodesIndex
 
         return CodesIndex(uri, stamp)
@@ -102,7 +104,7 @@ def open_index(uri: str, stamp: Stamp | None = None, create: bool = False) -> In
     if "://" in uri and not uri.startswith(("http://", "https://")):
         raise UserError(
             f"{uri}: an index is a folder, http://HOST:PORT/NAME of a Chroma server, postgresql://USER@HOST/DATABASE, or "
-            f"codes:FOLDER of what `vlp embed` wrote"
+            f"{CODES}FOLDER of what `vlp embed` wrote"
         )
     from fastvlp.serve.chroma import ChromaIndex
 
@@ -116,8 +118,8 @@ def pictures_of(uri: str, folder: str | Path | None = None) -> Kept | None:
 
     if folder is not None:
         return Pictures(folder)
-    if uri.startswith("codes:"):
-        return shard_pictures(Path(uri.removeprefix("codes:")))
+    if uri.startswith(CODES):
+        return shard_pictures(Path(uri.removeprefix(CODES)))
     return None if "://" in uri else Pictures(Path(uri) / "pictures")
 
 

@@ -15,7 +15,7 @@ from urllib.parse import urldefrag
 
 import numpy as np
 
-from fastvlp.errors import UserError
+from fastvlp.errors import UserError, install
 from fastvlp.serve.index import (
     EngineError,
     Hit,
@@ -61,7 +61,7 @@ class PgIndex:
             import psycopg
             from pgvector.psycopg import register_vector
         except ImportError as error:
-            raise UserError("an index in PostgreSQL needs its client: pip install -e '.[pg]'") from error
+            raise UserError(f"an index in PostgreSQL needs its client: {install('pg')}") from error
         try:
             self._connection = psycopg.connect(self._place, autocommit=True, connect_timeout=10)
             if create:

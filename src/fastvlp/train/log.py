@@ -18,7 +18,7 @@ from rich.text import Text
 
 from fastvlp import dist
 from fastvlp.data.files import write_whole
-from fastvlp.errors import UserError
+from fastvlp.errors import UserError, install
 from fastvlp.train.speed import peak_flops, peak_memory
 
 if TYPE_CHECKING:
@@ -198,7 +198,7 @@ def _tensorboard(folder: Path, step: int) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
-        raise UserError("TensorBoard is not installed: pip install -e '.[tensorboard]', or leave it off") from error
+        raise UserError(f"TensorBoard is not installed: {install('tensorboard')}, or leave it off") from error
     return SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 
 

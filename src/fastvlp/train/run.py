@@ -291,9 +291,8 @@ def tell_start(state: TrainState, log: RunLog) -> None:
         log.event("inherited", step=0, elapsed=0.0, source=state.run.init, **asdict(state.inherited))
     tell_dropped(state, state.dropped, log)
     run, records = state.run, state.train.count
-    budget = run.data.grouping is not None and run.data.grouping.max_tokens is not None
     rows = run.data.batch_size * run.accumulate * dist.world()
-    if rows > records and state.pretraining.pairs() and not budget:
+    if rows > records and state.pretraining.pairs() and run.data.max_tokens is None:
         log.say(
             f"data.batch_size {run.data.batch_size}: a step contrasts {rows} rows of only {records} records, so that some "
             f"are negatives of themselves; lower it"

@@ -115,5 +115,5 @@ def _member(archive: zipfile.ZipFile, name: str, key: str) -> bytes | Dropped:
         return archive.read(name)
     except KeyError:
         return Dropped(key=key, reason="image is not in images.zip")
-    except (zipfile.BadZipFile, zlib.error, OSError, RuntimeError, NotImplementedError) as error:
+    except (zipfile.BadZipFile, zlib.error, OSError, RuntimeError) as error:
         return Dropped(key=key, reason=f"image cannot be read from images.zip ({error})")

@@ -16,7 +16,7 @@ import numpy as np
 
 from fastvlp.batch import Dropped, Record
 from fastvlp.data.detected import Detected, detected, pack, read_npz
-from fastvlp.errors import UserError
+from fastvlp.errors import UserError, install
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ def _environment(path: str) -> Any:
         import lmdb
         import msgpack  # noqa: F401  (of its entries)
     except ImportError:
-        raise UserError(f"{path}: reading an LMDB needs lmdb and msgpack; pip install -e '.[lmdb]'") from None
+        raise UserError(f"{path}: reading an LMDB needs lmdb and msgpack; {install('lmdb')}") from None
     try:
         return lmdb.open(path, subdir=Path(path).is_dir(), readonly=True, create=False, lock=False, readahead=False)
     except lmdb.Error as error:

@@ -11,7 +11,7 @@ from typing import Any
 from fastvlp.batch import Dropped, Record
 from fastvlp.data.sources.jsonlines import read_json_lines
 from fastvlp.data.sources.paths import Images, read_inside, read_text
-from fastvlp.errors import UserError
+from fastvlp.errors import UserError, install
 
 SUFFIXES = frozenset({".csv", ".tsv", ".jsonl", ".parquet"})
 IMAGE_COLUMNS = ("image", "file", "filepath", "file_name", "filename", "image_path", "path")
@@ -116,7 +116,7 @@ def _parquet(path: Path) -> Iterator[Row]:
         import pyarrow as pa
         from pyarrow import parquet
     except ImportError:
-        raise UserError(f"{path}: reading parquet needs pyarrow; pip install -e '.[parquet]'") from None
+        raise UserError(f"{path}: reading parquet needs pyarrow; {install('parquet')}") from None
     try:
         with parquet.ParquetFile(path) as file:
             for batch in file.iter_batches(batch_size=256):
