@@ -1,0 +1,96 @@
+"""What a single stream keeps of where regions are, and what words alone tell of the embedded corpus's rationales.
+
+    python bench/places.py runs/uniter_demo runs/fresh                 # how much place vectors vary: mean^2 and variance
+    python bench/places.py runs/uniter_demo-grounding --data demo/world/test      # and accuracy by what an expression says
+    python bench/places.py --data demo/world/test                     # rationales that are chosen without the picture
+
+Place vectors are those of 2,000 made boxes, after the norm of their own. An expression is of a relation, a place, a size, or
+of attributes alone, by its words. A rationale is chosen blindly among those whose first words name the right answer.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from statistics import mean
+from typing import Annotated
+
+import torch
+import tyro
+
+from fastvlp.data.shards import Shards
+from fastvlp.eval.mode import evaluating
+from fastvlp.model.model import VLModel
+from fastvlp.model.regions import box_vector, given
+from fastvlp.model.saved import load_model
+from fastvlp.tasks.finetune import load_task
+from fastvlp.tasks.grounding import ENOUGH, Grounding, GroundingData, overlap
+from fastvlp.tasks.task import batches, encoded, target_of
+
+KINDS = {
+    "relation": r"(left|right) of|above|below|under|over|beside|higher|lower|next",
+    "place": r"left|right|top|bottom|middle|cent",
+    "size": r"big|small|medium|large|tiny|little|huge",
+    "attributes": "",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    runs: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
+    data: str | None = None
+
+
+def spread(model: VLModel) -> tuple[float, float]:
+    """Of what the norm lets through of boxes: what all share, squared, and what differs."""
+    draw = torch.Generator().manual_seed(0)
+    low, size = torch.rand(2000, 2, generator=draw) * 0.75, 0.08 + torch.rand(2000, 2, generator=draw) * 0.2
+    assert model.single is not None
+    regions = model.single.regions
+    with torch.no_grad():
+        place = regions.box_norm(regions.box(box_vector(torch.cat([low, (low + size).clamp(max=1)], -1))))
+    return place.mean(0).square().mean().item(), place.var(0).mean().item()
+
+
+def grounded(run: str, data: str) -> dict[str, list[bool]]:
+    """Whether each expression's region is found, by kind."""
+    saved, objective, told = load_task(run)
+    assert isinstance(objective, Grounding) and isinstance(told, GroundingData)
+    made = replace(told, test=data).strict("test", saved.tokenizer, saved.model.config.image)
+    hits: list[bool] = []
+    with evaluating(saved.model, objective):
+        for batch in batches(made, 64, torch.device("cpu")):
+            scores, regions = objective.scores(saved.model, encoded(saved.model, batch), batch), given(batch.regions)
+            fits = (overlap(regions.box, target_of(batch)[:, None]) > ENOUGH) & regions.mask
+            hits += fits.gather(1, scores.argmax(1, keepdim=True))[:, 0].tolist()
+    found: dict[str, list[bool]] = defaultdict(list)
+    for item, hit in zip(made.items, hits, strict=True):
+        found[next(kind for kind, words in KINDS.items() if re.search(words, item.text))].append(hit)
+    return found
+
+
+def blind(data: str) -> Iterator[float]:
+    """Of each question how likely a choice is right among the rationales that name the right answer first."""
+    shards = Shards(data)
+    for i in range(len(shards)):
+        for told in shards.info(i).get("choices", []):
+            answer, texts = told["answers"][told["right"]], told["rationales"]
+            naming = [k for k, text in enumerate(texts) if answer in text.split(" is ")[0]]
+            yield (told["right_rationale"] in naming) / len(naming or texts)
+
+
+def main(o: Options) -> None:
+    for run in o.runs:
+        print(f"{run}: place vectors: mean^2 {{:.2f}}, variance {{:.2f}}".format(*spread(load_model(run).model)))
+        if o.data:
+            parts = grounded(run, o.data).items()
+            print(f"{run}: " + ", ".join(f"{kind} {100 * mean(hits):.1f} % of {len(hits)}" for kind, hits in parts))
+    if o.data and not o.runs:
+        chances = [*blind(o.data)]
+        print(f"{o.data}: a rationale chosen by words alone: {100 * mean(chances):.1f} % of {len(chances)}")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options))
