@@ -30,12 +30,12 @@ from torch import Tensor, nn
 from fastvlp.batch import Batch
 from fastvlp.data.batching import Grouping, Lengths
 from fastvlp.data.loader import Loader
-from fastvlp.data.rows import PairData
+from fastvlp.data.pairs import PairData
 from fastvlp.data.tokenize import Tokenizer
 from fastvlp.model.layers import LayerConfig, stack
 from fastvlp.model.model import VLModel
-from fastvlp.train.pretraining import Pretraining
-from fastvlp.train.speed import step_flops
+from fastvlp.training.pretraining import Pretraining
+from fastvlp.training.speed import step_flops
 
 RESULTS = Path(__file__).parent / "results" / "batching.jsonl"
 

@@ -16,7 +16,7 @@ from fastvlp.batch import Batch
 from fastvlp.model.model import ModelConfig
 from fastvlp.model.sizes import clip_b16, clip_b32, clip_l14, clip_small
 from fastvlp.objectives.objective import combine
-from fastvlp.train.speed import step_flops
+from fastvlp.training.speed import step_flops
 
 SIZES = {"small": clip_small, "b32": clip_b32, "b16": clip_b16, "l14": clip_l14}
 

@@ -31,13 +31,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from turns import Laps, Options, Row, in_turn, made_batch, made_training, medians, ratio, save, shaped, show, step
 
 from fastvlp.batch import Batch
-from fastvlp.model.embed import unit as normalised
+from fastvlp.model.joint_space import unit as normalised
 from fastvlp.model.sizes import flip_b16, flip_l16, flip_small, flip_tiny
 from fastvlp.objectives.contrastive import info_nce, sigmoid_loss
 from fastvlp.objectives.objective import combine
-from fastvlp.train.cached import cache_gradients
-from fastvlp.train.pretraining import Pretraining
-from fastvlp.train.speed import peak_flops, step_flops
+from fastvlp.training.gradient_cache import cache_gradients
+from fastvlp.training.pretraining import Pretraining
+from fastvlp.training.speed import peak_flops, step_flops
 
 SIZES = {"tiny": flip_tiny, "small": flip_small, "b16": flip_b16, "l16": flip_l16}
 GIGA = 1e9

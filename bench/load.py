@@ -24,7 +24,7 @@ import httpx
 import tyro
 from objectives import stamp
 
-from fastvlp.data.shards import Shards
+from fastvlp.data.records.shards import Shards
 
 RESULTS = Path(__file__).parent / "results" / "load.jsonl"
 

@@ -38,8 +38,8 @@ from fastvlp.objectives.flm import FLMConfig, official_flm
 from fastvlp.objectives.mlm import MLMConfig
 from fastvlp.objectives.objective import combine
 from fastvlp.objectives.prefixlm import PrefixLMConfig
-from fastvlp.train.pretraining import Pretraining
-from fastvlp.train.speed import adamw_bytes, peak_flops, peak_memory, step_flops
+from fastvlp.training.pretraining import Pretraining
+from fastvlp.training.speed import adamw_bytes, peak_flops, peak_memory, step_flops
 
 OBJECTIVES = {"flm": FLMConfig(), "mlm": MLMConfig(), "ar": ARConfig(), "prefixlm": PrefixLMConfig()}
 PLAIN = {"flm_plain": "written_out", "flm_plain_fused_attention": "fused"}

@@ -20,11 +20,11 @@ from typing import Annotated
 import torch
 import tyro
 
-from fastvlp.data.shards import Shards
+from fastvlp.data.records.shards import Shards
 from fastvlp.eval.mode import evaluating
 from fastvlp.model.model import VLModel
-from fastvlp.model.regions import box_vector, given
-from fastvlp.model.saved import load_model
+from fastvlp.model.region_embedding import box_vector, given
+from fastvlp.model.saving import load_model
 from fastvlp.tasks.finetune import load_task
 from fastvlp.tasks.grounding import ENOUGH, Grounding, GroundingData, overlap
 from fastvlp.tasks.task import batches, encoded, target_of

@@ -17,7 +17,7 @@ from torch import Tensor
 from fastvlp.batch import Batch
 from fastvlp.model.layers import Block, CrossAttention, SelfAttention
 from fastvlp.model.model import ModelConfig, VLModel
-from fastvlp.train.speed import Flops, head_flops, image_flops, reconstructor_flops, text_flops
+from fastvlp.training.speed import Flops, head_flops, image_flops, reconstructor_flops, text_flops
 
 HIDDEN = -10000.0
 Kernel = Literal["written_out", "fused"]

@@ -34,10 +34,10 @@ from rich.table import Table
 from served import made_export, made_texts, serving
 
 from fastvlp.errors import UserError
-from fastvlp.serve.bulk import open_embedded, read_part
-from fastvlp.serve.embedder import Embedder, fingerprint
-from fastvlp.serve.hashing import HashSearch, learned_projection, random_projection
-from fastvlp.serve.index import Index, Stamp, open_index
+from fastvlp.search.bulk import open_embedded, read_part
+from fastvlp.search.embedder import Embedder, fingerprint
+from fastvlp.search.hashing import HashSearch, learned_projection, random_projection
+from fastvlp.search.index import Index, Stamp, open_index
 
 RESULTS = Path(__file__).parent / "results" / "retrieval.jsonl"
 K = 10
@@ -197,7 +197,7 @@ def engine(o: Options, data: Data) -> dict[str, dict]:
     import chromadb
     from chromadb.config import Settings
 
-    from fastvlp.serve.chroma import GRAPH
+    from fastvlp.search.engines.chroma import GRAPH
 
     quiet = Settings(anonymized_telemetry=False)
     client = chromadb.PersistentClient(str(data.folder / "chroma"), settings=quiet)

@@ -18,10 +18,10 @@ import numpy as np
 import torch
 
 from fastvlp.data.tokenize import Tokenizer
+from fastvlp.exporters.native import export
 from fastvlp.model.model import VLModel
-from fastvlp.model.saved import save_model
+from fastvlp.model.saving import save_model
 from fastvlp.model.sizes import small, two_towers, with_tokenizer
-from fastvlp.serve.export import export
 from fastvlp.serve.options import Export
 
 WORDS = [

@@ -23,7 +23,7 @@ from fastvlp.batch import Batch
 from fastvlp.model.model import ModelConfig, VLModel
 from fastvlp.model.sizes import with_tokenizer
 from fastvlp.objectives.clip import CLIPConfig
-from fastvlp.train.pretraining import Pretraining
+from fastvlp.training.pretraining import Pretraining
 
 RESULTS = Path(__file__).parent / "results" / "contrastive.jsonl"
 Row = dict[str, Any]

@@ -29,7 +29,7 @@ from objectives import stamp
 from rich.console import Console
 from rich.table import Table
 
-from fastvlp.data.shards import Shards
+from fastvlp.data.records.shards import Shards
 
 RESULTS = Path(__file__).parent / "results" / "uniter.jsonl"
 Row = dict[str, Any]

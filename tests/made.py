@@ -7,11 +7,11 @@ from types import SimpleNamespace
 import torch
 
 from fastvlp.batch import Batch
+from fastvlp.model.encoders.text_transformer import TextConfig
+from fastvlp.model.encoders.vit import ImageConfig
 from fastvlp.model.fusion import FusionConfig, ReconstructorConfig
-from fastvlp.model.image import ImageConfig
 from fastvlp.model.layers import LayerConfig, Norm
 from fastvlp.model.model import ModelConfig, VLModel
-from fastvlp.model.text import TextConfig
 
 VOCAB = 40
 SPECIALS = {"pad": 0, "bos": 1, "eos": 2, "mask": 3}

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from fastvlp.batch import Batch, Regions
-from fastvlp.model.image import ImageConfig
+from fastvlp.model.encoders.text_transformer import TextConfig
+from fastvlp.model.encoders.vit import ImageConfig
 from fastvlp.model.layers import LayerConfig, Norm
 from fastvlp.model.model import ModelConfig, VLModel
-from fastvlp.model.regions import RegionConfig
-from fastvlp.model.single import SingleConfig
-from fastvlp.model.text import TextConfig
+from fastvlp.model.region_embedding import RegionConfig
+from fastvlp.model.single_stream import SingleConfig
 from tests.made import SPECIALS, VOCAB, made_batch
 
 FEATURE, CLASSES = 6, 5

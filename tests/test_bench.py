@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from tests.train.runs import made_pairs
+from tests.training.runs import made_pairs
 
 BENCH = Path(__file__).parents[1] / "bench" / "objectives.py"
 

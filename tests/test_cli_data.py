@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from fastvlp.cli import main
-from fastvlp.data.shards import Shards
+from fastvlp.data.records.shards import Shards
 
 
 @pytest.fixture

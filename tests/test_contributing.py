@@ -8,8 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from fastvlp.data.shards import ShardWriter
-from fastvlp.data.world import WorldConfig, scene_record
+from fastvlp.data.records.shards import ShardWriter
+from fastvlp.data.world.corpus import WorldConfig, scene_record
 
 ROOT = Path(__file__).parent.parent
 

@@ -11,17 +11,17 @@ from torch.utils import _pytree
 
 from fastvlp.data.augment import AugmentConfig
 from fastvlp.model import sizes
-from fastvlp.model.image import random_keep
+from fastvlp.model.encoders.vit import random_keep
 from fastvlp.model.model import ModelConfig, VLModel
 from fastvlp.objectives.clip import CLIPConfig
 from fastvlp.objectives.objective import combine
 from fastvlp.objectives.siglip import SigLIPConfig
 from fastvlp.recipes import recipe
-from fastvlp.train.pretraining import Pretraining
-from fastvlp.train.run import TrainConfig, start, steps, train
-from fastvlp.train.speed import image_flops, tower_flops
+from fastvlp.training.loop import TrainConfig, start, steps, train
+from fastvlp.training.pretraining import Pretraining
+from fastvlp.training.speed import image_flops, tower_flops
 from tests.made import SPECIALS, VOCAB, made_batch, made_tokenizer
-from tests.train.runs import assert_equal, made_pairs, made_run, weights
+from tests.training.runs import assert_equal, made_pairs, made_run, weights
 
 FLIP = {"b16": sizes.flip_b16, "l16": sizes.flip_l16, "h14": sizes.flip_h14}
 

@@ -8,7 +8,7 @@ from fastvlp.cli import main
 from fastvlp.config import show, to_json
 from fastvlp.errors import UserError
 from fastvlp.recipes import names, recipe
-from fastvlp.train.state import check
+from fastvlp.training.state import check
 
 
 @pytest.mark.parametrize("name", names())
@@ -64,7 +64,7 @@ def test_an_unknown_field_is_answered_with_the_nearest(capsys):
 )
 def test_a_length_given_alone_is_the_runs(monkeypatch, recipe, options, length):
     runs = []
-    monkeypatch.setattr("fastvlp.train.run.train", lambda run, *_, **__: runs.append(run))
+    monkeypatch.setattr("fastvlp.training.loop.train", lambda run, *_, **__: runs.append(run))
     assert main(["pretrain", recipe, *options]) == 0
     assert [(run.steps, run.budget_s) for run in runs] == [length]
 
@@ -72,7 +72,7 @@ def test_a_length_given_alone_is_the_runs(monkeypatch, recipe, options, length):
 @pytest.mark.parametrize("options", [["--from", "runs/a"], ["--from=runs/a"], ["--init", "runs/a"]])
 def test_a_run_starts_from_another(monkeypatch, options):
     runs = []
-    monkeypatch.setattr("fastvlp.train.run.train", lambda run, *_, **__: runs.append(run))
+    monkeypatch.setattr("fastvlp.training.loop.train", lambda run, *_, **__: runs.append(run))
     assert main(["pretrain", "flm_demo", *options]) == 0
     assert [run.init for run in runs] == ["runs/a"]
 
@@ -92,5 +92,5 @@ def test_a_file_of_ones_own_is_a_recipe(tmp_path):
     (tmp_path / "other.py").write_text("x = 1\n")
     with pytest.raises(UserError, match=r"other\(\)"):
         recipe(str(tmp_path / "other.py"))
-    with pytest.raises(UserError, match="no such recipe file"):
+    with pytest.raises(UserError, match="no such Python file"):
         recipe(str(tmp_path / "none.py"))

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from importlib import import_module
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -11,17 +12,17 @@ if TYPE_CHECKING:
     from fastvlp.batch import Example as Example
     from fastvlp.batch import Record as Record
     from fastvlp.data.augment import AugmentConfig as AugmentConfig
+    from fastvlp.data.pairs import PairData as PairData
+    from fastvlp.data.records.shards import Shards as Shards
+    from fastvlp.data.records.shards import ShardWriter as ShardWriter
+    from fastvlp.data.records.transform import Transform as Transform
     from fastvlp.data.regions import RegionSource as RegionSource
-    from fastvlp.data.rows import PairData as PairData
-    from fastvlp.data.shards import Shards as Shards
-    from fastvlp.data.shards import ShardWriter as ShardWriter
     from fastvlp.data.tokenize import Tokenizer as Tokenizer
-    from fastvlp.data.transform import Transform as Transform
     from fastvlp.errors import UserError as UserError
     from fastvlp.model.model import ModelConfig as ModelConfig
     from fastvlp.model.model import VLModel as VLModel
-    from fastvlp.model.saved import load_model as load_model
-    from fastvlp.model.saved import save_model as save_model
+    from fastvlp.model.saving import load_model as load_model
+    from fastvlp.model.saving import save_model as save_model
     from fastvlp.objectives.ar import ARConfig as ARConfig
     from fastvlp.objectives.clip import CLIPConfig as CLIPConfig
     from fastvlp.objectives.flm import FLMConfig as FLMConfig
@@ -41,18 +42,18 @@ if TYPE_CHECKING:
     from fastvlp.objectives.simclr import SimCLRConfig as SimCLRConfig
     from fastvlp.objectives.wra import WRAConfig as WRAConfig
     from fastvlp.recipes import recipe as recipe
-    from fastvlp.serve.embedder import Embedder as Embedder
-    from fastvlp.serve.index import open_index as open_index
+    from fastvlp.search.embedder import Embedder as Embedder
+    from fastvlp.search.index import open_index as open_index
     from fastvlp.tasks.caption import caption as caption
-    from fastvlp.train.optim import OptimConfig as OptimConfig
-    from fastvlp.train.state import TrainConfig as TrainConfig
+    from fastvlp.training.optim import OptimConfig as OptimConfig
+    from fastvlp.training.state import TrainConfig as TrainConfig
 
 _HOME = {
     "ARConfig": "objectives.ar",
     "AugmentConfig": "data.augment",
     "Batch": "batch",
     "CLIPConfig": "objectives.clip",
-    "Embedder": "serve.embedder",
+    "Embedder": "search.embedder",
     "Example": "batch",
     "FLMConfig": "objectives.flm",
     "ITMConfig": "objectives.itm",
@@ -64,35 +65,37 @@ _HOME = {
     "ModelConfig": "model.model",
     "Objective": "objectives.objective",
     "ObjectiveConfig": "objectives.objective",
-    "OptimConfig": "train.optim",
-    "PairData": "data.rows",
+    "OptimConfig": "training.optim",
+    "PairData": "data.pairs",
     "PairObjective": "objectives.objective",
     "PrefixLMConfig": "objectives.prefixlm",
     "ReconstructConfig": "objectives.reconstruct",
     "Record": "batch",
     "RegionSource": "data.regions",
-    "ShardWriter": "data.shards",
-    "Shards": "data.shards",
+    "ShardWriter": "data.records.shards",
+    "Shards": "data.records.shards",
     "SigLIPConfig": "objectives.siglip",
     "SimCLRConfig": "objectives.simclr",
     "Tokenizer": "data.tokenize",
-    "TrainConfig": "train.state",
-    "Transform": "data.transform",
+    "TrainConfig": "training.state",
+    "Transform": "data.records.transform",
     "UserError": "errors",
     "VLModel": "model.model",
     "WRAConfig": "objectives.wra",
     "caption": "tasks.caption",
-    "load_model": "model.saved",
+    "load_model": "model.saving",
     "official_flm": "objectives.flm",
-    "open_index": "serve.index",
+    "open_index": "search.index",
     "recipe": "recipes",
-    "save_model": "model.saved",
+    "save_model": "model.saving",
 }
 
 __all__ = [*_HOME]
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return version("fastvlp")
     if name not in _HOME:
         raise AttributeError(f"fastvlp has no {name!r}; the public names are {', '.join(__all__)}")
     return getattr(import_module(f"fastvlp.{_HOME[name]}"), name)

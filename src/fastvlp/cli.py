@@ -1,39 +1,72 @@
-"""The command line, and the only place that reads it. Each command is a frozen dataclass and a function of it.
+"""The command line, and the only place that reads it.
 
-Modules that import torch are imported inside the functions, so that help and a misspelt option answer at once.
+A command is a function of the library: its signature gives the options, its docstring their help. `COMMANDS` says which
+function, and how its result is printed. A module that imports torch is imported only when its command is used.
 """
 
 from __future__ import annotations
 
+import functools
+import importlib
 import os
+import re
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass, make_dataclass, replace
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, fields, make_dataclass, replace
 from difflib import get_close_matches
-from inspect import getdoc
+from importlib.metadata import version
+from inspect import getdoc, signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_args
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 from rich.console import Console
-from tyro.conf import Positional, arg, subcommand
+from tyro.conf import arg
 
-from fastvlp.compare_options import Compare
-from fastvlp.data.options import Data, DataCommand, DataDemo, DataImport, DataInspect
 from fastvlp.errors import UserError, install
-from fastvlp.eval.options import Probe, Retrieval, ZeroShot
-from fastvlp.model.options import Convert, Towers
-from fastvlp.serve.options import Embed, Export, IndexBuild, IndexCommand, Indexing, IndexSearch, Serve
-from fastvlp.tasks.options import Evaluate, Finetune
+from fastvlp.extensions import import_file
 
 if TYPE_CHECKING:
     from fastvlp.batch import Dropped
-    from fastvlp.train.state import TrainConfig
+    from fastvlp.comparison.options import Compare
+    from fastvlp.convert.options import Convert, Towers
+    from fastvlp.data.options import DataDemo, DataImport, DataInspect
+    from fastvlp.eval.options import Probe, Retrieval, ZeroShot
+    from fastvlp.serve.options import Embed, Export, IndexBuild, IndexSearch, Serve
+    from fastvlp.tasks.options import Evaluate, Finetune
+    from fastvlp.training.state import TrainConfig
+
+# A parsed command, ready to run.
+Run = Callable[[], Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Command:
+    """summary: a line for the list of commands. function: `module:function` of the library. show: prints its result.
+    parse: reads the words instead of `function`'s signature, where what follows depends on the first word; `options` then
+    lists the names of the options."""
+
+    summary: str
+    function: str = ""
+    show: Callable[[Any], None] = lambda result: None
+    parse: Callable[[Sequence[str]], Run] | None = None
+    options: Callable[[], Collection[str]] = tuple
+
+    def load(self) -> Callable[..., Any]:
+        module, _, function = self.function.partition(":")
+        loaded: Callable[..., Any] = getattr(importlib.import_module(module), function)
+        return loaded
+
+    def option_names(self) -> Collection[str]:
+        return signature(self.load()).parameters if self.function else self.options()
+
+
+# ---- commands that are not yet functions of keywords: `show` runs them ----
 
 
 def data_demo(command: DataDemo) -> None:
     from fastvlp.data.streams import bar
-    from fastvlp.data.world import WorldConfig, write_world
+    from fastvlp.data.world.corpus import WorldConfig, write_world
 
     config = WorldConfig(seed=command.seed, size=command.size, captions=command.captions)
     with bar() as progress:
@@ -59,7 +92,7 @@ def data_demo(command: DataDemo) -> None:
 
 def data_import(command: DataImport) -> None:
     from fastvlp.data import sources
-    from fastvlp.data.importing import ImportConfig, import_data
+    from fastvlp.data.sources.importing import ImportConfig, import_data
 
     source = sources.Source(
         path=command.source,
@@ -85,7 +118,7 @@ def data_import(command: DataImport) -> None:
 
 
 def data_inspect(command: DataInspect) -> None:
-    from fastvlp.data.inspect import inspect, rendered
+    from fastvlp.data.sources.inspection import inspect, rendered
     from fastvlp.data.tokenize import Tokenizer
 
     tokenizer = Tokenizer.load(command.tokenizer) if command.tokenizer else None
@@ -96,80 +129,12 @@ def data_inspect(command: DataInspect) -> None:
         print(f"contact sheet: {sheet}")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Pretrain:
-    """Pretrain a model by a recipe. `vlp pretrain RECIPE --help` lists the recipe's fields, each of which can be set;
-    `--from RUN` starts with the weights of another run."""
-
-    recipe: Positional[str]
-    """Name of a recipe that comes with fastvlp, or the path of your own file."""
-    resume: bool = False
-    """Continue from the last checkpoint."""
-
-
-def pretrain(argv: Sequence[str]) -> None:
-    """`argv`: RECIPE and overrides of its fields. The recipe comes first, because it says which fields there are."""
-    from fastvlp.recipes import recipe
-    from fastvlp.train.run import train
-    from fastvlp.train.state import TrainConfig
-
-    # Not a class statement: its annotations would be strings, and tyro looks their names up in this module.
-    again = Annotated[bool, arg(help="Continue from the last checkpoint.")]
-    Overrides = make_dataclass("Overrides", [("run", Annotated[TrainConfig, arg(name="")]), ("resume", again, False)])
-
-    # As in `vlp finetune --from`; the field cannot be called that.
-    args = ["--init" + told[6:] if told.partition("=")[0] == "--from" else told for told in argv[1:]]
-    said = tyro.cli(
-        Overrides,
-        default=Overrides(recipe(argv[0])),
-        args=args,
-        prog=f"vlp pretrain {argv[0]}",
-        description=getdoc(TrainConfig),
-        config=(tyro.conf.AvoidSubcommands,),
-    )
-    train(one_length(said.run, args), said.resume, verbose=True)
-
-
-def one_length(run: TrainConfig, argv: Sequence[str]) -> TrainConfig:
-    """A length given alone is the run's: `--steps` without `--budget-s` puts an end to the recipe's budget, and the
-    reverse."""
-    given = {option.partition("=")[0].replace("_", "-") for option in argv} & {"--steps", "--budget-s"}
-    if given == {"--steps"} and run.steps is not None:
-        return replace(run, budget_s=None)
-    if given == {"--budget-s"} and run.budget_s is not None:
-        return replace(run, steps=None)
-    return run
-
-
 def finetune(command: Finetune) -> None:
     from fastvlp.tasks.finetune import finetune, told_in_words
 
     if (done := finetune(command)) is not None:
         print(told_in_words(done[0]))
         print(f"results: {done[1]}")
-
-
-EvaluateCommand = (
-    Annotated[Evaluate, subcommand("task")]
-    | Annotated[Retrieval, subcommand("retrieval")]
-    | Annotated[ZeroShot, subcommand("zeroshot")]
-    | Annotated[Probe, subcommand("probe")]
-)
-
-
-def names(parts: Any) -> tuple[str, ...]:
-    """Of a command's parts, as tyro is told them."""
-    return tuple(get_args(part)[1].name for part in get_args(parts))
-
-
-EVALUATIONS = names(EvaluateCommand)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Evaluation:
-    """Score a run: the task that it was fine-tuned on, or its embeddings. `vlp evaluate RUN` is `vlp evaluate task RUN`."""
-
-    command: Annotated[EvaluateCommand, arg(name="")]
 
 
 def evaluate_task(command: Evaluate) -> None:
@@ -181,15 +146,16 @@ def evaluate_task(command: Evaluate) -> None:
 
 
 def evaluate_embeddings(command: Retrieval | ZeroShot | Probe) -> None:
-    from fastvlp.about import about
     from fastvlp.config import to_json
     from fastvlp.dist import pick_device
-    from fastvlp.eval import probe, retrieval, zeroshot
-    from fastvlp.eval.results import keep_result, score_table
+    from fastvlp.eval import embedding_retrieval, probe, zeroshot
+    from fastvlp.eval.options import Probe, Retrieval, ZeroShot
+    from fastvlp.eval.result_files import keep_result, score_table
+    from fastvlp.provenance import about
 
     match command:
         case Retrieval():
-            found = retrieval.evaluate(command)
+            found = embedding_retrieval.evaluate(command)
         case ZeroShot():
             found = zeroshot.evaluate(command)
         case Probe():
@@ -202,14 +168,14 @@ def evaluate_embeddings(command: Retrieval | ZeroShot | Probe) -> None:
 
 
 def compare(command: Compare) -> None:
-    from fastvlp.compare import run_comparison
+    from fastvlp.comparison.run import run_comparison
 
     run_comparison(command)
     print(command.out / "report.html")
 
 
 def convert(command: Convert) -> None:
-    from fastvlp.train.released import convert
+    from fastvlp.convert.released import convert
 
     model, fresh = convert(command)
     untrained = f"; untrained: {', '.join(part.rstrip('.') for part in fresh)}" if fresh else ""
@@ -217,8 +183,8 @@ def convert(command: Convert) -> None:
 
 
 def towers(command: Towers) -> None:
+    from fastvlp.convert.towers import local_file, start_from_towers
     from fastvlp.model import sizes
-    from fastvlp.model.public import local_file, start_from_towers
 
     clip, roberta = (local_file(source, "model.safetensors") for source in (command.clip, command.roberta))
     tokenizer = local_file(command.tokenizer or command.roberta, "tokenizer.json")
@@ -229,14 +195,14 @@ def towers(command: Towers) -> None:
 
 
 def export(command: Export) -> None:
-    from fastvlp.serve.export import export
+    from fastvlp.exporters.native import export
 
     card = export(command)
     print(f"{command.out}: {card['name']} can {', '.join(card['can'])}; its card: {command.out / 'README.md'}")
 
 
 def embed(command: Embed) -> None:
-    from fastvlp.serve.bulk import embed
+    from fastvlp.search.bulk import embed
 
     if (done := embed(command)) is not None:
         print(f"{command.out}: {done['images']:,} images, {done['texts']:,} texts")
@@ -252,20 +218,23 @@ def say_dropped(dropped: Sequence[Dropped], where: str) -> None:
             print(f"  and {len(dropped) - 10} more")
 
 
-def index(command: IndexBuild | IndexSearch) -> None:
-    from fastvlp.serve import indexing
+def index_build(command: IndexBuild) -> None:
+    from fastvlp.search import indexing
 
-    if isinstance(command, IndexSearch):
-        Console().print(indexing.as_table(indexing.search(command)))
-        return
     done = indexing.build(command)
     print(f"{command.index}: {done['images']:,} images")
     say_dropped(done["dropped"], "")
 
 
+def index_search(command: IndexSearch) -> None:
+    from fastvlp.search import indexing
+
+    Console().print(indexing.as_table(indexing.search(command)))
+
+
 def serve(command: Serve) -> None:
     try:
-        from fastvlp.serve.run import serve
+        from fastvlp.serve.server import serve
     except ImportError as error:
         raise UserError(f"no {error.name}: the service needs the extra serve: {install('serve')}") from error
 
@@ -273,91 +242,179 @@ def serve(command: Serve) -> None:
     serve(replace(command, api_key=(*command.api_key, *([key] if key else []))))
 
 
-def run(
-    command: Data | Pretrain | Finetune | Evaluation | Compare | Convert | Towers | Export | Embed | Indexing | Serve,
-) -> None:
-    match command:
-        case Export():
-            export(command)
-        case Embed():
-            embed(command)
-        case Indexing(command=part):
-            index(part)
-        case Serve():
-            serve(command)
-        case Convert():
-            convert(command)
-        case Towers():
-            towers(command)
-        case Compare():
-            compare(command)
-        case Finetune():
-            finetune(command)
-        case Evaluation(command=Evaluate() as task):
-            evaluate_task(task)
-        case Evaluation(command=Retrieval() | ZeroShot() | Probe() as embeddings):
-            evaluate_embeddings(embeddings)
-        case Pretrain():
-            pretrain([command.recipe, *(["--resume"] if command.resume else [])])
-        case Data(command=DataDemo() as demo):
-            data_demo(demo)
-        case Data(command=DataImport() as importing):
-            data_import(importing)
-        case Data(command=DataInspect() as inspecting):
-            data_inspect(inspecting)
+# ---- commands whose options depend on their first word ----
 
 
-COMMANDS: dict[str, Any] = {
-    "data": Data,
-    "pretrain": Pretrain,
-    "finetune": Finetune,
-    "evaluate": Evaluation,
-    "compare": Compare,
-    "convert": Convert,
-    "towers": Towers,
-    "export": Export,
-    "embed": Embed,
-    "index": Indexing,
-    "serve": Serve,
+def parse_pretrain(argv: Sequence[str]) -> Run:
+    """`argv`: RECIPE and overrides of its fields. The recipe comes first, because it says which fields there are."""
+    from fastvlp.recipes import names, recipe
+    from fastvlp.training import loop
+    from fastvlp.training.state import TrainConfig
+
+    if not argv or argv[0].startswith("-"):
+        print(f"usage: vlp pretrain RECIPE [options]\n\nRECIPE is your own file, or one of {', '.join(names())}.")
+        print("`vlp pretrain RECIPE --help` lists the recipe's fields, each of which is an option.")
+        raise SystemExit(0 if argv else 2)
+
+    # Not a class statement: its annotations would be strings, and tyro looks their names up in this module.
+    again = Annotated[bool, arg(help="Continue from the last checkpoint.")]
+    Overrides = make_dataclass("Overrides", [("run", Annotated[TrainConfig, arg(name="")]), ("resume", again, False)])
+
+    # As in `vlp finetune --from`; the field cannot be called that.
+    args = ["--init" + word[6:] if word.partition("=")[0] == "--from" else word for word in argv[1:]]
+    parsed = tyro.cli(
+        Overrides,
+        default=Overrides(recipe(argv[0])),
+        args=args,
+        prog=f"vlp pretrain {argv[0]}",
+        description=getdoc(TrainConfig),
+        config=(tyro.conf.AvoidSubcommands,),
+    )
+    return functools.partial(loop.train, one_length(parsed.run, args), parsed.resume, verbose=True)
+
+
+def run_fields() -> list[str]:
+    from fastvlp.training.state import TrainConfig
+
+    return [field.name for field in fields(TrainConfig)]
+
+
+def one_length(run: TrainConfig, argv: Sequence[str]) -> TrainConfig:
+    """A length given alone is the run's: `--steps` without `--budget-s` ends the recipe's budget, and the reverse."""
+    given = {option.partition("=")[0].replace("_", "-") for option in argv} & {"--steps", "--budget-s"}
+    if given == {"--steps"} and run.steps is not None:
+        return replace(run, budget_s=None)
+    if given == {"--budget-s"} and run.budget_s is not None:
+        return replace(run, steps=None)
+    return run
+
+
+def command(summary: str, function: str, show: Callable[[Any], None]) -> Command:
+    return Command(summary=summary, function=f"fastvlp.{function}", show=show)
+
+
+COMMANDS: Mapping[str, Command] = {
+    "data demo": command("Write the embedded corpus of rendered scenes.", "data.options:DataDemo", data_demo),
+    "data import": command("Import your pairs into shards.", "data.options:DataImport", data_import),
+    "data inspect": command("Count, check and show a folder of shards.", "data.options:DataInspect", data_inspect),
+    "pretrain": Command(summary="Pretrain a model by a recipe.", parse=parse_pretrain, options=run_fields),
+    "finetune": command("Fine-tune a pretrained run on a task.", "tasks.options:Finetune", finetune),
+    "evaluate task": command("Score a fine-tuned run on its task.", "tasks.options:Evaluate", evaluate_task),
+    "evaluate retrieval": command("Find images by captions and back.", "eval.options:Retrieval", evaluate_embeddings),
+    "evaluate zeroshot": command(
+        "Classify images by the names of classes.", "eval.options:ZeroShot", evaluate_embeddings
+    ),
+    "evaluate probe": command("Logistic regression on frozen features.", "eval.options:Probe", evaluate_embeddings),
+    "compare": command("Train recipes for the same time, and report.", "comparison.options:Compare", compare),
+    "convert": command("Read a released checkpoint.", "convert.options:Convert", convert),
+    "towers": command("Start from CLIP's and RoBERTa's towers.", "convert.options:Towers", towers),
+    "export": command("Write a model that stands alone.", "serve.options:Export", export),
+    "embed": command("Turn shards into vectors.", "serve.options:Embed", embed),
+    "index build": command("Add images to a search index.", "serve.options:IndexBuild", index_build),
+    "index search": command("Find images in an index.", "serve.options:IndexSearch", index_search),
+    "serve": command("Serve a model over HTTP.", "serve.options:Serve", serve),
 }
-PARTS = {"data": names(DataCommand), "evaluate": EVALUATIONS, "index": names(IndexCommand)}
 
 
-def check_words(argv: Sequence[str]) -> None:
-    """Raises UserError, with the nearest, where the first word is no command or the second no part of it."""
-    for at, known in enumerate((tuple(COMMANDS), PARTS.get(argv[0], ()) if argv else ())):
-        if len(argv) <= at or not known or argv[at].startswith("-") or argv[at] in known:
-            continue
-        near = get_close_matches(argv[at], known, n=1)
-        # `vlp evaluate RUN`.
-        if argv[:at] == ["evaluate"] and (not near or "/" in argv[at] or Path(argv[at]).exists()):
-            continue
-        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
-        raise UserError(f"{argv[at]}: no command of `{' '.join(['vlp', *argv[:at]])}`; {hint}")
+def find_command(argv: Sequence[str]) -> tuple[str, Sequence[str]]:
+    """The name of the command that `argv` begins with, and the rest of the words. Raises UserError, with the nearest, for a misspelt word."""
+    words = dict.fromkeys(name.split()[0] for name in COMMANDS)
+    if argv[0] not in words:
+        raise UserError(f"{argv[0]}: no command of `vlp`; {_nearest(argv[0], list(words))}")
+    if argv[0] in COMMANDS:
+        return argv[0], argv[1:]
+    parts = [name.split()[1] for name in COMMANDS if name.split()[0] == argv[0]]
+    second = argv[1] if len(argv) > 1 else ""
+    if second in parts:
+        return f"{argv[0]} {second}", argv[2:]
+    # `vlp evaluate RUN` is `vlp evaluate task RUN`.
+    looks_like_run = "/" in second or Path(second).exists() or not get_close_matches(second, parts, n=1)
+    if argv[0] == "evaluate" and second and not second.startswith("-") and looks_like_run:
+        return "evaluate task", argv[1:]
+    raise UserError(f"{second or 'no word'}: no command of `vlp {argv[0]}`; {_nearest(second, parts)}")
+
+
+def _nearest(word: str, known: Sequence[str]) -> str:
+    near = get_close_matches(word, known, n=1)
+    return f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
+
+
+def help_text(first: str = "") -> str:
+    """The list of commands, or of those that begin with one word."""
+    listed = {name: command.summary for name, command in COMMANDS.items() if not first or name.split()[0] == first}
+    lines = [f"  {name:20}{summary}" for name, summary in listed.items()]
+    return "\n".join(
+        [
+            "usage: vlp [--import FILE.py ...] COMMAND ...",
+            "",
+            "Pretrain vision-language models on your image-text pairs.",
+            "",
+            *lines,
+            "",
+            "`vlp COMMAND --help` lists a command's options. `--import` reads your own file first, with encoders,",
+            "objectives, tasks, sources, index engines or export targets of yours.",
+        ]
+    )
+
+
+def parse(name: str, argv: Sequence[str]) -> Run:
+    """The function of a command with the options in `argv`, not yet called."""
+    command = COMMANDS[name]
+    if command.parse is not None:
+        return command.parse(argv)
+    target = command.load()
+
+    @functools.wraps(target, updated=())
+    def bind(*args: Any, **options: Any) -> Run:
+        return functools.partial(target, *args, **options)
+
+    return tyro.cli(
+        bind,
+        args=argv,
+        prog=f"vlp {name}",
+        description=(getdoc(target) or "").partition("\n\nArgs:")[0],
+        config=(tyro.conf.OmitArgPrefixes,),
+    )
+
+
+def run(name: str, ready: Run) -> None:
+    """Runs a parsed command and prints its result."""
+    COMMANDS[name].show(ready())
+
+
+def as_flags(message: str, options: Collection[str]) -> str:
+    """The library names parameters, `` `max_side` `` or `` `data.batch_size` ``; here they are options, --max-side."""
+
+    def flag(found: re.Match[str]) -> str:
+        return f"--{found[1].replace('_', '-')}" if found[1].split(".")[0] in options else found[0]
+
+    return re.sub(r"`([a-z][a-z0-9_.]*)`", flag, message)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command. Returns 0, or 2 after saying what is wrong where the user can mend it; tyro exits with 2 too."""
-    argv = sys.argv[1:] if argv is None else argv
+    argv = list(sys.argv[1:] if argv is None else argv)
     # Torch's threads spin while they wait for each other: on cores that others use too, a step then takes 50 times as long.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    name = ""
     try:
-        check_words(argv)
-        if argv[:1] == ["pretrain"] and len(argv) > 1 and not argv[1].startswith("-"):
-            pretrain(argv[1:])
+        while argv[:1] == ["--import"] and len(argv) > 1:
+            import_file(argv[1])
+            argv = argv[2:]
+        if argv[:1] == ["--version"]:
+            print(f"fastvlp {version('fastvlp')}")
             return 0
-        if argv[:1] == ["evaluate"] and len(argv) > 1 and argv[1] not in EVALUATIONS and not argv[1].startswith("-"):
-            argv = ["evaluate", "task", *argv[1:]]
-        command = tyro.extras.subcommand_cli_from_dict(
-            COMMANDS,
-            prog="vlp",
-            description="Pretrain vision-language models on your image-text pairs.",
-            args=argv,
-            config=(tyro.conf.OmitSubcommandPrefixes, tyro.conf.OmitArgPrefixes),
-        )
-        run(command)
+        if not argv or argv[0] in ("-h", "--help"):
+            print(help_text())
+            return 0 if argv else 2
+        if argv[0] not in COMMANDS and argv[1:2] in (["-h"], ["--help"]):
+            print(help_text(argv[0]))
+            return 0
+        name, rest = find_command(argv)
+        run(name, parse(name, rest))
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        options = COMMANDS[name].option_names() if name else ()
+        print(f"error: {as_flags(str(error), options)}", file=sys.stderr)
         return 2
     except BrokenPipeError:
         # As when piped into `head`: Python would fail once more on flushing stdout at exit.

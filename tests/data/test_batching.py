@@ -14,18 +14,18 @@ from hypothesis import strategies as st
 from fastvlp.batch import Batch, Dropped, Record
 from fastvlp.data.batching import Grouping, Lengths, accompanied, budget_sizes
 from fastvlp.data.loader import Loader, PairMaker, Row
-from fastvlp.data.random import hash64
+from fastvlp.data.pairs import PairData, caption_lengths
+from fastvlp.data.records.shards import Shards, ShardWriter
+from fastvlp.data.records.transform import Transform
 from fastvlp.data.regions import RegionSource
-from fastvlp.data.rows import PairData, caption_lengths
-from fastvlp.data.shards import Shards, ShardWriter
 from fastvlp.data.tokenize import Tokenizer
-from fastvlp.data.transform import Transform
-from fastvlp.data.world import WorldConfig, scene_record
+from fastvlp.data.world.corpus import WorldConfig, scene_record
 from fastvlp.errors import UserError
-from fastvlp.train.run import start, steps, train
-from fastvlp.train.state import save
+from fastvlp.random import hash64
+from fastvlp.training.loop import start, steps, train
+from fastvlp.training.state import save
 from tests.made import made_config
-from tests.train.runs import assert_equal, made_run, weights
+from tests.training.runs import assert_equal, made_run, weights
 
 FIXED, BUDGET = Grouping(group=24), Grouping(group=40, max_tokens=90, multiple=2)
 

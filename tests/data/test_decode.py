@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 
 from fastvlp.batch import Record
-from fastvlp.data.decode import DecodeError, decode, read_pixels
-from fastvlp.data.transform import Transform
+from fastvlp.data.records.decode import DecodeError, decode, read_pixels
+from fastvlp.data.records.transform import Transform
 
 SIZE = Transform(size=32, mode="squash")
 

@@ -3,7 +3,7 @@ import math
 
 import pytest
 
-from fastvlp.data.faults import distribution_fault, fault
+from fastvlp.data.records.schema import distribution_fault, fault
 
 GOOD = {
     "captions": ["a"],

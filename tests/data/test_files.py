@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from fastvlp.data.files import write_whole
 from fastvlp.errors import UserError
+from fastvlp.files import write_whole
 
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):

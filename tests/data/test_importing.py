@@ -10,11 +10,11 @@ import pytest
 from PIL import Image
 
 from fastvlp.batch import Record
-from fastvlp.data.decode import read_pixels
-from fastvlp.data.importing import ImportConfig, Imported, _prepare, import_data
-from fastvlp.data.shards import Shards
-from fastvlp.data.shrink import shrink
+from fastvlp.data.records.decode import read_pixels
+from fastvlp.data.records.shards import Shards
 from fastvlp.data.sources import Source
+from fastvlp.data.sources.importing import ImportConfig, Imported, _prepare, import_data
+from fastvlp.data.sources.shrink import shrink
 from fastvlp.errors import UserError
 
 

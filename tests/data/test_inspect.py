@@ -8,10 +8,10 @@ from PIL import Image
 from rich.console import Console
 
 from fastvlp.batch import Record
-from fastvlp.data import contact_sheet as sheets
-from fastvlp.data.detected import Detected, pack
-from fastvlp.data.inspect import SplitReport, inspect, rendered
-from fastvlp.data.shards import ShardWriter
+from fastvlp.data.records.detections import Detected, pack
+from fastvlp.data.records.shards import ShardWriter
+from fastvlp.data.sources import contact_sheet as sheets
+from fastvlp.data.sources.inspection import SplitReport, inspect, rendered
 from fastvlp.data.tokenize import Tokenizer
 from fastvlp.errors import UserError
 

@@ -11,12 +11,12 @@ from PIL import Image
 
 from fastvlp.batch import Batch, Dropped, Record
 from fastvlp.data.loader import Loader, PairMaker, Row, clean_caption, usable_captions
-from fastvlp.data.random import hash64
-from fastvlp.data.rows import PairData
-from fastvlp.data.shards import Shards, ShardWriter
+from fastvlp.data.pairs import PairData
+from fastvlp.data.records.shards import Shards, ShardWriter
+from fastvlp.data.records.transform import Transform
 from fastvlp.data.tokenize import Tokenizer
-from fastvlp.data.transform import Transform
 from fastvlp.errors import UserError
+from fastvlp.random import hash64
 
 
 def make(rows: list[Row]) -> tuple[Batch, list[Dropped]]:

@@ -1,6 +1,6 @@
 import torch
 
-from fastvlp.data.random import _mix, _signed, bits, hash64, hash64_rows, mix64, uniform
+from fastvlp.random import _mix, _signed, bits, hash64, hash64_rows, mix64, uniform
 
 GOLDEN = 0x9E3779B97F4A7C15
 

@@ -9,16 +9,16 @@ import torch
 from PIL import Image
 
 from fastvlp.batch import Batch, Record, Regions
-from fastvlp.data.decode import ORIENTATION, Stored, decode, stored
-from fastvlp.data.detected import Detected, detected, pack, unpack
 from fastvlp.data.loader import Loader, PairMaker, Row
-from fastvlp.data.random import hash64
+from fastvlp.data.pairs import PairData, region_count
+from fastvlp.data.records.decode import ORIENTATION, Stored, decode, stored
+from fastvlp.data.records.detections import Detected, detected, pack, unpack
+from fastvlp.data.records.shards import RecordError, Shards, ShardWriter
+from fastvlp.data.records.transform import Transform
 from fastvlp.data.regions import RegionSource, pad_regions, read_regions
-from fastvlp.data.rows import PairData, region_count
-from fastvlp.data.shards import RecordError, Shards, ShardWriter
 from fastvlp.data.tokenize import Tokenizer
-from fastvlp.data.transform import Transform
 from fastvlp.errors import UserError
+from fastvlp.random import hash64
 
 SQUASH = Transform(size=16, mode="squash")
 WIDE = Stored(50, 100, 1)
@@ -224,7 +224,7 @@ def test_pinning_copies_regions_too(tmp_path, tokenizer, monkeypatch):
 
 
 def test_a_recipe_says_which_regions(tmp_path, tokenizer):
-    from fastvlp.model.image import ImageConfig
+    from fastvlp.model.encoders.vit import ImageConfig
     from fastvlp.model.layers import LayerConfig
 
     split(tmp_path, [[thing(0, 0, 9, 9)]])

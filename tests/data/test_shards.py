@@ -11,7 +11,7 @@ import webdataset
 from PIL import Image
 
 from fastvlp.batch import Record
-from fastvlp.data.shards import RecordError, Shards, ShardWriter
+from fastvlp.data.records.shards import RecordError, Shards, ShardWriter
 from fastvlp.errors import UserError
 
 

@@ -17,23 +17,23 @@ import torch
 
 from fastvlp.batch import Dropped, Record
 from fastvlp.cli import main
-from fastvlp.data.decode import Stored
-from fastvlp.data.detected import detected, pack, read_npz
-from fastvlp.data.importing import ImportConfig, import_data
 from fastvlp.data.loader import Row
-from fastvlp.data.random import hash64
+from fastvlp.data.pairs import PairData
+from fastvlp.data.records.decode import Stored
+from fastvlp.data.records.detections import detected, pack, read_npz
+from fastvlp.data.records.shards import Shards
+from fastvlp.data.records.transform import Transform
 from fastvlp.data.regions import RegionSource, read_regions
-from fastvlp.data.rows import PairData
-from fastvlp.data.shards import Shards
 from fastvlp.data.sources import Source, features
+from fastvlp.data.sources.importing import ImportConfig, import_data
 from fastvlp.data.tokenize import Tokenizer
-from fastvlp.data.transform import Transform
 from fastvlp.errors import UserError
 from fastvlp.model.model import VLModel
-from fastvlp.model.regions import RegionConfig
+from fastvlp.model.region_embedding import RegionConfig
 from fastvlp.model.sizes import tiny_single, with_tokenizer
 from fastvlp.objectives.region import MRCConfig, MRFRConfig
-from fastvlp.train.pretraining import Pretraining
+from fastvlp.random import hash64
+from fastvlp.training.pretraining import Pretraining
 
 Arrays = dict[str, np.ndarray]
 CONF = (0.3, 0.9, 0.1)

@@ -12,7 +12,7 @@ from PIL import Image
 from fastvlp.batch import Dropped, Record
 from fastvlp.cli import DataImport, main
 from fastvlp.data import sources
-from fastvlp.data.faults import fault
+from fastvlp.data.records.schema import fault
 from fastvlp.data.sources import Source
 from fastvlp.errors import UserError
 

@@ -3,7 +3,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fastvlp.data.transform import Transform
+from fastvlp.data.records.transform import Transform
 from fastvlp.errors import UserError
 
 

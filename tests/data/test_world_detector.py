@@ -1,9 +1,9 @@
 import numpy as np
 import torch
 
-from fastvlp.data.detected import unpack
-from fastvlp.data.world import CLASS_NAMES, WorldConfig, pair_record, scene_record, single_record
-from fastvlp.data.world_detector import WIDTH
+from fastvlp.data.records.detections import unpack
+from fastvlp.data.world.corpus import CLASS_NAMES, WorldConfig, pair_record, scene_record, single_record
+from fastvlp.data.world.detector import WIDTH
 from fastvlp.tasks.grounding import overlap
 
 CONFIG = WorldConfig()

@@ -2,7 +2,7 @@
 
 import re
 
-from fastvlp.data.world import WorldConfig
+from fastvlp.data.world.corpus import WorldConfig
 
 CONFIG = WorldConfig()
 COLOURS = {c: c for c in ["red", "orange", "yellow", "green", "cyan", "blue", "purple", "pink"]}

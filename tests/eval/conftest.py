@@ -4,15 +4,15 @@ from dataclasses import replace
 
 import pytest
 
-from fastvlp.data.rows import PairData
-from fastvlp.data.world import WorldConfig, write_world
+from fastvlp.data.pairs import PairData
+from fastvlp.data.world.corpus import WorldConfig, write_world
 from fastvlp.model.sizes import joint_space, tiny
 from fastvlp.objectives.clip import CLIPConfig
 from fastvlp.objectives.flm import FLMConfig
 from fastvlp.objectives.itm import ITMConfig
-from fastvlp.train.optim import OptimConfig
-from fastvlp.train.run import train
-from fastvlp.train.state import TrainConfig
+from fastvlp.training.loop import train
+from fastvlp.training.optim import OptimConfig
+from fastvlp.training.state import TrainConfig
 
 
 @pytest.fixture(scope="session")

@@ -8,12 +8,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fastvlp.data.decode import decode
 from fastvlp.data.loader import Row
+from fastvlp.data.pairs import PairData
+from fastvlp.data.records.decode import decode
+from fastvlp.data.records.shards import Shards
+from fastvlp.data.records.transform import Transform
 from fastvlp.data.regions import RegionSource
-from fastvlp.data.rows import PairData
-from fastvlp.data.shards import Shards
-from fastvlp.data.transform import Transform
 from fastvlp.errors import UserError
 from fastvlp.eval.embedding import (
     Images,
@@ -30,9 +30,9 @@ from fastvlp.eval.embedding import (
 from fastvlp.eval.options import Probe, Retrieval
 from fastvlp.model.sizes import brivl_tiny
 from fastvlp.objectives.moco import MoCoConfig
-from fastvlp.train.optim import OptimConfig
-from fastvlp.train.run import train
-from fastvlp.train.state import TrainConfig
+from fastvlp.training.loop import train
+from fastvlp.training.optim import OptimConfig
+from fastvlp.training.state import TrainConfig
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from fastvlp.eval.metrics_caption import bleu, caption_words, cider, rouge_l
+from fastvlp.eval.caption_metrics import bleu, caption_words, cider, rouge_l
 from tests.golden import FOLDER
 
 KNOWN = json.loads((FOLDER / "metrics_caption.json").read_text(encoding="utf-8"))

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from fastvlp.cli import main
-from fastvlp.data.shards import Shards
+from fastvlp.data.records.shards import Shards
 from fastvlp.eval.probe import STRENGTHS, choose_strength, fit_logistic, held_out, predict, probe
 
 

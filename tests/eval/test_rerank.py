@@ -10,12 +10,12 @@ import torch
 
 from fastvlp.batch import Batch
 from fastvlp.cli import main
-from fastvlp.data.shards import Shards
+from fastvlp.data.records.shards import Shards
 from fastvlp.errors import UserError
-from fastvlp.eval import retrieval
+from fastvlp.eval import embedding_retrieval as retrieval
 from fastvlp.eval.embedding import open_run, read_captions
 from fastvlp.eval.options import Retrieval
-from fastvlp.eval.pairs import mean_log_likelihood, pair_score
+from fastvlp.eval.pair_scores import mean_log_likelihood, pair_score
 from fastvlp.eval.rerank import score_pairs
 from fastvlp.objectives.ar import AR, ARConfig
 from tests.made import made_batch, made_model

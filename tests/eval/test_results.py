@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from fastvlp.errors import UserError
-from fastvlp.eval.results import keep_result
+from fastvlp.eval.result_files import keep_result
 
 
 def test_data_sets_are_kept_apart_and_results_added(tmp_path):

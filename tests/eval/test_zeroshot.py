@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from fastvlp.cli import main
-from fastvlp.data.shards import Shards
+from fastvlp.data.records.shards import Shards
 from fastvlp.errors import UserError
 from fastvlp.eval.options import ZeroShot
 from fastvlp.eval.zeroshot import (
@@ -23,7 +23,7 @@ from fastvlp.eval.zeroshot import (
     read_classes,
     read_templates,
 )
-from fastvlp.model.saved import load_model
+from fastvlp.model.saving import load_model
 
 
 def unit(*shape, seed=0):

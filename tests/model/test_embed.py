@@ -9,7 +9,7 @@ import torch
 
 from fastvlp.errors import UserError
 from fastvlp.model import sizes
-from fastvlp.model.embed import EmbedConfig, Head, HeadConfig
+from fastvlp.model.joint_space import EmbedConfig, Head, HeadConfig
 from fastvlp.model.model import VLModel
 from tests.made import made_batch, made_config
 

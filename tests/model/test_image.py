@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from fastvlp.errors import UserError
-from fastvlp.model.image import ImageConfig, ImageTower, keep_count, random_keep, sincos_positions
+from fastvlp.model.encoders.vit import ImageConfig, ImageTower, keep_count, random_keep, sincos_positions
 from fastvlp.model.layers import LayerConfig, gelu_tanh
 from fastvlp.model.model import VLModel
 from tests.made import made_config

@@ -12,10 +12,10 @@ from torch import Tensor
 from fastvlp.batch import Regions
 from fastvlp.data.regions import grid_boxes
 from fastvlp.errors import UserError
-from fastvlp.model.embed import EmbedConfig, HeadConfig
+from fastvlp.model.joint_space import EmbedConfig, HeadConfig
 from fastvlp.model.layers import LayerConfig
 from fastvlp.model.model import VLModel
-from fastvlp.model.pooling import RegionPool, box_weights
+from fastvlp.model.region_pooling import RegionPool, box_weights
 from fastvlp.model.sizes import BRIVL_FROZEN
 from fastvlp.model.sizes import brivl as brivl_size
 from tests.made import made_batch, made_config

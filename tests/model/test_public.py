@@ -10,13 +10,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from fastvlp.convert.towers import load_weights, local_file, start_from_towers
 from fastvlp.data.tokenize import Tokenizer
 from fastvlp.errors import UserError
 from fastvlp.model.fusion import ReconstructorConfig
 from fastvlp.model.layers import LayerConfig
 from fastvlp.model.model import VLModel
-from fastvlp.model.public import load_weights, local_file, start_from_towers
-from fastvlp.model.saved import inherit, load_model
+from fastvlp.model.saving import inherit, load_model
 from tests.golden import load
 from tests.made import made_config
 

@@ -10,15 +10,15 @@ import torch
 from fastvlp.batch import Batch
 from fastvlp.data.regions import grid_boxes
 from fastvlp.errors import UserError
-from fastvlp.model.image import ImageConfig
+from fastvlp.model.encoders.vit import ImageConfig
 from fastvlp.model.layers import LayerConfig
 from fastvlp.model.model import ModelConfig, VLModel
-from fastvlp.model.regions import RegionConfig
+from fastvlp.model.region_embedding import RegionConfig
 from fastvlp.objectives.mlm import MLMConfig
 from fastvlp.objectives.region import MRFRConfig
 from fastvlp.recipes.uniter_end2end import end_to_end, uniter_end2end
-from fastvlp.train.pretraining import Pretraining
-from fastvlp.train.speed import image_flops, step_flops
+from fastvlp.training.pretraining import Pretraining
+from fastvlp.training.speed import image_flops, step_flops
 from tests.made import made_config, made_tokenizer
 from tests.made_single import region_batch, single_config
 

@@ -10,9 +10,9 @@ import torch
 
 from fastvlp.data.tokenize import Tokenizer
 from fastvlp.errors import UserError
-from fastvlp.model.image import resize_positions
+from fastvlp.model.encoders.vit import resize_positions
 from fastvlp.model.model import VLModel
-from fastvlp.model.saved import inherit, load_exactly, load_model, save_model
+from fastvlp.model.saving import inherit, load_exactly, load_model, save_model
 from fastvlp.model.sizes import small, tiny, with_tokenizer
 
 

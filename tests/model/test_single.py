@@ -11,8 +11,8 @@ from fastvlp.batch import Batch
 from fastvlp.errors import UserError
 from fastvlp.model.layers import LayerConfig
 from fastvlp.model.model import VLModel
-from fastvlp.model.regions import box_vector, crop_regions, random_hide
-from fastvlp.model.single import Joint, packing
+from fastvlp.model.region_embedding import box_vector, crop_regions, random_hide
+from fastvlp.model.single_stream import Joint, packing
 from fastvlp.model.sizes import uniter_base, uniter_large
 from fastvlp.objectives.region import MRCConfig, MRFRConfig
 from tests.made import made_config

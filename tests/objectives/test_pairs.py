@@ -9,10 +9,10 @@ import torch
 
 from fastvlp.errors import UserError
 from fastvlp.model import sizes
-from fastvlp.model.embed import HeadConfig
+from fastvlp.model.joint_space import HeadConfig
 from fastvlp.model.model import VLModel
 from fastvlp.objectives.clip import CLIPConfig
-from fastvlp.objectives.pairs import embed_pair
+from fastvlp.objectives.mismatched_pairs import embed_pair
 from fastvlp.objectives.siglip import SigLIPConfig
 from tests.made import made_batch, made_config, made_tokenizer
 

@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from fastvlp.errors import UserError
-from fastvlp.model.image import random_keep
+from fastvlp.model.encoders.vit import random_keep
 from fastvlp.model.model import VLModel
 from fastvlp.model.sizes import two_towers
 from fastvlp.objectives.clip import CLIPConfig
 from fastvlp.objectives.objective import combine
 from fastvlp.objectives.reconstruct import ReconstructConfig, dropped_patches
-from fastvlp.train.pretraining import Pretraining
+from fastvlp.training.pretraining import Pretraining
 from tests.made import made_batch, made_config, made_tokenizer
 
 SMALL = ReconstructConfig(depth=1, width=16, heads=2)

@@ -10,10 +10,9 @@ import torch.nn.functional as F
 
 from fastvlp.batch import Batch, Regions
 from fastvlp.data.batching import budget_sizes
-from fastvlp.data.detected import pack, unpack
-from fastvlp.data.random import mix64, uniform
-from fastvlp.data.shards import ShardWriter
-from fastvlp.data.world import WorldConfig, scene_record
+from fastvlp.data.records.detections import pack, unpack
+from fastvlp.data.records.shards import ShardWriter
+from fastvlp.data.world.corpus import WorldConfig, scene_record
 from fastvlp.errors import UserError
 from fastvlp.model.model import VLModel
 from fastvlp.objectives.mlm import MLMConfig
@@ -21,8 +20,9 @@ from fastvlp.objectives.objective import Objective, ObjectiveConfig, combine
 from fastvlp.objectives.region import MRCConfig, MRFRConfig, class_divergence, class_nll, feature_error
 from fastvlp.objectives.transport import transport_distance
 from fastvlp.objectives.wra import OTHER_SALT, WRAConfig, match_loss
+from fastvlp.random import mix64, uniform
 from fastvlp.recipes.uniter_demo import uniter_demo
-from fastvlp.train.run import start, steps
+from fastvlp.training.loop import start, steps
 from tests.made import SPECIALS, made_config, made_tokenizer
 from tests.made_single import CLASSES, FEATURE, region_batch, row_of, single_config, single_model
 

@@ -12,14 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastvlp.batch import Batch, Regions
+from fastvlp.convert.brivl import IMAGE, TEXT, from_brivl
 from fastvlp.errors import UserError
-from fastvlp.model.convert_brivl import IMAGE, TEXT, from_brivl
-from fastvlp.model.embed import EmbedConfig, HeadConfig
-from fastvlp.model.image import ImageConfig
+from fastvlp.model.encoders.text_transformer import TextConfig
+from fastvlp.model.encoders.vit import ImageConfig
+from fastvlp.model.joint_space import EmbedConfig, HeadConfig
 from fastvlp.model.layers import LayerConfig
 from fastvlp.model.model import ModelConfig, VLModel
-from fastvlp.model.pooling import RegionPool, box_weights
-from fastvlp.model.text import TextConfig
+from fastvlp.model.region_pooling import RegionPool, box_weights
 from fastvlp.objectives.moco import MoCo, MoCoConfig, albef
 from fastvlp.objectives.objective import combine
 from tests.golden import assert_close, load

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from fastvlp.batch import Batch
+from fastvlp.comparison.overrides import override
+from fastvlp.convert.flip import flip_map, from_flax, from_flip
 from fastvlp.errors import UserError
 from fastvlp.model import sizes
-from fastvlp.model.convert_flip import flip_map, from_flax, from_flip
 from fastvlp.model.model import ModelConfig, VLModel
 from fastvlp.objectives.clip import CLIP, CLIPConfig
 from fastvlp.objectives.objective import Loss, combine
-from fastvlp.overrides import override
 from tests.golden import assert_close, load
 
 

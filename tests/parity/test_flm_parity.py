@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from fastvlp.batch import Batch
-from fastvlp.model import convert, masks
+from fastvlp.convert import flm as convert
+from fastvlp.model import masks
+from fastvlp.model.encoders.text_transformer import TextConfig
+from fastvlp.model.encoders.vit import ImageConfig
 from fastvlp.model.fusion import FusionConfig, ReconstructorConfig
-from fastvlp.model.image import ImageConfig
 from fastvlp.model.layers import LayerConfig
 from fastvlp.model.model import ModelConfig, VLModel
-from fastvlp.model.text import TextConfig
 from fastvlp.objectives.ar import AR, ARConfig
 from fastvlp.objectives.flm import FLM, official_flm
 from fastvlp.objectives.mlm import masked_loss

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from fastvlp.batch import Batch
+from fastvlp.comparison.overrides import override
+from fastvlp.convert.open_clip import PROJECTIONS, clip_map, from_openclip
 from fastvlp.model import sizes
-from fastvlp.model.convert_clip import PROJECTIONS, clip_map, from_openclip
 from fastvlp.model.model import VLModel
 from fastvlp.objectives.clip import CLIP, CLIPConfig
 from fastvlp.objectives.objective import PairObjective, combine
 from fastvlp.objectives.siglip import SigLIP, SigLIPConfig
-from fastvlp.overrides import override
 from tests.golden import assert_close, load
 
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from fastvlp.model import convert
+from fastvlp.convert import flm as convert
 from fastvlp.model.model import VLModel
 from fastvlp.tasks.nlvr2 import NLVR2, NLVR2Config
 from fastvlp.tasks.task import HeadTask

@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
+from fastvlp.convert import flm as convert
 from fastvlp.errors import UserError
-from fastvlp.model import convert, masks
-from fastvlp.model.image import ImageConfig, ImageTower
+from fastvlp.model import masks
+from fastvlp.model.encoders.text_transformer import TextConfig, TextTower
+from fastvlp.model.encoders.vit import ImageConfig, ImageTower
 from fastvlp.model.layers import LayerConfig
-from fastvlp.model.text import TextConfig, TextTower
 from tests.golden import assert_close, load
 
 

@@ -10,14 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastvlp.batch import Batch, Regions
+from fastvlp.convert.uniter import HEADS, WORD_AND_MATCH, from_uniter, uniter_heads, uniter_map
 from fastvlp.errors import UserError
-from fastvlp.model.convert_uniter import HEADS, WORD_AND_MATCH, from_uniter, uniter_heads, uniter_map
-from fastvlp.model.image import ImageConfig
+from fastvlp.model.encoders.text_transformer import TextConfig
+from fastvlp.model.encoders.vit import ImageConfig
 from fastvlp.model.layers import LayerConfig
 from fastvlp.model.model import ModelConfig, VLModel
-from fastvlp.model.regions import RegionConfig, box_vector
-from fastvlp.model.single import Joint, SingleConfig, packing
-from fastvlp.model.text import TextConfig
+from fastvlp.model.region_embedding import RegionConfig, box_vector
+from fastvlp.model.single_stream import Joint, SingleConfig, packing
 from fastvlp.objectives.losses import token_loss
 from fastvlp.objectives.mlm import masked_loss
 from fastvlp.objectives.objective import combine

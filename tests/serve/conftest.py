@@ -5,20 +5,20 @@ from pathlib import Path
 
 import pytest
 
-from fastvlp.data.rows import PairData
-from fastvlp.data.shards import Shards
-from fastvlp.data.world import WorldConfig, write_world
+from fastvlp.data.pairs import PairData
+from fastvlp.data.records.shards import Shards
+from fastvlp.data.world.corpus import WorldConfig, write_world
+from fastvlp.exporters.native import export
 from fastvlp.model.sizes import joint_space, tiny, two_towers
 from fastvlp.objectives.clip import CLIPConfig
 from fastvlp.objectives.flm import FLMConfig
 from fastvlp.objectives.itm import ITMConfig
-from fastvlp.serve.embedder import Embedder
-from fastvlp.serve.export import export
+from fastvlp.search.embedder import Embedder
 from fastvlp.serve.options import Export
 from fastvlp.tasks.vqa import VQAConfig, VQAData, frequent_answers
-from fastvlp.train.optim import OptimConfig
-from fastvlp.train.run import train
-from fastvlp.train.state import TrainConfig
+from fastvlp.training.loop import train
+from fastvlp.training.optim import OptimConfig
+from fastvlp.training.state import TrainConfig
 
 
 @pytest.fixture(scope="session")

@@ -20,12 +20,12 @@ from starlette.testclient import TestClient
 from torch import Tensor
 
 from fastvlp.batch import Record
-from fastvlp.data.decode import DecodeError, decode
-from fastvlp.data.transform import Transform
+from fastvlp.data.records.decode import DecodeError, decode
+from fastvlp.data.records.transform import Transform
+from fastvlp.search.embedder import Unreadable
+from fastvlp.search.index import Hit, Item, Stamp, choices
+from fastvlp.search.pictures import Pictures
 from fastvlp.serve.api import create_app
-from fastvlp.serve.embedder import Unreadable
-from fastvlp.serve.index import Hit, Item, Stamp, choices
-from fastvlp.serve.pictures import Pictures
 
 
 def hashed(data: bytes, width: int) -> np.ndarray:

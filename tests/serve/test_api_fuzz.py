@@ -22,9 +22,9 @@ from schemathesis.checks import negative_data_rejection, positive_data_acceptanc
 from schemathesis.transport.serialization import Binary
 from starlette.testclient import TestClient
 
+from fastvlp.search.pictures import Pictures
 from fastvlp.serve.api import create_app
 from fastvlp.serve.limits import Limits
-from fastvlp.serve.pictures import Pictures
 from tests.serve.standins import StandinEmbedder, StandinIndex, listening, shade
 
 PICTURE = base64.b64encode(shade("red", 0)).decode()

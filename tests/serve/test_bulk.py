@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from fastvlp.batch import Record
-from fastvlp.data.shards import Shards, ShardWriter
+from fastvlp.data.records.shards import Shards, ShardWriter
 from fastvlp.errors import UserError
-from fastvlp.serve.bulk import embed, open_embedded, read_part
+from fastvlp.search.bulk import embed, open_embedded, read_part
 from fastvlp.serve.options import Embed
 
 

@@ -10,15 +10,15 @@ import pytest
 from starlette.testclient import TestClient
 
 from fastvlp.cli import main
-from fastvlp.data.shards import Shards
+from fastvlp.data.records.shards import Shards
 from fastvlp.errors import UserError
+from fastvlp.search.bulk import PLAN, embed, open_embedded, read_part
+from fastvlp.search.embedder import Embedder
+from fastvlp.search.engines.codes import VECTORS, CodesIndex
+from fastvlp.search.index import Item, Stamp, open_index, pictures_of
+from fastvlp.search.pictures import thumbnail
 from fastvlp.serve.api import create_app
-from fastvlp.serve.bulk import PLAN, embed, open_embedded, read_part
-from fastvlp.serve.codes import VECTORS, CodesIndex
-from fastvlp.serve.embedder import Embedder
-from fastvlp.serve.index import Item, Stamp, open_index, pictures_of
 from fastvlp.serve.options import Embed
-from fastvlp.serve.pictures import thumbnail
 
 
 @pytest.fixture

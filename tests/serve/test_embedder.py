@@ -11,12 +11,12 @@ import pytest
 import torch
 from PIL import Image
 
-from fastvlp.data.shards import Shards
+from fastvlp.data.records.shards import Shards
 from fastvlp.errors import UserError
 from fastvlp.eval.embedding import embed_images, embed_texts, open_run
 from fastvlp.eval.options import Encode
-from fastvlp.eval.pairs import pair_score
-from fastvlp.serve.embedder import Embedder, Unreadable
+from fastvlp.eval.pair_scores import pair_score
+from fastvlp.search.embedder import Embedder, Unreadable
 from fastvlp.tasks.caption import caption
 from fastvlp.tasks.finetune import load_task
 
@@ -112,10 +112,10 @@ def test_loading_imports_no_training_code(exports, tmp_path):
     folder = shutil.copytree(exports["all"], tmp_path / "alone")
     code = f"""
 import sys
-from fastvlp.serve.embedder import Embedder
+from fastvlp.search.embedder import Embedder
 embedder = Embedder.load({str(folder)!r})
 embedder.texts(["a red circle"])
-unwanted = [m for m in sys.modules if m.startswith(("fastvlp.train", "fastvlp.data.loader", "fastvlp.recipes"))]
+unwanted = [m for m in sys.modules if m.startswith(("fastvlp.training", "fastvlp.data.loader", "fastvlp.recipes"))]
 sys.exit(str(unwanted) if unwanted else 0)
 """
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

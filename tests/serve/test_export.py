@@ -8,12 +8,12 @@ import pytest
 from safetensors import safe_open
 
 from fastvlp.errors import UserError
+from fastvlp.eval.embedding_retrieval import evaluate
 from fastvlp.eval.options import Retrieval
-from fastvlp.eval.results import keep_result
-from fastvlp.eval.retrieval import evaluate
-from fastvlp.serve import export as exporting
-from fastvlp.serve.embedder import Embedder
-from fastvlp.serve.export import export
+from fastvlp.eval.result_files import keep_result
+from fastvlp.exporters import native as exporting
+from fastvlp.exporters.native import export
+from fastvlp.search.embedder import Embedder
 from fastvlp.serve.options import Export
 
 

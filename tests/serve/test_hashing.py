@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from fastvlp.serve.hashing import (
+from fastvlp.search.hashing import (
     HashSearch,
     closest,
     encode,

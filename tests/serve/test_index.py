@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from fastvlp.errors import UserError
-from fastvlp.serve.index import EngineError, open_index, pictures_of
+from fastvlp.search.index import EngineError, open_index, pictures_of
 from tests.serve.engines import STAMP, made_vectors, vector_of
 
 pytest.importorskip("chromadb", reason="chromadb is not installed: pip install -e '.[serve]'")
@@ -332,7 +332,7 @@ import socket, sys
 def refuse(*_): raise SystemExit("a connection was asked for")
 socket.socket.connect = refuse
 from tests.serve.engines import STAMP, made_vectors
-from fastvlp.serve.index import open_index
+from fastvlp.search.index import open_index
 index = open_index({str(tmp_path / "index")!r}, STAMP, create=True)
 index.add(["a"], made_vectors(1), [{{}}])
 assert index.search(made_vectors(1), 1)[0][0].id == "a"

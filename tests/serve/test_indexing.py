@@ -8,13 +8,13 @@ import pytest
 
 from fastvlp.batch import Record
 from fastvlp.cli import main
-from fastvlp.data.shards import Shards, ShardWriter
+from fastvlp.data.records.shards import Shards, ShardWriter
 from fastvlp.errors import UserError
-from fastvlp.serve import indexing
-from fastvlp.serve.bulk import embed
-from fastvlp.serve.index import open_index, pictures_of
+from fastvlp.search import indexing
+from fastvlp.search.bulk import embed
+from fastvlp.search.index import open_index, pictures_of
+from fastvlp.search.pictures import thumbnail
 from fastvlp.serve.options import Embed, IndexBuild, IndexSearch
-from fastvlp.serve.pictures import thumbnail
 
 pytest.importorskip("chromadb", reason="chromadb is not installed: pip install -e '.[serve]'")
 

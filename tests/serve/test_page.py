@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
+from fastvlp.search.pictures import Pictures, thumbnail
 from fastvlp.serve.api import create_app
-from fastvlp.serve.pictures import Pictures, thumbnail
 from tests.serve.standins import StandinEmbedder, StandinIndex, listening, shade
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: the page is not tested")

@@ -16,11 +16,11 @@ import pytest
 from starlette.testclient import TestClient
 
 from fastvlp.cli import main
-from fastvlp.data.shards import Shards
-from fastvlp.serve import indexing
+from fastvlp.data.records.shards import Shards
+from fastvlp.search import indexing
+from fastvlp.search.embedder import Embedder
+from fastvlp.search.index import open_index, pictures_of
 from fastvlp.serve.api import create_app
-from fastvlp.serve.embedder import Embedder
-from fastvlp.serve.index import open_index, pictures_of
 from fastvlp.serve.options import IndexBuild
 
 pytest.importorskip("chromadb", reason="chromadb is not installed: pip install -e '.[serve]'")

@@ -6,19 +6,19 @@ import pytest
 import torch
 
 from fastvlp.batch import Record
-from fastvlp.data.faults import LABELS
 from fastvlp.data.loader import Row
+from fastvlp.data.records.schema import LABELS
+from fastvlp.data.records.shards import Shards, ShardWriter
 from fastvlp.data.regions import RegionSource
-from fastvlp.data.shards import Shards, ShardWriter
 from fastvlp.data.tokenize import Tokenizer
-from fastvlp.data.world import WorldConfig, scene_record
+from fastvlp.data.world.corpus import WorldConfig, scene_record
 from fastvlp.errors import UserError
 from fastvlp.model.sizes import tiny_single
 from fastvlp.objectives.objective import combine
 from fastvlp.tasks import entailment, vcr
 from fastvlp.tasks.entailment import EntailmentConfig, EntailmentData
 from fastvlp.tasks.vcr import VCRConfig, VCRData, text_kinds
-from fastvlp.train.pretraining import Pretraining
+from fastvlp.training.pretraining import Pretraining
 from tests.made import SPECIALS, made_model, made_tokenizer
 from tests.made_single import region_batch, single_config, single_model
 

@@ -3,9 +3,9 @@ import torch
 
 from fastvlp.batch import Record
 from fastvlp.data.loader import Row
-from fastvlp.data.shards import Shards, ShardWriter
+from fastvlp.data.records.shards import Shards, ShardWriter
 from fastvlp.data.tokenize import Tokenizer
-from fastvlp.data.world import WorldConfig, scene_record
+from fastvlp.data.world.corpus import WorldConfig, scene_record
 from fastvlp.errors import UserError
 from fastvlp.model.sizes import tiny
 from fastvlp.tasks.nlvr import NLVRData

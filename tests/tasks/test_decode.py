@@ -6,7 +6,7 @@ import torch
 from fastvlp.eval.mode import evaluating
 from fastvlp.objectives.ar import ARConfig
 from fastvlp.tasks.caption import CaptionConfig, caption
-from fastvlp.tasks.decode import beam_search, greedy, next_scores
+from fastvlp.tasks.generation import beam_search, greedy, next_scores
 from tests.made import SPECIALS, made_batch, made_model, made_tokenizer
 
 PAD, BOS, EOS, MASK = (SPECIALS[name] for name in ("pad", "bos", "eos", "mask"))

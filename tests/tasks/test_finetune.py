@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from fastvlp.cli import main
+from fastvlp.data.records.shards import Shards
 from fastvlp.data.regions import RegionSource
-from fastvlp.data.shards import Shards
 from fastvlp.data.splits import find_split
 from fastvlp.errors import UserError
-from fastvlp.model.saved import load_model
+from fastvlp.model.saving import load_model
 from fastvlp.tasks.finetune import evaluate, find_splits, finetune, load_task, plan, task_data, told_in_words
 from fastvlp.tasks.options import Evaluate, Finetune
 from fastvlp.tasks.vqa import VQAData, frequent_answers, measure

@@ -6,14 +6,14 @@ import torch.nn.functional as F
 
 from fastvlp.batch import Record
 from fastvlp.data.loader import Row
+from fastvlp.data.records.shards import Shards, ShardWriter
 from fastvlp.data.regions import RegionSource
-from fastvlp.data.shards import Shards, ShardWriter
 from fastvlp.data.tokenize import Tokenizer
-from fastvlp.data.world import WorldConfig, scene_record
+from fastvlp.data.world.corpus import WorldConfig, scene_record
 from fastvlp.model.sizes import tiny_single
 from fastvlp.objectives.objective import combine
 from fastvlp.tasks.grounding import GroundingConfig, GroundingData, measure, overlap
-from fastvlp.train.pretraining import Pretraining
+from fastvlp.training.pretraining import Pretraining
 from tests.golden import assert_close, load
 from tests.made import made_model, made_tokenizer
 from tests.made_single import region_batch, single_model

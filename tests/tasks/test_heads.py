@@ -8,7 +8,7 @@ from fastvlp.objectives.objective import combine
 from fastvlp.tasks.nlvr import NLVRConfig
 from fastvlp.tasks.nlvr2 import NLVR2Config
 from fastvlp.tasks.vqa import VQAConfig
-from fastvlp.train.pretraining import Pretraining
+from fastvlp.training.pretraining import Pretraining
 from tests.made import made_batch, made_config, made_model, made_tokenizer
 
 READINGS = ("full", "causal", "flm")

@@ -5,22 +5,22 @@ import torch
 
 from fastvlp.cli import main
 from fastvlp.data.loader import Row
-from fastvlp.data.random import hash64
-from fastvlp.data.rows import PairData
-from fastvlp.data.shards import Shards
+from fastvlp.data.pairs import PairData
+from fastvlp.data.records.shards import Shards
 from fastvlp.errors import UserError
 from fastvlp.eval.ranks import ranks, recall
-from fastvlp.model.saved import load_model
+from fastvlp.model.saving import load_model
 from fastvlp.objectives.itm import ITMConfig
 from fastvlp.objectives.objective import combine
+from fastvlp.random import hash64
 from fastvlp.tasks import retrieval
 from fastvlp.tasks.finetune import evaluate, finetune, load_task, load_zero_shot
 from fastvlp.tasks.options import Evaluate, Finetune
 from fastvlp.tasks.retrieval import RetrievalConfig, hardest
-from fastvlp.train.optim import OptimConfig
-from fastvlp.train.pretraining import Pretraining
-from fastvlp.train.run import train
-from fastvlp.train.state import TrainConfig
+from fastvlp.training.loop import train
+from fastvlp.training.optim import OptimConfig
+from fastvlp.training.pretraining import Pretraining
+from fastvlp.training.state import TrainConfig
 from tests.made import made_batch, made_model, made_tokenizer
 from tests.made_single import region_batch, row_of, single_model
 

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from fastvlp.data.loader import Row
+from fastvlp.data.records.shards import Shards
 from fastvlp.data.regions import RegionSource
-from fastvlp.data.shards import Shards
 from fastvlp.data.tokenize import Tokenizer
 from fastvlp.model.sizes import tiny_single
 from fastvlp.objectives.objective import combine
@@ -16,7 +16,7 @@ from fastvlp.tasks.nlvr import NLVRConfig, NLVRData
 from fastvlp.tasks.nlvr2 import NLVR2Config, NLVR2Data
 from fastvlp.tasks.task import encode_joined
 from fastvlp.tasks.vqa import VQAConfig
-from fastvlp.train.pretraining import Pretraining
+from fastvlp.training.pretraining import Pretraining
 from tests.made import made_tokenizer
 from tests.made_single import region_batch, row_of, single_config, single_model
 

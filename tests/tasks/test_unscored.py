@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from fastvlp.cli import main
-from fastvlp.data.shards import Shards, ShardWriter
+from fastvlp.data.records.shards import Shards, ShardWriter
 from fastvlp.data.splits import find_splits
 from fastvlp.errors import UserError
 from fastvlp.tasks.finetune import evaluate, finetune, told_in_words

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from fastvlp.batch import has_area
-from fastvlp.data.random import uniform
 from fastvlp.errors import UserError
+from fastvlp.random import uniform
 
 CROP_SALT, CHANCE_SALT, JITTER_SALT, BLUR_SALT = 801, 802, 803, 804
 VIEW = 1 << 20  # between the salts of two views of a row

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastvlp.data.random import hash64_rows
 from fastvlp.errors import UserError
+from fastvlp.random import hash64_rows
 
 _SHUFFLE = 1
 

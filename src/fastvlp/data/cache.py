@@ -7,7 +7,7 @@ import mmap
 import torch
 from torch import Tensor
 
-from fastvlp.data.decode import Stored
+from fastvlp.data.records.decode import Stored
 
 
 class ImageCache:

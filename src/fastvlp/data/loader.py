@@ -23,14 +23,14 @@ from fastvlp.data.batching import Grouping, Lengths, Plan
 from fastvlp.data.cache import ImageCache
 from fastvlp.data.captions import clean_caption as clean_caption
 from fastvlp.data.captions import usable_captions
-from fastvlp.data.decode import decode, stored
 from fastvlp.data.prefetch import Prefetch
-from fastvlp.data.random import hash64, hash64_rows
+from fastvlp.data.records.decode import decode, stored
+from fastvlp.data.records.shards import RecordError, Shards
+from fastvlp.data.records.transform import Transform
 from fastvlp.data.regions import Found, RegionSource, pad_regions, read_regions
-from fastvlp.data.shards import RecordError, Shards
 from fastvlp.data.tokenize import Tokenizer
-from fastvlp.data.transform import Transform
 from fastvlp.errors import UserError
+from fastvlp.random import hash64, hash64_rows
 
 
 class Row(NamedTuple):

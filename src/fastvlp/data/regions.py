@@ -14,11 +14,11 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from fastvlp.batch import Regions, has_area
-from fastvlp.data.decode import Stored
-from fastvlp.data.detected import unpack
-from fastvlp.data.faults import confidences_fault, distribution_fault, list_fault
-from fastvlp.data.shards import RecordError
-from fastvlp.data.transform import Transform
+from fastvlp.data.records.decode import Stored
+from fastvlp.data.records.detections import unpack
+from fastvlp.data.records.schema import confidences_fault, distribution_fault, list_fault
+from fastvlp.data.records.shards import RecordError
+from fastvlp.data.records.transform import Transform
 from fastvlp.errors import UserError
 
 WHOLE = (0.0, 0.0, 1.0, 1.0)

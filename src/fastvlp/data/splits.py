@@ -7,7 +7,7 @@ from pathlib import Path
 
 import fsspec
 
-from fastvlp.data.rows import Split
+from fastvlp.data.pairs import Split
 from fastvlp.errors import UserError
 
 # Other names under which a split is imported. testA and testB of RefCOCO are none of them: either is half of a test.

@@ -14,8 +14,8 @@ import torch
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor
 
-from fastvlp.data.files import write_whole
 from fastvlp.errors import UserError
+from fastvlp.files import write_whole
 
 _ROLES = {
     "pad": ("[PAD]", "<pad>", "<|pad|>"),

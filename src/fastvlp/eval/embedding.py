@@ -16,24 +16,24 @@ from torch import Tensor
 from torch.utils import _pytree
 
 from fastvlp.batch import Dropped, Regions
-from fastvlp.data.decode import decode, stored
 from fastvlp.data.loader import refusal, usable_captions
+from fastvlp.data.pairs import Fit
 from fastvlp.data.prefetch import Prefetch
-from fastvlp.data.random import hash64_rows, uniform
+from fastvlp.data.records.decode import decode, stored
+from fastvlp.data.records.shards import RecordError, Shards
+from fastvlp.data.records.transform import Transform
 from fastvlp.data.regions import Found, RegionSource, pad_regions, read_regions
-from fastvlp.data.rows import Fit
-from fastvlp.data.shards import RecordError, Shards
 from fastvlp.data.splits import is_folder, place_in
 from fastvlp.data.streams import in_threads, with_progress
 from fastvlp.data.tokenize import Tokenizer
-from fastvlp.data.transform import Transform
 from fastvlp.dist import pick_device
 from fastvlp.errors import UserError
 from fastvlp.eval.mode import evaluating
 from fastvlp.eval.options import Encode, Masked
-from fastvlp.model.embed import unit
+from fastvlp.model.joint_space import unit
 from fastvlp.model.model import VLModel
-from fastvlp.model.saved import Saved, load_model
+from fastvlp.model.saving import Saved, load_model
+from fastvlp.random import hash64_rows, uniform
 
 VIEW_SALT = 701
 Features = Literal["pooled", "embedding"]

@@ -9,12 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastvlp.data.random import hash64_rows
-from fastvlp.data.shards import Shards
+from fastvlp.data.records.shards import Shards
 from fastvlp.data.splits import find_splits
 from fastvlp.eval.embedding import Features, Reader, image_batches, image_features, open_run, read_labels
 from fastvlp.eval.options import Probe
 from fastvlp.eval.zeroshot import class_ranks, class_scores
+from fastvlp.random import hash64_rows
 
 # Strongest first: each fit starts from the one before, which is near it.
 STRENGTHS = tuple(10.0 ** (k / 2) for k in range(2, -13, -1))

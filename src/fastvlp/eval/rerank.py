@@ -7,9 +7,9 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from fastvlp.data.shards import Shards
+from fastvlp.data.records.shards import Shards
 from fastvlp.eval.embedding import Reader, image_batches
-from fastvlp.eval.pairs import Match
+from fastvlp.eval.pair_scores import Match
 
 # Texts that are read beside an image at a time.
 ROWS = 256

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastvlp.data.shards import Shards
+from fastvlp.data.records.shards import Shards
 from fastvlp.errors import UserError
 from fastvlp.eval.embedding import embed_images, embed_texts, open_split, open_towers, read_labels
 from fastvlp.eval.options import ZeroShot
 from fastvlp.eval.ranks import ROUNDING
-from fastvlp.model.embed import unit
+from fastvlp.model.joint_space import unit
 
 # flip7 and openai80: Copyright (c) 2021 OpenAI, MIT licence (prompts/LICENSE-openai-clip). zh7 is ours.
 PROMPTS = Path(__file__).with_name("prompts")

@@ -12,14 +12,14 @@ from fastvlp.batch import Regions
 from fastvlp.errors import UserError
 from fastvlp.model import masks
 from fastvlp.model.absent import Absent
-from fastvlp.model.embed import Embed, EmbedConfig, check_head
+from fastvlp.model.encoders.text_transformer import TextConfig, TextTower
+from fastvlp.model.encoders.vit import ImageConfig, ImageTower
 from fastvlp.model.fusion import Fusion, FusionConfig, LMHead, Reconstructor, ReconstructorConfig
-from fastvlp.model.image import ImageConfig, ImageTower
+from fastvlp.model.joint_space import Embed, EmbedConfig, check_head
 from fastvlp.model.layers import KeyValue, initialise_as_mae
-from fastvlp.model.pooling import RegionPool, box_weights, pooled
-from fastvlp.model.regions import given, region_features
-from fastvlp.model.single import Joint, SingleConfig, SingleStream
-from fastvlp.model.text import TextConfig, TextTower
+from fastvlp.model.region_embedding import given, region_features
+from fastvlp.model.region_pooling import RegionPool, box_weights, pooled
+from fastvlp.model.single_stream import Joint, SingleConfig, SingleStream
 
 # How a model reads a text to summarise it: all at once, left to right, or through the reconstructor.
 Reading = Literal["full", "causal", "flm"]

@@ -5,15 +5,15 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from fastvlp.model.embed import EmbedConfig, HeadConfig
+from fastvlp.model.encoders.text_transformer import TextConfig
+from fastvlp.model.encoders.vit import ImageConfig
 from fastvlp.model.fusion import FusionConfig, ReconstructorConfig
-from fastvlp.model.image import ImageConfig
+from fastvlp.model.joint_space import EmbedConfig, HeadConfig
 from fastvlp.model.layers import Activation, LayerConfig, Norm
 from fastvlp.model.model import ModelConfig
-from fastvlp.model.pooling import Place, RegionPool
-from fastvlp.model.regions import RegionConfig
-from fastvlp.model.single import SingleConfig
-from fastvlp.model.text import TextConfig
+from fastvlp.model.region_embedding import RegionConfig
+from fastvlp.model.region_pooling import Place, RegionPool
+from fastvlp.model.single_stream import SingleConfig
 
 if TYPE_CHECKING:
     from fastvlp.data.tokenize import Tokenizer

@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fastvlp.data.random import uniform
+from fastvlp.random import uniform
 
 TEXT_SALT = 103
 

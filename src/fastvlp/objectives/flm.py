@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from fastvlp.batch import Batch
-from fastvlp.data.random import uniform
 from fastvlp.data.tokenize import Tokenizer
 from fastvlp.model import masks
 from fastvlp.model.model import Bos, ModelConfig, Streams, VLModel
 from fastvlp.objectives.losses import head_loss
 from fastvlp.objectives.objective import Loss, Objective, ObjectiveConfig
+from fastvlp.random import uniform
 
 SpanMode = Literal["token", "centred", "uniform"]
 EXTRA_SALT, SIDE_SALT = 201, 202

@@ -13,13 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastvlp.batch import Batch
-from fastvlp.data.random import uniform
 from fastvlp.data.tokenize import Tokenizer
 from fastvlp.errors import UserError
 from fastvlp.model import masks
 from fastvlp.model.layers import initialise
 from fastvlp.model.model import ModelConfig, VLModel
 from fastvlp.objectives.objective import MORE_ROWS, Loss, Objective, ObjectiveConfig
+from fastvlp.random import uniform
 
 NEGATIVE_SALT, OFFSET_SALT = 501, 502
 

@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 
 from fastvlp.batch import Batch
-from fastvlp.data.random import uniform
 from fastvlp.data.tokenize import Tokenizer
 from fastvlp.errors import UserError
 from fastvlp.model import masks
 from fastvlp.model.model import ModelConfig, VLModel
-from fastvlp.model.regions import given, random_hide
+from fastvlp.model.region_embedding import given, random_hide
 from fastvlp.objectives.losses import head_loss, token_loss
 from fastvlp.objectives.objective import Loss, Objective, ObjectiveConfig
+from fastvlp.random import uniform
 
 MASK_SALT, PREDICT_SALT, KIND_SALT, WORD_SALT = 401, 402, 403, 404
 

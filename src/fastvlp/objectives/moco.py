@@ -18,12 +18,12 @@ from fastvlp.batch import Batch
 from fastvlp.data.tokenize import Tokenizer
 from fastvlp.errors import UserError
 from fastvlp.model.absent import Absent
-from fastvlp.model.embed import unit
-from fastvlp.model.image import random_keep
+from fastvlp.model.encoders.vit import random_keep
+from fastvlp.model.joint_space import unit
 from fastvlp.model.model import ModelConfig, VLModel
 from fastvlp.objectives.contrastive import queue_nce
+from fastvlp.objectives.mismatched_pairs import PairsConfig, embed_pair
 from fastvlp.objectives.objective import Loss, PairObjective
-from fastvlp.objectives.pairs import PairsConfig, embed_pair
 
 # Of temperatures; a learned one is kept within (ALBEF, released code).
 COLDEST, WARMEST = 0.001, 0.5

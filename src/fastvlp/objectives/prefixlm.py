@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from fastvlp.batch import Batch
-from fastvlp.data.random import uniform
 from fastvlp.data.tokenize import Tokenizer
 from fastvlp.model import masks
 from fastvlp.model.model import ModelConfig, VLModel
 from fastvlp.objectives.ar import next_token_loss
 from fastvlp.objectives.objective import Loss, Objective, ObjectiveConfig
+from fastvlp.random import uniform
 
 PREFIX_SALT = 301
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fastvlp.batch import Batch
 from fastvlp.data.tokenize import Tokenizer
 from fastvlp.errors import UserError
-from fastvlp.model.image import random_keep, sincos_positions
+from fastvlp.model.encoders.vit import random_keep, sincos_positions
 from fastvlp.model.layers import LayerConfig, initialise_as_mae, stack
 from fastvlp.model.model import ModelConfig, VLModel
 from fastvlp.objectives.losses import at_least_fp32

@@ -21,8 +21,8 @@ from fastvlp.data.tokenize import Tokenizer
 from fastvlp.errors import UserError
 from fastvlp.model.layers import initialise
 from fastvlp.model.model import ModelConfig, VLModel
-from fastvlp.model.regions import given, random_hide
-from fastvlp.model.single import SingleConfig
+from fastvlp.model.region_embedding import given, random_hide
+from fastvlp.model.single_stream import SingleConfig
 from fastvlp.objectives.losses import at_least_fp32
 from fastvlp.objectives.mlm import MLMConfig
 from fastvlp.objectives.objective import Loss, Objective, ObjectiveConfig

@@ -12,8 +12,8 @@ from fastvlp.batch import Batch
 from fastvlp.data.tokenize import Tokenizer
 from fastvlp.model.model import ModelConfig, VLModel
 from fastvlp.objectives.contrastive import sigmoid_loss
+from fastvlp.objectives.mismatched_pairs import PairsConfig, embed_pair
 from fastvlp.objectives.objective import Loss, PairObjective
-from fastvlp.objectives.pairs import PairsConfig, embed_pair
 
 
 @dataclass(frozen=True, kw_only=True)

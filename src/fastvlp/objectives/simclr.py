@@ -10,15 +10,15 @@ from torch import Tensor, nn
 
 from fastvlp.batch import Batch
 from fastvlp.data.augment import AugmentConfig, augment
-from fastvlp.data.random import hash64_rows
 from fastvlp.data.tokenize import Tokenizer
 from fastvlp.errors import UserError
-from fastvlp.model.embed import unit
-from fastvlp.model.image import random_keep
+from fastvlp.model.encoders.vit import random_keep
+from fastvlp.model.joint_space import unit
 from fastvlp.model.layers import initialise
 from fastvlp.model.model import ModelConfig, VLModel
 from fastvlp.objectives.contrastive import nt_xent
 from fastvlp.objectives.objective import Loss, ObjectiveConfig, PairObjective
+from fastvlp.random import hash64_rows
 
 VIEW_SALT = 901
 VIEWS = (1, 2)  # 0 is what training shows the other objectives

@@ -12,14 +12,14 @@ from torch import Tensor
 from torch.utils import _pytree
 
 from fastvlp.batch import Batch
-from fastvlp.data.random import uniform
 from fastvlp.data.tokenize import Tokenizer
 from fastvlp.errors import UserError
 from fastvlp.model.model import ModelConfig, VLModel
-from fastvlp.model.regions import given
+from fastvlp.model.region_embedding import given
 from fastvlp.objectives.losses import at_least_fp32
 from fastvlp.objectives.objective import MORE_ROWS, Loss, Objective, ObjectiveConfig
 from fastvlp.objectives.transport import transport_distance
+from fastvlp.random import uniform
 
 COIN_SALT, SIDE_SALT, OTHER_SALT = 611, 612, 613
 

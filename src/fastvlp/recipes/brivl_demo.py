@@ -7,12 +7,12 @@ a queue of earlier ones, so that a small batch has many negatives.
 A first look (docs/log.md, 2026-11-21): 200 steps, one seed: R@10 of 23 % among 256 pairs, both ways (chance: 4).
 """
 
+from fastvlp.data.pairs import PairData
 from fastvlp.data.regions import RegionSource
-from fastvlp.data.rows import PairData
 from fastvlp.model.sizes import brivl_tiny
 from fastvlp.objectives.moco import MoCoConfig
-from fastvlp.train.optim import OptimConfig
-from fastvlp.train.run import TrainConfig
+from fastvlp.training.loop import TrainConfig
+from fastvlp.training.optim import OptimConfig
 
 
 def brivl_demo() -> TrainConfig:

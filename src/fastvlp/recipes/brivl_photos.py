@@ -9,11 +9,11 @@ had a third of clip_photos' recall (docs/log.md, 2026-11-21): queues are for bat
 """
 
 from fastvlp.data.augment import AugmentConfig
-from fastvlp.data.rows import PairData
+from fastvlp.data.pairs import PairData
 from fastvlp.model.sizes import brivl_small
 from fastvlp.objectives.moco import MoCoConfig
-from fastvlp.train.optim import OptimConfig
-from fastvlp.train.run import TrainConfig
+from fastvlp.training.loop import TrainConfig
+from fastvlp.training.optim import OptimConfig
 
 
 def brivl_photos() -> TrainConfig:

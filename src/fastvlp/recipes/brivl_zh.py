@@ -9,9 +9,9 @@ Smaller and in three minutes: 1.2 % retrieval recall, where clip_photos on the s
 
 from dataclasses import replace
 
-from fastvlp.data.rows import PairData
+from fastvlp.data.pairs import PairData
 from fastvlp.recipes.brivl_photos import brivl_photos
-from fastvlp.train.run import TrainConfig
+from fastvlp.training.loop import TrainConfig
 
 
 def brivl_zh() -> TrainConfig:

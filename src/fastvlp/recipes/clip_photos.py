@@ -8,11 +8,11 @@ siglip_photos differs in the objective; flip_photos masks half of each image and
 at equal time see docs/log.md, 2026-11-21.
 """
 
-from fastvlp.data.rows import PairData
+from fastvlp.data.pairs import PairData
 from fastvlp.model.sizes import clip_small
 from fastvlp.objectives.clip import CLIPConfig
-from fastvlp.train.optim import OptimConfig
-from fastvlp.train.run import TrainConfig
+from fastvlp.training.loop import TrainConfig
+from fastvlp.training.optim import OptimConfig
 
 
 def clip_photos() -> TrainConfig:

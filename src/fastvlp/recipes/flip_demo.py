@@ -8,11 +8,11 @@
 
 from dataclasses import replace
 
-from fastvlp.data.rows import PairData
+from fastvlp.data.pairs import PairData
 from fastvlp.model.sizes import flip_tiny
 from fastvlp.objectives.clip import CLIPConfig
-from fastvlp.train.optim import flip_optim
-from fastvlp.train.run import TrainConfig
+from fastvlp.training.loop import TrainConfig
+from fastvlp.training.optim import flip_optim
 
 
 def flip_demo() -> TrainConfig:

@@ -9,7 +9,7 @@ Not measured yet.
 from dataclasses import replace
 
 from fastvlp.recipes.flm_photos import flm_photos
-from fastvlp.train.run import TrainConfig
+from fastvlp.training.loop import TrainConfig
 
 
 def flip_flm() -> TrainConfig:

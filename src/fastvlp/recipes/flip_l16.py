@@ -9,11 +9,11 @@ Fewer ranks: raise --accumulate in proportion, the gradients stay those of the w
 """
 
 from fastvlp.data.augment import AugmentConfig
-from fastvlp.data.rows import PairData
+from fastvlp.data.pairs import PairData
 from fastvlp.model import sizes
 from fastvlp.objectives.clip import CLIPConfig
-from fastvlp.train.optim import flip_optim
-from fastvlp.train.run import TrainConfig
+from fastvlp.training.loop import TrainConfig
+from fastvlp.training.optim import flip_optim
 
 
 def flip_l16() -> TrainConfig:

@@ -13,11 +13,11 @@ all: 8.4 %, and clip_photos 6.4 % (docs/log.md, 2026-11-21).
 from dataclasses import replace
 
 from fastvlp.data.augment import AugmentConfig
-from fastvlp.data.rows import PairData
+from fastvlp.data.pairs import PairData
 from fastvlp.model.sizes import flip_small
 from fastvlp.objectives.clip import CLIPConfig
-from fastvlp.train.optim import flip_optim
-from fastvlp.train.run import TrainConfig
+from fastvlp.training.loop import TrainConfig
+from fastvlp.training.optim import flip_optim
 
 
 def flip_photos() -> TrainConfig:

@@ -7,11 +7,11 @@ RoBERTa-base, 288 px, 30,000 steps of 4,096 pairs.
 The rates assume trained towers. Fewer ranks: raise --accumulate in proportion. Not run yet: no result.
 """
 
-from fastvlp.data.rows import PairData
+from fastvlp.data.pairs import PairData
 from fastvlp.model import sizes
 from fastvlp.objectives.flm import FLMConfig
-from fastvlp.train.optim import OptimConfig
-from fastvlp.train.run import TrainConfig
+from fastvlp.training.loop import TrainConfig
+from fastvlp.training.optim import OptimConfig
 
 
 def flm_base() -> TrainConfig:

@@ -7,11 +7,11 @@ Five minutes on a core of an AMD EPYC at --model.image.patch 6 --data.group 8192
 +- 0.8 %, ar_demo 38.8 +- 0.5 %, prefixlm_demo 37.8 +- 0.7 %, mlm_demo 37.1 +- 0.6 % (docs/log.md).
 """
 
-from fastvlp.data.rows import PairData
+from fastvlp.data.pairs import PairData
 from fastvlp.model.sizes import tiny
 from fastvlp.objectives.flm import FLMConfig
-from fastvlp.train.optim import OptimConfig
-from fastvlp.train.run import TrainConfig
+from fastvlp.training.loop import TrainConfig
+from fastvlp.training.optim import OptimConfig
 
 
 def flm_demo() -> TrainConfig:

@@ -8,11 +8,11 @@ mlm_photos, ar_photos and prefixlm_photos differ in the objective alone. Result 
 minutes of one busy CPU core, one seed: cloze 43.7 % (MLM 37.9, AR 34.3, PrefixLM 32.2), CIDEr 0.122 (0.103, 0.092, 0.092).
 """
 
-from fastvlp.data.rows import PairData
+from fastvlp.data.pairs import PairData
 from fastvlp.model.sizes import small
 from fastvlp.objectives.flm import FLMConfig
-from fastvlp.train.optim import OptimConfig
-from fastvlp.train.run import TrainConfig
+from fastvlp.training.loop import TrainConfig
+from fastvlp.training.optim import OptimConfig
 
 
 def flm_photos() -> TrainConfig:

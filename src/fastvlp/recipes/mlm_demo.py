@@ -9,7 +9,7 @@ from dataclasses import replace
 from fastvlp.model.sizes import tiny
 from fastvlp.objectives.mlm import MLMConfig
 from fastvlp.recipes.flm_demo import flm_demo
-from fastvlp.train.run import TrainConfig
+from fastvlp.training.loop import TrainConfig
 
 
 def mlm_demo() -> TrainConfig:

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from fastvlp.objectives.prefixlm import PrefixLMConfig
 from fastvlp.recipes.flm_photos import flm_photos
-from fastvlp.train.run import TrainConfig
+from fastvlp.training.loop import TrainConfig
 
 
 def prefixlm_photos() -> TrainConfig:

@@ -14,14 +14,14 @@ their shares 2, 2, 71 and 24 % (there 20 % of the steps are COCO's, 30 Visual Ge
 Not run at this size: no result.
 """
 
+from fastvlp.data.pairs import PairData
 from fastvlp.data.regions import RegionSource
-from fastvlp.data.rows import PairData
 from fastvlp.model import sizes
 from fastvlp.objectives.mlm import MLMConfig
 from fastvlp.objectives.region import MRCConfig, MRFRConfig
 from fastvlp.objectives.wra import WRAConfig
-from fastvlp.train.optim import OptimConfig
-from fastvlp.train.run import TrainConfig
+from fastvlp.training.loop import TrainConfig
+from fastvlp.training.optim import OptimConfig
 
 
 def uniter_base() -> TrainConfig:

@@ -9,16 +9,16 @@ vlp pretrain uniter_demo
 classes 1.61 (3.4), features 0.78. What that is worth to nine tasks is in docs/log.md (2026-11-21).
 """
 
+from fastvlp.data.pairs import PairData
 from fastvlp.data.regions import RegionSource
-from fastvlp.data.rows import PairData
-from fastvlp.data.world_detector import WIDTH
-from fastvlp.data.world_scene import COMBINATIONS
+from fastvlp.data.world.detector import WIDTH
+from fastvlp.data.world.scene import COMBINATIONS
 from fastvlp.model.sizes import tiny_single
 from fastvlp.objectives.mlm import MLMConfig
 from fastvlp.objectives.region import MRCConfig, MRFRConfig
 from fastvlp.objectives.wra import WRAConfig
-from fastvlp.train.optim import OptimConfig
-from fastvlp.train.run import TrainConfig
+from fastvlp.training.loop import TrainConfig
+from fastvlp.training.optim import OptimConfig
 
 
 def uniter_demo() -> TrainConfig:

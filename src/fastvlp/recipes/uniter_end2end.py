@@ -13,17 +13,17 @@ Smaller and for 1,000 s of one CPU core (790 steps of 64), masked words are at 4
 
 from dataclasses import replace
 
+from fastvlp.data.pairs import PairData
 from fastvlp.data.regions import RegionSource
-from fastvlp.data.rows import PairData
 from fastvlp.model.model import ModelConfig
-from fastvlp.model.regions import RegionConfig
-from fastvlp.model.single import SingleConfig
+from fastvlp.model.region_embedding import RegionConfig
+from fastvlp.model.single_stream import SingleConfig
 from fastvlp.model.sizes import small
 from fastvlp.objectives.mlm import MLMConfig
 from fastvlp.objectives.region import MRFRConfig
 from fastvlp.objectives.wra import WRAConfig
-from fastvlp.train.optim import OptimConfig
-from fastvlp.train.run import TrainConfig
+from fastvlp.training.loop import TrainConfig
+from fastvlp.training.optim import OptimConfig
 
 
 def end_to_end(config: ModelConfig) -> ModelConfig:

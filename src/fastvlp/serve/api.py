@@ -20,12 +20,12 @@ from starlette.responses import FileResponse, Response
 from starlette.staticfiles import StaticFiles
 
 from fastvlp.errors import UserError
+from fastvlp.search.embedder import Embedder
+from fastvlp.search.index import EngineError, Index
+from fastvlp.search.pictures import Kept
 from fastvlp.serve import messages as m
-from fastvlp.serve.embedder import Embedder
 from fastvlp.serve.guard import Guard, refusal
-from fastvlp.serve.index import EngineError, Index
 from fastvlp.serve.limits import Limits, Refusal, refuse
-from fastvlp.serve.pictures import Kept
 from fastvlp.serve.routes import names, router
 from fastvlp.serve.service import Service
 

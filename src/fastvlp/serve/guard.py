@@ -15,7 +15,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fastvlp.serve.limits import Limits, Refusal
-from fastvlp.serve.metrics import Metrics
+from fastvlp.serve.monitoring import Metrics
 
 COOKIE = "fastvlp_key"
 # What a browser may load without a key: nothing in it is about the data.

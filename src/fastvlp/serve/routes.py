@@ -15,10 +15,10 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, PlainTextResponse, Response
 from torch import Tensor
 
-from fastvlp.serve import answers as a
+from fastvlp.search.index import middle
 from fastvlp.serve import messages as m
+from fastvlp.serve import responses as a
 from fastvlp.serve.guard import COOKIE, given_key, known_key, reply
-from fastvlp.serve.index import middle
 from fastvlp.serve.limits import Refusal, refuse
 from fastvlp.serve.service import Service, picture_id, sample_direction
 

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from fastvlp.errors import UserError
+from fastvlp.search.embedder import Embedder, Unreadable
+from fastvlp.search.index import EngineError, Hit, Index, Item, Where
+from fastvlp.search.pictures import Kept, thumbnail
 from fastvlp.serve.batcher import Batcher, InputError, Lane
-from fastvlp.serve.embedder import Embedder, Unreadable
-from fastvlp.serve.index import EngineError, Hit, Index, Item, Where
 from fastvlp.serve.limits import Limits, Refusal, refuse
-from fastvlp.serve.metrics import Metrics
-from fastvlp.serve.pictures import Kept, thumbnail
+from fastvlp.serve.monitoring import Metrics
 
 T = TypeVar("T")
 # Tokens that a text of `Limits.batch` stands for.

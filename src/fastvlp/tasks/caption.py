@@ -11,16 +11,16 @@ from torch import Tensor
 
 from fastvlp.batch import Batch
 from fastvlp.data.loader import Loader, refusal, usable_captions
-from fastvlp.data.rows import PairData, Split
-from fastvlp.data.shards import RecordError, Shards
+from fastvlp.data.pairs import PairData, Split
+from fastvlp.data.records.shards import RecordError, Shards
 from fastvlp.data.tokenize import Tokenizer
 from fastvlp.errors import UserError
-from fastvlp.eval.metrics_caption import bleu, caption_words, cider, rouge_l
+from fastvlp.eval.caption_metrics import bleu, caption_words, cider, rouge_l
 from fastvlp.eval.mode import evaluating
 from fastvlp.model.model import ModelConfig, VLModel
 from fastvlp.objectives.ar import next_token_loss
 from fastvlp.objectives.objective import Loss, Objective, ObjectiveConfig
-from fastvlp.tasks.decode import beam_search, greedy
+from fastvlp.tasks.generation import beam_search, greedy
 
 
 @dataclass(frozen=True, kw_only=True)

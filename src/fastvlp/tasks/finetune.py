@@ -15,13 +15,13 @@ from cattrs.errors import BaseValidationError
 from fastvlp import dist
 from fastvlp.data import splits
 from fastvlp.data.captions import usable_captions
-from fastvlp.data.files import write_whole
+from fastvlp.data.pairs import Data, Fit, PairData, Split, readable_infos
+from fastvlp.data.records.shards import Shards
 from fastvlp.data.regions import RegionSource
-from fastvlp.data.rows import Data, Fit, PairData, Split, readable_infos
-from fastvlp.data.shards import Shards
 from fastvlp.errors import UserError
+from fastvlp.files import write_whole
 from fastvlp.model.model import Bos, ModelConfig, Reading
-from fastvlp.model.saved import Saved, load_exactly, load_model
+from fastvlp.model.saving import Saved, load_exactly, load_model
 from fastvlp.objectives.objective import Objective, ObjectiveConfig
 from fastvlp.tasks import caption, entailment, grounding, nlvr, retrieval, vcr, vqa
 from fastvlp.tasks.caption import CaptionConfig, CaptionData
@@ -34,9 +34,9 @@ from fastvlp.tasks.retrieval import RetrievalConfig, RetrievalData
 from fastvlp.tasks.task import ItemData
 from fastvlp.tasks.vcr import VCRConfig, VCRData
 from fastvlp.tasks.vqa import VQAConfig, VQAData, frequent_answers
-from fastvlp.train.optim import OptimConfig
-from fastvlp.train.run import train
-from fastvlp.train.state import TrainConfig
+from fastvlp.training.loop import train
+from fastvlp.training.optim import OptimConfig
+from fastvlp.training.state import TrainConfig
 
 TaskData = ItemData | PairData
 

@@ -11,18 +11,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastvlp.batch import Batch
-from fastvlp.data.faults import list_fault
-from fastvlp.data.random import uniform
-from fastvlp.data.rows import Fit, Split
-from fastvlp.data.shards import Shards
+from fastvlp.data.pairs import Fit, Split
+from fastvlp.data.records.schema import list_fault
+from fastvlp.data.records.shards import Shards
 from fastvlp.data.tokenize import Tokenizer
 from fastvlp.eval.mode import evaluating
 from fastvlp.model.layers import initialise
 from fastvlp.model.model import ModelConfig, VLModel
-from fastvlp.model.pooling import RegionPool, RegionPooling
-from fastvlp.model.regions import box_vector, given
+from fastvlp.model.region_embedding import box_vector, given
+from fastvlp.model.region_pooling import RegionPool, RegionPooling
 from fastvlp.objectives.losses import at_least_fp32
 from fastvlp.objectives.objective import Loss, Objective
+from fastvlp.random import uniform
 from fastvlp.tasks.task import (
     HeadConfig,
     Item,

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastvlp.batch import Batch
-from fastvlp.data.faults import label_fault
-from fastvlp.data.rows import Fit, Split
-from fastvlp.data.shards import Shards
+from fastvlp.data.pairs import Fit, Split
+from fastvlp.data.records.schema import label_fault
+from fastvlp.data.records.shards import Shards
 from fastvlp.data.tokenize import Tokenizer
 from fastvlp.eval.metrics import mean_by
 from fastvlp.eval.mode import evaluating

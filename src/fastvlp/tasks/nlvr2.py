@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from fastvlp.batch import Batch, Regions
-from fastvlp.data.rows import Fit
+from fastvlp.data.pairs import Fit
 from fastvlp.data.tokenize import Tokenizer
 from fastvlp.errors import UserError
 from fastvlp.model.model import ModelConfig, VLModel
-from fastvlp.model.regions import given
+from fastvlp.model.region_embedding import given
 from fastvlp.tasks.nlvr import NLVRData, Truth
 from fastvlp.tasks.task import HeadConfig
 from fastvlp.tasks.uniter_heads import PairAttention

@@ -13,18 +13,18 @@ from torch.utils import _pytree
 
 from fastvlp.batch import Batch, Regions
 from fastvlp.data.loader import Loader
-from fastvlp.data.random import uniform
-from fastvlp.data.rows import PairData, Split
-from fastvlp.data.shards import Shards
+from fastvlp.data.pairs import PairData, Split
+from fastvlp.data.records.shards import Shards
 from fastvlp.data.tokenize import Tokenizer
 from fastvlp.errors import UserError
 from fastvlp.eval.embedding import read_captions
 from fastvlp.eval.mode import evaluating
 from fastvlp.eval.ranks import ranks, recall
 from fastvlp.model.model import ModelConfig, VLModel
-from fastvlp.model.saved import Saved, load_model
+from fastvlp.model.saving import Saved, load_model
 from fastvlp.objectives.losses import at_least_fp32
 from fastvlp.objectives.objective import Loss
+from fastvlp.random import uniform
 from fastvlp.tasks.task import HeadConfig, HeadTask, encoded
 from fastvlp.tasks.uniter_heads import rank_loss
 

@@ -15,19 +15,19 @@ from torch.nn.utils.rnn import pad_sequence
 
 from fastvlp.batch import Batch, Dropped, Regions, has_area
 from fastvlp.data.cache import ImageCache
-from fastvlp.data.decode import Stored, decode, stored
 from fastvlp.data.loader import Loader, Row, clean_caption, refusal
-from fastvlp.data.random import hash64
+from fastvlp.data.pairs import Data, Rows, Split
+from fastvlp.data.records.decode import Stored, decode, stored
+from fastvlp.data.records.shards import RecordError, Shards
+from fastvlp.data.records.transform import Transform
 from fastvlp.data.regions import Found, RegionSource, pad_regions, read_regions, upright
-from fastvlp.data.rows import Data, Rows, Split
-from fastvlp.data.shards import RecordError, Shards
 from fastvlp.data.tokenize import Tokenizer
-from fastvlp.data.transform import Transform
 from fastvlp.errors import UserError
-from fastvlp.model.image import ImageConfig
+from fastvlp.model.encoders.vit import ImageConfig
 from fastvlp.model.layers import initialise
 from fastvlp.model.model import Bos, ModelConfig, Reading, VLModel
 from fastvlp.objectives.objective import Objective, ObjectiveConfig
+from fastvlp.random import hash64
 from fastvlp.tasks.uniter_heads import answer_head
 
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from fastvlp.batch import Regions
 from fastvlp.data.loader import clean_caption
-from fastvlp.data.rows import Fit, Split
-from fastvlp.data.shards import Shards
+from fastvlp.data.pairs import Fit, Split
+from fastvlp.data.records.shards import Shards
 from fastvlp.data.tokenize import Tokenizer
 from fastvlp.errors import UserError
 from fastvlp.eval.mode import evaluating

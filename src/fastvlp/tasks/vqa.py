@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastvlp.batch import Batch
-from fastvlp.data.faults import answers_fault
-from fastvlp.data.rows import Split
-from fastvlp.data.shards import Shards
+from fastvlp.data.pairs import Split
+from fastvlp.data.records.schema import answers_fault
+from fastvlp.data.records.shards import Shards
 from fastvlp.data.tokenize import Tokenizer
 from fastvlp.errors import UserError
 from fastvlp.eval.metrics import mean_by

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from fastvlp.batch import Dropped, Record
-from fastvlp.data.detected import Detected, detected, pack, read_npz
+from fastvlp.data.records.detections import Detected, detected, pack, read_npz
 from fastvlp.errors import UserError, install
 
 

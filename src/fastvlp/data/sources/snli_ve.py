@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from fastvlp.batch import Dropped, Record
-from fastvlp.data.faults import LABELS
+from fastvlp.data.records.schema import LABELS
 from fastvlp.data.sources.jsonlines import read_json_lines
 from fastvlp.data.sources.paths import Images, in_form, pictured
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fastvlp.batch import Dropped, Record
-from fastvlp.data.index import split_name
+from fastvlp.data.records.tar_index import split_name
 from fastvlp.data.sources.paths import IMAGE_SUFFIXES
 
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")

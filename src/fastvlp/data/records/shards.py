@@ -1,0 +1,362 @@
+"""Sharded records: WebDataset-compatible tars with random access, local or through fsspec.
+
+A split is a folder of `00000.tar, 00001.tar, ...`. A record is the run of members that share a key:
+`{key}.jpg|png|webp` (a second image `{key}.1.jpg`), `{key}.npz` with a detector's regions (of a second image
+`{key}.1.npz`), `{key}.json` with the info, and `{key}.txt`, one caption where the info has none. `00000.index.json` beside
+each tar says what is where; it is built when missing or older than its tar.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import fsspec
+import numpy as np
+from fsspec.implementations.local import LocalFileSystem
+
+from fastvlp.batch import Dropped, Record
+from fastvlp.data.records.tar_index import TarIndex, scan
+from fastvlp.errors import UserError
+from fastvlp.files import write_whole
+
+_OPEN_FILES = 256
+
+_MAGIC = (
+    (b"\xff\xd8", "jpg"),
+    (b"\x89PNG", "png"),
+    (b"GIF8", "gif"),
+    (b"BM", "bmp"),
+    (b"II*\0", "tif"),
+    (b"MM\0*", "tif"),
+)
+
+
+class RecordError(Exception):
+    """One record cannot be used: training drops and counts it, evaluation refuses."""
+
+    def __init__(self, key: str, reason: str):
+        super().__init__(key, reason)
+        self.key = key
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"{self.key}: {self.reason}"
+
+    @property
+    def dropped(self) -> Dropped:
+        return Dropped(key=self.key, reason=self.reason)
+
+
+class ShardWriter:
+    """Writes records into `folder/00000.tar, ...`, `per_shard` to a tar. Use as a context manager.
+
+    The tars get their names only when the block ends without an error: a split is there whole or not at all. The same
+    records give the same bytes.
+    """
+
+    def __init__(self, folder: str | Path, per_shard: int = 1000):
+        self.folder = Path(folder)
+        self.per_shard = per_shard
+        self.count = 0
+        self._parts: list[Path] = []
+        self._keys: set[str] = set()
+        self._tar: tarfile.TarFile | None = None
+
+    def __enter__(self) -> ShardWriter:
+        with _explained(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if any(self.folder.glob("*.tar")):
+                raise UserError(f"{self.folder}: already holds shards; remove them, or choose another split or folder")
+            for stale in self.folder.glob("*.tar.tmp"):
+                stale.unlink()
+        return self
+
+    def write(self, record: Record) -> None:
+        """Raises UserError for a key that a tar cannot hold, for info that is not JSON, and for a full disk."""
+        files = _files(record)
+        if self.count % self.per_shard == 0:
+            self._next_tar()
+        if record.key in self._keys:
+            raise UserError(f"{self.folder}: two records are called {record.key}; give each its own key")
+        self._keys.add(record.key)
+        assert self._tar is not None
+        with _explained(self._parts[-1]):
+            for name, data in files:
+                member = tarfile.TarInfo(name)
+                member.size = len(data)
+                self._tar.addfile(member, io.BytesIO(data))
+        self.count += 1
+
+    def _next_tar(self) -> None:
+        self._close_tar()
+        part = self.folder / f"{len(self._parts):05d}.tar.tmp"
+        self._parts.append(part)
+        self._keys.clear()
+        with _explained(part):
+            self._tar = tarfile.open(part, "w", format=tarfile.GNU_FORMAT)  # noqa: SIM115 (closed in _close_tar)
+
+    def _close_tar(self) -> None:
+        if self._tar is not None:
+            tar, self._tar = self._tar, None
+            with _explained(self._parts[-1]):
+                tar.close()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if kind is not None:
+                return
+            self._close_tar()
+            for part in self._parts:
+                with _explained(part):
+                    part.replace(part.with_suffix(""))
+            for part in self._parts:
+                _local_index(part.with_suffix(""))
+            self._parts = []
+        finally:
+            if self._parts:
+                self._discard()
+
+    def _discard(self) -> None:
+        # Closing flushes, on a disk that may be full.
+        with contextlib.suppress(OSError):
+            if self._tar is not None and self._tar.fileobj is not None:
+                self._tar.fileobj.close()
+        for part in self._parts:
+            part.unlink(missing_ok=True)
+            part.with_suffix("").unlink(missing_ok=True)
+
+
+class Shards:
+    """Random access to the records of one split, in the order of the tars and of the records in them.
+
+    Args:
+        url: a folder of tars, one tar, or an fsspec URL of either.
+
+    Attributes:
+        keys: of every readable record.
+        damage: what cannot be read of the tars, by name.
+
+    Raises UserError where there is no tar or no readable record. Picklable, and safe to use after a fork.
+    """
+
+    def __init__(self, url: str | Path):
+        self.url = str(url)
+        fs, root = fsspec.core.url_to_fs(self.url)
+        self._local = isinstance(fs, LocalFileSystem)
+        self._tars = _find_tars(fs, root)
+        if not self._tars:
+            raise UserError(f"{self.url}: no shards (*.tar) here; {_remedy(self.url, fs, root)}")
+        if self._local:
+            self._indexes = [_local_index(Path(tar)) for tar in self._tars]
+        else:
+            self._indexes = [_remote_index(fs, tar) for tar in self._tars]
+        self.damage: list[Dropped] = [d for index in self._indexes for d in index.damage]
+        self._starts = np.cumsum([0, *(len(index.keys) for index in self._indexes)])
+        if len(self) == 0:
+            reasons = "; ".join(f"{d.key}: {d.reason}" for d in self.damage[:5])
+            raise UserError(
+                f"{self.url}: no readable record in {len(self._tars)} tars ({reasons}); import the data again"
+            )
+        self._files: dict[str, int] = {}
+        self._fs: tuple[int, Any] | None = None
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    @property
+    def keys(self) -> list[str]:
+        return [key for index in self._indexes for key in index.keys]
+
+    def key(self, i: int) -> str:
+        _, index, r = self._place(i)
+        return index.keys[r]
+
+    def read(self, i: int) -> Record:
+        """Raises RecordError where the record has no image, or its text is not UTF-8 or not JSON."""
+        tar, index, r = self._place(i)
+        images = tuple(self._bytes(tar, at, n) for kind, at, n in index.members(r) if kind == "image")
+        if not images:
+            raise RecordError(index.keys[r], f"no image in {tar}")
+        return Record(key=index.keys[r], images=images, info=self.info(i), detected=self.detected(i))
+
+    def detected(self, i: int) -> tuple[bytes, ...]:
+        """The npz of each of the record's images, without reading those; empty where there are none."""
+        tar, index, r = self._place(i)
+        return tuple(self._bytes(tar, at, n) for kind, at, n in index.members(r) if kind == "npz")
+
+    def info(self, i: int) -> dict[str, Any]:
+        """The record's JSON, without reading its images. Raises RecordError as `read` does."""
+        tar, index, r = self._place(i)
+        info: dict[str, Any] = {}
+        caption = None
+        for kind, at, n in index.members(r):
+            if kind == "json":
+                info = _parse(self._bytes(tar, at, n), index.keys[r])
+            elif kind == "txt":
+                caption = _text(self._bytes(tar, at, n), index.keys[r], "txt")
+        if caption is not None:
+            info.setdefault("captions", [caption])
+        return info
+
+    def __iter__(self) -> Iterator[Record]:
+        return (self.read(i) for i in range(len(self)))
+
+    def _place(self, i: int) -> tuple[str, TarIndex, int]:
+        if not 0 <= i < len(self):
+            raise IndexError(f"record {i} of {len(self)} in {self.url}")
+        t = int(np.searchsorted(self._starts, i, side="right")) - 1
+        return self._tars[t], self._indexes[t], i - int(self._starts[t])
+
+    def _bytes(self, tar: str, offset: int, length: int) -> bytes:
+        try:
+            if self._local:
+                data = self._pread(tar, offset, length)
+            else:
+                data = self._filesystem().cat_file(tar, start=offset, end=offset + length)
+        except OSError as error:
+            raise UserError(f"{tar}: cannot read ({error}); is the file still there?") from error
+        if len(data) != length:
+            raise UserError(f"{tar}: became shorter while in use; start again, its index will be rebuilt")
+        return data
+
+    def _pread(self, tar: str, offset: int, length: int) -> bytes:
+        fd = self._files.get(tar)
+        if fd is not None:
+            return os.pread(fd, length, offset)
+        fd = os.open(tar, os.O_RDONLY)
+        # A file once kept is never closed before `self` is, so that another thread cannot be reading from it then.
+        if len(self._files) < _OPEN_FILES and self._files.setdefault(tar, fd) == fd:
+            return os.pread(fd, length, offset)
+        try:
+            return os.pread(fd, length, offset)
+        finally:
+            os.close(fd)
+
+    def _filesystem(self) -> Any:
+        # The event loop of an fsspec file system does not survive a fork.
+        if self._fs is None or self._fs[0] != os.getpid():
+            self._fs = (os.getpid(), fsspec.core.url_to_fs(self.url)[0])
+        return self._fs[1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_files": {}, "_fs": None}
+
+    def __del__(self) -> None:
+        for fd in self.__dict__.get("_files", {}).values():
+            os.close(fd)
+
+
+@contextlib.contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    """Turns an OSError of writing into a UserError that names the path and the remedy."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot write ({error.strerror or error}); free space or choose another folder, "
+            f"then run the same command again"
+        ) from error
+
+
+def _files(record: Record) -> list[tuple[str, bytes]]:
+    key = record.key
+    if not key or "." in key or key.strip("/") != key or any(ord(c) < 32 for c in key):
+        raise UserError(f"record key {key!r}: a key must be non-empty, without dots and control characters; rename it")
+    try:
+        text = json.dumps(record.info, ensure_ascii=False, sort_keys=False).encode()
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f"record {key}: its info cannot be stored as JSON ({error}); remove or convert the field"
+        ) from error
+    parts = [(n, _suffix(data), data) for n, data in enumerate(record.images)]
+    parts += [(n, "npz", data) for n, data in enumerate(record.detected)]
+    files = [(f"{key}.{n}.{suffix}" if n else f"{key}.{suffix}", data) for n, suffix, data in parts]
+    return [*files, (f"{key}.json", text)]
+
+
+def _suffix(data: bytes) -> str:
+    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
+        return "webp"
+    return next((suffix for magic, suffix in _MAGIC if data.startswith(magic)), "img")
+
+
+def _text(data: bytes, key: str, member: str) -> str:
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise RecordError(key, f"{member} is not UTF-8 (byte {error.start}); save it as UTF-8") from error
+
+
+def _parse(data: bytes, key: str) -> dict[str, Any]:
+    try:
+        info = json.loads(_text(data, key, "json"))
+    except (ValueError, RecursionError) as error:
+        raise RecordError(key, f"json cannot be parsed ({error})") from error
+    if not isinstance(info, dict):
+        raise RecordError(key, f"json is a {type(info).__name__}, not an object")
+    return info
+
+
+def _remedy(url: str, fs: Any, root: str) -> str:
+    """Where a folder of splits was given for one of them, which they are."""
+    inside = fs.ls(root, detail=False) if fs.isdir(root) else []
+    splits = sorted(Path(place).name for place in inside if fs.isdir(place) and _find_tars(fs, place))
+    if splits:
+        return f"its folders {', '.join(splits)} have some: give one of them, such as {url.rstrip('/')}/{splits[0]}"
+    return "make them with `vlp data import` or `vlp data demo`"
+
+
+def _find_tars(fs: Any, root: str) -> list[str]:
+    try:
+        # For a file `ls` gives the file itself.
+        return sorted(name for name in fs.ls(root, detail=False) if name.endswith(".tar"))
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
+
+def _index_name(tar: str) -> str:
+    return tar.removesuffix(".tar") + ".index.json"
+
+
+def _local_index(tar: Path) -> TarIndex:
+    path = Path(_index_name(str(tar)))
+    try:
+        stat = tar.stat()
+        index = TarIndex.from_json(path.read_bytes()) if path.exists() else None
+        if index is not None and (index.size, index.mtime_ns) == (stat.st_size, stat.st_mtime_ns):
+            return index
+        with tar.open("rb") as file:
+            index = scan(file, str(tar), stat.st_size, stat.st_mtime_ns)
+    except OSError as error:
+        raise UserError(
+            f"{tar}: cannot read ({error.strerror or error}); check the path and its permissions"
+        ) from error
+    try:
+        write_whole(path, index.to_json())
+    except UserError:
+        return index  # a folder that is read-only or full: the index is built again next time
+    return index
+
+
+def _remote_index(fs: Any, tar: str) -> TarIndex:
+    try:
+        size = int(fs.info(tar)["size"])
+        path = _index_name(tar)
+        # Uploading changes the time of a file and not its size.
+        index = TarIndex.from_json(fs.cat_file(path)) if fs.exists(path) else None
+        if index is not None and index.size == size:
+            return index
+        with fs.open(tar, "rb") as file:
+            return scan(file, tar, size, 0)
+    except OSError as error:
+        raise UserError(f"{tar}: cannot read ({error}); check the address and your access to it") from error

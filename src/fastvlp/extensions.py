@@ -1,0 +1,50 @@
+"""Variants of an interface (encoders, objectives, tasks, sources, engines, export targets), also from a user's own file."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import pkgutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import TypeVar
+
+from fastvlp.errors import UserError
+
+T = TypeVar("T")
+
+
+def import_file(path: str | Path) -> ModuleType:
+    """Imports a Python file under its own name, once; modules beside it can be imported too.
+
+    Raises UserError where there is no such file, or where another module of that name was imported before.
+    """
+    path = Path(path)
+    if path.suffix != ".py" or not path.is_file():
+        raise UserError(f"{path}: no such Python file")
+    folder = str(path.resolve().parent)
+    # It stays on the path: a module beside it may be imported later, inside a function.
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
+    module = importlib.import_module(path.stem)
+    loaded = Path(module.__file__ or "").resolve()
+    if loaded != path.resolve():
+        raise UserError(f"{path}: another module is called {path.stem} ({loaded}); rename the file")
+    return module
+
+
+def variants(base: type[T], package: str | None = None) -> list[type[T]]:
+    """All concrete subclasses of `base` that are known: those in the modules of `package` (imported here), and those in
+    files that the user imported (`import_file`). In the order of their definition."""
+    if package is not None:
+        for module in pkgutil.iter_modules(importlib.import_module(package).__path__, f"{package}."):
+            importlib.import_module(module.name)
+    return list(dict.fromkeys(cls for cls in _subclasses(base) if not inspect.isabstract(cls)))
+
+
+def _subclasses(base: type[T]) -> Iterator[type[T]]:
+    for cls in base.__subclasses__():
+        yield cls
+        yield from _subclasses(cls)

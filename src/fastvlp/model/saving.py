@@ -1,0 +1,223 @@
+"""A model in a folder: model.json (its config and what it is), tokenizer.json, and weights as safetensors.
+
+Weights carry their own `info` in the file's metadata, so that `best` and `last` of one run each tell their step.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import cattrs
+import torch
+from cattrs.errors import BaseValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from fastvlp.data.tokenize import Tokenizer
+from fastvlp.errors import UserError
+from fastvlp.files import whole_file, write_whole
+from fastvlp.model.encoders.vit import resize_positions
+from fastvlp.model.model import ModelConfig, VLModel
+
+FORMAT = 1
+Which = Literal["best", "last"]
+OBJECTIVES = "objectives."
+# Modules that one model may have and another not; everything else is in every model.
+OPTIONAL = ("fusion.", "head.", "reconstructor.", "forward_head.", "reverse_head.", "embed.", "single.")
+
+_converter = cattrs.Converter(forbid_extra_keys=True)
+
+
+class Saved(NamedTuple):
+    """`objectives`: their parameters, keys `<name>.<parameter>`. `weights`: the file that was read."""
+
+    model: VLModel
+    tokenizer: Tokenizer
+    info: dict[str, Any]
+    objectives: dict[str, Tensor]
+    weights: Path
+
+    @property
+    def kinds(self) -> dict[str, str]:
+        """The type of each objective's config, by the objective's name."""
+        return {name: told.get("type", "") for name, told in self.info.get("objectives", {}).items()}
+
+    def learned(self, name: str) -> dict[str, Tensor]:
+        """What is kept of one objective, by parameter."""
+        own = f"{name}."
+        return {key.removeprefix(own): x for key, x in self.objectives.items() if key.startswith(own)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inheritance:
+    """What became of every parameter, by name; objectives' as `objectives.<name>.<parameter>`. `dropped`: those of the file
+    whose module the model does not have."""
+
+    loaded: list[str] = field(default_factory=list)
+    resized: list[str] = field(default_factory=list)
+    fresh: list[str] = field(default_factory=list)
+    dropped: list[str] = field(default_factory=list)
+
+
+def save_model(
+    folder: str | Path,
+    model: VLModel,
+    tokenizer: Tokenizer,
+    info: Mapping[str, Any],
+    *,
+    objectives: Mapping[str, Tensor] | None = None,
+    name: str = "model",
+) -> None:
+    """Writes `<name>.safetensors` with what it needs to be read. `info` is JSON; `objectives`: what is kept of
+    them, keys `<name>.<parameter>`. Raises UserError where the disk is full."""
+    folder = Path(folder)
+    described = {"format": FORMAT, "config": _converter.unstructure(model.config), "info": dict(info)}
+    write_whole(folder / "model.json", json.dumps(described, indent=2).encode())
+    tokenizer.save(folder / "tokenizer.json")
+    state = model.state_dict() | {OBJECTIVES + key: value for key, value in (objectives or {}).items()}
+    tensors = {key: value.detach().cpu().contiguous() for key, value in state.items()}
+    path = folder / f"{name}.safetensors"
+    with whole_file(path, f"{path.name}.tmp") as part:
+        try:
+            save_file(tensors, part, metadata={"info": json.dumps(dict(info))})
+            # `save_file` leaves it readable by its owner alone.
+            shutil.copymode(folder / "model.json", part)
+        except SafetensorError as error:
+            raise OSError(None, str(error)) from error
+
+
+def load_model(folder: str | Path, which: Which = "best") -> Saved:
+    """The model of a run, or of a folder that `save_model` wrote, in evaluation mode on the CPU.
+
+    A run without validation has no best weights: `best` then reads model.safetensors or the last ones.
+    Raises UserError where the folder is no run, a file is damaged, or a newer version wrote it.
+    """
+    folder = Path(folder)
+    config, info = _described(folder / "model.json")
+    path = _weights(folder, which)
+    tensors, own_info = _read(path)
+    objectives = {key.removeprefix(OBJECTIVES): tensors.pop(key) for key in list(tensors) if key.startswith(OBJECTIVES)}
+    model = VLModel(config)
+    load_exactly(model, tensors, path)
+    return Saved(model.eval(), Tokenizer.load(folder / "tokenizer.json"), info | own_info, objectives, path)
+
+
+def load_exactly(module: nn.Module, state: Mapping[str, Tensor], source: str | Path) -> None:
+    """Every parameter from `state`, none left over. Raises UserError naming what does not fit; `source` is for it."""
+    own = module.state_dict()
+    if missing := [name for name in own if name not in state]:
+        raise UserError(
+            f"{source}: saved from another model, it lacks {_few(missing)}; use the config it was saved with"
+        )
+    if extra := [name for name in state if name not in own]:
+        raise UserError(
+            f"{source}: saved from another model, it has {_few(extra)} besides; use the config it was saved with"
+        )
+    for name, value in own.items():
+        _same_shape(name, state[name], value, source, "use the config it was saved with")
+    module.load_state_dict(dict(state))
+
+
+def inherit(model: VLModel, state: Mapping[str, Tensor], source: str | Path = "saved model") -> Inheritance:
+    """Takes over the weights of another model, in place, and says what became of each parameter.
+
+    Image positions are resized to the model's grid. A reconstructor, separate heads, or types of further images that the
+    source lacks stay as they were made; those that the model lacks are dropped. Raises UserError for any other difference.
+    """
+    own, result, taken = model.state_dict(), Inheritance(), {}
+    has = {prefix: any(name.startswith(prefix) for name in state) for prefix in OPTIONAL}
+    wants = {prefix: any(name.startswith(prefix) for name in own) for prefix in OPTIONAL}
+    for name, value in own.items():
+        if name in state:
+            taken[name] = state[name]
+            if name == "image.position" and state[name].shape[0] != value.shape[0]:
+                image = model.config.image
+                taken[name] = resize_positions(state[name], image.grid, image.class_token)
+                result.resized.append(name)
+            elif name == "single.kinds" and state[name].shape[0] < value.shape[0]:
+                taken[name] = torch.cat([state[name], value[state[name].shape[0] :]])
+                result.resized.append(name)
+            else:
+                result.loaded.append(name)
+            _same_shape(name, taken[name], value, source, "give the new model the same widths")
+        elif any(name.startswith(prefix) and not has[prefix] for prefix in OPTIONAL):
+            taken[name] = value
+            result.fresh.append(name)
+        else:
+            raise UserError(f"{source}: has no {name}; inherit from a model with the same towers")
+    for name in state:
+        if name in own:
+            continue
+        if not any(name.startswith(prefix) and not wants[prefix] for prefix in OPTIONAL):
+            raise UserError(f"{source}: the new model has no place for {name}; give it the same depth and towers")
+        result.dropped.append(name)
+    model.load_state_dict(taken)
+    return result
+
+
+@torch.no_grad()
+def inherit_objectives(objectives: Mapping[str, nn.Module], state: Mapping[str, Tensor], result: Inheritance) -> None:
+    """What objectives of the same names had learned, in place: a temperature, a head. `state` has keys
+    `<name>.<parameter>`; an objective of which it lacks a parameter, or has one of another shape, stays as it was made."""
+    for name, objective in objectives.items():
+        own = {f"{name}.{key}": p for key, p in objective.named_parameters() if p.requires_grad}
+        known = all(key in state and state[key].shape == p.shape for key, p in own.items())
+        for key, parameter in own.items():
+            if known:
+                parameter.copy_(state[key])
+        (result.loaded if known else result.fresh).extend(OBJECTIVES + key for key in own)
+
+
+def _same_shape(name: str, found: Tensor, wanted: Tensor, source: str | Path, remedy: str) -> None:
+    if found.shape != wanted.shape:
+        if ("vocabulary" in name or "word" in name) and found.shape[1:] == wanted.shape[1:]:
+            remedy = "use the tokenizer it was saved with"
+        raise UserError(
+            f"{source}: {name} has shape {list(found.shape)}, the model wants {list(wanted.shape)}; {remedy}"
+        )
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _described(path: Path) -> tuple[ModelConfig, dict[str, Any]]:
+    if not path.is_file():
+        raise UserError(f"{path.parent}: not the folder of a run or a saved model, it has no {path.name}")
+    try:
+        told = json.loads(path.read_text(encoding="utf-8"))
+        version = int(told["format"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: damaged ({error!r}); copy the folder again") from error
+    if version > FORMAT:
+        raise UserError(
+            f"{path}: written by a newer fastvlp (format {version}, this one reads {FORMAT}); upgrade fastvlp"
+        )
+    try:
+        return _converter.structure(told["config"], ModelConfig), dict(told["info"])
+    except (BaseValidationError, KeyError, TypeError, ValueError) as error:
+        causes = "; ".join(cattrs.transform_error(error))
+        raise UserError(f"{path}: not a model this version knows ({causes}); copy the folder again") from error
+
+
+def _weights(folder: Path, which: Which) -> Path:
+    order = {"best": ("best", "model", "last"), "last": ("last", "model")}[which]
+    for name in order:
+        if (path := folder / f"{name}.safetensors").is_file():
+            return path
+    raise UserError(f"{folder}: no weights here, looked for {', '.join(f'{n}.safetensors' for n in order)}")
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    try:
+        with safe_open(path, "pt") as file:
+            info = json.loads((file.metadata() or {}).get("info", "{}"))
+            return {key: file.get_tensor(key) for key in file.keys()}, info  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(f"{path}: damaged ({error}); copy it again or load another checkpoint") from error

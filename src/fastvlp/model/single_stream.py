@@ -1,0 +1,107 @@
+"""One stream over the words of a text and the regions of a picture (UNITER, arXiv 1909.11740, section 3.1)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastvlp.batch import Regions
+from fastvlp.model.layers import LayerConfig, initialise, stack
+from fastvlp.model.region_embedding import RegionConfig, RegionEmbedder
+
+
+@dataclass(frozen=True, kw_only=True)
+class SingleConfig:
+    """types: rows of the type table: 0 for words, 1 and up for the regions of the first and further pictures."""
+
+    depth: int
+    layer: LayerConfig
+    regions: RegionConfig = field(default_factory=RegionConfig)
+    types: int = 2
+
+
+class Joint(NamedTuple):
+    """States of words [B L D] and regions [B R D], those of padding without meaning, and of the whole [B D]."""
+
+    text: Tensor
+    region: Tensor
+    pooled: Tensor
+
+
+class Packing(NamedTuple):
+    """How rows with gaps become rows without. `source` [B S]: the place that each packed position reads. `real` [B S]: a
+    packed position that holds something. `place` [B T]: where each original place went (of padding: anywhere)."""
+
+    source: Tensor
+    real: Tensor
+    place: Tensor
+
+
+def packing(real_BT: Tensor) -> Packing:
+    """Real places first, in their order; S is the most of a row. Words and regions padded apart are T = L + R wide, and
+    where batches are made by total length, rows long in words being short in regions, that is a third above S."""
+    count_B1 = real_BT.sum(1, keepdim=True)
+    # Waits for the device: the width decides how much is computed.
+    S = max(1, int(count_B1.max()))
+    source = (~real_BT).to(torch.uint8).argsort(dim=1, stable=True)[:, :S]
+    place = (real_BT.cumsum(1) - 1).clamp(min=0)
+    return Packing(source, torch.arange(S, device=real_BT.device) < count_B1, place)
+
+
+class WordHead(nn.Module):
+    """Linear, GELU, LayerNorm, to be met with the word embedding as vocabulary, and that one's bias."""
+
+    def __init__(self, width: int, vocab: int, eps: float):
+        super().__init__()
+        self.transform = nn.Linear(width, width)
+        self.norm = nn.LayerNorm(width, eps=eps)
+        self.bias = nn.Parameter(torch.zeros(vocab))
+
+    def hidden(self, x: Tensor) -> Tensor:
+        return self.norm(F.gelu(self.transform(x)))
+
+
+class SingleStream(nn.Module):
+    """Self-attention over words and regions together. `match`: logits (no match, match) of the pooled state."""
+
+    def __init__(self, config: SingleConfig, vocab: int):
+        super().__init__()
+        layer, width = config.layer, config.layer.width
+        self.config = config
+        self.kinds = nn.Parameter(torch.empty(config.types, width))
+        self.regions = RegionEmbedder(config.regions, layer)
+        self.blocks = stack(layer, config.depth)
+        self.norm = nn.LayerNorm(width, eps=layer.eps) if layer.norm == "pre" else nn.Identity()
+        self.pool = nn.Linear(width, width)
+        self.words = WordHead(width, vocab, layer.eps)
+        self.match = nn.Linear(width, 2)
+        initialise(self, width)
+        self.regions.centre()
+
+    def forward(
+        self,
+        word_BLD: Tensor,
+        length_B: Tensor,
+        feature_BRF: Tensor,
+        regions: Regions,
+        *,
+        hidden_BR: Tensor | None = None,
+        slot_B: Tensor | None = None,
+    ) -> Joint:
+        """Embedded words, of which `length` are real, and features of regions, masked where `hidden`. `slot`: which of a
+        pair of pictures a row shows, or [B R] each region is of; None means 0."""
+        kind = self.kinds[1] if slot_B is None else self.kinds[1 + slot_B]
+        kind = kind if slot_B is None or slot_B.dim() == 2 else kind[:, None]
+        region_BRD = self.regions(feature_BRF, regions.box, kind, hidden_BR)
+        L, R = word_BLD.shape[1], region_BRD.shape[1]
+        word_BL = torch.arange(L, device=length_B.device) < length_B[:, None]
+        pack = packing(torch.cat([word_BL, regions.mask], 1))
+        x = torch.cat([word_BLD, region_BRD], 1).take_along_dim(pack.source[..., None], 1)
+        for block in self.blocks:
+            x = block(x, mask=pack.real[:, None, None])
+        text, region = self.norm(x).take_along_dim(pack.place[..., None], 1).split([L, R], 1)
+        return Joint(text, region, torch.tanh(self.pool(text[:, 0])))

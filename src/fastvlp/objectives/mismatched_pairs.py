@@ -1,0 +1,44 @@
+"""What objectives on two towers share: the embeddings of each image and its text."""
+
+from __future__ import annotations
+
+import abc
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from fastvlp.batch import Batch
+from fastvlp.errors import UserError
+from fastvlp.model.encoders.vit import keep_count
+from fastvlp.model.model import ModelConfig, VLModel
+from fastvlp.model.text_masking import TextPolicy, keep_text
+from fastvlp.objectives.objective import ObjectiveConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairsConfig(ObjectiveConfig, abc.ABC):
+    """text_keep: share of the text positions that are encoded (FLIP, arXiv 2212.00794, section 4.1: 1 is best), text_policy
+    which: `random` ones of all, or `prioritised`, padding dropped first. weight: of the loss beside others."""
+
+    text_keep: float = 1.0
+    text_policy: TextPolicy = "random"
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.text_keep <= 1:
+            raise ValueError(f"text_keep is a share of the text, above 0 and up to 1, not {self.text_keep}")
+
+    def check(self, model: ModelConfig) -> None:
+        """Raises UserError where the share would be one of a length that differs from batch to batch."""
+        if self.text_keep < 1 and (model.embed is None or model.embed.text_length is None):
+            raise UserError("text_keep is a share of texts of one length; give model.embed.text_length, such as 32")
+
+
+def embed_pair(model: VLModel, image_BKD: Tensor, batch: Batch, told: PairsConfig) -> tuple[Tensor, ...]:
+    """Unit vectors of images and texts, two [B E]; the positions of a text that are kept depend on its row's seed."""
+    keep_BK = None
+    if told.text_keep < 1:
+        ids, length = model.embed.words(batch.ids, batch.length, model.config.text)
+        L = ids.shape[1]
+        keep_BK = keep_text(batch.seed, length, L, keep_count(L, told.text_keep), told.text_policy)
+    return model.embed_image(image_BKD, batch.regions), model.embed_text(batch.ids, batch.length, keep_BK)

@@ -1,0 +1,177 @@
+"""An index kept by PostgreSQL with pgvector: a table of ids, vectors and info, with its stamp as the table's comment.
+
+Many processes may read and write at once; how it is replicated or distributed is the server's business.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from typing import Any
+from urllib.parse import urldefrag
+
+import numpy as np
+
+from fastvlp.errors import UserError, install
+from fastvlp.search.index import (
+    EngineError,
+    Hit,
+    Item,
+    Scalar,
+    Stamp,
+    Where,
+    agreed,
+    choices,
+    fitting,
+    page,
+    possible,
+    rows,
+)
+
+TABLE = re.compile(r"[a-z_][a-z0-9_]{0,49}")
+# Candidates of the graph (HNSW) for each search; it goes on where a filter leaves too few, to at most so many rows.
+CANDIDATES, SCANNED = 128, 100_000
+# Numbers of a vector that the graph takes: in fp32, and in half precision.
+WIDEST, WIDEST_HALF = 2_000, 4_000
+
+
+class PgIndex:
+    """`uri`: as libpq takes it; `#name` at its end names the table, `fastvlp` where there is none."""
+
+    def __init__(self, uri: str, stamp: Stamp | None, create: bool):
+        self._place, name = urldefrag(uri)
+        # The password is nobody's business.
+        self.uri = re.sub(r"//([^/@:]*):[^/@]*@", r"//\1@", uri)
+        if not TABLE.fullmatch(name or "fastvlp"):
+            raise UserError(f"{self.uri}: {name!r} names no table; take small letters, digits and _, such as #photos")
+        self._table = name or "fastvlp"
+        self._connect(create)
+        with self._asking():
+            if create and stamp is not None:
+                self._make(stamp)
+            told = self._one("SELECT obj_description(%s::regclass, 'pg_class')", self._table)
+        self.stamp = agreed(_json(told), stamp, self.uri)
+        self._kind = _kind(self.stamp.width)
+
+    def _connect(self, create: bool = False) -> None:
+        try:
+            import psycopg
+            from pgvector.psycopg import register_vector
+        except ImportError as error:
+            raise UserError(f"an index in PostgreSQL needs its client: {install('pg')}") from error
+        try:
+            self._connection = psycopg.connect(self._place, autocommit=True, connect_timeout=10)
+            if create:
+                self._connection.execute("CREATE EXTENSION IF NOT EXISTS vector")
+            elif not self._one("SELECT to_regclass(%s) IS NOT NULL", self._table):
+                raise EngineError(f"{self.uri}: no index here; make one with `vlp index build`")
+            register_vector(self._connection)
+            for setting, value in (("ef_search", CANDIDATES), ("max_scan_tuples", SCANNED)):
+                self._connection.execute(f"SET hnsw.{setting} = {value}")
+            self._connection.execute("SET hnsw.iterative_scan = strict_order")
+        except psycopg.Error as error:
+            raise EngineError(
+                f"{self.uri}: {str(error).splitlines()[0]}; is PostgreSQL running there, with pgvector 0.8 or newer?"
+            ) from error
+
+    def _make(self, stamp: Stamp) -> None:
+        table, told, kind = self._table, json.dumps(asdict(stamp)), _kind(stamp.width)
+        with self._connection.transaction():
+            # Two that make it at once: the second waits, and finds it made.
+            self._connection.execute("SELECT pg_advisory_xact_lock(hashtext(%s))", (table,))
+            if self._one("SELECT to_regclass(%s) IS NOT NULL", table):
+                return
+            self._connection.execute(
+                f"CREATE TABLE {table} (id text PRIMARY KEY, vector vector({stamp.width}) NOT NULL, info jsonb NOT NULL)"
+            )
+            self._connection.execute(
+                f"CREATE INDEX ON {table} USING hnsw ((vector::{kind}) {kind.partition('(')[0]}_ip_ops) "
+                f"WITH (m = 24, ef_construction = 128)"
+            )
+            self._connection.execute(f"CREATE INDEX ON {table} USING gin (info jsonb_path_ops)")
+            quoted = told.replace("'", "''")
+            self._connection.execute(f"COMMENT ON TABLE {table} IS '{quoted}'")
+
+    def _one(self, query: str, *values: Any) -> Any:
+        row = self._connection.execute(query, values).fetchone()
+        return row[0] if row else None
+
+    @contextmanager
+    def _asking(self) -> Iterator[None]:
+        import psycopg
+
+        if self._connection.closed:
+            self._connect()
+        try:
+            yield
+        except psycopg.Error as error:
+            raise EngineError(f"{self.uri}: {type(error).__name__}: {str(error).splitlines()[0]}") from error
+
+    def add(self, ids: Sequence[str], vectors: np.ndarray, infos: Sequence[Mapping[str, Scalar]]) -> None:
+        found = fitting(ids, vectors, infos, self.stamp.width)
+        told = [(id, vector, json.dumps(dict(info))) for id, vector, info in zip(ids, found, infos)]
+        with self._asking(), self._connection.transaction(), self._connection.cursor() as cursor:
+            cursor.executemany(
+                f"INSERT INTO {self._table} (id, vector, info) VALUES (%s, %s, %s) "
+                f"ON CONFLICT (id) DO UPDATE SET vector = excluded.vector, info = excluded.info",
+                told,
+            )
+
+    def delete(self, ids: Sequence[str]) -> int:
+        with self._asking():
+            return self._connection.execute(f"DELETE FROM {self._table} WHERE id = ANY(%s)", (possible(ids),)).rowcount
+
+    def search(self, vectors: np.ndarray, k: int, where: Where | None = None, offset: int = 0) -> list[list[Hit]]:
+        query, _, asked = rows(vectors, self.stamp.width), page(k, offset), choices(where)
+        if not all(asked.values()):
+            return [[] for _ in query]
+        fits = " AND ".join("(" + " OR ".join(["info @> %s"] * len(values)) + ")" for values in asked.values())
+        wanted = [json.dumps({name: value}) for name, values in asked.items() for value in values]
+        text = (
+            f"SELECT id, -(vector <#> %s) AS score, info FROM {self._table} {'WHERE ' + fits if fits else ''} "
+            f"ORDER BY vector::{self._kind} <#> %s::{self._kind} LIMIT %s OFFSET %s"
+        )
+        with self._asking():
+            found = [self._connection.execute(text, (row, *wanted, row, k, offset)).fetchall() for row in query]
+        return [[Hit(id, float(score), info) for id, score, info in row] for row in found]
+
+    def count(self) -> int:
+        with self._asking():
+            return self._one(f"SELECT count(*) FROM {self._table}")
+
+    def get(self, ids: Sequence[str]) -> list[Item]:
+        with self._asking():
+            text = f"SELECT id, vector, info FROM {self._table} WHERE id = ANY(%s)"
+            told = self._connection.execute(text, (possible(ids),)).fetchall()
+        found = {id: Item(id, np.asarray(_numbers(vector), np.float32), info) for id, vector, info in told}
+        return [found[id] for id in possible(ids) if id in found]
+
+    def close(self) -> None:
+        self._connection.close()
+
+
+def _numbers(vector: Any) -> Any:
+    """Releases of the client differ in what they give: an array, or an object that has one."""
+    return vector.to_numpy() if hasattr(vector, "to_numpy") else vector
+
+
+def _kind(width: int) -> str:
+    """What the graph is of: pgvector's `vector`, or its half precision, which takes more numbers and ranks by them; scores are
+    of the whole vectors. Raises UserError for vectors that it cannot take."""
+    if width > WIDEST_HALF:
+        raise UserError(
+            f"vectors of {width} numbers: pgvector's index takes {WIDEST_HALF} at most; keep the index in a folder, or "
+            f"export a model with a narrower embed.width"
+        )
+    return f"{'vector' if width <= WIDEST else 'halfvec'}({width})"
+
+
+def _json(text: str | None) -> Any:
+    try:
+        told = json.loads(text or "null")
+    except ValueError:
+        return None
+    return told if isinstance(told, dict) else None

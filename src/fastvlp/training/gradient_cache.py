@@ -1,0 +1,62 @@
+"""Gradient caching: losses that couple rows, over more rows than fit in memory at once (GradCache, arXiv 2101.06983).
+
+Every micro-batch is embedded without gradients, the whole step is scored once, and the gradients of the embeddings are
+kept; each micro-batch is then embedded again and pulls its share. The gradients are those of one large batch: of the
+towers, of the temperature, and under random masking, whose draws are functions of the rows' seeds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastvlp.batch import Batch
+from fastvlp.objectives.objective import Loss, combine
+from fastvlp.training.pretraining import Pretraining, RowGrads
+
+
+class Cached(NamedTuple):
+    """`losses` of the whole step, without gradients; `grads` of each micro-batch, by objective."""
+
+    losses: dict[str, Loss]
+    grads: list[dict[str, RowGrads]]
+
+
+def cache_gradients(
+    pretraining: Pretraining,
+    micro: Sequence[Batch],
+    counts: Mapping[str, Tensor],
+    seeded: Callable[[int], AbstractContextManager],
+) -> Cached:
+    """Scores all micro-batches of this rank together. `seeded(i)`: the context, dropout's seed included, in which
+    micro-batch i runs, the same as in the pass with gradients."""
+    objectives = pretraining.pairs()
+    embedded: dict[str, list[tuple[Tensor, ...]]] = {name: [] for name in objectives}
+    constants: dict[str, list[tuple[Tensor, ...]]] = {name: [] for name in objectives}
+    for i, batch in enumerate(micro):
+        with torch.no_grad(), seeded(i):
+            image_BKD = pretraining.encode_image(batch)
+            for name, objective in objectives.items():
+                embedded[name].append(objective.embed(pretraining.model, image_BKD, batch))
+            for name, objective in objectives.items():
+                constants[name].append(objective.constants(pretraining.model, batch))
+
+    losses: dict[str, Loss] = {}
+    grads: list[dict[str, RowGrads]] = [{} for _ in micro]
+    for name, objective in objectives.items():
+        rows = [torch.cat(parts).requires_grad_() for parts in zip(*embedded[name])]
+        told = objective.score(*rows, *(torch.cat(parts) for parts in zip(*constants[name])))
+        terms = {f"{name}/{term}": loss for term, loss in told.items()}
+        learned = [p for p in objective.parameters() if p.requires_grad]
+        found = torch.autograd.grad(combine(terms, counts), [*rows, *learned], materialize_grads=True)
+        split = zip(*(g.split([len(batch) for batch in micro]) for g in found[: len(rows)]))
+        # What the objective learns is told to one micro-batch alone.
+        own = (found[len(rows) :], *((None,) * len(learned) for _ in micro[1:]))
+        for i, (parts, parameters) in enumerate(zip(split, own)):
+            grads[i][name] = RowGrads(parts, parameters)
+        losses |= {term: Loss(loss.total.detach(), loss.count, loss.weight) for term, loss in terms.items()}
+    return Cached(losses, grads)

@@ -1,0 +1,222 @@
+"""What a run tells while it runs: one JSON object a line always, TensorBoard by option, a live view on a terminal."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import BarColumn, Progress, TextColumn
+from rich.text import Text
+
+from fastvlp import dist
+from fastvlp.errors import UserError, install
+from fastvlp.files import write_whole
+from fastvlp.training.speed import peak_flops, peak_memory
+
+if TYPE_CHECKING:
+    from fastvlp.training.loop import StepReport
+    from fastvlp.training.state import TrainState
+
+
+SILENCE_S = 10.0
+
+
+@dataclass(kw_only=True)
+class _Window:
+    """Sums since the last line. `flops` are of this rank, pairs and tokens of all."""
+
+    steps: int = 0
+    pairs: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    data_wait: float = 0.0
+    flops: float = 0.0
+
+    def add(self, report: StepReport) -> None:
+        self.steps += 1
+        for name in ("pairs", "tokens", "seconds", "data_wait", "flops"):
+            setattr(self, name, getattr(self, name) + getattr(report, name))
+
+    def rates(self, peak: float | None) -> dict[str, float]:
+        seconds = max(self.seconds, 1e-9)
+        rates = {
+            "pairs_per_s": self.pairs / seconds,
+            "tokens_per_s": self.tokens / seconds,
+            "data_wait": self.data_wait / seconds,
+            "flops_per_s": self.flops / seconds,
+        }
+        return rates | ({"mfu": rates["flops_per_s"] / peak} if peak else {})
+
+
+class RunLog:
+    """Only the first rank writes; on the others every method does nothing.
+
+    Made when a run starts or resumes at `state.step`: lines of later steps, which will be run again, leave the file.
+    `quiet`: the file alone. A context manager: the live view ends with the block.
+    """
+
+    def __init__(self, state: TrainState, *, quiet: bool = False, console: Console | None = None):
+        run = state.run
+        self.active = dist.is_main()
+        self.path, self.device = run.folder / "log.jsonl", state.device
+        self.peak = peak_flops(state.device, run.precision)
+        self.quiet, self.console = quiet, console or Console()
+        self._window, self._seconds_a_step = _Window(), 0.0
+        self._live: Live | None = None
+        self._board = None
+        if not self.active:
+            return
+        rewind(self.path, state.step)
+        self._board = _tensorboard(run.folder, state.step) if run.tensorboard else None
+        if not quiet and self.console.is_terminal:
+            columns = (TextColumn("{task.description}"), BarColumn(None), TextColumn("{task.percentage:>3.0f} %"))
+            self._progress = Progress(*columns, console=self.console, expand=True)
+            self._task = self._progress.add_task(run.name, total=1.0)
+            self._progress.update(self._task, completed=state.progress)
+            self._live = Live(self._progress, console=self.console, refresh_per_second=4)
+            self._live.start()
+
+    def step(self, report: StepReport, state: TrainState) -> None:
+        """One step: counted always, told every `log_every` steps, when those would take long, and when it was skipped."""
+        self._window.add(report)
+        due = report.step % state.run.log_every == 0 or self._window.seconds > SILENCE_S
+        if self.active and (due or report.skipped):
+            self._train(report, state)
+
+    def _train(self, report: StepReport, state: TrainState) -> None:
+        w, self._window = self._window, _Window()
+        fresh = w.seconds / w.steps
+        self._seconds_a_step = 0.7 * self._seconds_a_step + 0.3 * fresh if self._seconds_a_step else fresh
+        fields: dict[str, Any] = {"elapsed": state.elapsed, "lr": report.lr, "grad_norm": report.grad_norm}
+        fields |= _flat(report.losses) | w.rates(self.peak)
+        fields |= {"memory": peak_memory(self.device), "skipped": state.skipped, "dropped": len(state.dropped)}
+        if state.run.steps is not None:
+            fields["left"] = (state.run.steps - report.step) * self._seconds_a_step
+        else:
+            fields["left"] = max(0.0, (state.run.budget_s or 0.0) - state.elapsed)
+        self._record("train", report.step, fields)
+        line = train_line(report.step, state.run.steps, fields)
+        if self._live is not None:
+            self._progress.update(self._task, completed=state.progress)
+            self._live.update(Group(self._progress, Text(line)))
+        else:
+            self.say(line)
+
+    def event(
+        self, kind: str, *, step: int, elapsed: float, losses: Mapping[str, float] | None = None, **fields: Any
+    ) -> None:
+        """A line on anything but training: validation, inherited weights, a dropped record. The file has every name of a
+        list, people are told how many."""
+        if self.active:
+            told = _flat(losses or {}) | fields
+            self._record(kind, step, {"elapsed": elapsed} | told)
+            self.say("  ".join([f"step {step}", kind, *(f"{name} {_short(value)}" for name, value in told.items())]))
+
+    def say(self, text: str) -> None:
+        if self.active and not self.quiet:
+            self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def close(self) -> None:
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+        if self._board is not None:
+            self._board.close()
+
+    def __enter__(self) -> RunLog:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _record(self, kind: str, step: int, fields: Mapping[str, Any]) -> None:
+        # JSON has no NaN; a loss that is none is null.
+        clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in fields.items()}
+        line = json.dumps({"kind": kind, "step": step, "time": round(time.time(), 3)} | clean)
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(line + "\n")
+        except OSError as error:
+            raise UserError(f"{self.path}: cannot write ({error.strerror}); free space and resume the run") from error
+        if self._board is not None:
+            for name, value in clean.items():
+                if isinstance(value, int | float):
+                    self._board.add_scalar(f"{kind}/{name}", value, step)
+
+
+def _flat(losses: Mapping[str, float]) -> dict[str, float]:
+    return {name if name == "loss" else f"loss/{name}": value for name, value in losses.items()}
+
+
+def rewind(path: Path, step: int) -> None:
+    """Keeps the lines up to `step`: a resumed run writes the later ones again. A line cut by a kill goes too."""
+    if not path.exists():
+        write_whole(path, b"")
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except (ValueError, KeyError, TypeError):
+            continue
+    write_whole(path, "".join(kept).encode())
+
+
+def train_line(step: int, steps: int | None, fields: Mapping[str, Any]) -> str:
+    """`fields` of a training record as one line for people."""
+    found = {k.removeprefix("loss/"): _short(v) for k, v in fields.items() if k.startswith("loss/")}
+    # Of one term, which says what a step of a mix ran, the value is the total.
+    terms = [f"{k} {v}" for k, v in found.items()] if len(found) > 1 or "loss" not in fields else [*found]
+    total = f"loss {_short(fields['loss'])}" if "loss" in fields else ""
+    parts = [
+        f"step {step}/{steps}" if steps else f"step {step}",
+        f"{total} ({', '.join(terms)})" if total and terms else total or ", ".join(terms),
+        f"lr {fields['lr']:.1e}",
+        f"{_scaled(fields['pairs_per_s'])}pairs/s",
+        f"{_scaled(fields['tokens_per_s'])}tokens/s",
+        f"data wait {fields['data_wait']:.0%}",
+        f"MFU {fields['mfu']:.0%}" if "mfu" in fields else f"{_scaled(fields['flops_per_s'])}FLOP/s",
+        f"{fields['memory'] / 1e9:.2f} GB",
+        *(f"{name} {fields[name]}" for name in ("skipped", "dropped") if fields[name]),
+        f"left {_clock(fields['left'])}",
+    ]
+    return "  ".join(parts)
+
+
+def _tensorboard(folder: Path, step: int) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise UserError(f"TensorBoard is not installed: {install('tensorboard')}, or leave it off") from error
+    return SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, list):
+        return str(len(value))
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _scaled(value: float) -> str:
+    """A number and the prefix of its unit: `1.5 k`, `12 `."""
+    for unit, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if value >= size:
+            return f"{value / size:.3g} {unit}"
+    return f"{value:.3g} "
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{seconds:02d}s"

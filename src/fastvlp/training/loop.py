@@ -1,0 +1,316 @@
+"""The loop, whole: `steps` trains, `train` adds validation, checkpoints, the log and orderly stopping."""
+
+from __future__ import annotations
+
+import math
+import signal
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict, dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import clip_grad_norm_
+
+from fastvlp import dist
+from fastvlp.batch import Batch, Dropped
+from fastvlp.config import show
+from fastvlp.errors import UserError
+from fastvlp.objectives.objective import Loss, combine
+from fastvlp.random import hash64
+from fastvlp.training.gradient_cache import cache_gradients
+from fastvlp.training.log import RunLog
+from fastvlp.training.optim import set_rate
+from fastvlp.training.pretraining import Pretraining, augmented, draw_task
+from fastvlp.training.schedule import rate_factor
+from fastvlp.training.speed import row_width, step_flops
+from fastvlp.training.state import TrainConfig, TrainState, save, save_config, save_weights, start
+
+__all__ = ["StepReport", "TrainConfig", "TrainState", "start", "steps", "train", "validate"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepReport:
+    """One step of all ranks. losses: `loss`, what was minimised, the sum of weight * mean over its terms, and each term's
+    mean. lr: of the towers. tokens: targets of all losses, ITM's matches and a task's answers among them. seconds: of the
+    step, of which `data_wait` for batches. flops: of this rank. skipped: the loss or its gradient was not finite, and the
+    weights stay as they were. dropped: records found unreadable for the first time, key -> reason."""
+
+    step: int
+    losses: dict[str, float]
+    lr: float
+    pairs: int
+    tokens: int
+    seconds: float
+    data_wait: float
+    flops: float
+    grad_norm: float
+    skipped: bool
+    dropped: dict[str, str]
+
+
+def steps(state: TrainState) -> Iterator[StepReport]:
+    """Trains one step each time it is asked for one, until the run is over or told to stop."""
+    run, wrapped = state.run, state.wrapped
+    parameters = [p for group in state.optimiser.param_groups for p in group["params"]]
+    batches = state.train.batches(start=state.step * run.accumulate)
+    state.pretraining.train()
+    while state.progress < 1 and not state.stop:
+        began, known = time.perf_counter(), len(state.dropped)
+        micro = [next_batch(state, batches) for _ in range(run.accumulate)]
+        data_wait = time.perf_counter() - began
+        micro = [augmented(batch, run.augment) for batch in micro]
+        state.pretraining.task = draw_task(run.mix, run.seed, state.step)
+        set_rate(state.optimiser, rate_factor(state.midway, run.optim.warmup, run.optim.decay))
+        counts = global_counts(state.pretraining, micro)
+        shares = {name: torch.zeros((), device=state.device) for name in ("loss", *counts)}
+        seeded = partial(seeded_autocast, state)
+        couples = run.accumulate > 1 and state.pretraining.pairs()
+        cached = cache_gradients(state.pretraining, micro, counts, seeded) if couples else None
+        if cached is not None:
+            add_shares(shares, cached.losses, counts)
+        for i, batch in enumerate(micro):
+            # Ranks average their gradients once a step, with the last micro-batch.
+            with nullcontext() if i == len(micro) - 1 else no_sync(wrapped):
+                with seeded(i):
+                    losses = wrapped(batch, cached.grads[i] if cached is not None else None)
+                # The mean over ranks of world * loss is the sum that the global counts ask for.
+                (combine(losses, counts) * dist.world()).backward()
+            add_shares(shares, losses, counts)
+
+        norm = clip_grad_norm_(parameters, run.optim.clip or math.inf)
+        totals = dist.all_reduce_sum(torch.stack([*shares.values(), norm.new_tensor(sum(map(len, micro)))]))
+        asked = torch.stack([*counts.values()]).float()
+        # The only place in a step that waits for the device, but for what must know a number: the picking of asked tokens,
+        # the packing of one stream, a queue that is still filling, and the sizes of other ranks' batches.
+        grad_norm, *numbers = torch.cat([norm[None], totals, asked]).tolist()
+        values, pairs, targets = numbers[: len(shares)], int(numbers[len(shares)]), numbers[len(shares) + 1 :]
+        skipped = not all(map(math.isfinite, [*values, grad_norm]))
+        if not skipped:
+            state.optimiser.step()
+            if state.ema is not None:
+                state.ema.update_parameters(state.pretraining)
+            state.pretraining.after_step()
+        state.optimiser.zero_grad()
+
+        state.step += 1
+        state.pairs += pairs
+        state.tokens += round(sum(targets))
+        seconds = agree(state, known, time.perf_counter() - began)
+        state.elapsed += seconds
+        report = StepReport(
+            step=state.step,
+            losses=dict(zip(shares, values)),
+            lr=state.optimiser.param_groups[0]["lr"],
+            pairs=pairs,
+            tokens=round(sum(targets)),
+            seconds=seconds,
+            data_wait=data_wait,
+            flops=flops(state.pretraining, micro, dict(zip(counts, targets))),
+            grad_norm=grad_norm,
+            skipped=skipped,
+            dropped=dict(list(state.dropped.items())[known:]),
+        )
+        count_bad(state, report)
+        yield report
+
+
+def next_batch(state: TrainState, batches: Iterator[tuple[Batch, list[Dropped]]]) -> Batch:
+    batch, dropped = next(batches)
+    state.dropped |= {record.key: record.reason for record in dropped}
+    return batch.to(state.device)
+
+
+@contextmanager
+def seeded_autocast(state: TrainState, micro: int) -> Iterator[None]:
+    """In which micro-batch `micro` of the coming step runs: its dropout is a function of (seed, step, micro, rank)."""
+    torch.manual_seed(hash64(state.run.seed, state.step, micro, dist.rank()))
+    with autocast(state):
+        yield
+
+
+def add_shares(shares: dict[str, Tensor], losses: Mapping[str, Loss], counts: Mapping[str, Tensor]) -> None:
+    """Adds one micro-batch's part of what is minimised and of each term that is counted."""
+    shares["loss"] += combine(losses, counts).detach()
+    for name in losses.keys() & counts.keys():
+        shares[name] += losses[name].total.detach() / counts[name].clamp(min=1)
+
+
+def no_sync(wrapped: nn.Module) -> AbstractContextManager:
+    return wrapped.no_sync() if isinstance(wrapped, DistributedDataParallel) else nullcontext()
+
+
+def autocast(state: TrainState) -> torch.autocast:
+    return torch.autocast(state.device.type, torch.bfloat16, enabled=state.run.precision == "bf16")
+
+
+def global_counts(pretraining: Pretraining, micro: list[Batch]) -> dict[str, Tensor]:
+    """Targets of each loss in the whole step: all micro-batches of all ranks. A mean of means would weigh a target by
+    how few others its micro-batch has."""
+    parts = [pretraining.counts(batch) for batch in micro]
+    summed = torch.stack([torch.stack([part[name] for part in parts]).sum() for name in parts[0]])
+    return dict(zip(parts[0], dist.all_reduce_sum(summed)))
+
+
+def flops(pretraining: Pretraining, micro: list[Batch], targets: dict[str, float]) -> float:
+    """Of this rank's micro-batches, which are taken to ask for an equal share of the step's targets."""
+    shapes = [(len(batch), row_width(pretraining.model.config, batch)) for batch in micro]
+    shares = {name: n / dist.world() for name, n in targets.items()}
+    regions = max((batch.regions.box.shape[1] for batch in micro if batch.regions is not None), default=0)
+    return step_flops(pretraining, shapes, shares, regions).training
+
+
+def agree(state: TrainState, known: int, seconds: float) -> float:
+    """The ranks' mean of the step's seconds, since the schedule may follow time. Sets `stop` where any was told to: here
+    alone, so that all ranks leave the loop after the same step. What any found unreadable besides the first `known`
+    records, all know."""
+    state.stop = state.told
+    if dist.world() > 1:
+        new = dict(list(state.dropped.items())[known:])
+        said = [seconds / dist.world(), float(state.told is not None), float(len(new))]
+        seconds, stop, dropped = dist.all_reduce_sum(torch.tensor(said, device=state.device)).tolist()
+        if dropped:
+            state.dropped |= {key: reason for part in dist.gather_objects(new) for key, reason in part.items()}
+        if stop and state.stop is None:
+            state.stop = signal.SIGTERM
+    return seconds
+
+
+def count_bad(state: TrainState, report: StepReport) -> None:
+    """Raises UserError after `max_bad_steps` skipped steps in a row, with the likely cause."""
+    state.bad_steps = state.bad_steps + 1 if report.skipped else 0
+    state.skipped += report.skipped
+    if state.bad_steps < state.run.max_bad_steps:
+        return
+    bad = [name for name, value in report.losses.items() if not math.isfinite(value)]
+    what = f"the loss is not finite ({', '.join(bad)})" if bad else "the loss is finite, its gradient is not"
+    broken = [name for name, p in state.pretraining.named_parameters() if not torch.isfinite(p).all()]
+    if broken:
+        cause = f"weights are not finite already ({broken[0]}): start from other weights"
+    else:
+        cause = f"the learning rate {state.run.optim.lr:g} is too high: lower --optim.lr, or lengthen --optim.warmup"
+        cause += ", or train with --precision fp32" if state.run.precision != "fp32" else ""
+    raise UserError(f"step {report.step}: {state.bad_steps} steps in a row were skipped, {what}; likely {cause}")
+
+
+@torch.no_grad()
+def validate(state: TrainState) -> dict[str, float]:
+    """Mean losses a target over the validation split, and `loss`, their weighted sum; the same draws every time."""
+    if state.val is None:
+        return {}
+    module = state.evaluated
+    module.eval()
+    sums: dict[str, tuple[float, float, float]] = {}
+    for batch, _ in state.val.once():
+        with autocast(state):
+            losses = module(batch.to(state.device))
+        for name, term in losses.items():
+            total, count, _ = sums.get(name, (0.0, 0.0, 0.0))
+            sums[name] = (total + float(term.total), count + float(term.count), term.weight)
+    module.train()
+    everyone = dist.gather_objects(sums)
+    means: dict[str, float] = {}
+    loss = 0.0
+    for name in dict.fromkeys(name for part in everyone for name in part):
+        totals, counts, weights = zip(*(part[name] for part in everyone if name in part))
+        means[name] = sum(totals) / max(sum(counts), 1)
+        loss += weights[0] * means[name]
+    return {"loss": loss} | means
+
+
+@contextmanager
+def stop_signals(state: TrainState) -> Iterator[None]:
+    """SIGTERM and Ctrl-C end the run after the step at hand; a second Ctrl-C ends it at once."""
+
+    def stop(number: int, frame: object) -> None:
+        state.told = number
+        signal.signal(number, old[signal.Signals(number)])
+
+    # Python lets the main thread alone handle signals.
+    main = threading.current_thread() is threading.main_thread()
+    numbers = (signal.SIGTERM, signal.SIGINT) if main else ()
+    old = {number: signal.getsignal(number) for number in numbers}
+    for number in numbers:
+        signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number in numbers:
+            signal.signal(number, old[number])
+
+
+def due(every: int | None, step: int) -> bool:
+    return every is not None and step % every == 0
+
+
+def train(run: TrainConfig, resume: bool = False, *, verbose: bool = False) -> TrainState:
+    """Runs to the end, and returns where it ended; `verbose` prints the whole config first. Raises UserError for what the
+    user can mend, and SystemExit with 128 + the signal's number where a signal stopped it, its state saved."""
+    with dist.process_group():
+        if not resume and (run.folder / "last.pt").exists():
+            raise UserError(f"{run.folder}: holds a run already; continue it with --resume, or choose another --out")
+        state = start(run, resume)
+        whole = save_config(state)
+        with RunLog(state) as log, stop_signals(state):
+            if verbose:
+                log.say(show(whole))
+            if state.length_was not in (None, run.length):
+                log.say(f"{run.folder}: length was {state.length_was}, now {run.length}")
+            if state.step == 0:
+                if resume:
+                    log.say(f"{run.folder}: no checkpoint here to resume from, the run starts anew")
+                tell_start(state, log)
+            elif state.progress >= 1:
+                log.say(f"{run.folder}: was at its end already; for more give --steps or --budget-s")
+            for report in steps(state):
+                log.step(report, state)
+                tell_dropped(state, report.dropped, log)
+                over = state.progress >= 1
+                if due(run.validate_every, state.step) and not over:
+                    judge(state, log)
+                if due(run.checkpoint_every, state.step) and not over:
+                    save(state)
+            if state.stop is None:
+                judge(state, log)
+            save(state)
+            if state.stop is not None:
+                log.say(f"stopped at step {state.step}, saved: the same command with --resume continues from there")
+                raise SystemExit(128 + state.stop)
+            best = f", best validation loss {state.best:.4g}" if math.isfinite(state.best) else ""
+            log.say(f"{run.folder}: finished after step {state.step}{best}")
+        return state
+
+
+def tell_start(state: TrainState, log: RunLog) -> None:
+    """What came of the weights to start from, what the training data lacks, and whether it fills a step."""
+    if state.inherited is not None:
+        log.event("inherited", step=0, elapsed=0.0, source=state.run.init, **asdict(state.inherited))
+    tell_dropped(state, state.dropped, log)
+    run, records = state.run, state.train.count
+    rows = run.data.batch_size * run.accumulate * dist.world()
+    if rows > records and state.pretraining.pairs() and run.data.max_tokens is None:
+        log.say(
+            f"data.batch_size {run.data.batch_size}: a step contrasts {rows} rows of only {records} records, so that some "
+            f"are negatives of themselves; lower it"
+        )
+
+
+def tell_dropped(state: TrainState, dropped: Mapping[str, str], log: RunLog) -> None:
+    for key, reason in dropped.items():
+        log.event("dropped", step=state.step, elapsed=state.elapsed, record=key, reason=reason)
+
+
+def judge(state: TrainState, log: RunLog) -> None:
+    """Validates, and keeps the weights if no earlier ones were better."""
+    losses = validate(state)
+    if not losses:
+        return
+    log.event("validation", step=state.step, elapsed=state.elapsed, losses=losses)
+    if losses["loss"] < state.best:
+        state.best = losses["loss"]
+        if dist.is_main():
+            save_weights(state, "best", validation=losses)

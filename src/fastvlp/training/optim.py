@@ -1,0 +1,104 @@
+"""AdamW with the parameter groups of METER and FLM (arXiv 2111.02387, 2303.14038) or FLIP (2212.00794)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import nn
+
+from fastvlp.errors import UserError
+from fastvlp.training.pretraining import Pretraining
+from fastvlp.training.schedule import Decay
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """lr: of the towers; `cross_multiplier` times it for fusion and reconstructor, `head_multiplier` times it for their
+    vocabulary heads and what objectives own (a single stream's words and matching are its own; the paper starts the towers
+    from trained weights and uses 5 for both; from scratch use 1). clip: largest gradient norm, or None. warmup: share of the
+    run. weight_decay: not of `spared`, all that has one dimension, or as in FLIP's released code biases, norms and tables of
+    positions: there the class token and the temperature decay."""
+
+    lr: float
+    betas: tuple[float, float] = (0.9, 0.98)
+    eps: float = 1e-8
+    weight_decay: float = 0.01
+    spared: Literal["vectors", "flip"] = "vectors"
+    clip: float | None = 1.0
+    cross_multiplier: float = 5.0
+    head_multiplier: float = 5.0
+    warmup: float = 0.05
+    decay: Decay = "linear"
+
+    def __post_init__(self) -> None:
+        if self.lr <= 0:
+            raise ValueError(f"lr must be above 0, not {self.lr}")
+        if not 0 <= self.warmup < 1:
+            raise ValueError(f"warmup is a share of the run, from 0 to below 1, not {self.warmup}")
+
+
+def scaled_rate(base: float, batch: int) -> float:
+    """FLIP's rule: base rates are told for 256 pairs a step, of all ranks (section A.1; Goyal et al., arXiv 1706.02677)."""
+    return base * batch / 256
+
+
+def flip_optim(batch: int, *, base: float = 4e-6, warmup: float = 0.004) -> OptimConfig:
+    """FLIP's values (Table 10) at `batch` pairs a step: B and L warm up for 51.2 of 12,800 M pairs; H for 256 M: 0.02.
+    `base` is 2e-6 on LAION-2B; unmasked tuning has 4e-8 with a warm-up of 0.2."""
+    return OptimConfig(
+        lr=scaled_rate(base, batch),
+        betas=(0.9, 0.95),
+        weight_decay=0.2,
+        spared="flip",
+        clip=None,
+        cross_multiplier=1,
+        head_multiplier=1,
+        warmup=warmup,
+        decay="cosine",
+    )
+
+
+def parameter_groups(pretraining: Pretraining, config: OptimConfig) -> list[dict]:
+    """Groups by the module that owns a parameter; each group's `base_lr` is what the schedule scales. What is frozen is in
+    none."""
+    model = pretraining.model
+    cross: list[nn.Module] = [model.fusion, *([model.reconstructor] if model.reconstructor else [])]
+    heads = [head for head in (model.head, model.forward_head, model.reverse_head) if head is not None]
+    multiplier = {id(p): config.cross_multiplier for p in _parameters(cross)}
+    multiplier |= {id(p): config.head_multiplier for p in _parameters([*heads, pretraining.objectives])}
+    still = spared(pretraining, config)
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for parameter in filter(lambda p: p.requires_grad, pretraining.parameters()):
+        decay = 0.0 if id(parameter) in still else config.weight_decay
+        groups.setdefault((multiplier.get(id(parameter), 1.0), decay), []).append(parameter)
+    if not groups:
+        raise UserError("nothing is left to train; name fewer parts in freeze")
+    return [
+        {"params": params, "lr": config.lr * times, "base_lr": config.lr * times, "weight_decay": decay}
+        for (times, decay), params in groups.items()
+    ]
+
+
+def spared(pretraining: Pretraining, config: OptimConfig) -> set[int]:
+    """Ids of the parameters that do not decay."""
+    if config.spared == "vectors":
+        return {id(parameter) for parameter in pretraining.parameters() if parameter.ndim < 2}
+    norms = [module for module in pretraining.modules() if isinstance(module, nn.LayerNorm)]
+    told = (p for name, p in pretraining.named_parameters() if {"bias", "position"} & {*name.split(".")})
+    return {id(parameter) for parameter in (*_parameters(norms), *told)}
+
+
+def _parameters(modules: Iterable[nn.Module]) -> Iterable[nn.Parameter]:
+    return (parameter for module in modules for parameter in module.parameters())
+
+
+def adamw(pretraining: Pretraining, config: OptimConfig) -> torch.optim.AdamW:
+    return torch.optim.AdamW(parameter_groups(pretraining, config), betas=config.betas, eps=config.eps, fused=True)
+
+
+def set_rate(optimiser: torch.optim.Optimizer, factor: float) -> None:
+    for group in optimiser.param_groups:
+        group["lr"] = group["base_lr"] * factor

@@ -1,0 +1,223 @@
+"""The race on a clock that the test moves: fair turns, marks where they belong, results whole after each of them."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+
+from fastvlp.comparison import run as module
+from fastvlp.comparison.options import Compare
+from fastvlp.comparison.progress import Display, print_tables
+from fastvlp.comparison.results import Comparison, Sample
+from fastvlp.comparison.run import Plan, compare, reference, run_comparison, same_arms, with_tokenizers
+from fastvlp.errors import UserError
+from fastvlp.objectives.ar import ARConfig
+from fastvlp.objectives.flm import FLMConfig
+from fastvlp.objectives.mlm import MLMConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """As much of a TrainConfig as a comparison looks at."""
+
+    objectives: Mapping[str, Any]
+    step_s: float = 1.0
+    breaks_at: int | None = None
+    name: str = ""
+    seed: int = 0
+    steps: int | None = 100
+    budget_s: float | None = None
+    out: str | None = None
+    tokenizer: str | None = "given"
+    init: str | None = None
+    data: Any = None
+    vocab: int = 50
+
+
+@dataclass(frozen=True)
+class Settings:
+    pictures: int = 1
+
+
+class World:
+    """A clock, the arms that run on it, and who ran when."""
+
+    settings = Settings()
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch):
+        self.now = 0.0
+        self.order: list[str] = []
+        self.scored: list[tuple[str, int, float]] = []
+        self.kept: list[str] = []
+        clock = SimpleNamespace(
+            perf_counter=lambda: self.now, process_time=lambda: 2 * self.now, monotonic=lambda: self.now
+        )
+        monkeypatch.setattr(module, "time", clock)
+
+    def start(self, run: Run) -> Any:
+        self.now += 50
+        return SimpleNamespace(run=run, device=torch.device("cpu"), step=0, pairs=0, tokens=0, elapsed=0.0, dropped={})
+
+    def steps(self, state: Any) -> Iterator[Any]:
+        while state.elapsed < state.run.budget_s:
+            if state.step == state.run.breaks_at:
+                raise UserError("the loss is not finite")
+            self.now += state.run.step_s
+            state.elapsed += state.run.step_s
+            state.step, state.pairs, state.tokens = state.step + 1, state.pairs + 8, state.tokens + 40
+            self.order.append(state.run.name)
+            losses = {"loss": 1.0, "a/next": 1.0 / state.step}
+            yield SimpleNamespace(losses=losses, data_wait=0.25, skipped=False)
+
+    def score(self, state: Any) -> dict[str, float]:
+        self.now += 1000
+        self.scored.append((state.run.name, state.run.seed, state.elapsed))
+        return {"vqa": state.step / 100}
+
+    def keep(self, state: Any) -> None:
+        self.kept.append(state.run.out)
+
+    def samples(self, states: Mapping[str, Any]) -> list[Sample]:
+        picture = "data:image/gif;base64,R0lGODlhAQABAAAAACH5BAEKAAEALAAAAAABAAEAAAICTAEAOw=="
+        captions = {arm: f"said by <{arm}>" for arm in states}
+        return [Sample(key="k", picture=picture, references=["a & b"], captions=captions, questions=[])]
+
+
+@pytest.fixture
+def world(monkeypatch: pytest.MonkeyPatch) -> World:
+    return World(monkeypatch)
+
+
+def go(world: World, plan: Plan, arms: Mapping[str, Run]) -> tuple[Comparison, str]:
+    console = Console(width=100, record=True, quiet=False, file=open("/dev/null", "w"))  # noqa: SIM115, PTH123
+    display = Display(list(arms), budget_s=plan.budget_s, seeds=plan.seeds, marks=len(plan.shares), console=console)
+    with display:
+        injected: Any = {"begin": world.start, "go_on": world.steps, "keep": world.keep}
+        made = compare(plan, arms, origin={}, scorer=world, display=display, **injected)  # type: ignore[arg-type]
+    print_tables(made, console)
+    return made, console.export_text()
+
+
+ARMS = {"flm": Run(objectives={"flm": FLMConfig()}, step_s=2.0), "mlm": Run(objectives={"mlm": MLMConfig()})}
+
+
+def test_turns_alternate_and_rotate(world: World, tmp_path: Path) -> None:
+    go(world, Plan(budget_s=8, out=tmp_path, slice_s=4, marks=(1.0,)), ARMS)
+    assert world.order == ["flm"] * 2 + ["mlm"] * 4 + ["mlm"] * 4 + ["flm"] * 2
+
+
+def test_only_time_inside_the_steps_counts(world: World, tmp_path: Path) -> None:
+    made, _ = go(world, Plan(budget_s=16, out=tmp_path, slice_s=3), ARMS)
+    for arm, steps in (("flm", [2, 4, 8]), ("mlm", [4, 8, 16])):
+        (run,) = made.of(arm)
+        assert [m.share for m in run.marks] == [0.25, 0.5, 1.0]
+        assert [m.spent.time for m in run.marks] == [4, 8, 16]
+        assert [m.spent.cpu for m in run.marks] == [8, 16, 32]
+        assert [m.spent.steps for m in run.marks] == steps
+        assert [m.scoring_s for m in run.marks] == [1000] * 3
+        assert run.marks[-1].spent.wait == 0.25 * steps[-1]
+        assert run.curve[-1].losses == {"a/next": pytest.approx(1 / steps[-1], rel=0.5)}
+
+
+def test_a_step_longer_than_a_mark_is_scored_late_and_once_each(world: World, tmp_path: Path) -> None:
+    made, _ = go(world, Plan(budget_s=8, out=tmp_path), {"slow": Run(objectives={"ar": ARConfig()}, step_s=5.0)})
+    (run,) = made.runs
+    assert [m.spent.time for m in run.marks] == [5, 5, 10]
+
+
+def test_seeds_come_one_after_another(world: World, tmp_path: Path) -> None:
+    made, text = go(world, Plan(budget_s=4, out=tmp_path, seeds=3, marks=(0.5,)), ARMS)
+    assert [seed for _, seed, _ in world.scored] == sorted(seed for _, seed, _ in world.scored)
+    assert len(made.runs) == 6 and all(len(run.marks) == 2 for run in made.runs)
+    assert "mlm" in text and "not reached" in text
+
+
+def test_an_arm_that_fails_leaves_the_others_alone(world: World, tmp_path: Path) -> None:
+    arms = {"mlm": ARMS["mlm"], "ar": Run(objectives={"ar": ARConfig()}, breaks_at=3)}
+    made, text = go(world, Plan(budget_s=8, out=tmp_path), arms)
+    assert made.of("ar")[0].failure == "the loss is not finite"
+    assert [m.share for m in made.of("ar")[0].marks] == [0.25]
+    assert len(made.of("mlm")[0].marks) == 3
+    assert "not finite" in text
+    assert "not finite" in (tmp_path / "report.html").read_text()
+
+
+def test_results_are_whole_after_every_mark(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def dies(state: Any) -> dict[str, float]:
+        if len(world.scored) == 3:
+            raise KeyboardInterrupt
+        return World.score(world, state)
+
+    monkeypatch.setattr(world, "score", dies)
+    with pytest.raises(KeyboardInterrupt):
+        go(world, Plan(budget_s=8, out=tmp_path), ARMS)
+    made = Comparison.load(tmp_path / "results.json")
+    assert sum(len(run.marks) for run in made.runs) == 3
+    assert not list(tmp_path.glob("*.tmp"))
+    assert "VQA accuracy" in (tmp_path / "report.html").read_text()
+
+
+def test_the_budget_is_the_runs_length(world: World, tmp_path: Path) -> None:
+    made, _ = go(world, Plan(budget_s=4, out=tmp_path), ARMS)
+    assert made.configs["flm"]["budget_s"] == 4 and made.configs["flm"]["steps"] is None
+    assert world.order.count("mlm") == 4
+
+
+def test_arms_with_the_same_texts_share_a_tokenizer(tmp_path: Path) -> None:
+    trained: list[str] = []
+
+    @dataclass(frozen=True)
+    class Texts:
+        name: str
+
+        def texts(self) -> Iterator[str]:
+            trained.append(self.name)
+            return iter(["a red circle"] * 3)
+
+    run = Run(objectives={"ar": ARConfig()}, tokenizer=None, data=Texts("one"))
+    arms = {"a": run, "b": replace(run), "c": replace(run, data=Texts("two")), "d": ARMS["mlm"]}
+    made = with_tokenizers(arms, tmp_path)  # type: ignore[arg-type]
+    assert trained == ["one", "two"]
+    assert made["a"].tokenizer == made["b"].tokenizer != made["c"].tokenizer
+    assert made["d"].tokenizer == "given"
+
+
+def test_the_reference_is_mlm_alone_else_the_first() -> None:
+    both = Run(objectives={"mlm": MLMConfig(), "ar": ARConfig()})
+    ar = Run(objectives={"ar": ARConfig()})
+    assert reference({"both": both, "ar": ar, "plain": ARMS["mlm"]}) == "plain"  # type: ignore[dict-item]
+    assert reference({"both": both, "ar": ar}) == "both"  # type: ignore[dict-item]
+
+
+def test_plans_that_cannot_be() -> None:
+    plan = Plan(budget_s=10, out=Path(), marks=(0.5,))
+    assert plan.shares == [0.5, 1.0]
+    for wrong in ({"budget_s": 0}, {"seeds": 0}, {"slice_s": -1}, {"marks": (0.0,)}, {"marks": (1.5,)}):
+        with pytest.raises(UserError):
+            replace(plan, **wrong)
+    with pytest.raises(UserError, match="two arms are called a"):
+        same_arms(["a", "b", "a"])
+
+
+def test_an_earlier_comparison_is_not_written_over(tmp_path):
+    (tmp_path / "results.json").write_text("{}")
+    with pytest.raises(UserError, match=r"holds a comparison already"):
+        run_comparison(Compare(recipes=("flm_demo",), out=tmp_path))
+    assert (tmp_path / "results.json").read_text() == "{}"
+
+
+def test_a_comparison_under_torchrun_is_refused(monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="without torchrun"):
+        run_comparison(Compare(recipes=("flm_demo",)))
+
+
+def test_last_weights_of_sound_arms_are_kept_apart_by_seed(world: World, tmp_path: Path) -> None:
+    go(world, Plan(budget_s=8, out=tmp_path, seeds=2), ARMS | {"broken": replace(ARMS["mlm"], breaks_at=1)})
+    assert world.kept == [str(tmp_path / "runs" / f"{arm}-{seed}") for seed in (0, 1) for arm in ARMS]

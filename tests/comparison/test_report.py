@@ -1,0 +1,141 @@
+"""The page holds everything, asks no other host for anything, and trusts no text."""
+
+import html.parser
+import re
+from pathlib import Path
+
+import pytest
+
+from fastvlp.comparison.charts import Line, Point, line_chart, nice_ticks, short
+from fastvlp.comparison.report import page, write_report
+from fastvlp.comparison.results import Answered, ArmRun, Comparison, LossPoint, Mark, Sample, Spent
+
+PICTURE = "data:image/png;base64,iVBORw0KGgo="
+
+
+class Balanced(html.parser.HTMLParser):
+    """Every tag that is opened is closed, in order."""
+
+    VOID = ("meta", "img", "link", "br")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.seen: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.seen.append(tag)
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.seen.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def made(seeds: int = 2, marks: int = 2) -> Comparison:
+    arms = ["flm", "mlm", "<b>odd</b>"]
+    runs = []
+    for seed in range(seeds):
+        for i, arm in enumerate(arms):
+            run = ArmRun(arm=arm, seed=seed)
+            for m in range(marks):
+                spent = Spent(time=10.0 * (m + 1), cpu=1, wait=0.1, steps=5 * (m + 1), pairs=40 * (m + 1), tokens=400)
+                scores = {"vqa": 0.3 + 0.1 * m * (i + 1) + 0.01 * seed, "cider": 0.2, "own yardstick": 3.0}
+                run.marks.append(Mark(share=0.5 * (m + 1), spent=spent, scores=scores))
+                run.curve.append(LossPoint(spent=spent, losses={"x/a": 2.0 - m, "x/b": 3.0 - m}))
+            runs.append(run)
+    samples = [
+        Sample(
+            key="0",
+            picture=PICTURE,
+            references=['"two" <circles> & 圆形'],
+            captions=dict.fromkeys(arms, "<script>alert(1)</script>"),
+            questions=[Answered(question="what <i>?", right="red", answers=dict(zip(arms, ("red", "blue", "<u>"))))],
+        )
+    ]
+    return Comparison(
+        arms=arms,
+        reference="mlm",
+        budget_s=20,
+        seeds=seeds,
+        shares=[0.5, 1.0],
+        about={"device": "a machine", "command": "vlp compare <x>", "date": "today"},
+        settings={"slice_s": 5.0},
+        configs={arm: {"name": arm, "optim": {"lr": 1e-3 * (i + 1)}, "same": 1} for i, arm in enumerate(arms)},
+        runs=runs,
+        samples=samples,
+    )
+
+
+def test_the_page_is_whole_and_stands_alone(tmp_path: Path) -> None:
+    write_report(made(), tmp_path / "report.html")
+    text = (tmp_path / "report.html").read_text("utf-8")
+    parser = Balanced()
+    parser.feed(text)
+    assert not parser.open
+    assert not {"script", "link", "iframe"} & set(parser.seen)
+    assert not re.search(r"""(?:src|href|url)\s*[=(]\s*["']?(?!data:)[\w/:.]""", text)
+    assert "http" not in text
+    assert parser.seen.count("img") == 1
+    assert "prefers-color-scheme: dark" in text
+
+
+def test_texts_are_texts() -> None:
+    text = page(made())
+    assert "<script>" not in text and "<b>odd" not in text and "<u>" not in text and "<circles>" not in text
+    assert "&lt;circles&gt; &amp; 圆形" in text
+
+
+def test_every_part_is_there() -> None:
+    text = page(made())
+    for part in ("VQA accuracy", "CIDEr", "own yardstick", "Training losses", "Captions and answers", "a machine"):
+        assert part in text
+    assert text.count('<svg viewBox="0 0 360') == 3 * 4
+    assert text.count('class="wrong"') == 2 and text.count('class="right"') == 1
+    differing = text[text.index("What differs") : text.index("<details>")]
+    assert "optim.lr" in differing and "same" not in differing
+
+
+@pytest.mark.parametrize(("seeds", "marks"), [(1, 0), (1, 1), (3, 2)])
+def test_a_comparison_under_way_has_a_page(seeds: int, marks: int) -> None:
+    parser = Balanced()
+    parser.feed(page(made(seeds, marks)))
+    assert not parser.open
+
+
+def test_what_cannot_be_timed_is_not_called_slow() -> None:
+    """The reference had its final score by the first mark: nobody fails to reach it, nobody can be timed."""
+    early = made(seeds=1, marks=1)
+    assert "not timed: mlm itself" in page(early) and "does not reach" not in page(early)
+
+
+def test_a_comparison_before_its_first_run_has_a_page() -> None:
+    comparison = made()
+    comparison.runs, comparison.samples = [], []
+    assert "No mark has been scored yet" in page(comparison)
+
+
+def test_points_lie_where_their_values_say() -> None:
+    line = Line("a", 0, [Point(0, 0, 0, 0), Point(10, 50, 40, 60), Point(20, 100, 100, 100)])
+    svg = line_chart([line], label="x")
+    path = re.search(r'class="line arm0" d="M([^"]+)"', svg)
+    assert path is not None
+    (x0, y0), (x1, y1), (x2, y2) = [tuple(map(float, p.split())) for p in path[1].split("L")]
+    assert x1 == pytest.approx((x0 + x2) / 2, abs=0.11) and y1 == pytest.approx((y0 + y2) / 2, abs=0.11)
+    assert x0 < x2 and y0 > y2
+    assert svg.count('class="whisker') == 1 and svg.count("<circle") == 3
+    assert line_chart([], label="x") == ""
+
+
+def test_one_point_and_equal_values_are_drawn() -> None:
+    assert "<circle" in line_chart([Line("a", 0, [Point(0, 0, 0, 0)])], label="x")
+    assert "nan" not in line_chart([Line("a", 1, [Point(5, 2, 2, 2), Point(6, 2, 2, 2)])], label="x", target=2)
+
+
+def test_ticks_are_round_and_cover() -> None:
+    assert nice_ticks(0, 100) == [0, 25, 50, 75, 100]
+    assert nice_ticks(0.31, 0.58) == [0.3, 0.4, 0.5, 0.6]
+    assert [short(v) for v in (0.25, 12, 1500, 2.5e6)] == ["0.25", "12", "1.5k", "2.5M"]

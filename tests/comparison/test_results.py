@@ -1,0 +1,129 @@
+"""Time-to-quality and its spread, on curves whose answer can be read off."""
+
+from pathlib import Path
+
+import pytest
+
+from fastvlp.comparison.results import (
+    ArmRun,
+    Comparison,
+    Mark,
+    Reached,
+    Spent,
+    first_reached,
+    seconds,
+    shown,
+    speedup,
+    spread,
+    summarise,
+    time_to_quality,
+)
+from fastvlp.errors import UserError
+
+
+def run(arm: str, seed: int, scores: list[float]) -> ArmRun:
+    times = [10.0, 20.0, 40.0]
+    marks = [
+        Mark(
+            share=t / 40,
+            spent=Spent(time=t, cpu=2 * t, steps=int(t), pairs=int(8 * t), tokens=int(80 * t)),
+            scores={"vqa": s},
+        )
+        for t, s in zip(times, scores)
+    ]
+    return ArmRun(arm=arm, seed=seed, marks=marks)
+
+
+def made(*runs: ArmRun) -> Comparison:
+    arms = list(dict.fromkeys(r.arm for r in runs))
+    return Comparison(
+        arms=arms,
+        reference="mlm",
+        budget_s=40,
+        seeds=len({r.seed for r in runs}),
+        shares=[0.25, 0.5, 1.0],
+        about={},
+        settings={},
+        configs={arm: {} for arm in arms},
+        runs=list(runs),
+    )
+
+
+def test_the_curve_is_straight_between_marks() -> None:
+    assert first_reached([10, 20], [0.2, 0.4], 0.3) == Reached(15, False)
+    assert first_reached([10, 20, 40], [0.2, 0.4, 0.3], 0.4) == Reached(20, False)
+    assert first_reached([10, 20], [0.2, 0.4], 0.5) is None
+
+
+def test_a_score_had_at_the_first_mark_is_a_bound() -> None:
+    assert first_reached([10, 20], [0.6, 0.7], 0.5) == Reached(10, True)
+    comparison = made(run("mlm", 0, [0.1, 0.2, 0.5]), run("flm", 0, [0.6, 0.7, 0.8]))
+    assert str(speedup(comparison, "flm", "vqa")) == "≥ 4.00×"
+
+
+def test_speedups_are_taken_seed_by_seed() -> None:
+    comparison = made(
+        run("mlm", 0, [0.1, 0.2, 0.5]),
+        run("flm", 0, [0.4, 0.6, 0.8]),  # at 15 s: 40 / 15
+        run("mlm", 1, [0.1, 0.2, 0.4]),
+        run("flm", 1, [0.2, 0.4, 0.8]),  # at 20 s: 40 / 20
+    )
+    speed = speedup(comparison, "flm", "vqa")
+    assert speed.ratio is not None
+    assert speed.ratio.mean == pytest.approx((40 / 15 + 2) / 2)
+    assert (speed.reached, speed.n, speed.at_least) == (2, 2, False)
+    assert time_to_quality(comparison, "mlm", "vqa") == "1"
+
+
+def test_seeds_that_never_get_there_are_counted() -> None:
+    low, high = run("ar", 0, [0.1, 0.2, 0.3]), run("ar", 1, [0.1, 0.4, 0.6])
+    comparison = made(run("mlm", 0, [0.1, 0.2, 0.4]), run("mlm", 1, [0.1, 0.2, 0.4]), low, high)
+    assert str(speedup(comparison, "ar", "vqa")) == "2.00× (1 of 2 seeds)"
+    assert str(speedup(made(run("mlm", 0, [0.1, 0.2, 0.4]), low), "ar", "vqa")) == "not reached"
+
+
+def test_the_reference_that_falls_back_is_timed_by_its_first_reach() -> None:
+    comparison = made(run("mlm", 0, [0.2, 0.6, 0.4]), run("flm", 0, [0.4, 0.6, 0.8]))
+    speed = speedup(comparison, "flm", "vqa")
+    assert speed.ratio is not None and speed.ratio.mean == pytest.approx(15 / 10)
+
+
+def test_a_reference_that_is_done_at_once_cannot_be_timed() -> None:
+    comparison = made(run("mlm", 0, [0.5, 0.5, 0.5]), run("flm", 0, [0.4, 0.6, 0.8]))
+    assert str(speedup(comparison, "flm", "vqa")) == "-"
+
+
+def test_rates_are_over_training_time() -> None:
+    row = summarise(made(run("mlm", 0, [0.1, 0.2, 0.5]), run("mlm", 1, [0.1, 0.2, 0.7])))[0]
+    assert (row.steps, row.pairs_per_s, row.tokens_per_s, row.cpu) == (40, 8, 80, 2)
+    assert row.final("vqa") == spread([0.5, 0.7])
+
+
+def test_an_unfinished_run_has_gaps() -> None:
+    broken = run("mlm", 0, [0.1])
+    broken.failure = "not finite"
+    row = summarise(made(broken))[0]
+    assert row.scores["vqa"][1:] == [None, None]
+    assert row.failures == ["seed 0: not finite"]
+    assert shown("vqa", row.scores["vqa"][2]) == "-"
+
+
+def test_numbers_for_reading() -> None:
+    assert shown("vqa", spread([0.5])) == "50.0 %"
+    assert shown("vqa", spread([0.5, 0.6])) == "55.0 ± 7.1 %"
+    assert shown("cider", spread([0.51234])) == "0.512"
+    assert [seconds(s) for s in (15, 60, 120, 7200)] == ["15 s", "60 s", "2 min", "2 h"]
+
+
+def test_results_are_read_back_as_they_were(tmp_path: Path) -> None:
+    comparison = made(run("mlm", 0, [0.1, 0.2, 0.5]))
+    comparison.save(tmp_path / "results.json")
+    assert Comparison.load(tmp_path / "results.json") == comparison
+
+
+def test_other_files_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="cannot read"):
+        Comparison.load(tmp_path / "results.json")
+    (tmp_path / "results.json").write_text('{"arms": 3}')
+    with pytest.raises(UserError, match="not the results"):
+        Comparison.load(tmp_path / "results.json")

@@ -1,0 +1,229 @@
+"""Scoring on the embedded corpus with a model of a few thousand weights: it measures, and leaves training as it was."""
+
+import base64
+import io
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from fastvlp.cli import main
+from fastvlp.comparison.options import Settings
+from fastvlp.comparison.results import Comparison
+from fastvlp.comparison.scoring import Yardsticks, data_url, own_means, question_data, spread_evenly
+from fastvlp.data.pairs import PairData
+from fastvlp.data.world.corpus import WorldConfig, write_world
+from fastvlp.errors import UserError
+from fastvlp.model.saving import load_model
+from fastvlp.model.sizes import _equal_width, tiny, two_towers
+from fastvlp.objectives.ar import ARConfig
+from fastvlp.objectives.clip import CLIPConfig
+from fastvlp.objectives.flm import FLMConfig
+from fastvlp.objectives.itm import ITMConfig
+from fastvlp.objectives.mlm import MLMConfig
+from fastvlp.objectives.objective import ObjectiveConfig
+from fastvlp.objectives.prefixlm import PrefixLMConfig
+from fastvlp.tasks.task import Item
+from fastvlp.training.loop import TrainConfig, TrainState, start, steps
+from fastvlp.training.optim import OptimConfig
+
+SETTINGS = Settings(probe_steps=2, probe_batch=4, probe_items=20, cloze_items=4, caption_items=2, pictures=2)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("world")
+    write_world(folder, WorldConfig(), train=24, val=8, test=8, pairs=0, singles=0)
+    return folder
+
+
+def run(world: Path, objective: ObjectiveConfig, **more: object) -> TrainConfig:
+    return TrainConfig(
+        name="small",
+        data=PairData(train=str(world / "train"), val=str(world / "val"), batch_size=4),
+        model=_equal_width(
+            width=32, depths=(1, 1, 1), size=32, patch=16, positions=64, norm="pre", reconstructor=True, dropout=0.1
+        ),
+        objectives={"only": objective},
+        optim=OptimConfig(lr=1e-3),
+        steps=8,
+        vocab=200,
+        precision="fp32",
+        device="cpu",
+        **more,  # type: ignore[arg-type]
+    )
+
+
+def weights(state: TrainState) -> list[torch.Tensor]:
+    return [p.detach().clone() for p in state.pretraining.parameters()]
+
+
+@pytest.mark.parametrize("objective", [FLMConfig(), MLMConfig(), ARConfig(), PrefixLMConfig()])
+def test_scoring_changes_nothing(world: Path, objective: ObjectiveConfig) -> None:
+    straight = start(run(world, objective, ema=0.9))
+    for _ in steps(straight):
+        pass
+    scored = start(run(world, objective, ema=0.9))
+    yardsticks = Yardsticks(settings=SETTINGS)
+    for _ in steps(scored):
+        if scored.step in (2, 5):
+            before = weights(scored)
+            scores = yardsticks.score(scored)
+            assert set(scores) == {"cloze", "vqa", "cider"}
+            assert all(0 <= scores[name] <= 1 for name in ("cloze", "vqa"))
+            assert all(torch.equal(a, b) for a, b in zip(before, weights(scored)))
+            assert scored.pretraining.training
+    assert all(torch.equal(a, b) for a, b in zip(weights(straight), weights(scored)))
+
+
+def test_the_same_state_has_the_same_scores(world: Path) -> None:
+    state = start(run(world, FLMConfig()))
+    assert Yardsticks(settings=SETTINGS).score(state) == Yardsticks(settings=SETTINGS).score(state)
+
+
+def test_averaged_weights_are_scored(world: Path) -> None:
+    state = start(run(world, MLMConfig(), ema=0.5))
+    next(steps(state))
+    before = Yardsticks(settings=SETTINGS).score(state)
+    with torch.no_grad():
+        for p in state.pretraining.parameters():
+            p.zero_()
+    assert Yardsticks(settings=SETTINGS).score(state) == before
+
+
+def test_each_method_has_its_own_means(world: Path) -> None:
+    for objective, means in (
+        (FLMConfig(), "flm"),
+        (MLMConfig(), "mask"),
+        (PrefixLMConfig(), "causal"),
+        (ITMConfig(), None),
+    ):
+        assert own_means(start(run(world, objective))) == means
+
+
+def test_questions_come_from_the_records_or_the_folder(world: Path, tmp_path: Path) -> None:
+    data = run(world, MLMConfig()).data
+    own = question_data(data, SETTINGS)
+    assert own is not None and own.questions == "questions" and own.train == str(world / "train")
+    assert isinstance(data, PairData)
+    chinese = question_data(replace(data, captions="captions_zh"), SETTINGS)
+    assert chinese is not None and chinese.questions == "questions_zh"
+    given = question_data(data, replace(SETTINGS, vqa=str(world)))
+    assert given is not None and given.val == str(world / "val") and given.questions == "questions"
+    asked = {
+        field: question_data(replace(data, captions=field), replace(SETTINGS, vqa=str(world)))
+        for field in ("captions_zh", "captions_fr")
+    }
+    assert [told.questions for told in asked.values() if told] == ["questions_zh", "questions"]
+    assert asked["captions_zh"] and "是" in asked["captions_zh"].answers
+    with pytest.raises(UserError, match="no 'test' split"):
+        Yardsticks(settings=replace(SETTINGS, split="test")).score(start(run(world, MLMConfig())))
+
+
+def test_questions_are_spread_over_the_split() -> None:
+    items = [Item(i, "x", {}) for i in range(39)]
+    assert [item.record for item in spread_evenly(items, 20)] == [i * 39 // 20 for i in range(20)]
+    assert spread_evenly(items, 20)[-1].record == 37
+    assert spread_evenly(items, 39) == spread_evenly(items, 100) == items and spread_evenly([], 5) == []
+
+
+def test_samples_show_what_each_arm_says(world: Path) -> None:
+    states = {
+        name: start(replace(run(world, told), name=name)) for name, told in (("a", FLMConfig()), ("b", ARConfig()))
+    }
+    yardsticks = Yardsticks(settings=SETTINGS)
+    for state in states.values():
+        yardsticks.score(state)
+    samples = yardsticks.samples(states)
+    assert len(samples) == 2
+    for sample in samples:
+        assert set(sample.captions) == {"a", "b"} and len(sample.references) == 5
+        assert 1 <= len(sample.questions) <= 3
+        assert all(set(asked.answers) == {"a", "b"} and asked.right for asked in sample.questions)
+
+
+def test_pictures_of_the_page() -> None:
+    image = torch.randint(0, 256, (3, 64, 64), dtype=torch.uint8)
+    head, _, body = data_url(image).partition(",")
+    assert head == "data:image/png;base64"
+    read = torch.tensor(list(Image.open(io.BytesIO(base64.b64decode(body))).convert("RGB").tobytes())).view(64, 64, 3)
+    assert torch.equal(read.permute(2, 0, 1).to(torch.uint8), image)
+    assert data_url(torch.zeros(3, 224, 224, dtype=torch.uint8)).startswith("data:image/jpeg")
+
+
+RECIPE = """
+from fastvlp.data.pairs import PairData
+from fastvlp.model.sizes import tiny
+from fastvlp.objectives.{module} import {config}
+from fastvlp.training.optim import OptimConfig
+from fastvlp.training.loop import TrainConfig
+
+def {name}():
+    return TrainConfig(name="x", data=PairData(train="?", val="?", batch_size=4), model=tiny(), vocab=200,
+        objectives={{"{module}": {config}()}}, optim=OptimConfig(lr=1e-3), steps=10, precision="fp32", device="cpu")
+"""
+
+
+def test_the_command(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipes = []
+    for name, config in (("flm", "FLMConfig"), ("mlm", "MLMConfig")):
+        path = tmp_path / f"my_{name}.py"
+        path.write_text(RECIPE.format(module=name, config=config, name=f"my_{name}"))
+        recipes.append(str(path))
+    out = tmp_path / "out"
+    options = ["--budget", "1s", "--slice", "0.3s", "--marks", "0.5", "1", "--probe-steps", "2", "--probe-batch", "4"]
+    few = ["--probe-items", "8", "--cloze-items", "4", "--pictures", "1", "--out", str(out)]
+    data = [f"data.train={world / 'train'}", f"data.val={world / 'val'}", "model.image.size=32"]
+    code = main(["compare", *recipes, *options, *few, "--set", *data])
+    said = capsys.readouterr()
+    assert code == 0, said.err
+    assert "my_flm" in said.out and "VQA accuracy" in said.out and "time-to-quality" in said.out
+    made = Comparison.load(out / "results.json")
+    assert made.reference == "my_mlm"
+    assert [len(run.marks) for run in made.runs] == [2, 2]
+    assert all(run.marks[-1].spent.time >= 0.9 for run in made.runs)
+    assert made.configs["my_flm"]["model"]["image"]["size"] == 32
+    assert "my_mlm" in (out / "report.html").read_text("utf-8")
+    assert json.loads((out / "results.json").read_text("utf-8"))["about"]["command"].startswith("vlp")
+    assert {path.name for path in out.iterdir()} == {"results.json", "report.html", "runs", "tokenizer-my_flm.json"}
+    assert load_model(out / "runs" / "my_flm-0").info["task"] == "flm"
+
+
+def test_mistakes_are_named(capsys: pytest.CaptureFixture[str]) -> None:
+    for words, message in (
+        (["flm_dmo"], "flm_demo"),
+        (["flm_demo", "--budget", "soon"], "no duration"),
+        (["flm_demo", "flm_demo"], "two arms"),
+        (["flm_demo", "--set", "optim.rate=1"], "no 'rate'"),
+        (["flm_demo", "--set", "optim.rate=1", "--set", "vocab=9"], "no 'rate'"),
+        (["flm_demo", "--marks", "2"], "shares of the budget"),
+        (["flm_demo", "--cloze-items", "0"], "--cloze-items must be at least 1"),
+        ([], "at least one recipe"),
+    ):
+        assert main(["compare", *words]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_two_towers_are_scored_by_retrieval_alone(world: Path, tmp_path: Path) -> None:
+    data = PairData(train=str(world / "train"), val=str(world / "val"), batch_size=4)
+    run = TrainConfig(
+        name="towers",
+        data=data,
+        model=two_towers(tiny(size=32), width=16),
+        objectives={"clip": CLIPConfig()},
+        optim=OptimConfig(lr=1e-3),
+        steps=1,
+        vocab=200,
+        precision="fp32",
+        device="cpu",
+        out=str(tmp_path),
+    )
+    state = start(run)
+    yardsticks = Yardsticks(settings=Settings())
+    scores = yardsticks.score(state)
+    assert set(scores) == {"recall", "image_to_text/r1", "text_to_image/r1"}
+    assert all(0 <= score <= 1 for score in scores.values())
+    assert yardsticks.samples({"towers": state}) == []

@@ -1,0 +1,67 @@
+from __future__ import annotations
+
+import pytest
+
+from fastvlp.model.model import VLModel
+from fastvlp.model.sizes import two_towers
+from fastvlp.objectives.clip import CLIPConfig
+from fastvlp.objectives.itm import ITMConfig
+from fastvlp.training.optim import OptimConfig, flip_optim, parameter_groups
+from fastvlp.training.pretraining import Pretraining
+from fastvlp.training.schedule import rate_factor
+from tests.made import made_config, made_model, made_tokenizer
+
+
+def test_groups_follow_the_module_and_leave_no_parameter_out():
+    model = made_model(separate_heads=True)
+    pretraining = Pretraining(model, {"itm": ITMConfig().build(made_config(), made_tokenizer())})
+    groups = parameter_groups(pretraining, OptimConfig(lr=1.0, cross_multiplier=3, head_multiplier=7))
+    told = {id(p): (group["lr"], group["weight_decay"]) for group in groups for p in group["params"]}
+    assert len(told) == len(list(pretraining.parameters()))
+    assert told[id(model.image.patch.weight)] == (1, 0.01)
+    assert told[id(model.image.patch.bias)] == (1, 0)
+    assert told[id(model.text.norm.weight)] == (1, 0)
+    assert told[id(model.fusion.text_in.weight)] == (3, 0.01)
+    assert told[id(model.reconstructor.query_type)] == (3, 0)
+    assert told[id(model.reverse_head.vocabulary.weight)] == (7, 0.01)
+    assert told[id(pretraining.objectives["itm"].match.bias)] == (7, 0)
+
+
+def test_flip_spares_positions_and_decays_class_token_and_temperature():
+    model = VLModel(two_towers(made_config()))
+    pretraining = Pretraining(model, {"clip": CLIPConfig().build(model.config, made_tokenizer())})
+    groups = parameter_groups(pretraining, flip_optim(256))
+    decay = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
+    still = (model.text.position.weight, model.image.position, model.image.patch.bias, model.embed.text.norm.weight)
+    assert {decay[id(p)] for p in still} == {0}
+    moving = (model.image.class_token, model.text.word.weight, pretraining.objectives["clip"].log_scale)
+    assert {decay[id(p)] for p in moving} == {0.2}
+    assert {group["lr"] for group in groups} == {4e-6}
+
+
+@pytest.mark.parametrize(
+    ("base", "batch", "lr"),
+    [
+        (4e-6, 2**14, 2.56e-4),
+        (4e-6, 2**15, 5.12e-4),
+        (4e-6, 2**16, 1.024e-3),
+        (2e-6, 2**16, 5.12e-4),
+        (4e-8, 2**16, 1.024e-5),
+    ],
+)
+def test_the_rate_follows_the_batch(base, batch, lr):
+    """FLIP, Table 10 and section A.1."""
+    run = flip_optim(batch, base=base)
+    assert run.lr == pytest.approx(lr, rel=1e-12)
+    assert (run.betas, run.eps, run.weight_decay, run.clip, run.decay) == ((0.9, 0.95), 1e-8, 0.2, None, "cosine")
+
+
+@pytest.mark.parametrize("decay", ["linear", "cosine", "constant"])
+def test_the_rate_warms_up_and_decays(decay):
+    end = 1.0 if decay == "constant" else 0.0
+    assert rate_factor(0.0, 0.1, decay) == 0
+    assert rate_factor(0.05, 0.1, decay) == 0.5
+    assert rate_factor(0.1, 0.1, decay) == 1
+    assert rate_factor(1.0, 0.1, decay) == pytest.approx(end)
+    assert rate_factor(1.7, 0.1, decay) == pytest.approx(end)
+    assert rate_factor(0.55, 0.1, "linear") == pytest.approx(0.5)

@@ -1,0 +1,109 @@
+"""Two ranks compute what one does."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastvlp import dist
+from fastvlp.data.records.shards import ShardWriter
+from fastvlp.model.saving import load_model
+from fastvlp.objectives.moco import MoCoConfig
+from fastvlp.training.checkpoint import load_checkpoint
+from fastvlp.training.loop import TrainConfig, train
+from tests.training.runs import OBJECTIVES, TOKENS, assert_equal, made_pairs, made_records, made_run
+
+# Those that couple rows are accumulated through cached gradients, beside others and alone.
+# `MIXED` runs one of its objectives a step.
+MIXED = ("mlm", "clip")
+COMBINATIONS = [*((name,) for name in OBJECTIVES), TOKENS, ("flm", "clip", "siglip"), MIXED]
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def as_rank(rank: int, port: int, runs: list[TrainConfig], out: str) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    with dist.process_group():
+        for run in runs:
+            state = train(run)
+            if run.name == "queue":
+                torch.save(state.pretraining.state_dict(), f"{out}/queue{rank}.pt")
+        x = torch.full((2, 3), float(rank), requires_grad=True)
+        everyone, first = dist.gather(x[: 2 - rank])
+        (everyone * torch.arange(9).reshape(3, 3) * (rank + 1)).sum().backward()
+        torch.save({"rows": everyone.detach(), "grad": x.grad, "first": first}, f"{out}/gather{rank}.pt")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """One process group for all runs: starting one takes longer than they do."""
+    folder = tmp_path_factory.mktemp("ranks")
+    pairs = made_pairs(folder / "pairs")
+    runs = []
+    for names in COMBINATIONS:
+        told = {"steps": 3, "threads": 1, "ema": 0.5}
+        told |= {"mix": {"mlm": 2, "clip": 1}} if names == MIXED else {}
+        train(made_run(pairs, folder / "one" / "-".join(names), *names, batch_size=12, **told))
+        runs.append(made_run(pairs, folder / "two" / "-".join(names), *names, batch_size=3, accumulate=2, **told))
+    # Steps of 12 and a queue of 20: which keys are left depends on their order.
+    odd = {"objectives": {"moco": MoCoConfig(queue=20, momentum=0.9)}, "steps": 3, "threads": 1, "name": "queue"}
+    odd["freeze"] = ("text.word",)
+    train(made_run(pairs, folder / "one" / "queue", "moco", batch_size=12, **odd))
+    runs.append(made_run(pairs, folder / "two" / "queue", "moco", batch_size=6, **odd))
+    bad = [replace(r, images=(b"",)) if i % 3 == 0 else r for i, r in enumerate(made_records(12))]
+    with ShardWriter(folder / "bad" / "train") as writer:
+        for record in bad:
+            writer.write(record)
+    with ShardWriter(folder / "bad" / "val") as writer:
+        writer.write(bad[1])
+    runs.append(made_run(folder / "bad", folder / "two" / "bad", "mlm", batch_size=6, steps=1, threads=1))
+    torch.multiprocessing.spawn(as_rank, (free_port(), runs, str(folder)), nprocs=2)
+    return folder
+
+
+@pytest.mark.parametrize("names", COMBINATIONS, ids="-".join)
+def test_one_rank_equals_two(folder, names):
+    one, two = (load_model(folder / count / "-".join(names), "last") for count in ("one", "two"))
+    assert one.info["pairs"] == two.info["pairs"] == 36
+    assert_equal(one.model.state_dict(), two.model.state_dict(), 1e-6)
+
+
+def test_ranks_validate_as_one(folder):
+    best = [load_model(folder / count / "-".join(TOKENS), "best").info["validation"] for count in ("one", "two")]
+    assert best[0] == pytest.approx(best[1], abs=1e-5)
+
+
+def test_ranks_keep_the_same_queue_in_the_order_of_their_keys(folder):
+    one = load_checkpoint(folder / "one" / "queue" / "last.pt")["pretraining"]
+    first, second = (torch.load(folder / f"queue{rank}.pt", weights_only=True) for rank in (0, 1))
+    assert_equal(first, second)
+    assert_equal(first, one, 1e-6)
+    assert first["objectives.moco.written"] == 36
+
+
+def test_what_any_rank_cannot_read_is_told(folder):
+    lines = [json.loads(line) for line in (folder / "two" / "bad" / "log.jsonl").read_text().splitlines()]
+    assert sorted(line["record"] for line in lines if line["kind"] == "dropped") == ["r000", "r003", "r006", "r009"]
+    assert next(line["dropped"] for line in lines if line["kind"] == "train") == 4
+
+
+def test_gather_keeps_gradients(folder):
+    for rank in (0, 1):
+        told = torch.load(folder / f"gather{rank}.pt", weights_only=True)
+        assert told["rows"][:, 0].tolist() == [0, 0, 1] and told["first"] == 2 * rank
+        # Each row's gradient is the sum of what both ranks make of it: weights 1 and 2.
+        wanted = torch.zeros(2, 3)
+        wanted[: 2 - rank] = 3.0 * torch.arange(9).reshape(3, 3)[2 * rank : 2 * rank + 2]
+        assert torch.equal(told["grad"], wanted)
