@@ -317,7 +317,7 @@ COMMANDS: Mapping[str, Command] = {
 
 
 def find_command(argv: Sequence[str]) -> tuple[str, Sequence[str]]:
-    """The name of the command that `argv` begins with, and the rest of the words. Raises UserError, with the nearest, for a misspelt word."""
+    """Split `argv` into a command and its words. Raises UserError with the nearest name for a misspelt word."""
     words = dict.fromkeys(name.split()[0] for name in COMMANDS)
     if argv[0] not in words:
         raise UserError(f"{argv[0]}: no command of `vlp`; {_nearest(argv[0], list(words))}")

@@ -12,8 +12,8 @@ import pytest
 from PIL import Image
 
 from fastvlp.data.records.shards import Shards
-from fastvlp.data.world.corpus import WorldConfig, pair_record, scene_record, single_record, write_world
 from fastvlp.data.world import corpus as world
+from fastvlp.data.world.corpus import WorldConfig, pair_record, scene_record, single_record, write_world
 from fastvlp.data.world.scene import COLOURS as COLOURS_RGB
 from fastvlp.errors import UserError
 from tests.data.world_reader import (
