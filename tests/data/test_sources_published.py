@@ -10,8 +10,9 @@ import pytest
 from PIL import Image
 
 from fastvlp.batch import Dropped, Record
-from fastvlp.cli import DataImport, main
+from fastvlp.cli import main
 from fastvlp.data import sources
+from fastvlp.data.options import DataImport
 from fastvlp.data.records.schema import fault
 from fastvlp.data.sources import Source
 from fastvlp.errors import UserError
