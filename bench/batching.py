@@ -178,7 +178,7 @@ def captions(o: Options) -> list[dict]:
     data = PairData(train=o.captions, batch_size=o.batch, captions=o.field, group=o.group)
     tokenizer = Tokenizer.train(data.texts(), vocab_size=o.vocab)
     config = made_config(o)
-    found = data.rows("train", tokenizer, config.image, strict=False)
+    found = data.rows("train", tokenizer, config.image.size, strict=False)
     assert found is not None and found.lengths is not None
     told = found.lengths()
     model = VLModel(config)

@@ -58,7 +58,7 @@ def grounded(run: str, data: str) -> dict[str, list[bool]]:
     """Whether each expression's region is found, by kind."""
     saved, objective, told = load_task(run)
     assert isinstance(objective, Grounding) and isinstance(told, GroundingData)
-    made = replace(told, test=data).strict("test", saved.tokenizer, saved.model.config.image)
+    made = replace(told, test=data).strict("test", saved.tokenizer, saved.model.config.image.size)
     hits: list[bool] = []
     with evaluating(saved.model, objective):
         for batch in batches(made, 64, torch.device("cpu")):

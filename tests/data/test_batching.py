@@ -225,7 +225,7 @@ def test_lengths_of_pairs_are_those_of_their_batches(world, captions):
 @pytest.mark.parametrize("told", [{"most": 3}, {"whole": True}, {"grid": 2}])
 def test_regions_fill_a_row_too(world, told):
     data = PairData(train=str(world / "train"), batch_size=16, max_tokens=90, regions=RegionSource(**told), cache=False)
-    rows = data.rows("train", Tokenizer.train(data.texts()), made_config().image, strict=False)
+    rows = data.rows("train", Tokenizer.train(data.texts()), made_config().image.size, strict=False)
     lengths = rows.lengths()
     made = Loader(300, rows.make, batch_size=16, seed=0, grouping=data.grouping, lengths=lambda: lengths)
     for s in range(10):

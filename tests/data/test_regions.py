@@ -224,13 +224,9 @@ def test_pinning_copies_regions_too(tmp_path, tokenizer, monkeypatch):
 
 
 def test_a_recipe_says_which_regions(tmp_path, tokenizer):
-    from fastvlp.model.encoders.vit import ImageConfig
-    from fastvlp.model.layers import LayerConfig
-
     split(tmp_path, [[thing(0, 0, 9, 9)]])
-    image = ImageConfig(size=8, patch=4, depth=1, layer=LayerConfig(width=8, heads=1, hidden=8))
     data = PairData(train=str(tmp_path), batch_size=1, regions=RegionSource(grid=3))
-    batch, _ = data.rows("train", tokenizer, image, strict=True).make(rows(1))
+    batch, _ = data.rows("train", tokenizer, 8, strict=True).make(rows(1))
     assert batch.regions.box.shape == (1, 10, 4)
     assert json.dumps(batch.regions.count.tolist()) == "[10]"
 

@@ -299,7 +299,7 @@ def test_uniter_pretrains_on_what_was_imported(tmp_path: Path) -> None:
     tokenizer = Tokenizer.train(["a cat"] * 3, vocab_size=40)
     config = with_tokenizer(tiny_single(), tokenizer)
     config = replace(config, single=replace(config.single, regions=RegionConfig(feature=6)))
-    rows_of = data.rows("train", tokenizer, config.image, strict=True)
+    rows_of = data.rows("train", tokenizer, config.image.size, strict=True)
     assert rows_of is not None and rows_of.lengths().tokens_T.tolist() == [4 + 3, 4 + 3]
     batch, _ = rows_of.make([Row(i, hash64(0, 0, i)) for i in range(2)])
     objectives = {"mrfr": MRFRConfig(rate=0.9), "mrc": MRCConfig(classes=5, rate=0.9)}

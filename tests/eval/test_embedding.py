@@ -133,7 +133,7 @@ def test_boxes_come_along_for_a_model_that_reads_them(reader, world, tmp_path):
     state = train(run)
     opened = replace(open_run(Retrieval(run=run.out, data=str(world)))[0], show=False, batch_size=5)
     assert opened.regions == source and reader.regions is None
-    rows = data.rows("train", state.tokenizer, run.model.image, strict=True)
+    rows = data.rows("train", state.tokenizer, run.model.image.size, strict=True)
     batch, _ = rows.make([Row(i, 0) for i in range(8)])
     with torch.no_grad():
         wanted = opened.model.embed_image(opened.model.encode_image(batch.image), batch.regions)

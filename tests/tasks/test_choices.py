@@ -22,7 +22,7 @@ from fastvlp.training.pretraining import Pretraining
 from tests.made import SPECIALS, made_model, made_tokenizer
 from tests.made_single import region_batch, single_config, single_model
 
-IMAGE = tiny_single(size=32).image
+SIZE = tiny_single(size=32).image.size
 
 
 def four_types():
@@ -59,7 +59,7 @@ def test_entailment_loss_is_that_of_a_plain_loop(made, loss):
 
 def test_entailments_are_rows_and_unknown_labels_are_named(world, tokenizer, tmp_path):
     data = EntailmentData(train=str(world / "train"), batch_size=4)
-    made = data.maker("train", tokenizer, IMAGE, strict=True)
+    made = data.maker("train", tokenizer, SIZE, strict=True)
     batch, _ = made([Row(k, k) for k in range(6)])
     assert [LABELS[k] for k in batch.target] == [e["label"] for e in Shards(data.train).info(0)["entailments"]][:6]
     with ShardWriter(tmp_path / "train") as writer:
@@ -67,7 +67,7 @@ def test_entailments_are_rows_and_unknown_labels_are_named(world, tokenizer, tmp
         writer.write(
             Record(key="a", images=scene_record(WorldConfig(size=32), "train", 0).images, info={"entailments": told})
         )
-    made = replace(data, train=str(tmp_path / "train")).maker("train", tokenizer, IMAGE, strict=False)
+    made = replace(data, train=str(tmp_path / "train")).maker("train", tokenizer, SIZE, strict=False)
     batch, dropped = made([Row(0, 0), Row(1, 1)])
     assert batch.target.tolist() == [2] and "label 'maybe' is not" in dropped[0].reason
 
@@ -85,7 +85,7 @@ class Fixed(torch.nn.Module):
 
 def test_entailment_measures_against_a_loop(world, tokenizer):
     data = EntailmentData(train=str(world / "train"), test=str(world / "test"), batch_size=4, regions=RegionSource())
-    made = data.strict("test", tokenizer, IMAGE)
+    made = data.strict("test", tokenizer, SIZE)
     found = entailment.measure(single_model(crop=4), Fixed(torch.eye(3)[[1] * len(made.items)]), made, 4)
     labels = [item.told["label"] for item in made.items]
     assert found["accuracy"] == labels.count("entailment") / len(labels)
@@ -95,7 +95,7 @@ def test_entailment_measures_against_a_loop(world, tokenizer):
 
 def test_choices_are_rows_of_question_answer_and_rationale(world, tokenizer):
     data = VCRData(train=str(world / "train"), batch_size=4, max_length=60)
-    made, shards = data.maker("train", tokenizer, IMAGE, strict=True), Shards(data.train)
+    made, shards = data.maker("train", tokenizer, SIZE, strict=True), Shards(data.train)
     first = next(i for i in range(len(shards)) if shards.info(i)["choices"])
     told = shards.info(first)["choices"][0]
     batch, _ = made([Row(k, k) for k in range(8)])
@@ -134,7 +134,7 @@ def test_each_part_of_the_text_has_its_type():
 
 def test_what_is_chosen_is_the_best_of_its_question(world, tokenizer):
     data = VCRData(train=str(world / "train"), test=str(world / "test"), batch_size=4, regions=RegionSource())
-    made = data.strict("test", tokenizer, IMAGE)
+    made = data.strict("test", tokenizer, SIZE)
     generator = torch.Generator().manual_seed(0)
     scores = torch.rand(len(made.items), 2, generator=generator)
     found = vcr.measure(single_model(crop=4), Fixed(scores), made, 4)
@@ -160,7 +160,7 @@ def test_questions_that_cannot_be_used_are_named(tmp_path, tokenizer):
     with ShardWriter(tmp_path / "train") as writer:
         for key, told in [("good", good), *((f"bad{k}", told) for k, told in enumerate(bad))]:
             writer.write(Record(key=key, images=(image,), info={"choices": [told]}))
-    made = VCRData(train=str(tmp_path / "train"), batch_size=4).maker("train", tokenizer, IMAGE, strict=False)
+    made = VCRData(train=str(tmp_path / "train"), batch_size=4).maker("train", tokenizer, SIZE, strict=False)
     batch, dropped = made([Row(k, k) for k in range(len(made.items))])
     assert [d.key for d in dropped] == ["bad0", "bad1", "bad2"] and batch.target.tolist() == [0, 1, 0, 1]
     assert "the right one of its 2 answers is 2" in dropped[0].reason

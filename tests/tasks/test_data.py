@@ -12,7 +12,7 @@ from fastvlp.tasks.nlvr import NLVRData
 from fastvlp.tasks.nlvr2 import NLVR2Data
 from fastvlp.tasks.vqa import VQAData, choose, frequent_answers
 
-IMAGE = tiny(size=32, patch=16).image
+SIZE = tiny(size=32, patch=16).image.size
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def test_frequent_answers_are_the_best_scored_first(world):
 def test_vqa_rows_are_questions_with_soft_targets(world, tokenizer):
     answers = frequent_answers(str(world / "train"))[:5]
     data = VQAData(train=str(world / "train"), test=str(world / "test"), batch_size=4, answers=answers)
-    made = data.maker("test", tokenizer, IMAGE, strict=True)
+    made = data.maker("test", tokenizer, SIZE, strict=True)
     shards = Shards(world / "test")
     asked = [(i, question) for i in range(len(shards)) for question in shards.info(i)["questions"]]
     assert [(item.record, item.told) for item in made.items] == asked
@@ -45,25 +45,25 @@ def test_vqa_rows_are_questions_with_soft_targets(world, tokenizer):
 
 def test_training_leaves_out_what_cannot_be_answered(world, tokenizer):
     data = VQAData(train=str(world / "train"), test=str(world / "test"), batch_size=4, answers=("red", "blue"))
-    train = data.maker("train", tokenizer, IMAGE, strict=False)
+    train = data.maker("train", tokenizer, SIZE, strict=False)
     assert 0 < len(train.items) < len(data.read(Shards(data.train)))
     assert all(not {"red", "blue"}.isdisjoint(item.told["answers"]) for item in train.items)
-    assert data.rows("test", tokenizer, IMAGE, strict=True).count == len(data.read(Shards(data.test)))
-    assert data.rows("val", tokenizer, IMAGE, strict=True) is None
+    assert data.rows("test", tokenizer, SIZE, strict=True).count == len(data.read(Shards(data.test)))
+    assert data.rows("val", tokenizer, SIZE, strict=True) is None
     with pytest.raises(UserError, match=r"no .val. split; choose another --split"):
-        data.strict("val", tokenizer, IMAGE)
+        data.strict("val", tokenizer, SIZE)
 
 
 def test_rows_tell_what_the_shards_lack(world, tokenizer, tmp_path):
     tar = tmp_path / "00000.tar"
     tar.write_bytes((whole := (world / "train" / "00000.tar").read_bytes())[: len(whole) // 2])
     data = VQAData(train=str(tmp_path), batch_size=4, answers=("yes",))
-    assert data.rows("train", tokenizer, IMAGE, strict=False).damage[0].key == str(tar)
+    assert data.rows("train", tokenizer, SIZE, strict=False).damage[0].key == str(tar)
 
 
 def test_nlvr2_rows_are_pairs(world, tokenizer):
     data = NLVR2Data(train=str(world / "pairs-train"), batch_size=4)
-    made = data.maker("train", tokenizer, IMAGE, strict=True)
+    made = data.maker("train", tokenizer, SIZE, strict=True)
     for _ in range(2):  # decoded, then from the cache
         batch, _ = made([Row(0, 11), Row(5, 12)])
         assert len(batch) == 4 and batch.slot.tolist() == [0, 1, 0, 1]
@@ -74,7 +74,7 @@ def test_nlvr2_rows_are_pairs(world, tokenizer):
 
 def test_the_number_of_images_must_be_the_tasks(world, tokenizer):
     data = NLVRData(train=str(world / "pairs-train"), batch_size=4)
-    batch, dropped = data.maker("train", tokenizer, IMAGE, strict=False)([Row(0, 1)])
+    batch, dropped = data.maker("train", tokenizer, SIZE, strict=False)([Row(0, 1)])
     assert len(batch) == 0 and "has 2 images, the task wants 1" in dropped[0].reason
 
 
@@ -90,12 +90,12 @@ def test_training_drops_what_evaluation_refuses(tmp_path, tokenizer):
         writer.write(Record(key="good", images=good.images, info={"statements": entries}))
         writer.write(Record(key="broken", images=(good.images[0][:60],), info={"statements": entries[:1]}))
     data = NLVRData(train=str(tmp_path / "train"), batch_size=4)
-    train = data.maker("train", tokenizer, IMAGE, strict=False)
+    train = data.maker("train", tokenizer, SIZE, strict=False)
     assert len(train.items) == 5
     batch, dropped = train([Row(i, i) for i in range(5)])
     assert len(batch) == 1 and batch.target.tolist() == [1]
     assert [d.key for d in dropped] == ["good", "good", "good", "broken"]
-    strict = data.maker("train", tokenizer, IMAGE, strict=True)
+    strict = data.maker("train", tokenizer, SIZE, strict=True)
     with pytest.raises(UserError, match="leaves none out"):
         strict([Row(4, 0)])
 
@@ -112,15 +112,15 @@ def test_scores_that_are_no_numbers_are_named(tmp_path, tokenizer):
     folder = str(tmp_path / "train")
     assert frequent_answers(folder) == ("yes",)
     data = VQAData(train=folder, test=folder, batch_size=4, answers=("yes", "no"))
-    train = data.maker("train", tokenizer, IMAGE, strict=False)
+    train = data.maker("train", tokenizer, SIZE, strict=False)
     batch, dropped = train([Row(i, i) for i in range(6)])
     assert batch.target.tolist() == [[1, 0]] and [d.key for d in dropped] == ["bad"] * 4 + ["text"]
     assert dropped[0].reason == "field questions: score 'often' of answer 'yes' is not a number from 0 to 1"
     assert dropped[4].reason == "field questions is not a list"
     with pytest.raises(UserError, match=r"bad: field questions: score nan of answer 'no'.*leaves none out"):
-        data.strict("test", tokenizer, IMAGE)([Row(0, 0), Row(2, 0)])
+        data.strict("test", tokenizer, SIZE)([Row(0, 0), Row(2, 0)])
     with pytest.raises(UserError, match="untrue: field statements: label 'False' is not true or false"):
-        NLVRData(train=folder, batch_size=4).maker("train", tokenizer, IMAGE, strict=False)
+        NLVRData(train=folder, batch_size=4).maker("train", tokenizer, SIZE, strict=False)
 
 
 def test_choice_is_among_the_known_ones():

@@ -204,7 +204,7 @@ def test_measures_against_a_loop(runs, world):
     saved = load_model(runs["mlm"])
     answers = frequent_answers(str(world / "train"))[:6]
     data = VQAData(train=str(world / "train"), test=str(world / "test"), batch_size=4, answers=answers)
-    made = data.strict("test", saved.tokenizer, saved.model.config.image)
+    made = data.strict("test", saved.tokenizer, saved.model.config.image.size)
 
     class Fixed(torch.nn.Module):
         def logits(self, model, image_BKD, batch):

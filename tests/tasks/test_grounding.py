@@ -18,7 +18,7 @@ from tests.golden import assert_close, load
 from tests.made import made_model, made_tokenizer
 from tests.made_single import region_batch, single_model
 
-IMAGE = tiny_single(size=32).image
+SIZE = tiny_single(size=32).image.size
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +119,7 @@ def test_the_wrong_region_is_drawn_by_the_seed_from_all_others():
 
 def test_items_bring_the_box_that_is_meant(world, tokenizer):
     data = GroundingData(train=str(world / "train"), batch_size=4, regions=RegionSource())
-    made, shards = data.maker("train", tokenizer, IMAGE, strict=True), Shards(data.train)
+    made, shards = data.maker("train", tokenizer, SIZE, strict=True), Shards(data.train)
     for _ in range(2):  # decoded, then from the cache
         batch, _ = made([Row(k, k) for k in range(8)])
         for item, box in zip(made.items, batch.target):
@@ -140,7 +140,7 @@ def test_what_means_nothing_or_is_out_of_sight_is_named(tmp_path, tokenizer):
         told = {"objects": outside, "expressions": [{"text": "the star", "object": 0}]}
         writer.write(Record(key="outside", images=scene.images, info=told))
     data = GroundingData(train=str(tmp_path / "train"), batch_size=4, regions=RegionSource())
-    made = data.maker("train", tokenizer, IMAGE, strict=False)
+    made = data.maker("train", tokenizer, SIZE, strict=False)
     batch, dropped = made([Row(k, k) for k in range(len(made.items))])
     assert [d.key for d in dropped] == ["strange", "strange", "outside"]
     assert "object 9, and there are" in dropped[0].reason and "--fit squash" in dropped[2].reason
@@ -149,7 +149,7 @@ def test_what_means_nothing_or_is_out_of_sight_is_named(tmp_path, tokenizer):
 
 def test_measures_against_a_loop(world, tokenizer):
     data = GroundingData(train=str(world / "train"), test=str(world / "test"), batch_size=4, regions=RegionSource())
-    made = data.strict("test", tokenizer, IMAGE)
+    made = data.strict("test", tokenizer, SIZE)
 
     class First(torch.nn.Module):
         def scores(self, model, image_BKD, batch):

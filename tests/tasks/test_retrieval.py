@@ -142,9 +142,7 @@ def test_zero_shot_is_the_matching_heads_score(kind, matched, world):
     data = replace(data, train=str(world / "train"), test=str(world / "test"))
     texts = [text for i in range(6) for text in Shards(data.test).info(i)["captions"]]
     found = retrieval.score_all(saved.model, objective, data, "test", saved.tokenizer, texts)
-    image = saved.model.config.image
-    rows = data.rows("test", saved.tokenizer, image, strict=True)
-
+    rows = data.rows("test", saved.tokenizer, saved.model.config.image.size, strict=True)
     batch, _ = rows.make([Row(i, 0) for i in range(6)])
     if kind == "fusion":
         itm = ITMConfig().build(saved.model.config, saved.tokenizer)

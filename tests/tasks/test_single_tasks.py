@@ -20,7 +20,7 @@ from fastvlp.training.pretraining import Pretraining
 from tests.made import made_tokenizer
 from tests.made_single import region_batch, row_of, single_config, single_model
 
-IMAGE = tiny_single(size=32).image
+SIZE = tiny_single(size=32).image.size
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +87,7 @@ def test_heads_read_the_pooled_state():
 
 def test_rows_bring_the_regions_of_their_own_picture(world, tokenizer):
     data = NLVR2Data(train=str(world / "pairs-train"), batch_size=4, regions=RegionSource())
-    made, objects = data.maker("train", tokenizer, IMAGE, strict=True), Shards(data.train).info(1)["objects"]
+    made, objects = data.maker("train", tokenizer, SIZE, strict=True), Shards(data.train).info(1)["objects"]
     for _ in range(2):  # decoded, then from the cache
         batch, _ = made([Row(4, 11), Row(0, 12)])
         for side in (0, 1):

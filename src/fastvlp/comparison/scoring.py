@@ -133,7 +133,7 @@ class Yardsticks:
 
     def pairs(self, state: TrainState, count: int) -> Iterator[Batch]:
         """The first `count` validation pairs."""
-        rows = state.run.data.rows(self.settings.split, state.tokenizer, state.model.config.image, strict=True)
+        rows = state.run.data.rows(self.settings.split, state.tokenizer, state.model.config.image.size, strict=True)
         if rows is None:
             raise UserError(f"{state.run.name}: the data has no {self.settings.split!r} split to score the arms on")
         size = self.settings.probe_batch
@@ -179,9 +179,9 @@ class Yardsticks:
         told = question_data(state.run.data, self.settings)
         if told is None:
             return None
-        image = state.model.config.image
-        train = told.maker("train", state.tokenizer, image, strict=False)
-        held_out = told.strict(self.settings.split, state.tokenizer, image)
+        size = state.model.config.image.size
+        train = told.maker("train", state.tokenizer, size, strict=False)
+        held_out = told.strict(self.settings.split, state.tokenizer, size)
         assert train is not None
         # Neighbouring questions are about one picture.
         held_out.items = spread_evenly(held_out.items, self.settings.probe_items)
@@ -190,7 +190,7 @@ class Yardsticks:
     def captions(self, state: TrainState, count: int) -> list[str]:
         """Greedy captions of the first validation pictures, every arm after the same fine-tuning: MLM has no decoder."""
         data = caption_data(state.run)
-        rows = data.rows("train", state.tokenizer, state.model.config.image, strict=False)
+        rows = data.rows("train", state.tokenizer, state.model.config.image.size, strict=False)
         assert rows is not None
         made = fine_tuned(state, CaptionConfig(), data, rows.count, rows.make, self.settings)
         said: list[str] = []

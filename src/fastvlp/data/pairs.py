@@ -8,7 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 
@@ -22,9 +22,6 @@ from fastvlp.data.records.transform import Transform
 from fastvlp.data.regions import RegionSource
 from fastvlp.data.tokenize import Tokenizer
 from fastvlp.errors import UserError
-
-if TYPE_CHECKING:
-    from fastvlp.model.encoders.vit import ImageConfig
 
 Split = Literal["train", "val", "test"]
 Fit = Literal["crop", "squash", "letterbox"]
@@ -74,9 +71,9 @@ class Data(abc.ABC):
         return Grouping(**given, max_tokens=self.max_tokens, reset_longest=self.fill != "official")
 
     @abc.abstractmethod
-    def rows(self, split: Split, tokenizer: Tokenizer, image: ImageConfig, *, strict: bool) -> Rows | None:
-        """Rows with images as `image` wants them; None where there is no such split. `strict` raises where a record is
-        unreadable (evaluation); otherwise the record is dropped and named (training)."""
+    def rows(self, split: Split, tokenizer: Tokenizer, size: int, *, strict: bool) -> Rows | None:
+        """Rows with images of `size` x `size` pixels; None where there is no such split. `strict` raises where a record
+        is unreadable (evaluation); otherwise the record is dropped and named (training)."""
 
     @abc.abstractmethod
     def texts(self) -> Iterator[str]:
@@ -148,14 +145,14 @@ class PairData(Data):
     captions: str = "captions"
     regions: RegionSource | None = None
 
-    def rows(self, split: Split, tokenizer: Tokenizer, image: ImageConfig, *, strict: bool) -> Rows | None:
+    def rows(self, split: Split, tokenizer: Tokenizer, size: int, *, strict: bool) -> Rows | None:
         folder = {"train": self.train, "val": self.val, "test": self.test}[split]
         if folder is None:
             return None
         shards = Shards(folder)
         make = PairMaker(
             shards,
-            Transform(size=image.size, mode=self.fit),
+            Transform(size=size, mode=self.fit),
             tokenizer,
             captions=self.captions,
             max_length=self.max_length,

@@ -106,7 +106,7 @@ def evaluate(
 ) -> tuple[dict[str, float], list[str]]:
     """Scores of a split, and the captions in its order; refuses a split with an unreadable record."""
     references = data.references(split)
-    rows = data.rows(split, tokenizer, model.config.image, strict=True)
+    rows = data.rows(split, tokenizer, model.config.image.size, strict=True)
     assert rows is not None
     device = next(model.parameters()).device
     said: list[str] = []

@@ -95,4 +95,4 @@ def evaluate(
     model: VLModel, objective: Entailment, data: EntailmentData, split: Split, tokenizer: Tokenizer
 ) -> dict[str, float]:
     """`measure` on a split; refuses one with an unreadable record."""
-    return measure(model, objective, data.strict(split, tokenizer, model.config.image), data.batch_size)
+    return measure(model, objective, data.strict(split, tokenizer, model.config.image.size), data.batch_size)

@@ -91,4 +91,4 @@ def measure(model: VLModel, objective: Truth, made: ItemMaker, batch_size: int) 
 
 def evaluate(model: VLModel, objective: Truth, data: ItemData, split: Split, tokenizer: Tokenizer) -> dict[str, float]:
     """`measure` on a split; refuses one with an unreadable record."""
-    return measure(model, objective, data.strict(split, tokenizer, model.config.image), data.batch_size)
+    return measure(model, objective, data.strict(split, tokenizer, model.config.image.size), data.batch_size)

@@ -172,7 +172,7 @@ def score_all(
     model: VLModel, objective: Retrieval, data: RetrievalData, split: Split, tokenizer: Tokenizer, texts: Sequence[str]
 ) -> Tensor:
     """Of every image beside every text, [I T] on the CPU. Each image is encoded once; texts of like length share a batch."""
-    rows = data.rows(split, tokenizer, model.config.image, strict=True)
+    rows = data.rows(split, tokenizer, model.config.image.size, strict=True)
     assert rows is not None
     device = next(model.parameters()).device
     ids_TL, length_T = (part.to(device) for part in tokenizer.encode(list(texts), data.max_length))

@@ -23,7 +23,6 @@ from fastvlp.data.records.transform import Transform
 from fastvlp.data.regions import Found, RegionSource, pad_regions, read_regions, upright
 from fastvlp.data.tokenize import Tokenizer
 from fastvlp.errors import UserError
-from fastvlp.model.encoders.vit import ImageConfig
 from fastvlp.model.layers import initialise
 from fastvlp.model.model import Bos, ModelConfig, Reading, VLModel
 from fastvlp.objectives.objective import Objective, ObjectiveConfig
@@ -231,7 +230,7 @@ class ItemData(Data, abc.ABC):
         folder = {"train": self.train, "val": self.val, "test": self.test}[split]
         return None if folder is None else Shards(folder)
 
-    def maker(self, split: Split, tokenizer: Tokenizer, image: ImageConfig, *, strict: bool) -> ItemMaker | None:
+    def maker(self, split: Split, tokenizer: Tokenizer, size: int, *, strict: bool) -> ItemMaker | None:
         """None where there is no such split. `strict` as in `rows`."""
         shards = self.shards(split)
         if shards is None:
@@ -240,7 +239,7 @@ class ItemData(Data, abc.ABC):
         return ItemMaker(
             shards,
             [item for item in items if self.wanted(item)] if split == "train" else items,
-            Transform(size=image.size, mode=self.fit),
+            Transform(size=size, mode=self.fit),
             tokenizer,
             images=self.images,
             target=self.target,
@@ -250,13 +249,13 @@ class ItemData(Data, abc.ABC):
             regions=self.regions,
         )
 
-    def rows(self, split: Split, tokenizer: Tokenizer, image: ImageConfig, *, strict: bool) -> Rows | None:
-        made = self.maker(split, tokenizer, image, strict=strict)
+    def rows(self, split: Split, tokenizer: Tokenizer, size: int, *, strict: bool) -> Rows | None:
+        made = self.maker(split, tokenizer, size, strict=strict)
         return None if made is None else Rows(len(made.items), made, tuple(made.shards.damage))
 
-    def strict(self, split: Split, tokenizer: Tokenizer, image: ImageConfig) -> ItemMaker:
+    def strict(self, split: Split, tokenizer: Tokenizer, size: int) -> ItemMaker:
         """For evaluation: raises UserError where there is no such split, and later for a record that is unreadable."""
-        made = self.maker(split, tokenizer, image, strict=True)
+        made = self.maker(split, tokenizer, size, strict=True)
         if made is None:
             raise UserError(f"the data has no {split!r} split; choose another --split, or --data FOLDER that has it")
         return made

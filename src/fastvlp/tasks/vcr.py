@@ -157,4 +157,4 @@ def _share(right: list[bool]) -> float:
 
 def evaluate(model: VLModel, objective: VCR, data: VCRData, split: Split, tokenizer: Tokenizer) -> dict[str, float]:
     """`measure` on a split; refuses one with an unreadable record."""
-    return measure(model, objective, data.strict(split, tokenizer, model.config.image), data.batch_size)
+    return measure(model, objective, data.strict(split, tokenizer, model.config.image.size), data.batch_size)

@@ -151,5 +151,5 @@ def _mean(values: Sequence[float]) -> float:
 
 def evaluate(model: VLModel, objective: VQA, data: VQAData, split: Split, tokenizer: Tokenizer) -> dict[str, float]:
     """`measure` on a split; refuses one with an unreadable record."""
-    made = data.strict(split, tokenizer, model.config.image)
+    made = data.strict(split, tokenizer, model.config.image.size)
     return measure(model, objective, data.answers, made, data.batch_size)

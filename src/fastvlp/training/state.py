@@ -199,16 +199,16 @@ def start(run: TrainConfig, resume: bool = False) -> TrainState:
     tokenizer = find_tokenizer(run, resume)
     pretraining, inherited = make_pretraining(run, tokenizer)
     pretraining.to(device)
-    model, image = pretraining.model, pretraining.model.config.image
+    model, size = pretraining.model, pretraining.model.config.image.size
     ema = None
     if run.ema is not None:
         ema = AveragedModel(pretraining, multi_avg_fn=get_ema_multi_avg_fn(run.ema))
-    rows = run.data.rows("train", tokenizer, image, strict=False)
+    rows = run.data.rows("train", tokenizer, size, strict=False)
     if rows is None:
         raise UserError(f"{run.name}: the data has no training split")
     for objective in cast(Mapping[str, Objective], pretraining.objectives).values():
         objective.check(samples(rows))
-    held_out = run.data.rows("val", tokenizer, image, strict=True)
+    held_out = run.data.rows("val", tokenizer, size, strict=True)
     state = TrainState(
         run=run,
         device=device,
