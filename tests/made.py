@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import torch
 
 from fastvlp.batch import Batch
-from fastvlp.model.encoders.text_transformer import TextConfig
-from fastvlp.model.encoders.vit import ImageConfig
+from fastvlp.model.encoders.text_transformer import TextTransformerConfig
+from fastvlp.model.encoders.vit import ViTConfig
 from fastvlp.model.fusion import FusionConfig, ReconstructorConfig
 from fastvlp.model.layers import LayerConfig, Norm
 from fastvlp.model.model import ModelConfig, VLModel
@@ -35,8 +35,8 @@ def made_config(
     layer = LayerConfig(width=width, heads=4, hidden=2 * width, norm=norm)
     tower = LayerConfig(width=width, heads=4, hidden=2 * width)
     return ModelConfig(
-        image=ImageConfig(size=size, patch=8, depth=1, layer=tower),
-        text=TextConfig(positions=32, depth=depth, layer=layer, vocab=VOCAB, **SPECIALS),
+        image=ViTConfig(size=size, patch=8, depth=1, layer=tower),
+        text=TextTransformerConfig(positions=32, depth=depth, layer=layer, vocab=VOCAB, **SPECIALS),
         fusion=FusionConfig(depth=depth, layer=layer),
         reconstructor=ReconstructorConfig(bottom=depth, top=depth, layer=layer) if reconstructor else None,
         separate_heads=separate_heads,

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from fastvlp.batch import Batch, Regions
-from fastvlp.model.encoders.text_transformer import TextConfig
-from fastvlp.model.encoders.vit import ImageConfig
+from fastvlp.model.encoders.text_transformer import TextTransformerConfig
+from fastvlp.model.encoders.vit import ViTConfig
 from fastvlp.model.layers import LayerConfig, Norm
 from fastvlp.model.model import ModelConfig, VLModel
 from fastvlp.model.region_embedding import RegionConfig
@@ -23,8 +23,8 @@ def single_config(*, norm: Norm = "post", crop: int | None = None, mask: str = "
     layer = LayerConfig(width=32, heads=4, hidden=64, norm=norm)
     regions = RegionConfig(feature=FEATURE, crop=crop, mask=mask)
     return ModelConfig(
-        image=ImageConfig(size=16, patch=8, depth=0, layer=layer),
-        text=TextConfig(positions=32, depth=0, layer=layer, vocab=VOCAB, **SPECIALS),
+        image=ViTConfig(size=16, patch=8, depth=0, layer=layer),
+        text=TextTransformerConfig(positions=32, depth=0, layer=layer, vocab=VOCAB, **SPECIALS),
         single=SingleConfig(depth=2, layer=layer, regions=regions, types=3),
     )
 

@@ -11,7 +11,7 @@ from torch.utils import _pytree
 
 from fastvlp.data.augment import AugmentConfig
 from fastvlp.model import sizes
-from fastvlp.model.encoders.vit import random_keep
+from fastvlp.model.keep import random_keep
 from fastvlp.model.model import ModelConfig, VLModel
 from fastvlp.objectives.clip import CLIPConfig
 from fastvlp.objectives.objective import combine

@@ -44,6 +44,24 @@ def variants(base: type[T], package: str | None = None) -> list[type[T]]:
     return list(dict.fromkeys(cls for cls in _subclasses(base) if not inspect.isabstract(cls)))
 
 
+def variant(base: type[T], name: str, package: str | None = None) -> type[T]:
+    """The one of `variants` whose class is called `name`, as a saved file calls it; the last one defined where several are.
+
+    Raises UserError where none is known.
+    """
+    named = [cls for cls in variants(base, package) if cls.__name__ == name]
+    if not named:
+        raise UserError(
+            f"{name}: no class of this name is known as {_article(base.__name__)}. If a file of yours defines it, import that "
+            "file first: `vlp --import FILE.py ...`, or fastvlp.extensions.import_file in Python"
+        )
+    return named[-1]
+
+
+def _article(name: str) -> str:
+    return f"{'an' if name[0] in 'AEIOU' else 'a'} {name}"
+
+
 def _subclasses(base: type[T]) -> Iterator[type[T]]:
     for cls in base.__subclasses__():
         yield cls

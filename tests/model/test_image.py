@@ -10,13 +10,14 @@ import torch
 import torch.nn.functional as F
 
 from fastvlp.errors import UserError
-from fastvlp.model.encoders.vit import ImageConfig, ImageTower, keep_count, random_keep, sincos_positions
+from fastvlp.model.encoders.vit import ViT, ViTConfig, sincos_positions
+from fastvlp.model.keep import keep_count, random_keep
 from fastvlp.model.layers import LayerConfig, gelu_tanh
 from fastvlp.model.model import VLModel
 from tests.made import made_config
 
 LAYER = LayerConfig(width=32, heads=4, hidden=64)
-CONFIG = ImageConfig(size=32, patch=8, depth=2, layer=LAYER, position="sincos")
+CONFIG = ViTConfig(size=32, patch=8, depth=2, layer=LAYER, position="sincos")
 
 
 def images(count: int = 2, size: int = 32) -> torch.Tensor:
@@ -34,16 +35,16 @@ def test_fixed_positions_are_sines_and_cosines_of_column_and_row():
 
 
 def test_fixed_positions_are_neither_learned_nor_saved():
-    tower = ImageTower(CONFIG)
+    tower = ViT(CONFIG)
     assert "position" not in dict(tower.named_parameters()) and "position" not in tower.state_dict()
-    larger = ImageTower(replace(CONFIG, size=48))
+    larger = ViT(replace(CONFIG, size=48))
     larger.load_state_dict(tower.state_dict())
     assert torch.equal(larger.position, sincos_positions(6, 32, class_token=True))
 
 
 def test_the_class_token_has_no_position_and_comes_after_the_masking():
     """What a tower computes of kept patches is the same set of states in any order."""
-    tower, image = ImageTower(CONFIG).double(), images()
+    tower, image = ViT(CONFIG).double(), images()
     keep = random_keep(torch.tensor([3, 4]), 16, 0.5)
     states = tower(image, keep)
     assert states.shape == (2, 9, 32)
@@ -51,12 +52,12 @@ def test_the_class_token_has_no_position_and_comes_after_the_masking():
 
 
 def test_keeping_all_patches_changes_nothing():
-    tower, image = ImageTower(CONFIG), images()
+    tower, image = ViT(CONFIG), images()
     torch.testing.assert_close(tower(image, torch.arange(16).expand(2, 16)), tower(image))
 
 
 def test_dropped_patches_are_never_read():
-    tower, image = ImageTower(CONFIG), images()
+    tower, image = ViT(CONFIG), images()
     keep = random_keep(torch.tensor([1, 2]), 16, 0.25)
     dropped = torch.ones(2, 16, dtype=torch.bool).scatter(1, keep, False)
     changed = image.clone()

@@ -10,7 +10,8 @@ import torch
 from fastvlp.batch import Batch
 from fastvlp.errors import UserError
 from fastvlp.model import masks
-from fastvlp.model.encoders.vit import patchify, random_keep, resize_positions
+from fastvlp.model.encoders.vit import patchify, resize_positions
+from fastvlp.model.keep import random_keep
 from fastvlp.model.model import VLModel, flip
 from fastvlp.model.sizes import flm_base, small, tiny, with_tokenizer
 from fastvlp.objectives.flm import FLM, FLMConfig

@@ -10,7 +10,7 @@ import torch
 from fastvlp.batch import Batch
 from fastvlp.data.regions import grid_boxes
 from fastvlp.errors import UserError
-from fastvlp.model.encoders.vit import ImageConfig
+from fastvlp.model.encoders.vit import ViTConfig
 from fastvlp.model.layers import LayerConfig
 from fastvlp.model.model import ModelConfig, VLModel
 from fastvlp.model.region_embedding import RegionConfig
@@ -27,7 +27,7 @@ WIDTH = 8
 
 def pooling_config(pool: int | None = 2, **regions) -> ModelConfig:
     config = single_config()
-    image = ImageConfig(size=16, patch=4, depth=1, layer=LayerConfig(width=WIDTH, heads=2, hidden=16))
+    image = ViTConfig(size=16, patch=4, depth=1, layer=LayerConfig(width=WIDTH, heads=2, hidden=16))
     source = RegionConfig(**{"feature": WIDTH, "pool": pool, **regions})
     return replace(config, image=image, single=replace(config.single, regions=source))
 

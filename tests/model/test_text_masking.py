@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from fastvlp.model.text_masking import keep_text
+from fastvlp.model.keep import keep_text
 
 SEED = torch.arange(4000) * 7919 + 1
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastvlp.errors import UserError
-from fastvlp.model.encoders.vit import random_keep
+from fastvlp.model.keep import random_keep
 from fastvlp.model.model import VLModel
 from fastvlp.model.sizes import two_towers
 from fastvlp.objectives.moco import MoCo, MoCoConfig, albef

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fastvlp.errors import UserError
-from fastvlp.model.encoders.vit import random_keep
+from fastvlp.model.keep import random_keep
 from fastvlp.model.model import VLModel
 from fastvlp.model.sizes import two_towers
 from fastvlp.objectives.clip import CLIPConfig

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from fastvlp.batch import Batch, Regions
 from fastvlp.convert.brivl import IMAGE, TEXT, from_brivl
 from fastvlp.errors import UserError
-from fastvlp.model.encoders.text_transformer import TextConfig
-from fastvlp.model.encoders.vit import ImageConfig
+from fastvlp.model.encoders.text_transformer import TextTransformerConfig
+from fastvlp.model.encoders.vit import ViTConfig
 from fastvlp.model.joint_space import EmbedConfig, HeadConfig
 from fastvlp.model.layers import LayerConfig
 from fastvlp.model.model import ModelConfig, VLModel
@@ -32,14 +32,14 @@ def config(c: dict) -> ModelConfig:
     head = {"pool": "mean", "hidden": joint, "bias": True}
     bert = LayerConfig(width=text_width, heads=c["TEXT_TRANSFORMER_HEAD"], hidden=c["bert_ffn"], norm="post", eps=1e-12)
     return ModelConfig(
-        image=ImageConfig(
+        image=ViTConfig(
             size=c["map"],
             patch=1,
             depth=0,
             layer=LayerConfig(width=width, heads=1, hidden=1),
             class_token=False,
         ),
-        text=TextConfig(positions=16, depth=c["bert_layers"], layer=bert, vocab=c["vocab"], embed_eps=1e-12),
+        text=TextTransformerConfig(positions=16, depth=c["bert_layers"], layer=bert, vocab=c["vocab"], embed_eps=1e-12),
         embed=EmbedConfig(
             width=joint,
             image=HeadConfig(

@@ -11,8 +11,8 @@ from torch import Tensor
 from fastvlp.batch import Batch
 from fastvlp.convert import flm as convert
 from fastvlp.model import masks
-from fastvlp.model.encoders.text_transformer import TextConfig
-from fastvlp.model.encoders.vit import ImageConfig
+from fastvlp.model.encoders.text_transformer import TextTransformerConfig
+from fastvlp.model.encoders.vit import ViTConfig
 from fastvlp.model.fusion import FusionConfig, ReconstructorConfig
 from fastvlp.model.layers import LayerConfig
 from fastvlp.model.model import ModelConfig, VLModel
@@ -34,7 +34,7 @@ def model_config(c: dict) -> ModelConfig:
         width=c["hidden_size"], heads=c["num_heads"], hidden=c["mlp_ratio"] * c["hidden_size"], norm="post", eps=1e-12
     )
     return ModelConfig(
-        image=ImageConfig(
+        image=ViTConfig(
             size=c["image_size"],
             patch=c["vit_patch"],
             depth=c["vit_nominal_layers"] - 1,
@@ -42,7 +42,7 @@ def model_config(c: dict) -> ModelConfig:
             embed_norm=True,
             patch_bias=False,
         ),
-        text=TextConfig(
+        text=TextTransformerConfig(
             vocab=c["vocab_size"],
             positions=c["text_positions"] - 2,
             depth=c["num_bottom_layer"],

@@ -8,8 +8,8 @@ import torch
 from fastvlp.convert import flm as convert
 from fastvlp.errors import UserError
 from fastvlp.model import masks
-from fastvlp.model.encoders.text_transformer import TextConfig, TextTower
-from fastvlp.model.encoders.vit import ImageConfig, ImageTower
+from fastvlp.model.encoders.text_transformer import TextTransformer, TextTransformerConfig
+from fastvlp.model.encoders.vit import ViT, ViTConfig
 from fastvlp.model.layers import LayerConfig
 from tests.golden import assert_close, load
 
@@ -24,10 +24,10 @@ def test_clip_image_tower():
         activation="quick_gelu" if v["hidden_act"] == "quick_gelu" else "gelu",
     )
     depth = v["num_hidden_layers"]
-    config = ImageConfig(
+    config = ViTConfig(
         size=v["image_size"], patch=v["patch_size"], depth=depth, layer=layer, embed_norm=True, patch_bias=False
     )
-    tower = ImageTower(config)
+    tower = ViT(config)
     state = convert.from_clip(weights, depth)
     tower.load_state_dict({k.removeprefix("image."): t for k, t in state.items()})
     states: list[torch.Tensor] = []
@@ -46,7 +46,7 @@ def test_roberta():
         norm="post",
         eps=c["layer_norm_eps"],
     )
-    config = TextConfig(
+    config = TextTransformerConfig(
         vocab=c["vocab_size"],
         positions=c["max_position_embeddings"] - 2,
         depth=c["num_hidden_layers"],
@@ -58,7 +58,7 @@ def test_roberta():
         position_offset=2,
         pad_position=1,
     )
-    tower = TextTower(config)
+    tower = TextTransformer(config)
     state = convert.from_roberta({f"roberta.{k}": t for k, t in weights.items()}, config.depth)
     tower.load_state_dict({k.removeprefix("text."): t for k, t in state.items()})
     ids, real = known["in.input_ids"], known["in.attention_mask"].bool()

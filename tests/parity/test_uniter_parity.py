@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from fastvlp.batch import Batch, Regions
 from fastvlp.convert.uniter import HEADS, WORD_AND_MATCH, from_uniter, uniter_heads, uniter_map
 from fastvlp.errors import UserError
-from fastvlp.model.encoders.text_transformer import TextConfig
-from fastvlp.model.encoders.vit import ImageConfig
+from fastvlp.model.encoders.text_transformer import TextTransformerConfig
+from fastvlp.model.encoders.vit import ViTConfig
 from fastvlp.model.layers import LayerConfig
 from fastvlp.model.model import ModelConfig, VLModel
 from fastvlp.model.region_embedding import RegionConfig, box_vector
@@ -39,8 +39,8 @@ def model_config(c: dict, types: int) -> ModelConfig:
         eps=1e-12,
     )
     return ModelConfig(
-        image=ImageConfig(size=16, patch=8, depth=0, layer=layer),
-        text=TextConfig(
+        image=ViTConfig(size=16, patch=8, depth=0, layer=layer),
+        text=TextTransformerConfig(
             vocab=c["vocab_size"],
             positions=c["max_position_embeddings"],
             depth=0,

@@ -201,6 +201,7 @@ def embed_views(model: VLModel, images: Images, seed_B: Tensor, keep: float, vie
     FLIP (arXiv 2212.00794, table 1d) does not say how views are combined; the mean is ours."""
     if keep == views == 1:
         return model.embed_image(model.encode_image(images.image), images.regions)
+    model.config.image.check_can_drop()
     keeps = view_keeps(seed_B, model.config.image.grid**2, keep, views)
     found = [model.embed_image(model.encode_image(images.image, kept), images.regions) for kept in keeps]
     return unit(torch.stack(found).mean(0))

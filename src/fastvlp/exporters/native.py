@@ -72,7 +72,7 @@ def facts(saved: Saved, run: Path, config: Mapping[str, Any]) -> dict[str, Any]:
             "kind": f"{tower}, joint space of {model.embed.width}" if model.fusion and model.embed else tower,
             "parameters": sum(parameter.numel() for parameter in saved.model.parameters()),
             "image": model.image.size,
-            "patch": model.image.patch,
+            "patch": model.image.size // model.image.grid,
             "width": model.embed.width if model.embed else None,
             "vocabulary": model.text.vocab,
         },

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 
 from fastvlp.batch import Regions
 from fastvlp.errors import UserError
-from fastvlp.model.encoders.text_transformer import TextConfig
-from fastvlp.model.encoders.vit import ImageConfig
+from fastvlp.model.encoders.interface import ImageEncoderConfig, TextEncoderConfig
 from fastvlp.model.layers import LayerConfig, initialise, stack
 from fastvlp.model.region_pooling import RegionPool, RegionPooling
 
@@ -86,7 +85,7 @@ def check_head(name: str, head: HeadConfig, width: int) -> None:
 class Head(nn.Module):
     """States [B S D] to unit vectors [B E], in fp32. `image`: the tower's shape, where its regions are pooled."""
 
-    def __init__(self, config: HeadConfig, width: int, joint: int, image: ImageConfig | None = None):
+    def __init__(self, config: HeadConfig, width: int, joint: int, image: ImageEncoderConfig | None = None):
         super().__init__()
         self.pool = config.pool
         self.norm = nn.LayerNorm(width, eps=config.eps) if config.norm else nn.Identity()
@@ -140,13 +139,13 @@ def unit(x: Tensor) -> Tensor:
 
 
 class Embed(nn.Module):
-    def __init__(self, config: EmbedConfig, image: ImageConfig, text_width: int):
+    def __init__(self, config: EmbedConfig, image: ImageEncoderConfig, text_width: int):
         super().__init__()
         self.config = config
-        self.image = Head(config.image, image.layer.width, config.width, image)
+        self.image = Head(config.image, image.width, config.width, image)
         self.text = Head(config.text, text_width, config.width)
 
-    def words(self, ids_BL: Tensor, length_B: Tensor, text: TextConfig) -> tuple[Tensor, Tensor]:
+    def words(self, ids_BL: Tensor, length_B: Tensor, text: TextEncoderConfig) -> tuple[Tensor, Tensor]:
         """The ids that the text tower encodes, and how many of each row are real. A text of no words keeps one position."""
         config, ids, length = self.config, ids_BL, length_B
         if not config.text_special:

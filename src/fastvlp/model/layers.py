@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastvlp.errors import UserError
+
 Norm = Literal["pre", "post"]
 Activation = Literal["gelu", "gelu_tanh", "quick_gelu", "relu"]
 
@@ -26,6 +28,11 @@ class LayerConfig:
     activation: Activation = "gelu"
     dropout: float = 0.0
 
+    def check(self, name: str) -> None:
+        """Raises UserError where the width does not divide into heads; `name` is the config's, such as model.text.layer."""
+        if self.heads < 1 or self.width % self.heads:
+            raise UserError(f"`{name}.width` {self.width} does not divide into {self.heads} heads (`{name}.heads`)")
+
 
 @dataclass
 class KeyValue:
@@ -33,6 +40,17 @@ class KeyValue:
 
     key: Tensor
     value: Tensor
+
+    @classmethod
+    def empty(cls, layer: LayerConfig, like_B: Tensor) -> KeyValue:
+        """Those of no token, for as many rows as `like_B` has, on its device and of its dtype."""
+        empty = like_B.new_empty(len(like_B), layer.heads, 0, layer.width // layer.heads)
+        return cls(empty, empty)
+
+    @property
+    def length(self) -> int:
+        """L, the tokens so far."""
+        return self.key.shape[2]
 
     def extend(self, key: Tensor, value: Tensor) -> None:
         self.key, self.value = torch.cat([self.key, key], 2), torch.cat([self.value, value], 2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, cast
 
@@ -12,8 +13,7 @@ from fastvlp.batch import Regions
 from fastvlp.errors import UserError
 from fastvlp.model import masks
 from fastvlp.model.absent import Absent
-from fastvlp.model.encoders.text_transformer import TextConfig, TextTower
-from fastvlp.model.encoders.vit import ImageConfig, ImageTower
+from fastvlp.model.encoders.interface import ImageEncoder, ImageEncoderConfig, TextEncoderConfig
 from fastvlp.model.fusion import Fusion, FusionConfig, LMHead, Reconstructor, ReconstructorConfig
 from fastvlp.model.joint_space import Embed, EmbedConfig, check_head
 from fastvlp.model.layers import KeyValue, initialise_as_mae
@@ -35,8 +35,8 @@ class ModelConfig:
     the forward and the reverse stream (FLM's share_lm_scorer_weights). initial: how weights are drawn, `bert`
     (`layers.initialise`) or `mae`, FLIP's way."""
 
-    image: ImageConfig
-    text: TextConfig
+    image: ImageEncoderConfig
+    text: TextEncoderConfig
     fusion: FusionConfig | None = None
     reconstructor: ReconstructorConfig | None = None
     embed: EmbedConfig | None = None
@@ -55,24 +55,15 @@ class ModelConfig:
 def check(config: ModelConfig) -> None:
     """Raises UserError for parts that do not fit together. Not in the config, whose fields are overridden one by one."""
     image, text, fusion, part = config.image, config.text, config.fusion, config.reconstructor
-    if image.patch < 1 or image.size < image.patch or image.size % image.patch:
-        raise UserError(f"model.image: size {image.size} is not a whole number of patches of {image.patch} pixels")
-    if image.position == "sincos" and image.layer.width % 4:
-        raise UserError(
-            f"model.image.position sincos has four quarters; width {image.layer.width} does not divide by 4"
-        )
-    layers = (
-        {"text": text.layer}
-        | ({"fusion": fusion.layer} if fusion else {})
-        | ({"reconstructor": part.layer} if part else {})
-        | ({"single": config.single.layer} if config.single else {})
-    )
-    for name, layer in [("image", image.layer), *layers.items()]:
-        if layer.heads < 1 or layer.width % layer.heads:
-            raise UserError(f"model.{name}.layer: width {layer.width} does not divide into {layer.heads} heads")
-        if name in layers and layer.width != text.layer.width:
+    image.check()
+    text.check()
+    for name, other in {"fusion": fusion, "reconstructor": part, "single": config.single}.items():
+        if other is None:
+            continue
+        other.layer.check(f"model.{name}.layer")
+        if other.layer.width != text.width:
             raise UserError(
-                f"model.{name}.layer.width {layer.width} must equal model.text.layer.width {text.layer.width}"
+                f"`model.{name}.layer.width` {other.layer.width} must equal the text encoder's width, {text.width}"
             )
     deep = fusion.depth if fusion else 0
     if part and (part.bottom > text.depth or part.top > deep):
@@ -86,16 +77,16 @@ def check(config: ModelConfig) -> None:
     if regions and regions.pool is not None:
         if regions.pool < 1 or regions.crop:
             raise UserError("model.single.regions.pool is a number of samples a side, 1 or more, and needs no crop")
-        if regions.feature != image.layer.width:
+        if regions.feature != image.width:
             raise UserError(
                 f"model.single.regions.feature {regions.feature} must be what is pooled, the image tower's width "
-                f"{image.layer.width}"
+                f"{image.width}"
             )
     embed = config.embed
     if embed:
-        check_head("image", embed.image, image.layer.width)
-        check_head("text", embed.text, text.layer.width)
-    if embed and embed.image.pool == "patches" and not image.class_token:
+        check_head("image", embed.image, image.width)
+        check_head("text", embed.text, text.width)
+    if embed and embed.image.pool == "patches" and not image.prefix:
         raise UserError("model.embed.image.pool patches leaves out the class token, and there is none; choose mean")
     if embed and embed.text_length is not None and not 1 <= embed.text_length <= text.positions:
         raise UserError(
@@ -136,13 +127,13 @@ class VLModel(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         check(config)
-        width = config.text.layer.width
+        width = config.text.width
         self.config = config
-        fusion, image_width, single = config.fusion, config.image.layer.width, config.single
+        fusion, image_width, single = config.fusion, config.image.width, config.single
         # Absent parts are declared as present: who reads one meets an error that names the field to set.
         blind = single is not None and single.regions.pool is None
-        self.image = cast(ImageTower, Absent("image")) if blind else ImageTower(config.image)
-        self.text = TextTower(config.text)
+        self.image = cast(ImageEncoder, Absent("image")) if blind else config.image.build()
+        self.text = config.text.build()
         self.single = SingleStream(single, config.text.vocab) if single else cast(SingleStream, Absent("single"))
         self.fusion = Fusion(fusion, image_width) if fusion else cast(Fusion, Absent("fusion"))
         self.reconstructor = Reconstructor(config.reconstructor) if config.reconstructor else None
@@ -154,6 +145,17 @@ class VLModel(nn.Module):
         self.embed = Embed(embed, config.image, width) if embed else cast(Embed, Absent("embed"))
         if config.initial == "mae":
             initialise_as_mae(self)
+
+    def resized(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The weights of another such model, each part made to fit this one where it differs in its number of positions or
+        types alone."""
+        for name, part in (("image", self.image), ("text", self.text), ("single", self.single)):
+            if isinstance(part, Absent):
+                continue
+            start = f"{name}."
+            own = part.resized({key.removeprefix(start): x for key, x in state.items() if key.startswith(start)})
+            state = {**state, **{start + key: x for key, x in own.items()}}
+        return dict(state)
 
     @property
     def causal_head(self) -> LMHead:
@@ -167,6 +169,8 @@ class VLModel(nn.Module):
 
     def encode_image(self, image: Tensor, keep_BK: Tensor | None = None, regions: Regions | None = None) -> Tensor:
         """uint8 [B 3 H W] -> [B K D]. What a single stream reads are the regions' features: [B R F]."""
+        if keep_BK is not None:
+            self.config.image.check_can_drop()
         if self.config.single is None:
             return self.image(image, keep_BK)
         if keep_BK is not None:
@@ -210,10 +214,8 @@ class VLModel(nn.Module):
         if keep_BK is not None:
             ids, position = ids.gather(1, keep_BK), keep_BK
             length = (keep_BK < length[:, None]).sum(1)
-        x = self.text.embed(ids, position)
         full = masks.full(length, ids.shape[1]) if config.text_mask == "full" else None
-        for block in self.text.blocks:
-            x = block(x, mask=full, causal=config.text_mask == "causal")
+        x = self.text(ids, position, mask=full, causal=config.text_mask == "causal")
         return self.embed.text(x, length)
 
     def read(
@@ -230,9 +232,7 @@ class VLModel(nn.Module):
         There may be s texts an image: rows b*s ... b*s+s-1 read image b.
         """
         position_L = torch.arange(ids_BL.shape[1], device=ids_BL.device)
-        x = self.text.embed(ids_BL, position_L)
-        for block in self.text.blocks:
-            x = block(x, mask=mask, causal=causal)
+        x = self.text(ids_BL, position_L, mask=mask, causal=causal)
         x = self.fusion.text_in(x) + self.fusion.text_type
         memory = self.fusion.image_memory(image_BKD, slot_B)
         for block in self.fusion.blocks:
@@ -267,14 +267,12 @@ class VLModel(nn.Module):
             both = [masks.causal_official(length_B, L), masks.anticausal_official(length_B, L)]
             mask = torch.stack(both, 1).flatten(0, 1)
         position = torch.stack([position_BL, reverse_BL], 1).flatten(0, 1)
-        x = self.text.embed(ids, position)
-        bottom, top = [], []
-        for block in self.text.blocks:
-            x = block(x, mask=mask, causal=causal)
-            bottom.append(x)
+        embedded, *bottom = self.text.states(ids, position, mask=mask, causal=causal)
+        x = bottom[-1] if bottom else embedded
         types_2D = torch.stack([self.fusion.text_type, self._reconstructor.reverse_type])
         x = (self.fusion.text_in(x).unflatten(0, (B, 2)) + types_2D[:, None]).flatten(0, 1)
         memory = self.fusion.image_memory(image_BKD, slot_B)
+        top = []
         for block in self.fusion.blocks:
             x = block(x, mask=mask, causal=causal, memory=block.keys(memory))
             top.append(x)
@@ -335,20 +333,16 @@ class VLModel(nn.Module):
     def begin(self, image_BKD: Tensor) -> Cache:
         """An empty text beside each image, to be decoded left to right with `step`."""
         memory = self.fusion.image_memory(image_BKD, None)
-        text, fusion = self.config.text, cast(FusionConfig, self.config.fusion)
-        past = []
-        for layer in [text.layer] * text.depth + [fusion.layer] * fusion.depth:
-            empty = memory.new_empty(memory.shape[0], layer.heads, 0, layer.width // layer.heads)
-            past.append(KeyValue(empty, empty))
+        layer = cast(FusionConfig, self.config.fusion).layer
+        past = [*self.text.empty_past(memory), *(KeyValue.empty(layer, memory) for _ in self.fusion.blocks)]
         return Cache(past, [block.keys(memory) for block in self.fusion.blocks])
 
     def step(self, ids_B: Tensor, cache: Cache) -> Tensor:
         """Appends one token a row and returns its state [B D]; equals the last row of a causal `read` of all so far."""
-        position = torch.full_like(ids_B[:, None], cache.past[0].key.shape[2])
-        x = self.text.embed(ids_B[:, None], position)
-        for block, past in zip(self.text.blocks, cache.past):
-            x = block(x, past=past)
+        first = len(cache.past) - len(self.fusion.blocks)
+        position = torch.full_like(ids_B[:, None], cache.past[first].length)
+        x = self.text.step(ids_B[:, None], position, cache.past[:first])
         x = self.fusion.text_in(x) + self.fusion.text_type
-        for block, past, memory in zip(self.fusion.blocks, cache.past[len(self.text.blocks) :], cache.image):
+        for block, past, memory in zip(self.fusion.blocks, cache.past[first:], cache.image, strict=True):
             x = block(x, past=past, memory=memory)
         return self.fusion.norm(x)[:, 0]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fastvlp.batch import Regions
 from fastvlp.data.regions import grid_boxes
 from fastvlp.errors import UserError
-from fastvlp.model.encoders.vit import ImageConfig
+from fastvlp.model.encoders.interface import ImageEncoderConfig
 from fastvlp.model.region_embedding import given
 
 Place = Literal["released", "corners", "exact"]
@@ -58,9 +58,9 @@ def box_weights(box_BR4: Tensor, cells: int, config: RegionPool) -> Tensor:
     return (down_BRH[..., :, None] * along_BRW[..., None, :]).flatten(-2)
 
 
-def pooled(state_BKD: Tensor, weight: Tensor, image: ImageConfig) -> Tensor:
+def pooled(state_BKD: Tensor, weight: Tensor, image: ImageEncoderConfig) -> Tensor:
     """Regions by their `box_weights`, [B R N] or [R N] for all images -> [B R D]."""
-    patches_BND = state_BKD[:, int(image.class_token) :]
+    patches_BND = state_BKD[:, image.prefix :]
     cells, found = image.grid, patches_BND.shape[1]
     if found != cells**2:
         raise UserError(
@@ -76,10 +76,10 @@ class RegionPooling(nn.Module):
 
     grid_RN: Tensor | None
 
-    def __init__(self, config: RegionPool, image: ImageConfig, width: int):
+    def __init__(self, config: RegionPool, image: ImageEncoderConfig, width: int):
         super().__init__()
         self.config, self.image = config, image
-        self.project = nn.Linear(image.layer.width, width)
+        self.project = nn.Linear(image.width, width)
         fixed = None if config.grid is None else box_weights(grid_boxes(config.grid), image.grid, config)
         self.register_buffer("grid_RN", fixed, persistent=False)
 

@@ -22,7 +22,10 @@ from torch import Tensor, nn
 from fastvlp.data.tokenize import Tokenizer
 from fastvlp.errors import UserError
 from fastvlp.files import whole_file, write_whole
-from fastvlp.model.encoders.vit import resize_positions
+from fastvlp.extensions import variant
+from fastvlp.model.encoders.interface import ImageEncoderConfig, TextEncoderConfig
+from fastvlp.model.encoders.text_transformer import TextTransformerConfig
+from fastvlp.model.encoders.vit import ViTConfig
 from fastvlp.model.model import ModelConfig, VLModel
 
 FORMAT = 1
@@ -31,7 +34,23 @@ OBJECTIVES = "objectives."
 # Modules that one model may have and another not; everything else is in every model.
 OPTIONAL = ("fusion.", "head.", "reconstructor.", "forward_head.", "reverse_head.", "embed.", "single.")
 
+# Parts of a model whose class varies: the class that is meant where none is named (before the type was saved), and the
+# package of those that are not a user's own.
+ENCODERS = "fastvlp.model.encoders"
+VARYING: dict[type, type] = {ImageEncoderConfig: ViTConfig, TextEncoderConfig: TextTransformerConfig}
+
+_plain = cattrs.Converter(forbid_extra_keys=True)
 _converter = cattrs.Converter(forbid_extra_keys=True)
+_converter.register_unstructure_hook_func(
+    VARYING.__contains__, lambda part: {"type": type(part).__name__, **_plain.unstructure(part)}
+)
+_converter.register_structure_hook_func(VARYING.__contains__, lambda saved, base: _structured(saved, base))
+
+
+def _structured(saved: Mapping[str, Any], base: type) -> Any:
+    """The config of an encoder. Raises UserError where its class is not known."""
+    name = saved.get("type", VARYING[base].__name__)
+    return _plain.structure({key: x for key, x in saved.items() if key != "type"}, variant(base, name, ENCODERS))
 
 
 class Saved(NamedTuple):
@@ -131,20 +150,13 @@ def inherit(model: VLModel, state: Mapping[str, Tensor], source: str | Path = "s
     source lacks stay as they were made; those that the model lacks are dropped. Raises UserError for any other difference.
     """
     own, result, taken = model.state_dict(), Inheritance(), {}
+    fitted = model.resized(state)
     has = {prefix: any(name.startswith(prefix) for name in state) for prefix in OPTIONAL}
     wants = {prefix: any(name.startswith(prefix) for name in own) for prefix in OPTIONAL}
     for name, value in own.items():
         if name in state:
-            taken[name] = state[name]
-            if name == "image.position" and state[name].shape[0] != value.shape[0]:
-                image = model.config.image
-                taken[name] = resize_positions(state[name], image.grid, image.class_token)
-                result.resized.append(name)
-            elif name == "single.kinds" and state[name].shape[0] < value.shape[0]:
-                taken[name] = torch.cat([state[name], value[state[name].shape[0] :]])
-                result.resized.append(name)
-            else:
-                result.loaded.append(name)
+            taken[name] = fitted[name]
+            (result.loaded if fitted[name] is state[name] else result.resized).append(name)
             _same_shape(name, taken[name], value, source, "give the new model the same widths")
         elif any(name.startswith(prefix) and not has[prefix] for prefix in OPTIONAL):
             taken[name] = value
@@ -202,8 +214,16 @@ def _described(path: Path) -> tuple[ModelConfig, dict[str, Any]]:
     try:
         return _converter.structure(told["config"], ModelConfig), dict(told["info"])
     except (BaseValidationError, KeyError, TypeError, ValueError) as error:
+        if isinstance(error, BaseValidationError) and (unknown := error.subgroup(UserError)) is not None:
+            raise UserError(f"{path}: {_first(unknown)}") from error
         causes = "; ".join(cattrs.transform_error(error))
         raise UserError(f"{path}: not a model this version knows ({causes}); copy the folder again") from error
+
+
+def _first(group: BaseExceptionGroup) -> BaseException:
+    """The first exception within nested groups."""
+    inner = group.exceptions[0]
+    return _first(inner) if isinstance(inner, BaseExceptionGroup) else inner
 
 
 def _weights(folder: Path, which: Which) -> Path:

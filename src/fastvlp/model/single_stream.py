@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -81,6 +82,13 @@ class SingleStream(nn.Module):
         self.match = nn.Linear(width, 2)
         initialise(self, width)
         self.regions.centre()
+
+    def resized(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Saved weights with fewer types: the further ones stay as they are made here."""
+        kinds = state.get("kinds")
+        if kinds is None or len(kinds) >= len(self.kinds):
+            return dict(state)
+        return {**state, "kinds": torch.cat([kinds, self.kinds.detach()[len(kinds) :]])}
 
     def forward(
         self,

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from fastvlp.model.encoders.text_transformer import TextConfig
-from fastvlp.model.encoders.vit import ImageConfig
+from fastvlp.model.encoders.text_transformer import TextTransformerConfig
+from fastvlp.model.encoders.vit import ViTConfig
 from fastvlp.model.fusion import FusionConfig, ReconstructorConfig
 from fastvlp.model.joint_space import EmbedConfig, HeadConfig
 from fastvlp.model.layers import Activation, LayerConfig, Norm
@@ -49,8 +49,8 @@ def _equal_width(
     tower = LayerConfig(width=width, heads=heads, hidden=4 * width, dropout=dropout)
     layer = LayerConfig(width=width, heads=heads, hidden=4 * width, norm=norm, dropout=dropout)
     return ModelConfig(
-        image=ImageConfig(size=size, patch=patch, depth=image_depth, layer=tower),
-        text=TextConfig(
+        image=ViTConfig(size=size, patch=patch, depth=image_depth, layer=tower),
+        text=TextTransformerConfig(
             positions=positions,
             depth=text_depth,
             layer=layer,
@@ -68,8 +68,7 @@ def two_towers(config: ModelConfig, *, width: int = 256) -> ModelConfig:
 def joint_space(config: ModelConfig, *, width: int = 256) -> EmbedConfig:
     """CLIP's text side (causal, pooled at </s>, which FLM's forward stream shares) beside a mean of image states, which
     takes any share of the patches."""
-    layer = config.text.layer
-    text = HeadConfig(pool="last", norm=layer.norm == "pre", eps=layer.eps)
+    text = HeadConfig(pool="last", norm=not config.text.final_norm, eps=config.text.norm_eps)
     return EmbedConfig(width=width, image=HeadConfig(pool="mean"), text=text)
 
 
@@ -87,7 +86,7 @@ def flip(image: Tower, text: Tower, *, width: int, size: int, patch: int, length
     mean over all states, the class token's too; of a text its words alone, cut or padded to `length`, with padding seen
     and the first word's state its summary."""
     return ModelConfig(
-        image=ImageConfig(
+        image=ViTConfig(
             size=size,
             patch=patch,
             depth=image.depth,
@@ -97,7 +96,7 @@ def flip(image: Tower, text: Tower, *, width: int, size: int, patch: int, length
             mean=(0.485, 0.456, 0.406),
             std=(0.229, 0.224, 0.225),
         ),
-        text=TextConfig(
+        text=TextTransformerConfig(
             positions=length, depth=text.depth, layer=text.layer("gelu_tanh", 1e-6), embed_norm=False, learn_pad=True
         ),
         embed=EmbedConfig(
@@ -148,7 +147,7 @@ def clip(
     """CLIP's two towers (arXiv 2103.00020, section 2.4): the class token is the image's summary, </s> the text's, whose
     words see those before them. quick_gelu is OpenAI's; open_clip trains with gelu."""
     return ModelConfig(
-        image=ImageConfig(
+        image=ViTConfig(
             size=size,
             patch=patch,
             depth=image.depth,
@@ -156,7 +155,9 @@ def clip(
             embed_norm=True,
             patch_bias=False,
         ),
-        text=TextConfig(positions=positions, depth=text.depth, layer=text.layer(activation, 1e-5), embed_norm=False),
+        text=TextTransformerConfig(
+            positions=positions, depth=text.depth, layer=text.layer(activation, 1e-5), embed_norm=False
+        ),
         embed=EmbedConfig(width=width, image=HeadConfig(pool="first"), text=HeadConfig(pool="last", norm=True)),
     )
 
@@ -192,11 +193,11 @@ def regional(
         ),
         text=HeadConfig(
             pool="mean",
-            norm=config.text.layer.norm == "pre",
+            norm=not config.text.final_norm,
             hidden=width,
             bias=True,
             depth=depth,
-            layer=replace(layer, width=config.text.layer.width),
+            layer=replace(layer, width=config.text.width),
         ),
         # The released code lets words see padding too, so that a text's vector depends on how far it was padded.
         text_mask="full",
@@ -216,7 +217,7 @@ def brivl(*, version: Literal[1, 2] = 1, dropout: float = 0.1) -> ModelConfig:
     456). What that changes is not measured."""
     bert = LayerConfig(width=768, heads=12, hidden=3072, norm="post", eps=1e-12, dropout=dropout)
     config = ModelConfig(
-        image=ImageConfig(
+        image=ViTConfig(
             size=384 if version == 1 else 480,
             patch=32,
             depth=12,
@@ -224,7 +225,7 @@ def brivl(*, version: Literal[1, 2] = 1, dropout: float = 0.1) -> ModelConfig:
             mean=(0.485, 0.456, 0.406),
             std=(0.229, 0.224, 0.225),
         ),
-        text=TextConfig(positions=512, depth=12, layer=bert, embed_eps=1e-12),
+        text=TextTransformerConfig(positions=512, depth=12, layer=bert, embed_eps=1e-12),
     )
     layer = LayerConfig(width=2048, heads=4, hidden=2048, norm="post", activation="relu", dropout=dropout)
     grid = None if version == 1 else 6
@@ -287,8 +288,8 @@ def flm_base(*, size: int = 288, reconstructor: bool = True, dropout: float = 0.
     roberta = LayerConfig(width=768, heads=12, hidden=3072, norm="post", eps=1e-5, dropout=dropout)
     cross = LayerConfig(width=768, heads=12, hidden=3072, norm="post", eps=1e-12, dropout=dropout)
     return ModelConfig(
-        image=ImageConfig(size=size, patch=32, depth=11, layer=vit, embed_norm=True, patch_bias=False),
-        text=TextConfig(
+        image=ViTConfig(size=size, patch=32, depth=11, layer=vit, embed_norm=True, patch_bias=False),
+        text=TextTransformerConfig(
             positions=512,
             depth=6,
             layer=roberta,
@@ -307,8 +308,8 @@ def _single(
     heads = max(1, width // 64) if width >= 256 else width // 32
     layer = LayerConfig(width=width, heads=heads, hidden=4 * width, norm=norm, eps=1e-12, dropout=dropout)
     return ModelConfig(
-        image=ImageConfig(size=size, patch=size, depth=0, layer=layer),
-        text=TextConfig(positions=positions, depth=0, layer=layer, embed_eps=1e-12),
+        image=ViTConfig(size=size, patch=size, depth=0, layer=layer),
+        text=TextTransformerConfig(positions=positions, depth=0, layer=layer, embed_eps=1e-12),
         single=SingleConfig(depth=depth, layer=layer, regions=regions),
     )
 

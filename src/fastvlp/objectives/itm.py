@@ -43,7 +43,7 @@ class ITM(Objective):
 
     def __init__(self, config: ITMConfig, model: ModelConfig):
         super().__init__()
-        width = model.text.layer.width
+        width = model.text.width
         self.config = config
         self.pool = nn.Linear(width, width)
         self.match = nn.Linear(width, 2)

@@ -9,9 +9,8 @@ from torch import Tensor
 
 from fastvlp.batch import Batch
 from fastvlp.errors import UserError
-from fastvlp.model.encoders.vit import keep_count
+from fastvlp.model.keep import TextPolicy, keep_count, keep_text
 from fastvlp.model.model import ModelConfig, VLModel
-from fastvlp.model.text_masking import TextPolicy, keep_text
 from fastvlp.objectives.objective import ObjectiveConfig
 
 

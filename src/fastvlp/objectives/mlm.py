@@ -119,7 +119,7 @@ def masked_loss(
     if model.config.single is not None:
         joint = model.read_regions(image_BKD, batch.regions, ids_BL, batch.length, hidden_BR=hidden_BR)
         words = model.single.words
-        nll = token_loss(words.hidden(joint.text[ask_BL]), model.text.word.weight, words.bias, target_T)
+        nll = token_loss(words.hidden(joint.text[ask_BL]), model.text.word_table, words.bias, target_T)
     else:
         state = model.read(image_BKD, ids_BL, mask=masks.full(batch.length, ids_BL.shape[1]))
         nll = head_loss(model.head, state[ask_BL], target_T)

@@ -18,7 +18,6 @@ from fastvlp.batch import Batch
 from fastvlp.data.tokenize import Tokenizer
 from fastvlp.errors import UserError
 from fastvlp.model.absent import Absent
-from fastvlp.model.encoders.vit import random_keep
 from fastvlp.model.joint_space import unit
 from fastvlp.model.model import ModelConfig, VLModel
 from fastvlp.objectives.contrastive import queue_nce
@@ -128,8 +127,7 @@ class MoCo(PairObjective):
     @torch.no_grad()
     def constants(self, model: VLModel, batch: Batch) -> tuple[Tensor, ...]:
         """Keys of images and texts, two [B E]."""
-        patches, share = self.slow.config.image.grid**2, self.config.key_keep
-        keep_BK = random_keep(batch.seed, patches, share) if share < 1 else None
+        keep_BK = self.slow.config.image.random_patches(batch.seed, self.config.key_keep)
         return embed_pair(self.slow, self.slow.encode_image(batch.image, keep_BK), batch, self.config)
 
     def score(self, *rows: Tensor) -> dict[str, Loss]:

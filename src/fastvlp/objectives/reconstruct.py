@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from fastvlp.batch import Batch
 from fastvlp.data.tokenize import Tokenizer
 from fastvlp.errors import UserError
-from fastvlp.model.encoders.vit import random_keep, sincos_positions
+from fastvlp.model.encoders.vit import patchify, sincos_positions
+from fastvlp.model.keep import random_keep
 from fastvlp.model.layers import LayerConfig, initialise_as_mae, stack
 from fastvlp.model.model import ModelConfig, VLModel
 from fastvlp.objectives.losses import at_least_fp32
@@ -34,6 +35,7 @@ class ReconstructConfig(ObjectiveConfig):
     def build(self, model: ModelConfig, tokenizer: Tokenizer) -> Reconstruct:
         if model.single is not None:
             raise UserError("reconstruct needs an image tower of patches, and a single stream reads regions")
+        model.image.check_can_drop()
         return Reconstruct(self, model)
 
 
@@ -64,19 +66,19 @@ class Reconstruct(Objective):
         image, width = model.image, config.width
         layer = LayerConfig(width=width, heads=config.heads, hidden=4 * width)
         self.config = config
-        self.enter = nn.Linear(image.layer.width, width)
+        self.enter = nn.Linear(image.width, width)
         self.hidden = nn.Parameter(torch.empty(width))
         self.register_buffer("position", sincos_positions(image.grid, width), persistent=False)
         self.blocks = stack(layer, config.depth)
         self.norm = nn.LayerNorm(width)
-        self.out = nn.Linear(width, 3 * image.patch**2)
+        self.out = nn.Linear(width, 3 * (image.size // image.grid) ** 2)
         initialise_as_mae(self)
 
     def counts(self, batch: Batch) -> dict[str, Tensor]:
         return {"pixels": batch.length.new_tensor(len(batch))}
 
     def forward(self, model: VLModel, image_BKD: Tensor, batch: Batch) -> dict[str, Loss]:
-        first, N = int(model.config.image.class_token), len(self.position)
+        first, N = model.config.image.prefix, len(self.position)
         K = image_BKD.shape[1] - first
         if K == N:
             raise UserError("reconstruct asks for the patches that are dropped, and none is; set --keep below 1")
@@ -89,6 +91,7 @@ class Reconstruct(Objective):
         for block in self.blocks:
             x = block(x)
         pixels_BMC = at_least_fp32(self.out(self.norm(pick(x[:, first:], dropped_BM))))
-        target_BMC = normalised(pick(model.image.patches(batch.image), dropped_BM))
+        pixels_BNC = patchify(model.image.normalised(batch.image), batch.image.shape[-1] // model.config.image.grid)
+        target_BMC = normalised(pick(pixels_BNC, dropped_BM))
         error_B = (pixels_BMC - target_BMC).square().mean((1, 2))
         return {"pixels": Loss(error_B.sum(), self.counts(batch)["pixels"], self.config.weight)}

@@ -12,7 +12,6 @@ from fastvlp.batch import Batch
 from fastvlp.data.augment import AugmentConfig, augment
 from fastvlp.data.tokenize import Tokenizer
 from fastvlp.errors import UserError
-from fastvlp.model.encoders.vit import random_keep
 from fastvlp.model.joint_space import unit
 from fastvlp.model.layers import initialise
 from fastvlp.model.model import ModelConfig, VLModel
@@ -53,7 +52,7 @@ class SimCLRConfig(ObjectiveConfig):
             raise UserError(
                 "simclr's views have no boxes, which the joint space reads; give model.embed a grid, or no regions"
             )
-        return SimCLR(self, model.image.layer.width)
+        return SimCLR(self, model.image.width)
 
 
 class SimCLR(PairObjective):
@@ -72,10 +71,8 @@ class SimCLR(PairObjective):
         """Both views projected to unit vectors, two [B E], encoded in one pass."""
         told, image = self.config, batch.image if batch.plain is None else batch.plain
         views = torch.cat([augment(image, batch.seed, told.augment, view=view)[0] for view in VIEWS])
-        keep_BK = None
-        if told.keep < 1:
-            seeds = torch.cat([hash64_rows(batch.seed, VIEW_SALT, view) for view in VIEWS])
-            keep_BK = random_keep(seeds, model.config.image.grid**2, told.keep)
+        seeds = torch.cat([hash64_rows(batch.seed, VIEW_SALT, view) for view in VIEWS])
+        keep_BK = model.config.image.random_patches(seeds, told.keep)
         a_BE, b_BE = unit(self.project(summary(model, model.encode_image(views, keep_BK)))).chunk(2)
         return a_BE, b_BE
 

@@ -29,7 +29,7 @@ from fastvlp.training.optim import OptimConfig
 def end_to_end(config: ModelConfig) -> ModelConfig:
     """The image tower of a size, and one stream as deep as its text tower and fusion together."""
     assert config.fusion is not None
-    regions = RegionConfig(feature=config.image.layer.width, pool=2)
+    regions = RegionConfig(feature=config.image.width, pool=2)
     depth = config.text.depth + config.fusion.depth
     return ModelConfig(
         image=config.image,

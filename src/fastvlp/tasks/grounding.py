@@ -100,10 +100,10 @@ class RegionsBeside(nn.Module):
 
     def __init__(self, model: ModelConfig):
         super().__init__()
-        width = model.text.layer.width
+        width = model.text.width
         self.content = RegionPooling(RegionPool(place="exact"), model.image, width)
         self.place = nn.Linear(7, width)
-        self.norm = nn.LayerNorm(width, eps=model.text.layer.eps)
+        self.norm = nn.LayerNorm(width, eps=model.text.norm_eps)
         self.pool = nn.Linear(width, width)
 
     def forward(self, summary_BD: Tensor, image_BKD: Tensor, batch: Batch) -> Tensor:
@@ -117,7 +117,7 @@ class Grounding(Objective):
     def __init__(self, config: GroundingConfig, model: ModelConfig):
         super().__init__()
         check_reads(config.reading, model)
-        width = model.text.layer.width
+        width = model.text.width
         self.config, self.reading = config, config.reading
         self.beside = RegionsBeside(model) if model.single is None else None
         self.head = region_head(width, config.layers)

@@ -50,13 +50,13 @@ class NLVR2(Truth):
     """The first image has type 0, the second type 1."""
 
     def __init__(self, config: NLVR2Config, model: ModelConfig):
-        width = model.text.layer.width
+        width = model.text.width
         if config.form != "pair" and model.single is None:
             raise UserError(f"form {config.form} needs a single stream over text and regions; choose --form pair")
         heads: dict[Form, Callable[[], nn.Module]] = {
             "triplet": lambda: nn.Linear(width, 2),
             "pair": lambda: nn.Linear(2 * width, 2),
-            "pair-biattn": lambda: PairAttention(model.text.layer),
+            "pair-biattn": lambda: PairAttention(model.single.layer),
         }
         super().__init__(config, model, images=2, head=heads[config.form]() if model.single else None)
         self.form = config.form

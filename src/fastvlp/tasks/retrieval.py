@@ -73,7 +73,7 @@ def hardest(score_AB: Tensor, wrong_AB: Tensor, keep: int) -> Drawn:
 
 class Retrieval(HeadTask):
     def __init__(self, config: RetrievalConfig, model: ModelConfig):
-        super().__init__(config, model, images=1, outputs=1, head=nn.Linear(model.text.layer.width, 1))
+        super().__init__(config, model, images=1, outputs=1, head=nn.Linear(model.text.width, 1))
         self.config = config
 
     @torch.no_grad()

@@ -286,7 +286,7 @@ class HeadTask(Objective, abc.ABC):
     ):
         super().__init__()
         check_reads(config.reading, model, images)
-        width = model.text.layer.width
+        width = model.text.width
         self.reading, self.bos, self.images = config.reading, config.bos, images
         self.pool = nn.Linear(width, width) if model.single is None else None
         if head is None and model.single is not None:

@@ -93,7 +93,7 @@ class VCR(Truth):
     """Cross-entropy over wrong and right for each choice by itself (released code)."""
 
     def __init__(self, config: VCRConfig, model: ModelConfig):
-        single, width = model.single, model.text.layer.width
+        single, width = model.single, model.text.width
         head = None
         if single is not None:
             norm = nn.LayerNorm(2 * width, eps=single.layer.eps)

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from fastvlp.batch import Batch
 from fastvlp.data.augment import AugmentConfig, augment
-from fastvlp.model.encoders.vit import random_keep
 from fastvlp.model.model import VLModel
 from fastvlp.objectives.ar import AR
 from fastvlp.objectives.flm import FLM
@@ -79,8 +78,7 @@ class Pretraining(nn.Module):
 
     def encode_image(self, batch: Batch) -> Tensor:
         """-> [B K D]; `keep` < 1 drops patches before any is embedded, the same ones for the same row seeds."""
-        config = self.model.config.image
-        keep = random_keep(batch.seed, config.grid**2, self.keep) if self.keep < 1 else None
+        keep = self.model.config.image.random_patches(batch.seed, self.keep)
         return self.model.encode_image(batch.image, keep, batch.regions)
 
     def forward(self, batch: Batch, cached: Mapping[str, RowGrads] | None = None) -> dict[str, Loss]:

@@ -16,11 +16,14 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from fastvlp.batch import Batch
-from fastvlp.model.encoders.text_transformer import TextConfig
-from fastvlp.model.encoders.vit import ImageConfig, keep_count
+from fastvlp.model.encoders.interface import ImageEncoderConfig, TextEncoderConfig
+from fastvlp.model.encoders.text_transformer import TextTransformerConfig
+from fastvlp.model.encoders.vit import ViTConfig
 from fastvlp.model.joint_space import HeadConfig
+from fastvlp.model.keep import keep_count
 from fastvlp.model.layers import LayerConfig
 from fastvlp.model.model import ModelConfig
 from fastvlp.model.single_stream import SingleConfig
@@ -83,8 +86,12 @@ def _mlp(layer: LayerConfig, tokens: float) -> float:
     return 2 * linear_flops(tokens, layer.width, layer.hidden)
 
 
-def image_flops(config: ImageConfig, images: int, keep: float = 1.0) -> Flops:
-    """The image tower; `keep`: share of the patches that are embedded at all."""
+def image_flops(config: ImageEncoderConfig, images: int, keep: float = 1.0) -> Flops:
+    """The image encoder; `keep`: share of the patches that are embedded at all."""
+    if not isinstance(config, ViTConfig):
+        with torch.device("meta"), FlopCounterMode(display=False) as counter:
+            config.build()(torch.empty(images, 3, config.size, config.size, dtype=torch.uint8))
+        return Flops(image=counter.get_total_flops())
     patches = keep_count(config.grid**2, keep)
     length = patches + int(config.class_token)
     embed = linear_flops(images * patches, 3 * config.patch**2, config.layer.width)
@@ -101,12 +108,17 @@ def text_flops(config: ModelConfig, images: int, seen: int, texts: int, length: 
     cross = _cross_attention(fusion.layer, tokens, images * seen, tokens * seen)
     block = _self_attention(fusion.layer, texts, length) + cross + _mlp(fusion.layer, tokens)
     width = fusion.layer.width
-    enter = linear_flops(tokens, width, width) + linear_flops(images * seen, config.image.layer.width, width)
+    enter = linear_flops(tokens, width, width) + linear_flops(images * seen, config.image.width, width)
     return tower + Flops(text=enter + fusion.depth * block)
 
 
-def tower_flops(config: TextConfig, texts: int, length: int) -> Flops:
-    """The text tower alone."""
+def tower_flops(config: TextEncoderConfig, texts: int, length: int) -> Flops:
+    """The text encoder alone."""
+    if not isinstance(config, TextTransformerConfig):
+        ids = torch.zeros(texts, length, dtype=torch.int64, device="meta")
+        with torch.device("meta"), FlopCounterMode(display=False) as counter:
+            config.build()(ids, torch.arange(length), causal=True)
+        return Flops(text=counter.get_total_flops())
     block = _self_attention(config.layer, texts, length) + _mlp(config.layer, texts * length)
     return Flops(text=config.depth * block)
 
@@ -125,14 +137,14 @@ def row_width(config: ModelConfig, batch: Batch) -> int:
     return int((batch.length + batch.regions.mask.sum(1)).max())
 
 
-def decoder_flops(told: ReconstructConfig, config: ImageConfig, images: int, seen: int) -> Flops:
+def decoder_flops(told: ReconstructConfig, config: ImageEncoderConfig, images: int, seen: int) -> Flops:
     """MAE's decoder over all patches, of which the dropped ones are asked for."""
     width = told.width
-    enter = linear_flops(images * seen, config.layer.width, width)
+    enter = linear_flops(images * seen, config.width, width)
     asked = images * (config.tokens - seen)
     layer = LayerConfig(width=width, heads=told.heads, hidden=4 * width)
     block = _self_attention(layer, images, config.tokens) + _mlp(layer, images * config.tokens)
-    return Flops(image=enter + told.depth * block + linear_flops(asked, width, 3 * config.patch**2))
+    return Flops(image=enter + told.depth * block + linear_flops(asked, width, 3 * (config.size // config.grid) ** 2))
 
 
 def reconstructor_flops(config: ModelConfig, rows: int, queries: int, length: int) -> Flops:
@@ -148,7 +160,7 @@ def reconstructor_flops(config: ModelConfig, rows: int, queries: int, length: in
 
 def head_flops(config: ModelConfig, targets: float) -> Flops:
     """The vocabulary head on `targets` tokens."""
-    width = config.text.layer.width
+    width = config.text.width
     return Flops(head=linear_flops(targets, width, width + config.text.vocab))
 
 
@@ -187,7 +199,7 @@ def objective_flops(
 
     An objective that is none of the pretraining ones counts as one summary by its `reading`: its own head is small.
     """
-    seen = keep_count(config.image.grid**2, keep) + int(config.image.class_token)
+    seen = keep_count(config.image.grid**2, keep) + config.image.prefix
     if config.single is not None:
         return single_flops(config.single, rows, length)
     if isinstance(objective, SimCLR):

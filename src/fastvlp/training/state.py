@@ -130,6 +130,8 @@ def check(run: TrainConfig) -> None:
         )
     if not 0 < run.keep <= 1:
         raise UserError(f"{run.name}: keep is a share of the patches, above 0 and up to 1, not {run.keep}")
+    if run.keep < 1:
+        run.model.image.check_can_drop()
     if run.data.max_length > run.model.longest_text:
         raise UserError(
             f"{run.name}: data.max_length {run.data.max_length} exceeds the model's {run.model.longest_text} text "

@@ -1,4 +1,4 @@
-"""The text tower: embedding and the layers that read words alone."""
+"""A text transformer: BERT's, RoBERTa's, CLIP's or FLIP's, by its fields."""
 
 from __future__ import annotations
 
@@ -7,37 +7,53 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fastvlp.model.layers import LayerConfig, initialise, stack
+from fastvlp.model.encoders.interface import TextEncoder, TextEncoderConfig
+from fastvlp.model.layers import KeyValue, LayerConfig, initialise, stack
 
 
 @dataclass(frozen=True, kw_only=True)
-class TextConfig:
-    """`positions` is the longest text in tokens. `vocab` and the four ids are the tokenizer's (`sizes.with_tokenizer`).
+class TextTransformerConfig(TextEncoderConfig):
+    """Learned word and position tables, and transformer layers."""
 
-    `position_offset` is the table row of position 0, `pad_position` the row that padding gets (RoBERTa: 2 and 1).
-    `embed_norm`: a norm of the embeddings (BERT; not CLIP). `learn_pad`: padding is a word like any other, for towers that
-    see it (FLIP).
-    """
-
-    positions: int
     depth: int
+    """Layers."""
     layer: LayerConfig
-    vocab: int = 0
-    pad: int = 0
-    bos: int = 0
-    eos: int = 0
-    mask: int = 0
+    """Shape of each layer."""
     embed_eps: float = 1e-5
+    """Epsilon of the norm of the embeddings."""
     position_offset: int = 0
+    """Row of the position table that position 0 has (RoBERTa: 2)."""
     pad_position: int | None = None
+    """Row of the position table that padding has (RoBERTa: 1); None: that of its place, as any token."""
     embed_norm: bool = True
+    """Whether the embeddings are normalised (BERT; not CLIP)."""
     learn_pad: bool = False
+    """Whether padding has a learned vector, for layers that see it (FLIP)."""
+
+    @property
+    def width(self) -> int:
+        return self.layer.width
+
+    @property
+    def final_norm(self) -> bool:
+        return self.layer.norm == "post"
+
+    @property
+    def norm_eps(self) -> float:
+        return self.layer.eps
+
+    def check(self) -> None:
+        super().check()
+        self.layer.check("model.text.layer")
+
+    def build(self) -> TextTransformer:
+        return TextTransformer(self)
 
 
-class TextTower(nn.Module):
-    def __init__(self, config: TextConfig):
+class TextTransformer(TextEncoder):
+    def __init__(self, config: TextTransformerConfig):
         super().__init__()
-        width = config.layer.width
+        width = config.width
         self.config = config
         self.word = nn.Embedding(config.vocab, width, padding_idx=None if config.learn_pad else config.pad)
         rows = config.positions + config.position_offset
@@ -47,11 +63,30 @@ class TextTower(nn.Module):
         self.blocks = stack(config.layer, config.depth)
         initialise(self, width)
 
-    def embed(self, ids_BL: Tensor, position_BL: Tensor, kind_D: Tensor | None = None) -> Tensor:
-        """Words at their positions -> [B L D]; `kind` is added to each, a type vector. Padding ids keep the padding
-        position where the table has one."""
+    @property
+    def word_table(self) -> Tensor:
+        return self.word.weight
+
+    def embed(self, ids_BL: Tensor, position_BL: Tensor, kind: Tensor | None = None) -> Tensor:
         row_BL = position_BL + self.config.position_offset
         if self.config.pad_position is not None:
             row_BL = torch.where(ids_BL == self.config.pad, self.config.pad_position, row_BL)
         x = self.word(ids_BL) + self.position(row_BL)
-        return self.drop(self.norm(x if kind_D is None else x + kind_D))
+        return self.drop(self.norm(x if kind is None else x + kind))
+
+    def states(
+        self, ids_BL: Tensor, position_BL: Tensor, *, mask: Tensor | None = None, causal: bool = False
+    ) -> list[Tensor]:
+        states = [self.embed(ids_BL, position_BL)]
+        for block in self.blocks:
+            states.append(block(states[-1], mask=mask, causal=causal))
+        return states
+
+    def empty_past(self, like_B: Tensor) -> list[KeyValue]:
+        return [KeyValue.empty(self.config.layer, like_B) for _ in self.blocks]
+
+    def step(self, ids_B1: Tensor, position_B1: Tensor, past: list[KeyValue]) -> Tensor:
+        x = self.embed(ids_B1, position_B1)
+        for block, own in zip(self.blocks, past, strict=True):
+            x = block(x, past=own)
+        return x

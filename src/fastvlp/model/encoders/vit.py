@@ -1,44 +1,67 @@
-"""The image tower: a ViT whose patches are embedded only where they are kept (FLIP, arXiv 2212.00794)."""
+"""A vision transformer whose patches are embedded only where they are kept (FLIP, arXiv 2212.00794)."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastvlp.errors import UserError
+from fastvlp.model.encoders.interface import ImageEncoder, ImageEncoderConfig
 from fastvlp.model.layers import LayerConfig, initialise, stack
-from fastvlp.random import uniform
-
-KEEP_SALT = 101
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImageConfig:
-    """`size` and `patch` in pixels. `embed_norm` is CLIP's ln_pre. `position`: a learned table, or fixed sines and cosines
-    with none for the class token (FLIP). `mean` and `std` are of pixels scaled to 0..1."""
+class ViTConfig(ImageEncoderConfig):
+    """A vision transformer (arXiv 2010.11929)."""
 
-    size: int
     patch: int
+    """Side of a patch, in pixels."""
     depth: int
+    """Layers."""
     layer: LayerConfig
+    """Shape of each layer."""
     class_token: bool = True
+    """Whether a learned token comes before the patches."""
     position: Literal["learned", "sincos"] = "learned"
+    """A learned table, or fixed sines and cosines with none for the class token (FLIP)."""
     embed_norm: bool = False
+    """Whether the embedded patches are normalised (CLIP's ln_pre)."""
     patch_bias: bool = True
+    """Whether the embedding of patches has a bias (not in CLIP)."""
     norm_eps: float = 1e-5
-    mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
-    std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
+    """Epsilon of the norms before and after the layers."""
+
+    can_drop_patches: ClassVar[bool] = True
+
+    @property
+    def width(self) -> int:
+        return self.layer.width
 
     @property
     def grid(self) -> int:
         return self.size // self.patch
 
     @property
-    def tokens(self) -> int:
-        return self.grid**2 + int(self.class_token)
+    def prefix(self) -> int:
+        return int(self.class_token)
+
+    def check(self) -> None:
+        if self.patch < 1 or self.size < self.patch or self.size % self.patch:
+            raise UserError(
+                f"`model.image.size` {self.size} is not a whole number of patches of {self.patch} pixels "
+                "(`model.image.patch`)"
+            )
+        if self.position == "sincos" and self.width % 4:
+            raise UserError(f"`model.image.position` sincos has four quarters; width {self.width} does not divide by 4")
+        self.layer.check("model.image.layer")
+
+    def build(self) -> ViT:
+        return ViT(self)
 
 
 def patchify(image_BCHW: Tensor, patch: int) -> Tensor:
@@ -46,17 +69,6 @@ def patchify(image_BCHW: Tensor, patch: int) -> Tensor:
     B, C, H, W = image_BCHW.shape
     x = image_BCHW.reshape(B, C, H // patch, patch, W // patch, patch)
     return x.permute(0, 2, 4, 1, 3, 5).reshape(B, -1, C * patch * patch)
-
-
-def keep_count(patches: int, share: float) -> int:
-    """K: so many whole patches as fit into the share (FLIP's released code), at least one. 100 * 0.29 is 28.999... here."""
-    return max(1, int(patches * share + 1e-6))
-
-
-def random_keep(seed_B: Tensor, patches: int, share: float) -> Tensor:
-    """Sorted indices [B K] of the patches that each row keeps, a function of the row's seed."""
-    noise_BN = uniform(seed_B, (patches,), KEEP_SALT)
-    return noise_BN.argsort(1)[:, : keep_count(patches, share)].sort(1).values
 
 
 def sincos_positions(grid: int, width: int, *, class_token: bool = False) -> Tensor:
@@ -80,14 +92,12 @@ def resize_positions(weight_ND: Tensor, grid: int, class_token: bool) -> Tensor:
     return torch.cat([head, resized.permute(0, 2, 3, 1).reshape(grid * grid, -1).to(weight_ND.dtype)])
 
 
-class ImageTower(nn.Module):
-    mean: Tensor
-    std: Tensor
+class ViT(ImageEncoder):
     position: Tensor
 
-    def __init__(self, config: ImageConfig):
-        super().__init__()
-        width = config.layer.width
+    def __init__(self, config: ViTConfig):
+        super().__init__(config)
+        width = config.width
         self.config = config
         self.patch = nn.Linear(3 * config.patch**2, width, bias=config.patch_bias)
         if config.position == "learned":
@@ -100,20 +110,11 @@ class ImageTower(nn.Module):
         self.embed_norm = nn.LayerNorm(width, eps=config.norm_eps) if config.embed_norm else nn.Identity()
         self.blocks = stack(config.layer, config.depth)
         self.norm = nn.LayerNorm(width, eps=config.norm_eps)
-        self.register_buffer("mean", torch.tensor(config.mean).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(config.std).view(3, 1, 1), persistent=False)
         initialise(self, width)
 
-    def patches(self, image: Tensor) -> Tensor:
-        """uint8 [B 3 H W] (or float, already normalised) -> normalised pixels of each patch [B N 3*patch*patch]."""
-        if image.dtype == torch.uint8:
-            image = (image.to(self.mean.dtype) / 255 - self.mean) / self.std
-        return patchify(image, self.config.patch)
-
     def forward(self, image: Tensor, keep_BK: Tensor | None = None) -> Tensor:
-        """uint8 [B 3 H W] (or float, already normalised) -> states [B K(+1) D], the class token first."""
-        patches = self.patches(image)
-        position_ND = self.position[int(self.config.class_token) :]
+        patches = patchify(self.normalised(image), self.config.patch)
+        position_ND = self.position[self.config.prefix :]
         if keep_BK is None:
             x = self.patch(patches) + position_ND
         else:
@@ -126,3 +127,8 @@ class ImageTower(nn.Module):
         for block in self.blocks:
             x = block(x)
         return self.norm(x)
+
+    def resized(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        if "position" not in state:
+            return dict(state)
+        return {**state, "position": resize_positions(state["position"], self.config.grid, self.config.class_token)}
