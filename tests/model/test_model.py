@@ -116,8 +116,8 @@ def replaced(value, path, to):
     ("path", "to", "message"),
     [
         ("image.size", 20, "whole number of patches of 8"),
-        ("text.layer.heads", 5, "width 32 does not divide into 5 heads"),
-        ("fusion.layer.width", 16, r"fusion\.layer\.width 16 must equal"),
+        ("text.layer.heads", 5, r"model\.text\.layer\.width` 32 .* 5 heads"),
+        ("fusion.layer.width", 16, r"model\.fusion\.layer\.width` 16 must equal"),
         ("reconstructor.bottom", 3, "bottom 3"),
     ],
 )

@@ -45,6 +45,21 @@ def test_round_trip(tmp_path, tokenizer):
     assert not list(tmp_path.glob("*.tmp"))
 
 
+def test_encoders_are_saved_by_type_and_read_without_it(tmp_path, tokenizer):
+    model = made(tokenizer)
+    save_model(tmp_path, model, tokenizer, {})
+    path = tmp_path / "model.json"
+    described = json.loads(path.read_text())
+    types = [described["config"][part].pop("type") for part in ("image", "text")]
+    assert types == ["ViTConfig", "TextTransformerConfig"]
+    path.write_text(json.dumps(described))
+    assert load_model(tmp_path).model.config == model.config
+    described["config"]["text"]["type"] = "MyConfig"
+    path.write_text(json.dumps(described))
+    with pytest.raises(UserError, match=r"model\.json: MyConfig.*import_file"):
+        load_model(tmp_path)
+
+
 def test_best_and_last_each_tell_their_own_step(tmp_path, tokenizer):
     model = made(tokenizer)
     save_model(tmp_path, model, tokenizer, {"step": 10}, name="best")

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from fastvlp.convert.flm import WeightMap, apply_map
+from fastvlp.convert.flm import WeightMap, apply_map, vit
 from fastvlp.model.model import ModelConfig
 
 
@@ -53,7 +53,7 @@ def flip_map(config: ModelConfig) -> WeightMap:
     made = {
         **_linear("image.patch", "img_encoder/embedding"),
         "image.class_token": ("img_encoder/cls",),
-        **_blocks("image", "img_encoder", config.image.depth),
+        **_blocks("image", "img_encoder", vit(config).depth),
         **_norm("image.norm", "img_encoder/Transformer/encoder_norm"),
         "embed.image.out.weight": ("img_mlp1/kernel",),
         "text.word.weight": ("txt_encoder/token_embedding/embedding",),

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fastvlp.errors import UserError
+from fastvlp.model.encoders.vit import ViTConfig
 from fastvlp.model.model import ModelConfig
 
 
@@ -40,6 +41,13 @@ def apply_map(weights: Mapping[str, Tensor], names: WeightMap, *, source: str) -
         for ours, parts in names.made.items()
     }
     return {ours: value.flatten(1) if ours in names.reshaped else value for ours, value in made.items()}
+
+
+def vit(config: ModelConfig) -> ViTConfig:
+    """The image encoder of a model that is laid out like a public one. Raises UserError where it is no ViT."""
+    if not isinstance(config.image, ViTConfig):
+        raise UserError(f"`model.image` is a {type(config.image).__name__}, and these weights are a ViT's")
+    return config.image
 
 
 def _both(ours: str, *theirs: str) -> dict[str, tuple[str, ...]]:
@@ -208,7 +216,7 @@ def flm_map(config: ModelConfig, *, head: str = "lm_score") -> WeightMap:
 
     Released files name the forward stream's head `lm_score_r` and the reverse one's `lm_score_f` (O9).
     """
-    made = _clip_visual("image", "vit_model.visual", config.image.depth)
+    made = _clip_visual("image", "vit_model.visual", vit(config).depth)
     made |= _roberta("text", "text_transformer.", config.text.depth)
     made |= _both("fusion.text_in", "cross_modal_text_transform") | _both(
         "fusion.image_in", "cross_modal_image_transform"

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from fastvlp.convert.flm import WeightMap, _both, _clip_blocks, _clip_visual, apply_map
+from fastvlp.convert.flm import WeightMap, _both, _clip_blocks, _clip_visual, apply_map, vit
 from fastvlp.model.model import ModelConfig
 
 PROJECTIONS = ("visual.proj", "text_projection")
@@ -15,7 +15,7 @@ PROJECTIONS = ("visual.proj", "text_projection")
 def clip_map(config: ModelConfig) -> WeightMap:
     """Onto a model of `sizes.clip`. Unused: the temperature, which is the objective's (`CLIP.log_scale`)."""
     made = {
-        **_clip_visual("image", "visual", config.image.depth),
+        **_clip_visual("image", "visual", vit(config).depth),
         "embed.image.out.weight": ("visual.proj",),
         "text.word.weight": ("token_embedding.weight",),
         "text.position.weight": ("positional_embedding",),

@@ -70,7 +70,7 @@ def start_from_towers(config: ModelConfig, clip: Path, roberta: Path, tokenizer:
     `config` has (arXiv 2303.14038; released code). Positions for another image size are resized when the run starts.
     """
     known = Tokenizer.load(tokenizer)
-    towers = convert.from_clip(load_weights(clip), config.image.depth)
+    towers = convert.from_clip(load_weights(clip), convert.vit(config).depth)
     towers |= convert.from_roberta(load_weights(roberta), config.text.depth)
     torch.manual_seed(0)
     model = VLModel(with_tokenizer(config, known))

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from fastvlp.data.tokenize import Tokenizer
 from fastvlp.errors import UserError
-from fastvlp.files import whole_file, write_whole
 from fastvlp.extensions import variant
+from fastvlp.files import whole_file, write_whole
 from fastvlp.model.encoders.interface import ImageEncoderConfig, TextEncoderConfig
 from fastvlp.model.encoders.text_transformer import TextTransformerConfig
 from fastvlp.model.encoders.vit import ViTConfig

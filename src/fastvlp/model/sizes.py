@@ -243,11 +243,12 @@ def brivl_small(*, size: int = 112, grid: int | None = 6) -> ModelConfig:
 
 
 def _regional(config: ModelConfig, *, text_depth: int, width: int, grid: int | None) -> ModelConfig:
-    own = config.text.layer
+    assert config.fusion is not None
+    own = config.fusion.layer
     layer = LayerConfig(width=own.width, heads=own.heads, hidden=2 * own.width, norm="post", activation="relu")
     return replace(
         config,
-        text=replace(config.text, depth=text_depth),
+        text=TextTransformerConfig(positions=config.text.positions, depth=text_depth, layer=own),
         fusion=None,
         reconstructor=None,
         embed=regional(config, width=width, layer=layer, depth=1, grid=grid),

@@ -11,10 +11,9 @@ Smaller and for 1,000 s of one CPU core (790 steps of 64), masked words are at 4
 (0.69): far too short to be of use to a task (docs/log.md, 2026-11-21).
 """
 
-from dataclasses import replace
-
 from fastvlp.data.pairs import PairData
 from fastvlp.data.regions import RegionSource
+from fastvlp.model.encoders.text_transformer import TextTransformerConfig
 from fastvlp.model.model import ModelConfig
 from fastvlp.model.region_embedding import RegionConfig
 from fastvlp.model.single_stream import SingleConfig
@@ -33,7 +32,7 @@ def end_to_end(config: ModelConfig) -> ModelConfig:
     depth = config.text.depth + config.fusion.depth
     return ModelConfig(
         image=config.image,
-        text=replace(config.text, depth=0),
+        text=TextTransformerConfig(positions=config.text.positions, depth=0, layer=config.fusion.layer),
         single=SingleConfig(depth=depth, layer=config.fusion.layer, regions=regions),
     )
 

@@ -16,6 +16,7 @@ from fastvlp.data.tokenize import Tokenizer
 from fastvlp.errors import UserError
 from fastvlp.model.model import ModelConfig, VLModel
 from fastvlp.model.region_embedding import given
+from fastvlp.model.single_stream import SingleConfig
 from fastvlp.tasks.nlvr import NLVRData, Truth
 from fastvlp.tasks.task import HeadConfig
 from fastvlp.tasks.uniter_heads import PairAttention
@@ -53,12 +54,15 @@ class NLVR2(Truth):
         width = model.text.width
         if config.form != "pair" and model.single is None:
             raise UserError(f"form {config.form} needs a single stream over text and regions; choose --form pair")
-        heads: dict[Form, Callable[[], nn.Module]] = {
-            "triplet": lambda: nn.Linear(width, 2),
-            "pair": lambda: nn.Linear(2 * width, 2),
-            "pair-biattn": lambda: PairAttention(model.single.layer),
-        }
-        super().__init__(config, model, images=2, head=heads[config.form]() if model.single else None)
+        head: nn.Module | None = None
+        if model.single is not None:
+            heads: dict[Form, Callable[[SingleConfig], nn.Module]] = {
+                "triplet": lambda single: nn.Linear(width, 2),
+                "pair": lambda single: nn.Linear(2 * width, 2),
+                "pair-biattn": lambda single: PairAttention(single.layer),
+            }
+            head = heads[config.form](model.single)
+        super().__init__(config, model, images=2, head=head)
         self.form = config.form
 
     @torch.no_grad()
