@@ -75,25 +75,13 @@ def folder(tmp_path_factory) -> Path:
 
 
 def pretrain(folder: Path, name: str, out: Path, *options: str) -> int:
-    world = folder / "world"
-    words = ["pretrain", str(folder / f"{name}.py"), "--out", str(out), "--data.train", str(world / "train")]
-    words += ["--data.val", str(world / "val"), "--data.batch-size", "8", "--vocab", "200", "--precision", "fp32"]
-    return main(
-        [
-            *words,
-            "--device",
-            "cpu",
-            "--optim.warmup",
-            "0",
-            "--optim.decay",
-            "constant",
-            "--validate-every",
-            "None",
-            "--log-every",
-            "1",
-            *options,
-        ]
+    world, recipe = folder / "world", folder / f"{name}.py"
+    # At a constant rate, so that the first steps are those of a longer run.
+    fixed = (
+        f"--data.train {world / 'train'} --data.val {world / 'val'} --data.batch-size 8 --vocab 200 --precision fp32 "
+        "--device cpu --optim.warmup 0 --optim.decay constant --validate-every None --log-every 1"
     )
+    return main(["pretrain", str(recipe), "--out", str(out), *fixed.split(), *options])
 
 
 def states(run: Path) -> dict[str, torch.Tensor]:

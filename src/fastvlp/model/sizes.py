@@ -248,7 +248,7 @@ def _regional(config: ModelConfig, *, text_depth: int, width: int, grid: int | N
     layer = LayerConfig(width=own.width, heads=own.heads, hidden=2 * own.width, norm="post", activation="relu")
     return replace(
         config,
-        text=TextTransformerConfig(positions=config.text.positions, depth=text_depth, layer=own),
+        text=config.text.with_depth(text_depth),
         fusion=None,
         reconstructor=None,
         embed=regional(config, width=width, layer=layer, depth=1, grid=grid),

@@ -13,7 +13,6 @@ Smaller and for 1,000 s of one CPU core (790 steps of 64), masked words are at 4
 
 from fastvlp.data.pairs import PairData
 from fastvlp.data.regions import RegionSource
-from fastvlp.model.encoders.text_transformer import TextTransformerConfig
 from fastvlp.model.model import ModelConfig
 from fastvlp.model.region_embedding import RegionConfig
 from fastvlp.model.single_stream import SingleConfig
@@ -32,7 +31,7 @@ def end_to_end(config: ModelConfig) -> ModelConfig:
     depth = config.text.depth + config.fusion.depth
     return ModelConfig(
         image=config.image,
-        text=TextTransformerConfig(positions=config.text.positions, depth=0, layer=config.fusion.layer),
+        text=config.text.with_depth(0),
         single=SingleConfig(depth=depth, layer=config.fusion.layer, regions=regions),
     )
 

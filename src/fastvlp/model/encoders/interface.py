@@ -165,6 +165,11 @@ class TextEncoderConfig(abc.ABC):
         if self.positions < 1:
             raise UserError(f"`model.text.positions` is a number of tokens, 1 or more, not {self.positions}")
 
+    def with_depth(self, depth: int) -> TextEncoderConfig:
+        """The same encoder with its first `depth` layers; of 0 layers, its embedding alone. Raises UserError where its depth
+        is fixed."""
+        raise UserError(f"`model.text` is a {type(self).__name__}, whose number of layers is fixed")
+
 
 class TextEncoder(nn.Module, abc.ABC):
     """Token ids to states. A mask is a boolean tensor that broadcasts to [B 1 L L], True where row sees column."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +45,9 @@ class TextTransformerConfig(TextEncoderConfig):
     def check(self) -> None:
         super().check()
         self.layer.check("model.text.layer")
+
+    def with_depth(self, depth: int) -> TextTransformerConfig:
+        return replace(self, depth=depth)
 
     def build(self) -> TextTransformer:
         return TextTransformer(self)
