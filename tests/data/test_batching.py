@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from fastvlp.batch import Batch, Dropped, Record
 from fastvlp.data.batching import Grouping, Lengths, accompanied, budget_sizes
-from fastvlp.data.loader import Loader, PairMaker, Row
-from fastvlp.data.pairs import PairData, caption_lengths
+from fastvlp.data.loader import Loader, Row
+from fastvlp.data.pairs import PairData, PairMaker, caption_lengths
 from fastvlp.data.records.shards import Shards, ShardWriter
 from fastvlp.data.records.transform import Transform
 from fastvlp.data.regions import RegionSource
@@ -277,5 +277,5 @@ def test_what_cannot_be_grouped_is_refused(told):
 
 
 def test_data_that_does_not_tell_its_lengths_cannot_be_grouped():
-    with pytest.raises(UserError, match=r"leave out data\.group and data\.max_tokens"):
+    with pytest.raises(UserError, match=r"leave out `data\.group` and `data\.max_tokens`"):
         Loader(5, make, batch_size=1, seed=0, grouping=FIXED)

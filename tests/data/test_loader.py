@@ -10,8 +10,9 @@ import torch
 from PIL import Image
 
 from fastvlp.batch import Batch, Dropped, Record
-from fastvlp.data.loader import Loader, PairMaker, Row, clean_caption, usable_captions
-from fastvlp.data.pairs import PairData
+from fastvlp.data.loader import Loader, Row
+from fastvlp.data.pairs import PairData, PairMaker
+from fastvlp.data.records.schema import clean_text, usable_captions
 from fastvlp.data.records.shards import Shards, ShardWriter
 from fastvlp.data.records.transform import Transform
 from fastvlp.data.tokenize import Tokenizer
@@ -223,7 +224,7 @@ def test_cached_images_are_the_same_images(tmp_path, tokenizer, workers):
         runs.append(taken(iterator, 12))
         if cache:
             # Filled by the workers in the memory of this process.
-            assert all(maker.cache.get(i) is not None for i in range(5))
+            assert all(i in maker.reader.cache for i in range(5))
     assert all(same(a, b) for (a, _), (b, _) in zip(*runs))
 
 
@@ -282,11 +283,11 @@ def test_a_caption_of_100000_characters_is_cut(tmp_path, tokenizer):
 
 
 def test_captions_are_cleaned():
-    assert clean_caption(" a\x00 b\r\n\tc\ufeff ") == "a b c"
-    assert clean_caption("x\ud800y") == "x y"
-    assert clean_caption("naïve 猫 👩‍🚀") == "naïve 猫 👩‍🚀"
-    assert clean_caption(7) is None
-    assert clean_caption("\x07") is None
+    assert clean_text(" a\x00 b\r\n\tc\ufeff ") == "a b c"
+    assert clean_text("x\ud800y") == "x y"
+    assert clean_text("naïve 猫 👩‍🚀") == "naïve 猫 👩‍🚀"
+    assert clean_text(7) is None
+    assert clean_text("\x07") is None
 
 
 def test_captions_of_two_languages_are_those_of_both():

@@ -9,19 +9,19 @@ import torch
 from PIL import Image
 
 from fastvlp.batch import Batch, Record, Regions
-from fastvlp.data.loader import Loader, PairMaker, Row
-from fastvlp.data.pairs import PairData, region_count
-from fastvlp.data.records.decode import ORIENTATION, Stored, decode, stored
+from fastvlp.data.loader import Loader, Row
+from fastvlp.data.pairs import PairData, PairMaker
+from fastvlp.data.records.decode import ORIENTATION, StoredShape, decode, stored_shape
 from fastvlp.data.records.detections import Detected, detected, pack, unpack
 from fastvlp.data.records.shards import RecordError, Shards, ShardWriter
 from fastvlp.data.records.transform import Transform
-from fastvlp.data.regions import RegionSource, pad_regions, read_regions
+from fastvlp.data.regions import RegionSource, pad_regions, read_regions, region_count
 from fastvlp.data.tokenize import Tokenizer
 from fastvlp.errors import UserError
 from fastvlp.random import hash64
 
 SQUASH = Transform(size=16, mode="squash")
-WIDE = Stored(50, 100, 1)
+WIDE = StoredShape(50, 100, 1)
 
 
 def thing(*box, name="cat", **more):
@@ -153,7 +153,7 @@ def test_boxes_lie_where_the_model_sees_the_object(mode, turn):
     transform = Transform(size=96, mode=mode, fill=0)
     record = Record(key="r", images=(out.getvalue(),), info={"objects": [thing(*box)]})
     image = decode(record, transform).images[0, 0]
-    found = read_regions(RegionSource(), "r", record.info, stored(record.images[0]), transform).box_R4[0]
+    found = read_regions(RegionSource(), "r", record.info, stored_shape(record.images[0]), transform).box_R4[0]
     bright = (image > 127).nonzero()
     seen = torch.cat([bright.amin(0).flip(0), bright.amax(0).flip(0) + 1]) / 96
     assert (seen - found).abs().max() < 1.01 / 96
@@ -194,7 +194,7 @@ def test_cached_images_keep_their_boxes(tmp_path, tokenizer, workers):
         runs.append([next(iterator)[0].regions for _ in range(12)])
         iterator.close()
         if cache:
-            assert all(maker.cache.get(i) is not None for i in range(5))
+            assert all(i in maker.reader.cache for i in range(5))
     for a, b in zip(*runs):
         assert torch.equal(a.box, b.box) and torch.equal(a.count, b.count)
     alone = maker(rows(5)[1:2])[0].regions
@@ -208,7 +208,7 @@ def test_a_bad_box_drops_its_record_by_name_and_stops_an_evaluation(tmp_path, to
     batch, dropped = PairMaker(shards, SQUASH, tokenizer, **given)(rows(3))
     assert len(batch) == len(batch.regions.box) == 1
     assert [d.key for d in dropped] == ["p1", "p2"]
-    assert "set regions.empty to 'whole'" in dropped[1].reason
+    assert "set `regions.empty` to `whole`" in dropped[1].reason
     with pytest.raises(UserError, match=r"2 records cannot be used \(p1: field objects: box"):
         PairMaker(shards, SQUASH, tokenizer, strict=True, **given)(rows(3))
     assert PairMaker(shards, SQUASH, tokenizer, max_length=9)(rows(3))[0].regions is None
@@ -282,7 +282,7 @@ def test_features_go_with_their_boxes_where_a_crop_leaves_some_out():
 
 @pytest.mark.parametrize("turn", range(1, 9))
 def test_stored_boxes_turn_as_objects_do(turn):
-    at = Stored(50, 100, turn)
+    at = StoredShape(50, 100, turn)
     boxes = [[round(100 * x) for x in (i / 10, 0, i / 10 + 0.2)] + [25] for i in range(5)]
     as_objects = read(RegionSource(), *[thing(*box) for box in boxes], at=at)
     assert torch.allclose(read_stored(RegionSource(stored=True), at=at).box_R4, as_objects.box_R4, atol=1e-6)
@@ -393,5 +393,5 @@ def test_a_pair_of_images_keeps_the_regions_of_each(tmp_path):
 
 def test_settings_that_contradict_stored_regions_are_refused():
     for bad in ({"whole": True}, {"grid": 2}, {"classes": ("cat",)}, {"empty": "whole"}):
-        with pytest.raises(UserError, match=r"regions\.stored brings what a detector found"):
+        with pytest.raises(UserError, match=r"`regions\.stored`"):
             RegionSource(stored=True, **bad)

@@ -19,7 +19,7 @@ from fastvlp.batch import Dropped, Record
 from fastvlp.cli import main
 from fastvlp.data.loader import Row
 from fastvlp.data.pairs import PairData
-from fastvlp.data.records.decode import Stored
+from fastvlp.data.records.decode import StoredShape
 from fastvlp.data.records.detections import detected, pack, read_npz
 from fastvlp.data.records.shards import Shards
 from fastvlp.data.records.transform import Transform
@@ -124,7 +124,7 @@ def test_regions_go_from_uniters_layouts_to_what_training_reads(tmp_path: Path, 
     (back,) = Shards(tmp_path / "out/train")
     assert back.info["confidences"] == [[0.8999, 0.3, 0.1]] and back.info["captions"] == ["a cat"]
     regions = RegionSource(stored=True, least=2)
-    found = read_regions(regions, back.key, back.info, Stored(2, 2, 1), Transform(size=8), back.detected)
+    found = read_regions(regions, back.key, back.info, StoredShape(2, 2, 1), Transform(size=8), back.detected)
     own, order = arrays(1), [1, 0]
     assert torch.equal(found.feature_RF, torch.from_numpy(own["features"][order]))
     assert torch.equal(found.classes_RC, torch.from_numpy(own["soft_labels"][order]))
@@ -176,7 +176,7 @@ def test_a_fixed_number_of_regions_is_fixed(tmp_path: Path) -> None:
     (found,) = features.attached(iter([record("a")]), path)
     assert isinstance(found, Record)
     fixed = RegionSource(stored=True, least=3, most=3)
-    regions = read_regions(fixed, "a", found.info, Stored(9, 9, 1), Transform(size=8), found.detected)
+    regions = read_regions(fixed, "a", found.info, StoredShape(9, 9, 1), Transform(size=8), found.detected)
     assert [round(float(x), 1) for x in regions.feature_RF[:, 0]] == [0.9, 0.6, 0.1]
 
 
@@ -186,7 +186,7 @@ def test_without_confidences_the_order_stands(tmp_path: Path) -> None:
     (found,) = features.attached(iter([record("a")]), write_npz(tmp_path / "f", {"a.npz": npz(told)}))
     assert isinstance(found, Record) and found.info["confidences"] == [[1.0] * 3]
     regions = read_regions(
-        RegionSource(stored=True), "a", found.info, Stored(9, 9, 1), Transform(size=8), found.detected
+        RegionSource(stored=True), "a", found.info, StoredShape(9, 9, 1), Transform(size=8), found.detected
     )
     assert torch.equal(regions.feature_RF, torch.from_numpy(told["features"])) and regions.classes_RC is None
 

@@ -75,7 +75,7 @@ def test_nlvr2_rows_are_pairs(world, tokenizer):
 def test_the_number_of_images_must_be_the_tasks(world, tokenizer):
     data = NLVRData(train=str(world / "pairs-train"), batch_size=4)
     batch, dropped = data.maker("train", tokenizer, SIZE, strict=False)([Row(0, 1)])
-    assert len(batch) == 0 and "has 2 images, the task wants 1" in dropped[0].reason
+    assert len(batch) == 0 and "has 2 images, 1 needed" in dropped[0].reason
 
 
 def test_a_missing_field_is_named(world):

@@ -21,7 +21,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from fastvlp.data.loader import PairMaker
+from fastvlp.data.pairs import PairMaker
 from tests.training.runs import made_run
 
 make = PairMaker.__call__

@@ -14,7 +14,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fastvlp.data.loader import PairMaker
+from fastvlp.data.pairs import PairMaker
 from fastvlp.data.records.shards import ShardWriter
 from fastvlp.errors import UserError
 from fastvlp.model.saving import load_model

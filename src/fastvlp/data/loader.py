@@ -1,4 +1,4 @@
-"""Which rows make batch number s, making them ahead of time, and the batches of image-text pairs.
+"""Which rows make batch number s, and making batches ahead of their use.
 
 Batch s is a pure function of (seed, s, rank, world, batch_size, grouping): resuming means starting at s, with any
 number of workers.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import os
 import signal
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -20,21 +20,13 @@ from torch.utils.data import DataLoader, Dataset
 
 from fastvlp.batch import Batch, Dropped
 from fastvlp.data.batching import Grouping, Lengths, Plan
-from fastvlp.data.cache import ImageCache
-from fastvlp.data.captions import clean_caption as clean_caption
-from fastvlp.data.captions import usable_captions
 from fastvlp.data.prefetch import Prefetch
-from fastvlp.data.records.decode import decode, stored
-from fastvlp.data.records.shards import RecordError, Shards
-from fastvlp.data.records.transform import Transform
-from fastvlp.data.regions import Found, RegionSource, pad_regions, read_regions
-from fastvlp.data.tokenize import Tokenizer
 from fastvlp.errors import UserError
 from fastvlp.random import hash64, hash64_rows
 
 
 class Row(NamedTuple):
-    """The record's place in its source, and the row's random number: hash64(seed, epoch, index)."""
+    """The place of a record (or of a task's item) in its split, and the row's random number: hash64(seed, epoch, index)."""
 
     index: int  # type: ignore[assignment]  # hides tuple.index, which nobody needs
     seed: int
@@ -48,13 +40,14 @@ class Loader:
     """Batches of rows over `count` records, shuffled, split over ranks.
 
     Args:
-        count: records in the source.
-        make: builds a batch from rows, and names what it dropped. Must be picklable where processes are spawned.
-        batch_size: rows a rank and batch. The ranks' rows of one batch, in rank order, are the batch that one rank with
-            batch_size * world would get. With a budget of tokens it is the size of evaluation's batches alone.
+        count: number of records.
+        make: makes a batch of rows, and names the records that it dropped. Must be picklable where processes are spawned.
+        batch_size: rows of a batch on one rank. The ranks' rows of one batch, in rank order, are the batch that one rank
+            with batch_size * world would get. With a budget of tokens it is the size of evaluation's batches alone.
         workers: processes that make batches; 0 makes them in one thread, two batches ahead of their use.
         pin: copy batches to pinned memory, for copies to the GPU that do not wait.
-        grouping: makes training's batches of rows of one length, which `lengths`, called once, tells.
+        grouping: makes training's batches of rows of about one length.
+        lengths: the lengths of the rows, for `grouping`; called once.
     """
 
     def __init__(
@@ -76,7 +69,9 @@ class Loader:
         if batch_size < 1 or not 0 <= rank < world:
             raise ValueError(f"batch_size {batch_size}, rank {rank} of {world}")
         if grouping is not None and lengths is None:
-            raise UserError("this data does not tell how long its rows are; leave out data.group and data.max_tokens")
+            raise UserError(
+                "this data does not say how long its rows are; leave out `data.group` and `data.max_tokens`"
+            )
         self.count = count
         self.make = make
         self.batch_size = batch_size
@@ -90,10 +85,10 @@ class Loader:
         self._orders: dict[int, Tensor] = {}
 
     def batches(self, start: int = 0) -> Iterator[Made]:
-        """Endless, from batch number `start`. Epochs follow each other without a gap: a batch may straddle two.
+        """Endless batches from number `start`. Epochs follow each other without a gap: a batch may straddle two.
 
-        Raises UserError for a batch of which no record can be read, and for a row above the budget of tokens. Stops its
-        thread or processes when it is closed or no longer referenced.
+        Raises UserError for a batch of which no record can be read, and for a row above the budget of tokens. The iterator
+        stops its thread or processes when it is closed or no longer referenced.
         """
         _ = self.plan  # its error is raised here, before there are processes
         return self._run((s, self.rows(s)) for s in itertools.count(start))
@@ -111,20 +106,20 @@ class Loader:
             place_B = torch.arange(t * self.batch_size, (t + 1) * self.batch_size)
         else:
             place_B = self.plan.batch(t)
-        return [Row(*row) for row in zip(*(part.tolist() for part in self._drawn(place_B)))]
+        return [Row(*row) for row in zip(*(part.tolist() for part in self._rows_at(place_B)))]
 
     @cached_property
     def plan(self) -> Plan | None:
-        """How rows are grouped, where they are."""
+        """How rows are grouped; None where they are not."""
         if self.grouping is None or self.lengths is None:
             return None
         table = self.lengths()
         longest = int(table.tokens_T.max())
         shape = {"count": self.count, "batch_size": self.batch_size, "world": self.world, "seed": self.seed}
-        return Plan(self.grouping, lambda place_N: table(*self._drawn(place_N)), longest, **shape)
+        return Plan(self.grouping, lambda place_N: table(*self._rows_at(place_N)), longest, **shape)
 
-    def _drawn(self, place_N: Tensor) -> tuple[Tensor, Tensor]:
-        """Index and seed int64 [N] of places in the endless sequence of epochs."""
+    def _rows_at(self, place_N: Tensor) -> tuple[Tensor, Tensor]:
+        """Index and seed, int64 [N], of the rows at these places in the endless sequence of epochs."""
         epoch_N = place_N // self.count
         index_N = torch.empty_like(place_N)
         for epoch in epoch_N.unique().tolist():
@@ -144,7 +139,7 @@ class Loader:
         batches = _Batches(self.make)
         if self.workers == 0:
             return Prefetch(self._finish(map(batches.__getitem__, planned)))
-        # Threads inside the tokenizer do not survive the fork; unless told otherwise it warns and goes on without them.
+        # Threads inside the tokenizer do not survive the fork; without this it warns and goes on without them.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         loader = DataLoader(
             batches,
@@ -170,7 +165,7 @@ class Loader:
 
 
 class _Batches(Dataset):
-    """Planned rows -> batch. A UserError is returned: a DataLoader would turn it into the text of a traceback."""
+    """Makes the batch of planned rows. A UserError is returned: a DataLoader would turn it into the text of a traceback."""
 
     def __init__(self, make: Callable[[list[Row]], Made]):
         self.make = make
@@ -199,106 +194,3 @@ def _quiet_worker(_: int) -> None:
     # Ctrl-C and SIGTERM are for the main process, which saves and then closes its workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-
-def refusal(shards: Shards, dropped: list[Dropped]) -> UserError:
-    """What an evaluation says of records that cannot be used: it leaves none out."""
-    names = "; ".join(f"{d.key}: {d.reason}" for d in dropped[:8])
-    return UserError(
-        f"{shards.url}: {len(dropped)} records cannot be used ({names}), and an evaluation leaves none out; "
-        f"mend or remove them (`vlp data inspect` lists all)"
-    )
-
-
-class Pair(NamedTuple):
-    image: Tensor
-    text: str
-    seed: int
-    regions: Found | None
-
-
-class PairMaker:
-    """Rows to image-text pairs: the record's first image, and one of its captions chosen by the row's seed.
-
-    Args:
-        captions: the field of `info` that holds a list of captions (or one).
-        max_length: tokens of a row, <s> and </s> included; longer captions are cut.
-        regions: parts of the image that come along.
-        cache: keep the transformed images in memory, 3 * size**2 bytes each.
-        strict: raise UserError where a record cannot be used (evaluation), instead of dropping and naming it.
-    """
-
-    def __init__(
-        self,
-        shards: Shards,
-        transform: Transform,
-        tokenizer: Tokenizer,
-        *,
-        captions: str = "captions",
-        max_length: int,
-        regions: RegionSource | None = None,
-        cache: bool = False,
-        strict: bool = False,
-    ):
-        if strict and shards.damage:
-            raise refusal(shards, shards.damage)
-        self.shards = shards
-        self.transform = transform
-        self.tokenizer = tokenizer
-        self.captions = captions
-        self.max_length = max_length
-        self.regions = regions
-        self.strict = strict
-        self.cache = ImageCache(len(shards), transform.size) if cache else None
-
-    def __call__(self, rows: list[Row]) -> Made:
-        pairs: list[Pair] = []
-        dropped: list[Dropped] = []
-        for row in rows:
-            try:
-                pairs.append(self._pair(row))
-            except RecordError as error:
-                dropped.append(error.dropped)
-        if dropped and self.strict:
-            raise refusal(self.shards, dropped)
-        ids, length = self.tokenizer.encode([pair.text for pair in pairs], self.max_length)
-        size = self.transform.size
-        images = [pair.image for pair in pairs]
-        found = [pair.regions for pair in pairs if pair.regions is not None]
-        batch = Batch(
-            image=torch.stack(images) if images else torch.empty(0, 3, size, size, dtype=torch.uint8),
-            ids=ids,
-            length=length,
-            seed=torch.tensor([pair.seed for pair in pairs], dtype=torch.int64),
-            regions=pad_regions(found) if found else None,
-        )
-        return batch, dropped
-
-    def _pair(self, row: Row) -> Pair:
-        info: Mapping[str, Any]
-        image = self.cache.get(row.index) if self.cache is not None else None
-        detected: tuple[bytes, ...] = ()
-        if self.cache is not None and image is not None:
-            info, lies = self.shards.info(row.index), self.cache.stored(row.index)
-            text = self._caption(row, info)
-            if self.regions is not None and self.regions.stored:
-                detected = self.shards.detected(row.index)
-        else:
-            record = self.shards.read(row.index)
-            info, text, detected = record.info, self._caption(row, record.info), record.detected
-            image, lies = decode(record, self.transform).images[0], stored(record.images[0])
-            if self.cache is not None:
-                self.cache.put(row.index, image, lies)
-        found = None
-        if self.regions is not None:
-            key = self.shards.key(row.index)
-            found = read_regions(self.regions, key, info, lies, self.transform, detected)
-        return Pair(image, text, row.seed, found)
-
-    def _caption(self, row: Row, info: Mapping[str, Any]) -> str:
-        usable = usable_captions(info, self.captions)
-        if not usable:
-            reason = f"no usable caption in {self.captions!r} (fields: {', '.join(sorted(info)) or 'none'})"
-            raise RecordError(self.shards.key(row.index), reason)
-        # Hashed once more: the row's seed itself goes to the objective.
-        return usable[hash64(row.seed) % len(usable)]

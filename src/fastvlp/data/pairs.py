@@ -1,4 +1,4 @@
-"""What a run reads: a description of its data that gives the rows of a split."""
+"""Image-text pairs: the config of a run's data, and the batches that are made of it."""
 
 from __future__ import annotations
 
@@ -8,20 +8,22 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
+from torch import Tensor
 
 from fastvlp.batch import Batch, Dropped
 from fastvlp.data.batching import Grouping, Lengths
-from fastvlp.data.captions import clean_caption, usable_captions
-from fastvlp.data.loader import PairMaker, Row
-from fastvlp.data.records.schema import confidences_fault
+from fastvlp.data.loader import Row
+from fastvlp.data.reader import RecordReader
+from fastvlp.data.records.schema import clean_text, usable_captions
 from fastvlp.data.records.shards import RecordError, Shards
 from fastvlp.data.records.transform import Transform
-from fastvlp.data.regions import RegionSource
+from fastvlp.data.regions import ImageRegions, RegionSource, pad_regions, region_count
 from fastvlp.data.tokenize import Tokenizer
 from fastvlp.errors import UserError
+from fastvlp.random import hash64
 
 Split = Literal["train", "val", "test"]
 Fit = Literal["crop", "squash", "letterbox"]
@@ -29,8 +31,14 @@ Fit = Literal["crop", "squash", "letterbox"]
 
 @dataclass(frozen=True)
 class Rows:
-    """`count` rows, and how a list of them becomes a batch (and what of it could not be read). damage: what the shards
-    themselves lack, which is in no row. lengths: reads how long the rows are, for whom groups them."""
+    """The rows of a split, and how a list of them becomes a batch.
+
+    Attributes:
+        count: number of rows.
+        make: a batch of rows, and the records that could not be used.
+        damage: what cannot be read of the shards, and is in no row.
+        lengths: reads how long the rows are, to group them by length.
+    """
 
     count: int
     make: Callable[[list[Row]], tuple[Batch, list[Dropped]]]
@@ -40,28 +48,31 @@ class Rows:
 
 @dataclass(frozen=True, kw_only=True)
 class Data(abc.ABC):
-    """batch_size: rows of one micro-batch on one rank. workers: loader processes; 0 loads in the training process.
-    cache: keep decoded images in memory. max_length: tokens of a text, `<s>` and `</s>` included; what is longer loses
-    its end. fit: how an image becomes a square.
-
-    Training's batches can be made of rows of about one length. group: among how many shuffled rows such rows are sought.
-    max_tokens: of one micro-batch on one rank, rows times the longest, instead of batch_size rows; the group is 32768
-    rows where none is given. fill: `official` makes batches as small as UNITER's released code does (`budget_sizes`)."""
+    """The data of a run: how its rows are read and made into batches."""
 
     batch_size: int
+    """Rows of one micro-batch on one rank."""
     workers: int = 0
+    """Processes that load; 0 loads in a thread of the training process."""
     cache: bool = True
+    """Keep decoded images in memory."""
     max_length: int = 50
+    """Tokens of a text, `<s>` and `</s>` included; a longer text loses its end."""
     fit: Fit = "crop"
+    """How an image becomes a square: cut to its centre, squashed, or whole on a grey square."""
     group: int | None = None
+    """Make training's batches of rows of about one length, found among this many shuffled rows."""
     max_tokens: int | None = None
+    """Instead of batch_size rows, a micro-batch on one rank has as many rows as fit into this budget of tokens, rows times
+    the longest; they are grouped among `group` rows, or 32768."""
     fill: Literal["official"] | None = None
+    """How the budget is filled: `official` makes batches as small as UNITER's released code does."""
 
     def __post_init__(self) -> None:
-        if any(told is not None and told < 1 for told in (self.group, self.max_tokens)):
-            raise UserError("data.group (rows) and data.max_tokens are at least 1; leave out what you do not want")
+        if any(value is not None and value < 1 for value in (self.group, self.max_tokens)):
+            raise UserError("`data.group` (rows) and `data.max_tokens` are at least 1; leave out what you do not want")
         if self.fill is not None and self.max_tokens is None:
-            raise UserError("data.fill says how a budget of tokens is filled; give data.max_tokens too")
+            raise UserError("`data.fill` says how a budget of tokens is filled; give `data.max_tokens` too")
 
     @property
     def grouping(self) -> Grouping | None:
@@ -80,70 +91,25 @@ class Data(abc.ABC):
         """The training texts, to train a tokenizer on."""
 
 
-def readable_infos(shards: Shards) -> Iterator[dict[str, Any]]:
-    """The info of every record where it can be read; who makes a batch of another one meets its error."""
-    for i in range(len(shards)):
-        with suppress(RecordError):
-            yield shards.info(i)
-
-
-def caption_lengths(
-    shards: Shards,
-    tokenizer: Tokenizer,
-    field: str,
-    max_length: int,
-    beside: Callable[[Mapping[str, Any]], int] = lambda _: 0,
-) -> Lengths:
-    """The rows of a `PairMaker`, by reading every record's info and tokenising every caption: half a minute for a million
-    captions on one core, and 8 bytes kept for each. beside: tokens that fill a row besides its text, such as regions."""
-    counts: list[int] = []
-    others: list[int] = []
-
-    def texts() -> Iterator[str]:
-        for i in range(len(shards)):
-            info: dict[str, Any] = {}
-            with suppress(RecordError):
-                info = shards.info(i)
-            # Who makes its batch meets the error of a record without one.
-            usable = usable_captions(info, field) or [""]
-            counts.append(len(usable))
-            others.append(beside(info))
-            yield from usable
-
-    stream = texts()
-    parts = [tokenizer.encode(part, max_length)[1] for part in iter(lambda: list(islice(stream, 4096)), [])]
-    count_N = torch.tensor(counts)
-    tokens_T = torch.cat(parts) + torch.tensor(others).repeat_interleave(count_N)
-    return Lengths(tokens_T, torch.cat([torch.zeros(1, dtype=torch.int64), count_N.cumsum(0)]))
-
-
-def region_count(source: RegionSource | None, info: Mapping[str, Any]) -> int:
-    """Regions that come along with a record, before those outside the picture are left out."""
-    if source is None:
-        return 0
-    if source.grid is not None:
-        return source.grid**2 + 1
-    if source.stored:
-        return 0 if confidences_fault(info.get("confidences")) else source.count(info["confidences"][0])
-    told = info.get("objects")
-    objects = [o for o in told if isinstance(o, dict) and o.get("image", 0) == 0] if isinstance(told, list) else []
-    return max(1, min(len(objects), source.most) + source.whole)
-
-
-_ASKED = (("questions", "question"), ("statements", "text"))
+# Fields of a record beside the captions that fine-tuning reads later, and the name of the text in their entries.
+_OTHER_TEXTS = (("questions", "question"), ("statements", "text"))
 
 
 @dataclass(frozen=True, kw_only=True)
 class PairData(Data):
-    """Image-text pairs in shards. `captions`: the field of a record that holds its list of captions (`captions_zh`: the
-    Chinese ones; `captions+captions_zh`: both, for a model of two languages); each epoch reads one of them. `regions`: parts
-    of each image that come along."""
+    """Image-text pairs in shards; each epoch reads one caption of each record."""
 
     train: str
+    """Folder of shards to train on."""
     val: str | None = None
+    """Folder of shards to validate on."""
     test: str | None = None
+    """Folder of shards to test on."""
     captions: str = "captions"
+    """Field of a record that holds its list of captions. `captions_zh`: the Chinese ones; `captions+captions_zh`: both, for
+    a model of two languages."""
     regions: RegionSource | None = None
+    """Regions of each image that come along."""
 
     def rows(self, split: Split, tokenizer: Tokenizer, size: int, *, strict: bool) -> Rows | None:
         folder = {"train": self.train, "val": self.val, "test": self.test}[split]
@@ -165,17 +131,120 @@ class PairData(Data):
         return Rows(len(shards), make, tuple(shards.damage), lengths)
 
     def texts(self) -> Iterator[str]:
-        """Captions, questions and statements in those languages: fine-tuning meets the last two later."""
+        """Captions, and questions and statements in the same languages."""
         languages = [field.removeprefix("captions") for field in self.captions.split("+")]
-        asked = [(f"{field}{language}", text) for language in languages for field, text in _ASKED]
-        found = False
+        fields = [(f"{field}{language}", text) for language in languages for field, text in _OTHER_TEXTS]
+        any_caption = False
         for info in readable_infos(Shards(self.train)):
             captions = usable_captions(info, self.captions)
-            found |= bool(captions)
+            any_caption |= bool(captions)
             yield from captions
-            for field, text in asked:
-                told = info.get(field)
-                entries = [entry for entry in told if isinstance(entry, dict)] if isinstance(told, list) else []
-                yield from filter(None, (clean_caption(entry.get(text)) for entry in entries))
-        if not found:
-            raise UserError(f"{self.train}: no record has {self.captions!r}; name the field with --data.captions")
+            for field, text in fields:
+                entries = info.get(field)
+                dicts = [entry for entry in entries if isinstance(entry, dict)] if isinstance(entries, list) else []
+                yield from filter(None, (clean_text(entry.get(text)) for entry in dicts))
+        if not any_caption:
+            raise UserError(f"{self.train}: no record has {self.captions!r}; name the field with `data.captions`")
+
+
+class Pair(NamedTuple):
+    """An image as the model sees it, its text, the row's seed, and the image's regions where it has any."""
+
+    image: Tensor
+    text: str
+    seed: int
+    regions: list[ImageRegions]
+
+
+class PairMaker:
+    """Makes batches of rows: the record's first image, and one of its captions chosen by the row's seed.
+
+    Args:
+        captions: the field of `info` that holds a list of captions (or one).
+        max_length: tokens of a row, <s> and </s> included; longer captions are cut.
+        regions, cache, strict: as `RecordReader` takes them.
+    """
+
+    def __init__(
+        self,
+        shards: Shards,
+        transform: Transform,
+        tokenizer: Tokenizer,
+        *,
+        captions: str = "captions",
+        max_length: int,
+        regions: RegionSource | None = None,
+        cache: bool = False,
+        strict: bool = False,
+    ):
+        self.reader = RecordReader(shards, transform, regions=regions, cache=cache, strict=strict)
+        self.tokenizer = tokenizer
+        self.captions = captions
+        self.max_length = max_length
+
+    def __call__(self, rows: list[Row]) -> tuple[Batch, list[Dropped]]:
+        pairs, dropped = self.reader.read_each(self._pair, rows)
+        ids, length = self.tokenizer.encode([pair.text for pair in pairs], self.max_length)
+        size = self.reader.transform.size
+        images = [pair.image for pair in pairs]
+        regions = [regions for pair in pairs for regions in pair.regions]
+        batch = Batch(
+            image=torch.stack(images) if images else torch.empty(0, 3, size, size, dtype=torch.uint8),
+            ids=ids,
+            length=length,
+            seed=torch.tensor([pair.seed for pair in pairs], dtype=torch.int64),
+            regions=pad_regions(regions) if regions else None,
+        )
+        return batch, dropped
+
+    def _pair(self, row: Row) -> Pair:
+        record = self.reader.record(row.index)
+        # Before the image, which is not decoded in vain where there is no caption.
+        captions = usable_captions(record.info, self.captions)
+        if not captions:
+            fields = ", ".join(sorted(record.info)) or "none"
+            raise RecordError(record.key, f"no usable caption in {self.captions!r} (fields: {fields})")
+        # Hashed once more: the row's seed itself goes to the objective.
+        text = captions[hash64(row.seed) % len(captions)]
+        return Pair(record.images[0], text, row.seed, record.regions)
+
+
+def readable_infos(shards: Shards) -> Iterator[dict[str, Any]]:
+    """The info of every record where it can be read; making a batch of another one raises its error."""
+    for i in range(len(shards)):
+        with suppress(RecordError):
+            yield shards.info(i)
+
+
+def caption_lengths(
+    shards: Shards,
+    tokenizer: Tokenizer,
+    field: str,
+    max_length: int,
+    others: Callable[[Mapping[str, Any]], int] = lambda _: 0,
+) -> Lengths:
+    """The lengths of a `PairMaker`'s rows, by reading every record's info and tokenising every caption: half a minute for a
+    million captions on one core, and 8 bytes kept for each.
+
+    Args:
+        others: number of tokens of a row besides its text, such as regions, given the record's info.
+    """
+    counts: list[int] = []
+    other_counts: list[int] = []
+
+    def texts() -> Iterator[str]:
+        for i in range(len(shards)):
+            info: dict[str, Any] = {}
+            with suppress(RecordError):
+                info = shards.info(i)
+            # A record without captions counts as an empty one; making its batch raises the error.
+            captions = usable_captions(info, field) or [""]
+            counts.append(len(captions))
+            other_counts.append(others(info))
+            yield from captions
+
+    stream = texts()
+    parts = [tokenizer.encode(part, max_length)[1] for part in iter(lambda: list(islice(stream, 4096)), [])]
+    count_N = torch.tensor(counts)
+    tokens_T = torch.cat(parts) + torch.tensor(other_counts).repeat_interleave(count_N)
+    return Lengths(tokens_T, torch.cat([torch.zeros(1, dtype=torch.int64), count_N.cumsum(0)]))

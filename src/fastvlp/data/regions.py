@@ -1,5 +1,4 @@
-"""Which parts of an image travel with it: the record's objects or a detector's regions, moved to where the model sees
-them, or a fixed grid."""
+"""Regions of images: objects of the record or a detector's stored regions, moved to where the model sees them, or a grid."""
 
 from __future__ import annotations
 
@@ -14,7 +13,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from fastvlp.batch import Regions, has_area
-from fastvlp.data.records.decode import Stored
+from fastvlp.data.records.decode import StoredShape
 from fastvlp.data.records.detections import unpack
 from fastvlp.data.records.schema import confidences_fault, distribution_fault, list_fault
 from fastvlp.data.records.shards import RecordError
@@ -26,56 +25,60 @@ WHOLE = (0.0, 0.0, 1.0, 1.0)
 
 @dataclass(frozen=True, kw_only=True)
 class RegionSource:
-    """Boxes of `info["objects"]`, cut to what the model sees; those of which nothing is seen are left out.
-
-    most: the first so many, as listed: detectors list by falling confidence (BriVL 1.0: 36, spec B1.3).
-    whole: the whole image comes last, as one more region (BriVL 1.0).
-    grid: instead of objects, so many cells a side, column by column, then the whole image (BriVL 2: 6).
-    classes: names of the classes whose shares travel along, in this order: those of an object's `class_distribution`,
-        scaled to a sum of 1, or all for its `class` where it has none.
-    empty: a record of which no object is left is dropped by name, or shown `whole`.
-    stored: instead of objects, the detector's regions that were imported with the record (`vlp data import --features`),
-        with their features and shares of classes: of those by falling confidence as many as have one above
-        `confidence`, yet no fewer than `least` and no more than `most` (UNITER: 0.2, 10 and 100). A fixed number: least
-        equal to most.
-    """
+    """Which regions come along with an image: by default the boxes of `info["objects"]`, cut to what the model sees. Boxes
+    of which it sees nothing are left out."""
 
     most: int = 36
+    """At most this many, the first in the order of the record: detectors list by falling confidence (BriVL 1.0, arXiv
+    2103.06561: 36)."""
     whole: bool = False
+    """The whole image comes last, as one more region (BriVL 1.0)."""
     grid: int | None = None
+    """Instead of objects, this many cells a side, column by column, then the whole image (BriVL 2: 6)."""
     classes: tuple[str, ...] | None = None
+    """Names of the classes whose shares come along, in this order: those of an object's `class_distribution`, scaled to a
+    sum of 1; a share of 1 for its `class` where it has none."""
     empty: Literal["drop", "whole"] = "drop"
+    """A record without a visible object is dropped by name, or the whole image is its region."""
     stored: bool = False
+    """Instead of objects, a detector's regions that were imported with the record (`vlp data import --features`), with
+    their features and shares of classes."""
     confidence: float = 0.2
+    """Of stored regions, those with a confidence above this come along (UNITER, arXiv 1909.11740: 0.2)."""
     least: int = 10
+    """Of stored regions, at least this many come along (UNITER: 10, and `most` 100); equal to `most`, their number is fixed."""
 
     def __post_init__(self) -> None:
         if self.most < 1 or (self.grid is not None and self.grid < 1):
-            raise UserError(f"regions.most {self.most}, regions.grid {self.grid}: use 1 or more, or no regions")
+            raise UserError(
+                f"`regions.most` {self.most}, `regions.grid` {self.grid}: use 1 or more; without regions, leave out `regions`"
+            )
         if self.grid is not None and self.classes is not None:
             raise UserError(
-                "regions.classes are of objects, and a grid shows none: give regions.grid or regions.classes"
+                "`regions.classes` are classes of objects, and a grid has no objects: give `regions.grid` or `regions.classes`"
             )
         if self.stored and (self.whole or self.grid is not None or self.classes is not None or self.empty == "whole"):
             raise UserError(
-                "regions.stored brings what a detector found, which tells neither of a grid nor of the whole image, with "
-                "classes of its own: leave out regions.whole, grid, classes and empty"
+                "`regions.stored` reads a detector's regions, which have classes of their own and neither grid nor whole "
+                "image: leave out `regions.whole`, `regions.grid`, `regions.classes` and `regions.empty`"
             )
         if self.empty not in ("drop", "whole"):
-            raise UserError(f"regions.empty {self.empty!r}: choose drop or whole")
+            raise UserError(f"`regions.empty` {self.empty!r}: choose drop or whole")
 
     @cached_property
     def column(self) -> dict[str, int]:
+        """The place of each class."""
         return {name: i for i, name in enumerate(self.classes or ())}
 
     def count(self, confidences: Sequence[float]) -> int:
-        """Of the stored regions, how many come along."""
-        sure = sum(confidence > self.confidence for confidence in confidences)
-        return min(max(sure, self.least), self.most, len(confidences))
+        """How many of the stored regions come along, given the confidence of each."""
+        confident = sum(confidence > self.confidence for confidence in confidences)
+        return min(max(confident, self.least), self.most, len(confidences))
 
 
-class Found(NamedTuple):
-    """The regions of one image, as in `Regions`."""
+class ImageRegions(NamedTuple):
+    """The regions of one image: boxes x0 y0 x1 y1 as fractions of what the model sees, and a detector's class shares and
+    features, where there are any."""
 
     box_R4: Tensor
     classes_RC: Tensor | None = None
@@ -86,85 +89,98 @@ def read_regions(
     source: RegionSource,
     key: str,
     info: Mapping[str, Any],
-    stored: Stored,
+    shape: StoredShape,
     transform: Transform,
     detected: Sequence[bytes] = (),
     *,
     image: int = 0,
-) -> Found:
-    """Of one of the record's images; `stored` is how that one lies. `detected`: of the record.
+) -> ImageRegions:
+    """The regions of one image of a record.
 
-    Raises RecordError where an object is at fault, and where none is seen (unless the source shows the whole)."""
+    Args:
+        key: the record's, for errors.
+        shape: how this image is stored.
+        detected: the npz of each image of the record, for `source.stored`.
+        image: the number of the image in the record.
+
+    Raises RecordError where an object has a fault, and where no region is visible (unless `source.empty` is `whole`).
+    """
     if source.grid is not None:
-        return Found(grid_boxes(source.grid))
+        return ImageRegions(grid_boxes(source.grid))
     if source.stored:
-        return stored_regions(source, key, info, stored, transform, detected, image)
+        return stored_regions(source, key, info, shape, transform, detected, image)
     if wrong := list_fault(info, "objects"):
         raise RecordError(key, wrong)
     objects = [o for o in info.get("objects", []) if o.get("image", 0) == image]
     box_R4 = torch.tensor([o["box"] for o in objects], dtype=torch.float32).reshape(-1, 4)
-    box_R4 = transform.boxes(*upright(box_R4, stored)).clamp(0, 1)
-    seen = has_area(box_R4).nonzero()[: source.most, 0]
-    if not len(seen) and source.empty == "drop":
+    box_R4 = visible_boxes(box_R4, shape, transform)
+    visible = has_area(box_R4).nonzero()[: source.most, 0]
+    if not len(visible) and source.empty == "drop":
         reason = f"none of its {len(objects)} objects is in the picture"
-        raise RecordError(key, f"{reason} (set regions.empty to 'whole' to keep such records)")
-    whole = [WHOLE] if source.whole or not len(seen) else []
-    box_R4 = torch.cat([box_R4[seen], torch.tensor(whole).reshape(-1, 4)])
+        raise RecordError(key, f"{reason} (set `regions.empty` to `whole` to keep such records)")
+    whole = [WHOLE] if source.whole or not len(visible) else []
+    box_R4 = torch.cat([box_R4[visible], torch.tensor(whole).reshape(-1, 4)])
     if source.classes is None:
-        return Found(box_R4)
-    shares = class_shares(key, [objects[i] for i in seen.tolist()], source.column)
-    return Found(box_R4, torch.cat([shares, torch.zeros(len(whole), len(source.classes))]))
+        return ImageRegions(box_R4)
+    shares = class_shares(key, [objects[i] for i in visible.tolist()], source.column)
+    return ImageRegions(box_R4, torch.cat([shares, torch.zeros(len(whole), len(source.classes))]))
 
 
 def stored_regions(
     source: RegionSource,
     key: str,
     info: Mapping[str, Any],
-    stored: Stored,
+    shape: StoredShape,
     transform: Transform,
     detected: Sequence[bytes],
     image: int,
-) -> Found:
-    """The most confident regions that a detector found, but for those that a crop leaves out."""
+) -> ImageRegions:
+    """The detector's most confident regions, without those that a crop leaves out."""
     if len(detected) <= image:
         raise RecordError(key, "no detector's regions are stored with it (`vlp data import --features`)")
-    told = info.get("confidences", [])
-    if wrong := confidences_fault(told):
+    confidences = info.get("confidences", [])
+    if wrong := confidences_fault(confidences):
         raise RecordError(key, wrong)
     try:
-        found = unpack(detected[image])
+        regions = unpack(detected[image])
     except ValueError as error:
         raise RecordError(key, f"its stored regions: {error}") from None
-    if len(told) <= image or len(told[image]) != len(found.box_R4):
-        raise RecordError(key, f"{len(found.box_R4)} regions are stored, and confidences are not as many")
-    n = source.count(told[image])
-    box_R4 = torch.from_numpy(found.box_R4[:n]) * torch.tensor([stored.width, stored.height] * 2)
-    box_R4 = transform.boxes(*upright(box_R4, stored)).clamp(0, 1)
-    seen = has_area(box_R4)
-    if not seen.any():
+    if len(confidences) <= image or len(confidences[image]) != len(regions.box_R4):
+        raise RecordError(key, f"{len(regions.box_R4)} regions are stored, and confidences are not as many")
+    n = source.count(confidences[image])
+    box_R4 = torch.from_numpy(regions.box_R4[:n]) * torch.tensor([shape.width, shape.height] * 2)
+    box_R4 = visible_boxes(box_R4, shape, transform)
+    visible = has_area(box_R4)
+    if not visible.any():
         raise RecordError(key, f"none of its {n} stored regions is in the picture")
-    classes = None if found.classes_RC is None else torch.from_numpy(found.classes_RC[:n])[seen]
-    return Found(box_R4[seen], classes, torch.from_numpy(found.feature_RF[:n])[seen])
+    classes = None if regions.classes_RC is None else torch.from_numpy(regions.classes_RC[:n])[visible]
+    return ImageRegions(box_R4[visible], classes, torch.from_numpy(regions.feature_RF[:n])[visible])
 
 
-def upright(box_R4: Tensor, stored: Stored) -> tuple[Tensor, int, int]:
-    """Boxes in stored pixels where EXIF turns the image, and the turned image's height and width."""
-    height, width, turn = stored
-    if turn in (5, 6, 7, 8):
+def visible_boxes(box_R4: Tensor, shape: StoredShape, transform: Transform) -> Tensor:
+    """Boxes in pixels of the stored image as fractions of the square that the model sees, cut at its edges. A box of which
+    nothing is visible has no area."""
+    return transform.boxes(*upright(box_R4, shape)).clamp(0, 1)
+
+
+def upright(box_R4: Tensor, shape: StoredShape) -> tuple[Tensor, int, int]:
+    """Boxes in stored pixels, turned as EXIF turns the image, and the turned image's height and width."""
+    height, width, orientation = shape
+    if orientation in (5, 6, 7, 8):
         box_R4, height, width = box_R4[:, [1, 0, 3, 2]], width, height
     x0, y0, x1, y1 = box_R4.unbind(1)
-    if turn in (2, 3, 6, 7):
+    if orientation in (2, 3, 6, 7):
         x0, x1 = width - x1, width - x0
-    if turn in (3, 4, 7, 8):
+    if orientation in (3, 4, 7, 8):
         y0, y1 = height - y1, height - y0
     return torch.stack([x0, y0, x1, y1], 1), height, width
 
 
 def class_shares(key: str, objects: Sequence[Mapping[str, Any]], column: Mapping[str, int]) -> Tensor:
-    """float32 [R C]; zeros for an object of no named class."""
+    """Shares of the named classes, float32 [R C]; zeros for an object of another class."""
     shares_RC = np.zeros((len(objects), len(column)), np.float32)
-    for row, told in zip(shares_RC, objects):
-        shares = told.get("class_distribution", {str(told["class"]): 1.0})
+    for row, item in zip(shares_RC, objects):
+        shares = item.get("class_distribution", {str(item["class"]): 1.0})
         if wrong := distribution_fault(shares):
             raise RecordError(key, f"field objects: {wrong}")
         for name in shares.keys() & column.keys():
@@ -174,28 +190,43 @@ def class_shares(key: str, objects: Sequence[Mapping[str, Any]], column: Mapping
 
 @lru_cache
 def grid_boxes(side: int) -> Tensor:
-    """[side*side + 1, 4]: x is the outer loop (BriVL 2), the whole image comes last."""
+    """Cells of a grid, then the whole image, [side*side + 1, 4]. The outer loop is over x, as in BriVL 2's released code."""
     cells = [(x / side, y / side, (x + 1) / side, (y + 1) / side) for x in range(side) for y in range(side)]
     return torch.tensor([*cells, WHOLE])
 
 
-def pad_regions(found: Sequence[Found]) -> Regions:
-    """The regions of a batch, one image a row."""
+def region_count(source: RegionSource | None, info: Mapping[str, Any]) -> int:
+    """How many regions come along with a record, before those outside the picture are left out."""
+    if source is None:
+        return 0
+    if source.grid is not None:
+        return source.grid**2 + 1
+    if source.stored:
+        return 0 if confidences_fault(info.get("confidences")) else source.count(info["confidences"][0])
+    items = info.get("objects")
+    objects = [o for o in items if isinstance(o, dict) and o.get("image", 0) == 0] if isinstance(items, list) else []
+    return max(1, min(len(objects), source.most) + source.whole)
+
+
+def pad_regions(images: Sequence[ImageRegions]) -> Regions:
+    """The regions of a batch, one image a row. Raises UserError where their features or shares differ in width."""
     return Regions(
-        box=pad_sequence([part.box_R4 for part in found], batch_first=True),
-        count=torch.tensor([len(part.box_R4) for part in found]),
-        feature=_padded([part.feature_RF for part in found], found, "features"),
-        classes=_padded([part.classes_RC for part in found], found, "shares of classes"),
+        box=pad_sequence([regions.box_R4 for regions in images], batch_first=True),
+        count=torch.tensor([len(regions.box_R4) for regions in images]),
+        feature=_padded([regions.feature_RF for regions in images], images, "features"),
+        classes=_padded([regions.classes_RC for regions in images], images, "shares of classes"),
     )
 
 
-def _padded(parts: Sequence[Tensor | None], found: Sequence[Found], what: str) -> Tensor | None:
-    """[B R F], zeros for an image that has none; None where no image has any."""
+def _padded(parts: Sequence[Tensor | None], images: Sequence[ImageRegions], name: str) -> Tensor | None:
+    """[B R F], zeros for an image without any; None where no image has any."""
     widths = sorted({part.shape[1] for part in parts if part is not None})
     if not widths:
         return None
     if len(widths) > 1:
-        raise UserError(f"regions' {what} of one batch are {widths} numbers wide: import what one detector found")
+        raise UserError(f"regions' {name} of one batch are {widths} numbers wide: import the regions of one detector")
     (some, *_) = (part for part in parts if part is not None)
-    full = [some.new_zeros(len(f.box_R4), *widths) if part is None else part for part, f in zip(parts, found)]
+    full = [
+        some.new_zeros(len(regions.box_R4), *widths) if part is None else part for part, regions in zip(parts, images)
+    ]
     return pad_sequence(full, batch_first=True)

@@ -16,13 +16,13 @@ from torch import Tensor
 from torch.utils import _pytree
 
 from fastvlp.batch import Dropped, Regions
-from fastvlp.data.loader import refusal, usable_captions
 from fastvlp.data.pairs import Fit
 from fastvlp.data.prefetch import Prefetch
-from fastvlp.data.records.decode import decode, stored
+from fastvlp.data.reader import RecordReader, refusal
+from fastvlp.data.records.schema import usable_captions
 from fastvlp.data.records.shards import RecordError, Shards
 from fastvlp.data.records.transform import Transform
-from fastvlp.data.regions import Found, RegionSource, pad_regions, read_regions
+from fastvlp.data.regions import ImageRegions, RegionSource, pad_regions
 from fastvlp.data.splits import is_folder, place_in
 from fastvlp.data.streams import in_threads, with_progress
 from fastvlp.data.tokenize import Tokenizer
@@ -149,15 +149,12 @@ def image_batches(shards: Shards, reader: Reader, description: str = "images") -
     config = reader.model.config
     transform = Transform(size=config.image.size, mode=reader.fit)
     source = reader.regions if config.embed is not None and config.embed.reads_boxes else None
+    records = RecordReader(shards, transform, regions=source, strict=True)
 
-    def read(i: int) -> tuple[Tensor, Found | None] | Dropped:
+    def read(i: int) -> tuple[Tensor, list[ImageRegions]] | Dropped:
+        record = records.record(i)
         try:
-            record = shards.read(i)
-            image, found = decode(record, transform).images[0], None
-            if source is not None:
-                lies = stored(record.images[0])
-                found = read_regions(source, record.key, record.info, lies, transform, record.detected)
-            return image, found
+            return record.images[0], record.regions
         except RecordError as error:
             return error.dropped
 
@@ -169,11 +166,9 @@ def image_batches(shards: Shards, reader: Reader, description: str = "images") -
             if dropped := [one for one in part if isinstance(one, Dropped)]:
                 raise refusal(shards, dropped)
             seen, found = zip(*(one for one in part if not isinstance(one, Dropped)))
-            regions = None if source is None else pad_regions(found)
+            regions = None if source is None else pad_regions([regions for image in found for regions in image])
             yield slice(first, first + len(part)), Images(torch.stack(seen), regions)
 
-    if shards.damage:
-        raise refusal(shards, shards.damage)
     return Prefetch(batches())
 
 

@@ -21,9 +21,9 @@ from torch import Tensor
 
 from fastvlp import dist
 from fastvlp.batch import Dropped
-from fastvlp.data.captions import usable_captions
 from fastvlp.data.prefetch import Prefetch
-from fastvlp.data.records.decode import decode
+from fastvlp.data.reader import RecordReader
+from fastvlp.data.records.schema import usable_captions
 from fastvlp.data.records.shards import RecordError, Shards
 from fastvlp.data.streams import in_threads, with_progress
 from fastvlp.errors import UserError
@@ -138,13 +138,14 @@ def parts(
     embedder: Embedder, shards: Shards, spans: Sequence[range], fields: Sequence[str], batch_size: int, show: bool
 ) -> Iterator[Part]:
     """A part for each span of records. What cannot be read is left out, by name; images are decoded ahead on all cores."""
+    reader = RecordReader(shards, embedder.transform, max_pixels=embedder.max_pixels)
 
     def read(place: int) -> Read | Dropped:
+        record = reader.record(place)
         try:
-            example = decode(shards.read(place), embedder.transform, max_pixels=embedder.max_pixels)
+            return Read(place, record.key, record.images[0], record.info)
         except RecordError as error:
             return error.dropped
-        return Read(place, example.key, example.images[0], example.info)
 
     def batches() -> Iterator[list[Read | Dropped]]:
         records = in_threads(read, chain.from_iterable(spans))

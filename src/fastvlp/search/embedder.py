@@ -22,8 +22,8 @@ from PIL import Image
 from torch import Tensor
 
 from fastvlp.batch import Batch, Record
-from fastvlp.data.captions import clean_caption
 from fastvlp.data.records.decode import MAX_PIXELS, decode, opened_pixels
+from fastvlp.data.records.schema import clean_text
 from fastvlp.data.records.shards import RecordError
 from fastvlp.data.records.transform import Transform
 from fastvlp.data.streams import blocks, in_threads
@@ -212,7 +212,7 @@ class Embedder:
         return found.float() if found.is_floating_point() else found
 
     def _ids(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        return self.tokenizer.encode([clean_caption(text) or "" for text in texts], self.max_length)
+        return self.tokenizer.encode([clean_text(text) or "" for text in texts], self.max_length)
 
     def _read(self, i: int, picture: Picture) -> Tensor:
         try:

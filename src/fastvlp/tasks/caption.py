@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from fastvlp.batch import Batch
-from fastvlp.data.loader import Loader, refusal, usable_captions
+from fastvlp.data.loader import Loader
 from fastvlp.data.pairs import PairData, Split
+from fastvlp.data.reader import refusal
+from fastvlp.data.records.schema import usable_captions
 from fastvlp.data.records.shards import RecordError, Shards
 from fastvlp.data.tokenize import Tokenizer
 from fastvlp.errors import UserError

@@ -14,8 +14,8 @@ from cattrs.errors import BaseValidationError
 
 from fastvlp import dist
 from fastvlp.data import splits
-from fastvlp.data.captions import usable_captions
 from fastvlp.data.pairs import Data, Fit, PairData, Split, readable_infos
+from fastvlp.data.records.schema import usable_captions
 from fastvlp.data.records.shards import Shards
 from fastvlp.data.regions import RegionSource
 from fastvlp.errors import UserError

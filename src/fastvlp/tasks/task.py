@@ -5,7 +5,6 @@ from __future__ import annotations
 import abc
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -14,13 +13,13 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from fastvlp.batch import Batch, Dropped, Regions, has_area
-from fastvlp.data.cache import ImageCache
-from fastvlp.data.loader import Loader, Row, clean_caption, refusal
+from fastvlp.data.loader import Loader, Row
 from fastvlp.data.pairs import Data, Rows, Split
-from fastvlp.data.records.decode import Stored, decode, stored
+from fastvlp.data.reader import RecordReader
+from fastvlp.data.records.schema import clean_text
 from fastvlp.data.records.shards import RecordError, Shards
 from fastvlp.data.records.transform import Transform
-from fastvlp.data.regions import Found, RegionSource, pad_regions, read_regions, upright
+from fastvlp.data.regions import ImageRegions, RegionSource, pad_regions
 from fastvlp.data.tokenize import Tokenizer
 from fastvlp.errors import UserError
 from fastvlp.model.layers import initialise
@@ -48,7 +47,7 @@ class Shown(NamedTuple):
 
     item: Item
     images: list[Tensor]
-    regions: list[Found]
+    regions: list[ImageRegions]
 
 
 def read_items(
@@ -85,7 +84,7 @@ def read_items(
 
 def _item(i: int, entry: Any, field: str, text: str, told: str, fault: Callable[[Any], str | None] | None) -> Item:
     whole = isinstance(entry, dict) and entry.get(told) is not None
-    usable = clean_caption(entry.get(text)) if whole else None
+    usable = clean_text(entry.get(text)) if whole else None
     if usable is None:
         return Item(i, "", {}, f"field {field}: an entry that lacks its {text} or {told}")
     wrong = fault(entry[told]) if fault else None
@@ -113,26 +112,14 @@ class ItemMaker:
         strict: bool,
         regions: RegionSource | None = None,
     ):
+        self.reader = RecordReader(shards, transform, images=images, regions=regions, cache=cache, strict=strict)
         self.shards, self.items, self.transform, self.tokenizer = shards, items, transform, tokenizer
-        self.images, self.target, self.max_length, self.strict = images, target, max_length, strict
-        self.regions = regions
-        self.cache = ImageCache(len(shards) * images, transform.size) if cache else None
-        if strict and shards.damage:
-            raise refusal(shards, shards.damage)
+        self.images, self.target, self.max_length = images, target, max_length
 
     def __call__(self, rows: list[Row]) -> tuple[Batch, list[Dropped]]:
-        shown: list[Shown] = []
-        seeds: list[int] = []
-        dropped: list[Dropped] = []
-        for row in rows:
-            try:
-                shown.append(self._show(self.items[row.index]))
-            except RecordError as error:
-                dropped.append(error.dropped)
-                continue
-            seeds.extend(row.seed if k == 0 else hash64(row.seed, k) for k in range(self.images))
-        if dropped and self.strict:
-            raise refusal(self.shards, dropped)
+        read, dropped = self.reader.read_each(lambda row: (self._show(self.items[row.index]), row.seed), rows)
+        shown = [one for one, _ in read]
+        seeds = [seed if k == 0 else hash64(seed, k) for _, seed in read for k in range(self.images)]
         size, used = self.transform.size, [one.item for one in shown]
         pictures = [image for one in shown for image in one.images]
         regions = [part for one in shown for part in one.regions]
@@ -150,38 +137,17 @@ class ItemMaker:
         return batch, dropped
 
     def _show(self, item: Item) -> Shown:
-        images, lies, info, detected = self._read(item)
-        key, found = self.shards.key(item.record), []
-        if self.regions is not None:
-            read = partial(read_regions, self.regions, key, info, transform=self.transform, detected=detected)
-            found = [read(stored=lie, image=k) for k, lie in enumerate(lies)]
-        if item.box is not None:
-            box_R4 = self.transform.boxes(*upright(torch.tensor([item.box]), lies[0])).clamp(0, 1)
-            if not has_area(box_R4).all():
-                raise RecordError(key, f"what {item.text!r} means is not in the picture (choose --fit squash)")
-            item = item._replace(box=tuple(box_R4[0].tolist()))
-        return Shown(item, images, found)
-
-    def _read(self, item: Item) -> tuple[list[Tensor], list[Stored], Mapping[str, Any], tuple[bytes, ...]]:
-        """Images, how they are stored, the record's info and its detector's regions, as far as regions read them."""
-        places = range(item.record * self.images, (item.record + 1) * self.images)
-        if self.cache is not None and item.text:
-            kept = [image for image in map(self.cache.get, places) if image is not None]
-            if len(kept) == self.images:
-                lies = [self.cache.stored(place) for place in places]
-                info = self.shards.info(item.record) if self.regions is not None else {}
-                detected = self.regions is not None and self.regions.stored
-                return kept, lies, info, self.shards.detected(item.record) if detected else ()
-        record = self.shards.read(item.record)
+        record = self.reader.record(item.record)
         if not item.text:
+            self.shards.read(item.record)  # raises where the whole record is unreadable
             raise RecordError(record.key, item.wrong)
-        if len(record.images) != self.images:
-            raise RecordError(record.key, f"has {len(record.images)} images, the task wants {self.images}")
-        made, lies = list(decode(record, self.transform).images), [stored(image) for image in record.images]
-        if self.cache is not None:
-            for place, image, lie in zip(places, made, lies):
-                self.cache.put(place, image, lie)
-        return made, lies, record.info, record.detected
+        images, regions = record.images, record.regions
+        if item.box is not None:
+            box_R4 = record.visible_boxes(torch.tensor([item.box]))
+            if not has_area(box_R4).all():
+                raise RecordError(record.key, f"what {item.text!r} means is not in the picture (choose --fit squash)")
+            item = item._replace(box=tuple(box_R4[0].tolist()))
+        return Shown(item, images, regions)
 
 
 def encode_joined(tokenizer: Tokenizer, texts: list[tuple[str, ...]], max_length: int) -> tuple[Tensor, Tensor]:

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from fastvlp.batch import Regions
-from fastvlp.data.loader import clean_caption
 from fastvlp.data.pairs import Fit, Split
+from fastvlp.data.records.schema import clean_text
 from fastvlp.data.records.shards import Shards
 from fastvlp.data.tokenize import Tokenizer
 from fastvlp.errors import UserError
@@ -68,7 +68,7 @@ def _rows(item: Item, number: int) -> Iterator[Item]:
 
 def _options(told: Mapping[str, Any], field: str, right: str) -> tuple[list[str], Any]:
     options = told[field] if isinstance(told[field], list) else []
-    return [clean_caption(option) or "" for option in options], told.get(right)
+    return [clean_text(option) or "" for option in options], told.get(right)
 
 
 def _fault(field: str, options: list[str], right: Any) -> str | None:

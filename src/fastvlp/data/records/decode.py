@@ -24,12 +24,12 @@ _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 ORIENTATION = 0x0112
 
 
-class Stored(NamedTuple):
-    """The stored image, whose pixels boxes are in; `turn` is EXIF's orientation, 1 where it is decoded as it lies."""
+class StoredShape(NamedTuple):
+    """Size of a stored image, whose pixels a record's boxes are in, and its EXIF orientation (1: it is upright)."""
 
     height: int
     width: int
-    turn: int
+    orientation: int
 
 
 class DecodeError(RecordError):
@@ -98,10 +98,10 @@ def opened_pixels(image: Image.Image, *, upright: bool = True) -> Tensor:
     return torch.from_numpy(np.array(_rgb(ImageOps.exif_transpose(image) if turned else image)))
 
 
-def stored(data: bytes) -> Stored:
-    """Read from the header of an image that can be decoded."""
+def stored_shape(data: bytes) -> StoredShape:
+    """Reads the header of an image that can be decoded."""
     with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
-        return Stored(image.height, image.width, orientation(image))
+        return StoredShape(image.height, image.width, orientation(image))
 
 
 def orientation(image: Image.Image) -> int:

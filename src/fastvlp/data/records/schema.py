@@ -1,12 +1,14 @@
-"""What can be wrong with the fields of a record that the library reads."""
+"""The fields of a record that the library reads: their texts cleaned, and what can be wrong with them."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from itertools import pairwise
 from typing import Any
 
 LISTS_OF_TEXT = ("captions", "captions_zh")
+# Lists of objects, and the fields that each object must have.
 LISTS_OF_OBJECTS = {
     "objects": ("class", "box"),
     "questions": ("question", "answers"),
@@ -20,12 +22,30 @@ LISTS_OF_OBJECTS = {
     "choices": ("question", "answers"),
     "choices_zh": ("question", "answers"),
 }
-# Heads have them in this order.
+# The order of the outputs of an entailment head.
 LABELS = ("contradiction", "entailment", "neutral")
+
+# Control characters, the byte-order mark, and lone surrogates, which no tokenizer takes.
+_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\ufeff\ud800-\udfff]+")
+
+
+def clean_text(text: Any) -> str | None:
+    """The text without control characters and repeated spaces; None where it is no text or nothing is left."""
+    if not isinstance(text, str):
+        return None
+    return " ".join(_CONTROL.sub(" ", text).split()) or None
+
+
+def usable_captions(info: Mapping[str, Any], field: str) -> list[str]:
+    """The captions in a record's `field`, a list of texts or one text, cleaned; what is no text is left out. `field` may
+    join several fields by + (`captions+captions_zh`): their captions follow each other."""
+    values = [info.get(name) for name in field.split("+")]
+    texts = [text for value in values for text in (value if isinstance(value, list) else [value])]
+    return [text for text in map(clean_text, texts) if text is not None]
 
 
 def fault(info: Mapping[str, Any]) -> str | None:
-    """The first thing that is wrong, with its field; None when nothing is."""
+    """The first thing that is wrong with a record's fields, naming the field; None when nothing is."""
     for name in LISTS_OF_TEXT:
         if name in info and not isinstance(info[name], list):
             return f"field {name} is not a list of texts"
@@ -48,14 +68,14 @@ def list_fault(info: Mapping[str, Any], name: str) -> str | None:
 
 def box_fault(box: Any) -> str | None:
     """A box is [x0, y0, x1, y1] in pixels; it may reach beyond the image."""
-    if isinstance(box, list) and len(box) == 4 and all(map(_number, box)) and box[0] <= box[2] and box[1] <= box[3]:
+    if isinstance(box, list) and len(box) == 4 and all(map(_is_number, box)) and box[0] <= box[2] and box[1] <= box[3]:
         return None
     return f"box {_short(box)} is not four numbers [x0, y0, x1, y1] with x0 <= x1 and y0 <= y1"
 
 
 def confidences_fault(lists: Any) -> str | None:
-    """Of each image a detector's confidences, falling."""
-    if isinstance(lists, list) and lists and all(isinstance(one, list) and all(map(_number, one)) for one in lists):
+    """`confidences` holds a list for each image: a detector's confidence in each region, falling."""
+    if isinstance(lists, list) and lists and all(isinstance(one, list) and all(map(_is_number, one)) for one in lists):
         falling = all(a >= b for one in lists for a, b in pairwise(one))
         return None if falling else "field confidences: an image's are not falling"
     return f"field confidences {_short(lists)} is not a list of numbers for each image"
@@ -63,16 +83,16 @@ def confidences_fault(lists: Any) -> str | None:
 
 def distribution_fault(shares: Any) -> str | None:
     """A class distribution is {class: share}."""
-    if isinstance(shares, dict) and all(_number(share) and share >= 0 for share in shares.values()):
+    if isinstance(shares, dict) and all(_is_number(share) and share >= 0 for share in shares.values()):
         return None
     return f"class_distribution {_short(shares)} is not {{class: share of 0 or more}}"
 
 
 def answers_fault(answers: Any) -> str | None:
-    """Answers are {answer: how right it is}."""
+    """Answers are {answer: score}, scores from 0 (wrong) to 1 (right)."""
     if not isinstance(answers, dict):
         return f"answers {_short(answers)} are not {{answer: score}}"
-    wrong = next((answer for answer, score in answers.items() if not (_number(score) and 0 <= score <= 1)), None)
+    wrong = next((answer for answer, score in answers.items() if not (_is_number(score) and 0 <= score <= 1)), None)
     return None if wrong is None else f"score {_short(answers[wrong])} of answer {wrong!r} is not a number from 0 to 1"
 
 
@@ -82,24 +102,27 @@ def label_fault(label: Any) -> str | None:
 
 
 def entailment_fault(label: Any) -> str | None:
+    """An entailment's label is one of LABELS."""
     return None if label in LABELS else f"label {_short(label)} is not one of {', '.join(LABELS)}"
 
 
 def choice_fault(choice: Mapping[str, Any]) -> str | None:
-    """Answers, and rationales where there are any, are lists of texts, and what is right is a place in them; a test split
-    does not tell what is right."""
+    """Answers, and rationales where there are any, are lists of texts; `right` and `right_rationale` are places in them, and
+    are missing in a test split."""
     for texts, right in (("answers", "right"), ("rationales", "right_rationale")):
-        told, at = choice.get(texts, []), choice.get(right)
-        if not isinstance(told, list) or not all(isinstance(text, str) for text in told):
-            return f"{texts} {_short(told)} are not a list of texts"
-        if at is not None and (not isinstance(at, int) or not 0 <= at < len(told)):
-            return f"{right} {_short(at)} is no place among {len(told)} {texts}"
+        options, place = choice.get(texts, []), choice.get(right)
+        if not isinstance(options, list) or not all(isinstance(text, str) for text in options):
+            return f"{texts} {_short(options)} are not a list of texts"
+        if place is not None and (not isinstance(place, int) or not 0 <= place < len(options)):
+            return f"{right} {_short(place)} is no place among {len(options)} {texts}"
     return None
 
 
 def _pointer_fault(expressions: list[Mapping[str, Any]], objects: Any) -> str | None:
+    """An expression's `object` is a place in the record's objects."""
     count = len(objects) if isinstance(objects, list) else 0
-    wrong = [at for told in expressions if not isinstance(at := told["object"], int) or not 0 <= at < count]
+    places = (expression["object"] for expression in expressions)
+    wrong = [place for place in places if not isinstance(place, int) or not 0 <= place < count]
     return f"object {_short(wrong[0])} is no place among {count} objects" if wrong else None
 
 
@@ -113,7 +136,7 @@ _CHECKS: dict[str, Callable[[Mapping[str, Any]], str | None]] = {
 }
 
 
-def _number(x: Any) -> bool:
+def _is_number(x: Any) -> bool:
     return isinstance(x, int | float) and abs(x) < 1e9  # JSON also has NaN, and integers that no float holds
 
 

@@ -183,11 +183,15 @@ class Shards:
 
     def read(self, i: int) -> Record:
         """Raises RecordError where the record has no image, or its text is not UTF-8 or not JSON."""
+        return Record(key=self.key(i), images=self.images(i), info=self.info(i), detected=self.detected(i))
+
+    def images(self, i: int) -> tuple[bytes, ...]:
+        """The record's encoded images. Raises RecordError where it has none."""
         tar, index, r = self._place(i)
         images = tuple(self._bytes(tar, at, n) for kind, at, n in index.members(r) if kind == "image")
         if not images:
             raise RecordError(index.keys[r], f"no image in {tar}")
-        return Record(key=index.keys[r], images=images, info=self.info(i), detected=self.detected(i))
+        return images
 
     def detected(self, i: int) -> tuple[bytes, ...]:
         """The npz of each of the record's images, without reading those; empty where there are none."""

@@ -15,11 +15,11 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from fastvlp.batch import Dropped, Record
-from fastvlp.data.records.decode import decode, stored
+from fastvlp.batch import Dropped
+from fastvlp.data.reader import RecordReader, RecordView
 from fastvlp.data.records.schema import fault
 from fastvlp.data.records.shards import RecordError, Shards
-from fastvlp.data.regions import RegionSource, read_regions
+from fastvlp.data.regions import RegionSource
 from fastvlp.data.sources.contact_sheet import COLUMNS, ROWS, contact_sheet, text_of
 from fastvlp.data.sources.importing import CHECK
 from fastvlp.data.streams import in_threads, with_progress
@@ -62,17 +62,15 @@ def inspect(
         wanted = COLUMNS * ROWS // max(1, len(splits))
         chosen = set(random.Random(0).sample(range(len(shards)), min(len(shards), wanted)))
 
-        def look(i: int, shards: Shards = shards) -> Record | Dropped:
-            return _look(shards, i)
-
-        items = in_threads(look, range(len(shards)))
+        reader = RecordReader(shards, CHECK, images="all", regions=ALL)
+        items = in_threads(_check, map(reader.record, range(len(shards))))
         for i, item in enumerate(with_progress(items, shards.__len__, split.name, show)):
             if isinstance(item, Dropped):
                 report.unreadable.append(item)
                 continue
             _count(report, item, tokenizer)
             if i in chosen:
-                pictures.append(([Image.open(io.BytesIO(data)) for data in item.images], text_of(item.info)))
+                pictures.append(([Image.open(io.BytesIO(data)) for data in item.encoded], text_of(item.info)))
         reports.append(report)
     if sheet is not None and pictures:
         file = io.BytesIO()
@@ -81,25 +79,24 @@ def inspect(
     return reports
 
 
-def _look(shards: Shards, i: int) -> Record | Dropped:
+def _check(record: RecordView) -> RecordView | Dropped:
+    """The record, all of it read once."""
     try:
-        record = shards.read(i)
-        decode(record, CHECK)
+        _ = record.images
         if wrong := fault(record.info):
             raise RecordError(record.key, wrong)
         if record.detected or "confidences" in record.info:
-            for k, image in enumerate(record.images):
-                read_regions(ALL, record.key, record.info, stored(image), CHECK, record.detected, image=k)
+            _ = record.regions
     except RecordError as error:
         return error.dropped
     return record
 
 
-def _count(report: SplitReport, record: Record, tokenizer: Tokenizer | None) -> None:
+def _count(report: SplitReport, record: RecordView, tokenizer: Tokenizer | None) -> None:
     report.records += 1
-    report.images += len(record.images)
+    report.images += len(record.encoded)
     report.fields.update(record.info.keys())
-    for data in record.images:
+    for data in record.encoded:
         with Image.open(io.BytesIO(data)) as image:
             report.sizes[image.size] += 1
             report.kinds[f"{image.format} {image.mode}"] += 1

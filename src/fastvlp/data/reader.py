@@ -1,0 +1,206 @@
+"""Records as a model reads them: images decoded to its square, with the regions that it reads of them."""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Callable, Iterable, Mapping
+from functools import cached_property
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import Tensor
+
+from fastvlp.batch import Dropped, Record
+from fastvlp.data.records.decode import MAX_PIXELS, StoredShape, decode, stored_shape
+from fastvlp.data.records.shards import RecordError, Shards
+from fastvlp.data.records.transform import Transform
+from fastvlp.data.regions import ImageRegions, RegionSource, read_regions, visible_boxes
+from fastvlp.errors import UserError
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+class RecordReader:
+    """Opens the records of one split.
+
+    Args:
+        shards: the records.
+        transform: makes the model's square of an image.
+        images: the images of a record that are used: the `first` one, `all`, or exactly this number, where a record with
+            another number of images is an error.
+        regions: parts of each image that come along; None: no regions.
+        cache: keep the decoded images in memory, 3 * size**2 bytes each. Not for `all`, whose number is not known.
+        max_pixels: an image with more pixels is an error; its header is enough to see that.
+        strict: raise UserError where a record cannot be used (evaluation), instead of dropping and naming it (training).
+
+    Raises UserError where `strict` is set and the shards are damaged. Picklable; a pickled copy has an empty cache.
+    """
+
+    def __init__(
+        self,
+        shards: Shards,
+        transform: Transform,
+        *,
+        images: int | Literal["first", "all"] = "first",
+        regions: RegionSource | None = None,
+        cache: bool = False,
+        max_pixels: int = MAX_PIXELS,
+        strict: bool = False,
+    ):
+        if strict and shards.damage:
+            raise refusal(shards, shards.damage)
+        self.shards = shards
+        self.transform = transform
+        self.images = images
+        self.regions = regions
+        self.max_pixels = max_pixels
+        self.strict = strict
+        self.cache: ImageCache | None = None
+        if cache:
+            if images == "all":
+                raise ValueError("a cache needs a fixed number of images for each record")
+            self.cache = ImageCache(len(shards) * (1 if images == "first" else images), transform.size)
+
+    def record(self, i: int) -> RecordView:
+        """Record i of the shards; nothing is read yet."""
+        return RecordView(self, i)
+
+    def read_each(self, read: Callable[[T], R], items: Iterable[T]) -> tuple[list[R], list[Dropped]]:
+        """Calls `read` for every item. Returns the results, and the names of the records for which `read` raised
+        RecordError. Raises UserError with these names where the reader is strict."""
+        results: list[R] = []
+        dropped: list[Dropped] = []
+        for item in items:
+            try:
+                results.append(read(item))
+            except RecordError as error:
+                dropped.append(error.dropped)
+        if dropped and self.strict:
+            raise refusal(self.shards, dropped)
+        return results, dropped
+
+
+class RecordView:
+    """One record. Each part is read when it is first used, and raises RecordError where it cannot be."""
+
+    def __init__(self, reader: RecordReader, i: int):
+        self._reader = reader
+        self._i = i
+
+    @property
+    def key(self) -> str:
+        return self._reader.shards.key(self._i)
+
+    @cached_property
+    def info(self) -> Mapping[str, Any]:
+        """The record's JSON."""
+        return self._reader.shards.info(self._i)
+
+    @cached_property
+    def encoded(self) -> tuple[bytes, ...]:
+        """All images of the record as they are stored."""
+        return self._reader.shards.images(self._i)
+
+    @cached_property
+    def detected(self) -> tuple[bytes, ...]:
+        """The npz with a detector's regions of each image; empty where none was imported."""
+        return self._reader.shards.detected(self._i)
+
+    @cached_property
+    def images(self) -> list[Tensor]:
+        """The images in use, uint8 [3 size size] each."""
+        reader, cache = self._reader, self._reader.cache
+        if cache is not None and self._is_cached:
+            return [cache.image(place) for place in self._places]
+        record = Record(key=self.key, images=self.encoded, info=self.info)
+        if isinstance(reader.images, int) and len(record.images) != reader.images:
+            raise RecordError(record.key, f"has {len(record.images)} images, {reader.images} needed")
+        images = list(decode(record, reader.transform, max_pixels=reader.max_pixels).images)
+        images = images[:1] if reader.images == "first" else images
+        if cache is not None:
+            for place, image, shape in zip(self._places, images, self.shapes):
+                cache.put(place, image, shape)
+        return images
+
+    @cached_property
+    def shapes(self) -> list[StoredShape]:
+        """How each image in use is stored, which places the record's boxes."""
+        if self._reader.cache is not None and self._is_cached:
+            return [self._reader.cache.shape(place) for place in self._places]
+        used = self.encoded[:1] if self._reader.images == "first" else self.encoded
+        return [stored_shape(data) for data in used]
+
+    @cached_property
+    def regions(self) -> list[ImageRegions]:
+        """The regions of each image in use; empty where the reader reads none."""
+        source = self._reader.regions
+        if source is None:
+            return []
+        detected = self.detected if source.stored else ()
+        return [
+            read_regions(source, self.key, self.info, shape, self._reader.transform, detected, image=k)
+            for k, shape in enumerate(self.shapes)
+        ]
+
+    def visible_boxes(self, box_R4: Tensor, image: int = 0) -> Tensor:
+        """Boxes x0 y0 x1 y1 in pixels of a stored image as fractions of what the model sees; without area where it sees
+        nothing of them."""
+        return visible_boxes(box_R4, self.shapes[image], self._reader.transform)
+
+    @property
+    def _places(self) -> range:
+        """Places of the images in use in the cache."""
+        n = self._reader.images if isinstance(self._reader.images, int) else 1
+        return range(self._i * n, (self._i + 1) * n)
+
+    @cached_property
+    def _is_cached(self) -> bool:
+        cache = self._reader.cache
+        return cache is not None and all(place in cache for place in self._places)
+
+
+class ImageCache:
+    """One decoded image, uint8 [3 size size], for each of `count` places, filled as they are decoded, and the shape in which
+    it was stored.
+
+    The memory is an anonymous shared mapping: forked workers fill one cache between them, and /dev/shm, small in
+    containers, is not involved. A page takes memory when it is first written. A pickled copy starts empty.
+    """
+
+    def __init__(self, count: int, size: int):
+        self._arguments = (count, size)
+        self._images = _shared(count * 3 * size * size).view(count, 3, size, size)
+        self._shapes = _shared(count * 3 * 4).view(torch.int32).view(count, 3)
+        self._filled = _shared(count)
+
+    def __contains__(self, place: int) -> bool:
+        return bool(self._filled[place])
+
+    def image(self, place: int) -> Tensor:
+        return self._images[place]
+
+    def shape(self, place: int) -> StoredShape:
+        return StoredShape(*self._shapes[place].tolist())
+
+    def put(self, place: int, image: Tensor, shape: StoredShape) -> None:
+        # Two workers may both decode an image: they write the same bytes. The flag comes last.
+        self._images[place] = image
+        self._shapes[place] = torch.tensor(shape)
+        self._filled[place] = 1
+
+    def __reduce__(self) -> tuple[type[ImageCache], tuple[int, int]]:
+        return ImageCache, self._arguments
+
+
+def _shared(n: int) -> Tensor:
+    return torch.frombuffer(mmap.mmap(-1, n), dtype=torch.uint8)
+
+
+def refusal(shards: Shards, dropped: list[Dropped]) -> UserError:
+    """The error of an evaluation, which leaves no record out, about records that cannot be used."""
+    names = "; ".join(f"{d.key}: {d.reason}" for d in dropped[:8])
+    return UserError(
+        f"{shards.url}: {len(dropped)} records cannot be used ({names}), and an evaluation leaves none out; "
+        f"mend or remove them (`vlp data inspect` lists all)"
+    )
