@@ -12,7 +12,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, fields, make_dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, make_dataclass, replace
 from difflib import get_close_matches
 from importlib.metadata import version
 from inspect import getdoc, signature
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from fastvlp.comparison.options import Compare
     from fastvlp.convert.options import Convert, Towers
     from fastvlp.data.options import DataDemo, DataImport, DataInspect
-    from fastvlp.eval.options import Probe, Retrieval, ZeroShot
+    from fastvlp.eval.evaluation import Evaluation
     from fastvlp.serve.options import Embed, Export, IndexBuild, IndexSearch, Serve
     from fastvlp.tasks.options import Evaluate, Finetune
     from fastvlp.training.state import TrainConfig
@@ -58,7 +58,12 @@ class Command:
         return loaded
 
     def option_names(self) -> Collection[str]:
-        return signature(self.load()).parameters if self.function else self.options()
+        if not self.function:
+            return self.options()
+        parameters = signature(self.load()).parameters
+        # The fields of a dataclass are options beside the other parameters.
+        groups = [fields(p.default) for p in parameters.values() if is_dataclass(p.default)]
+        return [*parameters, *(field.name for group in groups for field in group)]
 
 
 # ---- commands that are not yet functions of keywords: `show` runs them ----
@@ -145,26 +150,14 @@ def evaluate_task(command: Evaluate) -> None:
     print(f"results: {write_results(Path(command.run), scores)}")
 
 
-def evaluate_embeddings(command: Retrieval | ZeroShot | Probe) -> None:
-    from fastvlp.config import to_json
-    from fastvlp.dist import pick_device
-    from fastvlp.eval import embedding_retrieval, probe, zeroshot
-    from fastvlp.eval.options import Probe, Retrieval, ZeroShot
-    from fastvlp.eval.result_files import keep_result, score_table
-    from fastvlp.provenance import about
+def show_evaluation(result: Evaluation) -> None:
+    from fastvlp.eval.evaluation import score_table
 
-    match command:
-        case Retrieval():
-            found = embedding_retrieval.evaluate(command)
-        case ZeroShot():
-            found = zeroshot.evaluate(command)
-        case Probe():
-            found = probe.evaluate(command)
-    Console().print(score_table(found["scores"]))
-    for name in sorted({"counts", "seconds"} & {*found}):
-        print(f"{name}: " + ", ".join(f"{key} {value:,}" for key, value in found[name].items()))
-    result = {**found, "settings": to_json(command), "about": about(pick_device(command.device))}
-    print(f"results: {keep_result(command.run, type(command).__name__.lower(), found['data'], result)}")
+    Console().print(score_table(result.scores))
+    for name, values in {"counts": result.counts, "seconds": result.seconds}.items():
+        if values:
+            print(f"{name}: " + ", ".join(f"{key} {value:,}" for key, value in values.items()))
+    print(f"results: {result.path}")
 
 
 def compare(command: Compare) -> None:
@@ -300,11 +293,13 @@ COMMANDS: Mapping[str, Command] = {
     "pretrain": Command(summary="Pretrain a model by a recipe.", parse=parse_pretrain, options=run_fields),
     "finetune": command("Fine-tune a pretrained run on a task.", "tasks.options:Finetune", finetune),
     "evaluate task": command("Score a fine-tuned run on its task.", "tasks.options:Evaluate", evaluate_task),
-    "evaluate retrieval": command("Find images by captions and back.", "eval.options:Retrieval", evaluate_embeddings),
-    "evaluate zeroshot": command(
-        "Classify images by the names of classes.", "eval.options:ZeroShot", evaluate_embeddings
+    "evaluate retrieval": command(
+        "Find images by captions and back.", "eval.embedding_retrieval:evaluate_retrieval", show_evaluation
     ),
-    "evaluate probe": command("Logistic regression on frozen features.", "eval.options:Probe", evaluate_embeddings),
+    "evaluate zeroshot": command(
+        "Classify images by the names of classes.", "eval.zeroshot:evaluate_zeroshot", show_evaluation
+    ),
+    "evaluate probe": command("Logistic regression on frozen features.", "eval.probe:evaluate_probe", show_evaluation),
     "compare": command("Train recipes for the same time, and report.", "comparison.options:Compare", compare),
     "convert": command("Read a released checkpoint.", "convert.options:Convert", convert),
     "towers": command("Start from CLIP's and RoBERTa's towers.", "convert.options:Towers", towers),

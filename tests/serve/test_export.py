@@ -8,9 +8,8 @@ import pytest
 from safetensors import safe_open
 
 from fastvlp.errors import UserError
-from fastvlp.eval.embedding_retrieval import evaluate
-from fastvlp.eval.options import Retrieval
-from fastvlp.eval.result_files import keep_result
+from fastvlp.eval.embedding_retrieval import evaluate_retrieval
+from fastvlp.eval.evaluation import add_result
 from fastvlp.exporters import native as exporting
 from fastvlp.exporters.native import export
 from fastvlp.search.embedder import Embedder
@@ -47,8 +46,8 @@ def test_nothing_tells_where_the_run_lay(exports, runs, world):
 def test_the_card_is_filled_from_the_run(runs, tmp_path):
     run = shutil.copytree(runs["towers"], tmp_path / "run")
     result = {"scores": {"towers": {"text_to_image/recall@1": 0.25}}}
-    keep_result(run, "retrieval", "somewhere/photos/test", {"scores": {"towers": {"text_to_image/recall@1": 0.125}}})
-    keep_result(run, "retrieval", "somewhere/photos/test", result)
+    add_result(run, "retrieval", "somewhere/photos/test", {"scores": {"towers": {"text_to_image/recall@1": 0.125}}})
+    add_result(run, "retrieval", "somewhere/photos/test", result)
     card = export(Export(run=str(run), out=tmp_path / "out", license="cc-by-4.0"))
     assert card["scores"] == {"retrieval, photos/test": {"text_to_image/recall@1": 0.25}}
     assert card["objectives"] == {"clip": "CLIPConfig"} and card["data"]["train"].endswith("/train")
@@ -116,6 +115,8 @@ def test_what_is_there_is_not_overwritten(exports, runs, tmp_path):
     assert (tmp_path / "empty" / "README.md").exists()
 
 
-def test_an_export_is_evaluated_as_the_run_is(exports, runs, world):
-    found = [evaluate(Retrieval(run=str(folder), data=str(world))) for folder in (exports["towers"], runs["towers"])]
-    assert found[0]["scores"] == found[1]["scores"]
+def test_an_export_is_evaluated_as_the_run_is(exports, runs, world, tmp_path):
+    # The results are written into the folders: other tests read the originals.
+    exported = evaluate_retrieval(shutil.copytree(exports["towers"], tmp_path / "export"), data=world)
+    original = evaluate_retrieval(shutil.copytree(runs["towers"], tmp_path / "run"), data=world)
+    assert exported.scores == original.scores

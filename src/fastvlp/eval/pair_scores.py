@@ -49,6 +49,6 @@ def pair_score(saved: Saved, by: Literal["match", "likelihood"] | None = None) -
         return "likelihood", lambda image, ids, length: mean_log_likelihood(model, image, ids, length, bos=bos)
     raise UserError(
         f"{saved.weights}: re-ranking needs a run that was trained with image-text matching (itm) or to write texts left "
-        f"to right (flm, ar, prefixlm); this one{f', for --rerank-by {by},' if by else ''} has "
+        f"to right (flm, ar, prefixlm); this one{f', for `rerank_by` {by},' if by else ''} has "
         f"{', '.join(kinds) or 'no objectives'}"
     )
