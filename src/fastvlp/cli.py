@@ -23,7 +23,7 @@ import tyro
 from rich.console import Console
 from tyro.conf import arg
 
-from fastvlp.errors import UserError, install
+from fastvlp.errors import UserError
 from fastvlp.extensions import import_file
 
 if TYPE_CHECKING:
@@ -32,7 +32,9 @@ if TYPE_CHECKING:
     from fastvlp.convert.options import Convert, Towers
     from fastvlp.data.options import DataDemo, DataImport, DataInspect
     from fastvlp.eval.evaluation import Evaluation
-    from fastvlp.serve.options import Embed, Export, IndexBuild, IndexSearch, Serve
+    from fastvlp.search.bulk import Counts
+    from fastvlp.search.engines.interface import Hit
+    from fastvlp.search.indexing import Built
     from fastvlp.tasks.options import Evaluate, Finetune
     from fastvlp.training.state import TrainConfig
 
@@ -187,52 +189,38 @@ def towers(command: Towers) -> None:
     print(f"{command.out}: {sum(p.numel() for p in model.parameters()) / 1e6:.0f} M parameters")
 
 
-def export(command: Export) -> None:
-    from fastvlp.exporters.native import export
-
-    card = export(command)
-    print(f"{command.out}: {card['name']} can {', '.join(card['can'])}; its card: {command.out / 'README.md'}")
+# ---- printing of results ----
 
 
-def embed(command: Embed) -> None:
-    from fastvlp.search.bulk import embed
-
-    if (done := embed(command)) is not None:
-        print(f"{command.out}: {done['images']:,} images, {done['texts']:,} texts")
-        say_dropped(done["dropped"], f"by name in {command.out / 'dropped.jsonl'}")
+def show_export(card: Mapping[str, Any]) -> None:
+    print(f"{card['name']} can {', '.join(card['can'])}; README.md in the export is its card")
 
 
-def say_dropped(dropped: Sequence[Dropped], where: str) -> None:
+def show_counts(counts: Counts | None) -> None:
+    # Under `torchrun` the main rank alone has them.
+    if counts is not None:
+        print(f"{counts.folder}: {counts.images:,} images, {counts.texts:,} texts")
+        show_dropped(counts.dropped, f"by name in {counts.folder / 'dropped.jsonl'}")
+
+
+def show_built(built: Built) -> None:
+    print(f"{built.uri}: {built.images:,} images")
+    show_dropped(built.dropped)
+
+
+def show_hits(hits: Sequence[Hit]) -> None:
+    from fastvlp.search.indexing import hits_table
+
+    Console().print(hits_table(hits))
+
+
+def show_dropped(dropped: Sequence[Dropped], where: str = "") -> None:
     if dropped:
         print(f"dropped {len(dropped)}{f', {where}' if where else ''}:")
-        for one in dropped[:10]:
-            print(f"  {one.key}: {one.reason}")
+        for record in dropped[:10]:
+            print(f"  {record.key}: {record.reason}")
         if len(dropped) > 10:
             print(f"  and {len(dropped) - 10} more")
-
-
-def index_build(command: IndexBuild) -> None:
-    from fastvlp.search import indexing
-
-    done = indexing.build(command)
-    print(f"{command.index}: {done['images']:,} images")
-    say_dropped(done["dropped"], "")
-
-
-def index_search(command: IndexSearch) -> None:
-    from fastvlp.search import indexing
-
-    Console().print(indexing.as_table(indexing.search(command)))
-
-
-def serve(command: Serve) -> None:
-    try:
-        from fastvlp.serve.server import serve
-    except ImportError as error:
-        raise UserError(f"no {error.name}: the service needs the extra serve: {install('serve')}") from error
-
-    key = os.environ.get("FASTVLP_API_KEY")
-    serve(replace(command, api_key=(*command.api_key, *([key] if key else []))))
 
 
 # ---- commands whose options depend on their first word ----
@@ -303,11 +291,11 @@ COMMANDS: Mapping[str, Command] = {
     "compare": command("Train recipes for the same time, and report.", "comparison.options:Compare", compare),
     "convert": command("Read a released checkpoint.", "convert.options:Convert", convert),
     "towers": command("Start from CLIP's and RoBERTa's towers.", "convert.options:Towers", towers),
-    "export": command("Write a model that stands alone.", "serve.options:Export", export),
-    "embed": command("Turn shards into vectors.", "serve.options:Embed", embed),
-    "index build": command("Add images to a search index.", "serve.options:IndexBuild", index_build),
-    "index search": command("Find images in an index.", "serve.options:IndexSearch", index_search),
-    "serve": command("Serve a model over HTTP.", "serve.options:Serve", serve),
+    "export": command("Write a model that stands alone.", "exporters.native:export", show_export),
+    "embed": command("Turn shards into vectors.", "search.bulk:embed_shards", show_counts),
+    "index build": command("Add images to a search index.", "search.indexing:build_index", show_built),
+    "index search": command("Find images in an index.", "search.indexing:search_index", show_hits),
+    "serve": Command(summary="Serve a model over HTTP.", function="fastvlp.serve.server:serve"),
 }
 
 
