@@ -1,12 +1,18 @@
-"""Frozen dataclasses as JSON: to save a resolved run, print it and compare it. Parsing is tyro's."""
+"""Frozen dataclasses as JSON: to save a resolved run, read it again, print it and compare it. The command line is tyro's."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import cattrs
+from cattrs.errors import BaseValidationError
+
+from fastvlp.errors import UserError
+
+T = TypeVar("T")
 Json = None | bool | int | float | str | list["Json"] | dict[str, "Json"]
 
 
@@ -24,6 +30,16 @@ def to_json(value: Any) -> Json:
     if isinstance(value, Path):
         return str(value)
     raise TypeError(f"a config holds numbers, strings, lists and dataclasses, not {type(value).__name__}")
+
+
+def from_json(cls: type[T], value: Any, source: str) -> T:
+    """The dataclass that `to_json` wrote; fields that it no longer has are left out. Raises UserError, naming `source`, where
+    a field is missing or of another type."""
+    try:
+        return cattrs.structure(value, cls)
+    except (BaseValidationError, KeyError, TypeError, ValueError, UserError) as error:
+        reasons = "; ".join(cattrs.transform_error(error)) if not isinstance(error, UserError) else str(error)
+        raise UserError(f"{source}: not a {cls.__name__} that this version knows ({reasons}); copy it again") from error
 
 
 def flatten(value: Json, path: str = "") -> dict[str, Json]:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as torch_dist
 from torch import Tensor
 
 from fastvlp.errors import UserError
+
+Precision = Literal["fp32", "bf16"]
 
 
 def active() -> bool:

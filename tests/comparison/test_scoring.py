@@ -13,7 +13,7 @@ from PIL import Image
 from fastvlp.cli import main
 from fastvlp.comparison.options import Settings
 from fastvlp.comparison.results import Comparison
-from fastvlp.comparison.scoring import Yardsticks, data_url, own_means, question_data, spread_evenly
+from fastvlp.comparison.scoring import Yardsticks, data_url, own_cloze_method, question_data, spread_evenly
 from fastvlp.data.pairs import PairData
 from fastvlp.data.world.corpus import WorldConfig, write_world
 from fastvlp.errors import UserError
@@ -21,7 +21,8 @@ from fastvlp.model.saving import load_model
 from fastvlp.model.sizes import _equal_width, tiny, two_towers
 from fastvlp.objectives.ar import ARConfig
 from fastvlp.objectives.clip import CLIPConfig
-from fastvlp.objectives.flm import FLMConfig
+from fastvlp.objectives.cloze_methods import predict_causal, predict_masked
+from fastvlp.objectives.flm import FLMConfig, predict_flm
 from fastvlp.objectives.itm import ITMConfig
 from fastvlp.objectives.mlm import MLMConfig
 from fastvlp.objectives.objective import ObjectiveConfig
@@ -94,14 +95,15 @@ def test_averaged_weights_are_scored(world: Path) -> None:
     assert Yardsticks(settings=SETTINGS).score(state) == before
 
 
-def test_each_method_has_its_own_means(world: Path) -> None:
-    for objective, means in (
-        (FLMConfig(), "flm"),
-        (MLMConfig(), "mask"),
-        (PrefixLMConfig(), "causal"),
+def test_each_objective_has_its_own_cloze_method(world: Path) -> None:
+    for objective, method in (
+        (FLMConfig(), predict_flm),
+        (MLMConfig(), predict_masked),
+        (PrefixLMConfig(), predict_causal),
         (ITMConfig(), None),
     ):
-        assert own_means(start(run(world, objective))) == means
+        found = own_cloze_method(start(run(world, objective)))
+        assert getattr(found, "func", found) == method
 
 
 def test_questions_come_from_the_records_or_the_folder(world: Path, tmp_path: Path) -> None:

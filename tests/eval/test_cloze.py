@@ -1,8 +1,10 @@
 import pytest
 import torch
 
-from fastvlp.eval.cloze import cloze, predict_causal, predict_flm, predict_masked, word_positions
+from fastvlp.eval.cloze import cloze, word_positions
 from fastvlp.model import masks
+from fastvlp.objectives.cloze_methods import predict_causal, predict_masked
+from fastvlp.objectives.flm import predict_flm
 from tests.made import SPECIALS, made_batch, made_model
 
 LENGTHS = (9, 3, 6, 2)
@@ -45,7 +47,7 @@ def test_few_rows_at_a_time_give_the_same(rows, monkeypatch):
     with torch.no_grad():
         image_BKD = model.encode_image(batch.image)
         whole = predict_masked(model, image_BKD, batch)
-        monkeypatch.setattr("fastvlp.eval.cloze.ROWS", rows)
+        monkeypatch.setattr("fastvlp.objectives.cloze_methods.ROWS", rows)
         monkeypatch.setattr(model, "read", watched)
         assert predict_masked(model, image_BKD, batch).equal(whole)
     assert max(most) <= rows and sum(most) == 4 * 7
@@ -80,8 +82,8 @@ def test_accuracy_counts_every_word_once():
         )
         for image, batch in zip(image_BKD, batches)
     )
-    for means in ("flm", "mask", "causal"):
-        result = cloze(model, means, batches)
+    for method in (predict_flm, predict_masked, predict_causal):
+        result = cloze(model, method, batches)
         assert result.words == 7 + 1 + 4 + 0 + 2 + 2
         assert 0 <= result.accuracy <= 1
     assert result.accuracy == right / result.words
@@ -96,5 +98,5 @@ def test_a_model_that_knows_the_answer_scores_one():
     batch = made_batch(lengths=LENGTHS)
     ids = torch.where(word_positions(batch.length, 9), 17, batch.ids)
     batch = type(batch)(image=batch.image, ids=ids, length=batch.length, seed=batch.seed)
-    for means in ("flm", "mask", "causal"):
-        assert cloze(model, means, [batch]).accuracy == 1
+    for method in (predict_flm, predict_masked, predict_causal):
+        assert cloze(model, method, [batch]).accuracy == 1

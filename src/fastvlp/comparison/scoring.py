@@ -22,18 +22,12 @@ from fastvlp.data.pairs import Data, PairData, Split, readable_infos
 from fastvlp.data.records.schema import answers_fault
 from fastvlp.data.records.shards import Shards
 from fastvlp.errors import UserError
-from fastvlp.eval.cloze import Means, cloze
-from fastvlp.eval.embedding import embed_split
-from fastvlp.eval.encoding import LoadedModel
+from fastvlp.eval.cloze import cloze
+from fastvlp.eval.embedding import Reader, embed_split, read_captions
 from fastvlp.eval.mode import evaluating
 from fastvlp.eval.ranks import retrieval_scores
-from fastvlp.eval.split_reading import read_captions
-from fastvlp.model.model import Bos
-from fastvlp.objectives.ar import AR
-from fastvlp.objectives.flm import FLM
-from fastvlp.objectives.mlm import MLM
-from fastvlp.objectives.objective import Objective, ObjectiveConfig
-from fastvlp.objectives.prefixlm import PrefixLM
+from fastvlp.objectives.objective import ClozeMethod, Objective, ObjectiveConfig
+from fastvlp.objectives.saved_objectives import common_bos
 from fastvlp.random import hash64
 from fastvlp.tasks import caption, vqa
 from fastvlp.tasks.caption import CaptionConfig, CaptionData
@@ -48,14 +42,13 @@ from fastvlp.training.pretraining import Pretraining
 DRAWING = 64
 
 
-def own_means(state: TrainState) -> Means | None:
-    """How the arm's method fills a gap; None where it has no such method."""
-    known: dict[type, Means] = {FLM: "flm", MLM: "mask", AR: "causal", PrefixLM: "causal"}
-    return next((known[type(o)] for o in state.pretraining.objectives.values() if type(o) in known), None)
+def objectives_of(state: TrainState) -> list[Objective]:
+    return [cast(Objective, objective) for objective in state.pretraining.objectives.values()]
 
 
-def own_bos(run: TrainConfig) -> Bos:
-    return next((c.bos for c in run.objectives.values() if hasattr(c, "bos")), "blind")
+def own_cloze_method(state: TrainState) -> ClozeMethod | None:
+    """How the arm predicts single words: as its first objective that learns to. None where none does."""
+    return next((method for objective in objectives_of(state) if (method := objective.cloze_method) is not None), None)
 
 
 def fine_tuned(
@@ -115,12 +108,11 @@ class Yardsticks:
 
     def score(self, state: TrainState) -> dict[str, float]:
         scores: dict[str, float] = {}
-        means = own_means(state)
-        if means is not None:
+        method = own_cloze_method(state)
+        if method is not None:
             with autocast(state):
-                model = state.evaluated.model
-                found = cloze(model, means, self.pairs(state, self.settings.cloze_items), bos=own_bos(state.run))
-            scores["cloze"] = found.accuracy
+                pairs = self.pairs(state, self.settings.cloze_items)
+                scores["cloze"] = cloze(state.evaluated.model, method, pairs).accuracy
         if state.model.config.embed is not None:
             scores |= self.retrieval(state)
         if state.model.config.fusion is None:
@@ -146,7 +138,7 @@ class Yardsticks:
         """Recall of the towers among all pictures of the split and all captions of each."""
         data = state.run.data
         shards = Shards(split_folder(data, self.settings.split))
-        loaded = LoadedModel(
+        reader = Reader(
             model=state.evaluated.model,
             tokenizer=state.tokenizer,
             batch_size=self.settings.probe_batch,
@@ -156,12 +148,12 @@ class Yardsticks:
             precision=state.run.precision,
         )
         field = data.captions if isinstance(data, PairData) else "captions"
-        scores = retrieval_scores(*embed_split(loaded, shards, read_captions(shards, field)))
+        scores = retrieval_scores(*embed_split(reader, shards, read_captions(shards, field)))
         return {name: scores[name] for name in ("recall", "image_to_text/r1", "text_to_image/r1")}
 
     def vqa(self, state: TrainState, asked: Questions) -> float:
-        head = cast(Objective, next(iter(state.pretraining.objectives.values())))
-        told = VQAConfig(reading=head.reading, bos=own_bos(state.run), answers=len(asked.data.answers))
+        trained = objectives_of(state)
+        told = VQAConfig(reading=trained[0].reading, bos=common_bos(trained), answers=len(asked.data.answers))
         made = fine_tuned(state, told, asked.data, len(asked.train.items), asked.train, self.settings)
         self.answering[state.run.name] = made
         objective = made.objectives["task"]

@@ -29,7 +29,7 @@ from fastvlp.data.tokenize import Tokenizer
 from fastvlp.errors import UserError
 from fastvlp.files import whole_folder, write_whole
 from fastvlp.model import sizes
-from fastvlp.model.model import ModelConfig, Reading, VLModel
+from fastvlp.model.model import ModelConfig, VLModel
 from fastvlp.model.saving import load_exactly, save_model
 from fastvlp.objectives.clip import CLIPConfig
 from fastvlp.objectives.flm import official_flm
@@ -37,6 +37,7 @@ from fastvlp.objectives.mlm import MLMConfig
 from fastvlp.objectives.moco import MoCoConfig
 from fastvlp.objectives.objective import ObjectiveConfig
 from fastvlp.objectives.region import MRCConfig, MRFRConfig
+from fastvlp.objectives.saved_objectives import describe
 from fastvlp.objectives.wra import WRAConfig
 
 Weights = Mapping[str, Tensor]
@@ -52,7 +53,6 @@ class Release:
     data: dict[str, Any]
     objectives: dict[str, ObjectiveConfig] = field(default_factory=dict)
     learned: dict[str, Tensor] = field(default_factory=dict)
-    reading: Reading = "full"
     fresh: tuple[str, ...] = ()
 
 
@@ -168,7 +168,6 @@ def flm(weights: Weights, told: Convert) -> Release:
         weights=from_flm(weights, config),
         data={"max_length": 50},
         objectives={"flm": official_flm()},
-        reading="flm",
     )
 
 
@@ -203,10 +202,10 @@ def convert(told: Convert) -> tuple[VLModel, tuple[str, ...]]:
         if complete and 0 < len(rows) - len(state[word]) <= 2:
             state[word] = torch.cat([state[word], rows[len(state[word]) :]])
         load_exactly(model, state, path)
-        described = to_json(release.objectives)
-        info = {"name": told.out.name, "reading": release.reading, "step": 0, "objectives": described}
+        objectives = {name: config.build(model.config, tokenizer) for name, config in release.objectives.items()}
+        info = {"name": told.out.name, "step": 0, **describe(release.objectives, objectives)}
         save_model(part, model, tokenizer, info, objectives=release.learned)
-        config = {"name": told.out.name, "data": release.data, "objectives": described}
+        config = {"name": told.out.name, "data": release.data, "objectives": info["objectives"]}
         write_whole(part / "config.json", json.dumps(config, indent=2).encode())
     return model, release.fresh
 

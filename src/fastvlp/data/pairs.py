@@ -19,14 +19,13 @@ from fastvlp.data.loader import Row
 from fastvlp.data.reader import RecordReader
 from fastvlp.data.records.schema import clean_text, usable_captions
 from fastvlp.data.records.shards import RecordError, Shards
-from fastvlp.data.records.transform import Transform
+from fastvlp.data.records.transform import Fit, Transform
 from fastvlp.data.regions import ImageRegions, RegionSource, pad_regions, region_count
 from fastvlp.data.tokenize import Tokenizer
 from fastvlp.errors import UserError
 from fastvlp.random import hash64
 
 Split = Literal["train", "val", "test"]
-Fit = Literal["crop", "squash", "letterbox"]
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Literal
 
 import torch
@@ -10,14 +11,13 @@ from torch import Tensor
 
 from fastvlp.errors import UserError
 from fastvlp.model.model import Bos, VLModel
-from fastvlp.model.saving import Saved, load_exactly
-from fastvlp.objectives.itm import ITMConfig
+from fastvlp.model.saving import Saved
 from fastvlp.objectives.losses import head_loss
+from fastvlp.objectives.objective import PairScorer
+from fastvlp.objectives.saved_objectives import abilities, load_objective, saved_bos
 
 # How well each text [B] fits its image, whose states are [B K D]; or one image of all, [1 K D].
 Match = Callable[[Tensor, Tensor, Tensor], Tensor]
-# Objectives that learn to write a text left to right.
-CAUSAL = {"FLMConfig", "ARConfig", "PrefixLMConfig", "CaptionConfig"}
 
 
 def mean_log_likelihood(
@@ -36,19 +36,19 @@ def mean_log_likelihood(
 def pair_score(saved: Saved, by: Literal["match", "likelihood"] | None = None) -> tuple[str, Match]:
     """How a run that reads texts beside images scores a pair, and the name of it: by its image-text matching head where it
     has one, else by the caption's mean log-likelihood, or as told. Raises UserError for a run that did not learn it."""
-    kinds, model = saved.kinds, saved.model
-    itm_name = next((name for name, kind in kinds.items() if kind == "ITMConfig"), None)
-    if itm_name and by != "likelihood":
-        itm = ITMConfig().build(model.config, saved.tokenizer)
-        load_exactly(itm, saved.learned(itm_name), saved.weights)
-        itm.to(next(model.parameters()).device).eval()
-        return "match", lambda image, ids, length: itm.scores(model, image, ids, length).float().diff(dim=1)[:, 0]
-    if CAUSAL & {*kinds.values()} and by != "match":
-        told = [config.get("bos") for config in saved.info["objectives"].values()]
-        bos: Bos = "official" if "official" in told else "blind"
-        return "likelihood", lambda image, ids, length: mean_log_likelihood(model, image, ids, length, bos=bos)
+    model, learned = saved.model, abilities(saved)
+    if by != "likelihood" and (scorer := matching_scorer(saved)):
+        return "match", partial(scorer, model)
+    if by != "match" and any("write" in able for able in learned.values()):
+        return "likelihood", partial(mean_log_likelihood, model, bos=saved_bos(saved))
     raise UserError(
         f"{saved.weights}: re-ranking needs a run that was trained with image-text matching (itm) or to write texts left "
-        f"to right (flm, ar, prefixlm); this one{f', for `rerank_by` {by},' if by else ''} has "
-        f"{', '.join(kinds) or 'no objectives'}"
+        f"to right (flm, ar, prefixlm); this one{f', for --rerank-by {by},' if by else ''} has "
+        f"{', '.join(learned) or 'no objectives'}"
     )
+
+
+def matching_scorer(saved: Saved) -> PairScorer | None:
+    """How the saved head of the first objective that has one scores pairs."""
+    matching = (load_objective(saved, name) for name, able in abilities(saved).items() if "match" in able)
+    return next((scorer for objective in matching if (scorer := objective.pair_scorer) is not None), None)

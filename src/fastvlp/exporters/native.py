@@ -14,69 +14,64 @@ from typing import Any
 from fastvlp.config import flatten
 from fastvlp.errors import UserError
 from fastvlp.files import whole_folder, write_whole
-from fastvlp.model.saving import Saved, Which, load_model, save_model
-from fastvlp.provenance import data_name
-from fastvlp.search.embedder import abilities
+from fastvlp.model.saved_run import SavedRun, read_json, read_saved_run
+from fastvlp.model.saving import Saved, load_model, save_model
+from fastvlp.objectives.saved_objectives import head_names
+from fastvlp.search.embedder import usable_abilities
+from fastvlp.serve.options import Export
 
-HEADS = {"ITMConfig", "VQAConfig"}
 
-
-def export(run: str | Path, out: str | Path, /, *, weights: Which = "best", license: str = "") -> dict[str, Any]:
-    """Make of a run a folder that stands alone: config, weights, tokenizer, and a model card filled from the run.
-
-    Args:
-        run: Folder of the run.
-        out: Folder to write.
-        weights: Those of the lowest validation loss, or the last ones.
-        license: Of the weights, for the card; a placeholder stands where none is given.
-
-    Raises:
-        UserError: The run can do nothing by itself, or something is in the way.
-    """
-    run, out = Path(run), Path(out)
-    with whole_folder(out) as part:
-        saved = load_model(run, weights)
-        if not abilities(saved):
+def export(told: Export) -> dict[str, Any]:
+    """Writes the folder and returns its card. Raises UserError for a run that can do nothing by itself, and where something
+    is in the way."""
+    run = Path(told.run)
+    with whole_folder(told.out) as part:
+        saved = load_model(run, told.weights)
+        if not usable_abilities(saved):
             raise UserError(
                 f"{run}: nothing to serve: it has no joint space (model.embed), and neither layers that read a text beside "
                 f"the image nor a head that uses them; export a run of clip, siglip, moco, flm, ar, prefixlm, itm or a task"
             )
-        config = _json(run / "config.json")
-        card = facts(saved, run, config) | {"license": license or None}
+        config = read_saved_run(run)
+        card = facts(saved, run, config) | {"license": told.license or None}
         save_model(part, saved.model, saved.tokenizer, saved.info, objectives=heads(saved))
         write_whole(part / "config.json", json.dumps(reading(config), indent=2, ensure_ascii=False).encode())
         write_whole(part / "card.json", json.dumps(card, indent=2, ensure_ascii=False).encode())
         # An absolute path tells of the machine.
-        place = out.name if out.is_absolute() else out.as_posix()
+        place = told.out.name if told.out.is_absolute() else told.out.as_posix()
         write_whole(part / "README.md", readme(card, place).encode())
     return card
 
 
 def heads(saved: Saved) -> dict[str, Any]:
     """Parameters of objectives that serving reads."""
-    kept = {name for name, config in saved.info.get("objectives", {}).items() if config.get("type") in HEADS}
+    kept = head_names(saved)
     return {key: value for key, value in saved.objectives.items() if key.partition(".")[0] in kept}
 
 
-def reading(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Of a run's config what says how images and texts are read; where its data lay is nobody's business."""
-    data = config.get("data", {})
-    kept = {"fit": "crop", "max_length": 50, "captions": "captions", "answers": []}
+def reading(config: SavedRun) -> dict[str, Any]:
+    """The part of a run's config that says how images and texts are read; where its data lay is nobody's business."""
+    data = config.data
     return {
-        "name": config.get("name"),
-        "precision": config.get("precision", "fp32"),
-        "data": {field: data.get(field, value) for field, value in kept.items()},
+        "name": config.name,
+        "precision": config.precision,
+        "data": {
+            "fit": data.fit,
+            "max_length": data.max_length,
+            "captions": data.captions,
+            "answers": list(data.answers),
+        },
     }
 
 
-def facts(saved: Saved, run: Path, config: Mapping[str, Any]) -> dict[str, Any]:
+def facts(saved: Saved, run: Path, config: SavedRun) -> dict[str, Any]:
     """What is known of a run: for the card, and for whoever serves it."""
     info, model, log = saved.info, saved.model.config, _log(run / "log.jsonl", saved.info.get("step"))
     tower = "reads text beside the image" if model.fusion else "two towers"
-    data, about = config.get("data", {}), _json(run / "about.json")
+    data, about = config.data, read_json(run / "about.json")
     return {
         "name": info.get("name") or run.name,
-        "can": sorted(abilities(saved)),
+        "can": sorted(usable_abilities(saved)),
         "model": {
             "kind": f"{tower}, joint space of {model.embed.width}" if model.fusion and model.embed else tower,
             "parameters": sum(parameter.numel() for parameter in saved.model.parameters()),
@@ -86,9 +81,9 @@ def facts(saved: Saved, run: Path, config: Mapping[str, Any]) -> dict[str, Any]:
             "vocabulary": model.text.vocab,
         },
         "objectives": {name: told.get("type", "") for name, told in info.get("objectives", {}).items()},
-        "data": {split: data_name(data[split]) for split in ("train", "val", "test") if data.get(split)},
-        "captions": data.get("captions"),
-        "batch_size": data.get("batch_size"),
+        "data": {split: short_place(folder) for split, folder in data.folders.items()},
+        "captions": data.captions if "captions" in data.stated else None,
+        "batch_size": data.batch_size,
         "training": {
             "weights": saved.weights.name,
             "step": info.get("step"),
@@ -106,11 +101,11 @@ def scores(run: Path) -> dict[str, dict[str, float]]:
     """The latest of each evaluation of the run, by task and data."""
     found: dict[str, dict[str, float]] = {}
     for path in sorted((run / "evaluations").glob("*.json")):
-        told = _json(path)
+        told = read_json(path)
         last = told.get("results", [{}])[-1].get("scores", {})
-        name = f"{told.get('task', path.stem)}, {data_name(told.get('data', ''))}"
+        name = f"{told.get('task', path.stem)}, {short_place(told.get('data', ''))}"
         found[name] = _numbers(next(iter(last.values())) if len(last) == 1 else last)
-    for split, told in _json(run / "results.json").items():
+    for split, told in read_json(run / "results.json").items():
         found[f"{split} split"] = _numbers(told)
     return found
 
@@ -179,13 +174,9 @@ def _numbers(told: Any) -> dict[str, float]:
     }
 
 
-def _json(path: Path) -> dict[str, Any]:
-    """Empty where there is no such file. Raises UserError where it is damaged."""
-    try:
-        told = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: damaged ({error}); copy the folder again, or remove the file") from error
-    return told if isinstance(told, dict) else {}
+def short_place(path: str) -> str:
+    """The last two names of a path: enough to tell data sets apart, and nothing of the machine."""
+    return "/".join(path.rstrip("/").split("/")[-2:])
 
 
 def _log(path: Path, step: int | None) -> dict[str, Any]:

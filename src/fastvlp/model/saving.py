@@ -62,11 +62,6 @@ class Saved(NamedTuple):
     objectives: dict[str, Tensor]
     weights: Path
 
-    @property
-    def kinds(self) -> dict[str, str]:
-        """The type of each objective's config, by the objective's name."""
-        return {name: told.get("type", "") for name, told in self.info.get("objectives", {}).items()}
-
     def learned(self, name: str) -> dict[str, Tensor]:
         """What is kept of one objective, by parameter."""
         own = f"{name}."

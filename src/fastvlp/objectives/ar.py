@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -10,8 +11,9 @@ from torch import Tensor
 from fastvlp.batch import Batch
 from fastvlp.data.tokenize import Tokenizer
 from fastvlp.model.model import Bos, ModelConfig, VLModel
+from fastvlp.objectives.cloze_methods import predict_causal
 from fastvlp.objectives.losses import head_loss
-from fastvlp.objectives.objective import Loss, Objective, ObjectiveConfig
+from fastvlp.objectives.objective import ClozeMethod, Loss, Objective, ObjectiveConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,10 +35,19 @@ def next_token_loss(model: VLModel, state_BLD: Tensor, batch: Batch, ask_BL: Ten
 
 class AR(Objective):
     reading = "causal"
+    abilities = frozenset({"write"})
 
     def __init__(self, config: ARConfig):
         super().__init__()
         self.config = config
+        self.bos = config.bos
+
+    @property
+    def cloze_method(self) -> ClozeMethod:
+        return partial(predict_causal, bos=self.config.bos)
+
+    def reaches_all(self, model: ModelConfig) -> bool:
+        return model.reconstructor is None
 
     def _asked(self, batch: Batch) -> Tensor:
         position = torch.arange(batch.ids.shape[1], device=batch.ids.device)

@@ -7,6 +7,7 @@ span and the reverse states right of it. Two next-token losses on the streams th
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -16,8 +17,9 @@ from fastvlp.batch import Batch
 from fastvlp.data.tokenize import Tokenizer
 from fastvlp.model import masks
 from fastvlp.model.model import Bos, ModelConfig, Streams, VLModel
+from fastvlp.objectives.cloze_methods import likeliest
 from fastvlp.objectives.losses import head_loss
-from fastvlp.objectives.objective import Loss, Objective, ObjectiveConfig
+from fastvlp.objectives.objective import ClozeMethod, Loss, Objective, ObjectiveConfig
 from fastvlp.random import uniform
 
 SpanMode = Literal["token", "centred", "uniform"]
@@ -97,10 +99,19 @@ def draw_spans(mode: SpanMode, rate: float, seed_B: Tensor, length_B: Tensor, L:
 
 class FLM(Objective):
     reading = "flm"
+    abilities = frozenset({"write"})
 
     def __init__(self, config: FLMConfig):
         super().__init__()
         self.config = config
+        self.bos = config.bos
+
+    @property
+    def cloze_method(self) -> ClozeMethod:
+        return partial(predict_flm, bos=self.config.bos)
+
+    def reaches_all(self, model: ModelConfig) -> bool:
+        return bool(model.reconstructor and (self.config.forward_weight or self.config.reverse_weight))
 
     def _first(self) -> int:
         return 0 if self.config.bos == "blind" else 1
@@ -177,3 +188,11 @@ class FLM(Objective):
             name: Loss(part.sum(), part.new_tensor(len(part)).long(), self._weight(name))
             for name, part in parts.items()
         }
+
+
+def predict_flm(model: VLModel, image_BKD: Tensor, batch: Batch, bos: Bos = "blind") -> Tensor:
+    """Each token from all others in one pass, through the reconstructor -> ids [B L]; column 0 holds no prediction."""
+    spans = draw_spans("token", 0.0, batch.seed, batch.length, batch.ids.shape[1])
+    streams = model.streams(image_BKD, batch.ids, batch.length, bos=bos)
+    state = FLM(FLMConfig(bos=bos)).queries(batch, spans, streams, model)
+    return torch.cat([batch.ids[:, :1], likeliest(model.head.hidden(state), model.head.vocabulary)], 1)

@@ -18,7 +18,7 @@ from fastvlp.errors import UserError
 from fastvlp.model import masks
 from fastvlp.model.layers import initialise
 from fastvlp.model.model import ModelConfig, VLModel
-from fastvlp.objectives.objective import MORE_ROWS, Loss, Objective, ObjectiveConfig
+from fastvlp.objectives.objective import MORE_ROWS, Loss, Objective, ObjectiveConfig, PairScorer
 from fastvlp.random import uniform
 
 NEGATIVE_SALT, OFFSET_SALT = 501, 502
@@ -39,7 +39,7 @@ class ITMConfig(ObjectiveConfig):
 
 
 class ITM(Objective):
-    reading = "full"
+    abilities = frozenset({"match"})
 
     def __init__(self, config: ITMConfig, model: ModelConfig):
         super().__init__()
@@ -48,6 +48,14 @@ class ITM(Objective):
         self.pool = nn.Linear(width, width)
         self.match = nn.Linear(width, 2)
         initialise(self, width)
+
+    @property
+    def pair_scorer(self) -> PairScorer:
+        return lambda *pairs: self.scores(*pairs).float().diff(dim=1)[:, 0]
+
+    @property
+    def matching_head(self) -> tuple[nn.Linear, nn.Linear]:
+        return self.pool, self.match
 
     def scores(self, model: VLModel, image_BKD: Tensor, ids_BL: Tensor, length_B: Tensor) -> Tensor:
         """Logits (no match, match) of each row: [B 2]."""

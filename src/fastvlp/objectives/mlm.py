@@ -13,8 +13,9 @@ from fastvlp.errors import UserError
 from fastvlp.model import masks
 from fastvlp.model.model import ModelConfig, VLModel
 from fastvlp.model.region_embedding import given, random_hide
+from fastvlp.objectives.cloze_methods import predict_masked
 from fastvlp.objectives.losses import head_loss, token_loss
-from fastvlp.objectives.objective import Loss, Objective, ObjectiveConfig
+from fastvlp.objectives.objective import ClozeMethod, Loss, Objective, ObjectiveConfig
 from fastvlp.random import uniform
 
 MASK_SALT, PREDICT_SALT, KIND_SALT, WORD_SALT = 401, 402, 403, 404
@@ -56,7 +57,6 @@ class MLMConfig(ObjectiveConfig):
 
 
 class MLM(Objective):
-    reading = "full"
     starts_word: Tensor
     ordinary: Tensor
 
@@ -68,6 +68,13 @@ class MLM(Objective):
         specials = {model.text.pad, model.text.bos, model.text.eos, model.text.mask}
         ordinary = torch.tensor([i for i in range(model.text.vocab) if i not in specials])
         self.register_buffer("ordinary", ordinary, persistent=False)
+
+    @property
+    def cloze_method(self) -> ClozeMethod:
+        return predict_masked
+
+    def reaches_all(self, model: ModelConfig) -> bool:
+        return model.reconstructor is None
 
     def draw(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """(corrupted, asked): bool [B L], among the words 1..n-2; <s>, </s> and padding are never chosen."""

@@ -1,21 +1,30 @@
-"""What an objective is: states to named losses, each a total and a count."""
+"""The interface of an objective: losses of a batch, each a total and a count, and what a model trained by it can do."""
 
 from __future__ import annotations
 
 import abc
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from torch import Tensor, nn
 
 from fastvlp import dist
 from fastvlp.batch import Batch, register_dataclass_node
 from fastvlp.errors import UserError
-from fastvlp.model.model import ModelConfig, Reading, VLModel
+from fastvlp.model.model import Bos, ModelConfig, Reading, VLModel
 
 if TYPE_CHECKING:
     from fastvlp.data.tokenize import Tokenizer
+
+# What a model can do. embed: unit vectors of images and texts that can be compared. write: a text left to right, beside an
+# image. match: a score of how well a text fits an image, and answer: a choice of answers, both by the objective's own head.
+Ability = Literal["embed", "write", "match", "answer"]
+HEAD_ABILITIES: frozenset[Ability] = frozenset({"match", "answer"})
+# Image states [B K D] and a clean batch -> a prediction of each token, int64 [B L]; no token is read to predict itself.
+ClozeMethod = Callable[[VLModel, Tensor, Batch], Tensor]
+# Image states [B K D], or [1 K D] of one image for all, ids [B L] and lengths [B] of texts -> how well each fits, [B].
+PairScorer = Callable[[VLModel, Tensor, Tensor, Tensor], Tensor]
 
 MORE_ROWS = "raise --data.batch-size, or --data.max-tokens where it is given: then that alone sizes the batches"
 
@@ -41,9 +50,17 @@ def combine(losses: Mapping[str, Loss], counts: Mapping[str, Tensor] | None = No
 
 
 class Objective(nn.Module, abc.ABC):
-    """Owns only the parameters that nobody needs after pretraining. `reading`: how its model is best read later."""
+    """Owns only the parameters that nobody needs after pretraining, but for the head of an ability.
 
-    reading: Reading
+    Attributes:
+        reading: how the model best reads a text for a task later.
+        bos: what `<s>` sees where the objective reads left to right; None where it does not read so.
+        abilities: what a model trained by it can do. They are saved with the weights.
+    """
+
+    reading: Reading = "full"
+    bos: Bos | None = None
+    abilities: frozenset[Ability] = frozenset()
 
     @abc.abstractmethod
     def forward(self, model: VLModel, image_BKD: Tensor, batch: Batch) -> dict[str, Loss]:
@@ -67,12 +84,32 @@ class Objective(nn.Module, abc.ABC):
         """What of its state is worth keeping with the weights: all, but for what training alone reads."""
         return self.state_dict()
 
+    def reaches_all(self, model: ModelConfig) -> bool:
+        """Whether each step surely gives every parameter of the towers, the fusion, its head and the reconstructor a
+        gradient. Under DDP no parameter is then searched for that got none."""
+        return False
+
+    @property
+    def cloze_method(self) -> ClozeMethod | None:
+        """How a model trained by it predicts single words; None where it does not learn to."""
+        return None
+
+    @property
+    def pair_scorer(self) -> PairScorer | None:
+        """How its own head scores pairs, of an objective that can match."""
+        return None
+
+    @property
+    def matching_head(self) -> tuple[nn.Linear, nn.Linear] | None:
+        """The pooler of the summary and the classifier (no match, match) that retrieval may be fine-tuned from."""
+        return None
+
 
 class PairObjective(Objective):
     """Couples the rows of a batch: embeds each part of it, then scores the whole. The loop may embed the micro-batches of
-    a step one by one, score all of them at once, and hand each its share of the gradient (`train/cached.py`)."""
+    a step one by one, score all of them at once, and hand each its share of the gradient (`training/gradient_cache.py`)."""
 
-    reading = "full"
+    abilities: frozenset[Ability] = frozenset({"embed"})
 
     @abc.abstractmethod
     def embed(self, model: VLModel, image_BKD: Tensor, batch: Batch) -> tuple[Tensor, ...]:

@@ -12,7 +12,8 @@ from fastvlp.data.tokenize import Tokenizer
 from fastvlp.model import masks
 from fastvlp.model.model import ModelConfig, VLModel
 from fastvlp.objectives.ar import next_token_loss
-from fastvlp.objectives.objective import Loss, Objective, ObjectiveConfig
+from fastvlp.objectives.cloze_methods import predict_causal
+from fastvlp.objectives.objective import ClozeMethod, Loss, Objective, ObjectiveConfig
 from fastvlp.random import uniform
 
 PREFIX_SALT = 301
@@ -34,11 +35,19 @@ class PrefixLMConfig(ObjectiveConfig):
 
 
 class PrefixLM(Objective):
-    reading = "full"
+    bos = "blind"
+    abilities = frozenset({"write"})
 
     def __init__(self, config: PrefixLMConfig):
         super().__init__()
         self.config = config
+
+    @property
+    def cloze_method(self) -> ClozeMethod:
+        return predict_causal
+
+    def reaches_all(self, model: ModelConfig) -> bool:
+        return model.reconstructor is None
 
     def prefix(self, batch: Batch) -> Tensor:
         """Number of tokens after <s> that are read both ways: [B], 0..M-1."""

@@ -58,7 +58,6 @@ def normalised(pixels_BMC: Tensor) -> Tensor:
 class Reconstruct(Objective):
     """An image's loss is the mean over its dropped patches, so that the count is one of images."""
 
-    reading = "full"
     position: Tensor
 
     def __init__(self, config: ReconstructConfig, model: ModelConfig):

@@ -95,8 +95,6 @@ def single_config(model: ModelConfig) -> SingleConfig:
 class MaskedRegions(Objective, abc.ABC):
     """What both objectives share: which regions are asked for, and their states where they are hidden."""
 
-    reading = "full"
-
     def __init__(self, config: MaskedRegionsConfig, model: ModelConfig, tokenizer: Tokenizer):
         super().__init__()
         layer = single_config(model).layer

@@ -56,6 +56,8 @@ class SimCLRConfig(ObjectiveConfig):
 
 
 class SimCLR(PairObjective):
+    abilities = frozenset()
+
     def __init__(self, config: SimCLRConfig, width: int):
         super().__init__()
         self.config = config

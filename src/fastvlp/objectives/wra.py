@@ -56,7 +56,7 @@ class WRA(Objective):
     batch, by the row's seed, so that nothing is read twice; a pair with the very same text is never the other one, nor is
     one that would make the row longer than the batch's longest: there a budget of tokens was counted before (bug U-7)."""
 
-    reading = "full"
+    abilities = frozenset({"match"})
 
     def __init__(self, config: WRAConfig):
         super().__init__()

@@ -7,17 +7,13 @@ answering model, which lives with its task.
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import fields
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-import cattrs
 import numpy as np
 import torch
-from cattrs.errors import BaseValidationError
 from PIL import Image
 from torch import Tensor
 
@@ -29,9 +25,11 @@ from fastvlp.data.records.transform import Transform
 from fastvlp.data.streams import blocks, in_threads
 from fastvlp.dist import pick_device
 from fastvlp.errors import UserError
-from fastvlp.eval.pair_scores import CAUSAL, pair_score
-from fastvlp.model.saving import Saved, load_exactly, load_model
-from fastvlp.search.engines.interface import Stamp
+from fastvlp.eval.pair_scores import pair_score
+from fastvlp.model.saved_run import SavedData, read_json, read_saved_run
+from fastvlp.model.saving import Saved, load_model
+from fastvlp.objectives.saved_objectives import abilities, learned_abilities, load_objective, saved_bos
+from fastvlp.search.index import Stamp
 from fastvlp.tasks.generation import greedy
 
 Picture: TypeAlias = bytes | Image.Image
@@ -70,20 +68,21 @@ def fingerprint(folder: str | Path) -> str:
     return digest.hexdigest()[:32]
 
 
-def abilities(saved: Saved) -> frozenset[Ability]:
+def usable_abilities(saved: Saved) -> frozenset[Ability]:
     """What a model has learned and its config allows. A stream over a detector's regions cannot read plain pictures."""
-    config, kinds, can = saved.model.config, {*saved.kinds.values()}, set[Ability]()
+    config, can = saved.model.config, set[Ability]()
+    learned = learned_abilities(saved)
     head = config.embed.image if config.embed else None
-    if head is not None and (head.regions is None or head.regions.grid is not None):
+    if "embed" in learned and head is not None and (head.regions is None or head.regions.grid is not None):
         can.add("embed")
     if config.fusion is None:
         return frozenset(can)
     # A <s> that saw the text in training has nothing to see where a text is only being written.
-    if CAUSAL & kinds and "official" not in {told.get("bos") for told in saved.info["objectives"].values()}:
+    if "write" in learned and saved_bos(saved) == "blind":
         can.add("caption")
-    if "VQAConfig" in kinds:
+    if "answer" in learned:
         can.add("answer")
-    if (CAUSAL | {"ITMConfig"}) & kinds:
+    if {"write", "match"} & learned:
         can.add("match")
     return frozenset(can)
 
@@ -100,50 +99,34 @@ class Embedder:
         max_pixels: a larger picture is Unreadable; its header tells, before anything is decoded.
     """
 
-    def __init__(
-        self, saved: Saved, reading: Mapping[str, Any], card: dict[str, Any], fingerprint: str, precision: Precision
-    ):
+    def __init__(self, saved: Saved, reading: SavedData, card: dict[str, Any], fingerprint: str, precision: Precision):
         config = saved.model.config
         self.model, self.tokenizer = saved.model.eval().requires_grad_(False), saved.tokenizer
         self.card, self.fingerprint, self.precision = card, fingerprint, precision
         self.width = config.embed.width if config.embed else 0
-        self.can = abilities(saved)
+        self.can = usable_abilities(saved)
         self.max_pixels = MAX_PIXELS
-        self.captions: str = reading["captions"]
-        self.max_length = min(reading["max_length"], config.longest_text)
-        self.transform = Transform(size=config.image.size, mode=reading["fit"])
+        self.captions = reading.captions
+        self.max_length = min(reading.max_length, config.longest_text)
+        self.transform = Transform(size=config.image.size, mode=reading.fit)
         self._match = pair_score(saved)[1] if "match" in self.can else None
-        self._answers: Sequence[str] = reading["answers"] if "answer" in self.can else ()
+        self._answers: Sequence[str] = reading.answers if "answer" in self.can else ()
         self._answer = answer_head(saved) if "answer" in self.can else None
 
     @classmethod
-    def load(
-        cls, folder: str | Path, device: str = "auto", precision: Precision = "fp32", threads: int | None = None
-    ) -> Embedder:
-        """Loads what `vlp export` wrote.
-
-        Args:
-            folder: The export.
-            device: auto, cpu, cuda or cuda:N.
-            precision: In which the model computes; results are in fp32.
-            threads: Processor threads of PyTorch, in this process; by default all cores.
-
-        Raises:
-            UserError: The folder is no export, is damaged, or was written by a newer version.
-        """
-        if threads:
-            torch.set_num_threads(threads)
+    def load(cls, folder: str | Path, device: str = "auto", precision: Precision = "fp32") -> Embedder:
+        """Raises UserError where the folder is no export, is damaged, or was written by a newer version."""
         folder = Path(folder)
         if not (folder / "card.json").is_file():
             raise UserError(f"{folder}: not an export, it has no card.json; make one with `vlp export RUN {folder}`")
         saved = load_model(folder)
         saved.model.to(pick_device(device))
-        try:
-            reading = json.loads((folder / "config.json").read_text(encoding="utf-8"))["data"]
-            card = json.loads((folder / "card.json").read_text(encoding="utf-8"))
-            return cls(saved, reading, card, fingerprint(folder), precision)
-        except (OSError, ValueError, KeyError, TypeError, BaseValidationError) as error:
-            raise UserError(f"{folder}: a damaged export ({error!r}); export the run again") from error
+        reading, card = read_saved_run(folder).data, read_json(folder / "card.json")
+        if missing := {"fit", "max_length", "captions"} - reading.stated:
+            raise UserError(
+                f"{folder}: a damaged export, config.json lacks {', '.join(sorted(missing))}; export the run again"
+            )
+        return cls(saved, reading, card, fingerprint(folder), precision)
 
     @property
     def device(self) -> torch.device:
@@ -251,24 +234,14 @@ class Embedder:
 
 def answer_head(saved: Saved) -> Reads:
     """The head of a model that was tuned to answer questions: logits of its answers [B A]."""
-    from fastvlp.tasks.vqa import VQAConfig
+    from fastvlp.tasks.task import HeadTask
 
-    name = next(name for name, kind in saved.kinds.items() if kind == "VQAConfig")
-    known, told = {field.name for field in fields(VQAConfig)}, saved.info["objectives"][name]
-    config = cattrs.structure({key: value for key, value in told.items() if key in known}, VQAConfig)
-    head = config.build(saved.model.config, saved.tokenizer)
-    load_exactly(head, saved.learned(name), saved.weights)
-    head.to(next(saved.model.parameters()).device).eval().requires_grad_(False)
+    name = next(name for name, able in abilities(saved).items() if "answer" in able)
+    head = load_objective(saved, name).requires_grad_(False)
+    assert isinstance(head, HeadTask)
 
     def reads(image_BKD: Tensor, ids_BL: Tensor, length_B: Tensor) -> Tensor:
         batch = Batch(image=image_BKD, ids=ids_BL, length=length_B, seed=torch.zeros_like(length_B))
         return head.logits(saved.model, image_BKD, batch)
 
     return reads
-
-
-def mean_direction(vectors: Sequence[np.ndarray]) -> np.ndarray:
-    """Returns the unit vector [E] between unit vectors; the first where they cancel out."""
-    total = np.sum(vectors, axis=0)
-    length = float(np.linalg.norm(total))
-    return total / length if length > 1e-6 else vectors[0]

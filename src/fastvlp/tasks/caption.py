@@ -56,6 +56,8 @@ class CaptionConfig(ObjectiveConfig):
 
 class Caption(Objective):
     reading = "causal"
+    bos = "blind"
+    abilities = frozenset({"write"})
 
     def _asked(self, batch: Batch) -> Tensor:
         position = torch.arange(batch.ids.shape[1], device=batch.ids.device)

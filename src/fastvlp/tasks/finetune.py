@@ -8,9 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple, assert_never
 
-import cattrs
 import torch
-from cattrs.errors import BaseValidationError
 
 from fastvlp import dist
 from fastvlp.data import splits
@@ -20,9 +18,11 @@ from fastvlp.data.records.shards import Shards
 from fastvlp.data.regions import RegionSource
 from fastvlp.errors import UserError
 from fastvlp.files import write_whole
-from fastvlp.model.model import Bos, ModelConfig, Reading
-from fastvlp.model.saving import Saved, load_exactly, load_model
+from fastvlp.model.model import ModelConfig, Reading
+from fastvlp.model.saved_run import read_saved_run
+from fastvlp.model.saving import Saved, load_model
 from fastvlp.objectives.objective import Objective, ObjectiveConfig
+from fastvlp.objectives.saved_objectives import load_objective, saved_bos
 from fastvlp.tasks import caption, entailment, grounding, nlvr, retrieval, vcr, vqa
 from fastvlp.tasks.caption import CaptionConfig, CaptionData
 from fastvlp.tasks.entailment import EntailmentConfig, EntailmentData
@@ -117,15 +117,6 @@ def task_data(told: Finetune, model: ModelConfig) -> TaskData:
     return kind.data(**shared)
 
 
-def source_data(folder: str | Path) -> dict[str, Any]:
-    """What a run's config says of its data; nothing where a model was saved without one."""
-    path = Path(folder) / "config.json"
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8"))["data"]) if path.exists() else {}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: damaged ({error!r}); copy the folder again") from error
-
-
 @dataclass(frozen=True, kw_only=True)
 class Seen:
     """How a pretrained run saw images and texts; the records' objects where it says nothing of regions."""
@@ -138,22 +129,17 @@ class Seen:
 
 def seen_by(folder: str) -> Seen:
     """All but the classes of its regions."""
-    said = {name: value for name, value in source_data(folder).items() if value is not None}
-    try:
-        seen = cattrs.structure(said, Seen)
-    except (TypeError, ValueError, BaseValidationError) as error:
-        why = "; ".join(cattrs.transform_error(error))
-        raise UserError(f"{folder}/config.json: no data that this version knows ({why}); copy it again") from error
+    data = read_saved_run(folder).data
+    regions = replace(data.regions or RegionSource(), classes=None)
     # A crop would leave out some of what a detector found.
-    fit = "squash" if "fit" not in said and seen.regions.stored else seen.fit
-    return replace(seen, regions=replace(seen.regions, classes=None), fit=fit)
+    fit: Fit = "squash" if "fit" not in data.stated and regions.stored else data.fit
+    return Seen(regions=regions, fit=fit, max_length=data.max_length, captions=data.captions)
 
 
-def task_objective(told: Finetune, data: Data, info: Mapping[str, Any], model: ModelConfig) -> ObjectiveConfig:
-    """`info` of the pretrained model says how it was read, and what its `<s>` saw."""
-    reading: Reading = told.reading or info.get("reading", "full")
-    bos: Bos = "official" if "official" in _values(info.get("objectives"), "bos") else "blind"
-    head: dict[str, Any] = {"reading": reading, "bos": bos}
+def task_objective(told: Finetune, data: Data, source: Saved, model: ModelConfig) -> ObjectiveConfig:
+    """The pretrained model says how it was read, and what its `<s>` saw."""
+    reading: Reading = told.reading or source.info.get("reading", "full")
+    head: dict[str, Any] = {"reading": reading, "bos": saved_bos(source)}
     match told.task:
         case "vqa":
             assert isinstance(data, VQAData)
@@ -169,7 +155,7 @@ def task_objective(told: Finetune, data: Data, info: Mapping[str, Any], model: M
             return GroundingConfig(**head, loss=loss, reduction=told.reduction, layers=told.layers)
         case "retrieval":
             # The matching head, which it starts from, reads all at once.
-            matched = told.reading is None and "ITMConfig" in _values(info.get("objectives"), "type")
+            matched = told.reading is None and retrieval.matching_head(source) is not None
             head |= {"reading": "full"} if matched else {}
             hard: dict[str, Any] = {"negatives": told.negatives, "anchors": told.anchors, "keep": told.keep}
             return RetrievalConfig(**head, **hard, source=told.source if matched else None)
@@ -185,11 +171,6 @@ def _loss(told: Finetune, usual: str, other: str) -> Any:
     if told.loss not in (None, usual, other):
         raise UserError(f"--loss {told.loss}: {told.task} has {usual} and {other}")
     return told.loss or usual
-
-
-def _values(objectives: Any, field: str) -> list[Any]:
-    configs = objectives.values() if isinstance(objectives, Mapping) else ()
-    return [config.get(field) for config in configs if isinstance(config, Mapping)]
 
 
 def with_types(config: ModelConfig, types: int) -> ModelConfig:
@@ -217,7 +198,7 @@ def plan(told: Finetune) -> TrainConfig:
         out=told.out,
         data=data,
         model=config,
-        objectives={told.task: task_objective(told, data, source.info, config)},
+        objectives={told.task: task_objective(told, data, source, config)},
         optim=optim,
         steps=told.steps,
         init=told.source,
@@ -233,8 +214,9 @@ def plan(told: Finetune) -> TrainConfig:
 
 def as_before(told: Finetune, run: TrainConfig) -> TrainConfig:
     """A resumed run reads on as it did where nothing else is told, whatever the defaults have become."""
-    said = source_data(run.folder)
-    kept = {name: said[name] for name in ("fit", "max_length") if name in said and getattr(told, name) is None}
+    before = read_saved_run(run.folder).data
+    names = [name for name in ("fit", "max_length") if name in before.stated and getattr(told, name) is None]
+    kept: dict[str, Any] = {name: getattr(before, name) for name in names}
     return replace(run, data=replace(run.data, **kept))
 
 
@@ -278,18 +260,10 @@ def load_task(folder: str | Path) -> tuple[Saved, Objective, TaskData]:
     """A fine-tuned run by itself: model, head, and the data it was trained on. Raises UserError where the folder is no
     run of a task, or is damaged."""
     saved = load_model(folder)
-    name, told = saved.info.get("task"), saved.info.get("objectives")
-    if name not in TASKS or not isinstance(told, Mapping):
+    name = saved.info.get("task")
+    if name not in TASKS:
         raise UserError(f"{folder}: no fine-tuned run (its task is {name!r}); make one with `vlp finetune`")
-    path = Path(folder) / "config.json"
-    try:
-        data = cattrs.structure(json.loads(path.read_text(encoding="utf-8"))["data"], TASKS[name].data)
-        config = cattrs.structure(told[name], TASKS[name].config)
-    except (OSError, ValueError, KeyError, TypeError, BaseValidationError) as error:
-        raise UserError(f"{path}: not the config of this run ({error!r}); copy the folder again") from error
-    objective = config.build(saved.model.config, saved.tokenizer)
-    load_exactly(objective, saved.learned(name), saved.weights)
-    return saved, objective, data
+    return saved, load_objective(saved, name), read_saved_run(folder).data_as(TASKS[name].data)
 
 
 def load_zero_shot(told: Evaluate) -> tuple[Saved, Objective, TaskData]:

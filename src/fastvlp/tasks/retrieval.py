@@ -17,13 +17,14 @@ from fastvlp.data.pairs import PairData, Split
 from fastvlp.data.records.shards import Shards
 from fastvlp.data.tokenize import Tokenizer
 from fastvlp.errors import UserError
+from fastvlp.eval.embedding import read_captions
 from fastvlp.eval.mode import evaluating
 from fastvlp.eval.ranks import ranks, recall
-from fastvlp.eval.split_reading import read_captions
 from fastvlp.model.model import ModelConfig, VLModel
 from fastvlp.model.saving import Saved, load_model
 from fastvlp.objectives.losses import at_least_fp32
 from fastvlp.objectives.objective import Loss
+from fastvlp.objectives.saved_objectives import abilities, load_objective, saved_configs
 from fastvlp.random import uniform
 from fastvlp.tasks.task import HeadConfig, HeadTask, encoded
 from fastvlp.tasks.uniter_heads import rank_loss
@@ -80,13 +81,15 @@ class Retrieval(HeadTask):
     def begin(self, model: VLModel) -> None:
         """Scores start as the pretrained head's for "match": its second row, copied, so that saving and moving keep both."""
         if self.pool is None:
-            learned: dict[str, Tensor] = {f"match.{name}": p for name, p in model.single.match.named_parameters()}
+            match = model.single.match
         else:
-            learned = {} if self.config.source is None else matching_head(load_model(self.config.source))
-            for name, parameter in self.pool.named_parameters() if learned else ():
-                parameter.copy_(learned[f"pool.{name}"])
-        for name, parameter in self.head.named_parameters() if learned else ():
-            parameter.copy_(learned[f"match.{name}"][1:])
+            head = None if self.config.source is None else matching_head(load_model(self.config.source))
+            if head is None:
+                return
+            pool, match = head
+            self.pool.load_state_dict(pool.state_dict())
+        for name, parameter in self.head.named_parameters():
+            parameter.copy_(match.get_parameter(name)[1:])
 
     def scores(
         self, model: VLModel, image_BKD: Tensor, ids_BL: Tensor, length_B: Tensor, regions: Regions | None
@@ -149,20 +152,22 @@ class Retrieval(HeadTask):
         return losses
 
 
-def matching_head(saved: Saved) -> dict[str, Tensor]:
-    """What a fusion model's image-text matching learned (objectives/itm.py); empty where it did not learn any."""
-    name = next((name for name, kind in saved.kinds.items() if kind == "ITMConfig"), None)
-    return {} if name is None else saved.learned(name)
+def matching_head(saved: Saved) -> tuple[nn.Linear, nn.Linear] | None:
+    """The pooler and classifier of a fusion model that learned to match; None where it did not."""
+    able = (load_objective(saved, name) for name, names in abilities(saved).items() if "match" in names)
+    return next((head for objective in able if (head := objective.matching_head) is not None), None)
 
 
 def zero_shot(saved: Saved, folder: str) -> Retrieval:
     """Retrieval by the matching head of a pretrained run, untouched. Raises UserError for a run that did not learn to
     match, or has been tuned to rank since: its own head is the one to score."""
-    kinds, single = {*saved.kinds.values()}, saved.model.config.single is not None
-    if "RetrievalConfig" in kinds:
+    if any(isinstance(config, RetrievalConfig) for config in saved_configs(saved).values()):
         raise UserError(f"{folder}: has been fine-tuned for retrieval; evaluate it without --zero-shot")
-    if not ("WRAConfig" in kinds if single else matching_head(saved)):
-        raise UserError(f"{folder}: learned no image-text matching ({', '.join(sorted(kinds))}); fine-tune it first")
+    matches = any("match" in names for names in abilities(saved).values())
+    if not matches or (saved.model.config.single is None and matching_head(saved) is None):
+        raise UserError(
+            f"{folder}: learned no image-text matching, only {', '.join(abilities(saved))}; fine-tune it first"
+        )
     objective = Retrieval(RetrievalConfig(reading="full", source=folder), saved.model.config)
     objective.begin(saved.model)
     return objective

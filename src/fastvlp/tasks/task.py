@@ -247,6 +247,8 @@ class HeadTask(Objective, abc.ABC):
     and regions has a pooler of its own; its head is Linear, GELU, LayerNorm, Linear (UNITER), or the one given.
     """
 
+    bos: Bos
+
     def __init__(
         self, config: HeadConfig, model: ModelConfig, *, images: int, outputs: int, head: nn.Module | None = None
     ):

@@ -16,7 +16,7 @@ from fastvlp.data.records.schema import answers_fault
 from fastvlp.data.records.shards import Shards
 from fastvlp.data.tokenize import Tokenizer
 from fastvlp.errors import UserError
-from fastvlp.eval.classification import mean_by
+from fastvlp.eval.metrics import mean_by
 from fastvlp.eval.mode import evaluating
 from fastvlp.model.model import ModelConfig, VLModel
 from fastvlp.objectives.objective import Loss
@@ -86,6 +86,8 @@ class VQAConfig(HeadConfig):
 
 
 class VQA(HeadTask):
+    abilities = frozenset({"answer"})
+
     def __init__(self, config: VQAConfig, model: ModelConfig):
         super().__init__(config, model, images=1, outputs=config.answers)
         # One answer of A is right: a start at probability 1/A spares the first steps, which would only lower all of them

@@ -13,11 +13,7 @@ from torch import Tensor, nn
 from fastvlp.batch import Batch
 from fastvlp.data.augment import AugmentConfig, augment
 from fastvlp.model.model import VLModel
-from fastvlp.objectives.ar import AR
-from fastvlp.objectives.flm import FLM
-from fastvlp.objectives.mlm import MLM
 from fastvlp.objectives.objective import Loss, Objective, PairObjective
-from fastvlp.objectives.prefixlm import PrefixLM
 from fastvlp.random import hash64
 
 MIX_SALT = 701
@@ -106,15 +102,12 @@ class Pretraining(nn.Module):
         }
 
     def uses_all(self) -> bool:
-        """Whether every step surely gives each parameter a gradient: one stream reads all but the reconstructor, FLM all,
-        unless its streams predict nothing. Separate heads and objectives with parameters of their own are never sure."""
+        """Whether every step surely gives each parameter a gradient. Separate heads, a joint space and objectives with
+        parameters of their own are never sure."""
         config, own = self.model.config, next(self.objectives.parameters(), None)
         if config.separate_heads or config.embed or config.single or own is not None:
             return False
-        if self.model.reconstructor is None:
-            return any(isinstance(o, AR | MLM | PrefixLM) for _, o in self.named())
-        configs = [o.config for _, o in self.named() if isinstance(o, FLM)]
-        return any(config.forward_weight or config.reverse_weight for config in configs)
+        return any(objective.reaches_all(config) for _, objective in self.named())
 
     def after_step(self) -> None:
         """Of the objectives that the step ran."""

@@ -13,12 +13,12 @@ import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastvlp.batch import Batch
+from fastvlp.dist import Precision
 from fastvlp.model.encoders.interface import ImageEncoderConfig, TextEncoderConfig
 from fastvlp.model.encoders.text_transformer import TextTransformerConfig
 from fastvlp.model.encoders.vit import ViTConfig
@@ -39,8 +39,6 @@ from fastvlp.objectives.reconstruct import Reconstruct, ReconstructConfig
 from fastvlp.objectives.siglip import SigLIP
 from fastvlp.objectives.simclr import SimCLR
 from fastvlp.training.pretraining import Pretraining
-
-Precision = Literal["fp32", "bf16"]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -27,7 +27,8 @@ from fastvlp.model.layers import Block
 from fastvlp.model.model import ModelConfig, VLModel
 from fastvlp.model.saving import Inheritance, inherit, inherit_objectives, load_exactly, load_model, save_model
 from fastvlp.model.sizes import with_tokenizer
-from fastvlp.objectives.objective import Objective, ObjectiveConfig
+from fastvlp.objectives.objective import Ability, Objective, ObjectiveConfig
+from fastvlp.objectives.saved_objectives import describe
 from fastvlp.provenance import about
 from fastvlp.random import hash64
 from fastvlp.training.checkpoint import load_checkpoint, save_checkpoint
@@ -342,20 +343,24 @@ COUNTERS = ("step", "elapsed", "pairs", "tokens", "bad_steps", "skipped", "best"
 
 def save_weights(state: TrainState, name: str, **more: Any) -> None:
     """`name`.safetensors: the model and what is kept of the objectives, averaged where the run averages."""
-    first, objective = next(iter(state.pretraining.objectives.items()))
+    module = state.evaluated
+    objectives = cast(Mapping[str, Objective], module.objectives)
     info = {
         "name": state.run.name,
-        "task": first,
-        "reading": objective.reading,
+        "task": next(iter(objectives)),
         "step": state.step,
         "elapsed_s": round(state.elapsed, 3),
         "pairs": state.pairs,
-        "objectives": to_json(state.run.objectives),
+        **describe(state.run.objectives, objectives, inherited_abilities(state)),
     }
-    module = state.evaluated
-    objectives = cast(Mapping[str, Objective], module.objectives)
     kept = {f"{own}.{key}": value for own, objective in objectives.items() for key, value in objective.kept().items()}
     save_model(state.run.folder, module.model, state.tokenizer, info | more, objectives=kept, name=name)
+
+
+def inherited_abilities(state: TrainState) -> list[Ability]:
+    """A joint space that came with the weights to start from still embeds. Other abilities are each objective's own."""
+    came = state.inherited is not None and any(name.startswith("embed.") for name in state.inherited.loaded)
+    return ["embed"] if came else []
 
 
 def restore(state: TrainState) -> None:

@@ -13,6 +13,9 @@ from fastvlp.errors import UserError
 
 Rectangle = tuple[int, int, int, int]  # left, top, width, height in pixels
 
+# How an image becomes a square.
+Fit = Literal["crop", "squash", "letterbox"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Transform:
@@ -24,7 +27,7 @@ class Transform:
     """
 
     size: int
-    mode: Literal["crop", "squash", "letterbox"] = "crop"
+    mode: Fit = "crop"
     fill: int = 128
 
     def __post_init__(self) -> None:

@@ -1,0 +1,92 @@
+"""What a run's config.json says to those that use its model later: how it read images and texts, and where its data lay."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+from fastvlp.config import from_json
+from fastvlp.data.records.transform import Fit
+from fastvlp.data.regions import RegionSource
+from fastvlp.dist import Precision
+from fastvlp.errors import UserError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SavedData:
+    """The part of a run's data config that is read later; defaults where the config does not state it.
+
+    Attributes:
+        train, val, test: folders of the splits.
+        fit: how an image became a square.
+        max_length: tokens of a text, after which it was cut.
+        captions: field of the records with the captions.
+        regions: where boxes came from; None where the model saw none.
+        answers: what a model that answers questions chooses from.
+        stated: names of the fields that the config states.
+    """
+
+    train: str | None = None
+    val: str | None = None
+    test: str | None = None
+    batch_size: int | None = None
+    fit: Fit = "crop"
+    max_length: int = 50
+    captions: str = "captions"
+    regions: RegionSource | None = None
+    answers: tuple[str, ...] = ()
+    stated: frozenset[str] = frozenset()
+
+    @property
+    def folders(self) -> dict[str, str]:
+        """Of the splits that there are."""
+        named = {"train": self.train, "val": self.val, "test": self.test}
+        return {split: folder for split, folder in named.items() if folder}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SavedRun:
+    """`data_json`: the whole data config, of whatever type."""
+
+    path: Path
+    name: str | None = None
+    precision: Precision = "fp32"
+    data: SavedData = field(default_factory=SavedData)
+    data_json: Mapping[str, Any] = field(default_factory=dict)
+
+    def data_as(self, cls: type[T]) -> T:
+        """The data config as the type that the run had. Raises UserError where it is of another type."""
+        return from_json(cls, self.data_json, f"{self.path}, data")
+
+
+def read_saved_run(folder: str | Path) -> SavedRun:
+    """All defaults where a model was saved without a config. Raises UserError where the file is damaged."""
+    path = Path(folder) / "config.json"
+    config = read_json(path)
+    data = config.get("data", {})
+    if not isinstance(data, dict):
+        raise UserError(f"{path}: damaged, data is {data!r}; copy the folder again")
+    names = {field.name for field in fields(SavedData)} - {"stated"}
+    stated = {name: value for name, value in data.items() if name in names and value is not None}
+    head = {name: config[name] for name in ("name", "precision") if config.get(name) is not None}
+    return from_json(
+        SavedRun,
+        head | {"path": str(path), "data": stated | {"stated": list(stated)}, "data_json": data},
+        str(path),
+    )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """An object; empty where there is no such file. Raises UserError where it is damaged."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: damaged ({error}); copy the folder again, or remove the file") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: damaged, it holds no object; copy the folder again, or remove the file")
+    return value
