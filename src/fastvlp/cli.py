@@ -29,9 +29,10 @@ from fastvlp.extensions import import_file
 if TYPE_CHECKING:
     from fastvlp.batch import Dropped
     from fastvlp.comparison.options import Compare
-    from fastvlp.convert.options import Convert, Towers
+    from fastvlp.convert.checkpoints import Converted
     from fastvlp.data.options import DataDemo, DataImport, DataInspect
     from fastvlp.eval.options import Probe, Retrieval, ZeroShot
+    from fastvlp.model.model import VLModel
     from fastvlp.serve.options import Embed, Export, IndexBuild, IndexSearch, Serve
     from fastvlp.tasks.options import Evaluate, Finetune
     from fastvlp.training.state import TrainConfig
@@ -174,24 +175,13 @@ def compare(command: Compare) -> None:
     print(command.out / "report.html")
 
 
-def convert(command: Convert) -> None:
-    from fastvlp.convert.released import convert
-
-    model, fresh = convert(command)
-    untrained = f"; untrained: {', '.join(part.rstrip('.') for part in fresh)}" if fresh else ""
-    print(f"{command.out}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters{untrained}")
+def show_converted(done: Converted) -> None:
+    untrained = f"; untrained: {', '.join(part.rstrip('.') for part in done.untrained)}" if done.untrained else ""
+    print(f"{done.folder}: {done.parameters / 1e6:.1f} M parameters{untrained}")
 
 
-def towers(command: Towers) -> None:
-    from fastvlp.convert.towers import local_file, start_from_towers
-    from fastvlp.model import sizes
-
-    clip, roberta = (local_file(source, "model.safetensors") for source in (command.clip, command.roberta))
-    tokenizer = local_file(command.tokenizer or command.roberta, "tokenizer.json")
-    # CLIP ViT-B/32 was trained at 224 px; a run at another size resizes the positions.
-    config = sizes.flm_base(size=224)
-    model = start_from_towers(replace(config, reconstructor=None), clip, roberta, tokenizer, command.out)
-    print(f"{command.out}: {sum(p.numel() for p in model.parameters()) / 1e6:.0f} M parameters")
+def show_towers(model: VLModel) -> None:
+    print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.0f} M parameters")
 
 
 def export(command: Export) -> None:
@@ -306,8 +296,8 @@ COMMANDS: Mapping[str, Command] = {
     ),
     "evaluate probe": command("Logistic regression on frozen features.", "eval.options:Probe", evaluate_embeddings),
     "compare": command("Train recipes for the same time, and report.", "comparison.options:Compare", compare),
-    "convert": command("Read a released checkpoint.", "convert.options:Convert", convert),
-    "towers": command("Start from CLIP's and RoBERTa's towers.", "convert.options:Towers", towers),
+    "convert": command("Read a released checkpoint.", "convert.checkpoints:convert", show_converted),
+    "towers": command("Start from CLIP's and RoBERTa's towers.", "convert.towers:start_from_towers", show_towers),
     "export": command("Write a model that stands alone.", "serve.options:Export", export),
     "embed": command("Turn shards into vectors.", "serve.options:Embed", embed),
     "index build": command("Add images to a search index.", "serve.options:IndexBuild", index_build),

@@ -61,7 +61,7 @@ def config(c: dict) -> ModelConfig:
 def loaded() -> tuple:
     c, tol, weights, known = load("brivl_towers")
     model = VLModel(config(c)).eval()
-    model.load_state_dict(model.state_dict() | from_brivl(weights, model.config))
+    model.load_state_dict(model.state_dict() | from_brivl(weights))
     regions = Regions(box=known["in.image_boxs"] / c["IMG_SIZE"], count=known["in.maskImages"].sum(1).long())
     return model, regions, c, tol, known
 
@@ -122,13 +122,13 @@ def test_attention_sees_what_is_there():
 
 
 def test_a_whole_checkpoint_is_read_and_nothing_else():
-    c, _, weights, _ = load("brivl_towers")
+    _, _, weights, _ = load("brivl_towers")
     copies = {name.replace("encoder.", "encoder_mom.", 1): x for name, x in weights.items()}
     whole = weights | copies | {"img_queue": torch.zeros(1), "text_queue_ptr": torch.zeros(1)}
     whole |= {f"{IMAGE}.backbone.conv_stem.weight": torch.zeros(1)}
-    assert from_brivl(whole, config(c)).keys() == from_brivl(weights, config(c)).keys()
+    assert from_brivl(whole).keys() == from_brivl(weights).keys()
     with pytest.raises(UserError, match=r"left over .*surprise"):
-        from_brivl(weights | {"surprise": torch.zeros(1)}, config(c))
+        from_brivl(weights | {"surprise": torch.zeros(1)})
 
 
 class Stand(nn.Module):

@@ -82,7 +82,8 @@ def batch_of(known: dict[str, Tensor], image: str = "in.image", ids: str = "in.t
 def check_gradients(model: VLModel, config: ModelConfig, known: dict[str, Tensor], tol: dict, prefix: str) -> None:
     """Every stored gradient equals that of the parameter, or slice of a parameter, that holds the tensor."""
     gradients = {name: p.grad for name, p in model.named_parameters()}
-    owner = {part: (ours, parts) for ours, parts in convert.flm_map(config).made.items() for part in parts}
+    sources = convert.flm_map(config, len(model.image.blocks)).sources
+    owner = {part: (ours, parts) for ours, parts in sources.items() for part in parts}
     tables = {
         "token_type_embeddings.weight": lambda: torch.cat(
             [gradients["fusion.text_type"][None], gradients["fusion.image_type"]]

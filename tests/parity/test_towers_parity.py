@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastvlp.convert import flm as convert
+from fastvlp.convert.bert_layers import from_roberta
+from fastvlp.convert.clip_image import from_clip
 from fastvlp.errors import UserError
 from fastvlp.model import masks
 from fastvlp.model.encoders.text_transformer import TextTransformer, TextTransformerConfig
@@ -28,7 +29,7 @@ def test_clip_image_tower():
         size=v["image_size"], patch=v["patch_size"], depth=depth, layer=layer, embed_norm=True, patch_bias=False
     )
     tower = ViT(config)
-    state = convert.from_clip(weights, depth)
+    state = from_clip(weights, depth)
     tower.load_state_dict({k.removeprefix("image."): t for k, t in state.items()})
     states: list[torch.Tensor] = []
     tower.norm.register_forward_pre_hook(lambda module, args: states.append(args[0]))
@@ -59,7 +60,7 @@ def test_roberta():
         pad_position=1,
     )
     tower = TextTransformer(config)
-    state = convert.from_roberta({f"roberta.{k}": t for k, t in weights.items()}, config.depth)
+    state = from_roberta({f"roberta.{k}": t for k, t in weights.items()}, config.depth)
     tower.load_state_dict({k.removeprefix("text."): t for k, t in state.items()})
     ids, real = known["in.input_ids"], known["in.attention_mask"].bool()
     x = tower.embed(ids, torch.arange(ids.shape[1])[None])
@@ -73,7 +74,7 @@ def test_roberta():
 def test_what_is_missing_or_left_over_is_named():
     _, _, weights, _ = load("hf_roberta")
     with pytest.raises(UserError, match=r"left over .*surprise"):
-        convert.from_roberta({**weights, "surprise.weight": torch.zeros(1)}, 2)
+        from_roberta({**weights, "surprise.weight": torch.zeros(1)}, 2)
     del weights["embeddings.LayerNorm.bias"]
     with pytest.raises(UserError, match=r"missing .*LayerNorm\.bias"):
-        convert.from_roberta(weights, 2)
+        from_roberta(weights, 2)

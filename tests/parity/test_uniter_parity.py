@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastvlp.batch import Batch, Regions
-from fastvlp.convert.uniter import HEADS, WORD_AND_MATCH, from_uniter, uniter_heads, uniter_map
+from fastvlp.convert.uniter import HEADS, WORD_AND_MATCH, from_uniter, uniter_encoder, uniter_heads
 from fastvlp.errors import UserError
 from fastvlp.model.encoders.text_transformer import TextTransformerConfig
 from fastvlp.model.encoders.vit import ViTConfig
@@ -88,7 +88,7 @@ def check_gradients(name: str, model: VLModel, prefix: str, **heads: Tensor | No
     parameters outside the model, by their released name."""
     c, tol, _, known = golden(name)
     gradients = {key: p.grad for key, p in model.named_parameters()} | heads
-    made = uniter_map(c["num_hidden_layers"]) | WORD_AND_MATCH | {part: (part,) for part in heads}
+    made = uniter_encoder(c["num_hidden_layers"]) | WORD_AND_MATCH | {part: (part,) for part in heads}
     owner = {part: (ours, parts) for ours, parts in made.items() for part in parts}
     checked = 0
     for key, value in known.items():
@@ -122,7 +122,10 @@ def test_every_tensor_of_a_released_checkpoint_has_a_place():
     """The base size has 230 entries, two of them second copies."""
     c, _, weights, _ = golden(PRETRAIN)
     used = {
-        part for made in (uniter_map(12), WORD_AND_MATCH, *HEADS.values()) for parts in made.values() for part in parts
+        part
+        for made in (uniter_encoder(12), WORD_AND_MATCH, *HEADS.values())
+        for parts in made.values()
+        for part in parts
     }
     assert len(used) + 2 == 230
     model = VLModel(model_config(c, 2))

@@ -1,25 +1,30 @@
-"""Weights of the released FLIP (facebookresearch/flip 9bf6bf8): flax's layout, paths joined by "/"."""
+"""FLIP (arXiv 2212.00794) as released (facebookresearch/flip 9bf6bf8): flax's layout, paths joined by "/"."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from math import isqrt
 
 from torch import Tensor
 
-from fastvlp.convert.flm import WeightMap, apply_map, vit
-from fastvlp.model.model import ModelConfig
+from fastvlp.convert.interface import Layout, Release
+from fastvlp.convert.weight_map import Sources, WeightMap, Weights, apply_map, layer_numbers
+from fastvlp.model import sizes
+from fastvlp.model.layers import Activation
+from fastvlp.objectives.clip import CLIPConfig
+
+IMAGE_LAYERS, TEXT_LAYERS = (f"{part}_encoder/Transformer/encoderblock_" for part in ("img", "txt"))
 
 
-def from_flax(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same tensors laid out as torch's: kernels [in out] become [out in], a convolution's [h w in out] the matrix of
-    its flattened patches, tables and vectors lose their leading axes of one."""
+def from_flax(weights: Weights) -> dict[str, Tensor]:
+    """The same tensors in torch's layout: a kernel [in out] becomes [out in], that of a convolution [h w in out] the matrix of
+    its flattened patches, and tables and vectors lose their leading axes of one."""
 
-    def laid_out(name: str, x: Tensor) -> Tensor:
+    def converted(name: str, x: Tensor) -> Tensor:
         if name.endswith("/kernel"):
             return x.T if x.ndim == 2 else x.permute(3, 2, 0, 1).flatten(1)
         return x.squeeze()
 
-    return {name: laid_out(name, x) for name, x in weights.items()}
+    return {name: converted(name, x) for name, x in weights.items()}
 
 
 def _norm(ours: str, theirs: str) -> dict[str, tuple[str, ...]]:
@@ -33,39 +38,63 @@ def _linear(ours: str, *theirs: str) -> dict[str, tuple[str, ...]]:
     }
 
 
-def _blocks(ours: str, theirs: str, depth: int) -> dict[str, tuple[str, ...]]:
-    made: dict[str, tuple[str, ...]] = {}
+def _layers(ours: str, theirs: str, depth: int) -> Sources:
+    sources: dict[str, tuple[str, ...]] = {}
     for i in range(depth):
-        block, source = f"{ours}.blocks.{i}", f"{theirs}/Transformer/encoderblock_{i:02d}"
+        block, source = f"{ours}.blocks.{i}", f"{theirs}{i:02d}"
         attend = f"{source}/MultiHeadDotProductAttention_0"
-        made |= _linear(f"{block}.attend.qkv", *(f"{attend}/{part}" for part in ("query", "key", "value")))
-        made |= _linear(f"{block}.attend.out", f"{attend}/out")
-        made |= _norm(f"{block}.attend_norm", f"{source}/LayerNorm_0")
-        made |= _norm(f"{block}.mlp_norm", f"{source}/LayerNorm_1")
-        made |= _linear(f"{block}.mlp_in", f"{source}/MlpBlock_0/Dense_0")
-        made |= _linear(f"{block}.mlp_out", f"{source}/MlpBlock_0/Dense_1")
-    return made
+        sources |= _linear(f"{block}.attend.qkv", *(f"{attend}/{part}" for part in ("query", "key", "value")))
+        sources |= _linear(f"{block}.attend.out", f"{attend}/out")
+        sources |= _norm(f"{block}.attend_norm", f"{source}/LayerNorm_0")
+        sources |= _norm(f"{block}.mlp_norm", f"{source}/LayerNorm_1")
+        sources |= _linear(f"{block}.mlp_in", f"{source}/MlpBlock_0/Dense_0")
+        sources |= _linear(f"{block}.mlp_out", f"{source}/MlpBlock_0/Dense_1")
+    return sources
 
 
-def flip_map(config: ModelConfig) -> WeightMap:
+def flip_map(image_depth: int, text_depth: int) -> WeightMap:
     """Onto a model of `sizes.flip`. Unused: the fixed positions of the image, and the temperature, which is the
     objective's (`CLIP.log_scale`)."""
-    made = {
+    sources = {
         **_linear("image.patch", "img_encoder/embedding"),
         "image.class_token": ("img_encoder/cls",),
-        **_blocks("image", "img_encoder", vit(config).depth),
+        **_layers("image", IMAGE_LAYERS, image_depth),
         **_norm("image.norm", "img_encoder/Transformer/encoder_norm"),
         "embed.image.out.weight": ("img_mlp1/kernel",),
         "text.word.weight": ("txt_encoder/token_embedding/embedding",),
         "text.position.weight": ("txt_encoder/posembed_encoder/pos_embedding",),
-        **_blocks("text", "txt_encoder", config.text.depth),
+        **_layers("text", TEXT_LAYERS, text_depth),
         **_norm("embed.text.norm", "txt_encoder/Transformer/encoder_norm"),
         "embed.text.out.weight": ("txt_mlp1/kernel",),
     }
-    return WeightMap(made=made, unused=("img_encoder/posembed_encoder/", "logit_scale"))
+    return WeightMap(sources=sources, unused=("img_encoder/posembed_encoder/", "logit_scale"))
 
 
-def from_flip(weights: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
-    """A VLModel's state dict from the parameters of a released checkpoint (the tree under `target`). Raises UserError
-    where a tensor is missing or left over."""
-    return apply_map(from_flax(weights), flip_map(config), source="FLIP")
+def from_flip(weights: Weights) -> dict[str, Tensor]:
+    """The state dict of a model of `sizes.flip` from the parameters of a released checkpoint (the tree under `target`).
+    Raises UserError where a tensor is missing or left over."""
+    depths = (len(layer_numbers(weights, prefix)) for prefix in (IMAGE_LAYERS, TEXT_LAYERS))
+    return apply_map(from_flax(weights), flip_map(*depths), layout="FLIP")
+
+
+class FLIPLayout(Layout):
+    name = "flip"
+
+    def read(self, weights: Weights, activation: Activation | None = None) -> Release:
+        patch, _, _, width = weights["img_encoder/embedding/kernel"].shape
+        length, text_width = weights["txt_encoder/posembed_encoder/pos_embedding"].shape[-2:]
+        config = sizes.flip(
+            sizes.Tower.published(len(layer_numbers(weights, IMAGE_LAYERS)), width),
+            sizes.Tower.published(len(layer_numbers(weights, TEXT_LAYERS)), text_width),
+            width=weights["img_mlp1/kernel"].shape[1],
+            size=isqrt(weights["img_encoder/posembed_encoder/pos_embedding"].shape[-2]) * patch,
+            patch=patch,
+            length=length,
+        )
+        return Release(
+            config=config,
+            weights=from_flip(weights),
+            data={"max_length": config.longest_text},
+            objectives={"clip": CLIPConfig(bound="clip")},
+            objective_weights={"clip.log_scale": weights["logit_scale"].float().reshape(())},
+        )

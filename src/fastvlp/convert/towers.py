@@ -1,86 +1,63 @@
-"""A model to start from, made of public towers: CLIP's image tower and RoBERTa's first layers under fresh fusion layers."""
+"""A model to start from, made of public encoders: CLIP's image encoder and RoBERTa's first layers under new fusion layers."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
-from torch import Tensor
 
-from fastvlp.convert import flm as convert
+from fastvlp.convert.bert_layers import from_roberta
+from fastvlp.convert.clip_image import from_clip
+from fastvlp.convert.weight_files import find_file, read_weights
+from fastvlp.convert.weight_map import layer_numbers
 from fastvlp.data.tokenize import Tokenizer
-from fastvlp.errors import UserError, install
+from fastvlp.errors import UserError
 from fastvlp.model.model import ModelConfig, VLModel
 from fastvlp.model.saving import save_model
-from fastvlp.model.sizes import with_tokenizer
+from fastvlp.model.sizes import flm_base, with_tokenizer
 
 
-def local_file(source: str, name: str) -> Path:
-    """A file as it is, `name` in a folder, or `name` in a repository of the Hugging Face hub (`owner/repository`)."""
-    path = Path(source)
-    if path.is_file():
-        return path
-    if path.is_dir():
-        if not (path / name).is_file():
-            raise UserError(f"{path}: has no {name}; name the file itself")
-        return path / name
-    if source.count("/") != 1:
-        raise UserError(f"{source}: no such file or folder, and not of the form owner/repository of the hub")
-    try:
-        from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import HfHubHTTPError
-    except ImportError:
-        raise UserError(f"{source}: no such file; to fetch it from the hub, {install('hub')}") from None
-    try:
-        return Path(hf_hub_download(source, name))
-    except (HfHubHTTPError, OSError, ValueError) as error:
-        raise UserError(f"{source}: the hub did not give {name} ({error}); download it and name the file") from None
+def start_from_towers(
+    *,
+    out: Path,
+    clip: str = "openai/clip-vit-base-patch32",
+    roberta: str = "FacebookAI/roberta-base",
+    tokenizer: str | None = None,
+) -> VLModel:
+    """Make a model to start from of public encoders: CLIP ViT-B/32's image encoder and RoBERTa-base's first 6 layers, as FLM
+    does. Each is a file, a folder, or owner/repository of the Hugging Face hub.
 
-
-def load_weights(path: Path) -> dict[str, Tensor]:
-    """Tensors of a .safetensors file or of a PyTorch file (read with weights_only: nothing in it is executed), from under
-    `state_dict` where it has one (open_clip, Lightning), without the `module.` of a parallel wrapper."""
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; name a .safetensors file or a PyTorch file")
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged pickle fails in any way
-        reason = str(error).partition("\n")[0] or type(error).__name__
-        raise UserError(
-            f"{path}: not readable as weights ({reason}); copy it again, or give a .safetensors file or a state dict"
-        ) from error
-    if isinstance(state, dict):
-        # BriVL's files hold its `learnable` part alone.
-        learnable = state.get("learnable")
-        state = {f"learnable.{k}": x for k, x in learnable.items()} if isinstance(learnable, dict) else state
-        state = state.get("state_dict", state)
-    if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(x, Tensor) for k, x in state.items()):
-        raise UserError(f"{path}: holds more than named tensors; give a .safetensors file or a plain state dict")
-    wrapped = all(name.startswith("module.") for name in state)
-    return {name.removeprefix("module.") if wrapped else name: x for name, x in state.items()}
-
-
-def start_from_towers(config: ModelConfig, clip: Path, roberta: Path, tokenizer: Path, out: Path) -> VLModel:
-    """Writes a folder that `--init` reads: the towers of `config` from the two files, everything else fresh (seed 0).
-
-    `clip`: OpenAI's or transformers' layout. The text tower gets RoBERTa's embeddings and as many of its first layers as
-    `config` has (arXiv 2303.14038; released code). Positions for another image size are resized when the run starts.
+    Args:
+        out: Folder to write; `vlp pretrain flm_base --from` reads it.
+        clip: model.safetensors (or a state dict) of CLIP.
+        roberta: The same of RoBERTa.
+        tokenizer: RoBERTa's tokenizer.json; by default from where RoBERTa is.
     """
-    known = Tokenizer.load(tokenizer)
-    towers = convert.from_clip(load_weights(clip), convert.vit(config).depth)
-    towers |= convert.from_roberta(load_weights(roberta), config.text.depth)
+    image, text = (find_file(source, "model.safetensors") for source in (clip, roberta))
+    words = find_file(tokenizer or roberta, "tokenizer.json")
+    # CLIP ViT-B/32 was trained at 224 px; a run at another size resizes the positions.
+    return join_towers(replace(flm_base(size=224), reconstructor=None), image, text, words, out)
+
+
+def join_towers(config: ModelConfig, clip: Path, roberta: Path, tokenizer: Path, out: Path) -> VLModel:
+    """Writes a folder that a run can start from: the encoders of `config` from two files, everything else drawn from seed 0.
+
+    `clip` is in OpenAI's or transformers' names. The text encoder gets RoBERTa's embeddings and as many of its first layers
+    as `config` has (arXiv 2303.14038; TencentARC/FLM). Raises UserError where weights have other shapes than the model's.
+    """
+    words = Tokenizer.load(tokenizer)
     torch.manual_seed(0)
-    model = VLModel(with_tokenizer(config, known))
+    model = VLModel(with_tokenizer(config, words))
     state = model.state_dict()
-    for name, value in towers.items():
+    encoders = from_clip(read_weights(clip), len(layer_numbers(state, "image.blocks.")))
+    encoders |= from_roberta(read_weights(roberta), config.text.depth)
+    for name, value in encoders.items():
         if state[name].shape != value.shape:
             raise UserError(
                 f"{name} is {tuple(value.shape)} in the file and {tuple(state[name].shape)} in the model: "
                 "is the tokenizer the text tower's own, and the size that of these towers?"
             )
-    model.load_state_dict(state | towers)
-    save_model(out, model, known, {"name": out.name, "reading": "full", "step": 0})
+    model.load_state_dict(state | encoders)
+    save_model(out, model, words, {"name": out.name, "reading": "full", "step": 0})
     return model

@@ -77,6 +77,11 @@ class Tower(NamedTuple):
     width: int
     heads: int
 
+    @classmethod
+    def published(cls, depth: int, width: int) -> Tower:
+        """With the heads of CLIP's and FLIP's towers of this width: 64 wide, and no more than 16."""
+        return cls(depth, width, max(1, min(16, width // 64)))
+
     def layer(self, activation: Activation, eps: float) -> LayerConfig:
         return LayerConfig(width=self.width, heads=self.heads, hidden=4 * self.width, eps=eps, activation=activation)
 

@@ -109,9 +109,9 @@ def _config(saved: Saved, name: str, value: Any) -> ObjectiveConfig:
 def _known_type(name: str) -> type[ObjectiveConfig]:
     """Those of a task are imported only where no other has the name: with them comes what trains them."""
     try:
-        return variant(ObjectiveConfig, name, "fastvlp.objectives")  # type: ignore[type-abstract]
+        return variant(ObjectiveConfig, name, "fastvlp.objectives")
     except UserError:
-        return variant(ObjectiveConfig, name, "fastvlp.tasks")  # type: ignore[type-abstract]
+        return variant(ObjectiveConfig, name, "fastvlp.tasks")
 
 
 def _built(saved: Saved) -> dict[str, Objective]:

@@ -10,7 +10,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from fastvlp.convert.towers import load_weights, local_file, start_from_towers
+from fastvlp.convert.towers import join_towers
+from fastvlp.convert.weight_files import find_file, read_weights
 from fastvlp.data.tokenize import Tokenizer
 from fastvlp.errors import UserError
 from fastvlp.model.fusion import ReconstructorConfig
@@ -44,7 +45,7 @@ def made_files(folder: Path):
 
 def test_towers_land_and_a_run_inherits_them(tmp_path: Path):
     config, clip, roberta, tokenizer = made_files(tmp_path)
-    start_from_towers(config, clip, roberta, tokenizer, tmp_path / "start")
+    join_towers(config, clip, roberta, tokenizer, tmp_path / "start")
     saved = load_model(tmp_path / "start")
     weights = load("hf_clip")[2] | load("hf_roberta")[2]
     assert torch.equal(saved.model.image.class_token, weights["vision_model.embeddings.class_embedding"])
@@ -65,15 +66,15 @@ def test_another_tokenizer_is_named(tmp_path: Path):
     config, clip, roberta, tokenizer = made_files(tmp_path)
     Tokenizer.train(WORDS, "wordpiece", vocab_size=90).save(tokenizer)
     with pytest.raises(UserError, match=r"text\.word\.weight is .*the tokenizer the text tower's own"):
-        start_from_towers(config, clip, roberta, tokenizer, tmp_path / "start")
+        join_towers(config, clip, roberta, tokenizer, tmp_path / "start")
 
 
 def test_what_is_no_weights_file_is_named(tmp_path: Path):
     for name, content in (("bad.safetensors", b"no"), ("bad.bin", b"no")):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(UserError, match=name):
-            load_weights(tmp_path / name)
+            read_weights(tmp_path / name)
     with pytest.raises(UserError, match="no such file or folder"):
-        local_file(str(tmp_path / "absent"), "model.safetensors")
+        find_file(str(tmp_path / "absent"), "model.safetensors")
     with pytest.raises(UserError, match=r"has no model\.safetensors"):
-        local_file(str(tmp_path), "model.safetensors")
+        find_file(str(tmp_path), "model.safetensors")

@@ -18,9 +18,8 @@ from torch import Tensor
 from fastvlp.cli import main
 from fastvlp.convert.flip import flip_map
 from fastvlp.convert.open_clip import PROJECTIONS, clip_map
-from fastvlp.convert.released import tower
-from fastvlp.convert.towers import load_weights
-from fastvlp.convert.uniter import HEADS, TIED, WORD_AND_MATCH, uniter_map
+from fastvlp.convert.uniter import HEADS, TIED, WORD_AND_MATCH, uniter_encoder
+from fastvlp.convert.weight_files import read_weights
 from fastvlp.data.regions import RegionSource
 from fastvlp.data.tokenize import Tokenizer
 from fastvlp.data.world.corpus import WorldConfig, write_world
@@ -71,7 +70,7 @@ def uniter_checkpoint(folder: Path) -> tuple[Path, VLModel]:
     tokenizer = made_tokenizer(folder / "tokenizer.json", BERT)
     model = model_of(sizes.with_tokenizer(sizes.uniter(width=64, depth=2, feature=WIDTH), tokenizer))
     state = model.state_dict()
-    weights = spread(uniter_map(2) | WORD_AND_MATCH, state)
+    weights = spread(uniter_encoder(2) | WORD_AND_MATCH, state)
     mask = "uniter.img_embeddings.mask_embedding.weight"
     weights[mask] = torch.stack([torch.ones(WIDTH), weights[mask]])
     objectives = recipe("uniter_demo").objectives
@@ -84,10 +83,18 @@ def uniter_checkpoint(folder: Path) -> tuple[Path, VLModel]:
 def clip_checkpoint(folder: Path) -> tuple[Path, VLModel]:
     """As open_clip's training leaves it, over a vocabulary without padding and mask."""
     made_tokenizer(folder / "tokenizer.json", CLIP)
-    config = sizes.clip(tower(1, 64), tower(2, 64), width=16, size=32, patch=16, positions=12, activation="gelu")
+    config = sizes.clip(
+        sizes.Tower.published(1, 64),
+        sizes.Tower.published(2, 64),
+        width=16,
+        size=32,
+        patch=16,
+        positions=12,
+        activation="gelu",
+    )
     tokenizer = Tokenizer.load(folder / "tokenizer.json", complete=True)
     model = model_of(sizes.with_tokenizer(config, tokenizer))
-    weights = spread(clip_map(config).made, model.state_dict())
+    weights = spread(clip_map(1, 2).sources, model.state_dict())
     weights["visual.conv1.weight"] = weights["visual.conv1.weight"].reshape(64, 3, 16, 16)
     weights["token_embedding.weight"] = weights["token_embedding.weight"][:60]
     weights |= {name: weights[name].T for name in PROJECTIONS} | {"logit_scale": torch.tensor(3.0)}
@@ -98,9 +105,11 @@ def clip_checkpoint(folder: Path) -> tuple[Path, VLModel]:
 
 def flip_checkpoint(folder: Path) -> tuple[Path, VLModel]:
     tokenizer = made_tokenizer(folder / "tokenizer.json", BERT)
-    config = sizes.flip(tower(1, 64), tower(1, 64), width=16, size=32, patch=16, length=10)
+    config = sizes.flip(
+        sizes.Tower.published(1, 64), sizes.Tower.published(1, 64), width=16, size=32, patch=16, length=10
+    )
     model = model_of(sizes.with_tokenizer(config, tokenizer))
-    weights = spread(flip_map(config).made, model.state_dict())
+    weights = spread(flip_map(1, 1).sources, model.state_dict())
     weights = {name: x.T if name.endswith("/kernel") else x for name, x in weights.items()}
     patches = weights["img_encoder/embedding/kernel"].T
     weights["img_encoder/embedding/kernel"] = patches.reshape(64, 3, 16, 16).permute(2, 3, 1, 0)
@@ -161,7 +170,7 @@ def test_bert_is_what_uniter_begins_with(tmp_path: Path, capsys):
     lacks = ("uniter.img_embeddings.", "itm_output.", "feat_regress.", "region_classifier.")
     old = {"uniter.": "bert.", "LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
     weights: dict[str, Tensor] = {"cls.seq_relationship.weight": torch.zeros(2, 64)}
-    for name, x in load_weights(checkpoint).items():
+    for name, x in read_weights(checkpoint).items():
         if not name.startswith(lacks):
             for new, told in old.items():
                 name = name.replace(new, told)
@@ -204,7 +213,7 @@ def test_two_towers_embed_evaluate_and_learn_on(tmp_path: Path, world: Path, fam
 
 def test_an_openai_file_is_known_by_what_it_says_of_its_size(tmp_path: Path):
     path, _ = clip_checkpoint(tmp_path)
-    torch.save(load_weights(path) | {"input_resolution": torch.tensor(32)}, path)
+    torch.save(read_weights(path) | {"input_resolution": torch.tensor(32)}, path)
     for told, activation in (((), "quick_gelu"), (("--activation", "gelu"), "gelu")):
         assert main(["convert", "open_clip", str(path), str(tmp_path / activation), *told]) == 0
         config = load_model(tmp_path / activation).model.config
@@ -249,7 +258,7 @@ def test_flm_can_be_tuned_and_ranks(tmp_path: Path, monkeypatch, world: Path):
 
 def test_what_cannot_be_converted_is_named_and_nothing_is_written(tmp_path: Path, capsys):
     path, _ = uniter_checkpoint(tmp_path)
-    weights, damaged = load_weights(path), tmp_path / "damaged.pt"
+    weights, damaged = read_weights(path), tmp_path / "damaged.pt"
     damaged.write_bytes(path.read_bytes()[:-2000])
     (tmp_path / "bad.safetensors").write_bytes(b"no")
     torch.save(weights | {"new.weight": torch.zeros(1)}, tmp_path / "more.pt")
@@ -291,5 +300,5 @@ class Opened:
 def test_nothing_in_a_file_is_executed(tmp_path: Path, capsys):
     torch.save({"weight": Opened()}, tmp_path / "bad.pt")
     with pytest.raises(UserError, match=r"bad\.pt: not readable as weights"):
-        load_weights(tmp_path / "bad.pt")
+        read_weights(tmp_path / "bad.pt")
     assert "executed" not in capsys.readouterr().out
