@@ -34,10 +34,10 @@ from rich.table import Table
 from served import made_export, made_texts, serving
 
 from fastvlp.errors import UserError
-from fastvlp.search.bulk import open_embedded, read_part
+from fastvlp.search.embedded import open_embedded, read_part
 from fastvlp.search.embedder import Embedder, fingerprint
+from fastvlp.search.engines.interface import IndexEngine, Stamp, open_index
 from fastvlp.search.hashing import HashSearch, learned_projection, random_projection
-from fastvlp.search.index import Index, Stamp, open_index
 
 RESULTS = Path(__file__).parent / "results" / "retrieval.jsonl"
 K = 10
@@ -107,7 +107,7 @@ def prepare(o: Options, folder: Path) -> Data:
         if not len(texts):
             raise UserError(f"{o.embedded}: has no texts to search by; embed records with captions")
         order = np.random.default_rng(0).permutation(len(texts))
-        all_said = [text for part in parts for text in part.said]
+        all_said = [text for part in parts for text in part.captions]
         texts, said = texts[order], [all_said[i] for i in order[: o.queries]]
     (folder / "texts.json").write_text(json.dumps(said))
     made_export(folder, said, vectors.shape[1])
@@ -184,7 +184,7 @@ def infos(ids: Sequence[str]) -> list[dict[str, str]]:
     return [{"caption": f"caption {id}", "source": "made"} for id in ids]
 
 
-def ours(data: Data) -> Index:
+def ours(data: Data) -> IndexEngine:
     """An index that the service will open: it says that its vectors are of the export."""
     width = data.vectors.shape[1]
     return open_index(

@@ -22,7 +22,6 @@ from fastvlp.exporters.native import export
 from fastvlp.model.model import VLModel
 from fastvlp.model.saving import save_model
 from fastvlp.model.sizes import small, two_towers, with_tokenizer
-from fastvlp.serve.options import Export
 
 WORDS = [
     *("a", "the", "two", "some", "red", "small", "old", "young", "man", "woman", "dog", "bird", "child", "street"),
@@ -42,7 +41,7 @@ def made_export(folder: Path, texts: Sequence[str], width: int) -> Path:
     tokenizer = Tokenizer.train([*texts, *texts])  # words seen once would stay pieces
     model = VLModel(with_tokenizer(two_towers(small(), width=width), tokenizer))
     save_model(folder / "run", model, tokenizer, {"name": "random"})
-    export(Export(run=str(folder / "run"), out=folder / "export"))
+    export(folder / "run", folder / "export")
     return folder / "export"
 
 

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from fastvlp.objectives.wra import WRAConfig as WRAConfig
     from fastvlp.recipes import recipe as recipe
     from fastvlp.search.embedder import Embedder as Embedder
-    from fastvlp.search.index import open_index as open_index
+    from fastvlp.search.engines.interface import open_index as open_index
     from fastvlp.tasks.caption import caption as caption
     from fastvlp.training.optim import OptimConfig as OptimConfig
     from fastvlp.training.state import TrainConfig as TrainConfig
@@ -85,7 +85,7 @@ _HOME = {
     "caption": "tasks.caption",
     "load_model": "model.saving",
     "official_flm": "objectives.flm",
-    "open_index": "search.index",
+    "open_index": "search.engines.interface",
     "recipe": "recipes",
     "save_model": "model.saving",
 }

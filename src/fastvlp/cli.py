@@ -12,7 +12,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, fields, make_dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, make_dataclass, replace
 from difflib import get_close_matches
 from importlib.metadata import version
 from inspect import getdoc, signature
@@ -23,7 +23,7 @@ import tyro
 from rich.console import Console
 from tyro.conf import arg
 
-from fastvlp.errors import UserError, install
+from fastvlp.errors import UserError
 from fastvlp.extensions import import_file
 
 if TYPE_CHECKING:
@@ -31,9 +31,11 @@ if TYPE_CHECKING:
     from fastvlp.comparison.options import Compare
     from fastvlp.convert.checkpoints import Converted
     from fastvlp.data.options import DataDemo, DataImport, DataInspect
-    from fastvlp.eval.options import Probe, Retrieval, ZeroShot
+    from fastvlp.eval.evaluation import Evaluation
     from fastvlp.model.model import VLModel
-    from fastvlp.serve.options import Embed, Export, IndexBuild, IndexSearch, Serve
+    from fastvlp.search.bulk import Counts
+    from fastvlp.search.engines.interface import Hit
+    from fastvlp.search.indexing import Built
     from fastvlp.tasks.options import Evaluate, Finetune
     from fastvlp.training.state import TrainConfig
 
@@ -59,7 +61,12 @@ class Command:
         return loaded
 
     def option_names(self) -> Collection[str]:
-        return signature(self.load()).parameters if self.function else self.options()
+        if not self.function:
+            return self.options()
+        parameters = signature(self.load()).parameters
+        # The fields of a dataclass are options beside the other parameters.
+        groups = [fields(p.default) for p in parameters.values() if is_dataclass(p.default)]
+        return [*parameters, *(field.name for group in groups for field in group)]
 
 
 # ---- commands that are not yet functions of keywords: `show` runs them ----
@@ -146,26 +153,14 @@ def evaluate_task(command: Evaluate) -> None:
     print(f"results: {write_results(Path(command.run), scores)}")
 
 
-def evaluate_embeddings(command: Retrieval | ZeroShot | Probe) -> None:
-    from fastvlp.config import to_json
-    from fastvlp.dist import pick_device
-    from fastvlp.eval import embedding_retrieval, probe, zeroshot
-    from fastvlp.eval.options import Probe, Retrieval, ZeroShot
-    from fastvlp.eval.result_files import keep_result, score_table
-    from fastvlp.provenance import about
+def show_evaluation(result: Evaluation) -> None:
+    from fastvlp.eval.evaluation import score_table
 
-    match command:
-        case Retrieval():
-            found = embedding_retrieval.evaluate(command)
-        case ZeroShot():
-            found = zeroshot.evaluate(command)
-        case Probe():
-            found = probe.evaluate(command)
-    Console().print(score_table(found["scores"]))
-    for name in sorted({"counts", "seconds"} & {*found}):
-        print(f"{name}: " + ", ".join(f"{key} {value:,}" for key, value in found[name].items()))
-    result = {**found, "settings": to_json(command), "about": about(pick_device(command.device))}
-    print(f"results: {keep_result(command.run, type(command).__name__.lower(), found['data'], result)}")
+    Console().print(score_table(result.scores))
+    for name, values in {"counts": result.counts, "seconds": result.seconds}.items():
+        if values:
+            print(f"{name}: " + ", ".join(f"{key} {value:,}" for key, value in values.items()))
+    print(f"results: {result.path}")
 
 
 def compare(command: Compare) -> None:
@@ -184,52 +179,38 @@ def show_towers(model: VLModel) -> None:
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.0f} M parameters")
 
 
-def export(command: Export) -> None:
-    from fastvlp.exporters.native import export
-
-    card = export(command)
-    print(f"{command.out}: {card['name']} can {', '.join(card['can'])}; its card: {command.out / 'README.md'}")
+# ---- printing of results ----
 
 
-def embed(command: Embed) -> None:
-    from fastvlp.search.bulk import embed
-
-    if (done := embed(command)) is not None:
-        print(f"{command.out}: {done['images']:,} images, {done['texts']:,} texts")
-        say_dropped(done["dropped"], f"by name in {command.out / 'dropped.jsonl'}")
+def show_export(card: Mapping[str, Any]) -> None:
+    print(f"{card['name']} can {', '.join(card['can'])}; README.md in the export is its card")
 
 
-def say_dropped(dropped: Sequence[Dropped], where: str) -> None:
+def show_counts(counts: Counts | None) -> None:
+    # Under `torchrun` the main rank alone has them.
+    if counts is not None:
+        print(f"{counts.folder}: {counts.images:,} images, {counts.texts:,} texts")
+        show_dropped(counts.dropped, f"by name in {counts.folder / 'dropped.jsonl'}")
+
+
+def show_built(built: Built) -> None:
+    print(f"{built.uri}: {built.images:,} images")
+    show_dropped(built.dropped)
+
+
+def show_hits(hits: Sequence[Hit]) -> None:
+    from fastvlp.search.indexing import hits_table
+
+    Console().print(hits_table(hits))
+
+
+def show_dropped(dropped: Sequence[Dropped], where: str = "") -> None:
     if dropped:
         print(f"dropped {len(dropped)}{f', {where}' if where else ''}:")
-        for one in dropped[:10]:
-            print(f"  {one.key}: {one.reason}")
+        for record in dropped[:10]:
+            print(f"  {record.key}: {record.reason}")
         if len(dropped) > 10:
             print(f"  and {len(dropped) - 10} more")
-
-
-def index_build(command: IndexBuild) -> None:
-    from fastvlp.search import indexing
-
-    done = indexing.build(command)
-    print(f"{command.index}: {done['images']:,} images")
-    say_dropped(done["dropped"], "")
-
-
-def index_search(command: IndexSearch) -> None:
-    from fastvlp.search import indexing
-
-    Console().print(indexing.as_table(indexing.search(command)))
-
-
-def serve(command: Serve) -> None:
-    try:
-        from fastvlp.serve.server import serve
-    except ImportError as error:
-        raise UserError(f"no {error.name}: the service needs the extra serve: {install('serve')}") from error
-
-    key = os.environ.get("FASTVLP_API_KEY")
-    serve(replace(command, api_key=(*command.api_key, *([key] if key else []))))
 
 
 # ---- commands whose options depend on their first word ----
@@ -290,19 +271,21 @@ COMMANDS: Mapping[str, Command] = {
     "pretrain": Command(summary="Pretrain a model by a recipe.", parse=parse_pretrain, options=run_fields),
     "finetune": command("Fine-tune a pretrained run on a task.", "tasks.options:Finetune", finetune),
     "evaluate task": command("Score a fine-tuned run on its task.", "tasks.options:Evaluate", evaluate_task),
-    "evaluate retrieval": command("Find images by captions and back.", "eval.options:Retrieval", evaluate_embeddings),
-    "evaluate zeroshot": command(
-        "Classify images by the names of classes.", "eval.options:ZeroShot", evaluate_embeddings
+    "evaluate retrieval": command(
+        "Find images by captions and back.", "eval.embedding_retrieval:evaluate_retrieval", show_evaluation
     ),
-    "evaluate probe": command("Logistic regression on frozen features.", "eval.options:Probe", evaluate_embeddings),
+    "evaluate zeroshot": command(
+        "Classify images by the names of classes.", "eval.zeroshot:evaluate_zeroshot", show_evaluation
+    ),
+    "evaluate probe": command("Logistic regression on frozen features.", "eval.probe:evaluate_probe", show_evaluation),
     "compare": command("Train recipes for the same time, and report.", "comparison.options:Compare", compare),
     "convert": command("Read a released checkpoint.", "convert.checkpoints:convert", show_converted),
     "towers": command("Start from CLIP's and RoBERTa's towers.", "convert.towers:start_from_towers", show_towers),
-    "export": command("Write a model that stands alone.", "serve.options:Export", export),
-    "embed": command("Turn shards into vectors.", "serve.options:Embed", embed),
-    "index build": command("Add images to a search index.", "serve.options:IndexBuild", index_build),
-    "index search": command("Find images in an index.", "serve.options:IndexSearch", index_search),
-    "serve": command("Serve a model over HTTP.", "serve.options:Serve", serve),
+    "export": command("Write a model that stands alone.", "exporters.native:export", show_export),
+    "embed": command("Turn shards into vectors.", "search.bulk:embed_shards", show_counts),
+    "index build": command("Add images to a search index.", "search.indexing:build_index", show_built),
+    "index search": command("Find images in an index.", "search.indexing:search_index", show_hits),
+    "serve": Command(summary="Serve a model over HTTP.", function="fastvlp.serve.server:serve"),
 }
 
 

@@ -48,6 +48,11 @@ def commit() -> str:
         return ""
 
 
+def data_name(path: str) -> str:
+    """Returns the last two names of a path: enough to tell data sets apart, and nothing about the machine."""
+    return "/".join(path.rstrip("/").split("/")[-2:])
+
+
 def about(device: torch.device) -> dict[str, Any]:
     try:
         package = version("fastvlp")

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from fastvlp.data.answers import normalise_answer, soft_scores, strip_punctuation, vqa_accuracy
-from fastvlp.eval.metrics import mean_by
+from fastvlp.eval.classification import mean_by
 from tests.golden import FOLDER
 
 KNOWN = json.loads((FOLDER / "metrics_vqa.json").read_text(encoding="utf-8"))

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from fastvlp.eval.ranks import ranks, recall, rerank, reranked, retrieval_scores, shortlist, transposed
+from fastvlp.eval.ranks import ranks, recall, reranked, retrieval_scores, score_shortlists, shortlist, transposed
 
 
 def of_matrix(score):
@@ -113,7 +113,7 @@ def test_reranking_everything_gives_the_ranks_of_the_new_scores():
 
     text_IN = shortlist(of_matrix(score), images, texts, texts)
     image_TN = shortlist(transposed(of_matrix(score)), texts, images, images)
-    score_IN, score_TN = rerank(text_IN, image_TN, score_pairs)
+    score_IN, score_TN = score_shortlists(text_IN, image_TN, score_pairs)
     assert len(asked) == len(set(asked)) == images * texts
     old = ranks(of_matrix(score), image_of_text, images)
     image_rank = reranked(old[0], score_IN, image_of_text[text_IN] == torch.arange(images)[:, None])
@@ -130,7 +130,7 @@ def test_reranking_moves_only_the_shortlist():
     own_IN, own_TN = image_of_text[text_IN] == torch.arange(images)[:, None], image_TN == image_of_text[:, None]
 
     def by(new):
-        pairs = rerank(text_IN, image_TN, lambda its: [new[i, t] for i, t in enumerate(its)])
+        pairs = score_shortlists(text_IN, image_TN, lambda its: [new[i, t] for i, t in enumerate(its)])
         return reranked(old_image, pairs[0], own_IN), reranked(old_text, pairs[1], own_TN)
 
     # The towers' own scores change nothing, for ranks within the list and behind it.

@@ -22,9 +22,10 @@ from torch import Tensor
 from fastvlp.batch import Record
 from fastvlp.data.records.decode import DecodeError, decode
 from fastvlp.data.records.transform import Transform
+from fastvlp.search.checks import check_where
 from fastvlp.search.embedder import Unreadable
-from fastvlp.search.index import Hit, Item, Stamp, choices
-from fastvlp.search.pictures import Pictures
+from fastvlp.search.engines.interface import Hit, Item, Stamp
+from fastvlp.search.pictures import PictureFolder
 from fastvlp.serve.api import create_app
 
 
@@ -125,7 +126,7 @@ class StandinIndex:
     def search(
         self, vectors: np.ndarray, k: int, where: Mapping[str, Any] | None = None, offset: int = 0
     ) -> list[list[Hit]]:
-        asked = choices(where)
+        asked = check_where(where)
         kept = [
             item for item in self.items.values() if all(item.info.get(name) in some for name, some in asked.items())
         ]
@@ -162,7 +163,10 @@ def listening(app: Any) -> Iterator[str]:
 def opened(folder: Path, embedder: StandinEmbedder | None = None, **said: Any) -> TestClient:
     """A client of a service of these, whose 500 is an answer."""
     app = create_app(
-        embedder or StandinEmbedder(), said.pop("index", StandinIndex()), pictures=Pictures(folder / "pictures"), **said
+        embedder or StandinEmbedder(),
+        said.pop("index", StandinIndex()),
+        pictures=PictureFolder(folder / "pictures"),
+        **said,
     )
     return TestClient(app, raise_server_exceptions=False)
 

@@ -293,7 +293,7 @@ def test_keys_are_asked_for(tmp_path: Path):
         assert "httponly" in cookie.lower() and "samesite=strict" in cookie.lower()
         assert client.get("/v1/items").status_code == 200, "the page's cookie is enough"
         assert client.get("/health").json()["key"] is False
-    with pytest.raises(UserError, match="api-key"):
+    with pytest.raises(UserError, match="api_key"):
         create_app(StandinEmbedder(), keys=("schlüssel",))
 
 

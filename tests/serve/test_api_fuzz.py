@@ -22,7 +22,7 @@ from schemathesis.checks import negative_data_rejection, positive_data_acceptanc
 from schemathesis.transport.serialization import Binary
 from starlette.testclient import TestClient
 
-from fastvlp.search.pictures import Pictures
+from fastvlp.search.pictures import PictureFolder
 from fastvlp.serve.api import create_app
 from fastvlp.serve.limits import Limits
 from tests.serve.standins import StandinEmbedder, StandinIndex, listening, shade
@@ -35,7 +35,7 @@ schemathesis.openapi.format("binary", (st.just(shade("red", 0)) | JUNK).map(Bina
 
 @pytest.fixture(scope="module")
 def app(tmp_path_factory: pytest.TempPathFactory) -> FastAPI:
-    pictures = Pictures(tmp_path_factory.mktemp("fuzz"))
+    pictures = PictureFolder(tmp_path_factory.mktemp("fuzz"))
     return create_app(StandinEmbedder(), StandinIndex(), pictures=pictures, limits=Limits(window_ms=0))
 
 

@@ -15,12 +15,12 @@ from starlette.testclient import TestClient
 from starlette.types import Message
 
 from fastvlp.search.embedder import Embedder
-from fastvlp.search.index import EngineError, open_index
+from fastvlp.search.engines.interface import EngineError, open_index
 from fastvlp.serve.api import create_app
 from fastvlp.serve.guard import Guard
 from fastvlp.serve.limits import Limits
 from fastvlp.serve.monitoring import Metrics
-from tests.serve.engines import STAMP, made_vectors
+from tests.search.engines import STAMP, made_vectors
 from tests.serve.standins import StandinEmbedder, StandinIndex, b64, opened, picture, refused, shade
 
 

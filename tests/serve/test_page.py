@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from fastvlp.search.pictures import Pictures, thumbnail
+from fastvlp.search.pictures import PictureFolder, thumbnail
 from fastvlp.serve.api import create_app
 from tests.serve.standins import StandinEmbedder, StandinIndex, listening, shade
 
@@ -35,7 +35,7 @@ COUNT = 30
 
 def filled(folder: Path) -> dict[str, Any]:
     """An embedder, an index of COUNT pictures of each colour, and how they look."""
-    embedder, index, pictures = StandinEmbedder(), StandinIndex(), Pictures(folder / "pictures")
+    embedder, index, pictures = StandinEmbedder(), StandinIndex(), PictureFolder(folder / "pictures")
     names = {english: chinese for chinese, english in embedder.chinese.items()}
     for colour, chinese in names.items():
         for i in range(COUNT):

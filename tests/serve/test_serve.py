@@ -17,11 +17,11 @@ from starlette.testclient import TestClient
 
 from fastvlp.cli import main
 from fastvlp.data.records.shards import Shards
-from fastvlp.search import indexing
 from fastvlp.search.embedder import Embedder
-from fastvlp.search.index import open_index, pictures_of
+from fastvlp.search.engines.interface import open_index
+from fastvlp.search.indexing import build_index
+from fastvlp.search.pictures import pictures_of
 from fastvlp.serve.api import create_app
-from fastvlp.serve.options import IndexBuild
 
 pytest.importorskip("chromadb", reason="chromadb is not installed: pip install -e '.[serve]'")
 
@@ -29,9 +29,8 @@ pytest.importorskip("chromadb", reason="chromadb is not installed: pip install -
 @pytest.fixture
 def index(exports: dict[str, Path], world: Path, tmp_path: Path) -> str:
     """Of the test pictures, by the model that also captions and matches."""
-    told = IndexBuild(index=str(tmp_path / "index"), export=str(exports["all"]), data=str(world / "test"))
-    indexing.build(told)
-    return told.index
+    build_index(str(tmp_path / "index"), export=str(exports["all"]), data=str(world / "test"))
+    return str(tmp_path / "index")
 
 
 @pytest.fixture

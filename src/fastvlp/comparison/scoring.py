@@ -23,9 +23,11 @@ from fastvlp.data.records.schema import answers_fault
 from fastvlp.data.records.shards import Shards
 from fastvlp.errors import UserError
 from fastvlp.eval.cloze import cloze
-from fastvlp.eval.embedding import Reader, embed_split, read_captions
+from fastvlp.eval.embedding import embed_split
+from fastvlp.eval.encoding import LoadedModel
 from fastvlp.eval.mode import evaluating
 from fastvlp.eval.ranks import retrieval_scores
+from fastvlp.eval.split_reading import read_captions
 from fastvlp.objectives.objective import ClozeMethod, Objective, ObjectiveConfig
 from fastvlp.objectives.saved_objectives import common_bos
 from fastvlp.random import hash64
@@ -138,7 +140,7 @@ class Yardsticks:
         """Recall of the towers among all pictures of the split and all captions of each."""
         data = state.run.data
         shards = Shards(split_folder(data, self.settings.split))
-        reader = Reader(
+        loaded = LoadedModel(
             model=state.evaluated.model,
             tokenizer=state.tokenizer,
             batch_size=self.settings.probe_batch,
@@ -148,7 +150,7 @@ class Yardsticks:
             precision=state.run.precision,
         )
         field = data.captions if isinstance(data, PairData) else "captions"
-        scores = retrieval_scores(*embed_split(reader, shards, read_captions(shards, field)))
+        scores = retrieval_scores(*embed_split(loaded, shards, read_captions(shards, field)))
         return {name: scores[name] for name in ("recall", "image_to_text/r1", "text_to_image/r1")}
 
     def vqa(self, state: TrainState, asked: Questions) -> float:

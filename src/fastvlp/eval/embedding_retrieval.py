@@ -1,54 +1,98 @@
-"""Image-text retrieval of a run on a split: two towers rank everything, and a model that reads both may rank the best
-once more."""
+"""Image-text retrieval on a split: the embeddings rank all candidates, and a model that reads an image and a text together
+may re-rank the best of them."""
 
 from __future__ import annotations
 
 import time
 from collections import Counter
+from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from fastvlp.data.records.shards import Shards
 from fastvlp.errors import UserError
-from fastvlp.eval.embedding import Embedded, Reader, embed_split, open_run, open_split, open_towers, read_captions
-from fastvlp.eval.options import Retrieval
-from fastvlp.eval.pair_scores import pair_score
-from fastvlp.eval.ranks import ROUNDING, cosine, ranks, recall, rerank, reranked, shortlist, transposed
+from fastvlp.eval.embedding import SplitEmbeddings, embed_split
+from fastvlp.eval.encoding import WHOLE_IMAGES, LoadedModel, MaskedEncoding, open_run, open_towers
+from fastvlp.eval.evaluation import Evaluation, evaluation
+from fastvlp.eval.pair_scores import Match, pair_score
+from fastvlp.eval.ranks import ROUNDING, cosine, ranks, recall, reranked, score_shortlists, shortlist, transposed
 from fastvlp.eval.rerank import score_pairs
-from fastvlp.model.saving import Saved
+from fastvlp.eval.split_reading import open_split, read_captions
 
 
-def evaluate(told: Retrieval) -> dict[str, Any]:
-    """`scores` of the towers and, with --rerank, of both stages; seconds of each. Raises UserError for a record that
-    cannot be used: an evaluation leaves none out."""
-    if told.top < 1:
-        raise UserError(f"--top {told.top}: score at least one candidate of each query once more")
-    reader, saved, data = open_towers(told)
-    shards = open_split(told)
-    captions = read_captions(shards, told.captions or data.captions)
-    clock = Clock(reader.device)
-    found = embed_split(reader, shards, captions)
+@evaluation
+def evaluate_retrieval(
+    run: str | Path,
+    /,
+    *,
+    data: str | Path,
+    split: str = "test",
+    captions: str | None = None,
+    rerank: str | None = None,
+    rerank_by: Literal["match", "likelihood"] | None = None,
+    top: int = 16,
+    encoding: MaskedEncoding = WHOLE_IMAGES,
+) -> Evaluation:
+    """Find images by their captions and captions by their images, among all images and captions of a split.
+
+    The embeddings alone rank all candidates (`towers`); with `rerank`, a run that reads an image and a text together
+    re-ranks the best of them (`reranked`). The result is also added to a file in the folder of the run.
+
+    Args:
+        run: Folder of the run.
+        data: Folder of shards, or folder with a folder for each split.
+        split: Folder in `data`, if there is one of this name.
+        captions: Field of the records with the captions; by default the one of the training.
+        rerank: Folder of a run whose fusion layers re-rank the best candidates, or `self`.
+        rerank_by: Re-rank by the image-text matching head or by the likelihood of the caption; by default by the head, if
+            the run has one.
+        top: Candidates of each query that are re-ranked.
+        encoding: How images and texts are encoded.
+
+    Raises:
+        UserError: a record cannot be used; an evaluation leaves none out.
+    """
+    if top < 1:
+        raise UserError(f"`top` must be at least 1, not {top}: the number of candidates to re-rank")
+    loaded, saved, own_captions = open_towers(run, encoding)
+    shards = open_split(str(data), split)
+    captions_of = read_captions(shards, captions or own_captions)
+    clock = Clock(loaded.device)
+    embeddings = embed_split(loaded, shards, captions_of)
     clock.stop("embed")
-    rank = ranks(cosine(*found[:2]), found.image_of_text_T, len(shards), tie=ROUNDING)
-    scores = {"towers": recall(*rank)}
+    tower_ranks = ranks(cosine(*embeddings[:2]), embeddings.image_of_text_T, len(shards), tie=ROUNDING)
+    scores = {"towers": recall(*tower_ranks)}
     clock.stop("rank")
-    about: dict[str, Any] = {"data": shards.url, "weights": saved.weights.name, "step": saved.info.get("step")}
-    if told.rerank is not None:
-        second = (reader, saved) if told.rerank == "self" else open_run(told, told.rerank)[:2]
-        about["reranked_by"], new_rank = second_stage(*second, told, shards, captions, found, rank)
-        scores["reranked"] = recall(*new_rank)
+    details = {}
+    if rerank is not None:
+        second, second_saved = (loaded, saved) if rerank == "self" else open_run(rerank, encoding)[:2]
+        details["reranked_by"], match = pair_score(second_saved, rerank_by)
+        texts = [text for its in captions_of for text in its]
+        scores["reranked"] = recall(*rerank_best(second, match, shards, texts, embeddings, tower_ranks, top))
         clock.stop("rerank")
-    texts = Counter(text for its in captions for text in {*its})
-    shared = sum(any(texts[text] > 1 for text in its) for its in captions)
-    counts = {"images": len(shards), "texts": len(found.text_TE), "images_with_a_caption_of_another": shared}
-    return {"scores": scores, "counts": counts, "seconds": clock.seconds, **about}
+    return Evaluation(
+        scores=scores,
+        counts={"images": len(shards), "texts": len(embeddings.text_TE), **count_shared(captions_of)},
+        data=shards.url,
+        weights=saved.weights.name,
+        step=saved.info.get("step"),
+        seconds=clock.seconds,
+        details=details,
+    )
+
+
+def count_shared(captions_of: Sequence[Sequence[str]]) -> dict[str, int]:
+    """How many images have a caption that another image has too: retrieval cannot tell these apart."""
+    images_with = Counter(text for its in captions_of for text in {*its})
+    return {"images_with_a_caption_of_another": sum(any(images_with[text] > 1 for text in its) for its in captions_of)}
 
 
 class Clock:
-    """Seconds between stops, by name."""
+    """Seconds between the calls of `stop`, by name."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -62,23 +106,21 @@ class Clock:
         self.seconds[name], self.last = round(now - self.last, 3), now
 
 
-def second_stage(
-    reader: Reader,
-    saved: Saved,
-    told: Retrieval,
+def rerank_best(
+    loaded: LoadedModel,
+    match: Match,
     shards: Shards,
-    captions: list[list[str]],
-    found: Embedded,
-    rank: tuple[Tensor, Tensor],
-) -> tuple[str, tuple[Tensor, Tensor]]:
-    """What scored the pairs, and both directions' ranks after each query's `told.top` best were put in their order."""
-    name, match = pair_score(saved, told.rerank_by)
-    images, texts = len(shards), len(found.text_TE)
-    towers, own_T = cosine(*found[:2]), found.image_of_text_T
-    text_IN = shortlist(towers, images, texts, told.top)
-    image_TN = shortlist(transposed(towers), texts, images, told.top)
-    said = [text for its in captions for text in its]
-    score_IN, score_TN = rerank(text_IN, image_TN, partial(score_pairs, reader, match, shards, said))
-    row_I = torch.arange(images, device=own_T.device)
-    rank_I = reranked(rank[0], score_IN, own_T[text_IN] == row_I[:, None])
-    return name, (rank_I, reranked(rank[1], score_TN, image_TN == own_T[:, None]))
+    texts: Sequence[str],
+    embeddings: SplitEmbeddings,
+    tower_ranks: tuple[Tensor, Tensor],
+    top: int,
+) -> tuple[Tensor, Tensor]:
+    """Ranks of images' captions [I] and of texts' images [T], after `match` has ordered the `top` best of each query."""
+    towers, own_T = cosine(*embeddings[:2]), embeddings.image_of_text_T
+    image_count, text_count = len(shards), len(texts)
+    text_IN = shortlist(towers, image_count, text_count, top)
+    image_TN = shortlist(transposed(towers), text_count, image_count, top)
+    score_IN, score_TN = score_shortlists(text_IN, image_TN, partial(score_pairs, loaded, match, shards, texts))
+    row_I = torch.arange(image_count, device=own_T.device)
+    rank_I = reranked(tower_ranks[0], score_IN, own_T[text_IN] == row_I[:, None])
+    return rank_I, reranked(tower_ranks[1], score_TN, image_TN == own_T[:, None])

@@ -43,7 +43,7 @@ def pair_score(saved: Saved, by: Literal["match", "likelihood"] | None = None) -
         return "likelihood", partial(mean_log_likelihood, model, bos=saved_bos(saved))
     raise UserError(
         f"{saved.weights}: re-ranking needs a run that was trained with image-text matching (itm) or to write texts left "
-        f"to right (flm, ar, prefixlm); this one{f', for --rerank-by {by},' if by else ''} has "
+        f"to right (flm, ar, prefixlm); this one{f', for `rerank_by` {by},' if by else ''} has "
         f"{', '.join(learned) or 'no objectives'}"
     )
 

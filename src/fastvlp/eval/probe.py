@@ -1,9 +1,10 @@
-"""Linear probe: logistic regression on frozen image features, as in CLIP (arXiv 2103.00020, appendix A.3), with torch."""
+"""Linear probe: logistic regression on frozen image features, as in CLIP (arXiv 2103.00020, appendix A.3), in PyTorch."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -11,18 +12,88 @@ from torch import Tensor
 
 from fastvlp.data.records.shards import Shards
 from fastvlp.data.splits import find_splits
-from fastvlp.eval.embedding import Features, Reader, image_batches, image_features, open_run, read_labels
-from fastvlp.eval.options import Probe
-from fastvlp.eval.zeroshot import class_ranks, class_scores
+from fastvlp.eval.classification import class_ranks, class_scores
+from fastvlp.eval.embedding import Features, image_features
+from fastvlp.eval.encoding import AS_IN_TRAINING, Encoding, LoadedModel, open_run
+from fastvlp.eval.evaluation import Evaluation, evaluation
+from fastvlp.eval.split_reading import image_batches, read_labels
 from fastvlp.random import hash64_rows
 
-# Strongest first: each fit starts from the one before, which is near it.
+# Strengths of the regularisation, the strongest first: each fit starts from the one before, which is near it.
 STRENGTHS = tuple(10.0 ** (k / 2) for k in range(2, -13, -1))
+# Share of the training split that validates the strength where there is no validation split.
 HELD_OUT = 0.1
 
 
-class Chosen(NamedTuple):
-    """validation: accuracy of each strength."""
+@evaluation
+def evaluate_probe(
+    run: str | Path,
+    /,
+    *,
+    data: str | Path,
+    split: Literal["val", "test"] = "test",
+    features: Features = "pooled",
+    label: str = "label",
+    prefix: str = "",
+    encoding: Encoding = AS_IN_TRAINING,
+) -> Evaluation:
+    """Classify images by logistic regression on frozen features of the run.
+
+    The classifier is fitted to the splits train and val. The result is also added to a file in the folder of the run.
+
+    Args:
+        run: Folder of the run.
+        data: Folder with a folder for each split: train, the one that is scored, and val if there is one.
+        split: Split that is scored. With `val`, a tenth of train chooses the strength of the regularisation.
+        features: Features of an image before (`pooled`) or after (`embedding`) the projection into the joint space.
+        label: Field of the records with the class.
+        prefix: Beginning of the splits' names, such as singles- for singles-train and singles-test of the demo corpus.
+        encoding: How images are encoded.
+
+    Raises:
+        UserError: a record cannot be used; an evaluation leaves none out.
+    """
+    shards = open_splits(str(data), split, prefix)
+    labels = {name: read_labels(part, label) for name, part in shards.items()}
+    fitted = sorted({*labels["train"], *labels.get("val", ())})
+    unseen = sorted({*labels["test"]} - {*fitted})
+    place = {name: c for c, name in enumerate([*fitted, *unseen])}
+    loaded, saved, _ = open_run(run, encoding)
+    class_of = {name: torch.tensor([place[one] for one in its]).to(loaded.device) for name, its in labels.items()}
+    features_of = {name: read_features(loaded, part, features) for name, part in shards.items()}
+    scores, choice = probe(features_of, class_of, len(place))
+    counts = {name: len(part) for name, part in shards.items()}
+    return Evaluation(
+        scores={"probe": scores},
+        counts=counts | {"classes": len(place), "classes_only_in_test": len(unseen)},
+        data=shards["test"].url,
+        weights=saved.weights.name,
+        step=saved.info.get("step"),
+        details={
+            "strength": choice.strength,
+            "validation": {f"{strength:.3g}": accuracy for strength, accuracy in choice.validation.items()},
+        },
+    )
+
+
+def open_splits(data: str, split: Literal["val", "test"], prefix: str) -> dict[str, Shards]:
+    """The shards of `train`, of `test` (the split that is scored), and of `val` if there are any and they are not scored."""
+    places = {**find_splits(data, (prefix,)), **find_splits(data, (prefix,), split)}
+    chosen = {"train": places["train"], "test": places[split]}
+    if split == "test" and "val" in places:
+        chosen["val"] = places["val"]
+    return {name: Shards(place) for name, place in chosen.items()}
+
+
+def read_features(loaded: LoadedModel, shards: Shards, features: Features) -> Tensor:
+    """Features of the first image of every record, fp32 [I D]."""
+    with loaded.inference():
+        batches = image_batches(shards, loaded)
+        return torch.cat([image_features(loaded.model, images.to(loaded.device), features) for _, images in batches])
+
+
+class Choice(NamedTuple):
+    """A strength of the regularisation, and the validation accuracy of every strength that was tried."""
 
     strength: float
     validation: dict[float, float]
@@ -31,8 +102,11 @@ class Chosen(NamedTuple):
 def fit_logistic(
     x_ND: Tensor, class_N: Tensor, classes: int, strength: float, start_CD: Tensor | None = None
 ) -> Tensor:
-    """The minimum of mean cross-entropy + strength / 2 * |W|**2 over weights and biases -> [C D+1], the bias last and not
-    penalised. It is unique but for what is added to all biases alike, so that `start_CD` only shortens the way (L-BFGS)."""
+    """The weights and biases that minimise mean cross-entropy + strength / 2 * |W|**2 -> [C D+1], the bias last.
+
+    The bias is not penalised. The minimum is unique up to a constant added to all biases, so the start only saves steps of
+    L-BFGS.
+    """
     x = F.pad(x_ND, (0, 1), value=1.0)
     start = x.new_zeros(classes, x.shape[1]) if start_CD is None else start_CD
     weight = start.clone().requires_grad_()
@@ -56,43 +130,40 @@ def fit_logistic(
 
 
 def predict(x_ND: Tensor, weight_CD: Tensor) -> Tensor:
-    """Logits [N C]."""
+    """Logits [N C] of features [N D]."""
     return F.linear(x_ND, weight_CD[:, :-1], weight_CD[:, -1])
 
 
 def choose_strength(
     train: tuple[Tensor, Tensor], val: tuple[Tensor, Tensor], classes: int, strengths: Sequence[float] = STRENGTHS
-) -> Chosen:
-    """The strength with the most accurate fit on features and classes that it was not fitted to; of equal ones the
-    strongest."""
+) -> Choice:
+    """The strength whose fit to `train` is the most accurate on `val`; the strongest of equally good ones."""
     weight, validation = None, {}
     for strength in sorted(strengths, reverse=True):
         weight = fit_logistic(*train, classes, strength, weight)
         validation[strength] = float((class_ranks(predict(val[0], weight), val[1]) == 1).double().mean())
-    return Chosen(max(validation, key=lambda strength: validation[strength]), validation)
+    return Choice(max(validation, key=lambda strength: validation[strength]), validation)
 
 
 def held_out(count: int, share: float = HELD_OUT) -> Tensor:
-    """bool [count]: which rows of a split are validated on, by a hash of their place. At least one is."""
+    """Which rows of a split validate, by a hash of their index -> bool [count]; at least one."""
     order = hash64_rows(0, torch.arange(count)).argsort()
     chosen = torch.zeros(count, dtype=torch.bool)
     chosen[order[: max(1, round(count * share))]] = True
     return chosen
 
 
-def read_features(reader: Reader, shards: Shards, kind: Features) -> Tensor:
-    """Of every record's first image, fp32 [I D]."""
-    with reader.reading():
-        batches = image_batches(shards, reader)
-        return torch.cat([image_features(reader.model, images.to(reader.device), kind) for _, images in batches])
+def probe(x: Mapping[str, Tensor], label: Mapping[str, Tensor], classes: int) -> tuple[dict[str, float], Choice]:
+    """Scores on `test` of the fit to `train` and `val` together.
 
+    `val` chooses the strength, or a tenth of `train` if there is no `val`. Classes that only `test` has come last; their
+    images always count as wrong. Features are standardised over the images that are fitted to, so that one range of
+    strengths serves models of any width (our choice: CLIP takes the features as they are).
 
-def probe(x: Mapping[str, Tensor], label: Mapping[str, Tensor], classes: int) -> tuple[dict[str, float], Chosen]:
-    """Scores on `test` of the fit to all of `train` and `val`, with the strength that `val` chose, or a tenth of `train`
-    where there is none. Classes that only `test` has come last; none of their images is ever right.
-
-    Features are scaled to mean 0 and deviation 1 over what is fitted to, so that one range of strengths serves models of
-    any width (ours: CLIP takes them as they are).
+    Args:
+        x: features [I D] of each split.
+        label: class of each image, int64 [I].
+        classes: number of classes.
     """
     if "val" not in x:
         out = held_out(len(x["train"])).to(label["train"].device)
@@ -102,40 +173,8 @@ def probe(x: Mapping[str, Tensor], label: Mapping[str, Tensor], classes: int) ->
     mean_D, deviation_D = both.mean(0), both.std(0).clamp(min=1e-6)
     scaled = {name: (part - mean_D) / deviation_D for name, part in x.items()}
     fitted = torch.cat([scaled["train"], scaled["val"]]), torch.cat([label["train"], label["val"]])
-    seen = int(fitted[1].max()) + 1
-    chosen = choose_strength((scaled["train"], label["train"]), (scaled["val"], label["val"]), seen)
-    logits = predict(scaled["test"], fit_logistic(*fitted, seen, chosen.strength))
-    rank_I = class_ranks(F.pad(logits, (0, classes - seen), value=-torch.inf), label["test"])
-    return class_scores(rank_I, label["test"], classes), chosen
-
-
-def open_splits(told: Probe) -> dict[str, Shards]:
-    """train, val where it is neither missing nor what is scored, and `test`, which is scored."""
-    places = {**find_splits(told.data, (told.prefix,)), **find_splits(told.data, (told.prefix,), told.split)}
-    kept = {"train": places["train"], "test": places[told.split]}
-    if told.split == "test" and "val" in places:
-        kept["val"] = places["val"]
-    return {name: Shards(place) for name, place in kept.items()}
-
-
-def evaluate(told: Probe) -> dict[str, Any]:
-    """`scores` on the split that is told, which is not fitted to. Raises UserError for a record that cannot be used."""
-    shards = open_splits(told)
-    labels = {name: read_labels(part, told.label) for name, part in shards.items()}
-    seen = sorted({*labels["train"], *labels.get("val", ())})
-    unseen = sorted({*labels["test"]} - {*seen})
-    classes = {name: place for place, name in enumerate([*seen, *unseen])}
-    reader, saved, _ = open_run(told)
-    label = {name: torch.tensor([classes[one] for one in its]).to(reader.device) for name, its in labels.items()}
-    x = {name: read_features(reader, part, told.features) for name, part in shards.items()}
-    scores, chosen = probe(x, label, len(classes))
-    counts = {name: len(part) for name, part in shards.items()}
-    return {
-        "scores": {"probe": scores},
-        "strength": chosen.strength,
-        "validation": {f"{strength:.3g}": accuracy for strength, accuracy in chosen.validation.items()},
-        "counts": counts | {"classes": len(classes), "classes_only_in_test": len(unseen)},
-        "data": shards["test"].url,
-        "weights": saved.weights.name,
-        "step": saved.info.get("step"),
-    }
+    fitted_classes = int(fitted[1].max()) + 1
+    choice = choose_strength((scaled["train"], label["train"]), (scaled["val"], label["val"]), fitted_classes)
+    logits = predict(scaled["test"], fit_logistic(*fitted, fitted_classes, choice.strength))
+    rank_I = class_ranks(F.pad(logits, (0, classes - fitted_classes), value=-torch.inf), label["test"])
+    return class_scores(rank_I, label["test"], classes), choice

@@ -1,4 +1,4 @@
-"""The second stage of retrieval: layers in which the text reads the image score the towers' shortlists once more."""
+"""The second stage of retrieval: layers that read an image and a text together score the shortlists of the embeddings."""
 
 from __future__ import annotations
 
@@ -8,25 +8,34 @@ import torch
 from torch import Tensor
 
 from fastvlp.data.records.shards import Shards
-from fastvlp.eval.embedding import Reader, image_batches
+from fastvlp.eval.encoding import LoadedModel
 from fastvlp.eval.pair_scores import Match
+from fastvlp.eval.split_reading import image_batches
 
-# Texts that are read beside an image at a time.
+# Texts that are read beside one image at a time.
 ROWS = 256
 
 
 def score_pairs(
-    reader: Reader, match: Match, shards: Shards, texts: Sequence[str], texts_of_image: Sequence[Tensor]
+    loaded: LoadedModel, match: Match, shards: Shards, texts: Sequence[str], texts_of_image: Sequence[Tensor]
 ) -> Iterator[Tensor]:
-    """Scores of the texts that are asked for beside each image, in order. Each image is encoded once, and its keys and
-    values are made once for all of its texts (once for ROWS of them)."""
-    ids_TL, length_T = (part.to(reader.device) for part in reader.tokenizer.encode(list(texts), reader.max_length))
-    with reader.reading():
-        for rows, images in image_batches(shards, reader, "re-ranking"):
-            image_BKD = reader.model.encode_image(images.image.to(reader.device))
-            for states_KD, asked in zip(image_BKD, texts_of_image[rows]):
+    """Scores of pairs of an image and a text.
+
+    Each image is encoded once, and its keys and values are computed once for ROWS of its texts.
+
+    Args:
+        texts_of_image: for each record, the indices of the texts that its image is paired with.
+
+    Yields:
+        For each record, the scores of those pairs, in the same order.
+    """
+    ids_TL, length_T = (part.to(loaded.device) for part in loaded.tokenizer.encode(list(texts), loaded.max_length))
+    with loaded.inference():
+        for rows, images in image_batches(shards, loaded, "re-ranking"):
+            image_BKD = loaded.model.encode_image(images.image.to(loaded.device))
+            for states_KD, own in zip(image_BKD, texts_of_image[rows]):
                 parts = [
                     match(states_KD[None], ids_TL[some, : int(length_T[some].max())], length_T[some])
-                    for some in asked.split(ROWS)
+                    for some in own.split(ROWS)
                 ]
                 yield torch.cat(parts)

@@ -15,30 +15,39 @@ from fastvlp.config import flatten
 from fastvlp.errors import UserError
 from fastvlp.files import whole_folder, write_whole
 from fastvlp.model.saved_run import SavedRun, read_json, read_saved_run
-from fastvlp.model.saving import Saved, load_model, save_model
+from fastvlp.model.saving import Saved, Which, load_model, save_model
 from fastvlp.objectives.saved_objectives import head_names
+from fastvlp.provenance import data_name
 from fastvlp.search.embedder import usable_abilities
-from fastvlp.serve.options import Export
 
 
-def export(told: Export) -> dict[str, Any]:
-    """Writes the folder and returns its card. Raises UserError for a run that can do nothing by itself, and where something
-    is in the way."""
-    run = Path(told.run)
-    with whole_folder(told.out) as part:
-        saved = load_model(run, told.weights)
+def export(run: str | Path, out: str | Path, /, *, weights: Which = "best", license: str = "") -> dict[str, Any]:
+    """Make of a run a folder that stands alone: config, weights, tokenizer, and a model card filled from the run.
+
+    Args:
+        run: Folder of the run.
+        out: Folder to write.
+        weights: Those of the lowest validation loss, or the last ones.
+        license: Of the weights, for the card; a placeholder stands where none is given.
+
+    Raises:
+        UserError: The run can do nothing by itself, or something is in the way.
+    """
+    run, out = Path(run), Path(out)
+    with whole_folder(out) as part:
+        saved = load_model(run, weights)
         if not usable_abilities(saved):
             raise UserError(
                 f"{run}: nothing to serve: it has no joint space (model.embed), and neither layers that read a text beside "
                 f"the image nor a head that uses them; export a run of clip, siglip, moco, flm, ar, prefixlm, itm or a task"
             )
         config = read_saved_run(run)
-        card = facts(saved, run, config) | {"license": told.license or None}
+        card = facts(saved, run, config) | {"license": license or None}
         save_model(part, saved.model, saved.tokenizer, saved.info, objectives=heads(saved))
         write_whole(part / "config.json", json.dumps(reading(config), indent=2, ensure_ascii=False).encode())
         write_whole(part / "card.json", json.dumps(card, indent=2, ensure_ascii=False).encode())
         # An absolute path tells of the machine.
-        place = told.out.name if told.out.is_absolute() else told.out.as_posix()
+        place = out.name if out.is_absolute() else out.as_posix()
         write_whole(part / "README.md", readme(card, place).encode())
     return card
 
@@ -81,7 +90,7 @@ def facts(saved: Saved, run: Path, config: SavedRun) -> dict[str, Any]:
             "vocabulary": model.text.vocab,
         },
         "objectives": {name: told.get("type", "") for name, told in info.get("objectives", {}).items()},
-        "data": {split: short_place(folder) for split, folder in data.folders.items()},
+        "data": {split: data_name(folder) for split, folder in data.folders.items()},
         "captions": data.captions if "captions" in data.stated else None,
         "batch_size": data.batch_size,
         "training": {
@@ -103,7 +112,7 @@ def scores(run: Path) -> dict[str, dict[str, float]]:
     for path in sorted((run / "evaluations").glob("*.json")):
         told = read_json(path)
         last = told.get("results", [{}])[-1].get("scores", {})
-        name = f"{told.get('task', path.stem)}, {short_place(told.get('data', ''))}"
+        name = f"{told.get('task', path.stem)}, {data_name(told.get('data', ''))}"
         found[name] = _numbers(next(iter(last.values())) if len(last) == 1 else last)
     for split, told in read_json(run / "results.json").items():
         found[f"{split} split"] = _numbers(told)
@@ -172,11 +181,6 @@ def _numbers(told: Any) -> dict[str, float]:
         for name, value in flatten(told).items()
         if isinstance(value, int | float) and not isinstance(value, bool)
     }
-
-
-def short_place(path: str) -> str:
-    """The last two names of a path: enough to tell data sets apart, and nothing of the machine."""
-    return "/".join(path.rstrip("/").split("/")[-2:])
 
 
 def _log(path: Path, step: int | None) -> dict[str, Any]:

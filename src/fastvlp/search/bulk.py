@@ -1,22 +1,16 @@
-"""Shards to unit vectors of their images and captions, in files that a search engine, or numpy, can take.
-
-A part is a file of so many records, written whole: `image` [n E], `text` [t E] and `image_of_text` [t] as safetensors, and
-in its metadata the records, the texts and what was dropped. A run that was stopped goes on with the parts that lack.
-"""
+"""Shards to unit vectors of their images and captions. A run that was stopped goes on with the parts that are missing."""
 
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
 from torch import Tensor
 
 from fastvlp import dist
@@ -27,127 +21,142 @@ from fastvlp.data.records.schema import usable_captions
 from fastvlp.data.records.shards import RecordError, Shards
 from fastvlp.data.streams import in_threads, with_progress
 from fastvlp.errors import UserError
-from fastvlp.exporters.native import short_place
 from fastvlp.files import write_whole
-from fastvlp.search.embedder import Embedder
-from fastvlp.search.index import Scalar, Stamp, as_fields
-from fastvlp.serve.options import Embed
+from fastvlp.provenance import data_name
+from fastvlp.search.checks import Scalar
+from fastvlp.search.embedded import (
+    DROPPED,
+    PLAN,
+    Part,
+    open_embedded,
+    part_bytes,
+    part_file,
+    read_part,
+    write_dropped,
+    write_plan,
+)
+from fastvlp.search.embedder import Embedder, Precision
 
-PLAN, DROPPED = "embedded.json", "dropped.jsonl"
 
+class Counts(NamedTuple):
+    """What a folder of vectors holds, and the records that it lacks."""
 
-class Part(NamedTuple):
-    """`places`: of the records in their shards. `infos`: captions, label and source of each. `image_of_text`: rows of
-    `image`."""
-
-    ids: list[str]
-    places: list[int]
-    infos: list[dict[str, Scalar]]
-    image: np.ndarray
-    said: list[str]
-    text: np.ndarray
-    image_of_text: np.ndarray
+    folder: Path
+    images: int
+    texts: int
     dropped: list[Dropped]
 
 
-class Read(NamedTuple):
-    place: int
+class _Readable(NamedTuple):
+    """A record whose picture could be read. `position`: in the shards."""
+
+    position: int
     key: str
     pixels: Tensor
     info: Mapping[str, Any]
 
 
-class Embedded(NamedTuple):
-    """What a folder of parts holds. `data`: the address of the shards."""
+def embed_shards(
+    export: str | Path,
+    data: str | Path,
+    out: str | Path,
+    /,
+    *,
+    captions: Sequence[str] | None = None,
+    batch_size: int = 256,
+    per_part: int = 1000,
+    device: str = "auto",
+    precision: Precision = "fp32",
+    threads: int | None = None,
+) -> Counts | None:
+    """Turn shards into unit vectors of their images and captions.
 
-    folder: Path
-    stamp: Stamp
-    data: str
-    parts: list[Path]
+    Under `torchrun` the ranks share the work; started again, it continues where it was stopped. Only the main rank gets the
+    counts, the others None.
 
+    Args:
+        export: Folder that `vlp export` wrote.
+        data: Folder of shards.
+        out: Folder to write: parts as safetensors, each with its ids and captions, and dropped.jsonl.
+        captions: Fields of the records with the captions, such as captions captions_zh; by default the field that the model
+            was trained on.
+        batch_size: Pictures of one pass through the model.
+        per_part: Records of a file.
+        device: auto, cpu, cuda or cuda:N.
+        precision: In which the model computes; vectors are stored in fp32.
+        threads: Processor threads of PyTorch; by default all cores.
 
-def embed(told: Embed) -> dict[str, Any] | None:
-    """Writes the parts that lack, each rank its share; counts of the whole (None on all ranks but the main one).
-
-    Raises UserError where the folder holds another model's or data set's parts."""
-    if told.batch_size < 1 or told.per_part < 1:
-        raise UserError(f"--batch-size {told.batch_size}, --per-part {told.per_part}: at least 1")
-    if told.threads:
-        torch.set_num_threads(told.threads)
+    Raises:
+        UserError: The folder holds vectors of another model or of other data.
+    """
+    if batch_size < 1 or per_part < 1:
+        raise UserError(f"`batch_size` {batch_size} and `per_part` {per_part} must be at least 1")
+    out = Path(out)
     with dist.process_group():
-        embedder = Embedder.load(told.export, told.device, told.precision)
-        shards = Shards(told.data)
-        fields = told.captions or (embedder.captions,)
+        embedder = Embedder.load(export, device, precision, threads)
+        shards = Shards(data)
+        fields = list(captions or [embedder.captions])
         if dist.is_main():
-            settle(told.out / PLAN, plan(told, embedder, shards, fields))
+            write_plan(out / PLAN, _plan(embedder, shards, fields, per_part))
         dist.barrier()
-        count = -(-len(shards) // told.per_part)
-        missing = [n for n in range(dist.rank(), count, dist.world()) if not part_file(told.out, n).exists()]
-        spans = [range(n * told.per_part, min(len(shards), (n + 1) * told.per_part)) for n in missing]
-        for n, part in zip(missing, parts(embedder, shards, spans, fields, told.batch_size, show=dist.is_main())):
-            write_whole(part_file(told.out, n), as_bytes(part))
+        count = -(-len(shards) // per_part)
+        missing = [n for n in range(dist.rank(), count, dist.world()) if not part_file(out, n).exists()]
+        spans = [range(n * per_part, min(len(shards), (n + 1) * per_part)) for n in missing]
+        for n, part in zip(missing, embed_spans(embedder, shards, spans, fields, batch_size, show=dist.is_main())):
+            write_whole(part_file(out, n), part_bytes(part))
         dist.barrier()
-        return summary(told.out, shards) if dist.is_main() else None
+        return _summary(out, shards) if dist.is_main() else None
 
 
-def part_file(folder: Path, n: int) -> Path:
-    return folder / f"{n:05d}.safetensors"
-
-
-def plan(told: Embed, embedder: Embedder, shards: Shards, fields: Sequence[str]) -> dict[str, Any]:
-    """What the parts of a folder have in common."""
+def _plan(embedder: Embedder, shards: Shards, fields: Sequence[str], per_part: int) -> dict[str, Any]:
+    """Says what the parts of a folder have in common."""
     return {
-        "stamp": as_fields(embedder.stamp),
+        "stamp": asdict(embedder.stamp),
         "data": shards.url if "://" in shards.url else str(Path(shards.url).resolve()),
         "records": len(shards),
         "keys": hashlib.sha256("\n".join(shards.keys).encode()).hexdigest(),
         "captions": list(fields),
-        "precision": told.precision,
-        "per_part": told.per_part,
+        "precision": embedder.precision,
+        "per_part": per_part,
     }
 
 
-def settle(path: Path, wanted: Mapping[str, Any]) -> None:
-    """Writes the plan, or finds that the folder has the same."""
-    if not path.exists():
-        if any(path.parent.glob("*.safetensors")):
-            raise UserError(f"{path.parent}: holds safetensors that `vlp embed` did not write; choose another folder")
-        write_whole(path, json.dumps(wanted, indent=2, ensure_ascii=False).encode())
-        return
-    found = _read_plan(path)
-    # Shards may have been moved; their keys tell whether they are the same.
-    changed = {name for name in wanted if found.get(name) != wanted[name]} - {"data"}
-    if changed:
-        told = "; ".join(f"{name}: {found.get(name)} then, {wanted[name]} now" for name in sorted(changed))
-        raise UserError(
-            f"{path.parent}: holds parts of another run ({told}); continue with the same, or choose another folder"
-        )
+def _summary(folder: Path, shards: Shards) -> Counts:
+    """Counts, and writes dropped.jsonl with every record that is in no part."""
+    images = texts = 0
+    dropped = list(shards.damage)
+    for path in open_embedded(folder).parts:
+        part = read_part(path)
+        images, texts = images + len(part.image), texts + len(part.text)
+        dropped += part.dropped
+    write_dropped(folder / DROPPED, dropped)
+    return Counts(folder, images, texts, dropped)
 
 
-def _read_plan(path: Path) -> dict[str, Any]:
-    try:
-        told = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise UserError(f"{path.parent}: not a folder that `vlp embed` wrote, it has no {path.name}") from error
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); give a folder that `vlp embed` wrote") from error
-    return told if isinstance(told, dict) else {}
-
-
-def parts(
+def embed_spans(
     embedder: Embedder, shards: Shards, spans: Sequence[range], fields: Sequence[str], batch_size: int, show: bool
 ) -> Iterator[Part]:
-    """A part for each span of records. What cannot be read is left out, by name; images are decoded ahead on all cores."""
+    """Yields a part for each span of records, with what could not be read named in it. Images are decoded ahead on all cores.
+
+    Args:
+        embedder: The model.
+        shards: The records.
+        spans: Positions of records in the shards.
+        fields: Of the records, with their captions.
+        batch_size: Pictures of one pass through the model.
+        show: Whether a bar is shown on a terminal.
+    """
+
     reader = RecordReader(shards, embedder.transform, max_pixels=embedder.max_pixels)
 
-    def read(place: int) -> Read | Dropped:
-        record = reader.record(place)
+    def read(position: int) -> _Readable | Dropped:
+        record = reader.record(position)
         try:
-            return Read(place, record.key, record.images[0], record.info)
+            return _Readable(position, record.key, record.images[0], record.info)
         except RecordError as error:
             return error.dropped
 
-    def batches() -> Iterator[list[Read | Dropped]]:
+    def batches() -> Iterator[list[_Readable | Dropped]]:
         records = in_threads(read, chain.from_iterable(spans))
         stream = with_progress(records, lambda: sum(map(len, spans)), "embedded", show)
         for span in spans:
@@ -156,120 +165,50 @@ def parts(
 
     stream = Prefetch(batches())
     for span in spans:
-        found: list[Read] = []
+        records: list[_Readable] = []
         vectors, dropped = [np.empty((0, embedder.width), np.float32)], []
         for batch in islice(stream, -(-len(span) // batch_size)):
-            good = [one for one in batch if isinstance(one, Read)]
-            dropped += [one for one in batch if isinstance(one, Dropped)]
-            if good:
-                vectors.append(embedder.images(torch.stack([one.pixels for one in good])))
-            found += [one._replace(pixels=torch.empty(0)) for one in good]
-        yield _part(embedder, shards, found, np.concatenate(vectors), fields, dropped)
+            readable = [record for record in batch if isinstance(record, _Readable)]
+            dropped += [record for record in batch if isinstance(record, Dropped)]
+            if readable:
+                vectors.append(embedder.images(torch.stack([record.pixels for record in readable])))
+            # The pixels are not needed any more.
+            records += [record._replace(pixels=torch.empty(0)) for record in readable]
+        yield _part(embedder, shards, records, np.concatenate(vectors), fields, dropped)
 
 
 def _part(
     embedder: Embedder,
     shards: Shards,
-    found: Sequence[Read],
+    records: Sequence[_Readable],
     image: np.ndarray,
     fields: Sequence[str],
     dropped: list[Dropped],
 ) -> Part:
-    captions = [{field: usable_captions(one.info, field) for field in fields} for one in found]
-    said = [[text for texts in its.values() for text in texts] for its in captions]
-    flat = list(chain.from_iterable(said))
-    once = {text: t for t, text in enumerate(dict.fromkeys(flat))}
-    place = short_place(shards.url)
-    infos = [{**_told(one.info, its), "source": f"{place}/{one.key}"} for one, its in zip(found, captions)]
+    texts = [
+        [text for field in dict.fromkeys(fields) for text in usable_captions(record.info, field)] for record in records
+    ]
+    captions = list(chain.from_iterable(texts))
+    # A text that several records have is embedded once.
+    row_of = {text: row for row, text in enumerate(dict.fromkeys(captions))}
+    source = data_name(shards.url)
     return Part(
-        ids=[one.key for one in found],
-        places=[one.place for one in found],
-        infos=infos,
+        ids=[record.key for record in records],
+        positions=[record.position for record in records],
+        infos=[{**_stored_fields(record.info, fields), "source": f"{source}/{record.key}"} for record in records],
         image=image,
-        said=flat,
-        text=embedder.texts(list(once))[[once[text] for text in flat]],
-        image_of_text=np.repeat(np.arange(len(found)), [len(texts) for texts in said]).astype(np.int64),
+        captions=captions,
+        text=embedder.texts(list(row_of))[[row_of[text] for text in captions]],
+        image_of_text=np.repeat(np.arange(len(records)), list(map(len, texts))).astype(np.int64),
         dropped=dropped,
     )
 
 
-def _told(info: Mapping[str, Any], captions: Mapping[str, Sequence[str]]) -> dict[str, Scalar]:
-    """What is stored beside a vector: the first caption of each field (`caption`, of captions_zh `caption_zh`; of several
-    joined by +, of each), and the label."""
-    told: dict[str, Scalar] = {}
-    for field in dict.fromkeys(name for fields in captions for name in fields.split("+")):
-        told |= {field.replace("captions", "caption"): text for text in usable_captions(info, field)[:1]}
+def _stored_fields(info: Mapping[str, Any], fields: Sequence[str]) -> dict[str, Scalar]:
+    """Returns what is stored beside a vector: the first caption of each field (`caption`; `caption_zh` of captions_zh; of
+    several fields joined by + that of each), and the label."""
+    stored: dict[str, Scalar] = {}
+    for field in dict.fromkeys(name for joined in fields for name in joined.split("+")):
+        stored |= {field.replace("captions", "caption"): text for text in usable_captions(info, field)[:1]}
     label = info.get("label")
-    return told | ({"label": label} if isinstance(label, str | int) and label != "" else {})
-
-
-def as_bytes(part: Part) -> bytes:
-    told = {
-        "records": [{"id": i, "place": p, "info": info} for i, p, info in zip(part.ids, part.places, part.infos)],
-        "texts": part.said,
-        "dropped": [{"key": one.key, "reason": one.reason} for one in part.dropped],
-    }
-    tensors = {"image": part.image, "text": part.text, "image_of_text": part.image_of_text}
-    # One entry: several would be in an order of their own each time.
-    return save(tensors, metadata={"part": json.dumps(told, ensure_ascii=False)})
-
-
-def read_part(path: Path) -> Part:
-    """Raises UserError where the file is damaged."""
-    try:
-        with safe_open(path, "np") as file:
-            told = json.loads(file.metadata()["part"])
-            image, text, image_of_text = (file.get_tensor(name) for name in ("image", "text", "image_of_text"))
-        records = told["records"]
-        return Part(
-            ids=[one["id"] for one in records],
-            places=[one["place"] for one in records],
-            infos=[one["info"] for one in records],
-            image=image,
-            said=told["texts"],
-            text=text,
-            image_of_text=image_of_text,
-            dropped=[Dropped(**one) for one in told["dropped"]],
-        )
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: damaged ({error}); remove it and run `vlp embed` again") from error
-
-
-def open_embedded(folder: Path) -> Embedded:
-    """Raises UserError where a part lacks: the run was stopped."""
-    told = _read_plan(folder / PLAN)
-    try:
-        count = -(-told["records"] // told["per_part"])
-        found = Embedded(folder, Stamp(**told["stamp"]), told["data"], [part_file(folder, n) for n in range(count)])
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{folder / PLAN}: damaged ({error!r}); run `vlp embed` again, into another folder") from error
-    if missing := [path.name for path in found.parts if not path.exists()]:
-        raise UserError(
-            f"{folder}: {len(missing)} of {count} parts are not there yet ({missing[0]} ...); run `vlp embed` again"
-        )
-    return found
-
-
-def summary(folder: Path, shards: Shards) -> dict[str, Any]:
-    """Counts, and dropped.jsonl with every record that is in no part."""
-    images = texts = 0
-    dropped = list(shards.damage)
-    for path in open_embedded(folder).parts:
-        part = read_part(path)
-        images, texts = images + len(part.image), texts + len(part.text)
-        dropped += part.dropped
-    name_dropped(folder / DROPPED, dropped)
-    return {"images": images, "texts": texts, "dropped": dropped}
-
-
-def name_dropped(path: Path, dropped: Iterable[Dropped]) -> None:
-    lines = [json.dumps({"key": one.key, "reason": one.reason}, ensure_ascii=False) + "\n" for one in dropped]
-    write_whole(path, "".join(lines).encode())
-
-
-def read_dropped(path: Path) -> list[Dropped]:
-    """What `name_dropped` wrote. Raises UserError where it is not there: the run was stopped just before its end."""
-    try:
-        return [Dropped(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); run `vlp embed` again, which writes it") from error
+    return stored | ({"label": label} if isinstance(label, str | int) and label != "" else {})

@@ -29,7 +29,7 @@ from fastvlp.eval.pair_scores import pair_score
 from fastvlp.model.saved_run import SavedData, read_json, read_saved_run
 from fastvlp.model.saving import Saved, load_model
 from fastvlp.objectives.saved_objectives import abilities, learned_abilities, load_objective, saved_bos
-from fastvlp.search.index import Stamp
+from fastvlp.search.engines.interface import Stamp
 from fastvlp.tasks.generation import greedy
 
 Picture: TypeAlias = bytes | Image.Image
@@ -114,8 +114,22 @@ class Embedder:
         self._answer = answer_head(saved) if "answer" in self.can else None
 
     @classmethod
-    def load(cls, folder: str | Path, device: str = "auto", precision: Precision = "fp32") -> Embedder:
-        """Raises UserError where the folder is no export, is damaged, or was written by a newer version."""
+    def load(
+        cls, folder: str | Path, device: str = "auto", precision: Precision = "fp32", threads: int | None = None
+    ) -> Embedder:
+        """Loads what `vlp export` wrote.
+
+        Args:
+            folder: The export.
+            device: auto, cpu, cuda or cuda:N.
+            precision: In which the model computes; results are in fp32.
+            threads: Processor threads of PyTorch, in this process; by default all cores.
+
+        Raises:
+            UserError: The folder is no export, is damaged, or was written by a newer version.
+        """
+        if threads:
+            torch.set_num_threads(threads)
         folder = Path(folder)
         if not (folder / "card.json").is_file():
             raise UserError(f"{folder}: not an export, it has no card.json; make one with `vlp export RUN {folder}`")
@@ -245,3 +259,10 @@ def answer_head(saved: Saved) -> Reads:
         return head.logits(saved.model, image_BKD, batch)
 
     return reads
+
+
+def mean_direction(vectors: Sequence[np.ndarray]) -> np.ndarray:
+    """Returns the unit vector [E] between unit vectors; the first where they cancel out."""
+    total = np.sum(vectors, axis=0)
+    length = float(np.linalg.norm(total))
+    return total / length if length > 1e-6 else vectors[0]

@@ -1,141 +1,251 @@
-"""The commands that fill an index and ask it."""
+"""Filling an index from shards or from embedded vectors, and searching it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
-import torch
 from rich.table import Table
+from tyro.conf import arg
+from tyro.constructors import PrimitiveConstructorSpec
 
 from fastvlp.batch import Dropped
 from fastvlp.data.records.shards import RecordError, Shards
 from fastvlp.data.streams import in_threads, with_progress
 from fastvlp.errors import UserError
-from fastvlp.search.bulk import DROPPED, Part, open_embedded, parts, read_dropped, read_part
-from fastvlp.search.embedder import Embedder, Unreadable
-from fastvlp.search.index import Hit, Index, Scalar, Stamp, middle, open_index, pictures_of
-from fastvlp.search.pictures import Kept, thumbnail
-from fastvlp.serve.options import Device, IndexBuild, IndexSearch
+from fastvlp.search.bulk import embed_spans
+from fastvlp.search.checks import Scalar, Where
+from fastvlp.search.embedded import DROPPED, Part, open_embedded, read_dropped, read_part
+from fastvlp.search.embedder import Embedder, Precision, Unreadable, mean_direction
+from fastvlp.search.engines.interface import Hit, IndexEngine, Stamp, addresses, open_index
+from fastvlp.search.pictures import PictureStore, pictures_of, thumbnail
 
 # Records that are embedded and added at a time.
 SPAN = 1000
 
 
-def build(told: IndexBuild) -> dict[str, Any]:
-    """Adds, and says how many images the index has and what was dropped. Raises UserError for data that is not there."""
-    pictures = pictures_of(told.index, told.pictures)
-    if told.images == "keep" and pictures is None:
-        raise UserError(f"{told.index}: say with --pictures in which folder its pictures are kept, or --images none")
-    stamp, shards, found, dropped = _source(told)
-    with closing(open_index(told.index, stamp, create=True)) as index:
-        for part in found:
-            dropped += part.dropped
-            ids = [told.prefix + id for id in part.ids]
-            new = changed(index, ids, part.image, part.infos)
-            if pictures is not None:
-                # Beside a new vector an old picture would be shown, and be read when results are re-ranked.
-                for i in new:
-                    pictures.delete(ids[i])
-                if told.images == "keep" and shards is not None:
-                    dropped += keep_pictures(pictures, shards, part, told.prefix)
-            if new:
-                index.add([ids[i] for i in new], part.image[new], [part.infos[i] for i in new])
-        return {"images": index.count(), "dropped": dropped}
+def parse_conditions(words: Sequence[str]) -> Where:
+    """Parses words of the form FIELD=VALUE. On the command line a number looks like a text: an item may have either.
+
+    Raises:
+        UserError: A word has another form.
+    """
+    return dict(map(_parse_condition, words))
 
 
-def _source(told: IndexBuild) -> tuple[Stamp, Shards | None, Iterator[Part], list[Dropped]]:
-    """With the parts, what is dropped and named in none of them."""
-    if (told.embedded is None) == (told.export is None) or (told.export is not None and told.data is None):
-        raise UserError("give a folder that `vlp embed` wrote, or --export and --data: one of the two")
-    if told.embedded is not None:
-        embedded = open_embedded(told.embedded)
-        shards = Shards(told.data or embedded.data) if told.images == "keep" else None
-        paths = with_progress(embedded.parts, lambda: len(embedded.parts), "parts", show=True)
-        # What the parts dropped is in the file too.
-        found = (read_part(path)._replace(dropped=[]) for path in paths)
-        return embedded.stamp, shards, found, read_dropped(embedded.folder / DROPPED)
-    embedder, shards = _embedder(told, str(told.export)), Shards(str(told.data))
-    spans = [range(first, min(first + SPAN, len(shards))) for first in range(0, len(shards), SPAN)]
-    fields = told.captions or (embedder.captions,)
-    read = parts(embedder, shards, spans, fields, told.batch_size, show=True)
-    return embedder.stamp, shards, read, list(shards.damage)
-
-
-def _embedder(told: Device, export: str) -> Embedder:
-    if told.threads:
-        torch.set_num_threads(told.threads)
-    return Embedder.load(export, told.device, told.precision)
-
-
-def keep_pictures(pictures: Kept, shards: Shards, part: Part, prefix: str = "") -> list[Dropped]:
-    """Small pictures of the part's records that have none yet; what cannot be read now is named, and shown without one."""
-
-    def keep(id: str, place: int) -> Dropped | None:
-        if pictures.get(prefix + id) is not None:
-            return None
-        if place >= len(shards) or shards.key(place) != id:
-            return Dropped(key=id, reason=f"no picture: {shards.url} has another record in its place")
-        try:
-            pictures.put(prefix + id, thumbnail(shards.read(place).images[0]))
-        except (RecordError, OSError, ValueError) as error:
-            return Dropped(key=id, reason=f"no picture: {error}")
-        return None
-
-    kept = in_threads(lambda pair: keep(*pair), zip(part.ids, part.places))
-    return [one for one in kept if one is not None]
-
-
-def changed(index: Index, ids: Sequence[str], vectors: np.ndarray, infos: Sequence[dict[str, Scalar]]) -> list[int]:
-    """Rows of what the index does not have just so: a build that was stopped goes on where it was."""
-    known = {item.id: item for item in index.get(ids)}
-    return [
-        i
-        for i, id in enumerate(ids)
-        if id not in known or known[id].info != infos[i] or not np.array_equal(known[id].vector, vectors[i])
-    ]
-
-
-def search(told: IndexSearch) -> list[Hit]:
-    """Raises UserError where nothing is asked, or the image cannot be read."""
-    if told.text is None and told.image is None:
-        raise UserError("nothing to search for: give --text, --image, or both")
-    where = dict(map(_asked, told.where))
-    embedder = _embedder(told, told.export)
-    with closing(open_index(told.index, embedder.stamp)) as index:
-        return index.search(query(embedder, told.text, told.image), told.k, where)[0]
-
-
-def query(embedder: Embedder, text: str | None, image: Path | None) -> np.ndarray:
-    """One unit row: of the text, of the image, or the middle between them."""
-    rows = [] if text is None else [embedder.texts([text])[0]]
-    try:
-        rows += [] if image is None else [embedder.images([image.read_bytes()])[0]]
-    except (OSError, Unreadable) as error:
-        reason = error.reason if isinstance(error, Unreadable) else error.strerror
-        raise UserError(f"{image}: cannot be read ({reason}); give a JPEG, PNG or WebP") from error
-    return middle(rows)[None]
-
-
-def _asked(term: str) -> tuple[str, list[Scalar]]:
-    """FIELD=VALUE. On the command line a number looks like a text: either will do."""
-    name, equals, value = term.partition("=")
+def _parse_condition(word: str) -> tuple[str, list[Scalar]]:
+    name, equals, value = word.partition("=")
     if not name or not equals:
-        raise UserError(f"--where {term}: say FIELD=VALUE, such as label=cat")
+        raise UserError(f"`where`: {word}: write FIELD=VALUE, such as label=cat")
     values: list[Scalar] = [value]
-    for kind in (int, float):
+    for number in (int, float):
         try:
-            values.append(kind(value))
+            values.append(number(value))
             break
         except ValueError:
             continue
     return name, values + ([value == "true"] if value in ("true", "false") else [])
 
 
-def as_table(hits: Sequence[Hit]) -> Table:
+# Parameters that are options of several commands.
+IndexAddress = Annotated[str, arg(metavar="INDEX", help=f"Address of the index: {addresses()}.")]
+Conditions = Annotated[
+    Where | None,
+    PrimitiveConstructorSpec(
+        nargs="*",
+        metavar="[FIELD=VALUE ...]",
+        instance_from_str=parse_conditions,
+        is_instance=lambda value: value is None or isinstance(value, Mapping),
+        str_from_instance=lambda value: [f"{name}={wanted}" for name, wanted in (value or {}).items()],
+    ),
+]
+
+
+class Built(NamedTuple):
+    """`uri`: of the index. `images`: how many it has in all. `dropped`: records that could not be read, or whose picture could
+    not be kept."""
+
+    uri: str
+    images: int
+    dropped: list[Dropped]
+
+
+class _Source(NamedTuple):
+    """What an index is built from. `dropped`: records that are in none of the parts, and named in none."""
+
+    stamp: Stamp
+    shards: Shards | None
+    parts: Iterator[Part]
+    dropped: list[Dropped]
+
+
+def build_index(
+    index: IndexAddress,
+    embedded: Path | None = None,
+    /,
+    *,
+    export: str | None = None,
+    data: str | None = None,
+    captions: Sequence[str] | None = None,
+    batch_size: int = 256,
+    images: Literal["keep", "none"] = "keep",
+    pictures: Path | None = None,
+    prefix: str = "",
+    device: str = "auto",
+    precision: Precision = "fp32",
+    threads: int | None = None,
+) -> Built:
+    """Add the images of shards to an index, which is made where there is none.
+
+    Ids that it has already get the new vector: stopped, it can be started again.
+
+    Args:
+        index: Address of the index.
+        embedded: Folder that `vlp embed` wrote.
+        export: A model, in place of `embedded`, to embed `data` with.
+        data: Folder of shards; with an embedded folder, where they are now.
+        captions: Fields of the records with the captions, such as captions captions_zh; by default the field that the model
+            was trained on.
+        batch_size: Pictures of one pass through the model.
+        images: Whether pictures of at most 320 pixels are stored for the page to show.
+        pictures: Folder for them; by default `pictures` in the index's own folder. An index on a server has none: give one.
+        prefix: Put before the records' keys to make ids, so that several data sets fit into one index.
+        device: auto, cpu, cuda or cuda:N.
+        precision: In which the model computes; vectors are stored in fp32.
+        threads: Processor threads of PyTorch; by default all cores.
+
+    Raises:
+        UserError: The data is not there, the index is of another model, or it cannot be written.
+    """
+    store = pictures_of(index, pictures)
+    if images == "keep" and store is None:
+        raise UserError(f"{index}: has no folder for pictures; give one with `pictures`, or none with `images`")
+    if (embedded is None) == (export is None) or (export is not None and data is None):
+        raise UserError("give a folder that `vlp embed` wrote, or `export` and `data`: one of the two")
+    if embedded is not None:
+        source = _embedded_source(embedded, data, read_shards=images == "keep")
+    else:
+        embedder = Embedder.load(str(export), device, precision, threads)
+        source = _embedding_source(embedder, str(data), captions or [embedder.captions], batch_size)
+    dropped = source.dropped
+    with closing(open_index(index, source.stamp, create=True)) as engine:
+        for part in source.parts:
+            dropped += part.dropped
+            ids = [prefix + id for id in part.ids]
+            new = changed_rows(engine, ids, part.image, part.infos)
+            if store is not None:
+                # Beside a new vector an old picture would be shown, and be read when results are re-ranked.
+                for row in new:
+                    store.delete(ids[row])
+                if images == "keep" and source.shards is not None:
+                    dropped += store_pictures(store, source.shards, part, prefix)
+            if new:
+                engine.add([ids[row] for row in new], part.image[new], [part.infos[row] for row in new])
+        return Built(index, engine.count(), dropped)
+
+
+def _embedded_source(folder: Path, data: str | None, read_shards: bool) -> _Source:
+    embedded = open_embedded(folder)
+    shards = Shards(data or embedded.data) if read_shards else None
+    paths = with_progress(embedded.parts, lambda: len(embedded.parts), "parts", show=True)
+    # What the parts dropped is in the file too.
+    parts = (read_part(path)._replace(dropped=[]) for path in paths)
+    return _Source(embedded.stamp, shards, parts, read_dropped(embedded.folder / DROPPED))
+
+
+def _embedding_source(embedder: Embedder, data: str, fields: Sequence[str], batch_size: int) -> _Source:
+    shards = Shards(data)
+    spans = [range(first, min(first + SPAN, len(shards))) for first in range(0, len(shards), SPAN)]
+    parts = embed_spans(embedder, shards, spans, fields, batch_size, show=True)
+    return _Source(embedder.stamp, shards, parts, list(shards.damage))
+
+
+def store_pictures(store: PictureStore, shards: Shards, part: Part, prefix: str = "") -> list[Dropped]:
+    """Stores small pictures of a part's records that have none yet. Returns the records whose picture could not be read."""
+
+    def keep(id: str, position: int) -> Dropped | None:
+        if store.get(prefix + id) is not None:
+            return None
+        if position >= len(shards) or shards.key(position) != id:
+            return Dropped(key=id, reason=f"no picture: {shards.url} has another record in its place")
+        try:
+            store.put(prefix + id, thumbnail(shards.read(position).images[0]))
+        except (RecordError, OSError, ValueError) as error:
+            return Dropped(key=id, reason=f"no picture: {error}")
+        return None
+
+    results = in_threads(lambda pair: keep(*pair), zip(part.ids, part.positions))
+    return [dropped for dropped in results if dropped is not None]
+
+
+def changed_rows(
+    index: IndexEngine, ids: Sequence[str], vectors: np.ndarray, infos: Sequence[dict[str, Scalar]]
+) -> list[int]:
+    """Returns the rows of items that the index lacks, or has with another vector or other fields: a build that was stopped
+    goes on where it was."""
+    present = {item.id: item for item in index.get(ids)}
+    return [
+        row
+        for row, id in enumerate(ids)
+        if id not in present or present[id].info != infos[row] or not np.array_equal(present[id].vector, vectors[row])
+    ]
+
+
+def search_index(
+    index: IndexAddress,
+    /,
+    *,
+    export: str | Path,
+    text: str | None = None,
+    image: Path | None = None,
+    where: Conditions = None,
+    k: int = 10,
+    device: str = "auto",
+    precision: Precision = "fp32",
+    threads: int | None = None,
+) -> list[Hit]:
+    """Find the images of an index by a text, by an image, or by both at once.
+
+    Args:
+        index: Address of the index.
+        export: Folder of the model that the index was built with.
+        text: What the images should show.
+        image: File of an image that they should be like.
+        where: Fields that the images must have, such as label=cat.
+        k: How many images to find.
+        device: auto, cpu, cuda or cuda:N.
+        precision: In which the model computes.
+        threads: Processor threads of PyTorch; by default all cores.
+
+    Returns:
+        The most similar images, best first.
+
+    Raises:
+        UserError: Neither a text nor an image is given, the image cannot be read, or the index is of another model.
+    """
+    if text is None and image is None:
+        raise UserError("nothing to search for: give `text`, `image`, or both")
+    embedder = Embedder.load(export, device, precision, threads)
+    with closing(open_index(index, embedder.stamp)) as engine:
+        return engine.search(query_vector(embedder, text, image), k, where)[0]
+
+
+def query_vector(embedder: Embedder, text: str | None, image: Path | None) -> np.ndarray:
+    """Returns one unit row [1 E]: of the text, of the image, or between them where both are given."""
+    rows = [] if text is None else [embedder.texts([text])[0]]
+    try:
+        rows += [] if image is None else [embedder.images([image.read_bytes()])[0]]
+    except (OSError, Unreadable) as error:
+        reason = error.reason if isinstance(error, Unreadable) else error.strerror
+        raise UserError(f"{image}: cannot be read ({reason}); give a JPEG, PNG or WebP") from error
+    return mean_direction(rows)[None]
+
+
+def hits_table(hits: Sequence[Hit]) -> Table:
+    """Lays out hits for a terminal."""
     table = Table("score", "id", "caption", "source", show_edge=False)
     for hit in hits:
         table.add_row(f"{hit.score:.3f}", hit.id, str(hit.info.get("caption", "")), str(hit.info.get("source", "")))

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import io
+from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import NoReturn, TypeAlias
 
 from PIL import Image
 
@@ -14,15 +14,29 @@ from fastvlp.data.records.shards import Shards
 from fastvlp.data.records.transform import Transform
 from fastvlp.errors import UserError
 from fastvlp.files import write_whole
-from fastvlp.search.bulk import open_embedded
-from fastvlp.search.engines.codes import FIXED
-from fastvlp.search.index import EngineError
+from fastvlp.search.engines.interface import EngineError, engine_of
 
 SIDE = 320
 
 
-class Pictures:
-    """The name of a file is a hash of the item's id, so that an id can be anything."""
+class PictureStore(ABC):
+    """Small pictures by the ids of an index's items. Several threads may use it."""
+
+    @abstractmethod
+    def get(self, id: str) -> bytes | None:
+        """Returns an encoded picture; None where there is none."""
+
+    @abstractmethod
+    def put(self, id: str, data: bytes) -> None:
+        """Stores an encoded picture. Raises UserError where pictures cannot be stored, EngineError where the disk is full."""
+
+    @abstractmethod
+    def delete(self, id: str) -> None:
+        """Deletes a picture, if there is one. Raises UserError where pictures cannot be deleted."""
+
+
+class PictureFolder(PictureStore):
+    """Pictures in files. A file is named by a hash of the item's id, so that an id can be anything."""
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
@@ -31,62 +45,71 @@ class Pictures:
         name = hashlib.sha256(id.encode()).hexdigest()
         return self.folder / name[:2] / name[2:34]
 
-    def put(self, id: str, data: bytes) -> None:
-        """Raises EngineError where the disk is full or the folder not writable."""
-        try:
-            write_whole(self._path(id), data)
-        except (UserError, OSError) as error:
-            raise EngineError(str(error)) from error
-
     def get(self, id: str) -> bytes | None:
         try:
             return self._path(id).read_bytes()
         except FileNotFoundError:
             return None
 
+    def put(self, id: str, data: bytes) -> None:
+        try:
+            write_whole(self._path(id), data)
+        except (UserError, OSError) as error:
+            raise EngineError(str(error)) from error
+
     def delete(self, id: str) -> None:
         self._path(id).unlink(missing_ok=True)
 
 
-class ShardPictures:
-    """Of what `vlp embed` wrote: read from the shards when they are asked for, and kept nowhere. Safe to ask from several
-    threads."""
+class ShardPictures(PictureStore):
+    """Pictures read from shards when they are needed, and stored nowhere."""
 
     def __init__(self, shards: Shards):
         self.shards = shards
-        self._places = {key: place for place, key in enumerate(shards.keys)}
-
-    def put(self, id: str, data: bytes) -> NoReturn:
-        raise UserError(FIXED)
+        self._positions = {key: position for position, key in enumerate(shards.keys)}
 
     def get(self, id: str) -> bytes | None:
-        if (place := self._places.get(id)) is None:
+        if (position := self._positions.get(id)) is None:
             return None
         try:
-            return thumbnail(self.shards.read(place).images[0])
-        # The shards may have changed since; and decoders given damaged bytes raise anything.
+            return thumbnail(self.shards.read(position).images[0])
+        # The shards may have changed since; and decoders raise anything for damaged bytes.
         except Exception:
             return None
 
-    def delete(self, id: str) -> NoReturn:
-        raise UserError(FIXED)
+    def put(self, id: str, data: bytes) -> None:
+        raise UserError("pictures of shards are not changed; to add some, make an index with `vlp index build`")
+
+    def delete(self, id: str) -> None:
+        raise UserError("pictures of shards are not changed; to delete some, make an index with `vlp index build`")
 
 
-Kept: TypeAlias = Pictures | ShardPictures
-
-
-def shard_pictures(embedded: Path) -> ShardPictures | None:
-    """None where the shards are gone or cannot be reached. Raises UserError for a folder that `vlp embed` did not write."""
-    data = open_embedded(embedded).data
+def shard_pictures(data: str | Path) -> ShardPictures | None:
+    """Returns the pictures of a folder of shards; None where it is gone or cannot be reached."""
     try:
         return ShardPictures(Shards(data))
     except (UserError, OSError, ImportError):
         return None
 
 
+def pictures_of(uri: str, folder: str | Path | None = None) -> PictureStore | None:
+    """Returns the pictures of an index's items: those in `folder` where it is given, else where the index's engine has them;
+    None where it has no place for them."""
+    return engine_of(uri).pictures(uri) if folder is None else PictureFolder(folder)
+
+
 def thumbnail(data: bytes, side: int = SIDE, max_pixels: int = MAX_PIXELS) -> bytes:
-    """The upright picture with a longest side of at most `side`; WebP, which keeps few colours and photographs alike small.
-    Raises what decoders raise, ValueError for a picture that is too large."""
+    """Returns an upright picture whose longest side is at most `side` pixels, as WebP, which is small for drawings and for
+    photographs.
+
+    Args:
+        data: An encoded picture.
+        side: In pixels.
+        max_pixels: A picture with more is refused with ValueError before it is decoded.
+
+    Raises:
+        Exception: Whatever a decoder raises for damaged bytes.
+    """
     pixels = read_pixels(data, Transform(size=side, mode="letterbox"), max_pixels=max_pixels)
     image = Image.fromarray(pixels.numpy())
     image.thumbnail((side, side), Image.Resampling.LANCZOS)

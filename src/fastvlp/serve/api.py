@@ -21,8 +21,8 @@ from starlette.staticfiles import StaticFiles
 
 from fastvlp.errors import UserError
 from fastvlp.search.embedder import Embedder
-from fastvlp.search.index import EngineError, Index
-from fastvlp.search.pictures import Kept
+from fastvlp.search.engines.interface import EngineError, IndexEngine
+from fastvlp.search.pictures import PictureStore
 from fastvlp.serve import messages as m
 from fastvlp.serve.guard import Guard, refusal
 from fastvlp.serve.limits import Limits, Refusal, refuse
@@ -35,9 +35,9 @@ BODIES = (m.EmbeddingsRequest, m.ScoreRequest, m.SearchRequest, m.ItemRequest, m
 
 def create_app(
     embedder: Embedder,
-    index: Index | None = None,
+    index: IndexEngine | None = None,
     *,
-    pictures: Kept | None = None,
+    pictures: PictureStore | None = None,
     limits: Limits | None = None,
     keys: Sequence[str] = (),
     origins: Sequence[str] = (),
@@ -49,7 +49,7 @@ def create_app(
     Raises UserError for a key that no header can carry.
     """
     if any(not key or not key.isascii() or not key.isprintable() or key != key.strip() for key in keys):
-        raise UserError("--api-key: a key is of printable ASCII characters, with no space around it")
+        raise UserError("`api_key`: a key is of printable ASCII characters, with no space around it")
     limits = limits or Limits()
     service = Service(embedder, index, pictures, limits)
 

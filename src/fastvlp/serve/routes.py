@@ -15,7 +15,7 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, PlainTextResponse, Response
 from torch import Tensor
 
-from fastvlp.search.index import middle
+from fastvlp.search.embedder import mean_direction
 from fastvlp.serve import messages as m
 from fastvlp.serve import responses as a
 from fastvlp.serve.guard import COOKIE, given_key, known_key, reply
@@ -177,7 +177,7 @@ async def sought(served: Service, asked: m.SearchRequest) -> np.ndarray:
         parts.append((await served.images(await served.pixels([asked.image])))[0])
     if asked.id is not None:
         parts.append((await served.item(asked.id)).vector)
-    return middle(parts)
+    return mean_direction(parts)
 
 
 def told(served: Service, hit: Any) -> dict[str, Any]:
@@ -304,7 +304,7 @@ async def session(request: Request) -> Response:
 async def report(request: Request) -> Response:
     path = request.app.state.report
     if path is None or not path.is_file():
-        raise Refusal(404, "no_report", "this service has no report; start it with --report FILE")
+        raise Refusal(404, "no_report", "this service has no report; start it with `vlp serve EXPORT --report FILE`")
     return FileResponse(path, media_type="text/html", headers={"content-security-policy": REPORT_POLICY})
 
 

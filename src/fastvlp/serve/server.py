@@ -1,45 +1,92 @@
-"""The command that serves an export: from its options to a listening socket."""
+"""Serving an export: from options to a listening socket."""
 
 from __future__ import annotations
 
+import os
 import socket
+from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-import uvicorn
+from fastvlp.errors import UserError, install
+from fastvlp.search.embedder import Embedder, Precision
+from fastvlp.search.engines.interface import open_index
+from fastvlp.search.indexing import IndexAddress
+from fastvlp.search.pictures import pictures_of
+from fastvlp.serve.limits import Limits
 
-from fastvlp.errors import UserError
-from fastvlp.search.embedder import Embedder
-from fastvlp.search.index import open_index, pictures_of
-from fastvlp.serve.api import create_app
-from fastvlp.serve.options import Serve
+KEY_VARIABLE = "FASTVLP_API_KEY"
 
 
-def serve(told: Serve) -> None:
-    """Answers until it is stopped. Raises UserError for an export, an index or an address that cannot be used."""
-    if told.threads:
-        torch.set_num_threads(told.threads)
-    # First: a port in use is known at once, a model takes a while to load.
-    with listen(told.host, told.port) as listening:
-        embedder = Embedder.load(told.export, told.device, told.precision)
-        index = None if told.index is None else open_index(told.index, embedder.stamp, told.create)
-        report = told.report or Path(told.export) / "report.html"
+def serve(
+    export: str | Path,
+    /,
+    *,
+    index: IndexAddress | None = None,
+    create: bool = False,
+    pictures: Path | None = None,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    api_key: Sequence[str] = (),
+    allow_origin: Sequence[str] = (),
+    report: Path | None = None,
+    limits: Limits = Limits(),  # noqa: B008 (frozen)
+    device: str = "auto",
+    precision: Precision = "fp32",
+    threads: int | None = None,
+) -> None:
+    """Serve a model over HTTP, until it is stopped.
+
+    It gives embeddings and scores, searches in an index with a page for people, captions pictures and answers questions about
+    them. OpenAPI is at /openapi.json, Prometheus at /metrics.
+
+    Args:
+        export: Folder that `vlp export` wrote.
+        index: Address of the index; without one there is no search.
+        create: Make an empty index where there is none.
+        pictures: Folder of the items' pictures; by default the index's own place for them.
+        host: Address to listen at; 0.0.0.0 lets other machines ask.
+        port: Port to listen at; 0 takes a free one.
+        api_key: Requests need one of these keys as a bearer token. Other users of this machine can read a command line: the
+            variable FASTVLP_API_KEY does as well.
+        allow_origin: Other sites whose pages may ask, such as https://example.org; * for all.
+        report: HTML of the run's report, shown at /report; by default report.html in the export, where there is one.
+        limits: What a request may ask for.
+        device: auto, cpu, cuda or cuda:N.
+        precision: In which the model computes.
+        threads: Processor threads of PyTorch; by default all cores.
+
+    Raises:
+        UserError: The export, the index or the address cannot be used, or a package that the service needs is missing.
+    """
+    try:
+        import uvicorn
+
+        from fastvlp.serve.api import create_app
+    except ImportError as error:
+        raise UserError(f"no {error.name}: the service needs the extra serve: {install('serve')}") from error
+
+    keys = [*api_key, *([key] if (key := os.environ.get(KEY_VARIABLE)) else [])]
+    # Before the model, which takes a while to load: a port that is in use is known at once.
+    with listen(host, port) as listening:
+        embedder = Embedder.load(export, device, precision, threads)
+        engine = None if index is None else open_index(index, embedder.stamp, create)
+        report = report or Path(export) / "report.html"
         app = create_app(
             embedder,
-            index,
-            pictures=None if told.index is None else pictures_of(told.index, told.pictures),
-            limits=told.limits,
-            keys=told.api_key,
-            origins=told.allow_origin,
+            engine,
+            pictures=None if index is None else pictures_of(index, pictures),
+            limits=limits,
+            keys=keys,
+            origins=allow_origin,
             report=report if report.is_file() else None,
         )
-        host, port = listening.getsockname()[:2]
-        items = "no index" if index is None else f"{index.count():,} items"
-        print(
-            f"http://{f'[{host}]' if ':' in host else host}:{port}/  {embedder.card.get('name')}, {items}; Ctrl-C stops"
-        )
-        if not told.api_key and not host.startswith(("127.", "::1")):
-            print("anyone who reaches this address can ask, add and delete: give an --api-key")
+        bound, number = listening.getsockname()[:2]
+        items = "no index" if engine is None else f"{engine.count():,} items"
+        name = f"[{bound}]" if ":" in bound else bound
+        # Whoever started the service as a program reads the address from its first line.
+        print(f"http://{name}:{number}/  {embedder.card.get('name')}, {items}; Ctrl-C stops", flush=True)
+        if not keys and not bound.startswith(("127.", "::1")):
+            print(f"anyone who reaches this address can ask, add and delete: ask for a key, by {KEY_VARIABLE} for one")
         config = uvicorn.Config(
             app, log_level="warning", access_log=False, timeout_graceful_shutdown=10, server_header=False
         )
@@ -47,9 +94,9 @@ def serve(told: Serve) -> None:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """Raises UserError where the address is in use or not this machine's."""
+    """Opens a socket. Raises UserError where the address is in use or not this machine's."""
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         return socket.create_server((host, port), family=family, backlog=2048)
     except (OSError, OverflowError) as error:
-        raise UserError(f"{host}:{port}: cannot listen ({error}); choose another --port or --host") from error
+        raise UserError(f"{host}:{port}: cannot listen ({error}); choose another `port` or `host`") from error

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from fastvlp.errors import UserError
+from fastvlp.search.checks import Where
 from fastvlp.search.embedder import Embedder, Unreadable
-from fastvlp.search.index import EngineError, Hit, Index, Item, Where
-from fastvlp.search.pictures import Kept, thumbnail
+from fastvlp.search.engines.interface import EngineError, Hit, IndexEngine, Item
+from fastvlp.search.pictures import PictureStore, thumbnail
 from fastvlp.serve.batcher import Batcher, InputError, Lane
 from fastvlp.serve.limits import Limits, Refusal, refuse
 from fastvlp.serve.monitoring import Metrics
@@ -35,7 +36,7 @@ class Service:
     `index` is None where only embeddings are served.
     """
 
-    def __init__(self, embedder: Embedder, index: Index | None, pictures: Kept | None, limits: Limits):
+    def __init__(self, embedder: Embedder, index: IndexEngine | None, pictures: PictureStore | None, limits: Limits):
         self.embedder, self.index, self.pictures, self.limits = embedder, index, pictures, limits
         embedder.max_pixels = limits.pixels
         self.name = str(embedder.card.get("name", "fastvlp"))
@@ -118,12 +119,12 @@ class Service:
         return [float(score) for score in await self.batcher.ask("match", [*zip(pixels, texts)])]
 
     @property
-    def _index(self) -> Index:
+    def _index(self) -> IndexEngine:
         if self.index is None:
-            raise Refusal(404, "no_index", "this service has no index; start it with --index")
+            raise Refusal(404, "no_index", "this service has no index; start it with `vlp serve EXPORT --index INDEX`")
         return self.index
 
-    async def indexed(self, work: Callable[[Index], T]) -> T:
+    async def indexed(self, work: Callable[[IndexEngine], T]) -> T:
         """`work` in the index's thread."""
         return (await self._engine.ask("index", [work]))[0]
 
@@ -161,7 +162,7 @@ class Service:
         shrink = partial(thumbnail, data, max_pixels=self.limits.pixels)
         small = await asyncio.get_running_loop().run_in_executor(self._decoders, shrink)
 
-        def add(index: Index) -> None:
+        def add(index: IndexEngine) -> None:
             # First: what it refuses must not change the picture of an item that it has.
             index.add([id], vector[None], [info])
             if self.pictures is not None:
@@ -172,7 +173,7 @@ class Service:
     async def remove(self, id: str) -> bool:
         """Whether there was such an item."""
 
-        def remove(index: Index) -> bool:
+        def remove(index: IndexEngine) -> bool:
             found = index.delete([id]) > 0
             if found and self.pictures is not None:
                 self.pictures.delete(id)
@@ -202,7 +203,7 @@ class Service:
             raise refuse(f"a text of {longest} characters; {self.limits.characters} are allowed", "too_long")
 
 
-def search_together(index: Index, asked: Sequence[tuple[np.ndarray, int, Where]]) -> list[list[Hit]]:
+def search_together(index: IndexEngine, asked: Sequence[tuple[np.ndarray, int, Where]]) -> list[list[Hit]]:
     """The hits of each search: one call of the index for those that differ in the vector alone."""
     alike: dict[str, list[int]] = {}
     for row, (_, k, where) in enumerate(asked):

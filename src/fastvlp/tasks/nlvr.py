@@ -13,7 +13,7 @@ from fastvlp.data.pairs import Fit, Split
 from fastvlp.data.records.schema import label_fault
 from fastvlp.data.records.shards import Shards
 from fastvlp.data.tokenize import Tokenizer
-from fastvlp.eval.metrics import mean_by
+from fastvlp.eval.classification import mean_by
 from fastvlp.eval.mode import evaluating
 from fastvlp.model.model import ModelConfig, VLModel
 from fastvlp.objectives.objective import Loss

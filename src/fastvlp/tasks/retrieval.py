@@ -17,9 +17,9 @@ from fastvlp.data.pairs import PairData, Split
 from fastvlp.data.records.shards import Shards
 from fastvlp.data.tokenize import Tokenizer
 from fastvlp.errors import UserError
-from fastvlp.eval.embedding import read_captions
 from fastvlp.eval.mode import evaluating
 from fastvlp.eval.ranks import ranks, recall
+from fastvlp.eval.split_reading import read_captions
 from fastvlp.model.model import ModelConfig, VLModel
 from fastvlp.model.saving import Saved, load_model
 from fastvlp.objectives.losses import at_least_fp32

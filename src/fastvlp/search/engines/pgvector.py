@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
@@ -16,20 +16,8 @@ from urllib.parse import urldefrag
 import numpy as np
 
 from fastvlp.errors import UserError, install
-from fastvlp.search.index import (
-    EngineError,
-    Hit,
-    Item,
-    Scalar,
-    Stamp,
-    Where,
-    agreed,
-    choices,
-    fitting,
-    page,
-    possible,
-    rows,
-)
+from fastvlp.search.checks import Scalar
+from fastvlp.search.engines.interface import EngineError, Hit, IndexEngine, Item, Stamp, checked_stamp
 
 TABLE = re.compile(r"[a-z_][a-z0-9_]{0,49}")
 # Candidates of the graph (HNSW) for each search; it goes on where a filter leaves too few, to at most so many rows.
@@ -38,23 +26,26 @@ CANDIDATES, SCANNED = 128, 100_000
 WIDEST, WIDEST_HALF = 2_000, 4_000
 
 
-class PgIndex:
-    """`uri`: as libpq takes it; `#name` at its end names the table, `fastvlp` where there is none."""
+class PgIndex(IndexEngine):
+    """An address is as libpq takes it; `#name` at its end names the table, `fastvlp` where there is none."""
 
-    def __init__(self, uri: str, stamp: Stamp | None, create: bool):
+    prefixes = ("postgresql://", "postgres://")
+    address = "postgresql://USER@HOST/DATABASE#TABLE with pgvector"
+
+    def __init__(self, uri: str, stamp: Stamp | None = None, create: bool = False):
         self._place, name = urldefrag(uri)
-        # The password is nobody's business.
+        # For errors, without the password.
         self.uri = re.sub(r"//([^/@:]*):[^/@]*@", r"//\1@", uri)
         if not TABLE.fullmatch(name or "fastvlp"):
             raise UserError(f"{self.uri}: {name!r} names no table; take small letters, digits and _, such as #photos")
         self._table = name or "fastvlp"
         self._connect(create)
-        with self._asking():
+        with self._engine_errors():
             if create and stamp is not None:
                 self._make(stamp)
-            told = self._one("SELECT obj_description(%s::regclass, 'pg_class')", self._table)
-        self.stamp = agreed(_json(told), stamp, self.uri)
-        self._kind = _kind(self.stamp.width)
+            comment = self._one("SELECT obj_description(%s::regclass, 'pg_class')", self._table)
+        self.stamp = checked_stamp(_json_object(comment), stamp, self.uri)
+        self._type = _column_type(self.stamp.width)
 
     def _connect(self, create: bool = False) -> None:
         try:
@@ -78,9 +69,9 @@ class PgIndex:
             ) from error
 
     def _make(self, stamp: Stamp) -> None:
-        table, told, kind = self._table, json.dumps(asdict(stamp)), _kind(stamp.width)
+        table, type = self._table, _column_type(stamp.width)
         with self._connection.transaction():
-            # Two that make it at once: the second waits, and finds it made.
+            # Where two make it at once, the second waits and finds it made.
             self._connection.execute("SELECT pg_advisory_xact_lock(hashtext(%s))", (table,))
             if self._one("SELECT to_regclass(%s) IS NOT NULL", table):
                 return
@@ -88,11 +79,11 @@ class PgIndex:
                 f"CREATE TABLE {table} (id text PRIMARY KEY, vector vector({stamp.width}) NOT NULL, info jsonb NOT NULL)"
             )
             self._connection.execute(
-                f"CREATE INDEX ON {table} USING hnsw ((vector::{kind}) {kind.partition('(')[0]}_ip_ops) "
+                f"CREATE INDEX ON {table} USING hnsw ((vector::{type}) {type.partition('(')[0]}_ip_ops) "
                 f"WITH (m = 24, ef_construction = 128)"
             )
             self._connection.execute(f"CREATE INDEX ON {table} USING gin (info jsonb_path_ops)")
-            quoted = told.replace("'", "''")
+            quoted = json.dumps(asdict(stamp)).replace("'", "''")
             self._connection.execute(f"COMMENT ON TABLE {table} IS '{quoted}'")
 
     def _one(self, query: str, *values: Any) -> Any:
@@ -100,7 +91,7 @@ class PgIndex:
         return row[0] if row else None
 
     @contextmanager
-    def _asking(self) -> Iterator[None]:
+    def _engine_errors(self) -> Iterator[None]:
         import psycopg
 
         if self._connection.closed:
@@ -110,57 +101,54 @@ class PgIndex:
         except psycopg.Error as error:
             raise EngineError(f"{self.uri}: {type(error).__name__}: {str(error).splitlines()[0]}") from error
 
-    def add(self, ids: Sequence[str], vectors: np.ndarray, infos: Sequence[Mapping[str, Scalar]]) -> None:
-        found = fitting(ids, vectors, infos, self.stamp.width)
-        told = [(id, vector, json.dumps(dict(info))) for id, vector, info in zip(ids, found, infos)]
-        with self._asking(), self._connection.transaction(), self._connection.cursor() as cursor:
+    def _add(self, ids: Sequence[str], vectors: np.ndarray, infos: Sequence[Mapping[str, Scalar]]) -> None:
+        rows = [(id, vector, json.dumps(dict(info))) for id, vector, info in zip(ids, vectors, infos)]
+        with self._engine_errors(), self._connection.transaction(), self._connection.cursor() as cursor:
             cursor.executemany(
                 f"INSERT INTO {self._table} (id, vector, info) VALUES (%s, %s, %s) "
                 f"ON CONFLICT (id) DO UPDATE SET vector = excluded.vector, info = excluded.info",
-                told,
+                rows,
             )
 
-    def delete(self, ids: Sequence[str]) -> int:
-        with self._asking():
-            return self._connection.execute(f"DELETE FROM {self._table} WHERE id = ANY(%s)", (possible(ids),)).rowcount
+    def _delete(self, ids: Sequence[str]) -> int:
+        with self._engine_errors():
+            return self._connection.execute(f"DELETE FROM {self._table} WHERE id = ANY(%s)", (list(ids),)).rowcount
 
-    def search(self, vectors: np.ndarray, k: int, where: Where | None = None, offset: int = 0) -> list[list[Hit]]:
-        query, _, asked = rows(vectors, self.stamp.width), page(k, offset), choices(where)
-        if not all(asked.values()):
-            return [[] for _ in query]
-        fits = " AND ".join("(" + " OR ".join(["info @> %s"] * len(values)) + ")" for values in asked.values())
-        wanted = [json.dumps({name: value}) for name, values in asked.items() for value in values]
-        text = (
-            f"SELECT id, -(vector <#> %s) AS score, info FROM {self._table} {'WHERE ' + fits if fits else ''} "
-            f"ORDER BY vector::{self._kind} <#> %s::{self._kind} LIMIT %s OFFSET %s"
+    def _search(
+        self, vectors: np.ndarray, k: int, offset: int, where: Mapping[str, Sequence[Scalar]]
+    ) -> list[list[Hit]]:
+        condition = " AND ".join("(" + " OR ".join(["info @> %s"] * len(values)) + ")" for values in where.values())
+        wanted = [json.dumps({name: value}) for name, values in where.items() for value in values]
+        query = (
+            f"SELECT id, -(vector <#> %s) AS score, info FROM {self._table} {'WHERE ' + condition if condition else ''} "
+            f"ORDER BY vector::{self._type} <#> %s::{self._type} LIMIT %s OFFSET %s"
         )
-        with self._asking():
-            found = [self._connection.execute(text, (row, *wanted, row, k, offset)).fetchall() for row in query]
-        return [[Hit(id, float(score), info) for id, score, info in row] for row in found]
+        with self._engine_errors():
+            answers = [self._connection.execute(query, (row, *wanted, row, k, offset)).fetchall() for row in vectors]
+        return [[Hit(id, float(score), info) for id, score, info in answer] for answer in answers]
 
     def count(self) -> int:
-        with self._asking():
+        with self._engine_errors():
             return self._one(f"SELECT count(*) FROM {self._table}")
 
-    def get(self, ids: Sequence[str]) -> list[Item]:
-        with self._asking():
-            text = f"SELECT id, vector, info FROM {self._table} WHERE id = ANY(%s)"
-            told = self._connection.execute(text, (possible(ids),)).fetchall()
-        found = {id: Item(id, np.asarray(_numbers(vector), np.float32), info) for id, vector, info in told}
-        return [found[id] for id in possible(ids) if id in found]
+    def _get(self, ids: Sequence[str]) -> Iterable[Item]:
+        with self._engine_errors():
+            query = f"SELECT id, vector, info FROM {self._table} WHERE id = ANY(%s)"
+            rows = self._connection.execute(query, (list(ids),)).fetchall()
+        return [Item(id, np.asarray(_numbers(vector), np.float32), info) for id, vector, info in rows]
 
     def close(self) -> None:
         self._connection.close()
 
 
 def _numbers(vector: Any) -> Any:
-    """Releases of the client differ in what they give: an array, or an object that has one."""
+    """Returns an array of what the client gives: releases differ, it is an array or an object that has one."""
     return vector.to_numpy() if hasattr(vector, "to_numpy") else vector
 
 
-def _kind(width: int) -> str:
-    """What the graph is of: pgvector's `vector`, or its half precision, which takes more numbers and ranks by them; scores are
-    of the whole vectors. Raises UserError for vectors that it cannot take."""
+def _column_type(width: int) -> str:
+    """Returns the type of vectors in the graph: pgvector's `vector`, or its half precision, which takes more numbers. The
+    graph ranks by them; scores are of the whole vectors. Raises UserError for vectors that are too wide for it."""
     if width > WIDEST_HALF:
         raise UserError(
             f"vectors of {width} numbers: pgvector's index takes {WIDEST_HALF} at most; keep the index in a folder, or "
@@ -169,9 +157,9 @@ def _kind(width: int) -> str:
     return f"{'vector' if width <= WIDEST else 'halfvec'}({width})"
 
 
-def _json(text: str | None) -> Any:
+def _json_object(text: str | None) -> dict[str, Any] | None:
     try:
-        told = json.loads(text or "null")
+        value = json.loads(text or "null")
     except ValueError:
         return None
-    return told if isinstance(told, dict) else None
+    return value if isinstance(value, dict) else None

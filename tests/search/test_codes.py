@@ -12,18 +12,18 @@ from starlette.testclient import TestClient
 from fastvlp.cli import main
 from fastvlp.data.records.shards import Shards
 from fastvlp.errors import UserError
-from fastvlp.search.bulk import PLAN, embed, open_embedded, read_part
+from fastvlp.search.bulk import embed_shards
+from fastvlp.search.embedded import PLAN, open_embedded, read_part
 from fastvlp.search.embedder import Embedder
 from fastvlp.search.engines.codes import VECTORS, CodesIndex
-from fastvlp.search.index import Item, Stamp, open_index, pictures_of
-from fastvlp.search.pictures import thumbnail
+from fastvlp.search.engines.interface import Item, Stamp, open_index
+from fastvlp.search.pictures import pictures_of, thumbnail
 from fastvlp.serve.api import create_app
-from fastvlp.serve.options import Embed
 
 
 @pytest.fixture
 def folder(exports, world, tmp_path):
-    embed(Embed(export=str(exports["towers"]), data=str(world / "test"), out=tmp_path / "vectors", per_part=5))
+    embed_shards(exports["towers"], world / "test", tmp_path / "vectors", per_part=5)
     return tmp_path / "vectors"
 
 

@@ -8,13 +8,11 @@ import pytest
 from safetensors import safe_open
 
 from fastvlp.errors import UserError
-from fastvlp.eval.embedding_retrieval import evaluate
-from fastvlp.eval.options import Retrieval
-from fastvlp.eval.result_files import keep_result
+from fastvlp.eval.embedding_retrieval import evaluate_retrieval
+from fastvlp.eval.evaluation import add_result
 from fastvlp.exporters import native as exporting
 from fastvlp.exporters.native import export
 from fastvlp.search.embedder import Embedder
-from fastvlp.serve.options import Export
 
 
 def tensors(folder: Path) -> set[str]:
@@ -47,9 +45,9 @@ def test_nothing_tells_where_the_run_lay(exports, runs, world):
 def test_the_card_is_filled_from_the_run(runs, tmp_path):
     run = shutil.copytree(runs["towers"], tmp_path / "run")
     result = {"scores": {"towers": {"text_to_image/recall@1": 0.25}}}
-    keep_result(run, "retrieval", "somewhere/photos/test", {"scores": {"towers": {"text_to_image/recall@1": 0.125}}})
-    keep_result(run, "retrieval", "somewhere/photos/test", result)
-    card = export(Export(run=str(run), out=tmp_path / "out", license="cc-by-4.0"))
+    add_result(run, "retrieval", "somewhere/photos/test", {"scores": {"towers": {"text_to_image/recall@1": 0.125}}})
+    add_result(run, "retrieval", "somewhere/photos/test", result)
+    card = export(run, tmp_path / "out", license="cc-by-4.0")
     assert card["scores"] == {"retrieval, photos/test": {"text_to_image/recall@1": 0.25}}
     assert card["objectives"] == {"clip": "CLIPConfig"} and card["data"]["train"].endswith("/train")
     assert card["training"]["step"] == 1 and card["training"]["pairs"] == 8 and card["training"]["device"]
@@ -73,7 +71,7 @@ def test_the_card_tells_of_the_checkpoint_that_is_exported(runs, tmp_path):
             log.write(
                 json.dumps(best | {"kind": kind, "step": 297, "elapsed": 9999.0, "loss": best["loss"] + 1}) + "\n"
             )
-    card = export(Export(run=str(run), out=tmp_path / "out"))
+    card = export(run, tmp_path / "out")
     assert card["validation"]["loss"] == best["loss"]
     told = {name: card["training"][name] for name in ("step", "steps", "pairs", "weights")}
     assert told == {"step": 1, "steps": 297, "pairs": 8, "weights": "best.safetensors"}
@@ -85,7 +83,7 @@ def test_the_cards_code_runs_where_it_was_exported(runs, pictures, tmp_path, mon
     monkeypatch.chdir(tmp_path)
     Path("cat.jpg").write_bytes(pictures[0])
     for out, named in ((Path("exports/small"), "exports/small"), (tmp_path / "own", "own")):
-        export(Export(run=str(runs["towers"]), out=out))
+        export(runs["towers"], out)
         code = (out / "README.md").read_text().partition("```python\n")[2].partition("```")[0]
         assert f'Embedder.load("{named}")' in code
         ran: dict[str, object] = {}
@@ -104,18 +102,20 @@ def test_an_export_that_fails_leaves_nothing(runs, tmp_path, monkeypatch):
 
     monkeypatch.setattr(exporting, "readme", fails)
     with pytest.raises(KeyboardInterrupt):
-        export(Export(run=str(runs["towers"]), out=tmp_path / "out"))
+        export(runs["towers"], tmp_path / "out")
     assert [*tmp_path.iterdir()] == []
 
 
 def test_what_is_there_is_not_overwritten(exports, runs, tmp_path):
     with pytest.raises(UserError, match="something is here already"):
-        export(Export(run=str(runs["towers"]), out=exports["towers"]))
+        export(runs["towers"], exports["towers"])
     (tmp_path / "empty").mkdir()
-    export(Export(run=str(runs["towers"]), out=tmp_path / "empty"))
+    export(runs["towers"], tmp_path / "empty")
     assert (tmp_path / "empty" / "README.md").exists()
 
 
-def test_an_export_is_evaluated_as_the_run_is(exports, runs, world):
-    found = [evaluate(Retrieval(run=str(folder), data=str(world))) for folder in (exports["towers"], runs["towers"])]
-    assert found[0]["scores"] == found[1]["scores"]
+def test_an_export_is_evaluated_as_the_run_is(exports, runs, world, tmp_path):
+    # The results are written into the folders: other tests read the originals.
+    exported = evaluate_retrieval(shutil.copytree(exports["towers"], tmp_path / "export"), data=world)
+    original = evaluate_retrieval(shutil.copytree(runs["towers"], tmp_path / "run"), data=world)
+    assert exported.scores == original.scores

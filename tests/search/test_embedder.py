@@ -13,8 +13,8 @@ from PIL import Image
 
 from fastvlp.data.records.shards import Shards
 from fastvlp.errors import UserError
-from fastvlp.eval.embedding import embed_images, embed_texts, open_run
-from fastvlp.eval.options import Encode
+from fastvlp.eval.embedding import embed_images, embed_texts
+from fastvlp.eval.encoding import open_run
 from fastvlp.eval.pair_scores import pair_score
 from fastvlp.search.embedder import Embedder, Unreadable
 from fastvlp.tasks.caption import caption
@@ -24,10 +24,10 @@ TEXTS = ["a red circle", "红色的圆形", "", "a blue square left of a small g
 
 
 def test_vectors_equal_those_that_the_run_is_evaluated_by(embedder, runs, world, pictures):
-    reader, _, _ = open_run(Encode(run=str(runs["towers"]), data=str(world)))
-    images = embed_images(reader, Shards(world / "test"))
+    loaded = open_run(runs["towers"]).loaded
+    images = embed_images(loaded, Shards(world / "test"))
     assert np.allclose(embedder.images(pictures), images.numpy(), atol=1e-6)
-    assert np.allclose(embedder.texts(TEXTS), embed_texts(reader, TEXTS).numpy(), atol=1e-6)
+    assert np.allclose(embedder.texts(TEXTS), embed_texts(loaded, TEXTS).numpy(), atol=1e-6)
     assert np.allclose(np.linalg.norm(embedder.texts(TEXTS), axis=1), 1, atol=1e-6)
 
 
@@ -85,9 +85,9 @@ def test_what_a_model_can_do_is_known_and_the_rest_refused(exports, embedder, pi
 
 def test_match_scores_and_captions_are_the_run_s_own(exports, runs, world, pictures):
     embedder = Embedder.load(exports["all"])
-    reader, saved, _ = open_run(Encode(run=str(runs["all"]), data=str(world)))
+    loaded, saved, _ = open_run(runs["all"])
     image = embedder.pixels(pictures[:3])
-    ids, length = reader.tokenizer.encode(TEXTS[:3], reader.max_length)
+    ids, length = loaded.tokenizer.encode(TEXTS[:3], loaded.max_length)
     with torch.no_grad():
         wanted = pair_score(saved)[1](saved.model.encode_image(image), ids, length)
     assert np.allclose(embedder.match(pictures[:3], TEXTS[:3]), wanted, atol=1e-5)

@@ -7,7 +7,7 @@ from itertools import count
 
 import numpy as np
 
-from fastvlp.search.index import Stamp, open_index
+from fastvlp.search.engines.interface import Stamp, open_index
 
 WIDTH = 16
 STAMP = Stamp(fingerprint="f" * 32, width=WIDTH, model="made")

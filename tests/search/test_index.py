@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 
 from fastvlp.errors import UserError
-from fastvlp.search.index import EngineError, open_index, pictures_of
-from tests.serve.engines import STAMP, made_vectors, vector_of
+from fastvlp.search.engines.interface import EngineError, open_index
+from fastvlp.search.pictures import pictures_of
+from tests.search.engines import STAMP, made_vectors, vector_of
 
 pytest.importorskip("chromadb", reason="chromadb is not installed: pip install -e '.[serve]'")
 PG = "FASTVLP_TEST_PG"
@@ -174,8 +175,8 @@ def test_an_index_that_is_not_there_is_not_made_by_asking(uri, tmp_path):
     ("ids", "vectors", "infos", "said"),
     [
         (["a"], np.zeros((1, 8), np.float32), [{}], r"rows of 16 numbers"),
-        (["a"], np.full((1, 16), np.nan), [{}], "no finite number"),
-        (["a", "a"], made_vectors(2), [{}, {}], "stands twice"),
+        (["a"], np.full((1, 16), np.nan), [{}], "not finite"),
+        (["a", "a"], made_vectors(2), [{}, {}], "same id"),
         (["a"], made_vectors(1), [], "one of each"),
         ([""], made_vectors(1), [{}], "not empty"),
         (["a\0"], made_vectors(1), [{}], "Unicode"),
@@ -211,7 +212,7 @@ def test_many_items_at_once(index):
 
 def kill_while_adding(uri, batches, size=20):
     """How many batches were acknowledged before the process was killed."""
-    command = [sys.executable, "-m", "tests.serve.engines", uri, str(size)]
+    command = [sys.executable, "-m", "tests.search.engines", uri, str(size)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
         assert child.stdout is not None
         acknowledged = -1
@@ -250,7 +251,7 @@ def test_nothing_acknowledged_is_lost_when_the_writer_is_killed(uri):
 def test_a_folder_has_one_writer_and_readers_see_what_it_wrote(tmp_path):
     uri = str(tmp_path / "index")
     reader = open_index(uri, STAMP, create=True)
-    command = [sys.executable, "-m", "tests.serve.engines", uri, "20"]
+    command = [sys.executable, "-m", "tests.search.engines", uri, "20"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
         assert child.stdout is not None
         assert next(line for line in child.stdout if line.strip() == "1")
@@ -331,8 +332,8 @@ def test_an_index_loads_no_embedder_and_reports_to_nobody(tmp_path):
 import socket, sys
 def refuse(*_): raise SystemExit("a connection was asked for")
 socket.socket.connect = refuse
-from tests.serve.engines import STAMP, made_vectors
-from fastvlp.search.index import open_index
+from tests.search.engines import STAMP, made_vectors
+from fastvlp.search.engines.interface import open_index
 index = open_index({str(tmp_path / "index")!r}, STAMP, create=True)
 index.add(["a"], made_vectors(1), [{{}}])
 assert index.search(made_vectors(1), 1)[0][0].id == "a"

@@ -1,0 +1,138 @@
+"""How a saved run encodes the images and texts of a data set: the options, and the model with all that it needs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+
+from fastvlp.data.records.transform import Fit
+from fastvlp.data.regions import RegionSource
+from fastvlp.data.tokenize import Tokenizer
+from fastvlp.dist import pick_device
+from fastvlp.errors import UserError
+from fastvlp.eval.mode import evaluating
+from fastvlp.model.model import VLModel
+from fastvlp.model.saved_run import read_saved_run
+from fastvlp.model.saving import Saved, load_model
+
+
+@dataclass(frozen=True, kw_only=True)
+class Encoding:
+    """How the run encodes images and texts. What is not given is as it was in the run's training."""
+
+    batch_size: int = 256
+    """Images, or texts, that are encoded at a time."""
+    max_length: int | None = None
+    """Most tokens of a text, its start and end included; the rest of a longer text is cut off."""
+    fit: Fit | None = None
+    """How an image becomes a square: by cropping, by squashing, or with bars at its edges."""
+    precision: Literal["fp32", "bf16"] | None = None
+    """Number type in which the model computes."""
+    device: str = "auto"
+    """Device such as cpu or cuda:1; `auto` takes a GPU if there is one."""
+    threads: int | None = None
+    """CPU threads that PyTorch uses; its own choice by default."""
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise UserError(f"`batch_size` must be at least 1, not {self.batch_size}")
+        if self.max_length is not None and self.max_length < 2:
+            raise UserError(f"`max_length` must be at least 2 (a text's start and end), not {self.max_length}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskedEncoding(Encoding):
+    """How the run encodes images and texts. What is not given is as it was in the run's training; but whole images are
+    encoded, even if training dropped some of their patches."""
+
+    keep: float = 1.0
+    """Share of the patches of an image that one view of it shows (FLIP)."""
+    views: int = 1
+    """Views of an image, no patch in two of them, whose embeddings are averaged; 2 views of half of the patches show it all."""
+
+
+AS_IN_TRAINING = Encoding()
+WHOLE_IMAGES = MaskedEncoding()
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedModel:
+    """A model with its tokenizer, and how it reads images and texts.
+
+    Attributes:
+        regions: where the boxes come from, for a model that reads boxes.
+        keep: share of the patches in a view of an image.
+        views: views of an image.
+        show: whether progress bars are printed.
+    """
+
+    model: VLModel
+    tokenizer: Tokenizer
+    batch_size: int = 256
+    max_length: int = 50
+    fit: Fit = "crop"
+    regions: RegionSource | None = None
+    precision: Literal["fp32", "bf16"] = "fp32"
+    keep: float = 1.0
+    views: int = 1
+    show: bool = False
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @contextmanager
+    def inference(self) -> Iterator[None]:
+        """A context without gradients and dropout, in the number type of `precision`."""
+        bf16 = self.precision == "bf16"
+        with evaluating(self.model), torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
+            yield
+
+
+class OpenedRun(NamedTuple):
+    """captions: the field of the records with the captions that the run was trained on."""
+
+    loaded: LoadedModel
+    saved: Saved
+    captions: str
+
+
+def open_run(run: str | Path, encoding: Encoding = AS_IN_TRAINING) -> OpenedRun:
+    """Loads the weights of a run, ready to encode as in its training, except for what `encoding` gives.
+
+    Raises UserError where the folder is no run, or is damaged.
+    """
+    if encoding.threads:
+        torch.set_num_threads(encoding.threads)
+    saved = load_model(run)
+    trained = read_saved_run(run)
+    data = trained.data
+    loaded = LoadedModel(
+        model=saved.model.to(pick_device(encoding.device)),
+        tokenizer=saved.tokenizer,
+        batch_size=encoding.batch_size,
+        max_length=min(encoding.max_length or data.max_length, saved.model.config.longest_text),
+        fit=encoding.fit or data.fit,
+        regions=data.regions,
+        precision=encoding.precision or trained.precision,
+        keep=encoding.keep if isinstance(encoding, MaskedEncoding) else 1.0,
+        views=encoding.views if isinstance(encoding, MaskedEncoding) else 1,
+        show=True,
+    )
+    return OpenedRun(loaded, saved, data.captions)
+
+
+def open_towers(run: str | Path, encoding: Encoding = AS_IN_TRAINING) -> OpenedRun:
+    """As `open_run`. Raises UserError where the model does not embed images and texts."""
+    opened = open_run(run, encoding)
+    if opened.loaded.model.config.embed is None:
+        raise UserError(
+            f"{run}: this model does not embed images and texts, which the evaluation compares; "
+            f"give a run that was trained with `model.embed`, such as one of the recipe flip_photos"
+        )
+    return opened

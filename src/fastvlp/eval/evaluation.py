@@ -1,0 +1,133 @@
+"""What the evaluations of embeddings have in common: their result, and the file in which it is kept beside the run."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+import json
+import pkgutil
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, is_dataclass, replace
+from itertools import count
+from pathlib import Path
+from typing import Any, ParamSpec
+
+from rich.table import Table
+
+from fastvlp.config import to_json
+from fastvlp.dist import pick_device
+from fastvlp.errors import UserError
+from fastvlp.files import write_whole
+from fastvlp.provenance import about
+
+P = ParamSpec("P")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """The result of an evaluation.
+
+    Attributes:
+        scores: by method (`towers`, `reranked`), then by metric; shares are in 0..1.
+        counts: images, texts, classes, ...
+        data: folder of the shards that were scored.
+        weights: name of the weights' file.
+        step: training step of the weights.
+        seconds: time of each part, where it was measured.
+        details: what else a reader of the numbers needs, by name.
+        path: file to which the result was added.
+    """
+
+    scores: Mapping[str, Mapping[str, float]]
+    counts: Mapping[str, int]
+    data: str
+    weights: str
+    step: int | None
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    details: Mapping[str, Any] = field(default_factory=dict)
+    path: Path | None = None
+
+
+def evaluation(measure: Callable[P, Evaluation]) -> Callable[P, Evaluation]:
+    """Makes an evaluation of a function `evaluate_NAME(run, /, *, data, ..., encoding)`: its result is also added to
+    `evaluations/NAME-DATA.json` in the run's folder, with the options and the machine."""
+    name = measure.__name__.removeprefix("evaluate_")
+
+    @functools.wraps(measure)
+    def measure_and_save(*args: P.args, **options: P.kwargs) -> Evaluation:
+        result = measure(*args, **options)
+        bound = inspect.signature(measure).bind(*args, **options)
+        bound.apply_defaults()
+        arguments = bound.arguments
+        content = {key: value for key, value in asdict(result).items() if key not in ("path", "details")}
+        content |= {"settings": flat_options(arguments), "about": about(pick_device(arguments["encoding"].device))}
+        path = add_result(arguments["run"], name, result.data, content | dict(result.details))
+        return replace(result, path=path)
+
+    return measure_and_save
+
+
+def evaluations() -> dict[str, Callable[..., Evaluation]]:
+    """All evaluations of this package by name: the functions called `evaluate_NAME` in its modules."""
+    package = importlib.import_module(__package__ or "")
+    modules = [importlib.import_module(f"{package.__name__}.{m.name}") for m in pkgutil.iter_modules(package.__path__)]
+    return {
+        name.removeprefix("evaluate_"): function
+        for module in modules
+        for name, function in inspect.getmembers(module, inspect.isfunction)
+        if name.startswith("evaluate_") and function.__module__ == module.__name__
+    }
+
+
+def flat_options(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a function as JSON; the fields of a dataclass stand beside the other arguments."""
+    flat: dict[str, Any] = {}
+    for name, value in arguments.items():
+        if is_dataclass(value) and not isinstance(value, type):
+            flat |= flat_options({key: getattr(value, key) for key in value.__dataclass_fields__})
+        else:
+            flat[name] = to_json(value)
+    return flat
+
+
+def add_result(run: str | Path, task: str, data: str, result: Mapping[str, Any]) -> Path:
+    """Adds a result to `evaluations/TASK-DATA.json` in the run's folder, after those of earlier evaluations.
+
+    `data` is the folder of the shards. Another folder with the same two last names gets a file of its own, with a number.
+    Raises UserError where an earlier file is damaged.
+    """
+    place = data if "://" in data else str(Path(data).resolve())
+    name = re.sub(r"[^\w.-]+", "-", "-".join(place.rstrip("/").split("/")[-2:])).strip("-")
+    for n in count(1):
+        path = Path(run) / "evaluations" / f"{task}-{name}{f'-{n}' if n > 1 else ''}.json"
+        content = _read_results(path) if path.exists() else {"task": task, "data": place, "results": []}
+        if content["data"] == place:
+            break
+    content["results"].append(dict(result))
+    write_whole(path, json.dumps(content, indent=2, ensure_ascii=False).encode())
+    return path
+
+
+def _read_results(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return {"task": content["task"], "data": content["data"], "results": list(content["results"])}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{path}: not a file of evaluation results ({error!r}); move it away and evaluate again"
+        ) from error
+
+
+def score_table(columns: Mapping[str, Mapping[str, float]]) -> Table:
+    """A table to print: a row for each metric, a column for each method; shares are shown as per cent."""
+    table = Table("", *columns, show_edge=False)
+    for name in dict.fromkeys(name for scores in columns.values() for name in scores):
+        cells = [_format_score(name, scores[name]) if name in scores else "-" for scores in columns.values()]
+        table.add_row(name, *cells)
+    return table
+
+
+def _format_score(name: str, value: float) -> str:
+    return f"{value:.1f}" if name.endswith("rank") else f"{100 * value:.2f} %"

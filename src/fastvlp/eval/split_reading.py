@@ -1,0 +1,110 @@
+"""How an evaluation reads a split: every record, in order. It leaves none out, so one that cannot be read is an error."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import islice
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree
+
+from fastvlp.batch import Dropped, Regions
+from fastvlp.data.prefetch import Prefetch
+from fastvlp.data.reader import RecordReader, refusal
+from fastvlp.data.records.schema import usable_captions
+from fastvlp.data.records.shards import RecordError, Shards
+from fastvlp.data.records.transform import Transform
+from fastvlp.data.regions import ImageRegions, pad_regions
+from fastvlp.data.splits import is_folder, place_in
+from fastvlp.data.streams import in_threads, with_progress
+from fastvlp.errors import UserError
+from fastvlp.eval.encoding import LoadedModel
+
+
+class Images(NamedTuple):
+    """Images, uint8 [B 3 H W], and their regions if the model reads boxes."""
+
+    image: Tensor
+    regions: Regions | None
+
+    def to(self, device: torch.device) -> Images:
+        return _pytree.tree_map_only(Tensor, lambda x: x.to(device), self)
+
+
+def open_split(data: str, split: str) -> Shards:
+    """The shards in the folder `split` of `data`; if there is no such folder, those in `data` itself."""
+    place = place_in(data, split)
+    if is_folder(place):
+        return Shards(place)
+    try:
+        return Shards(data)
+    except UserError as error:
+        raise UserError(f"`split` {split}: the data has no folder of this name; {error}") from error
+
+
+def image_batches(shards: Shards, loaded: LoadedModel, description: str = "images") -> Iterator[tuple[slice, Images]]:
+    """The first image of every record, in order; decoded on all CPU cores, ahead of their use.
+
+    Yields the range of records of each batch, and their images. Raises UserError for an image that cannot be read.
+    """
+    config = loaded.model.config
+    transform = Transform(size=config.image.size, mode=loaded.fit)
+    source = loaded.regions if config.embed is not None and config.embed.reads_boxes else None
+    records = RecordReader(shards, transform, regions=source, strict=True)
+
+    def read(i: int) -> tuple[Tensor, list[ImageRegions]] | Dropped:
+        record = records.record(i)
+        try:
+            return record.images[0], record.regions
+        except RecordError as error:
+            return error.dropped
+
+    def batches() -> Iterator[tuple[slice, Images]]:
+        read_all = in_threads(read, range(len(shards)))
+        rows = with_progress(read_all, lambda: len(shards), description, loaded.show)
+        for first in range(0, len(shards), loaded.batch_size):
+            part = list(islice(rows, loaded.batch_size))
+            if dropped := [row for row in part if isinstance(row, Dropped)]:
+                raise refusal(shards, dropped)
+            images, regions = zip(*(row for row in part if not isinstance(row, Dropped)))
+            padded = None if source is None else pad_regions([one for own in regions for one in own])
+            yield slice(first, first + len(part)), Images(torch.stack(images), padded)
+
+    return Prefetch(batches())
+
+
+def read_captions(shards: Shards, field: str) -> list[list[str]]:
+    """All captions of each record. Raises UserError where a record has none."""
+    captions_of = [usable_captions(info, field) for info in _infos(shards)]
+    without = [shards.key(i) for i, captions in enumerate(captions_of) if not captions]
+    if without:
+        raise UserError(
+            f"{shards.url}: {len(without)} records have no caption in {field!r} ({', '.join(without[:3])}), and an "
+            f"evaluation leaves none out; remove them, or name another field with `captions`"
+        )
+    return captions_of
+
+
+def read_labels(shards: Shards, field: str) -> list[str]:
+    """The class of each record. Raises UserError where a record has none."""
+    labels = []
+    for i, info in enumerate(_infos(shards)):
+        label = info.get(field)
+        if isinstance(label, bool) or not isinstance(label, str | int) or label == "":
+            fields = ", ".join(sorted(info)) or "none"
+            raise UserError(
+                f"{shards.url}: {shards.key(i)} has no class in {field!r} (its fields: {fields}); "
+                f"name the field with `label`"
+            )
+        labels.append(str(label))
+    return labels
+
+
+def _infos(shards: Shards) -> Iterator[dict[str, Any]]:
+    for i in range(len(shards)):
+        try:
+            yield shards.info(i)
+        except RecordError as error:
+            raise refusal(shards, [error.dropped]) from error

@@ -1,0 +1,154 @@
+"""Vectors of shards: each of its own record, whatever was dropped, however often the run was stopped, on any ranks."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fastvlp.batch import Record
+from fastvlp.data.records.shards import Shards, ShardWriter
+from fastvlp.errors import UserError
+from fastvlp.search.bulk import Counts, embed_shards
+from fastvlp.search.embedded import open_embedded, read_part
+
+
+@pytest.fixture
+def arguments(exports, world, tmp_path) -> dict[str, Any]:
+    return {"export": exports["towers"], "data": world / "test", "out": tmp_path / "vectors", "per_part": 5}
+
+
+def embed(arguments: Mapping[str, Any], **changes: Any) -> Counts:
+    options = {**arguments, **changes}
+    counts = embed_shards(options.pop("export"), options.pop("data"), options.pop("out"), **options)
+    assert counts is not None
+    return counts
+
+
+def files(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_rows_are_the_embedder_s_own(arguments, embedder, shards, pictures, world):
+    counts = embed(arguments, captions=("captions", "captions_zh"), batch_size=2)
+    assert counts == (arguments["out"], 12, 48, [])
+    parts = [read_part(path) for path in open_embedded(arguments["out"]).parts]
+    assert [len(part.ids) for part in parts] == [5, 5, 2]
+    assert [id for part in parts for id in part.ids] == shards.keys
+    assert np.allclose(np.concatenate([part.image for part in parts]), embedder.images(pictures), atol=1e-6)
+    captions = [text for part in parts for text in part.captions]
+    assert np.allclose(np.concatenate([part.text for part in parts]), embedder.texts(captions), atol=1e-6)
+    info = shards.info(7)
+    assert [parts[1].captions[t] for t in np.flatnonzero(parts[1].image_of_text == 2)] == info["captions"] + info[
+        "captions_zh"
+    ]
+    assert parts[1].infos[2] == {
+        "caption": info["captions"][0],
+        "caption_zh": info["captions_zh"][0],
+        "source": f"{world.name}/test/{shards.key(7)}",
+    }
+
+
+def test_captions_of_joined_fields_are_stored_apart(arguments, shards):
+    embed(arguments, captions=("captions+captions_zh",))
+    info = shards.info(7)
+    stored = read_part(next(path for path in open_embedded(arguments["out"]).parts if "00001" in path.name)).infos[2]
+    assert stored["caption"] == info["captions"][0] and stored["caption_zh"] == info["captions_zh"][0]
+
+
+def test_damaged_records_are_named_and_leave_the_others_in_place(arguments, embedder, pictures, tmp_path):
+    with ShardWriter(tmp_path / "damaged") as writer:
+        for i, picture in enumerate(pictures[:6]):
+            writer.write(Record(key=f"r{i}", images=(picture[:99] if i in (1, 4) else picture,), info={"label": i}))
+    counts = embed(arguments, data=tmp_path / "damaged", per_part=2)
+    assert (counts.images, counts.texts) == (4, 0)
+    assert [record.key for record in counts.dropped] == ["r1", "r4"] and "damaged" in counts.dropped[0].reason
+    assert [json.loads(line)["key"] for line in (arguments["out"] / "dropped.jsonl").read_text().splitlines()] == [
+        "r1",
+        "r4",
+    ]
+    middle = read_part(arguments["out"] / "00001.safetensors")
+    assert (
+        middle.ids == ["r2", "r3"] and middle.positions == [2, 3] and [info["label"] for info in middle.infos] == [2, 3]
+    )
+    assert np.allclose(middle.image, embedder.images(pictures[2:4]), atol=1e-6)
+
+
+def test_parts_that_are_there_are_not_made_again(arguments):
+    embed(arguments)
+    whole = files(arguments["out"])
+    (arguments["out"] / "00001.safetensors").unlink()
+    marked = arguments["out"] / "00000.safetensors"
+    made = marked.stat().st_mtime_ns
+    embed(arguments)
+    assert files(arguments["out"]) == whole and marked.stat().st_mtime_ns == made
+
+
+@pytest.mark.parametrize("change", ["captions", "precision", "export", "data"])
+def test_another_run_s_parts_are_not_continued(arguments, exports, world, change):
+    embed(arguments)
+    other = {
+        "captions": {"captions": ("captions_zh",)},
+        "precision": {"precision": "bf16"},
+        "export": {"export": exports["all"]},
+        "data": {"data": world / "val"},
+    }[change]
+    with pytest.raises(UserError, match="holds parts of another run"):
+        embed(arguments, **other)
+
+
+def test_what_is_not_whole_is_not_opened(arguments):
+    embed(arguments)
+    (arguments["out"] / "00002.safetensors").unlink()
+    with pytest.raises(UserError, match="1 of 3 parts are not there yet"):
+        open_embedded(arguments["out"])
+    (arguments["out"] / "00002.safetensors").write_bytes(b"junk")
+    with pytest.raises(UserError, match=r"00002\.safetensors: damaged"):
+        read_part(arguments["out"] / "00002.safetensors")
+    with pytest.raises(UserError, match="a folder that `vlp embed` wrote"):
+        open_embedded(arguments["out"].parent)
+
+
+def test_a_folder_of_other_safetensors_is_left_alone(arguments, exports):
+    with pytest.raises(UserError, match="did not write"):
+        embed(arguments, out=exports["all"])
+    assert not (exports["all"] / "embedded.json").exists()
+
+
+def command(arguments):
+    places = [str(arguments[name]) for name in ("export", "data", "out")]
+    return ["embed", *places, "--per-part", str(arguments["per_part"]), "--threads", "1"]
+
+
+def test_a_killed_run_goes_on_to_what_an_unbroken_one_writes(arguments, world, tmp_path):
+    arguments |= {"data": world / "train", "per_part": 1}
+    out = arguments["out"]
+    with subprocess.Popen([sys.executable, "-m", "fastvlp", *command(arguments)], stdout=subprocess.DEVNULL) as child:
+        while child.poll() is None and not (out / "00003.safetensors").exists():
+            time.sleep(0.001)
+        child.kill()
+    assert (out / "00003.safetensors").exists() and not (out / "dropped.jsonl").exists()
+    embed(arguments)
+    embed(arguments, out=tmp_path / "straight")
+    # What was cut short is overwritten, not read: names of temporary files are no parts.
+    whole = {name: data for name, data in files(out).items() if not name.endswith(".tmp")}
+    assert files(tmp_path / "straight") == whole
+    assert len(Shards(world / "train")) == sum(len(read_part(path).ids) for path in open_embedded(out).parts)
+
+
+@pytest.mark.slow
+def test_ranks_share_the_parts_and_write_what_one_would(arguments, tmp_path):
+    embed(arguments)
+    shared = arguments | {"out": tmp_path / "shared"}
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "fastvlp"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, *launch, *command(shared)], env=environment, check=True, capture_output=True, text=True
+    )
+    assert done.stdout.count("12 images, 24 texts") == 1
+    assert files(shared["out"]) == files(arguments["out"])
