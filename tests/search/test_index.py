@@ -1,4 +1,5 @@
-"""One set of demands on every engine: a folder, a Chroma server on loopback, and PostgreSQL where there is one."""
+"""One set of demands on every engine: a folder, a Chroma server on loopback, PostgreSQL where there is one, and the engine
+of a user's own file (numpy_engine.py)."""
 
 import os
 import shutil
@@ -17,7 +18,7 @@ import pytest
 from fastvlp.errors import UserError
 from fastvlp.search.engines.interface import EngineError, open_index
 from fastvlp.search.pictures import pictures_of
-from tests.search.engines import STAMP, made_vectors, vector_of
+from tests.search.made_items import STAMP, made_vectors, vector_of
 
 pytest.importorskip("chromadb", reason="chromadb is not installed: pip install -e '.[serve]'")
 PG = "FASTVLP_TEST_PG"
@@ -63,11 +64,13 @@ def postgres(tmp_path_factory):
     server.cleanup()
 
 
-@pytest.fixture(params=["folder", "server", "postgresql"])
+@pytest.fixture(params=["folder", "server", "postgresql", "own"])
 def uri(request, tmp_path):
     """Where an index may be made."""
     if request.param == "folder":
         return str(tmp_path / "index")
+    if request.param == "own":
+        return f"numpy:{tmp_path}/index.npz"
     name = f"t{uuid.uuid4().hex[:16]}"
     if request.param == "server":
         return f"{request.getfixturevalue('chroma_server')}/{name}"
@@ -212,7 +215,7 @@ def test_many_items_at_once(index):
 
 def kill_while_adding(uri, batches, size=20):
     """How many batches were acknowledged before the process was killed."""
-    command = [sys.executable, "-m", "tests.search.engines", uri, str(size)]
+    command = [sys.executable, "-m", "tests.search.made_items", uri, str(size)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
         assert child.stdout is not None
         acknowledged = -1
@@ -251,7 +254,7 @@ def test_nothing_acknowledged_is_lost_when_the_writer_is_killed(uri):
 def test_a_folder_has_one_writer_and_readers_see_what_it_wrote(tmp_path):
     uri = str(tmp_path / "index")
     reader = open_index(uri, STAMP, create=True)
-    command = [sys.executable, "-m", "tests.search.engines", uri, "20"]
+    command = [sys.executable, "-m", "tests.search.made_items", uri, "20"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
         assert child.stdout is not None
         assert next(line for line in child.stdout if line.strip() == "1")
@@ -332,7 +335,7 @@ def test_an_index_loads_no_embedder_and_reports_to_nobody(tmp_path):
 import socket, sys
 def refuse(*_): raise SystemExit("a connection was asked for")
 socket.socket.connect = refuse
-from tests.search.engines import STAMP, made_vectors
+from tests.search.made_items import STAMP, made_vectors
 from fastvlp.search.engines.interface import open_index
 index = open_index({str(tmp_path / "index")!r}, STAMP, create=True)
 index.add(["a"], made_vectors(1), [{{}}])

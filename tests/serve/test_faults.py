@@ -20,7 +20,7 @@ from fastvlp.serve.api import create_app
 from fastvlp.serve.guard import Guard
 from fastvlp.serve.limits import Limits
 from fastvlp.serve.monitoring import Metrics
-from tests.search.engines import STAMP, made_vectors
+from tests.search.made_items import STAMP, made_vectors
 from tests.serve.standins import StandinEmbedder, StandinIndex, b64, opened, picture, refused, shade
 
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import sys
 from itertools import count
+from pathlib import Path
 
 import numpy as np
 
+from fastvlp.extensions import import_file
 from fastvlp.search.engines.interface import Stamp, open_index
 
+import_file(Path(__file__).with_name("numpy_engine.py"))
 WIDTH = 16
 STAMP = Stamp(fingerprint="f" * 32, width=WIDTH, model="made")
 
