@@ -25,9 +25,10 @@ from fastvlp.eval.mode import evaluating
 from fastvlp.model.model import VLModel
 from fastvlp.model.region_embedding import box_vector, given
 from fastvlp.model.saving import load_model
-from fastvlp.tasks.finetune import load_task
-from fastvlp.tasks.grounding import ENOUGH, Grounding, GroundingData, overlap
-from fastvlp.tasks.task import batches, encoded, target_of
+from fastvlp.tasks.grounding import RIGHT_OVERLAP, overlap
+from fastvlp.tasks.heads import image_states, target_of
+from fastvlp.tasks.items import batches_in_order
+from fastvlp.tasks.task_evaluation import load_task
 
 KINDS = {
     "relation": r"(left|right) of|above|below|under|over|beside|higher|lower|next",
@@ -56,17 +57,17 @@ def spread(model: VLModel) -> tuple[float, float]:
 
 def grounded(run: str, data: str) -> dict[str, list[bool]]:
     """Whether each expression's region is found, by kind."""
-    saved, objective, told = load_task(run)
-    assert isinstance(objective, Grounding) and isinstance(told, GroundingData)
-    made = replace(told, test=data).strict("test", saved.tokenizer, saved.model.config.image.size)
+    tuned = load_task(run)
+    tuned = tuned._replace(data=replace(tuned.data, test=data))
+    model, objective, items = tuned.saved.model, tuned.objective, tuned.items("test")
     hits: list[bool] = []
-    with evaluating(saved.model, objective):
-        for batch in batches(made, 64, torch.device("cpu")):
-            scores, regions = objective.scores(saved.model, encoded(saved.model, batch), batch), given(batch.regions)
-            fits = (overlap(regions.box, target_of(batch)[:, None]) > ENOUGH) & regions.mask
+    with evaluating(model, objective):
+        for batch in batches_in_order(items, 64, "cpu"):
+            scores, regions = objective.scores(model, image_states(model, batch), batch), given(batch.regions)
+            fits = (overlap(regions.box, target_of(batch)[:, None]) > RIGHT_OVERLAP) & regions.mask
             hits += fits.gather(1, scores.argmax(1, keepdim=True))[:, 0].tolist()
     found: dict[str, list[bool]] = defaultdict(list)
-    for item, hit in zip(made.items, hits, strict=True):
+    for item, hit in zip(items.items, hits, strict=True):
         found[next(kind for kind, words in KINDS.items() if re.search(words, item.text))].append(hit)
     return found
 

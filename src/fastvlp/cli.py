@@ -15,9 +15,9 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, make_dataclass, replace
 from difflib import get_close_matches
 from importlib.metadata import version
-from inspect import getdoc, signature
+from inspect import Parameter, Signature, getdoc, signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import tyro
 from rich.console import Console
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from fastvlp.search.bulk import Counts
     from fastvlp.search.engines.interface import Hit
     from fastvlp.search.indexing import Built
-    from fastvlp.tasks.options import Evaluate, Finetune
+    from fastvlp.tasks.task_scores import TaskScores
     from fastvlp.training.state import TrainConfig
 
 # A parsed command, ready to run.
@@ -137,20 +137,12 @@ def data_inspect(command: DataInspect) -> None:
         print(f"contact sheet: {sheet}")
 
 
-def finetune(command: Finetune) -> None:
-    from fastvlp.tasks.finetune import finetune, told_in_words
+def show_task_scores(result: TaskScores | None) -> None:
+    from fastvlp.tasks.task_scores import format_scores
 
-    if (done := finetune(command)) is not None:
-        print(told_in_words(done[0]))
-        print(f"results: {done[1]}")
-
-
-def evaluate_task(command: Evaluate) -> None:
-    from fastvlp.tasks.finetune import evaluate, told_in_words, write_results
-
-    scores = {command.split: evaluate(command)}
-    print(told_in_words(scores))
-    print(f"results: {write_results(Path(command.run), scores)}")
+    if result is not None:
+        print(format_scores(result.scores))
+        print(f"results: {result.path}")
 
 
 def show_evaluation(result: Evaluation) -> None:
@@ -260,6 +252,63 @@ def one_length(run: TrainConfig, argv: Sequence[str]) -> TrainConfig:
     return run
 
 
+def parse_finetune(argv: Sequence[str]) -> Run:
+    """`argv`: TASK and options. The task comes first, because it has options of its own."""
+    from fastvlp.tasks.finetune import finetune
+    from fastvlp.tasks.interface import task_named, tasks
+
+    if not argv or argv[0].startswith("-"):
+        print("usage: vlp finetune TASK --from RUN --data FOLDER [options]\n")
+        print("\n".join(f"  {task.name:20}{task.summary()}" for task in tasks()))
+        print("\n`vlp finetune TASK --help` lists the options, with those of the task.")
+        raise SystemExit(0 if argv else 2)
+
+    def bind(*, task: Any, **options: Any) -> Run:
+        return functools.partial(finetune, task, **options)
+
+    return parse_with_groups(f"finetune {argv[0]}", finetune, argv[1:], bind, {"task": task_named(argv[0])})
+
+
+def finetune_options() -> list[str]:
+    from fastvlp.tasks.finetune import finetune
+    from fastvlp.tasks.interface import tasks
+
+    return [*signature(finetune).parameters, *(field.name for task in tasks() for field in fields(task))]
+
+
+def scoring_groups() -> dict[str, type]:
+    """Dataclasses with the options of the evaluation of the tasks that have some, by the name of the first such task."""
+    from fastvlp.tasks.interface import tasks
+
+    groups: dict[str, type] = {}
+    for task in tasks():
+        if task.scoring not in groups.values() and fields(task.scoring):
+            groups[task.name] = task.scoring
+    return groups
+
+
+def parse_evaluate_task(argv: Sequence[str]) -> Run:
+    """`argv`: RUN and options, among them those of all tasks: which one it is, the run's folder says later."""
+    from fastvlp.tasks.task_evaluation import evaluate_task
+
+    groups = scoring_groups()
+
+    def bind(run: str, /, **options: Any) -> Run:
+        chosen = [options.pop(name) for name in groups]
+        values = {field.name: (getattr(one, field.name), field.default) for one in chosen for field in fields(one)}
+        given = {name: value for name, (value, default) in values.items() if value != default}
+        return functools.partial(evaluate_task, run, **options, **given)
+
+    return parse_with_groups("evaluate task", evaluate_task, argv, bind, groups)
+
+
+def evaluate_task_options() -> list[str]:
+    from fastvlp.tasks.task_evaluation import evaluate_task
+
+    groups = scoring_groups().values()
+    return [*signature(evaluate_task).parameters, *(field.name for group in groups for field in fields(group))]
+
+
 def command(summary: str, function: str, show: Callable[[Any], None]) -> Command:
     return Command(summary=summary, function=f"fastvlp.{function}", show=show)
 
@@ -269,8 +318,18 @@ COMMANDS: Mapping[str, Command] = {
     "data import": command("Import your pairs into shards.", "data.options:DataImport", data_import),
     "data inspect": command("Count, check and show a folder of shards.", "data.options:DataInspect", data_inspect),
     "pretrain": Command(summary="Pretrain a model by a recipe.", parse=parse_pretrain, options=run_fields),
-    "finetune": command("Fine-tune a pretrained run on a task.", "tasks.options:Finetune", finetune),
-    "evaluate task": command("Score a fine-tuned run on its task.", "tasks.options:Evaluate", evaluate_task),
+    "finetune": Command(
+        summary="Fine-tune a pretrained run on a task.",
+        parse=parse_finetune,
+        options=finetune_options,
+        show=show_task_scores,
+    ),
+    "evaluate task": Command(
+        summary="Score a fine-tuned run on its task.",
+        parse=parse_evaluate_task,
+        options=evaluate_task_options,
+        show=show_task_scores,
+    ),
     "evaluate retrieval": command(
         "Find images by captions and back.", "eval.embedding_retrieval:evaluate_retrieval", show_evaluation
     ),
@@ -341,6 +400,29 @@ def parse(name: str, argv: Sequence[str]) -> Run:
     def bind(*args: Any, **options: Any) -> Run:
         return functools.partial(target, *args, **options)
 
+    return tyro.cli(
+        bind,
+        args=argv,
+        prog=f"vlp {name}",
+        description=(getdoc(target) or "").partition("\n\nArgs:")[0],
+        config=(tyro.conf.OmitArgPrefixes,),
+    )
+
+
+def parse_with_groups(
+    name: str,
+    target: Callable[..., Any],
+    argv: Sequence[str],
+    bind: Callable[..., Run],
+    groups: Mapping[str, type],
+) -> Run:
+    """As `parse`, for a function whose further options (`**options`) are the fields of dataclasses: `groups`, by the name
+    under which `bind` gets an instance. `bind` takes what was parsed, and returns the call to run."""
+    own = {group: Annotated[cls, arg(name="")] for group, cls in groups.items()}
+    parameters = [p for p in signature(target).parameters.values() if p.kind != p.VAR_KEYWORD and p.name not in groups]
+    parameters += [Parameter(group, Parameter.KEYWORD_ONLY) for group in groups]
+    bind.__doc__, bind.__annotations__ = target.__doc__, {**get_type_hints(target, include_extras=True), **own}
+    bind.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
     return tyro.cli(
         bind,
         args=argv,

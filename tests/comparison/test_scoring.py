@@ -27,7 +27,7 @@ from fastvlp.objectives.itm import ITMConfig
 from fastvlp.objectives.mlm import MLMConfig
 from fastvlp.objectives.objective import ObjectiveConfig
 from fastvlp.objectives.prefixlm import PrefixLMConfig
-from fastvlp.tasks.task import Item
+from fastvlp.tasks.items import Item
 from fastvlp.training.loop import TrainConfig, TrainState, start, steps
 from fastvlp.training.optim import OptimConfig
 

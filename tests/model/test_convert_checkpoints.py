@@ -34,7 +34,7 @@ from fastvlp.objectives.moco import MoCoConfig
 from fastvlp.objectives.objective import ObjectiveConfig
 from fastvlp.recipes import recipe
 from fastvlp.search.embedder import Embedder
-from fastvlp.tasks.finetune import Seen, seen_by
+from fastvlp.tasks.pretrained import Preprocessing, preprocessing_of
 from fastvlp.training.state import make_pretraining
 from tests.golden import load
 from tests.parity import test_brivl_parity, test_flm_parity
@@ -148,7 +148,9 @@ def test_uniter(tmp_path: Path, world: Path, capsys):
     saved = load_model(out)
     assert saved.learned("mrc_kl")["classify.bias"].shape == (CLASSES,)
     same(saved.model, model)
-    assert seen_by(str(out)) == Seen(regions=RegionSource(stored=True, most=100), fit="squash", max_length=62)
+    assert preprocessing_of(out) == Preprocessing(
+        regions=RegionSource(stored=True, most=100), fit="squash", max_length=62
+    )
     short = ["--budget-s", "None", "--steps", "1", "--threads", "1", "--data.workers", "0"]
     places = ["--data.train", f"{world}/train", "--data.val", "None", "--out", str(tmp_path / "run")]
     depths = ["--model.single.depth", "2", "--model.text.positions", "512"]

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from fastvlp.convert import flm as convert
 from fastvlp.model.model import VLModel
+from fastvlp.tasks.heads import HeadObjective
 from fastvlp.tasks.nlvr2 import NLVR2, NLVR2Config
-from fastvlp.tasks.task import HeadTask
 from fastvlp.tasks.vqa import VQA, VQAConfig
 from tests.golden import assert_close
 from tests.parity.test_flm_parity import batch_of, build, check_gradients, golden
@@ -18,7 +18,7 @@ from tests.parity.test_flm_parity import batch_of, build, check_gradients, golde
 NAME = "flm_downstream"
 
 
-def load_head(task: HeadTask, classifier: str) -> None:
+def load_head(task: HeadObjective, classifier: str) -> None:
     """The pooler of FLM's reconstructor row 0 and one classifier: everything of the task, nothing left over."""
     _, _, weights, _ = golden(NAME)
     state = {f"pool.{kind}": weights[f"cross_modal_text_pooler_f.dense.{kind}"] for kind in ("weight", "bias")}
@@ -28,7 +28,7 @@ def load_head(task: HeadTask, classifier: str) -> None:
     task.load_state_dict(state)
 
 
-def check_head_gradients(task: HeadTask, prefix: str, classifier: str) -> None:
+def check_head_gradients(task: HeadObjective, prefix: str, classifier: str) -> None:
     _, tol, _, known = golden(NAME)
     pool = f"{prefix}cross_modal_text_pooler_f.dense.weight"
     assert_close(task.pool.weight.grad, known[pool], tol[pool], pool)
@@ -37,7 +37,7 @@ def check_head_gradients(task: HeadTask, prefix: str, classifier: str) -> None:
         assert_close(task.head[0].weight.grad, known[first], tol[first], first)
 
 
-def check(model: VLModel, task: HeadTask, loss: Tensor, name: str, classifier: str) -> None:
+def check(model: VLModel, task: HeadObjective, loss: Tensor, name: str, classifier: str) -> None:
     _, tol, _, known = golden(NAME)
     key = f"out.{name}.loss"
     assert_close(loss, known[key], tol[key], key)

@@ -18,7 +18,7 @@ from fastvlp.eval.encoding import open_run
 from fastvlp.eval.pair_scores import pair_score
 from fastvlp.search.embedder import Embedder, Unreadable
 from fastvlp.tasks.caption import caption
-from fastvlp.tasks.finetune import load_task
+from fastvlp.tasks.task_evaluation import load_task
 
 TEXTS = ["a red circle", "红色的圆形", "", "a blue square left of a small green triangle", "x" * 500, "a red circle"]
 
@@ -97,7 +97,8 @@ def test_match_scores_and_captions_are_the_run_s_own(exports, runs, world, pictu
 
 def test_answers_are_the_tuned_run_s_own(exports, runs, pictures):
     embedder = Embedder.load(exports["vqa"])
-    _, objective, data = load_task(runs["vqa"])
+    tuned = load_task(runs["vqa"])
+    objective, data = tuned.objective, tuned.data
     questions = ["what colour is the circle?", "how many squares are there?"]
     found = embedder.answer(pictures[:2], questions)
     assert set(found) <= {*data.answers} and len(found) == 2

@@ -17,7 +17,7 @@ from fastvlp.model.sizes import tiny_single
 from fastvlp.objectives.objective import combine
 from fastvlp.tasks import entailment, vcr
 from fastvlp.tasks.entailment import EntailmentConfig, EntailmentData
-from fastvlp.tasks.vcr import VCRConfig, VCRData, text_kinds
+from fastvlp.tasks.vcr import VCRConfig, VCRData, text_types
 from fastvlp.training.pretraining import Pretraining
 from tests.made import SPECIALS, made_model, made_tokenizer
 from tests.made_single import region_batch, single_config, single_model
@@ -59,7 +59,7 @@ def test_entailment_loss_is_that_of_a_plain_loop(made, loss):
 
 def test_entailments_are_rows_and_unknown_labels_are_named(world, tokenizer, tmp_path):
     data = EntailmentData(train=str(world / "train"), batch_size=4)
-    made = data.maker("train", tokenizer, SIZE, strict=True)
+    made = data.items("train", tokenizer, SIZE, strict=True)
     batch, _ = made([Row(k, k) for k in range(6)])
     assert [LABELS[k] for k in batch.target] == [e["label"] for e in Shards(data.train).info(0)["entailments"]][:6]
     with ShardWriter(tmp_path / "train") as writer:
@@ -67,7 +67,7 @@ def test_entailments_are_rows_and_unknown_labels_are_named(world, tokenizer, tmp
         writer.write(
             Record(key="a", images=scene_record(WorldConfig(size=32), "train", 0).images, info={"entailments": told})
         )
-    made = replace(data, train=str(tmp_path / "train")).maker("train", tokenizer, SIZE, strict=False)
+    made = replace(data, train=str(tmp_path / "train")).items("train", tokenizer, SIZE, strict=False)
     batch, dropped = made([Row(0, 0), Row(1, 1)])
     assert batch.target.tolist() == [2] and "label 'maybe' is not" in dropped[0].reason
 
@@ -85,9 +85,9 @@ class Fixed(torch.nn.Module):
 
 def test_entailment_measures_against_a_loop(world, tokenizer):
     data = EntailmentData(train=str(world / "train"), test=str(world / "test"), batch_size=4, regions=RegionSource())
-    made = data.strict("test", tokenizer, SIZE)
+    made = data.evaluation_items("test", tokenizer, SIZE)
     found = entailment.measure(single_model(crop=4), Fixed(torch.eye(3)[[1] * len(made.items)]), made, 4)
-    labels = [item.told["label"] for item in made.items]
+    labels = [item.entry["label"] for item in made.items]
     assert found["accuracy"] == labels.count("entailment") / len(labels)
     assert found["accuracy/entailment"] == 1 and found["accuracy/neutral"] == found["accuracy/contradiction"] == 0
     assert found["accuracy/decided"] == labels.count("entailment") / (len(labels) - labels.count("neutral"))
@@ -95,7 +95,7 @@ def test_entailment_measures_against_a_loop(world, tokenizer):
 
 def test_choices_are_rows_of_question_answer_and_rationale(world, tokenizer):
     data = VCRData(train=str(world / "train"), batch_size=4, max_length=60)
-    made, shards = data.maker("train", tokenizer, SIZE, strict=True), Shards(data.train)
+    made, shards = data.items("train", tokenizer, SIZE, strict=True), Shards(data.train)
     first = next(i for i in range(len(shards)) if shards.info(i)["choices"])
     told = shards.info(first)["choices"][0]
     batch, _ = made([Row(k, k) for k in range(8)])
@@ -115,7 +115,7 @@ def test_each_part_of_the_text_has_its_type():
     """A </s> is of the part that it ends: the released code is of two minds (bug U-23)."""
     eos, pad = SPECIALS["eos"], SPECIALS["pad"]
     ids = torch.tensor([[1, 7, eos, 8, eos, 9, eos], [1, 7, 7, eos, 8, eos, pad]])
-    kinds = text_kinds(ids, eos)
+    kinds = text_types(ids, eos)
     assert kinds[0].tolist() == [0, 0, 0, 2, 2, 3, 3] and kinds[1, :6].tolist() == [0, 0, 0, 0, 2, 2]
     model, batch = four_types(), region_batch(lengths=(7, 7), counts=(3, 1))
     batch = replace(batch, ids=ids[:1].expand(2, -1), target=torch.tensor([1, 0]))
@@ -128,20 +128,20 @@ def test_each_part_of_the_text_has_its_type():
     assert not torch.allclose(own.logits(*told), plain.logits(*told), atol=1e-3)
     combine(Pretraining(model, {"task": own})(batch)).backward()
     assert model.single.kinds.grad.abs().sum(1).gt(0).all()
-    with pytest.raises(UserError, match="types 4"):
+    with pytest.raises(UserError, match=r"single\.types to 4"):
         VCRConfig(reading="full").build(single_config(), made_tokenizer())
 
 
 def test_what_is_chosen_is_the_best_of_its_question(world, tokenizer):
     data = VCRData(train=str(world / "train"), test=str(world / "test"), batch_size=4, regions=RegionSource())
-    made = data.strict("test", tokenizer, SIZE)
+    made = data.evaluation_items("test", tokenizer, SIZE)
     generator = torch.Generator().manual_seed(0)
     scores = torch.rand(len(made.items), 2, generator=generator)
     found = vcr.measure(single_model(crop=4), Fixed(scores), made, 4)
     right = {"answer": [], "rationale": []}
     for first in range(0, len(made.items), 4):  # four answers, four rationales, ...
         best = scores[first : first + 4, 1].argmax().item()
-        right[made.items[first].told["of"]].append(made.items[first + best].told["label"])
+        right[made.items[first].entry["part"]].append(made.items[first + best].entry["label"])
     both = [a and b for a, b in zip(right["answer"], right["rationale"], strict=True)]
     count = len(both)
     assert found["count"] == count > 1 and found["both"] == sum(both) / count
@@ -160,7 +160,7 @@ def test_questions_that_cannot_be_used_are_named(tmp_path, tokenizer):
     with ShardWriter(tmp_path / "train") as writer:
         for key, told in [("good", good), *((f"bad{k}", told) for k, told in enumerate(bad))]:
             writer.write(Record(key=key, images=(image,), info={"choices": [told]}))
-    made = VCRData(train=str(tmp_path / "train"), batch_size=4).maker("train", tokenizer, SIZE, strict=False)
+    made = VCRData(train=str(tmp_path / "train"), batch_size=4).items("train", tokenizer, SIZE, strict=False)
     batch, dropped = made([Row(k, k) for k in range(len(made.items))])
     assert [d.key for d in dropped] == ["bad0", "bad1", "bad2"] and batch.target.tolist() == [0, 1, 0, 1]
     assert "the right one of its 2 answers is 2" in dropped[0].reason

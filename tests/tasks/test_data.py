@@ -31,10 +31,10 @@ def test_frequent_answers_are_the_best_scored_first(world):
 def test_vqa_rows_are_questions_with_soft_targets(world, tokenizer):
     answers = frequent_answers(str(world / "train"))[:5]
     data = VQAData(train=str(world / "train"), test=str(world / "test"), batch_size=4, answers=answers)
-    made = data.maker("test", tokenizer, SIZE, strict=True)
+    made = data.items("test", tokenizer, SIZE, strict=True)
     shards = Shards(world / "test")
     asked = [(i, question) for i in range(len(shards)) for question in shards.info(i)["questions"]]
-    assert [(item.record, item.told) for item in made.items] == asked
+    assert [(item.record, item.entry) for item in made.items] == asked
     batch, dropped = made([Row(i, 7 + i) for i in range(6)])
     assert not dropped and len(batch) == 6 and batch.slot is None
     for row, (_, question) in zip(batch.target, asked):
@@ -45,13 +45,13 @@ def test_vqa_rows_are_questions_with_soft_targets(world, tokenizer):
 
 def test_training_leaves_out_what_cannot_be_answered(world, tokenizer):
     data = VQAData(train=str(world / "train"), test=str(world / "test"), batch_size=4, answers=("red", "blue"))
-    train = data.maker("train", tokenizer, SIZE, strict=False)
+    train = data.items("train", tokenizer, SIZE, strict=False)
     assert 0 < len(train.items) < len(data.read(Shards(data.train)))
-    assert all(not {"red", "blue"}.isdisjoint(item.told["answers"]) for item in train.items)
+    assert all(not {"red", "blue"}.isdisjoint(item.entry["answers"]) for item in train.items)
     assert data.rows("test", tokenizer, SIZE, strict=True).count == len(data.read(Shards(data.test)))
     assert data.rows("val", tokenizer, SIZE, strict=True) is None
-    with pytest.raises(UserError, match=r"no .val. split; choose another --split"):
-        data.strict("val", tokenizer, SIZE)
+    with pytest.raises(UserError, match="'val'"):
+        data.evaluation_items("val", tokenizer, SIZE)
 
 
 def test_rows_tell_what_the_shards_lack(world, tokenizer, tmp_path):
@@ -63,18 +63,18 @@ def test_rows_tell_what_the_shards_lack(world, tokenizer, tmp_path):
 
 def test_nlvr2_rows_are_pairs(world, tokenizer):
     data = NLVR2Data(train=str(world / "pairs-train"), batch_size=4)
-    made = data.maker("train", tokenizer, SIZE, strict=True)
+    made = data.items("train", tokenizer, SIZE, strict=True)
     for _ in range(2):  # decoded, then from the cache
         batch, _ = made([Row(0, 11), Row(5, 12)])
         assert len(batch) == 4 and batch.slot.tolist() == [0, 1, 0, 1]
         assert batch.ids[0].equal(batch.ids[1]) and not batch.image[0].equal(batch.image[1])
-        assert batch.target.tolist() == [int(made.items[k].told["label"]) for k in (0, 5)]
+        assert batch.target.tolist() == [int(made.items[k].entry["label"]) for k in (0, 5)]
         assert len(set(batch.seed.tolist())) == 4
 
 
 def test_the_number_of_images_must_be_the_tasks(world, tokenizer):
     data = NLVRData(train=str(world / "pairs-train"), batch_size=4)
-    batch, dropped = data.maker("train", tokenizer, SIZE, strict=False)([Row(0, 1)])
+    batch, dropped = data.items("train", tokenizer, SIZE, strict=False)([Row(0, 1)])
     assert len(batch) == 0 and "has 2 images, 1 needed" in dropped[0].reason
 
 
@@ -90,12 +90,12 @@ def test_training_drops_what_evaluation_refuses(tmp_path, tokenizer):
         writer.write(Record(key="good", images=good.images, info={"statements": entries}))
         writer.write(Record(key="broken", images=(good.images[0][:60],), info={"statements": entries[:1]}))
     data = NLVRData(train=str(tmp_path / "train"), batch_size=4)
-    train = data.maker("train", tokenizer, SIZE, strict=False)
+    train = data.items("train", tokenizer, SIZE, strict=False)
     assert len(train.items) == 5
     batch, dropped = train([Row(i, i) for i in range(5)])
     assert len(batch) == 1 and batch.target.tolist() == [1]
     assert [d.key for d in dropped] == ["good", "good", "good", "broken"]
-    strict = data.maker("train", tokenizer, SIZE, strict=True)
+    strict = data.items("train", tokenizer, SIZE, strict=True)
     with pytest.raises(UserError, match="leaves none out"):
         strict([Row(4, 0)])
 
@@ -112,15 +112,15 @@ def test_scores_that_are_no_numbers_are_named(tmp_path, tokenizer):
     folder = str(tmp_path / "train")
     assert frequent_answers(folder) == ("yes",)
     data = VQAData(train=folder, test=folder, batch_size=4, answers=("yes", "no"))
-    train = data.maker("train", tokenizer, SIZE, strict=False)
+    train = data.items("train", tokenizer, SIZE, strict=False)
     batch, dropped = train([Row(i, i) for i in range(6)])
     assert batch.target.tolist() == [[1, 0]] and [d.key for d in dropped] == ["bad"] * 4 + ["text"]
     assert dropped[0].reason == "field questions: score 'often' of answer 'yes' is not a number from 0 to 1"
     assert dropped[4].reason == "field questions is not a list"
     with pytest.raises(UserError, match=r"bad: field questions: score nan of answer 'no'.*leaves none out"):
-        data.strict("test", tokenizer, SIZE)([Row(0, 0), Row(2, 0)])
+        data.evaluation_items("test", tokenizer, SIZE)([Row(0, 0), Row(2, 0)])
     with pytest.raises(UserError, match="untrue: field statements: label 'False' is not true or false"):
-        NLVRData(train=folder, batch_size=4).maker("train", tokenizer, SIZE, strict=False)
+        NLVRData(train=folder, batch_size=4).items("train", tokenizer, SIZE, strict=False)
 
 
 def test_choice_is_among_the_known_ones():

@@ -119,15 +119,15 @@ def test_the_wrong_region_is_drawn_by_the_seed_from_all_others():
 
 def test_items_bring_the_box_that_is_meant(world, tokenizer):
     data = GroundingData(train=str(world / "train"), batch_size=4, regions=RegionSource())
-    made, shards = data.maker("train", tokenizer, SIZE, strict=True), Shards(data.train)
+    made, shards = data.items("train", tokenizer, SIZE, strict=True), Shards(data.train)
     for _ in range(2):  # decoded, then from the cache
         batch, _ = made([Row(k, k) for k in range(8)])
         for item, box in zip(made.items, batch.target):
-            told = shards.info(item.record)["objects"][item.told["object"]]["box"]
+            told = shards.info(item.record)["objects"][item.entry["object"]]["box"]
             torch.testing.assert_close(box, torch.tensor(told) / 32)
     objective = GroundingConfig(reading="full").build(single_model().config, made_tokenizer())
     right, known = objective.right(batch)
-    assert known.all() and right.tolist() == [item.told["object"] for item in made.items[:8]]
+    assert known.all() and right.tolist() == [item.entry["object"] for item in made.items[:8]]
 
 
 def test_what_means_nothing_or_is_out_of_sight_is_named(tmp_path, tokenizer):
@@ -140,16 +140,16 @@ def test_what_means_nothing_or_is_out_of_sight_is_named(tmp_path, tokenizer):
         told = {"objects": outside, "expressions": [{"text": "the star", "object": 0}]}
         writer.write(Record(key="outside", images=scene.images, info=told))
     data = GroundingData(train=str(tmp_path / "train"), batch_size=4, regions=RegionSource())
-    made = data.maker("train", tokenizer, SIZE, strict=False)
+    made = data.items("train", tokenizer, SIZE, strict=False)
     batch, dropped = made([Row(k, k) for k in range(len(made.items))])
     assert [d.key for d in dropped] == ["strange", "strange", "outside"]
-    assert "object 9, and there are" in dropped[0].reason and "--fit squash" in dropped[2].reason
+    assert "object 9 of" in dropped[0].reason and "`fit`" in dropped[2].reason
     assert len(batch) == len(scene.info["expressions"])
 
 
 def test_measures_against_a_loop(world, tokenizer):
     data = GroundingData(train=str(world / "train"), test=str(world / "test"), batch_size=4, regions=RegionSource())
-    made = data.strict("test", tokenizer, SIZE)
+    made = data.evaluation_items("test", tokenizer, SIZE)
 
     class First(torch.nn.Module):
         def scores(self, model, image_BKD, batch):
@@ -157,7 +157,7 @@ def test_measures_against_a_loop(world, tokenizer):
 
     found = measure(single_model(crop=4), First(), made, 4)
     count = len(made.items)
-    first = [item.told["object"] == 0 for item in made.items]
+    first = [item.entry["object"] == 0 for item in made.items]
     things = [len(Shards(data.test).info(item.record)["objects"]) for item in made.items]
     assert found["count"] == count and found["reachable"] == 1
     # Two things hardly ever overlap by half.

@@ -14,15 +14,16 @@ from fastvlp.objectives.itm import ITMConfig
 from fastvlp.objectives.objective import combine
 from fastvlp.random import hash64
 from fastvlp.tasks import retrieval
-from fastvlp.tasks.finetune import evaluate, finetune, load_task, load_zero_shot
-from fastvlp.tasks.options import Evaluate, Finetune
-from fastvlp.tasks.retrieval import RetrievalConfig, hardest
+from fastvlp.tasks.interface import NoOptions
+from fastvlp.tasks.retrieval import RetrievalConfig, RetrievalTask, hardest
+from fastvlp.tasks.task_evaluation import evaluate_task, load_task, load_zero_shot
 from fastvlp.training.loop import train
 from fastvlp.training.optim import OptimConfig
 from fastvlp.training.pretraining import Pretraining
 from fastvlp.training.state import TrainConfig
 from tests.made import made_batch, made_model, made_tokenizer
 from tests.made_single import region_batch, row_of, single_model
+from tests.tasks.tuning import tune
 
 LENGTHS, COUNTS = (7, 4, 9, 5, 6, 8), (3, 1, 5, 2, 4, 2)
 
@@ -110,11 +111,6 @@ def test_a_pair_with_the_same_text_is_never_wrong(negatives):
         module.objectives["task"].wrong(replace(batch, ids=ids[:1], seed=batch.seed[:1], image=batch.image[:1]))
 
 
-def told(source, world, out, **more):
-    more = {"steps": 3, "batch_size": 8, "precision": "fp32", **more}
-    return Finetune(task="retrieval", source=str(source), data=str(world), out=str(out), **more)
-
-
 @pytest.fixture(scope="module")
 def matched(runs, world, tmp_path_factory):
     """Folders of runs that learned to match: a single stream, and a fusion model."""
@@ -138,10 +134,10 @@ def matched(runs, world, tmp_path_factory):
 
 @pytest.mark.parametrize("kind", ["single", "fusion"])
 def test_zero_shot_is_the_matching_heads_score(kind, matched, world):
-    saved, objective, data = load_zero_shot(Evaluate(run=str(matched[kind]), data=str(world), zero_shot=True))
-    data = replace(data, train=str(world / "train"), test=str(world / "test"))
+    tuned = load_zero_shot(str(matched[kind]), str(world))
+    saved, data = tuned.saved, replace(tuned.data, train=str(world / "train"), test=str(world / "test"))
     texts = [text for i in range(6) for text in Shards(data.test).info(i)["captions"]]
-    found = retrieval.score_all(saved.model, objective, data, "test", saved.tokenizer, texts)
+    found = retrieval.score_all(tuned._replace(data=data), "test", texts)
     rows = data.rows("test", saved.tokenizer, saved.model.config.image.size, strict=True)
     batch, _ = rows.make([Row(i, 0) for i in range(6)])
     if kind == "fusion":
@@ -157,7 +153,7 @@ def test_zero_shot_is_the_matching_heads_score(kind, matched, world):
             else:
                 logits = itm.scores(saved.model, image_BKD, ids, length)
         torch.testing.assert_close(found[i], logits[:, 1], atol=1e-5, rtol=1e-5)
-    scores = evaluate(Evaluate(run=str(matched[kind]), data=str(world), zero_shot=True))
+    scores = evaluate_task(str(matched[kind]), data=str(world), zero_shot=True).scores["test"]
     own = torch.arange(6).repeat_interleave(5)
     known = recall(*ranks(lambda i, t: found[i, t], own, 6))
     assert {name: scores[name] for name in known} == pytest.approx(known)
@@ -166,28 +162,29 @@ def test_zero_shot_is_the_matching_heads_score(kind, matched, world):
 
 @pytest.mark.parametrize("kind", ["single", "fusion"])
 def test_the_ranking_head_starts_as_a_copy_and_stays_what_it_became(kind, matched, world, tmp_path):
-    still = told(matched[kind], world, tmp_path / "still", lr=1e-12, negatives="hard")
-    scores = finetune(still)[0]["test"]
-    zero = evaluate(Evaluate(run=str(matched[kind]), data=str(world), zero_shot=True))
+    options = {"lr": 1e-12, "negatives": "hard", "steps": 3}
+    scores = tune("retrieval", matched[kind], world, tmp_path / "still", **options).scores["test"]
+    zero = evaluate_task(str(matched[kind]), data=str(world), zero_shot=True).scores["test"]
     assert {n: scores[n] for n in scores if "/" in n} == {n: zero[n] for n in zero if "/" in n}
-    finetune(told(matched[kind], world, tmp_path / "run", lr=1e-2))
-    saved, objective, data = load_task(tmp_path / "run")
+    tune("retrieval", matched[kind], world, tmp_path / "run", lr=1e-2, steps=3)
+    tuned = load_task(tmp_path / "run")
+    saved, objective = tuned.saved, tuned.objective
     if kind == "single":
         pretrained = load_model(matched[kind]).model.single.match
         assert objective.head.weight.data_ptr() != saved.model.single.match.weight.data_ptr()
         torch.testing.assert_close(saved.model.single.match.weight, pretrained.weight)
         assert not torch.allclose(objective.head.weight, pretrained.weight[1:], atol=1e-4)
     # Evaluating it reads its own head: the released script overwrites it (bug U-22).
-    own = retrieval.evaluate(saved.model, objective, data, "test", saved.tokenizer)
-    again = evaluate(Evaluate(run=str(tmp_path / "run")))
+    own = RetrievalTask.score(tuned, "test", NoOptions())
+    again = evaluate_task(str(tmp_path / "run")).scores["test"]
     assert {n: again[n] for n in own} == own and own != {n: zero[n] for n in own}
-    with pytest.raises(UserError, match="without --zero-shot"):
-        evaluate(Evaluate(run=str(tmp_path / "run"), data=str(world), zero_shot=True))
+    with pytest.raises(UserError, match="without `zero_shot`"):
+        evaluate_task(str(tmp_path / "run"), data=str(world), zero_shot=True)
 
 
 def test_what_was_never_learned_is_not_scored(runs, world, capsys):
     with pytest.raises(UserError, match="learned no image-text matching"):
-        evaluate(Evaluate(run=str(runs["mlm"]), data=str(world), zero_shot=True))
+        evaluate_task(str(runs["mlm"]), data=str(world), zero_shot=True)
     assert main(["evaluate", str(runs["uniter"]), "--zero-shot"]) == 2
     assert "needs --data" in capsys.readouterr().err
 
@@ -195,11 +192,11 @@ def test_what_was_never_learned_is_not_scored(runs, world, capsys):
 def test_every_image_meets_every_text_once(runs, world, monkeypatch):
     """Chunks of texts change nothing, and equal captions share one score."""
     monkeypatch.setattr(retrieval, "ROWS", 7)
-    saved, objective, data = load_zero_shot(Evaluate(run=str(runs["uniter"]), data=str(world), zero_shot=True))
-    data = replace(data, test=str(world / "test"), batch_size=4)
-    texts = [text for i in range(6) for text in Shards(data.test).info(i)["captions"]]
-    found = retrieval.score_all(saved.model, objective, data, "test", saved.tokenizer, texts)
+    tuned = load_zero_shot(str(runs["uniter"]), str(world))
+    tuned = tuned._replace(data=replace(tuned.data, test=str(world / "test"), batch_size=4))
+    texts = [text for i in range(6) for text in Shards(world / "test").info(i)["captions"]]
+    found = retrieval.score_all(tuned, "test", texts)
     monkeypatch.setattr(retrieval, "ROWS", 100)
-    whole = retrieval.score_all(saved.model, objective, data, "test", saved.tokenizer, texts)
+    whole = retrieval.score_all(tuned, "test", texts)
     torch.testing.assert_close(found, whole, atol=1e-5, rtol=1e-5)
     assert found.shape == (6, 30) and found.isfinite().all()

@@ -12,9 +12,9 @@ from fastvlp.data.regions import RegionSource
 from fastvlp.data.tokenize import Tokenizer
 from fastvlp.model.sizes import tiny_single
 from fastvlp.objectives.objective import combine
+from fastvlp.tasks.items import encode_joined
 from fastvlp.tasks.nlvr import NLVRConfig, NLVRData
 from fastvlp.tasks.nlvr2 import NLVR2Config, NLVR2Data
-from fastvlp.tasks.task import encode_joined
 from fastvlp.tasks.vqa import VQAConfig
 from fastvlp.training.pretraining import Pretraining
 from tests.made import made_tokenizer
@@ -87,7 +87,7 @@ def test_heads_read_the_pooled_state():
 
 def test_rows_bring_the_regions_of_their_own_picture(world, tokenizer):
     data = NLVR2Data(train=str(world / "pairs-train"), batch_size=4, regions=RegionSource())
-    made, objects = data.maker("train", tokenizer, SIZE, strict=True), Shards(data.train).info(1)["objects"]
+    made, objects = data.items("train", tokenizer, SIZE, strict=True), Shards(data.train).info(1)["objects"]
     for _ in range(2):  # decoded, then from the cache
         batch, _ = made([Row(4, 11), Row(0, 12)])
         for side in (0, 1):
@@ -112,5 +112,5 @@ def test_texts_are_joined_and_the_longest_is_cut(tokenizer):
 def test_a_model_without_room_for_two_pictures_is_refused():
     config = single_config()
     small = replace(config, single=replace(config.single, types=2))
-    with pytest.raises(Exception, match="types 3"):
+    with pytest.raises(Exception, match=r"single\.types to 3"):
         NLVR2Config(reading="full").build(small, made_tokenizer())

@@ -9,40 +9,39 @@ from fastvlp.cli import main
 from fastvlp.data.records.shards import Shards, ShardWriter
 from fastvlp.data.splits import find_splits
 from fastvlp.errors import UserError
-from fastvlp.tasks.finetune import evaluate, finetune, told_in_words
-from fastvlp.tasks.options import Evaluate
-from tests.tasks.test_finetune import told
+from fastvlp.tasks.task_evaluation import evaluate_task
+from fastvlp.tasks.task_scores import format_scores
+from tests.tasks.tuning import tune
 
-# As published: what is right is missing (VCR, NLVR2), empty (VQA), or there are images alone (COCO's captions).
-UNTOLD = {
-    "vqa": ("questions", lambda told: told | {"answers": {}}),
-    "vcr": ("choices", lambda told: {k: v for k, v in told.items() if not k.startswith("right")}),
-    "nlvr": ("statements", lambda told: told | {"label": None}),
-    "retrieval": ("captions", lambda told: None),
+# As published: the answer is missing (VCR, NLVR2), empty (VQA), or there are images alone (COCO's captions).
+UNANSWERED = {
+    "vqa": ("questions", lambda entry: entry | {"answers": {}}),
+    "vcr": ("choices", lambda entry: {k: v for k, v in entry.items() if not k.startswith("right")}),
+    "nlvr": ("statements", lambda entry: entry | {"label": None}),
+    "retrieval": ("captions", lambda entry: None),
 }
 
 
-def without(world, folder, field, untold):
-    """The corpus with a test split that does not tell what is right."""
+def without_answers(world, folder, field, remove_answer):
+    """The corpus with a test split that has no answers."""
     for split in ("train", "val"):
         shutil.copytree(world / split, folder / split)
     with ShardWriter(folder / "test") as writer:
         for record in Shards(world / "test"):
-            record.info[field] = [untold(entry) for entry in record.info[field]]
+            record.info[field] = [remove_answer(entry) for entry in record.info[field]]
             writer.write(record)
     return folder
 
 
-@pytest.mark.parametrize("task", UNTOLD)
-def test_a_split_that_tells_no_answers_is_not_scored(task, runs, world, tmp_path, capsys):
-    field, untold = UNTOLD[task]
-    data, out = without(world, tmp_path / "data", field, untold), tmp_path / "run"
-    begun = told(task, runs["mlm"], data, out)
-    scores, path = finetune(begun)
+@pytest.mark.parametrize("task", UNANSWERED)
+def test_a_split_without_answers_is_not_scored(task, runs, world, tmp_path, capsys):
+    field, remove_answer = UNANSWERED[task]
+    data, out = without_answers(world, tmp_path / "data", field, remove_answer), tmp_path / "run"
+    scores, path = tune(task, runs["mlm"], data, out)
     assert scores["val"]["count"] > 0 and scores["test"].keys() == {"not scored"}
     assert json.loads(path.read_text()) == scores
-    said = told_in_words(scores)
-    assert f" test not scored: {data}/test: no record has {field!r}" in said and "  val " in said
+    printed = format_scores(scores)
+    assert f" test not scored: {data}/test: no record has {field!r}" in printed and "  val " in printed
 
     capsys.readouterr()
     assert main(["evaluate", str(out)]) == 2
@@ -59,16 +58,16 @@ def test_scores_are_kept_where_the_next_split_cannot_be_read(runs, world, tmp_pa
     tar = data / "test" / "00000.tar"
     tar.write_bytes(tar.read_bytes()[: tar.stat().st_size // 2])
     with pytest.raises(UserError, match="leaves none out"):
-        finetune(told("vqa", runs["mlm"], data, out))
+        tune("vqa", runs["mlm"], data, out)
     assert json.loads((out / "results.json").read_text()).keys() == {"val"}
 
 
 def test_weights_are_not_chosen_by_a_split_without_answers(runs, world, tmp_path):
-    data = without(world, tmp_path / "data", *UNTOLD["vqa"])
+    data = without_answers(world, tmp_path / "data", *UNANSWERED["vqa"])
     shutil.rmtree(data / "val")
     (data / "test").rename(data / "val")
     with pytest.raises(UserError, match=r"val: no record has 'questions' with 'answers'.*chooses the weights"):
-        finetune(told("vqa", runs["mlm"], data, tmp_path / "run"))
+        tune("vqa", runs["mlm"], data, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
@@ -76,15 +75,15 @@ def test_published_splits_are_scored_by_their_names(runs, world, tmp_path, capsy
     data, out = tmp_path / "data", tmp_path / "run"
     for name, split in {"train": "train", "dev": "val", "testA": "test", "testB": "val"}.items():
         shutil.copytree(world / split, data / name)
-    scores, _ = finetune(told("grounding", runs["uniter"], data, out))
+    scores, _ = tune("grounding", runs["uniter"], data, out)
     assert scores.keys() == {"val"}, "neither testA nor testB is all of the test"
     for name, count in (("testA", "test"), ("testB", "val"), ("dev", "val")):
-        found = evaluate(Evaluate(run=str(out), split=name))
-        assert found["data"] == str(data / name)
-        assert found == evaluate(Evaluate(run=str(out), split=name, data=str(data)))
-        assert found["count"] == sum(len(record.info["expressions"]) for record in Shards(world / count))
-    assert main(["evaluate", str(out), "--split", "testA"]) == 0
+        scores = evaluate_task(str(out), split=name).scores
+        assert scores[name]["data"] == str(data / name)
+        assert scores == evaluate_task(str(out), split=name, data=str(data)).scores
+        assert scores[name]["count"] == sum(len(record.info["expressions"]) for record in Shards(world / count))
     assert json.loads((out / "results-2.json").read_text()).keys() == {"testA"}
+    assert main(["evaluate", str(out), "--split", "testA"]) == 0
     capsys.readouterr()
     assert main(["evaluate", str(out), "--split", "testC"]) == 2
     assert f"{data}: no split called testC" in capsys.readouterr().err
@@ -94,9 +93,9 @@ def test_test1_is_the_test_where_there_is_no_other(runs, world, tmp_path):
     data, out = tmp_path / "data", tmp_path / "run"
     for name, split in {"train": "pairs-train", "dev": "pairs-val", "test1": "pairs-test"}.items():
         shutil.copytree(world / split, data / name)
-    scores, _ = finetune(told("nlvr2", runs["uniter"], data, out))
-    assert scores["test"] == evaluate(Evaluate(run=str(out), split="test1"))
-    assert scores["test"] == evaluate(Evaluate(run=str(out), split="test", data=str(data)))
+    scores, _ = tune("nlvr2", runs["uniter"], data, out)
+    assert scores["test"] == evaluate_task(str(out), split="test1").scores["test1"]
+    assert scores["test"] == evaluate_task(str(out), split="test", data=str(data)).scores["test"]
     (data / "test").mkdir()
     assert find_splits(str(data))["test"] == str(data / "test")
 
@@ -105,7 +104,7 @@ def test_a_run_from_before_test1_was_found_goes_on(runs, world, tmp_path):
     data, out = tmp_path / "data", tmp_path / "run"
     for split in ("train", "val"):
         shutil.copytree(world / split, data / split)
-    finetune(told("vqa", runs["mlm"], data, out))
+    tune("vqa", runs["mlm"], data, out)
     shutil.copytree(world / "test", data / "test1")
-    scores, _ = finetune(told("vqa", runs["mlm"], data, out, resume=True))
-    assert scores.keys() == {"val", "test"} and evaluate(Evaluate(run=str(out))) == scores["test"]
+    scores, _ = tune("vqa", runs["mlm"], data, out, resume=True)
+    assert scores.keys() == {"val", "test"} and evaluate_task(str(out)).scores["test"] == scores["test"]

@@ -21,6 +21,7 @@ from fastvlp.data.loader import Loader
 from fastvlp.data.pairs import Data, PairData, Split, readable_infos
 from fastvlp.data.records.schema import answers_fault
 from fastvlp.data.records.shards import Shards
+from fastvlp.data.splits import find_splits
 from fastvlp.errors import UserError
 from fastvlp.eval.cloze import cloze
 from fastvlp.eval.embedding import embed_split
@@ -33,8 +34,7 @@ from fastvlp.objectives.saved_objectives import common_bos
 from fastvlp.random import hash64
 from fastvlp.tasks import caption, vqa
 from fastvlp.tasks.caption import CaptionConfig, CaptionData
-from fastvlp.tasks.finetune import find_splits
-from fastvlp.tasks.task import Item, ItemMaker
+from fastvlp.tasks.items import Item, ItemMaker
 from fastvlp.tasks.vqa import VQA, VQAConfig, VQAData, frequent_answers
 from fastvlp.training.loop import TrainConfig, TrainState, autocast, steps
 from fastvlp.training.optim import OptimConfig, adamw
@@ -176,8 +176,8 @@ class Yardsticks:
         if told is None:
             return None
         size = state.model.config.image.size
-        train = told.maker("train", state.tokenizer, size, strict=False)
-        held_out = told.strict(self.settings.split, state.tokenizer, size)
+        train = told.items("train", state.tokenizer, size, strict=False)
+        held_out = told.evaluation_items(self.settings.split, state.tokenizer, size)
         assert train is not None
         # Neighbouring questions are about one picture.
         held_out.items = spread_evenly(held_out.items, self.settings.probe_items)
@@ -275,7 +275,7 @@ def question_data(data: Data, settings: Settings) -> VQAData | None:
     """From --vqa, or from the recipe's own records where they hold questions; in the language of its captions."""
     name = "questions" + (data.captions.removeprefix("captions") if isinstance(data, PairData) else "")
     if settings.vqa is not None:
-        folders = find_splits(settings.vqa, "vqa")
+        folders = find_splits(settings.vqa)
         name = name if _holds(folders["train"], name) else "questions"
     elif isinstance(data, PairData) and getattr(data, settings.split) is not None:
         folders = {"train": data.train, settings.split: split_folder(data, settings.split)}

@@ -248,11 +248,11 @@ class Embedder:
 
 def answer_head(saved: Saved) -> Reads:
     """The head of a model that was tuned to answer questions: logits of its answers [B A]."""
-    from fastvlp.tasks.task import HeadTask
+    from fastvlp.tasks.heads import HeadObjective
 
     name = next(name for name, able in abilities(saved).items() if "answer" in able)
     head = load_objective(saved, name).requires_grad_(False)
-    assert isinstance(head, HeadTask)
+    assert isinstance(head, HeadObjective)
 
     def reads(image_BKD: Tensor, ids_BL: Tensor, length_B: Tensor) -> Tensor:
         batch = Batch(image=image_BKD, ids=ids_BL, length=length_B, seed=torch.zeros_like(length_B))

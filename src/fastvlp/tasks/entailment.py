@@ -1,10 +1,10 @@
-"""Does an image entail a statement, contradict it, or neither? (SNLI-VE, Xie et al., arXiv 1901.06706; UNITER, arXiv
-1909.11740, section 4)"""
+"""Visual entailment: does an image entail a statement, contradict it, or neither? (SNLI-VE, Xie et al., arXiv
+1901.06706; UNITER, arXiv 1909.11740, section 4)"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -17,47 +17,44 @@ from fastvlp.data.records.shards import Shards
 from fastvlp.data.tokenize import Tokenizer
 from fastvlp.eval.classification import mean_by
 from fastvlp.eval.mode import evaluating
-from fastvlp.model.model import ModelConfig, VLModel
+from fastvlp.model.model import ModelConfig, Reading, VLModel
 from fastvlp.objectives.objective import Loss
-from fastvlp.tasks.task import (
-    HeadConfig,
-    HeadTask,
-    Item,
-    ItemData,
-    ItemMaker,
-    batches,
-    encoded,
-    read_items,
-    target_of,
-)
+from fastvlp.tasks.heads import HeadConfig, HeadObjective, image_states, target_of
+from fastvlp.tasks.interface import FineTuned, Task
+from fastvlp.tasks.item_data import ItemData
+from fastvlp.tasks.items import Item, ItemMaker, batches_in_order, read_items
+from fastvlp.tasks.pretrained import Pretrained
 
 
 @dataclass(frozen=True, kw_only=True)
 class EntailmentData(ItemData):
-    """entailments: the field of a record with its list of labelled statements (`entailments_zh`: the Chinese ones)."""
+    """Statements with one of three labels."""
 
     entailments: str = "entailments"
+    """Field of the records with the statements; entailments_zh has the Chinese ones."""
     fit: Fit = "squash"
+    """How an image becomes a square."""
 
     def read(self, shards: Shards) -> list[Item]:
         return read_items(shards, self.entailments, "text", "label", entailment_fault)
 
     def target(self, items: list[Item]) -> Tensor:
-        """int64 [items]: places in LABELS."""
-        return torch.tensor([LABELS.index(item.told["label"]) for item in items], dtype=torch.int64)
+        """Indices of the labels in LABELS: int64 [items]."""
+        return torch.tensor([LABELS.index(item.entry["label"]) for item in items], dtype=torch.int64)
 
 
 @dataclass(frozen=True, kw_only=True)
 class EntailmentConfig(HeadConfig):
-    """loss: `bce` of each label by itself, summed (UNITER's released code), or `ce` over the three (its paper)."""
+    """A choice among three labels."""
 
     loss: Literal["bce", "ce"] = "bce"
+    """bce of each label by itself, summed (UNITER's released code), or ce over the three (its paper)."""
 
     def build(self, model: ModelConfig, tokenizer: Tokenizer) -> Entailment:
         return Entailment(self, model)
 
 
-class Entailment(HeadTask):
+class Entailment(HeadObjective):
     def __init__(self, config: EntailmentConfig, model: ModelConfig):
         super().__init__(config, model, images=1, outputs=len(LABELS))
         self.loss = config.loss
@@ -75,24 +72,38 @@ class Entailment(HeadTask):
         return {"label": Loss(total, self.counts(batch)["label"])}
 
 
-def measure(model: VLModel, objective: Entailment, made: ItemMaker, batch_size: int) -> dict[str, float]:
-    """accuracy, and of each label accuracy/LABEL: how often a statement that has it is given it. accuracy/decided: of the
-    statements that are not neutral, which words alone may tell (those of the embedded corpus do)."""
+def measure(model: VLModel, objective: Entailment, items: ItemMaker, batch_size: int) -> dict[str, float]:
+    """accuracy, and accuracy/LABEL of the statements with each label. accuracy/decided: of the statements that are not neutral.
+    (Whether a statement is neutral may show in its words alone; in the embedded corpus it does.)"""
     right: list[bool] = []
     device = next(model.parameters()).device
     with evaluating(model, objective):
-        for batch in batches(made, batch_size, device):
-            logits = objective.logits(model, encoded(model, batch), batch)
+        for batch in batches_in_order(items, batch_size, device):
+            logits = objective.logits(model, image_states(model, batch), batch)
             right += logits.argmax(1).eq(target_of(batch)).tolist()
-    labels = [str(item.told["label"]) for item in made.items]
+    labels = [str(item.entry["label"]) for item in items.items]
     by_label = mean_by([float(r) for r in right], labels)
     decided = [r for r, label in zip(right, labels) if label != "neutral"]
-    found = {"accuracy": sum(right) / len(right), "accuracy/decided": sum(decided) / max(1, len(decided))}
-    return found | {f"accuracy/{label}": value for label, value in by_label.items()} | {"count": float(len(right))}
+    scores = {"accuracy": sum(right) / len(right), "accuracy/decided": sum(decided) / max(1, len(decided))}
+    return scores | {f"accuracy/{label}": value for label, value in by_label.items()} | {"count": float(len(right))}
 
 
-def evaluate(
-    model: VLModel, objective: Entailment, data: EntailmentData, split: Split, tokenizer: Tokenizer
-) -> dict[str, float]:
-    """`measure` on a split; refuses one with an unreadable record."""
-    return measure(model, objective, data.strict(split, tokenizer, model.config.image.size), data.batch_size)
+@dataclass(frozen=True, kw_only=True)
+class EntailmentTask(Task):
+    """Does the image entail a statement, contradict it, or neither?"""
+
+    name = "entailment"
+    data = EntailmentData
+    config = EntailmentConfig
+    field = "entailments"
+    answer = "label"
+
+    loss: Literal["bce", "ce"] = "bce"
+    """bce of each label by itself (UNITER's released code), or ce over the three (its paper)."""
+
+    def objective(self, data: EntailmentData, pretrained: Pretrained, reading: Reading | None) -> EntailmentConfig:
+        return EntailmentConfig(reading=reading or pretrained.reading, bos=pretrained.bos, loss=self.loss)
+
+    @classmethod
+    def score(cls, tuned: FineTuned, split: Split, options: Any) -> dict[str, Any]:
+        return measure(tuned.saved.model, tuned.objective, tuned.items(split), tuned.data.batch_size)

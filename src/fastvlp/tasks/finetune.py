@@ -1,339 +1,187 @@
-"""Fine-tuning a pretrained run on a task, and scoring a fine-tuned one: `train()` with a task's data and objective."""
+"""Fine-tuning a pretrained run on a task: `train()` with the task's data and objective, then its scores."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple, assert_never
+from typing import Annotated, Any, Literal
 
-import torch
+import tyro
 
 from fastvlp import dist
-from fastvlp.data import splits
-from fastvlp.data.pairs import Data, Fit, PairData, Split, readable_infos
-from fastvlp.data.records.schema import usable_captions
-from fastvlp.data.records.shards import Shards
-from fastvlp.data.regions import RegionSource
+from fastvlp.data.pairs import Fit
+from fastvlp.data.splits import find_splits
 from fastvlp.errors import UserError
-from fastvlp.files import write_whole
 from fastvlp.model.model import ModelConfig, Reading
 from fastvlp.model.saved_run import read_saved_run
-from fastvlp.model.saving import Saved, load_model
-from fastvlp.objectives.objective import Objective, ObjectiveConfig
-from fastvlp.objectives.saved_objectives import load_objective, saved_bos
-from fastvlp.tasks import caption, entailment, grounding, nlvr, retrieval, vcr, vqa
-from fastvlp.tasks.caption import CaptionConfig, CaptionData
-from fastvlp.tasks.entailment import EntailmentConfig, EntailmentData
-from fastvlp.tasks.grounding import GroundingConfig, GroundingData
-from fastvlp.tasks.nlvr import NLVRConfig, NLVRData
-from fastvlp.tasks.nlvr2 import NLVR2Config, NLVR2Data
-from fastvlp.tasks.options import Evaluate, Finetune, Task
-from fastvlp.tasks.retrieval import RetrievalConfig, RetrievalData
-from fastvlp.tasks.task import ItemData
-from fastvlp.tasks.vcr import VCRConfig, VCRData
-from fastvlp.tasks.vqa import VQAConfig, VQAData, frequent_answers
+from fastvlp.objectives.objective import ObjectiveConfig
+from fastvlp.tasks.interface import Task, make_task
+from fastvlp.tasks.item_data import TaskData
+from fastvlp.tasks.pretrained import Pretrained, load_pretrained
+from fastvlp.tasks.task_evaluation import load_task, score_split, why_not_scored
+from fastvlp.tasks.task_scores import TaskScores, new_scores_path, save_scores
 from fastvlp.training.loop import train
 from fastvlp.training.optim import OptimConfig
 from fastvlp.training.state import TrainConfig
 
-TaskData = ItemData | PairData
 
-HELD_OUT: tuple[Split, ...] = ("val", "test")
+def finetune(
+    task: Task | str,
+    /,
+    source: Annotated[str, tyro.conf.arg(name="from")],
+    data: str,
+    *,
+    steps: int = 1000,
+    batch_size: int = 64,
+    lr: float | None = None,
+    reading: Reading | None = None,
+    field: str | None = None,
+    fit: Fit | None = None,
+    max_length: int | None = None,
+    name: str | None = None,
+    out: str | None = None,
+    seed: int = 0,
+    workers: int = 0,
+    device: str = "auto",
+    precision: Literal["fp32", "bf16"] = "bf16",
+    threads: int | None = None,
+    resume: bool = False,
+    **options: Any,
+) -> TaskScores | None:
+    """Fine-tune a pretrained run on a task, and score its best weights on the splits val and test. Returns the scores and
+    their file, which has each as soon as it is known; None on all ranks but the main one.
 
-
-@dataclass(frozen=True, kw_only=True)
-class Rates:
-    """Learning rates of a task: `lr` of the towers, `cross` times it of fusion and reconstructor, `head` times it of the
-    vocabulary and the task's head."""
-
-    lr: float
-    cross: float
-    head: float
-
-
-# For models of the sizes that are pretrained here, fusion as well trained as the towers. The papers': lr 5e-6 to 1e-5,
-# cross 5, head 50 (VQA) or 10 (NLVR2), batches of 256 to 512 (FLM, spec flm.md section 5); lr 3e-5 to 1e-4, for VQA head
-# 10, batches of 5,120 to 10,240 tokens and regions (UNITER, spec uniter-brivl.md section A4).
-USUAL = Rates(lr=5e-4, cross=1, head=5)
-
-
-class Kind(NamedTuple):
-    """A task: what it reads, what it trains, and how a split is scored (captions are decoded first). field: of a record, with
-    what is said or asked. target: what each entry of it tells, which is to be found; captions are themselves that. types: rows
-    of a single stream's type table, where it reads more than words and one image. length: tokens of a text that are not cut."""
-
-    data: type[ItemData] | type[PairData]
-    config: type[ObjectiveConfig]
-    score: Callable[..., dict[str, float]] | None
-    field: str
-    target: str | None
-    rates: Rates = USUAL
-    types: int = 2
-    length: int = 50
-
-
-# Heads that pretraining has trained already learn no faster than the towers. VCR's rows have 220 pieces (UNITER's released
-# code, spec uniter-brivl.md A4), <s> and three </s>.
-TASKS: dict[Task, Kind] = {
-    "vqa": Kind(VQAData, VQAConfig, vqa.evaluate, "questions", "answers"),
-    "nlvr": Kind(NLVRData, NLVRConfig, nlvr.evaluate, "statements", "label"),
-    "nlvr2": Kind(NLVR2Data, NLVR2Config, nlvr.evaluate, "statements", "label", types=3),
-    "caption": Kind(CaptionData, CaptionConfig, None, "captions", None, replace(USUAL, head=1)),
-    "grounding": Kind(GroundingData, GroundingConfig, grounding.evaluate, "expressions", "object"),
-    "retrieval": Kind(RetrievalData, RetrievalConfig, retrieval.evaluate, "captions", None, replace(USUAL, head=1)),
-    "entailment": Kind(EntailmentData, EntailmentConfig, entailment.evaluate, "entailments", "label"),
-    "vcr": Kind(VCRData, VCRConfig, vcr.evaluate, "choices", "right", types=4, length=224),
-}
-
-
-def prefixes(task: Task) -> tuple[str, ...]:
-    """Of the splits' names: those of pairs are looked for first where a task is about two images."""
-    return ("pairs-", "") if task == "nlvr2" else ("",)
-
-
-def find_splits(folder: str, task: Task) -> dict[str, str]:
-    return splits.find_splits(folder, prefixes(task))
-
-
-def task_data(told: Finetune, model: ModelConfig) -> TaskData:
-    places = find_splits(told.data, told.task)
-    kind, seen = TASKS[told.task], seen_by(told.source)
-    if told.max_length is not None and told.max_length < 3:
-        raise UserError(f"--max-length {told.max_length} leaves no room between <s> and </s>; give 3 or more")
-    asked = told.field or kind.field
-    shared: dict[str, Any] = {
-        **places,
-        kind.field: asked,
-        "batch_size": told.batch_size,
-        "workers": told.workers,
-        "fit": told.fit or (kind.data.fit if seen.fit == "crop" else seen.fit),
-        "max_length": told.max_length or min(max(seen.max_length, kind.length), model.longest_text),
-        "regions": seen.regions if model.single is not None or told.task == "grounding" else None,
+    Args:
+        task: Name of the task, or the task with its options.
+        source: Folder of the pretrained run.
+        data: Folder whose folders are the splits: train, val or dev, test or test1; for nlvr2 first pairs-train and so on.
+        steps: Training steps.
+        batch_size: Texts of a step, on each rank; pairs of images count once.
+        lr: Learning rate of the towers; other parts train at a multiple. By default the task's own.
+        reading: How the model reads the text; by default as in its pretraining. Captions are always read causally.
+        field: Field of the records with the questions, statements or captions, such as questions_zh.
+        fit: How an image becomes a square; by default as in pretraining, but squash, not crop, where texts are of all of it.
+        max_length: Tokens of a text after which it is cut; by default as in pretraining, and at least 50 (vcr: 224).
+        name: Name of the new run; by default that of the pretrained one and the task.
+        out: Folder of the new run; by default runs/NAME.
+        seed: Seed of all that is drawn.
+        workers: Processes that load data; 0 loads it in a thread.
+        device: Such as cpu or cuda:1; auto is a GPU where there is one.
+        precision: Number type of the forward pass.
+        threads: Threads of the CPU; by default torch's choice.
+        resume: Continue from the last checkpoint.
+        **options: The task's own options.
+    """
+    chosen, start = make_task(task, options), load_pretrained(source)
+    run_name = name or f"{Path(source).name}-{chosen.name}"
+    if resume:
+        fit, max_length = earlier_input(Path(out or f"runs/{run_name}"), fit, max_length)
+    reads: dict[str, Any] = {
+        "field": field,
+        "fit": fit,
+        "max_length": max_length,
+        "batch_size": batch_size,
+        "workers": workers,
     }
-    if told.task == "vqa":
-        shared["answers"] = frequent_answers(places["train"], asked, told.answers)
-    return kind.data(**shared)
+    task_data = data_for(chosen, start, data, **reads)
+    machine: dict[str, Any] = {"device": device, "precision": precision, "threads": threads}
+    objective = chosen.objective(task_data, start, reading)
+    run = run_for(chosen, start, task_data, objective, lr, steps, name=run_name, out=out, seed=seed, **machine)
+    return train_and_score(run, type(chosen), resume)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Seen:
-    """How a pretrained run saw images and texts; the records' objects where it says nothing of regions."""
-
-    regions: RegionSource = field(default_factory=RegionSource)
-    fit: Fit = "crop"
-    max_length: int = 50
-    captions: str = "captions"
-
-
-def seen_by(folder: str) -> Seen:
-    """All but the classes of its regions."""
-    data = read_saved_run(folder).data
-    regions = replace(data.regions or RegionSource(), classes=None)
-    # A crop would leave out some of what a detector found.
-    fit: Fit = "squash" if "fit" not in data.stated and regions.stored else data.fit
-    return Seen(regions=regions, fit=fit, max_length=data.max_length, captions=data.captions)
-
-
-def task_objective(told: Finetune, data: Data, source: Saved, model: ModelConfig) -> ObjectiveConfig:
-    """The pretrained model says how it was read, and what its `<s>` saw."""
-    reading: Reading = told.reading or source.info.get("reading", "full")
-    head: dict[str, Any] = {"reading": reading, "bos": saved_bos(source)}
-    match told.task:
-        case "vqa":
-            assert isinstance(data, VQAData)
-            return VQAConfig(**head, answers=len(data.answers))
-        case "nlvr":
-            return NLVRConfig(**head)
-        case "nlvr2":
-            return NLVR2Config(**head, form=told.form or ("pair-biattn" if model.single is not None else "pair"))
-        case "caption":
-            return CaptionConfig()
-        case "grounding":
-            loss = _loss(told, "ce", "rank")
-            return GroundingConfig(**head, loss=loss, reduction=told.reduction, layers=told.layers)
-        case "retrieval":
-            # The matching head, which it starts from, reads all at once.
-            matched = told.reading is None and retrieval.matching_head(source) is not None
-            head |= {"reading": "full"} if matched else {}
-            hard: dict[str, Any] = {"negatives": told.negatives, "anchors": told.anchors, "keep": told.keep}
-            return RetrievalConfig(**head, **hard, source=told.source if matched else None)
-        case "entailment":
-            return EntailmentConfig(**head, loss=_loss(told, "bce", "ce"))
-        case "vcr":
-            return VCRConfig(**head, kinds=told.kinds)
-        case _:
-            assert_never(told.task)
+def data_for(
+    task: Task,
+    start: Pretrained,
+    folder: str,
+    *,
+    field: str | None = None,
+    fit: Fit | None = None,
+    max_length: int | None = None,
+    batch_size: int = 64,
+    workers: int = 0,
+) -> TaskData:
+    """The task's data in `folder`, prepared as in pretraining but for what is given. Raises UserError where there is no
+    training split."""
+    if max_length is not None and max_length < 3:
+        raise UserError(f"`max_length` {max_length} leaves no room between <s> and </s>; give 3 or more")
+    places, seen, model = find_splits(folder, task.split_prefixes), start.preprocessing, start.saved.model.config
+    field = field or task.field
+    fields: dict[str, Any] = {
+        **places,
+        task.field: field,
+        "batch_size": batch_size,
+        "workers": workers,
+        "fit": fit or (task.data.fit if seen.fit == "crop" else seen.fit),
+        "max_length": max_length or min(max(seen.max_length, task.max_length), model.longest_text),
+        "regions": seen.regions if model.single is not None or task.needs_regions else None,
+    }
+    return task.data(**fields, **task.data_fields(places["train"], field))
 
 
-def _loss(told: Finetune, usual: str, other: str) -> Any:
-    if told.loss not in (None, usual, other):
-        raise UserError(f"--loss {told.loss}: {told.task} has {usual} and {other}")
-    return told.loss or usual
+def earlier_input(run: Path, fit: Fit | None, max_length: int | None) -> tuple[Fit | None, int | None]:
+    """What a resumed run read before, where nothing else is given, whatever the defaults have become."""
+    earlier = read_saved_run(run).data
+    if fit is None and "fit" in earlier.stated:
+        fit = earlier.fit
+    if max_length is None and "max_length" in earlier.stated:
+        max_length = earlier.max_length
+    return fit, max_length
 
 
-def with_types(config: ModelConfig, types: int) -> ModelConfig:
-    """Room in a single stream's type table, whose new rows the task fills."""
-    if config.single is None or config.single.types >= types:
-        return config
-    return replace(config, single=replace(config.single, types=types))
-
-
-def plan(told: Finetune) -> TrainConfig:
-    """The run that `finetune` trains."""
-    source = load_model(told.source)
-    kind = TASKS[told.task]
-    config = with_types(source.model.config, kind.types)
-    data = task_data(told, config)
-    rates = kind.rates
-    if told.lr is not None and told.lr <= 0:
-        raise UserError(f"--lr must be above 0, not {told.lr}")
-    often = max(1, told.steps // 5)
-    optim = OptimConfig(
-        lr=told.lr or rates.lr, cross_multiplier=rates.cross, head_multiplier=rates.head, warmup=0.1, decay="linear"
-    )
-    run = TrainConfig(
-        name=told.name or f"{Path(told.source).name}-{told.task}",
-        out=told.out,
+def run_for(
+    task: Task,
+    start: Pretrained,
+    data: TaskData,
+    objective: ObjectiveConfig,
+    lr: float | None,
+    steps: int,
+    **options: Any,
+) -> TrainConfig:
+    """The run that is trained. `options`: further fields of it."""
+    rates = task.rates
+    if lr is not None and lr <= 0:
+        raise UserError(f"`lr` must be above 0, not {lr}")
+    often = max(1, steps // 5)
+    return TrainConfig(
         data=data,
-        model=config,
-        objectives={told.task: task_objective(told, data, source, config)},
-        optim=optim,
-        steps=told.steps,
-        init=told.source,
-        seed=told.seed,
+        model=with_token_types(start.saved.model.config, task.token_types),
+        objectives={task.name: objective},
+        optim=OptimConfig(
+            lr=lr or rates.lr, cross_multiplier=rates.cross, head_multiplier=rates.head, warmup=0.1, decay="linear"
+        ),
+        steps=steps,
+        init=start.folder,
         validate_every=often,
         checkpoint_every=often,
-        device=told.device,
-        precision=told.precision,
-        threads=told.threads,
+        **options,
     )
-    return as_before(told, run) if told.resume else run
 
 
-def as_before(told: Finetune, run: TrainConfig) -> TrainConfig:
-    """A resumed run reads on as it did where nothing else is told, whatever the defaults have become."""
-    before = read_saved_run(run.folder).data
-    names = [name for name in ("fit", "max_length") if name in before.stated and getattr(told, name) is None]
-    kept: dict[str, Any] = {name: getattr(before, name) for name in names}
-    return replace(run, data=replace(run.data, **kept))
+def with_token_types(config: ModelConfig, count: int) -> ModelConfig:
+    """The model with room in a single stream's type table for the task, which fills the new rows."""
+    if config.single is None or config.single.types >= count:
+        return config
+    return replace(config, single=replace(config.single, types=count))
 
 
-def finetune(told: Finetune) -> tuple[dict[str, Any], Path] | None:
-    """Trains, then scores the best weights on val and test where they exist, each written as it comes. Returns the scores
-    and their file (None on all ranks but the main one)."""
-    run = plan(told)
-    places = {split: place for split in HELD_OUT if (place := getattr(run.data, split)) is not None}
-    lacks = {split: untold(place, told.task, run.data) for split, place in places.items()}
-    if lacks.get("val"):
-        raise UserError(f"{lacks['val']}, and val chooses the weights; remove the folder, or import answers with it")
+def train_and_score(run: TrainConfig, task: type[Task], resume: bool) -> TaskScores | None:
+    """Trains, then scores the splits val and test. Raises UserError, before training, where val does not say what is right."""
+    places = {split: place for split in ("val", "test") if (place := getattr(run.data, split)) is not None}
+    reasons = {split: why_not_scored(task, place, run.data) for split, place in places.items()}
+    if reasons.get("val"):
+        raise UserError(f"{reasons['val']}, and val chooses the weights; remove the folder, or import answers with it")
     with dist.process_group():
-        train(run, told.resume)
+        train(run, resume)
         if not dist.is_main():
             return None
-        scores: dict[str, Any] = {}
-        path = new_results(run.folder)
-        for split, lack in lacks.items():
-            asked = Evaluate(run=str(run.folder), split=split, device=told.device)
-            scores[split] = {"not scored": lack} if lack else evaluate(asked)
-            write_whole(path, as_json(scores))
-    return scores, path
-
-
-def untold(place: str, task: Task, data: Data) -> str | None:
-    """What all records of a split lack to be scored, as those of published test sets do; None where one has it."""
-    kind, count = TASKS[task], 0
-    asked, target = getattr(data, kind.field), kind.target
-    for info in readable_infos(Shards(place)):
-        entries = info.get(asked)
-        dicts = [one for one in entries if isinstance(one, dict)] if isinstance(entries, list) else []
-        told = [one.get(target) for one in dicts] if target else usable_captions(info, asked)
-        if any(value not in (None, {}) for value in told):
-            return None
-        count += 1
-    # Where none can be read, who scores them says why.
-    return f"{place}: no record has {asked!r}" + (f" with {target!r}" if target else "") if count else None
-
-
-def load_task(folder: str | Path) -> tuple[Saved, Objective, TaskData]:
-    """A fine-tuned run by itself: model, head, and the data it was trained on. Raises UserError where the folder is no
-    run of a task, or is damaged."""
-    saved = load_model(folder)
-    name = saved.info.get("task")
-    if name not in TASKS:
-        raise UserError(f"{folder}: no fine-tuned run (its task is {name!r}); make one with `vlp finetune`")
-    return saved, load_objective(saved, name), read_saved_run(folder).data_as(TASKS[name].data)
-
-
-def load_zero_shot(told: Evaluate) -> tuple[Saved, Objective, TaskData]:
-    """A pretrained run that matches images and texts, with the captions and regions that it was trained on."""
-    if told.data is None:
-        raise UserError("--zero-shot needs --data: the folder whose splits are searched")
-    saved, seen = load_model(told.run), seen_by(told.run)
-    known: dict[str, Any] = {name: getattr(seen, name) for name in ("captions", "max_length", "fit")}
-    regions = seen.regions if saved.model.config.single is not None else None
-    data = RetrievalData(train="", batch_size=64, regions=regions, **known)
-    return saved, retrieval.zero_shot(saved, told.run), data
-
-
-def split_place(told: Evaluate, task: Task, data: TaskData) -> str:
-    """Of the split that is told: a folder's name, beside those of the run's own data or in `told.data`."""
-    own = getattr(data, told.split) if told.data is None and told.split in splits.SPLITS else None
-    return own or splits.find_split(told.data or splits.parent(data.train), told.split, prefixes(task))
-
-
-def evaluate(told: Evaluate) -> dict[str, Any]:
-    """Scores of a fine-tuned run's best weights on a split of its own data, or of `told.data`. Raises UserError for a
-    record that cannot be read, as an evaluation leaves none out, and for a split that tells nothing to score by."""
-    if told.threads:
-        torch.set_num_threads(told.threads)
-    saved, objective, data = load_zero_shot(told) if told.zero_shot else load_task(told.run)
-    task: Task = "retrieval" if told.zero_shot else saved.info["task"]
-    place = split_place(told, task, data)
-    if lack := untold(place, task, data):
-        raise UserError(f"split {told.split!r} cannot be scored, {lack}; choose another --split, or --data FOLDER")
-    # The split may have any name, and data knows three; test is the one that nothing is chosen by.
-    split: Split = "test"
-    data = replace(data, test=place)
-    if told.beams < 1 or told.most < 1:
-        raise UserError(f"--beams {told.beams} and --most {told.most} must be at least 1")
-    device = dist.pick_device(told.device)
-    model, tokenizer = saved.model.to(device), saved.tokenizer
-    objective.to(device)
-    about: dict[str, Any] = {"weights": saved.weights.name, "step": saved.info.get("step"), "data": place}
-    if (score := TASKS[task].score) is not None:
-        return about | score(model, objective, data, split, tokenizer)
-    assert isinstance(data, CaptionData)
-    decoding: dict[str, Any] = {"beams": told.beams, "most": told.most, "length_penalty": told.length_penalty}
-    scores, said = caption.evaluate(model, data, split, tokenizer, **decoding)
-    return about | scores | {"decoding": decoding, "captions": said}
-
-
-def write_results(folder: Path, scores: Mapping[str, Any]) -> Path:
-    write_whole(path := new_results(folder), as_json(scores))
-    return path
-
-
-def new_results(folder: Path) -> Path:
-    """results.json, or results-2.json and so on: no result is ever overwritten."""
-    n = 1
-    while (path := folder / ("results.json" if n == 1 else f"results-{n}.json")).exists():
-        n += 1
-    return path
-
-
-def as_json(scores: Mapping[str, Any]) -> bytes:
-    return json.dumps(scores, indent=2, ensure_ascii=False).encode()
-
-
-def told_in_words(scores: Mapping[str, Mapping[str, Any]]) -> str:
-    """A line for each score, to print, and for each split without one."""
-    return "\n".join(
-        f"{split:>5} {name:24} {value:{'.0f' if name == 'count' else '.4f'}}"
-        if isinstance(value, float)
-        else f"{split:>5} {name}: {value}"
-        for split, found in scores.items()
-        for name, value in found.items()
-        if isinstance(value, float) or name == "not scored"
-    )
+        scores: dict[str, dict[str, Any]] = {}
+        path, tuned = new_scores_path(run.folder), load_task(run.folder)
+        for split, place in places.items():
+            if reason := reasons[split]:
+                scores[split] = {"not scored": reason}
+            else:
+                scores[split] = score_split(tuned, place, device=run.device, options=task.scoring(), split=split)
+            # What is scored is on disk, should the next split fail.
+            save_scores(path, scores)
+    return TaskScores(scores, path)

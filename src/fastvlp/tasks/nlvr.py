@@ -1,8 +1,9 @@
-"""Is a statement true of an image? (NLVR, Suhr et al. 2017; the head is NLVR2's with one image, spec flm.md section 5)"""
+"""Is a statement true of an image? (NLVR, Suhr et al., ACL 2017.) The head is that of NLVR2, with one image."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,45 +16,42 @@ from fastvlp.data.records.shards import Shards
 from fastvlp.data.tokenize import Tokenizer
 from fastvlp.eval.classification import mean_by
 from fastvlp.eval.mode import evaluating
-from fastvlp.model.model import ModelConfig, VLModel
+from fastvlp.model.model import ModelConfig, Reading, VLModel
 from fastvlp.objectives.objective import Loss
-from fastvlp.tasks.task import (
-    HeadConfig,
-    HeadTask,
-    Item,
-    ItemData,
-    ItemMaker,
-    batches,
-    encoded,
-    read_items,
-    target_of,
-)
+from fastvlp.tasks.heads import HeadConfig, HeadObjective, image_states, target_of
+from fastvlp.tasks.interface import FineTuned, Task
+from fastvlp.tasks.item_data import ItemData
+from fastvlp.tasks.items import Item, ItemMaker, batches_in_order, read_items
+from fastvlp.tasks.pretrained import Pretrained
 
 
 @dataclass(frozen=True, kw_only=True)
 class NLVRData(ItemData):
-    """statements: the field of a record with its list of statements (`statements_zh`: the Chinese ones). Images are
-    squashed, since a statement may be about what a crop would cut off."""
+    """Statements that are true or false. Images are squashed, since a statement may be about what a crop would cut off."""
 
     statements: str = "statements"
+    """Field of the records with the statements; statements_zh has the Chinese ones."""
     fit: Fit = "squash"
+    """How an image becomes a square."""
 
     def read(self, shards: Shards) -> list[Item]:
         return read_items(shards, self.statements, "text", "label", label_fault)
 
     def target(self, items: list[Item]) -> Tensor:
-        """int64 [items]: 1 where the statement is true."""
-        return torch.tensor([int(bool(item.told["label"])) for item in items], dtype=torch.int64)
+        """1 where the statement is true: int64 [items]."""
+        return torch.tensor([int(bool(item.entry["label"])) for item in items], dtype=torch.int64)
 
 
 @dataclass(frozen=True, kw_only=True)
 class NLVRConfig(HeadConfig):
+    """A statement about one image, true or false."""
+
     def build(self, model: ModelConfig, tokenizer: Tokenizer) -> NLVR:
         return NLVR(self, model)
 
 
-class Truth(HeadTask):
-    """Cross-entropy over false and true; what NLVR and NLVR2 share."""
+class Truth(HeadObjective):
+    """Cross-entropy over false and true, for NLVR and NLVR2."""
 
     def __init__(self, config: HeadConfig, model: ModelConfig, *, images: int, head: nn.Module | None = None):
         super().__init__(config, model, images=images, outputs=2, head=head)
@@ -71,16 +69,16 @@ class NLVR(Truth):
         super().__init__(config, model, images=1)
 
 
-def measure(model: VLModel, objective: Truth, made: ItemMaker, batch_size: int) -> dict[str, float]:
-    """accuracy: share of statements judged right. consistency: share of different statements judged right
-    beside every image they come with (Suhr et al. 2019, section 5)."""
+def measure(model: VLModel, objective: Truth, items: ItemMaker, batch_size: int) -> dict[str, float]:
+    """accuracy: share of statements that are classified right. consistency: share of different statements that are classified
+    right beside every image they come with (Suhr et al. 2019, arXiv 1811.00491, section 5)."""
     right: list[bool] = []
     device = next(model.parameters()).device
     with evaluating(model, objective):
-        for batch in batches(made, batch_size, device):
-            logits = objective.logits(model, encoded(model, batch), batch)
+        for batch in batches_in_order(items, batch_size, device):
+            logits = objective.logits(model, image_states(model, batch), batch)
             right += logits.argmax(1).eq(target_of(batch)).tolist()
-    by_statement = mean_by([float(r) for r in right], [item.text for item in made.items])
+    by_statement = mean_by([float(r) for r in right], [item.text for item in items.items])
     consistent = [share == 1.0 for share in by_statement.values()]
     return {
         "accuracy": sum(right) / len(right),
@@ -89,6 +87,19 @@ def measure(model: VLModel, objective: Truth, made: ItemMaker, batch_size: int) 
     }
 
 
-def evaluate(model: VLModel, objective: Truth, data: ItemData, split: Split, tokenizer: Tokenizer) -> dict[str, float]:
-    """`measure` on a split; refuses one with an unreadable record."""
-    return measure(model, objective, data.strict(split, tokenizer, model.config.image.size), data.batch_size)
+@dataclass(frozen=True, kw_only=True)
+class NLVRTask(Task):
+    """Is a statement true of an image?"""
+
+    name = "nlvr"
+    data = NLVRData
+    config = NLVRConfig
+    field = "statements"
+    answer = "label"
+
+    def objective(self, data: NLVRData, pretrained: Pretrained, reading: Reading | None) -> NLVRConfig:
+        return NLVRConfig(reading=reading or pretrained.reading, bos=pretrained.bos)
+
+    @classmethod
+    def score(cls, tuned: FineTuned, split: Split, options: Any) -> dict[str, Any]:
+        return measure(tuned.saved.model, tuned.objective, tuned.items(split), tuned.data.batch_size)

@@ -1,24 +1,26 @@
-"""Is a statement true of a pair of images? (NLVR2, Suhr et al. 2019; METER, arXiv 2111.02387; spec flm.md section 5; UNITER,
-arXiv 1909.11740, section 4 and table 5)"""
+"""Is a statement true of a pair of images? (NLVR2, Suhr et al., arXiv 1811.00491; METER, arXiv 2111.02387; UNITER, arXiv
+1909.11740, section 4 and table 5)"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from fastvlp.batch import Batch, Regions
-from fastvlp.data.pairs import Fit
+from fastvlp.data.pairs import Fit, Split
 from fastvlp.data.tokenize import Tokenizer
 from fastvlp.errors import UserError
-from fastvlp.model.model import ModelConfig, VLModel
+from fastvlp.model.model import ModelConfig, Reading, VLModel
 from fastvlp.model.region_embedding import given
 from fastvlp.model.single_stream import SingleConfig
-from fastvlp.tasks.nlvr import NLVRData, Truth
-from fastvlp.tasks.task import HeadConfig
+from fastvlp.tasks.heads import HeadConfig
+from fastvlp.tasks.interface import FineTuned, Task
+from fastvlp.tasks.nlvr import NLVRData, Truth, measure
+from fastvlp.tasks.pretrained import Pretrained
 from fastvlp.tasks.uniter_heads import PairAttention
 
 Form = Literal["triplet", "pair", "pair-biattn"]
@@ -29,6 +31,7 @@ class NLVR2Data(NLVRData):
     """Records of two images; `batch_size` counts pairs."""
 
     fit: Fit = "crop"
+    """How an image becomes a square."""
 
     @property
     def images(self) -> int:
@@ -37,23 +40,24 @@ class NLVR2Data(NLVRData):
 
 @dataclass(frozen=True, kw_only=True)
 class NLVR2Config(HeadConfig):
-    """form: the statement is read beside each image, and the summaries are concatenated (pair) or each sequence attends to
-    the other and both are pooled (pair-biattn); or it is read once beside the regions of both (triplet). Fusion models
-    have the pair alone."""
+    """A statement about a pair of images, true or false."""
 
     form: Form = "pair"
+    """pair: the statement is read beside each image, and both summaries are concatenated. pair-biattn: each of the two
+    sequences attends to the other, and both are pooled. triplet: the statement is read once, beside the regions of both.
+    Fusion models have pair alone."""
 
     def build(self, model: ModelConfig, tokenizer: Tokenizer) -> NLVR2:
         return NLVR2(self, model)
 
 
 class NLVR2(Truth):
-    """The first image has type 0, the second type 1."""
+    """Rows of the first image have slot 0, of the second slot 1."""
 
     def __init__(self, config: NLVR2Config, model: ModelConfig):
         width = model.text.width
         if config.form != "pair" and model.single is None:
-            raise UserError(f"form {config.form} needs a single stream over text and regions; choose --form pair")
+            raise UserError(f"`form` {config.form} needs a single stream over text and regions; choose pair")
         head: nn.Module | None = None
         if model.single is not None:
             heads: dict[Form, Callable[[SingleConfig], nn.Module]] = {
@@ -67,7 +71,7 @@ class NLVR2(Truth):
 
     @torch.no_grad()
     def begin(self, model: VLModel) -> None:
-        """Pretraining shows one image: the second one's type starts as the first one's (spec flm.md section 5)."""
+        """The second image's type starts as a copy of the first one's, since pretraining shows one image (METER)."""
         if model.config.single is not None:
             model.single.kinds[2].copy_(model.single.kinds[1])
         else:
@@ -89,8 +93,34 @@ class NLVR2(Truth):
 
 
 def side_by_side(feature_BRF: Tensor, regions: Regions) -> tuple[Tensor, Regions, Tensor]:
-    """Rows of a pair of images to one row of all their regions: features, regions, and the image that each is of."""
+    """Turns the two rows of a pair of images into one row with the regions of both: features, regions, and the image of each
+    region."""
     feature, box = (x.unflatten(0, (-1, 2)).flatten(1, 2) for x in (feature_BRF, regions.box))
     slot = torch.arange(2, device=box.device).repeat_interleave(regions.box.shape[1]).expand(box.shape[:2])
-    # Padding lies between: it has no area, by which it is told from regions.
+    # Padding lies between the regions of both; it has no area, so that the mask leaves it out.
     return feature, Regions(box=box, count=torch.full_like(regions.count[::2], box.shape[1])), slot
+
+
+@dataclass(frozen=True, kw_only=True)
+class NLVR2Task(Task):
+    """Is a statement true of a pair of images?"""
+
+    name = "nlvr2"
+    data = NLVR2Data
+    config = NLVR2Config
+    field = "statements"
+    answer = "label"
+    token_types = 3
+    # In one folder with data of single images, as the embedded corpus has it.
+    split_prefixes = ("pairs-", "")
+
+    form: Form | None = None
+    """How a pair of images is read; by default pair-biattn on a single stream over regions, else pair."""
+
+    def objective(self, data: NLVR2Data, pretrained: Pretrained, reading: Reading | None) -> NLVR2Config:
+        usual: Form = "pair" if pretrained.saved.model.config.single is None else "pair-biattn"
+        return NLVR2Config(reading=reading or pretrained.reading, bos=pretrained.bos, form=self.form or usual)
+
+    @classmethod
+    def score(cls, tuned: FineTuned, split: Split, options: Any) -> dict[str, Any]:
+        return measure(tuned.saved.model, tuned.objective, tuned.items(split), tuned.data.batch_size)

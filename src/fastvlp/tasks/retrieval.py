@@ -1,11 +1,11 @@
 """Image-text retrieval by a model that reads both: a score of each pair, tuned to rank, and exact recall over all pairs
-(UNITER, arXiv 1909.11740, section 4 and A.2; released code: model/itm.py, train_itm*.py; spec uniter-brivl.md A4.5)."""
+(UNITER, arXiv 1909.11740, section 4 and A.2; released code: model/itm.py, train_itm*.py)."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -14,72 +14,77 @@ from torch.utils import _pytree
 from fastvlp.batch import Batch, Regions
 from fastvlp.data.loader import Loader
 from fastvlp.data.pairs import PairData, Split
-from fastvlp.data.records.shards import Shards
 from fastvlp.data.tokenize import Tokenizer
 from fastvlp.errors import UserError
 from fastvlp.eval.mode import evaluating
 from fastvlp.eval.ranks import ranks, recall
 from fastvlp.eval.split_reading import read_captions
-from fastvlp.model.model import ModelConfig, VLModel
+from fastvlp.model.model import ModelConfig, Reading, VLModel
 from fastvlp.model.saving import Saved, load_model
 from fastvlp.objectives.losses import at_least_fp32
 from fastvlp.objectives.objective import Loss
 from fastvlp.objectives.saved_objectives import abilities, load_objective, saved_configs
 from fastvlp.random import uniform
-from fastvlp.tasks.task import HeadConfig, HeadTask, encoded
+from fastvlp.tasks.heads import HeadConfig, HeadObjective, image_states
+from fastvlp.tasks.interface import USUAL_RATES, FineTuned, Task
+from fastvlp.tasks.item_data import split_shards
+from fastvlp.tasks.pretrained import Pretrained
 from fastvlp.tasks.uniter_heads import rank_loss
 
 SALTS = {"image": 731, "text": 732}
-# Wrong candidates of some rows, [G N], and which of them are wrong indeed: a row may have fewer.
-Drawn = tuple[Tensor, Tensor]
+# Wrong candidates of some rows [G N], and which of them are truly wrong, since a row may have fewer.
+Negatives = tuple[Tensor, Tensor]
 # Texts that are read beside an image at a time.
 ROWS = 256
 
 
 @dataclass(frozen=True, kw_only=True)
 class RetrievalData(PairData):
-    """The pairs of pretraining; every caption of a record is a candidate."""
+    """Image-text pairs as in pretraining; every caption of a record is a candidate."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RetrievalConfig(HeadConfig):
-    """negatives: `random`, of each pair one other image and one other text of the batch. `hard`, online: for the first
-    `anchors` pairs of the batch all other texts, and all other images, are scored without gradients, and the `keep` best
-    are trained on. The released code draws both from the whole data set (8 anchors, 31 of 399); here a batch of 400
-    gives as many, nothing is read twice, and a pair with the very same text is never wrong.
-
-    source: the pretrained run whose matching head a fusion model starts from; a single stream has its own.
-    """
+    """A score that ranks right pairs above wrong ones. Wrong pairs are made of the batch; one with the very same text is
+    never wrong. (The released code draws them from the whole data set: 8 anchors, 31 of 399. A batch of 400 gives as many,
+    and nothing is read twice.)"""
 
     negatives: Literal["random", "hard"] = "random"
+    """random: each pair gets one other image and one other text of the batch. hard: for the first `anchors` pairs of the
+    batch all other texts, and all other images, are scored without gradients, and the `keep` best are trained on."""
     margin: float = 0.2
+    """How far the sigmoids of the scores of a right and a wrong pair shall differ."""
     anchors: int = 8
+    """hard: pairs of the batch that get negatives."""
     keep: int = 31
+    """hard: images, and texts, that each of these pairs is ranked against."""
     source: str | None = None
+    """Folder of the pretrained run whose matching head a fusion model starts from. A single stream has its own."""
 
     def __post_init__(self) -> None:
         if self.anchors < 1 or self.keep < 1:
-            raise UserError(f"--anchors {self.anchors}, --keep {self.keep}: hard negatives need at least 1 of each")
+            raise UserError(f"`anchors` {self.anchors}, `keep` {self.keep}: hard negatives need at least 1 of each")
 
     def build(self, model: ModelConfig, tokenizer: Tokenizer) -> Retrieval:
         return Retrieval(self, model)
 
 
-def hardest(score_AB: Tensor, wrong_AB: Tensor, keep: int) -> Drawn:
-    """Of each row the candidates that score highest among the wrong ones, best first: places [A min(keep, B - 1)], and
-    which of these are wrong indeed, for a row that has fewer."""
+def hardest(score_AB: Tensor, wrong_AB: Tensor, keep: int) -> Negatives:
+    """The candidates of each row that score highest among the wrong ones, best first: places [A min(keep, B - 1)], and which
+    of these are truly wrong, since a row may have fewer."""
     place = score_AB.masked_fill(~wrong_AB, -torch.inf).topk(min(keep, score_AB.shape[1] - 1), 1).indices
     return place, wrong_AB.gather(1, place)
 
 
-class Retrieval(HeadTask):
+class Retrieval(HeadObjective):
     def __init__(self, config: RetrievalConfig, model: ModelConfig):
         super().__init__(config, model, images=1, outputs=1, head=nn.Linear(model.text.width, 1))
         self.config = config
 
     @torch.no_grad()
     def begin(self, model: VLModel) -> None:
-        """Scores start as the pretrained head's for "match": its second row, copied, so that saving and moving keep both."""
+        """The head starts as the second row of the pretrained head, the score of "match". It is copied, so that saving and
+        moving keep both."""
         if self.pool is None:
             match = model.single.match
         else:
@@ -94,21 +99,21 @@ class Retrieval(HeadTask):
     def scores(
         self, model: VLModel, image_BKD: Tensor, ids_BL: Tensor, length_B: Tensor, regions: Regions | None
     ) -> Tensor:
-        """How well each image fits the text of its row, [B]. A single image is read beside every text."""
+        """How well each image fits the text of its row -> [B]. A single image is read beside every text."""
         if self.pool is None and len(image_BKD) == 1:
             image_BKD = image_BKD.expand(len(ids_BL), -1, -1)
             regions = _pytree.tree_map_only(Tensor, lambda x: x.expand(len(ids_BL), *x.shape[1:]), regions)
         return at_least_fp32(self.head(self.pooled(model, image_BKD, ids_BL, length_B, regions))[:, 0])
 
     def pair_scores(self, model: VLModel, image_BKD: Tensor, batch: Batch, image_P: Tensor, text_P: Tensor) -> Tensor:
-        """Of rows of the batch, images beside texts -> [P]."""
+        """Scores of pairs: image `image_P[p]` of the batch beside its text `text_P[p]` -> [P]."""
         regions = _pytree.tree_map_only(Tensor, lambda x: x[image_P], batch.regions)
         return self.scores(model, image_BKD[image_P], batch.ids[text_P], batch.length[text_P], regions)
 
     def wrong(self, batch: Batch) -> Tensor:
-        """Which texts are not the row's own, bool [B B]."""
+        """Which texts differ from the row's own: bool [B B]."""
         if len(batch) < 2 and self.training:
-            raise UserError("retrieval takes its negatives from the batch and this one has a single readable pair")
+            raise UserError("retrieval takes its negatives from the batch, and this one has a single readable pair")
         return (batch.ids[:, None] != batch.ids).any(-1)
 
     def counts(self, batch: Batch) -> dict[str, Tensor]:
@@ -116,27 +121,29 @@ class Retrieval(HeadTask):
         count = (others_B > 0).sum() if c.negatives == "random" else others_B[: c.anchors].clamp(max=c.keep).sum()
         return {"image": count, "text": count}
 
-    def random(self, batch: Batch) -> dict[str, Drawn]:
+    def random(self, batch: Batch) -> dict[str, Negatives]:
+        """One other image, and one other text, of each row."""
         wrong_BB = self.wrong(batch)
         some_B1 = wrong_BB.any(1, keepdim=True)
         noise = {name: uniform(batch.seed, (len(batch),), salt) for name, salt in SALTS.items()}
         return {name: (x.masked_fill(~wrong_BB, -1).argmax(1, keepdim=True), some_B1) for name, x in noise.items()}
 
-    def hard(self, model: VLModel, image_BKD: Tensor, batch: Batch) -> dict[str, Drawn]:
+    def hard(self, model: VLModel, image_BKD: Tensor, batch: Batch) -> dict[str, Negatives]:
+        """The hardest images, and texts, of each anchor."""
         wrong_AB, every_B = self.wrong(batch)[: self.config.anchors], torch.arange(len(batch), device=batch.ids.device)
-        found: dict[str, list[Tensor]] = {name: [] for name in SALTS}
+        scores: dict[str, list[Tensor]] = {name: [] for name in SALTS}
         with evaluating(model, self):
             for anchor in every_B[: len(wrong_AB)]:
                 own_B = anchor.expand(len(batch))
-                found["image"].append(self.pair_scores(model, image_BKD, batch, every_B, own_B))
-                found["text"].append(self.pair_scores(model, image_BKD, batch, own_B, every_B))
-        return {name: hardest(torch.stack(rows), wrong_AB, self.config.keep) for name, rows in found.items()}
+                scores["image"].append(self.pair_scores(model, image_BKD, batch, every_B, own_B))
+                scores["text"].append(self.pair_scores(model, image_BKD, batch, own_B, every_B))
+        return {name: hardest(torch.stack(rows), wrong_AB, self.config.keep) for name, rows in scores.items()}
 
     def forward(self, model: VLModel, image_BKD: Tensor, batch: Batch) -> dict[str, Loss]:
-        """image: wrong images beside a text, text: wrong texts beside an image; a hinge for each."""
+        """A hinge for wrong images beside a text (`image`), and one for wrong texts beside an image (`text`)."""
         random = self.config.negatives == "random"
-        drawn = self.random(batch) if random else self.hard(model, image_BKD, batch)
-        (image_GN, _), (text_GN, _) = drawn["image"], drawn["text"]
+        negatives = self.random(batch) if random else self.hard(model, image_BKD, batch)
+        (image_GN, _), (text_GN, _) = negatives["image"], negatives["text"]
         own_G = torch.arange(len(image_GN), device=image_GN.device)
         own_GN = own_G[:, None].expand_as(image_GN)
         # Each right pair is read once, for both kinds of wrong ones.
@@ -145,9 +152,9 @@ class Retrieval(HeadTask):
         score = self.pair_scores(model, image_BKD, batch, image, text)
         right_G1, wrong = score[: len(own_G), None], score[len(own_G) :].view(2, *image_GN.shape)
         losses, counts = {}, self.counts(batch)
-        for (name, (_, real_GN)), wrong_GN in zip(drawn.items(), wrong):
+        for (name, (_, real_GN)), wrong_GN in zip(negatives.items(), wrong):
             each_GN = rank_loss(torch.cat([right_G1, wrong_GN], 1), self.config.margin)
-            # As released: random, the mean over both kinds; hard, the sum of both means.
+            # As in the released code: for random ones the mean over both kinds, for hard ones the sum of both means.
             losses[name] = Loss(torch.where(real_GN, each_GN, 0).sum(), counts[name], 0.5 if random else 1.0)
         return losses
 
@@ -159,10 +166,10 @@ def matching_head(saved: Saved) -> tuple[nn.Linear, nn.Linear] | None:
 
 
 def zero_shot(saved: Saved, folder: str) -> Retrieval:
-    """Retrieval by the matching head of a pretrained run, untouched. Raises UserError for a run that did not learn to
-    match, or has been tuned to rank since: its own head is the one to score."""
+    """Retrieval by the matching head of a pretrained run, as it is. Raises UserError for a run that did not learn to match,
+    or has been tuned to rank since: then its own head is the one to score."""
     if any(isinstance(config, RetrievalConfig) for config in saved_configs(saved).values()):
-        raise UserError(f"{folder}: has been fine-tuned for retrieval; evaluate it without --zero-shot")
+        raise UserError(f"{folder}: has been fine-tuned for retrieval; evaluate it without `zero_shot`")
     matches = any("match" in names for names in abilities(saved).values())
     if not matches or (saved.model.config.single is None and matching_head(saved) is None):
         raise UserError(
@@ -173,21 +180,19 @@ def zero_shot(saved: Saved, folder: str) -> Retrieval:
     return objective
 
 
-def score_all(
-    model: VLModel, objective: Retrieval, data: RetrievalData, split: Split, tokenizer: Tokenizer, texts: Sequence[str]
-) -> Tensor:
-    """Of every image beside every text, [I T] on the CPU. Each image is encoded once; texts of like length share a batch."""
-    rows = data.rows(split, tokenizer, model.config.image.size, strict=True)
-    assert rows is not None
+def score_all(tuned: FineTuned, split: Split, texts: Sequence[str]) -> Tensor:
+    """Scores of every image of a split beside every text -> [I T] on the CPU. Each image is encoded once, and texts of like
+    length share a batch."""
+    model, objective, data, rows = tuned.saved.model, tuned.objective, tuned.data, tuned.rows(split)
     device = next(model.parameters()).device
-    ids_TL, length_T = (part.to(device) for part in tokenizer.encode(list(texts), data.max_length))
+    ids_TL, length_T = (part.to(device) for part in tuned.saved.tokenizer.encode(list(texts), data.max_length))
     parts = length_T.argsort().split(ROWS)
     score_IT = torch.empty(rows.count, len(texts))
     first = 0
     with evaluating(model, objective):
         for made, _ in Loader(rows.count, rows.make, batch_size=data.batch_size, seed=0).once():
             batch = made.to(device)
-            image_BKD = encoded(model, batch)
+            image_BKD = image_states(model, batch)
             for b in range(len(batch)):
                 one = slice(b, b + 1)
                 regions = _pytree.tree_map_only(Tensor, lambda x, one=one: x[one], batch.regions)
@@ -199,17 +204,54 @@ def score_all(
     return score_IT
 
 
-def evaluate(
-    model: VLModel, objective: Retrieval, data: RetrievalData, split: Split, tokenizer: Tokenizer
-) -> dict[str, float]:
-    """Recall over all pairs of a split's images and captions; refuses a split with an unreadable record."""
-    folder = {"train": data.train, "val": data.val, "test": data.test}[split]
-    if folder is None:
-        raise UserError(f"the data has no {split!r} split; choose another --split, or --data FOLDER that has it")
-    captions = read_captions(Shards(folder), data.captions)
-    said = [text for its in captions for text in its]
-    place = {text: t for t, text in enumerate(dict.fromkeys(said))}
-    score_IT = score_all(model, objective, data, split, tokenizer, list(place))[:, [place[text] for text in said]]
-    own_T = torch.arange(len(captions)).repeat_interleave(torch.tensor([len(its) for its in captions]))
-    found = ranks(lambda i, t: score_IT[i, t], own_T, len(captions))
-    return recall(*found) | {"images": float(len(captions)), "count": float(len(said))}
+@dataclass(frozen=True, kw_only=True)
+class RetrievalTask(Task):
+    """Find images by captions and back, by a model that reads both."""
+
+    name = "retrieval"
+    data = RetrievalData
+    config = RetrievalConfig
+    field = "captions"
+    # Pretraining has trained the matching head already: it learns no faster than the towers.
+    rates = replace(USUAL_RATES, head=1)
+
+    negatives: Literal["random", "hard"] = "random"
+    """random: each pair gets one other image and one other text of the batch. hard: the hardest ones of a few pairs."""
+    anchors: int = 8
+    """hard: pairs of the batch that get negatives, out of the whole batch."""
+    keep: int = 31
+    """hard: images, and texts, that each of these pairs is ranked against."""
+
+    def objective(self, data: RetrievalData, pretrained: Pretrained, reading: Reading | None) -> RetrievalConfig:
+        # The matching head, which it starts from, reads a text in full.
+        matched = reading is None and matching_head(pretrained.saved) is not None
+        return RetrievalConfig(
+            reading="full" if matched else reading or pretrained.reading,
+            bos=pretrained.bos,
+            negatives=self.negatives,
+            anchors=self.anchors,
+            keep=self.keep,
+            source=pretrained.folder if matched else None,
+        )
+
+    @classmethod
+    def score(cls, tuned: FineTuned, split: Split, options: Any) -> dict[str, Any]:
+        """Recall over all pairs of the split's images and captions."""
+        data: RetrievalData = tuned.data
+        captions = read_captions(split_shards(data, split), data.captions)
+        texts = [text for its in captions for text in its]
+        place = {text: t for t, text in enumerate(dict.fromkeys(texts))}
+        score_IT = score_all(tuned, split, list(place))[:, [place[text] for text in texts]]
+        own_T = torch.arange(len(captions)).repeat_interleave(torch.tensor([len(its) for its in captions]))
+        scores = recall(*ranks(lambda i, t: score_IT[i, t], own_T, len(captions)))
+        return scores | {"images": float(len(captions)), "count": float(len(texts))}
+
+    @classmethod
+    def zero_shot(cls, pretrained: Pretrained) -> tuple[Retrieval, RetrievalData]:
+        """Retrieval by the matching head of pretraining, with the captions and regions that the run was trained on."""
+        saved, seen = pretrained.saved, pretrained.preprocessing
+        regions = seen.regions if saved.model.config.single is not None else None
+        data = RetrievalData(
+            train="", batch_size=64, captions=seen.captions, max_length=seen.max_length, fit=seen.fit, regions=regions
+        )
+        return zero_shot(saved, pretrained.folder), data

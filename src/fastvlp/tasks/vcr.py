@@ -1,5 +1,5 @@
 """Which answer to a question is right, and which rationale for it? (VCR, Zellers et al., arXiv 1811.10830; UNITER, arXiv
-1909.11740, section 4; released code: model/vcr.py, spec uniter-brivl.md A4.2)"""
+1909.11740, section 4; released code: model/vcr.py)"""
 
 from __future__ import annotations
 
@@ -18,72 +18,81 @@ from fastvlp.data.records.shards import Shards
 from fastvlp.data.tokenize import Tokenizer
 from fastvlp.errors import UserError
 from fastvlp.eval.mode import evaluating
-from fastvlp.model.model import ModelConfig, VLModel
+from fastvlp.model.model import ModelConfig, Reading, VLModel
+from fastvlp.tasks.heads import HeadConfig, image_states
+from fastvlp.tasks.interface import FineTuned, Task
+from fastvlp.tasks.item_data import ItemData
+from fastvlp.tasks.items import Item, ItemMaker, batches_in_order, read_items
 from fastvlp.tasks.nlvr import Truth
-from fastvlp.tasks.task import HeadConfig, Item, ItemData, ItemMaker, batches, encoded, read_items
+from fastvlp.tasks.pretrained import Pretrained
 
-# Rows of the type table: of a question, an answer, a rationale; row 1 is the regions'.
-KINDS = (0, 2, 3)
+# Rows of the type table for a question, an answer and a rationale; row 1 is that of regions.
+TEXT_TYPES = (0, 2, 3)
 
 
 @dataclass(frozen=True, kw_only=True)
 class VCRData(ItemData):
-    """choices: the field of a record with its list of {question, answers, right, rationales, right_rationale}; the last two
-    may be missing. Each answer after its question, and each rationale after question and right answer, is a row, right
-    or wrong by itself, as in training; what is chosen is the one that scores best."""
+    """Questions with answers and rationales to choose from. Each answer after its question, and each rationale after the
+    question and the right answer, is an item, right or wrong by itself; the one that scores best is chosen."""
 
     choices: str = "choices"
+    """Field of the records with a list of {question, answers, right, rationales, right_rationale}; the last two may be
+    missing. choices_zh has the Chinese ones."""
     fit: Fit = "squash"
+    """How an image becomes a square."""
 
     def read(self, shards: Shards) -> list[Item]:
-        asked = read_items(shards, self.choices, "question", "answers")
-        return [row for number, item in enumerate(asked) for row in _rows(item, number)]
+        questions = read_items(shards, self.choices, "question", "answers")
+        return [choice for number, item in enumerate(questions) for choice in _choices(item, number)]
 
     def target(self, items: list[Item]) -> Tensor:
-        """int64 [items]: 1 where the answer or the rationale is right."""
-        return torch.tensor([int(item.told["label"]) for item in items], dtype=torch.int64)
+        """1 where the answer or the rationale is right: int64 [items]."""
+        return torch.tensor([int(item.entry["label"]) for item in items], dtype=torch.int64)
 
 
-def _rows(item: Item, number: int) -> Iterator[Item]:
-    """`told`: whether it is right, of which question, and whether of its answers or of its rationales."""
+def _choices(item: Item, number: int) -> Iterator[Item]:
+    """The answers of question `number`, then its rationales. The entry of each says whether it is right, of which question it
+    is, and which of the two it is."""
     if not item.text:
         yield item
         return
-    answers, right = _options(item.told, "answers", "right")
-    if wrong := _fault("answers", answers, right):
-        yield Item(item.record, "", {}, f"{item.text!r}: {wrong}")
+    answers, right = _texts(item.entry, "answers", "right")
+    if fault := _fault("answers", answers, right):
+        yield Item(item.record, "", {}, f"{item.text!r}: {fault}")
         return
     for k, answer in enumerate(answers):
-        yield item._replace(more=(answer,), told={"label": k == right, "question": number, "of": "answer"})
-    if item.told.get("rationales") is None:
+        yield item._replace(following=(answer,), entry={"label": k == right, "question": number, "part": "answer"})
+    if item.entry.get("rationales") is None:
         return
-    reasons, why = _options(item.told, "rationales", "right_rationale")
-    if wrong := _fault("rationales", reasons, why):
-        yield Item(item.record, "", {}, f"{item.text!r}: {wrong}")
+    rationales, right_rationale = _texts(item.entry, "rationales", "right_rationale")
+    if fault := _fault("rationales", rationales, right_rationale):
+        yield Item(item.record, "", {}, f"{item.text!r}: {fault}")
         return
-    for k, reason in enumerate(reasons):
-        told = {"label": k == why, "question": number, "of": "rationale"}
-        yield item._replace(more=(answers[right], reason), told=told)
+    for k, rationale in enumerate(rationales):
+        entry = {"label": k == right_rationale, "question": number, "part": "rationale"}
+        yield item._replace(following=(answers[right], rationale), entry=entry)
 
 
-def _options(told: Mapping[str, Any], field: str, right: str) -> tuple[list[str], Any]:
-    options = told[field] if isinstance(told[field], list) else []
-    return [clean_text(option) or "" for option in options], told.get(right)
+def _texts(entry: Mapping[str, Any], field: str, right: str) -> tuple[list[str], Any]:
+    """The texts of a list, "" for what is no text, and the place of the right one."""
+    texts = entry[field] if isinstance(entry[field], list) else []
+    return [clean_text(text) or "" for text in texts], entry.get(right)
 
 
-def _fault(field: str, options: list[str], right: Any) -> str | None:
-    if len(options) < 2 or not all(options):
+def _fault(field: str, texts: list[str], right: Any) -> str | None:
+    if len(texts) < 2 or not all(texts):
         return f"{field} are not a list of two texts or more"
-    if not isinstance(right, int) or not 0 <= right < len(options):
-        return f"the right one of its {len(options)} {field} is {right!r}"
+    if not isinstance(right, int) or not 0 <= right < len(texts):
+        return f"the right one of its {len(texts)} {field} is {right!r}"
     return None
 
 
 @dataclass(frozen=True, kw_only=True)
 class VCRConfig(HeadConfig):
-    """kinds: in a single stream answers and rationales have types of their own; False: all words have the question's."""
+    """A choice among answers and rationales."""
 
     kinds: bool = True
+    """In a single stream the words of answers and rationales have token types of their own; else they have the question's."""
 
     def build(self, model: ModelConfig, tokenizer: Tokenizer) -> VCR:
         return VCR(self, model)
@@ -98,14 +107,16 @@ class VCR(Truth):
         if single is not None:
             norm = nn.LayerNorm(2 * width, eps=single.layer.eps)
             head = nn.Sequential(nn.Linear(width, 2 * width), nn.ReLU(), norm, nn.Linear(2 * width, 2))
-        if single is not None and config.kinds and single.types <= max(KINDS):
-            raise UserError(f"answers and rationales have types of their own; set model.single.types {max(KINDS) + 1}")
+        if single is not None and config.kinds and single.types <= max(TEXT_TYPES):
+            raise UserError(
+                f"answers and rationales have token types of their own; set model.single.types to {max(TEXT_TYPES) + 1}"
+            )
         super().__init__(config, model, images=1, head=head)
         self.kinds = config.kinds
 
     @torch.no_grad()
     def begin(self, model: VLModel) -> None:
-        """The types of answers and rationales start as the question's."""
+        """The types of answers and rationales start as copies of the question's."""
         if model.config.single is not None and self.kinds:
             model.single.kinds[2:4] = model.single.kinds[0]
 
@@ -120,41 +131,60 @@ class VCR(Truth):
     ) -> Tensor:
         if self.pool is not None or not self.kinds:
             return super().pooled(model, image_BKD, ids_BL, length_B, regions, slot_B)
-        kind_BL = text_kinds(ids_BL, model.config.text.eos)
+        kind_BL = text_types(ids_BL, model.config.text.eos)
         return model.read_regions(image_BKD, regions, ids_BL, length_B, kind_BL=kind_BL).pooled
 
 
-def text_kinds(ids_BL: Tensor, eos: int) -> Tensor:
+def text_types(ids_BL: Tensor, eos: int) -> Tensor:
     """Types of words by how many </s> come before them: question, answer, rationale -> [B L]."""
-    ended_BL = ids_BL == eos
-    part_BL = (ended_BL.cumsum(1) - ended_BL.long()).clamp(max=len(KINDS) - 1)
-    return torch.tensor(KINDS, device=ids_BL.device)[part_BL]
+    end_BL = ids_BL == eos
+    part_BL = (end_BL.cumsum(1) - end_BL.long()).clamp(max=len(TEXT_TYPES) - 1)
+    return torch.tensor(TEXT_TYPES, device=ids_BL.device)[part_BL]
 
 
-def measure(model: VLModel, objective: VCR, made: ItemMaker, batch_size: int) -> dict[str, float]:
-    """answer: share of questions whose best-scored answer is right (Q->A). rationale: given the right answer (QA->R). both:
-    right in both (Q->AR), as the validation split is scored. accuracy: of the answers."""
+def measure(model: VLModel, objective: VCR, items: ItemMaker, batch_size: int) -> dict[str, float]:
+    """answer, also called accuracy: share of questions whose best-scored answer is right (Q->A). rationale: the same for
+    rationales, given the right answer (QA->R). both: share of questions with both right (Q->AR)."""
     scores: list[float] = []
     device = next(model.parameters()).device
     with evaluating(model, objective):
-        for batch in batches(made, batch_size, device):
-            scores += objective.logits(model, encoded(model, batch), batch)[:, 1].tolist()
+        for batch in batches_in_order(items, batch_size, device):
+            scores += objective.logits(model, image_states(model, batch), batch)[:, 1].tolist()
     right: dict[str, dict[int, bool]] = {"answer": {}, "rationale": {}}
     for (question, part), rows in groupby(
-        zip(made.items, scores), lambda row: (row[0].told["question"], row[0].told["of"])
+        zip(items.items, scores), lambda row: (row[0].entry["question"], row[0].entry["part"])
     ):
         best, _ = max(rows, key=lambda row: row[1])
-        right[part][question] = best.told["label"]
-    found = {name: _share(list(told.values())) for name, told in right.items() if told}
-    reasons = right["rationale"]
-    both = {"both": _share([right["answer"][q] and reasons[q] for q in reasons])} if reasons else {}
-    return {"accuracy": found["answer"]} | found | both | {"count": float(len(right["answer"]))}
+        right[part][question] = best.entry["label"]
+    shares = {name: _share(list(values.values())) for name, values in right.items() if values}
+    rationales = right["rationale"]
+    both = {"both": _share([right["answer"][q] and rationales[q] for q in rationales])} if rationales else {}
+    return {"accuracy": shares["answer"]} | shares | both | {"count": float(len(right["answer"]))}
 
 
 def _share(right: list[bool]) -> float:
     return sum(right) / len(right)
 
 
-def evaluate(model: VLModel, objective: VCR, data: VCRData, split: Split, tokenizer: Tokenizer) -> dict[str, float]:
-    """`measure` on a split; refuses one with an unreadable record."""
-    return measure(model, objective, data.strict(split, tokenizer, model.config.image.size), data.batch_size)
+@dataclass(frozen=True, kw_only=True)
+class VCRTask(Task):
+    """Which answer to a question is right, and which rationale for it?"""
+
+    name = "vcr"
+    data = VCRData
+    config = VCRConfig
+    field = "choices"
+    answer = "right"
+    token_types = max(TEXT_TYPES) + 1
+    # A row of UNITER's released code has 220 pieces; <s> and three </s> come with them.
+    max_length = 224
+
+    kinds: bool = True
+    """In a single stream the words of answers and rationales have token types of their own; else they have the question's."""
+
+    def objective(self, data: VCRData, pretrained: Pretrained, reading: Reading | None) -> VCRConfig:
+        return VCRConfig(reading=reading or pretrained.reading, bos=pretrained.bos, kinds=self.kinds)
+
+    @classmethod
+    def score(cls, tuned: FineTuned, split: Split, options: Any) -> dict[str, Any]:
+        return measure(tuned.saved.model, tuned.objective, tuned.items(split), tuned.data.batch_size)

@@ -1,10 +1,11 @@
-"""Visual question answering as choice among frequent answers (VQA v2; spec flm.md section 5)."""
+"""Visual question answering as a choice among frequent answers (VQA v2, Goyal et al., arXiv 1612.00837)."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,24 +19,18 @@ from fastvlp.data.tokenize import Tokenizer
 from fastvlp.errors import UserError
 from fastvlp.eval.classification import mean_by
 from fastvlp.eval.mode import evaluating
-from fastvlp.model.model import ModelConfig, VLModel
+from fastvlp.model.model import ModelConfig, Reading, VLModel
 from fastvlp.objectives.objective import Loss
-from fastvlp.tasks.task import (
-    HeadConfig,
-    HeadTask,
-    Item,
-    ItemData,
-    ItemMaker,
-    batches,
-    encoded,
-    read_items,
-    target_of,
-)
+from fastvlp.tasks.heads import HeadConfig, HeadObjective, image_states, target_of
+from fastvlp.tasks.interface import FineTuned, Task
+from fastvlp.tasks.item_data import ItemData
+from fastvlp.tasks.items import Item, ItemMaker, batches_in_order, read_items
+from fastvlp.tasks.pretrained import Pretrained
 
 
 def frequent_answers(folder: str, questions: str = "questions", most: int = 3129) -> tuple[str, ...]:
-    """The answers of a training split with the highest summed scores, best first; equal ones in the order of their
-    spelling. 3129 is VQA v2's usual number."""
+    """The answers of a training split with the highest summed scores, best first; those with equal sums in alphabetical
+    order. 3129 is the usual number on VQA v2."""
     totals: dict[str, float] = {}
     for item in read_items(Shards(folder), questions, "question", "answers", answers_fault):
         for answer, score in _answers(item).items():
@@ -47,25 +42,26 @@ def frequent_answers(folder: str, questions: str = "questions", most: int = 3129
 
 def _answers(item: Item) -> dict[str, float]:
     """{answer: score in 0..1}."""
-    return {str(answer): float(score) for answer, score in item.told.get("answers", {}).items()}
+    return {str(answer): float(score) for answer, score in item.entry.get("answers", {}).items()}
 
 
 @dataclass(frozen=True, kw_only=True)
 class VQAData(ItemData):
-    """questions: the field of a record with its list of questions (`questions_zh`: the Chinese ones). answers: what is
-    chosen from (`frequent_answers`). Training leaves out a question none of whose answers is among them."""
+    """Questions with scored answers. Training leaves out a question none of whose answers can be chosen."""
 
     answers: tuple[str, ...]
+    """Answers to choose from, as `frequent_answers` gives them."""
     questions: str = "questions"
+    """Field of the records with the questions; questions_zh has the Chinese ones."""
 
     def read(self, shards: Shards) -> list[Item]:
         return read_items(shards, self.questions, "question", "answers", answers_fault)
 
-    def wanted(self, item: Item) -> bool:
+    def used_in_training(self, item: Item) -> bool:
         return not item.text or not _answers(item).keys().isdisjoint(self.answers)
 
     def target(self, items: list[Item]) -> Tensor:
-        """float [items answers]: how right each answer is."""
+        """How right each answer is: float [items answers]."""
         place = {answer: a for a, answer in enumerate(self.answers)}
         target = torch.zeros(len(items), len(self.answers))
         for i, item in enumerate(items):
@@ -77,21 +73,22 @@ class VQAData(ItemData):
 
 @dataclass(frozen=True, kw_only=True)
 class VQAConfig(HeadConfig):
-    """answers: how many there are to choose from."""
+    """A choice among a fixed number of answers."""
 
     answers: int
+    """Number of answers to choose from."""
 
     def build(self, model: ModelConfig, tokenizer: Tokenizer) -> VQA:
         return VQA(self, model)
 
 
-class VQA(HeadTask):
+class VQA(HeadObjective):
     abilities = frozenset({"answer"})
 
     def __init__(self, config: VQAConfig, model: ModelConfig):
         super().__init__(config, model, images=1, outputs=config.answers)
-        # One answer of A is right: a start at probability 1/A spares the first steps, which would only lower all of them
-        # from 1/2 (Lin et al. 2017, arXiv 1708.02002, section 4.1).
+        # One of A answers is right. A start at probability 1/A saves the first steps, which would only lower all
+        # probabilities from 1/2 (Lin et al. 2017, arXiv 1708.02002, section 4.1).
         assert isinstance(self.head, nn.Sequential)
         last = self.head[-1]
         assert isinstance(last, nn.Linear)
@@ -101,44 +98,44 @@ class VQA(HeadTask):
         return {"answer": torch.tensor(len(batch), device=batch.ids.device)}
 
     def forward(self, model: VLModel, image_BKD: Tensor, batch: Batch) -> dict[str, Loss]:
-        """Binary cross-entropy summed over the answers (mean x number of answers), averaged over questions."""
+        """Binary cross-entropy, summed over the answers and averaged over the questions."""
         logits = self.logits(model, image_BKD, batch)
         total = F.binary_cross_entropy_with_logits(logits, target_of(batch), reduction="sum")
         return {"answer": Loss(total, self.counts(batch)["answer"])}
 
 
 def choose(scores_A: Tensor, choices: Sequence[str], place: Mapping[str, int]) -> str | None:
-    """The best of a question's own choices; None where none of them is among the answers."""
-    known = [choice for choice in choices if choice in place]
-    return max(known, key=lambda choice: float(scores_A[place[choice]])) if known else None
+    """The best-scored of a question's own choices; None where none of them is among the answers."""
+    possible = [choice for choice in choices if choice in place]
+    return max(possible, key=lambda choice: float(scores_A[place[choice]])) if possible else None
 
 
 def measure(
-    model: VLModel, objective: VQA, answers: Sequence[str], made: ItemMaker, batch_size: int
+    model: VLModel, objective: VQA, answers: Sequence[str], items: ItemMaker, batch_size: int
 ) -> dict[str, float]:
-    """Accuracies 0..1 over all questions of a maker.
+    """Accuracies in 0..1 over all questions.
 
-    accuracy: mean score of the chosen answer. accuracy/KIND: of each kind of question. answerable: the best accuracy
-    that the answers allow. Where questions come with choices: choice_accuracy, and the share choice_unanswerable whose
-    choices are no answers of the training split (they count as wrong).
+    accuracy: mean score of the chosen answer. accuracy/KIND: the same for each kind of question. answerable: the best
+    accuracy that the answers allow. Where questions have choices of their own, choice_accuracy, and choice_unanswerable:
+    the share of questions none of whose choices is among the answers; they count as wrong.
     """
     place = {answer: a for a, answer in enumerate(answers)}
     scores: list[float] = []
     best: list[float] = []
     chosen: list[tuple[float, bool]] = []
     device = next(model.parameters()).device
-    items = iter(made.items)
+    following = iter(items.items)
     with evaluating(model, objective):
-        for batch in batches(made, batch_size, device):
-            logits = objective.logits(model, encoded(model, batch), batch).cpu()
+        for batch in batches_in_order(items, batch_size, device):
+            logits = objective.logits(model, image_states(model, batch), batch).cpu()
             target = target_of(batch).cpu()
             scores += target.gather(1, logits.argmax(1, keepdim=True))[:, 0].tolist()
             best += target.max(1).values.tolist()
-            for row, item in zip(logits, items):
-                if choices := item.told.get("choices"):
+            for row, item in zip(logits, following):
+                if choices := item.entry.get("choices"):
                     choice = choose(row, choices, place)
                     chosen.append((_answers(item).get(choice or "", 0.0), choice is None))
-    kinds = mean_by(scores, [str(item.told.get("kind", "")) for item in made.items])
+    kinds = mean_by(scores, [str(item.entry.get("kind", "")) for item in items.items])
     result = {"accuracy": _mean(scores)} | {f"accuracy/{kind}": value for kind, value in kinds.items() if kind}
     result |= {"answerable": _mean(best), "count": float(len(scores))}
     if chosen:
@@ -151,7 +148,26 @@ def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
 
-def evaluate(model: VLModel, objective: VQA, data: VQAData, split: Split, tokenizer: Tokenizer) -> dict[str, float]:
-    """`measure` on a split; refuses one with an unreadable record."""
-    made = data.strict(split, tokenizer, model.config.image.size)
-    return measure(model, objective, data.answers, made, data.batch_size)
+@dataclass(frozen=True, kw_only=True)
+class VQATask(Task):
+    """Questions about an image, with answers."""
+
+    name = "vqa"
+    data = VQAData
+    config = VQAConfig
+    field = "questions"
+    answer = "answers"
+
+    answers: int = 3129
+    """Most answers to choose from: the most frequent ones of the training split."""
+
+    def data_fields(self, train: str, field: str) -> Mapping[str, Any]:
+        return {"answers": frequent_answers(train, field, self.answers)}
+
+    def objective(self, data: VQAData, pretrained: Pretrained, reading: Reading | None) -> VQAConfig:
+        return VQAConfig(reading=reading or pretrained.reading, bos=pretrained.bos, answers=len(data.answers))
+
+    @classmethod
+    def score(cls, tuned: FineTuned, split: Split, options: Any) -> dict[str, Any]:
+        data: VQAData = tuned.data
+        return measure(tuned.saved.model, tuned.objective, data.answers, tuned.items(split), data.batch_size)

@@ -1,0 +1,191 @@
+"""What a task is: its options, the data and objective that it trains, and how a fine-tuned model is scored."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from difflib import get_close_matches
+from typing import Any, ClassVar, NamedTuple, TypeVar, get_type_hints
+
+import cattrs
+from cattrs.errors import BaseValidationError, CattrsError
+
+from fastvlp.data.pairs import PairData, Rows, Split
+from fastvlp.data.records.schema import usable_captions
+from fastvlp.errors import UserError
+from fastvlp.extensions import variants
+from fastvlp.model.model import Reading
+from fastvlp.model.saving import Saved
+from fastvlp.objectives.objective import Objective, ObjectiveConfig
+from fastvlp.tasks.item_data import ItemData, TaskData, no_split
+from fastvlp.tasks.items import ItemMaker
+from fastvlp.tasks.pretrained import Pretrained
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rates:
+    """Learning rates: `lr` of the towers, `cross` times it of fusion and reconstructor, `head` times it of the vocabulary
+    and the task's head."""
+
+    lr: float
+    cross: float
+    head: float
+
+
+# For models of the sizes that are pretrained here, whose fusion is as well trained as their towers. The papers': lr 5e-6 to
+# 1e-5, cross 5, head 50 (VQA) or 10 (NLVR2), batches of 256 to 512 (FLM, arXiv 2303.14038); lr 3e-5 to 1e-4, for VQA head
+# 10, batches of 5,120 to 10,240 tokens and regions (UNITER, arXiv 1909.11740).
+USUAL_RATES = Rates(lr=5e-4, cross=1, head=5)
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoOptions:
+    """Nothing to choose."""
+
+
+class FineTuned(NamedTuple):
+    """A model that can be scored on a task.
+
+    Attributes:
+        task: the task.
+        saved: the model, its tokenizer, and what was saved with them.
+        objective: the task's objective, with its trained parameters.
+        data: the data that it was trained on, or another with the same fields.
+    """
+
+    task: type[Task]
+    saved: Saved
+    objective: Any
+    data: Any
+
+    def items(self, split: Split) -> ItemMaker:
+        """The items of a split, to be scored. Raises UserError where there is no such split or, when its batch is made, for
+        a record that cannot be used."""
+        data: ItemData = self.data
+        return data.evaluation_items(split, self.saved.tokenizer, self.saved.model.config.image.size)
+
+    def rows(self, split: Split) -> Rows:
+        """The rows of a split, to be scored; raises UserError as `items`."""
+        rows = self.data.rows(split, self.saved.tokenizer, self.saved.model.config.image.size, strict=True)
+        if rows is None:
+            raise no_split(split)
+        return rows
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task(abc.ABC):
+    """A downstream task: a frozen dataclass in a file of its own.
+
+    Its fields are the options of `vlp finetune NAME`, each with a default and, in a string below it, its help text. The first
+    line of its docstring describes it in the list of tasks. An instance is one choice of options; what is a class method
+    works on any fine-tuned run, without them.
+
+    Attributes:
+        name: what commands and saved models call the task.
+        data: type of its data.
+        config: type of its objective's config.
+        field: the data's attribute that names the field of the records with the texts; also that field's usual name.
+        answer: key of what is right for a text, in its entry of the field; None where the texts themselves are right
+            (captions). A split whose entries all lack it is not scored.
+        rates: learning rates.
+        max_length: tokens of a text that are never cut, as far as the model has positions for them.
+        token_types: rows of a single stream's type table: 2 for words and one image.
+        needs_regions: whether every model reads regions for it, not a single stream over regions alone.
+        split_prefixes: prefixes of the splits' folders; of several the first that is there.
+        scoring: dataclass with the options of its evaluation.
+    """
+
+    name: ClassVar[str]
+    data: ClassVar[type[ItemData] | type[PairData]]
+    config: ClassVar[type[ObjectiveConfig]]
+    field: ClassVar[str]
+    answer: ClassVar[str | None] = None
+    rates: ClassVar[Rates] = USUAL_RATES
+    max_length: ClassVar[int] = 50
+    token_types: ClassVar[int] = 2
+    needs_regions: ClassVar[bool] = False
+    split_prefixes: ClassVar[tuple[str, ...]] = ("",)
+    scoring: ClassVar[type] = NoOptions
+
+    def data_fields(self, train: str, field: str) -> Mapping[str, Any]:
+        """Fields of the data that only this task has. `train`: folder of the training split; `field`: of its records."""
+        return {}
+
+    @abc.abstractmethod
+    def objective(self, data: Any, pretrained: Pretrained, reading: Reading | None) -> ObjectiveConfig:
+        """What is trained. `reading`: how the text shall be read, None for the task to choose (usually as in pretraining)."""
+
+    @classmethod
+    @abc.abstractmethod
+    def score(cls, tuned: FineTuned, split: Split, options: Any) -> dict[str, Any]:
+        """Scores of the weights on a split, floats by name; anything else is saved beside them. `options`: a `scoring`."""
+
+    @classmethod
+    def zero_shot(cls, pretrained: Pretrained) -> tuple[Objective, TaskData] | None:
+        """An objective, and data without its splits, that score a pretrained run as it is; None for a task that always needs
+        fine-tuning. Raises UserError where the run did not learn what it takes."""
+        return None
+
+    @classmethod
+    def has_answer(cls, info: Mapping[str, Any], field: str) -> bool:
+        """Whether a record says what is right for any of its texts."""
+        if cls.answer is None:
+            return bool(usable_captions(info, field))
+        entries = info.get(field)
+        dicts = [entry for entry in entries if isinstance(entry, dict)] if isinstance(entries, list) else []
+        return any(entry.get(cls.answer) not in (None, {}) for entry in dicts)
+
+    @classmethod
+    def summary(cls) -> str:
+        """The first line of its docstring."""
+        return (cls.__doc__ or "").partition("\n")[0]
+
+
+def tasks() -> list[type[Task]]:
+    """All tasks: those of the package, and those in files that the user imported. Raises UserError where two share a name."""
+    found = variants(Task, "fastvlp.tasks")
+    names = [task.name for task in found]
+    if double := sorted({name for name in names if names.count(name) > 1}):
+        raise UserError(f"several tasks are called {', '.join(double)}; give your own another name")
+    return found
+
+
+def task_named(name: str) -> type[Task]:
+    """Raises UserError, with the nearest name, where there is no such task."""
+    named = {task.name: task for task in tasks()}
+    if name not in named:
+        near = get_close_matches(name, named, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(named)}."
+        raise UserError(
+            f"{name}: no task of that name; {hint} One of your own is in a file that is imported first, with "
+            f"`vlp --import FILE.py ...` or `fastvlp.extensions.import_file`"
+        )
+    return named[name]
+
+
+def make_task(task: Task | str, options: Mapping[str, Any]) -> Task:
+    """A task with some of its options chosen. Raises UserError for an option that it lacks, or a value that does not fit."""
+    if isinstance(task, str):
+        return with_options(task_named(task), options, task)
+    if options:
+        raise UserError(f"{', '.join(options)}: give these options to the task itself, or name the task")
+    return task
+
+
+def with_options(cls: type[T], options: Mapping[str, Any], owner: str) -> T:
+    """A dataclass of options with some of them chosen; `owner` is named in the UserError for what does not fit."""
+    names = [field.name for field in fields(cls)]  # type: ignore[arg-type]
+    hints, values = get_type_hints(cls), {}
+    for name, value in options.items():
+        if name not in names:
+            has = f"it has {', '.join(f'`{own}`' for own in names)}" if names else "it has none"
+            raise UserError(f"`{name}` is no option of {owner}; {has}")
+        try:
+            values[name] = cattrs.structure(value, hints[name])
+        except (CattrsError, BaseValidationError, TypeError, ValueError) as error:
+            wanted = str(hints[name]).replace("typing.", "")
+            raise UserError(f"{owner}: `{name}` cannot be {value!r}; it is {wanted}") from error
+    return cls(**values)

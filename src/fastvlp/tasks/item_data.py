@@ -1,0 +1,102 @@
+"""The data of a task whose records hold lists of texts: questions, statements, expressions."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from fastvlp.data.pairs import Data, PairData, Rows, Split
+from fastvlp.data.records.shards import Shards
+from fastvlp.data.records.transform import Transform
+from fastvlp.data.regions import RegionSource
+from fastvlp.data.tokenize import Tokenizer
+from fastvlp.errors import UserError
+from fastvlp.tasks.items import Item, ItemMaker
+
+
+@dataclass(frozen=True, kw_only=True)
+class ItemData(Data, abc.ABC):
+    """Texts about the records of shards, each with what is right for it. `batch_size` counts texts."""
+
+    train: str
+    """Folder of the training split."""
+    val: str | None = None
+    """Folder of the validation split."""
+    test: str | None = None
+    """Folder of the test split."""
+    regions: RegionSource | None = None
+    """Where parts of each image come from, for models that read them."""
+
+    @abc.abstractmethod
+    def read(self, shards: Shards) -> list[Item]:
+        """All items of a split, as `read_items` gives them."""
+
+    @abc.abstractmethod
+    def target(self, items: list[Item]) -> Tensor:
+        """What the items are scored against, one row an item."""
+
+    def used_in_training(self, item: Item) -> bool:
+        """Whether training uses the item. Evaluation uses all."""
+        return True
+
+    @property
+    def images(self) -> int:
+        """Images of a record."""
+        return 1
+
+    def items(self, split: Split, tokenizer: Tokenizer, size: int, *, strict: bool) -> ItemMaker | None:
+        """Items with images of `size` x `size` pixels; None where there is no such split. `strict` as in `rows`."""
+        if folder_of(self, split) is None:
+            return None
+        shards = split_shards(self, split)
+        items = self.read(shards)
+        return ItemMaker(
+            shards,
+            [item for item in items if self.used_in_training(item)] if split == "train" else items,
+            Transform(size=size, mode=self.fit),
+            tokenizer,
+            images=self.images,
+            target=self.target,
+            max_length=self.max_length,
+            cache=self.cache,
+            strict=strict,
+            regions=self.regions,
+        )
+
+    def rows(self, split: Split, tokenizer: Tokenizer, size: int, *, strict: bool) -> Rows | None:
+        items = self.items(split, tokenizer, size, strict=strict)
+        return None if items is None else Rows(len(items.items), items, tuple(items.shards.damage))
+
+    def evaluation_items(self, split: Split, tokenizer: Tokenizer, size: int) -> ItemMaker:
+        """Items to be scored, none left out. Raises UserError where there is no such split or, when its batch is made, for a
+        record that cannot be used."""
+        items = self.items(split, tokenizer, size, strict=True)
+        if items is None:
+            raise no_split(split)
+        return items
+
+    def texts(self) -> Iterator[str]:
+        return (item.text for item in self.read(Shards(self.train)) if item.text)
+
+
+TaskData = ItemData | PairData
+
+
+def folder_of(data: TaskData, split: Split) -> str | None:
+    """The folder of a split; None where there is none."""
+    return {"train": data.train, "val": data.val, "test": data.test}[split]
+
+
+def split_shards(data: TaskData, split: Split) -> Shards:
+    """The records of a split. Raises UserError where there is no such split."""
+    folder = folder_of(data, split)
+    if folder is None:
+        raise no_split(split)
+    return Shards(folder)
+
+
+def no_split(split: Split) -> UserError:
+    return UserError(f"the data has no {split!r} split; choose another `split`, or `data` that has it")

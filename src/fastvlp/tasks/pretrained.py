@@ -1,0 +1,63 @@
+"""The pretrained run that fine-tuning starts from: its model, and how it prepared images and texts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import NamedTuple
+
+from fastvlp.data.pairs import Fit
+from fastvlp.data.regions import RegionSource
+from fastvlp.model.model import Bos, Reading
+from fastvlp.model.saved_run import read_saved_run
+from fastvlp.model.saving import Saved, load_model
+from fastvlp.objectives.saved_objectives import saved_bos
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preprocessing:
+    """How a run prepared images and texts.
+
+    Attributes:
+        regions: where regions of images came from; the records' objects where the run had none. Its classes are left out.
+        fit: how an image became a square.
+        max_length: tokens of a text, `<s>` and `</s>` included, after which it was cut.
+        captions: field of the records with the captions.
+    """
+
+    regions: RegionSource = field(default_factory=RegionSource)
+    fit: Fit = "crop"
+    max_length: int = 50
+    captions: str = "captions"
+
+
+class Pretrained(NamedTuple):
+    """A pretrained run: its folder, its best weights and what was saved with them, and its preprocessing."""
+
+    folder: str
+    saved: Saved
+    preprocessing: Preprocessing
+
+    @property
+    def reading(self) -> Reading:
+        """How the model read texts in pretraining."""
+        return self.saved.info.get("reading", "full")
+
+    @property
+    def bos(self) -> Bos:
+        """What its `<s>` saw."""
+        return saved_bos(self.saved)
+
+
+def load_pretrained(folder: str) -> Pretrained:
+    """Raises UserError where the folder is no run, or its config is damaged."""
+    return Pretrained(folder, load_model(folder), preprocessing_of(folder))
+
+
+def preprocessing_of(folder: str | Path) -> Preprocessing:
+    """Raises UserError where the run's config is damaged."""
+    data = read_saved_run(folder).data
+    regions = replace(data.regions or RegionSource(), classes=None)
+    # A crop would leave out some of what a detector found.
+    fit: Fit = "squash" if "fit" not in data.stated and regions.stored else data.fit
+    return Preprocessing(regions=regions, fit=fit, max_length=data.max_length, captions=data.captions)

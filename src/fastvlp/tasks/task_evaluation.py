@@ -1,0 +1,118 @@
+"""Scoring a fine-tuned run on a split of its task, or a pretrained one on a task that it can do without fine-tuning."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastvlp import dist
+from fastvlp.data import splits
+from fastvlp.data.pairs import Data, readable_infos
+from fastvlp.data.records.shards import Shards
+from fastvlp.errors import UserError
+from fastvlp.model.saved_run import read_saved_run
+from fastvlp.model.saving import load_model
+from fastvlp.objectives.saved_objectives import load_objective
+from fastvlp.tasks.interface import FineTuned, Task, task_named, tasks, with_options
+from fastvlp.tasks.pretrained import load_pretrained
+from fastvlp.tasks.task_scores import TaskScores, new_scores_path, save_scores
+
+
+def evaluate_task(
+    run: str,
+    /,
+    *,
+    split: str = "test",
+    data: str | None = None,
+    zero_shot: bool = False,
+    task: str | None = None,
+    device: str = "auto",
+    threads: int | None = None,
+    **scoring: Any,
+) -> TaskScores:
+    """Score a fine-tuned run on a split. The result is written beside its earlier ones.
+
+    The best weights are scored. Raises UserError for a record that cannot be read, since an evaluation leaves none out, and
+    for a split that does not say what is right.
+
+    Args:
+        run: Folder of the fine-tuned run; with `zero_shot`, of a pretrained one.
+        split: Name of the split's folder, such as val, test or testA; test may be called test1 there, and val dev.
+        data: Folder of another data set with the same splits and fields; by default the one that it was fine-tuned on.
+        zero_shot: Score the run as it was pretrained, on `data`; retrieval, by its image-text matching.
+        task: With `zero_shot`, the task; needed where several can be scored so.
+        device: Such as cpu or cuda:1; auto is a GPU where there is one.
+        threads: Threads of the CPU; by default torch's choice.
+        **scoring: Options of the task's evaluation, such as `beams` of caption.
+    """
+    if threads:
+        torch.set_num_threads(threads)
+    tuned = load_zero_shot(run, data, task) if zero_shot else load_task(run)
+    options: Any = with_options(tuned.task.scoring, scoring, f"the evaluation of {tuned.task.name}")
+    scores = {split: score_split(tuned, split_folder(tuned, split, data), device=device, options=options, split=split)}
+    save_scores(path := new_scores_path(Path(run)), scores)
+    return TaskScores(scores, path)
+
+
+def score_split(tuned: FineTuned, place: str, *, device: str, options: Any, split: str) -> dict[str, Any]:
+    """Scores on the split in the folder `place`, and which weights they are of; `split` is its name, for errors."""
+    if reason := why_not_scored(tuned.task, place, tuned.data):
+        raise UserError(
+            f"split {split!r} cannot be scored, {reason}; choose another `split`, or `data` that says what is right"
+        )
+    target = dist.pick_device(device)
+    tuned.saved.model.to(target)
+    tuned.objective.to(target)
+    # A split may have any name, and data has three. Nothing is chosen by test.
+    tuned = tuned._replace(data=replace(tuned.data, test=place))
+    about = {"weights": tuned.saved.weights.name, "step": tuned.saved.info.get("step"), "data": place}
+    return about | tuned.task.score(tuned, "test", options)
+
+
+def why_not_scored(task: type[Task], place: str, data: Data) -> str | None:
+    """What all records of a split lack to be scored, as those of published test sets do; None where one has it."""
+    field, count = getattr(data, task.field), 0
+    for info in readable_infos(Shards(place)):
+        if task.has_answer(info, field):
+            return None
+        count += 1
+    # Where none can be read, who scores them says why.
+    return f"{place}: no record has {field!r}" + (f" with {task.answer!r}" if task.answer else "") if count else None
+
+
+def split_folder(tuned: FineTuned, split: str, data: str | None) -> str:
+    """Folder of a split in `data` or, without it, of the run's own data or beside its splits."""
+    own = getattr(tuned.data, split) if data is None and split in splits.SPLITS else None
+    return own or splits.find_split(data or splits.parent(tuned.data.train), split, tuned.task.split_prefixes)
+
+
+def load_task(folder: str | Path) -> FineTuned:
+    """A fine-tuned run by itself. Raises UserError where the folder is no run of a task, or is damaged."""
+    saved = load_model(folder)
+    name = str(saved.info.get("task"))
+    try:
+        task = task_named(name)
+    except UserError as error:
+        raise UserError(f"{folder}: no fine-tuned run of a task that is known here; {error}") from error
+    return FineTuned(task, saved, load_objective(saved, name), read_saved_run(folder).data_as(task.data))
+
+
+def load_zero_shot(folder: str, data: str | None, name: str | None = None) -> FineTuned:
+    """A pretrained run, to be scored on a task as it is. `data`: folder of the splits, which it needs."""
+    if data is None:
+        raise UserError("`zero_shot` needs `data`: the folder with the splits to score")
+    pretrained = load_pretrained(folder)
+    ready = [
+        FineTuned(task, pretrained.saved, *scored)
+        for task in (tasks() if name is None else [task_named(name)])
+        if (scored := task.zero_shot(pretrained)) is not None
+    ]
+    if not ready:
+        raise UserError(f"{name} cannot be scored without fine-tuning; make a run with `vlp finetune {name}`")
+    if len(ready) > 1:
+        names = ", ".join(tuned.task.name for tuned in ready)
+        raise UserError(f"several tasks can be scored without fine-tuning; choose `task`: {names}")
+    return ready[0]

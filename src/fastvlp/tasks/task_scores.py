@@ -1,0 +1,42 @@
+"""The scores of a fine-tuned run: a JSON file beside its weights, and lines to print."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from fastvlp.files import write_whole
+
+
+class TaskScores(NamedTuple):
+    """scores: of each split, by name; floats are scores, anything else says how they came about. path: the file that
+    holds them."""
+
+    scores: dict[str, dict[str, Any]]
+    path: Path
+
+
+def save_scores(path: Path, scores: Mapping[str, Any]) -> None:
+    write_whole(path, json.dumps(scores, indent=2, ensure_ascii=False).encode())
+
+
+def new_scores_path(folder: Path) -> Path:
+    """results.json, or results-2.json and so on: no result is ever overwritten."""
+    n = 1
+    while (path := folder / ("results.json" if n == 1 else f"results-{n}.json")).exists():
+        n += 1
+    return path
+
+
+def format_scores(scores: Mapping[str, Mapping[str, Any]]) -> str:
+    """A line for each score, and for each split that could not be scored."""
+    return "\n".join(
+        f"{split:>5} {name:24} {value:{'.0f' if name == 'count' else '.4f'}}"
+        if isinstance(value, float)
+        else f"{split:>5} {name}: {value}"
+        for split, values in scores.items()
+        for name, value in values.items()
+        if isinstance(value, float) or name == "not scored"
+    )
