@@ -23,7 +23,7 @@ import tyro
 from fastvlp.data.records.shards import Shards
 from fastvlp.eval.mode import evaluating
 from fastvlp.model.model import VLModel
-from fastvlp.model.region_embedding import box_vector, given
+from fastvlp.model.region_embedding import box_vector, require_regions
 from fastvlp.model.saving import load_model
 from fastvlp.tasks.grounding import RIGHT_OVERLAP, overlap
 from fastvlp.tasks.heads import image_states, target_of
@@ -63,7 +63,7 @@ def grounded(run: str, data: str) -> dict[str, list[bool]]:
     hits: list[bool] = []
     with evaluating(model, objective):
         for batch in batches_in_order(items, 64, "cpu"):
-            scores, regions = objective.scores(model, image_states(model, batch), batch), given(batch.regions)
+            scores, regions = objective.scores(model, image_states(model, batch), batch), require_regions(batch.regions)
             fits = (overlap(regions.box, target_of(batch)[:, None]) > RIGHT_OVERLAP) & regions.mask
             hits += fits.gather(1, scores.argmax(1, keepdim=True))[:, 0].tolist()
     found: dict[str, list[bool]] = defaultdict(list)

@@ -12,7 +12,7 @@ from fastvlp.errors import UserError
 from fastvlp.model import masks
 from fastvlp.model.encoders.vit import patchify, resize_positions
 from fastvlp.model.keep import random_keep
-from fastvlp.model.model import VLModel, flip
+from fastvlp.model.model import VLModel, reverse_text
 from fastvlp.model.sizes import flm_base, small, tiny, with_tokenizer
 from fastvlp.objectives.flm import FLM, FLMConfig
 from fastvlp.objectives.objective import combine
@@ -44,9 +44,9 @@ def test_the_forward_stream_is_the_causal_read(norm):
 def test_flip_is_its_own_inverse_and_leaves_padding():
     ids = torch.tensor([[1, 5, 6, 2, 0, 0], [1, 7, 8, 9, 10, 2]])
     length = torch.tensor([4, 6])
-    flipped = flip(ids, length)
+    flipped = reverse_text(ids, length)
     assert flipped.tolist() == [[2, 6, 5, 1, 0, 0], [2, 10, 9, 8, 7, 1]]
-    assert torch.equal(flip(flipped, length), ids)
+    assert torch.equal(reverse_text(flipped, length), ids)
 
 
 def test_several_texts_share_one_image():
@@ -140,7 +140,7 @@ def test_official_and_blind_starts_are_read_as_they_were_trained():
 
 def test_a_model_without_reconstructor_says_so():
     model, batch = made_model(reconstructor=False), made_batch(lengths=(5,))
-    with pytest.raises(ValueError, match="no reconstructor"):
+    with pytest.raises(UserError, match="no reconstructor"):
         model.streams(model.encode_image(batch.image), batch.ids, batch.length)
 
 

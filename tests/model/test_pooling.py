@@ -135,20 +135,20 @@ def test_the_published_size_has_the_published_parts():
 def test_dropped_patches_and_missing_boxes_are_refused():
     model, batch = brivl(), made_batch(lengths=(4, 4))
     keep = torch.tensor([[0, 2], [1, 3]])
-    with pytest.raises(UserError, match=r"map of 4 patches, of which 2 .*leave keep at 1"):
+    with pytest.raises(UserError, match=r"map of 4 patches, of which 2 .*`keep`"):
         model.embed_image(model.encode_image(batch.image, keep), regions(1, 1))
-    with pytest.raises(UserError, match=r"give data\.regions"):
+    with pytest.raises(UserError, match=r"data\.regions"):
         model.embed_image(model.encode_image(batch.image))
 
 
 @pytest.mark.parametrize(
     ("side", "changes", "message"),
     [
-        ("text", {"regions": RegionPool()}, r"embed\.text\.regions: regions are of an image"),
+        ("text", {"regions": RegionPool()}, r"model\.embed\.text\.regions"),
         ("image", {"pool": "first"}, r"embed\.image\.regions.*pool mean"),
         ("image", {"regions": RegionPool(grid=0)}, "grid 0"),
-        ("image", {"layer": None}, r"embed\.image\.depth 2: say with"),
-        ("image", {"regions": None}, r"width 24 must equal the tower's width 32"),
+        ("image", {"layer": None}, r"model\.embed\.image\.depth` is 2.*model\.embed\.image\.layer"),
+        ("image", {"regions": None}, r"model\.embed\.image\.layer\.width` 24 .*32"),
         ("text", {"layer": LayerConfig(width=32, heads=5, hidden=8)}, "does not divide into 5 heads"),
     ],
 )

@@ -99,9 +99,9 @@ def test_what_is_asked_for_of_hidden_regions_teaches_the_tower_nothing():
 @pytest.mark.parametrize(
     ("bad", "said"),
     [
-        ({"feature": WIDTH + 1}, r"regions\.feature 9 must be what is pooled, the image tower's width 8"),
-        ({"pool": 0}, "a number of samples a side, 1 or more"),
-        ({"crop": 4}, "needs no crop"),
+        ({"feature": WIDTH + 1}, r"model\.single\.regions\.feature` 9 .*8"),
+        ({"pool": 0}, r"model\.single\.regions\.pool.*1 or more"),
+        ({"crop": 4}, r"model\.single\.regions\.pool.*crop"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(bad, said):
@@ -111,9 +111,9 @@ def test_settings_that_cannot_be_are_refused(bad, said):
 
 def test_boxes_and_whole_images_are_needed():
     model, batch = pooling_model(), made()
-    with pytest.raises(UserError, match=r"give data\.regions"):
+    with pytest.raises(UserError, match=r"data\.regions"):
         model.encode_image(batch.image)
-    with pytest.raises(UserError, match="leave keep at 1"):
+    with pytest.raises(UserError, match="`keep`"):
         model.encode_image(batch.image, torch.zeros(3, 2, dtype=torch.int64), batch.regions)
 
 

@@ -12,14 +12,14 @@ from fastvlp.errors import UserError
 from fastvlp.model.layers import LayerConfig
 from fastvlp.model.model import VLModel
 from fastvlp.model.region_embedding import box_vector, crop_regions, random_hide
-from fastvlp.model.single_stream import Joint, packing
+from fastvlp.model.single_stream import SingleStates, packing
 from fastvlp.model.sizes import uniter_base, uniter_large
 from fastvlp.objectives.region import MRCConfig, MRFRConfig
 from tests.made import made_config
 from tests.made_single import FEATURE, region_batch, row_of, single_config, single_model
 
 
-def read(model: VLModel, batch: Batch, **options) -> Joint:
+def read(model: VLModel, batch: Batch, **options) -> SingleStates:
     feature = model.encode_image(batch.image, regions=batch.regions)
     return model.read_regions(feature, batch.regions, batch.ids, batch.length, **options)
 

@@ -17,7 +17,7 @@ from fastvlp.model.encoders.vit import ViTConfig
 from fastvlp.model.layers import LayerConfig
 from fastvlp.model.model import ModelConfig, VLModel
 from fastvlp.model.region_embedding import RegionConfig, box_vector
-from fastvlp.model.single_stream import Joint, SingleConfig, packing
+from fastvlp.model.single_stream import SingleConfig, SingleStates, packing
 from fastvlp.objectives.losses import token_loss
 from fastvlp.objectives.mlm import masked_loss
 from fastvlp.objectives.objective import combine
@@ -79,7 +79,7 @@ def real_words(known: dict[str, Tensor]) -> Tensor:
     return torch.arange(known["in.input_ids"].shape[1]) < known["in.txt_lens"][:, None]
 
 
-def read(model: VLModel, known: dict[str, Tensor], *, ids: str = "in.input_ids", **options) -> Joint:
+def read(model: VLModel, known: dict[str, Tensor], *, ids: str = "in.input_ids", **options) -> SingleStates:
     return model.read_regions(known["in.img_feat"], regions_of(known), known[ids], known["in.txt_lens"], **options)
 
 

@@ -1,4 +1,4 @@
-"""What stands where a model has no such part."""
+"""A placeholder for a part that a model does not have."""
 
 from __future__ import annotations
 
@@ -10,17 +10,20 @@ from fastvlp.errors import UserError
 
 
 class Absent(nn.Module):
-    """No parameters. Whoever reads it is told which field of the config would give the part."""
+    """Raises a UserError that names the field of the config when it is used. It has no parameters.
+
+    A part that is absent is typed as if it were there, so that code that needs it does not check for it.
+    """
 
     def __init__(self, part: str):
         super().__init__()
         self.part = part
 
     def __getattr__(self, name: str) -> Any:
-        # Names with an underscore are asked for by torch and copy, which look whether they are there.
+        # torch and copy look up names with an underscore to see whether they exist.
         if name.startswith("_"):
             return super().__getattr__(name)
         raise UserError(
-            f"the model has no {self.part}, which the objective or task at hand reads: use a run that has learned it, or in "
-            f"a recipe set model.{self.part}"
+            f"the model has no {self.part}, which this objective, task or command reads: use a run that has learned it, or set "
+            f"`model.{self.part}` in a recipe"
         )

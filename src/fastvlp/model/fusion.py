@@ -1,4 +1,4 @@
-"""Text that reads images: fusion layers, the reconstructor, the vocabulary head (FLM, arXiv 2303.14038, section 3)."""
+"""Text that reads images: fusion layers, the reconstructor and the vocabulary head (FLM, arXiv 2303.14038, section 3)."""
 
 from __future__ import annotations
 
@@ -13,20 +13,26 @@ from fastvlp.model.layers import LayerConfig, initialise, stack
 
 @dataclass(frozen=True, kw_only=True)
 class FusionConfig:
-    """`slots`: how many images a text may be read beside (2 for NLVR2), each with its own type vector."""
+    """Layers in which a text reads an image."""
 
     depth: int
+    """Layers."""
     layer: LayerConfig
+    """Shape of each layer; its width is the text encoder's."""
     slots: int = 2
+    """Images that a text may be read beside, each with its own type vector (2 for NLVR2)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReconstructorConfig:
-    """`bottom` layers read the last states of the text tower, `top` layers those of the fusion layers."""
+    """FLM's reconstructor: layers that predict a hidden word from the states on both sides of it."""
 
     bottom: int
+    """Layers that read the states of the text encoder's last layers."""
     top: int
+    """Layers that read the states of the last fusion layers."""
     layer: LayerConfig
+    """Shape of each layer; its width is the text encoder's."""
 
 
 class Fusion(nn.Module):
@@ -45,12 +51,13 @@ class Fusion(nn.Module):
         initialise(self, width)
 
     def image_memory(self, image_BKD: Tensor, slot_B: Tensor | None) -> Tensor:
-        kind = self.image_type[0] if slot_B is None else self.image_type[slot_B][:, None]
-        return self.image_in(image_BKD) + kind
+        """What cross-attention reads of an image [B K D]. `slot_B`: which image of its item it is; None means the first."""
+        image_type = self.image_type[0] if slot_B is None else self.image_type[slot_B][:, None]
+        return self.image_in(image_BKD) + image_type
 
 
 class Reconstructor(nn.Module):
-    """Queries that read both streams and nothing else: no self-attention, no direct sight of the image."""
+    """Queries that read both streams and nothing else: no self-attention, and no direct sight of the image."""
 
     def __init__(self, config: ReconstructorConfig):
         super().__init__()
@@ -60,7 +67,7 @@ class Reconstructor(nn.Module):
         self.query_type = nn.Parameter(torch.empty(width))
         self.bottom = stack(config.layer, config.bottom, attend=False, cross=True)
         self.top = stack(config.layer, config.top, attend=False, cross=True)
-        # Pre-norm streams hand over unnormalised sums, so their keys get a norm of their own.
+        # The states of pre-norm layers are unnormalised sums, so that their keys get a norm of their own.
         self.bottom_key_norm = nn.ModuleList(norm() for _ in range(config.bottom))
         self.top_key_norm = nn.ModuleList(norm() for _ in range(config.top))
         self.norm = norm()
@@ -68,7 +75,7 @@ class Reconstructor(nn.Module):
 
 
 class LMHead(nn.Module):
-    """Linear, GELU, LayerNorm, then the vocabulary (not tied to the word embedding)."""
+    """Linear, GELU, LayerNorm, then the vocabulary, which is not tied to the word embedding."""
 
     def __init__(self, width: int, vocab: int, eps: float):
         super().__init__()
@@ -78,7 +85,9 @@ class LMHead(nn.Module):
         initialise(self, width)
 
     def hidden(self, x: Tensor) -> Tensor:
+        """What the vocabulary is multiplied with: [... D] -> [... D]."""
         return self.norm(F.gelu(self.transform(x)))
 
     def forward(self, x: Tensor) -> Tensor:
+        """Logits [... V] of states [... D]."""
         return self.vocabulary(self.hidden(x))

@@ -1,5 +1,5 @@
-"""Two towers: states of an image or a text to one unit vector in a joint space (CLIP, arXiv 2103.00020; FLIP, 2212.00794;
-BriVL, 2103.06561)."""
+"""A joint space: the states of an image or a text become one unit vector (CLIP, arXiv 2103.00020; FLIP, 2212.00794; BriVL,
+2103.06561)."""
 
 from __future__ import annotations
 
@@ -16,76 +16,98 @@ from fastvlp.model.encoders.interface import ImageEncoderConfig, TextEncoderConf
 from fastvlp.model.layers import LayerConfig, initialise, stack
 from fastvlp.model.region_pooling import RegionPool, RegionPooling
 
-# first: the state at position 0 (class token, <s>, or FLIP's first word). last: the last real token (</s>). mean: over
-# all that is there, a class token included (FLIP). patches: over all but the first.
+# first: the state at position 0 (class token, <s>, or FLIP's first word). last: that of the last real token (</s>). mean: of
+# all states that are no padding, a class token's too (FLIP). patches: the mean of all but the first.
 Pool = Literal["first", "last", "mean", "patches"]
-# What a word sees in the text tower: all words; those before it (CLIP); or all positions, padding too (FLIP).
+# What a word sees in the text encoder: all words; itself and those before it (CLIP); or all positions, padding too (FLIP).
 TextMask = Literal["full", "causal", "none"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class HeadConfig:
-    """norm: a layer norm before pooling, for towers that end without one. hidden: width of a layer with ReLU before the
-    projection (None: one linear map). bias: of the projection.
-
-    regions: the image's states become regions pooled from their map (BriVL). depth, layer: blocks of self-attention over
-    states or regions, each made a unit vector first, without positions (BriVL); 0 for none."""
+    """How the states of an image or a text become a vector."""
 
     pool: Pool
+    """Which states are its summary: the first, the last, the mean of all, or that of all but the first (patches)."""
     norm: bool = False
+    """Whether a layer norm comes first, for encoders that end without one."""
     hidden: int | None = None
+    """Width of a layer with ReLU before the projection; None: the projection alone."""
     bias: bool = False
+    """Whether the projection has a bias."""
     eps: float = 1e-5
+    """Epsilon of the norm."""
     regions: RegionPool | None = None
+    """Regions of the image, pooled from the map of its states, that take the place of the states (BriVL)."""
     depth: int = 0
+    """Layers of self-attention over states or regions, without positions, before they are pooled (BriVL)."""
     layer: LayerConfig | None = None
+    """Shape of these layers."""
+
+    def check(self, name: str, width: int) -> None:
+        """Raises UserError for a head that cannot be built on states of `width`; `name` is image or text."""
+        layer, regions, field = self.layer, self.regions, f"model.embed.{name}"
+        if self.depth and layer is None:
+            raise UserError(f"`{field}.depth` is {self.depth}: set `{field}.layer` too, the shape of these layers")
+        if layer is not None:
+            layer.check(f"{field}.layer")
+            if regions is None and layer.width != width:
+                raise UserError(
+                    f"`{field}.layer.width` {layer.width} must equal the encoder's width {width}, where no regions are pooled"
+                )
+        if regions is None:
+            return
+        if name == "text" or self.pool != "mean":
+            raise UserError(f"`{field}.regions`: regions are of an image, and their mean is its summary (pool mean)")
+        if regions.samples < 1 or (regions.grid is not None and regions.grid < 1):
+            raise UserError(f"`{field}.regions`: samples {regions.samples}, grid {regions.grid}; use 1 or more")
 
 
 @dataclass(frozen=True, kw_only=True)
 class EmbedConfig:
-    """width: of the joint space. text_special: whether <s> and </s> are encoded (FLIP: not). text_length: texts are cut
-    and padded to so many positions, where padding is seen (FLIP: 32); None: the batch's own length."""
+    """A joint space of images and texts."""
 
     width: int
+    """Numbers in a vector of the joint space."""
     image: HeadConfig
+    """Head of the images."""
     text: HeadConfig
+    """Head of the texts."""
     text_mask: TextMask = "causal"
+    """What a word sees: all words (full), itself and those before it (causal), or all positions, padding too (none)."""
     text_special: bool = True
+    """Whether <s> and </s> are encoded (not in FLIP)."""
     text_length: int | None = None
+    """Positions that every text is cut and padded to, where padding is seen (FLIP: 32); None: the longest of the batch."""
+
+    def check(self, image: ImageEncoderConfig, text: TextEncoderConfig) -> None:
+        """Raises UserError for heads that cannot be built on these encoders."""
+        self.image.check("image", image.width)
+        self.text.check("text", text.width)
+        if self.image.pool == "patches" and not image.prefix:
+            raise UserError(
+                "`model.embed.image.pool` patches leaves out the class token, and there is none; choose mean"
+            )
+        if self.text_length is not None and not 1 <= self.text_length <= text.positions:
+            raise UserError(
+                f"`model.embed.text_length` {self.text_length} is not within the {text.positions} text positions"
+            )
 
     @property
     def reads_boxes(self) -> bool:
-        """Whether an image's boxes must come along."""
+        """Whether the data must bring boxes of each image."""
         return self.image.regions is not None and self.image.regions.grid is None
 
     def positions(self, length: int) -> int:
-        """That the text tower encodes, of texts padded to `length` tokens with <s> and </s>."""
+        """How many positions are encoded of texts that are padded to `length` tokens with <s> and </s>."""
         return self.text_length or max(1, length - int(not self.text_special))
 
 
-def check_head(name: str, head: HeadConfig, width: int) -> None:
-    """Raises UserError for a head that cannot be built on states of `width`."""
-    layer, regions, field = head.layer, head.regions, f"model.embed.{name}"
-    if head.depth and layer is None:
-        raise UserError(f"{field}.depth {head.depth}: say with {field}.layer how wide the blocks are")
-    if layer is not None and (layer.heads < 1 or layer.width % layer.heads):
-        raise UserError(f"{field}.layer: width {layer.width} does not divide into {layer.heads} heads")
-    if layer is not None and regions is None and layer.width != width:
-        raise UserError(
-            f"{field}.layer.width {layer.width} must equal the tower's width {width}, where nothing is pooled"
-        )
-    if regions is None:
-        return
-    if name == "text" or head.pool != "mean":
-        raise UserError(f"{field}.regions: regions are of an image, and their mean is its summary (pool mean)")
-    if regions.samples < 1 or (regions.grid is not None and regions.grid < 1):
-        raise UserError(f"{field}.regions: samples {regions.samples}, grid {regions.grid}; use 1 or more")
-
-
 class Head(nn.Module):
-    """States [B S D] to unit vectors [B E], in fp32. `image`: the tower's shape, where its regions are pooled."""
+    """States [B S D] to unit vectors [B E], in fp32."""
 
     def __init__(self, config: HeadConfig, width: int, joint: int, image: ImageEncoderConfig | None = None):
+        """`width` is that of the states, `joint` that of the joint space; `image` is given for the image's head alone."""
         super().__init__()
         self.pool = config.pool
         self.norm = nn.LayerNorm(width, eps=config.eps) if config.norm else nn.Identity()
@@ -98,14 +120,15 @@ class Head(nn.Module):
         initialise(self, inner)
 
     def forward(self, state_BSD: Tensor, length_B: Tensor | None = None, regions: Regions | None = None) -> Tensor:
-        """`length_B`: real states of each row, where some are padding. `regions`: a batch's, where the head reads them."""
+        """Unit vectors [B E]. `length_B`: how many states of each row are real; None means all. `regions`: the batch's, which
+        a head without a grid of its own reads."""
         x = self.summary(state_BSD, length_B, regions)
         if self.hidden is not None:
             x = F.relu(self.hidden(x))
         return unit(self.out(x))
 
     def summary(self, state_BSD: Tensor, length_B: Tensor | None = None, regions: Regions | None = None) -> Tensor:
-        """What the projection reads [B D]."""
+        """What the projection reads: [B D]."""
         x, seen_BS = self.norm(state_BSD), None
         if self.regions is not None:
             x, seen_BS = self.regions(x, regions)
@@ -119,7 +142,7 @@ class Head(nn.Module):
         return self.pooled(x, seen_BS)
 
     def pooled(self, state_BSD: Tensor, seen_BS: Tensor | None) -> Tensor:
-        """`seen_BS`: which states are there; None: all."""
+        """One state or a mean of states -> [B D]. `seen_BS`: which states are no padding; None means all."""
         if self.pool == "first":
             return state_BSD[:, 0]
         if seen_BS is None:
@@ -133,12 +156,15 @@ class Head(nn.Module):
 
 
 def unit(x: Tensor) -> Tensor:
-    """Rows of length one, in fp32 at least; FLIP's 1e-8 is added to the norm, so that a zero row stays finite."""
+    """Vectors scaled to length one, in fp32 at least. FLIP's 1e-8 is added to the length, so that a vector of zeros stays
+    finite."""
     x = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
     return x / (x.norm(dim=-1, keepdim=True) + 1e-8)
 
 
 class Embed(nn.Module):
+    """The heads of a joint space, and how it reads a text."""
+
     def __init__(self, config: EmbedConfig, image: ImageEncoderConfig, text_width: int):
         super().__init__()
         self.config = config
@@ -146,7 +172,7 @@ class Embed(nn.Module):
         self.text = Head(config.text, text_width, config.width)
 
     def words(self, ids_BL: Tensor, length_B: Tensor, text: TextEncoderConfig) -> tuple[Tensor, Tensor]:
-        """The ids that the text tower encodes, and how many of each row are real. A text of no words keeps one position."""
+        """The ids that the text encoder reads, and how many of each row are real. A text of no words keeps one position."""
         config, ids, length = self.config, ids_BL, length_B
         if not config.text_special:
             last = torch.arange(ids.shape[1], device=ids.device) == length[:, None] - 1
@@ -155,7 +181,7 @@ class Embed(nn.Module):
             more = config.text_length - ids.shape[1]
             ids, length = F.pad(ids, (0, more), value=text.pad), length.clamp(max=config.text_length)
             if config.text_special:
-                # A text that is cut ends all the same: </s> may be what is pooled.
+                # A text that is cut still ends in </s>, which may be the pooled state.
                 end = torch.arange(ids.shape[1], device=ids.device) == length[:, None] - 1
                 ids = ids.masked_fill(end, text.eos)
         return ids, length

@@ -1,4 +1,4 @@
-"""Attention and the one transformer block that every tower is built of."""
+"""Attention, and the transformer layer that all parts of a model are built of."""
 
 from __future__ import annotations
 
@@ -18,15 +18,22 @@ Activation = Literal["gelu", "gelu_tanh", "quick_gelu", "relu"]
 
 @dataclass(frozen=True, kw_only=True)
 class LayerConfig:
-    """Shape of one block. `hidden` is the width of the MLP's hidden layer, `eps` that of the layer norms."""
+    """Shape of one transformer layer."""
 
     width: int
+    """Numbers in each state."""
     heads: int
+    """Attention heads."""
     hidden: int
+    """Width of the hidden layer of the MLP."""
     norm: Norm = "pre"
+    """Whether a norm comes before each sublayer (pre) or after its residual sum (post, as in BERT)."""
     eps: float = 1e-5
+    """Epsilon of the norms."""
     activation: Activation = "gelu"
+    """Of the MLP."""
     dropout: float = 0.0
+    """Share of each sublayer's outputs that is set to zero in training."""
 
     def check(self, name: str) -> None:
         """Raises UserError where the width does not divide into heads; `name` is the config's, such as model.text.layer."""
@@ -36,7 +43,7 @@ class LayerConfig:
 
 @dataclass
 class KeyValue:
-    """Keys and values of one attention layer, each [B H L Dh]; grows while decoding."""
+    """Keys and values of one attention layer, each [B H L Dh]. They grow while a text is decoded."""
 
     key: Tensor
     value: Tensor
@@ -53,9 +60,11 @@ class KeyValue:
         return self.key.shape[2]
 
     def extend(self, key: Tensor, value: Tensor) -> None:
+        """Appends the keys and values of further tokens, in place."""
         self.key, self.value = torch.cat([self.key, key], 2), torch.cat([self.value, value], 2)
 
     def select(self, rows: Tensor) -> KeyValue:
+        """Those of some rows, in the order of their indices."""
         return KeyValue(self.key[rows], self.value[rows])
 
 
@@ -84,7 +93,8 @@ def _heads(x_BLD: Tensor, heads: int) -> Tensor:
 def attention(
     query: Tensor, key: Tensor, value: Tensor, *, mask: Tensor | None = None, causal: bool = False, drop: float = 0.0
 ) -> Tensor:
-    """Softmax attention, [B H Q Dh] from keys and values [B H K Dh]; `mask` True = visible."""
+    """Softmax attention of queries [B H Q Dh] to keys and values [B H K Dh] -> [B H Q Dh]. `mask` is True where a query sees
+    a key; `drop` is the dropout of attention weights."""
     if query.device.type == "cpu" and query.dtype == torch.bfloat16:
         # The CPU's bf16 kernel has a backward pass three to seven times as slow as its fp32 one (torch 2.13).
         with torch.autocast("cpu", enabled=False):
@@ -94,6 +104,8 @@ def attention(
 
 
 class SelfAttention(nn.Module):
+    """Multi-head self-attention; query, key and value are one matrix."""
+
     def __init__(self, config: LayerConfig):
         super().__init__()
         self.heads, self.dropout = config.heads, config.dropout
@@ -101,6 +113,7 @@ class SelfAttention(nn.Module):
         self.out = nn.Linear(config.width, config.width)
 
     def forward(self, x_BLD: Tensor, mask: Tensor | None, causal: bool, past: KeyValue | None = None) -> Tensor:
+        """[B L D] -> [B L D]. `past`: keys and values of the tokens before `x`, to which its own are appended."""
         query, key, value = (_heads(part, self.heads) for part in self.qkv(x_BLD).chunk(3, -1))
         if past is not None:
             past.extend(key, value)
@@ -111,6 +124,8 @@ class SelfAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
+    """Multi-head attention of a text to other states."""
+
     def __init__(self, config: LayerConfig):
         super().__init__()
         self.heads, self.dropout = config.heads, config.dropout
@@ -123,8 +138,8 @@ class CrossAttention(nn.Module):
         return KeyValue(_heads(key, self.heads), _heads(value, self.heads))
 
     def forward(self, x_BLD: Tensor, memory: KeyValue, mask: Tensor | None) -> Tensor:
-        """`x` may hold several rows for each row of `memory` (b*s+0 ... b*s+s-1 read row b): they fold into one long
-        query, so that keys and values are computed and held once for both directions, or all captions, of an image."""
+        """Attention of x [B*s L D] to `memory` of B rows: rows b*s ... b*s+s-1 of `x` read row b. They are folded into one long
+        query, so that the keys and values of an image are computed and held once for all its captions or directions."""
         rows, length, width = x_BLD.shape
         query = self.query(x_BLD).reshape(memory.key.shape[0], -1, width)
         drop = self.dropout if self.training else 0.0
@@ -133,9 +148,9 @@ class CrossAttention(nn.Module):
 
 
 class Block(nn.Module):
-    """Self-attention, cross-attention, MLP, each with its residual; the first two by choice.
+    """A transformer layer: self-attention (`attend`), cross-attention (`cross`) and an MLP, each with a residual connection.
 
-    ViT and text towers use (attend), fusion layers (attend, cross), reconstructor layers (cross).
+    Image and text encoders attend, fusion layers attend and cross, reconstructor layers cross.
     """
 
     def __init__(self, config: LayerConfig, *, attend: bool = True, cross: bool = False):
@@ -153,7 +168,7 @@ class Block(nn.Module):
         self.drop = nn.Dropout(config.dropout)
 
     def keys(self, memory_BKD: Tensor) -> KeyValue:
-        """Keys and values of what the block reads: once a layer, for every row that reads it."""
+        """Keys and values of the states that cross-attention reads [B K D], to be shared by all rows that read them."""
         assert self.cross is not None, "this block reads nothing but itself"
         return self.cross.keys(memory_BKD)
 
@@ -171,6 +186,15 @@ class Block(nn.Module):
         memory_mask: Tensor | None = None,
         past: KeyValue | None = None,
     ) -> Tensor:
+        """States [B L D] -> [B L D].
+
+        Args:
+            mask: of self-attention, True where a row sees a column; not together with `causal`.
+            causal: a token sees itself and those before it.
+            memory: keys and values that cross-attention reads, from `keys`.
+            memory_mask: of cross-attention.
+            past: keys and values of the tokens before `x` (decoding).
+        """
         if self.attend is not None:
             attend = self.attend
             x_BLD = self._add(x_BLD, self.attend_norm, lambda h: attend(h, mask, causal, past))
@@ -182,19 +206,20 @@ class Block(nn.Module):
 
 
 def stack(config: LayerConfig, depth: int, *, attend: bool = True, cross: bool = False) -> list[Block]:
-    """`depth` blocks; a ModuleList, declared as the list of blocks that it is."""
+    """A ModuleList of `depth` layers, typed as the list that it is."""
     return cast("list[Block]", nn.ModuleList(Block(config, attend=attend, cross=cross) for _ in range(depth)))
 
 
 def initial_std(width: int) -> float:
-    """0.02 at BERT's width of 768, and as much wider for a narrower model as keeps sums of `width` terms of one size: at
-    width 96 a fixed 0.02 took 2.5 times the steps to the same loss (docs/log.md, 2026-11-21)."""
+    """Standard deviation of new weights: 0.02 at BERT's width of 768, and larger for a narrower model, so that sums of `width`
+    terms have the same variance. At width 96 a fixed 0.02 took 2.5 times the steps to the same loss (docs/log.md,
+    2026-11-21)."""
     return 0.02 * (768 / width) ** 0.5
 
 
 def initialise_as_mae(module: nn.Module) -> None:
-    """Xavier-uniform matrices, all else but norms N(0, 0.02), biases 0 (MAE, arXiv 2111.06377, appendix A.1; FLIP). One
-    matrix makes query, key and value, so that theirs are drawn as of one [3D D], as in both released codes."""
+    """Draws all weights as MAE and FLIP do (arXiv 2111.06377, appendix A.1): Xavier-uniform matrices, biases 0, all else but
+    norms N(0, 0.02). Query, key and value are one matrix [3D D] and are drawn as such, as in both released codes."""
     matrices = {id(part.weight) for part in module.modules() if isinstance(part, nn.Linear)}
     norms = {id(p) for part in module.modules() if isinstance(part, nn.LayerNorm) for p in part.parameters()}
     for name, parameter in module.named_parameters():
@@ -205,7 +230,8 @@ def initialise_as_mae(module: nn.Module) -> None:
 
 
 def initialise(module: nn.Module, width: int) -> None:
-    """Matrices, tables and free vectors N(0, initial_std), biases 0, norms 1, rows of padding 0."""
+    """Draws all weights as BERT does: matrices, tables and free vectors N(0, initial_std(width)), biases and rows of padding 0,
+    and norms stay 1."""
     std = initial_std(width)
     norms = {id(p) for part in module.modules() if isinstance(part, nn.LayerNorm) for p in part.parameters()}
     for name, parameter in module.named_parameters():

@@ -1,4 +1,4 @@
-"""VLModel: the towers, fusion, reconstructor and vocabulary head, and the ways to read a text beside an image."""
+"""VLModel: image and text encoder, the parts that join them, and the ways to read a text beside an image."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from fastvlp.model import masks
 from fastvlp.model.absent import Absent
 from fastvlp.model.encoders.interface import ImageEncoder, ImageEncoderConfig, TextEncoderConfig
 from fastvlp.model.fusion import Fusion, FusionConfig, LMHead, Reconstructor, ReconstructorConfig
-from fastvlp.model.joint_space import Embed, EmbedConfig, check_head
+from fastvlp.model.joint_space import Embed, EmbedConfig
 from fastvlp.model.layers import KeyValue, initialise_as_mae
-from fastvlp.model.region_embedding import given, region_features
-from fastvlp.model.region_pooling import RegionPool, box_weights, pooled
-from fastvlp.model.single_stream import Joint, SingleConfig, SingleStream
+from fastvlp.model.region_embedding import region_features, require_regions
+from fastvlp.model.region_pooling import RegionPool, box_weights, pool_regions
+from fastvlp.model.single_stream import SingleConfig, SingleStates, SingleStream
 
 # How a model reads a text to summarise it: all at once, left to right, or through the reconstructor.
 Reading = Literal["full", "causal", "flm"]
@@ -29,20 +29,29 @@ Bos = Literal["blind", "official"]
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """fusion: layers in which text reads the image, with a vocabulary head; None for two towers alone. embed: the towers'
-    heads into a joint space. single: one stream over words and regions, with no towers but the image's where regions are
-    pooled from it: else of `image` it reads the size, and of `text` the embedding. separate_heads: own vocabulary heads for
-    the forward and the reverse stream (FLM's share_lm_scorer_weights). initial: how weights are drawn, `bert`
-    (`layers.initialise`) or `mae`, FLIP's way."""
+    """A model: an image encoder, a text encoder, and what joins them. It is one of
+
+    - two encoders with a joint space (`embed`),
+    - two encoders with fusion layers, in which the text reads the image (`fusion`), maybe with a joint space too,
+    - a single stream over words and regions (`single`).
+    """
 
     image: ImageEncoderConfig
+    """The image encoder. A single stream over a detector's regions reads its size alone."""
     text: TextEncoderConfig
+    """The text encoder. A single stream reads its embedding alone."""
     fusion: FusionConfig | None = None
+    """Layers in which the text reads the image, with a vocabulary head."""
     reconstructor: ReconstructorConfig | None = None
+    """FLM's reconstructor, beside fusion layers."""
     embed: EmbedConfig | None = None
+    """Heads that map images and texts into one joint space."""
     single: SingleConfig | None = None
+    """One stream over words and regions. It stands alone: no fusion, reconstructor or joint space."""
     separate_heads: bool = False
+    """Whether FLM's forward and reverse stream have vocabulary heads of their own."""
     initial: Literal["bert", "mae"] = "bert"
+    """How new weights are drawn: as in BERT, or as in MAE and FLIP."""
 
     @property
     def longest_text(self) -> int:
@@ -51,88 +60,82 @@ class ModelConfig:
         bare = embed is not None and embed.text_length is not None and not embed.text_special
         return self.text.positions + 2 * int(bare)
 
+    def check(self) -> None:
+        """Raises UserError where parts do not fit together. It is not done on creation, because the command line overrides
+        fields one by one."""
+        self.image.check()
+        self.text.check()
+        for name, part in {"fusion": self.fusion, "reconstructor": self.reconstructor, "single": self.single}.items():
+            if part is None:
+                continue
+            part.layer.check(f"model.{name}.layer")
+            if part.layer.width != self.text.width:
+                raise UserError(
+                    f"`model.{name}.layer.width` {part.layer.width} must equal the text encoder's width, {self.text.width}"
+                )
+        if self.reconstructor:
+            self._check_reconstructor(self.reconstructor)
+        if self.single:
+            if self.fusion or self.reconstructor or self.embed or self.separate_heads or self.text.depth:
+                raise UserError(
+                    "`model.single` stands alone: no fusion, reconstructor, embed or separate heads, and `model.text.depth` 0"
+                )
+            self.single.regions.check(self.image)
+        if self.embed:
+            self.embed.check(self.image, self.text)
 
-def check(config: ModelConfig) -> None:
-    """Raises UserError for parts that do not fit together. Not in the config, whose fields are overridden one by one."""
-    image, text, fusion, part = config.image, config.text, config.fusion, config.reconstructor
-    image.check()
-    text.check()
-    for name, other in {"fusion": fusion, "reconstructor": part, "single": config.single}.items():
-        if other is None:
-            continue
-        other.layer.check(f"model.{name}.layer")
-        if other.layer.width != text.width:
+    def _check_reconstructor(self, part: ReconstructorConfig) -> None:
+        depth = self.fusion.depth if self.fusion else 0
+        if part.bottom > self.text.depth or part.top > depth:
             raise UserError(
-                f"`model.{name}.layer.width` {other.layer.width} must equal the text encoder's width, {text.width}"
+                f"`model.reconstructor`: each layer reads one of the text encoder ({self.text.depth} layers) or of fusion "
+                f"({depth} layers); bottom {part.bottom} and top {part.top} are more than there are"
             )
-    deep = fusion.depth if fusion else 0
-    if part and (part.bottom > text.depth or part.top > deep):
-        raise UserError(
-            f"model.reconstructor: each layer reads one of text ({text.depth}) or fusion ({deep}); "
-            f"bottom {part.bottom} and top {part.top} are more than there are"
-        )
-    if config.single and (fusion or part or config.embed or config.separate_heads or text.depth):
-        raise UserError("model.single stands alone: no fusion, reconstructor, embed or heads, and model.text.depth 0")
-    regions = config.single.regions if config.single else None
-    if regions and regions.pool is not None:
-        if regions.pool < 1 or regions.crop:
-            raise UserError("model.single.regions.pool is a number of samples a side, 1 or more, and needs no crop")
-        if regions.feature != image.width:
-            raise UserError(
-                f"model.single.regions.feature {regions.feature} must be what is pooled, the image tower's width "
-                f"{image.width}"
-            )
-    embed = config.embed
-    if embed:
-        check_head("image", embed.image, image.width)
-        check_head("text", embed.text, text.width)
-    if embed and embed.image.pool == "patches" and not image.prefix:
-        raise UserError("model.embed.image.pool patches leaves out the class token, and there is none; choose mean")
-    if embed and embed.text_length is not None and not 1 <= embed.text_length <= text.positions:
-        raise UserError(
-            f"model.embed.text_length {embed.text_length} is not within the {text.positions} text positions"
-        )
 
 
 class Streams(NamedTuple):
-    """States of both directions after each layer, rows b*2 (forward) and b*2+1 (reverse), so that [B*2 L D] viewed as
-    [B 2L D] is the reconstructor's key list. `reverse_BL` says which text position a reverse column holds (-1: padding);
-    `first` is the first forward position that other rows may see."""
+    """States of FLM's two directions. Row 2b is the forward stream of text b, row 2b+1 the reverse one, so that [B*2 L D]
+    viewed as [B 2L D] is the list of keys that the reconstructor reads."""
 
-    bottom: list[Tensor]
-    top: list[Tensor]
-    forward_L: Tensor
-    reverse_BL: Tensor
-    first: int
+    bottom: list[Tensor]  # after each layer of the text encoder
+    top: list[Tensor]  # after each fusion layer
+    forward_L: Tensor  # the text position of each forward column
+    reverse_BL: Tensor  # the text position of each reverse column, -1 for padding
+    first: int  # the first forward position that other rows may see
 
 
 class Cache(NamedTuple):
-    """Decoding state: keys and values of the text so far and of the image, layer by layer."""
+    """State of decoding: keys and values of the text so far and of the image, layer by layer."""
 
-    past: list[KeyValue]
+    past: list[KeyValue]  # of the text encoder's layers, then of the fusion layers
     image: list[KeyValue]
 
     def select(self, rows: Tensor) -> Cache:
+        """The state of some rows, in the order of their indices."""
         return Cache([p.select(rows) for p in self.past], [i.select(rows) for i in self.image])
 
 
-def flip(x_BL: Tensor, length_B: Tensor) -> Tensor:
-    """Reverses the real tokens of each row and leaves padding where it is; its own inverse. [B L] or [B L D]."""
+def reverse_text(x_BL: Tensor, length_B: Tensor) -> Tensor:
+    """Reverses the real tokens of each row, [B L] or [B L D], and leaves padding where it is. It is its own inverse."""
     position = torch.arange(x_BL.shape[1], device=x_BL.device)
     source = torch.where(position < length_B[:, None], length_B[:, None] - 1 - position, position)
     return x_BL.gather(1, source if x_BL.dim() == 2 else source[..., None].expand_as(x_BL))
 
 
 class VLModel(nn.Module):
+    """A vision-language model. Raises UserError for a config whose parts do not fit together.
+
+    Parts that the config leaves out are `Absent`: reading one raises a UserError that names the field to set.
+    """
+
     def __init__(self, config: ModelConfig):
         super().__init__()
-        check(config)
+        config.check()
         width = config.text.width
         self.config = config
         fusion, image_width, single = config.fusion, config.image.width, config.single
-        # Absent parts are declared as present: who reads one meets an error that names the field to set.
-        blind = single is not None and single.regions.pool is None
-        self.image = cast(ImageEncoder, Absent("image")) if blind else config.image.build()
+        reads_image = single is None or single.regions.pool is not None
+        self.image = config.image.build() if reads_image else cast(ImageEncoder, Absent("image"))
         self.text = config.text.build()
         self.single = SingleStream(single, config.text.vocab) if single else cast(SingleStream, Absent("single"))
         self.fusion = Fusion(fusion, image_width) if fusion else cast(Fusion, Absent("fusion"))
@@ -147,8 +150,8 @@ class VLModel(nn.Module):
             initialise_as_mae(self)
 
     def resized(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The weights of another such model, each part made to fit this one where it differs in its number of positions or
-        types alone."""
+        """The weights of another such model. A part that differs from this one's in its number of positions or types alone is
+        made to fit."""
         for name, part in (("image", self.image), ("text", self.text), ("single", self.single)):
             if isinstance(part, Absent):
                 continue
@@ -168,19 +171,22 @@ class VLModel(nn.Module):
         return own or self.head
 
     def encode_image(self, image: Tensor, keep_BK: Tensor | None = None, regions: Regions | None = None) -> Tensor:
-        """uint8 [B 3 H W] -> [B K D]. What a single stream reads are the regions' features: [B R F]."""
+        """States of images, uint8 [B 3 H W] -> [B K D]; a single stream reads features of regions instead: [B R F].
+
+        `keep_BK`: the patches to encode; None means all. Raises UserError where they cannot be left out.
+        """
         if keep_BK is not None:
             self.config.image.check_can_drop()
         if self.config.single is None:
             return self.image(image, keep_BK)
         if keep_BK is not None:
-            raise UserError("keep drops patches, and a single stream reads regions; leave keep at 1")
+            raise UserError("patches cannot be left out where a single stream reads regions; set `keep` to 1")
         source = self.config.single.regions
         if source.pool is None:
             return region_features(source, image, regions)
-        how = RegionPool(samples=source.pool, place="exact")
-        weight_BRN = box_weights(given(regions).box, self.config.image.grid, how)
-        return pooled(self.image(image), weight_BRN, self.config.image)
+        pool = RegionPool(samples=source.pool, place="exact")
+        weight_BRN = box_weights(require_regions(regions).box, self.config.image.grid, pool)
+        return pool_regions(self.image(image), weight_BRN, self.config.image)
 
     def read_regions(
         self,
@@ -192,22 +198,28 @@ class VLModel(nn.Module):
         hidden_BR: Tensor | None = None,
         slot_B: Tensor | None = None,
         kind_BL: Tensor | None = None,
-    ) -> Joint:
-        """Words and regions in one stream. `feature`: what `encode_image` gave; it is masked where `hidden`. `kind`: rows of
-        the type table for each word, where it is not row 0."""
+    ) -> SingleStates:
+        """Words and regions in one stream.
+
+        Args:
+            feature_BRF: what `encode_image` returned.
+            hidden_BR: regions whose features are masked.
+            slot_B: as in `SingleStream.forward`.
+            kind_BL: the row of the type table for each word; None means row 0.
+        """
         position_L = torch.arange(ids_BL.shape[1], device=ids_BL.device)
         kinds = self.single.kinds
         words = self.text.embed(ids_BL, position_L, kinds[0] if kind_BL is None else kinds[kind_BL])
-        return self.single(words, length_B, feature_BRF, given(regions), hidden_BR=hidden_BR, slot_B=slot_B)
+        return self.single(words, length_B, feature_BRF, require_regions(regions), hidden_BR=hidden_BR, slot_B=slot_B)
 
     def embed_image(self, image_BKD: Tensor, regions: Regions | None = None) -> Tensor:
-        """States of `encode_image` to unit vectors of the joint space, in fp32 -> [B E]. `regions`: of the batch, which
-        some heads read."""
+        """Unit vectors of images in the joint space, fp32 [B E], from the states of `encode_image`. `regions`: the batch's,
+        which some heads read."""
         return self.embed.image(image_BKD, regions=regions)
 
     def embed_text(self, ids_BL: Tensor, length_B: Tensor, keep_BK: Tensor | None = None) -> Tensor:
-        """The text alone to unit vectors of the joint space, in fp32 -> [B E]. `keep_BK`: sorted positions that are
-        encoded (FLIP's text masking); the others cost nothing."""
+        """Unit vectors of texts in the joint space, fp32 [B E]. `keep_BK`: sorted positions that are encoded (FLIP's text
+        masking); the others cost nothing."""
         config = self.embed.config
         ids, length = self.embed.words(ids_BL, length_B, self.config.text)
         position = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
@@ -227,9 +239,10 @@ class VLModel(nn.Module):
         causal: bool = False,
         slot_B: Tensor | None = None,
     ) -> Tensor:
-        """One stream over the text beside the image -> [B L D]. `mask` True = visible, or `causal`, not both.
+        """States of a text that reads an image -> [B L D]. `mask` (True where a row sees a column) and `causal` are not given
+        together.
 
-        There may be s texts an image: rows b*s ... b*s+s-1 read image b.
+        An image may have s texts: rows b*s ... b*s+s-1 read image b. `slot_B`: which image of its item it is.
         """
         position_L = torch.arange(ids_BL.shape[1], device=ids_BL.device)
         x = self.text(ids_BL, position_L, mask=mask, causal=causal)
@@ -242,16 +255,17 @@ class VLModel(nn.Module):
     def read_causally(
         self, image_BKD: Tensor, ids_BL: Tensor, length_B: Tensor, *, bos: Bos, slot_B: Tensor | None = None
     ) -> Tensor:
-        """`read` left to right, with the `<s>` that the model was pretrained with -> [B L D]."""
+        """States of a text that is read left to right beside an image -> [B L D], with the `<s>` of pretraining."""
         mask = None if bos == "blind" else masks.causal_official(length_B, ids_BL.shape[1])
         return self.read(image_BKD, ids_BL, mask=mask, causal=mask is None, slot_B=slot_B)
 
     def streams(
         self, image_BKD: Tensor, ids_BL: Tensor, length_B: Tensor, *, bos: Bos = "blind", slot_B: Tensor | None = None
     ) -> Streams:
-        """Both directions as one pass of 2B rows through the shared weights (arXiv 2303.14038 section 3.1).
+        """FLM's two directions, as one pass of 2B rows through shared weights (arXiv 2303.14038, section 3.1).
 
-        With a text-blind `<s>` the reverse rows are flipped, so that both are plainly causal and the fast kernel serves.
+        Where `<s>` sees no text, the reverse rows are reversed texts: both directions are then causal, and the fast attention
+        kernel applies.
         """
         B, L = ids_BL.shape
         forward_L = torch.arange(L, device=ids_BL.device)
@@ -259,8 +273,8 @@ class VLModel(nn.Module):
         position_BL = forward_L.expand(B, L)
         real_BL = position_BL < length_B[:, None]
         if causal:
-            reverse_BL = flip(position_BL, length_B)
-            ids = torch.stack([ids_BL, flip(ids_BL, length_B)], 1).flatten(0, 1)
+            reverse_BL = reverse_text(position_BL, length_B)
+            ids = torch.stack([ids_BL, reverse_text(ids_BL, length_B)], 1).flatten(0, 1)
         else:
             reverse_BL = position_BL
             ids = ids_BL.repeat_interleave(2, 0)
@@ -282,13 +296,14 @@ class VLModel(nn.Module):
     @property
     def _reconstructor(self) -> Reconstructor:
         if self.reconstructor is None:
-            raise ValueError("this model has no reconstructor; give ModelConfig one to read it with FLM")
+            raise UserError("the model has no reconstructor, which FLM reads it with; set `model.reconstructor`")
         return self.reconstructor
 
     def reconstruct(self, streams: Streams, ids_BQ: Tensor, position_BQ: Tensor, mask: Tensor) -> Tensor:
-        """Queries (an id at a position each) read the two streams, layer beside layer -> [B Q D].
+        """States of queries, an id at a position each, that read the two streams layer by layer -> [B Q D].
 
-        mask: [B 1 Q 2L] from `masks.bridge`, the same in every layer: redrawing it would leak (spec 1.6 item 6).
+        `mask`: [B 1 Q 2L] from `masks.bridge`. It is the same in every layer; another one in each would let a query see the
+        words that it predicts, by way of the other layers.
         """
         part, B = self._reconstructor, ids_BQ.shape[0]
         x = self.text.embed(ids_BQ, position_BQ)
@@ -314,10 +329,10 @@ class VLModel(nn.Module):
         slot_B: Tensor | None = None,
         bos: Bos = "blind",
     ) -> Tensor:
-        """One vector for the text beside the image -> [B D], what a task's head reads.
+        """One vector for a text beside an image -> [B D], which a task's head reads.
 
-        full: `<s>` of the bidirectional reading. causal: `</s>`, the only position that has seen all. flm: the summary
-        query, alone, over every state of both streams (spec section 5: same as computing every query).
+        full: the state of `<s>`, read in both directions. causal: that of `</s>`, the only position that has seen all. flm: a
+        query at position 0 that reads every state of both streams.
         """
         if reading == "full":
             mask = masks.full(length_B, ids_BL.shape[1])
@@ -331,14 +346,15 @@ class VLModel(nn.Module):
         return self.reconstruct(streams, ids_BL[:, :1], zero_B1, mask)[:, 0]
 
     def begin(self, image_BKD: Tensor) -> Cache:
-        """An empty text beside each image, to be decoded left to right with `step`."""
+        """The state of an empty text beside each image, to be continued with `step`."""
         memory = self.fusion.image_memory(image_BKD, None)
         layer = cast(FusionConfig, self.config.fusion).layer
         past = [*self.text.empty_past(memory), *(KeyValue.empty(layer, memory) for _ in self.fusion.blocks)]
         return Cache(past, [block.keys(memory) for block in self.fusion.blocks])
 
     def step(self, ids_B: Tensor, cache: Cache) -> Tensor:
-        """Appends one token a row and returns its state [B D]; equals the last row of a causal `read` of all so far."""
+        """Appends one token to each row, in place, and returns its state [B D]: what a causal `read` of all tokens so far gives
+        for the last one."""
         first = len(cache.past) - len(self.fusion.blocks)
         position = torch.full_like(ids_B[:, None], cache.past[first].length)
         x = self.text.step(ids_B[:, None], position, cache.past[:first])

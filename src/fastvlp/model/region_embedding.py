@@ -1,4 +1,4 @@
-"""Regions of a picture: what is known of a box's content, and where the box is (UNITER, arXiv 1909.11740, section 3.1)."""
+"""Regions of an image: what is known of the content of a box, and where the box is (UNITER, arXiv 1909.11740, section 3.1)."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fastvlp.batch import Regions
 from fastvlp.errors import UserError
+from fastvlp.model.encoders.interface import ImageEncoderConfig
 from fastvlp.model.layers import LayerConfig
 from fastvlp.random import uniform
 
@@ -19,29 +20,45 @@ HIDE_SALT = 102
 
 @dataclass(frozen=True, kw_only=True)
 class RegionConfig:
-    """feature: width of a region's vector, a detector's. crop: where there is no detector, the region's own pixels at
-    crop x crop points are its feature, 3 * crop**2 numbers. pool: or the states of the image tower in it, the mean of
-    pool x pool samples of their map; the tower is trained along, and `feature` is its width. mask: what stands for a
-    hidden region's feature, a learned vector (the released code) or zeros (the paper)."""
+    """What a single stream knows of a region: a detector's feature, or, where there is no detector, the region's pixels
+    (`crop`) or states of the image encoder (`pool`)."""
 
     feature: int = 2048
+    """Width of a region's feature: a detector's or, with `pool`, the image encoder's."""
     crop: int | None = None
+    """Points a side at which a region's pixels are its feature, of 3 * crop**2 numbers."""
     pool: int | None = None
+    """Samples a side of the image encoder's map whose mean is a region's feature. The encoder is then trained too."""
     mask: Literal["learned", "zero"] = "learned"
+    """What replaces a hidden region's feature: a learned vector (UNITER's released code) or zeros (its paper)."""
 
     @property
     def width(self) -> int:
+        """Numbers in a region's feature."""
         return 3 * self.crop**2 if self.crop else self.feature
+
+    def check(self, image: ImageEncoderConfig) -> None:
+        """Raises UserError where regions cannot be pooled from this image encoder."""
+        if self.pool is None:
+            return
+        if self.pool < 1 or self.crop:
+            raise UserError("`model.single.regions.pool` is a number of samples a side, 1 or more, and excludes crop")
+        if self.feature != image.width:
+            raise UserError(
+                f"`model.single.regions.feature` {self.feature} must be the width of the image encoder's states, which are "
+                f"pooled: {image.width}"
+            )
 
 
 def box_vector(box_BR4: Tensor) -> Tensor:
-    """(x0, y0, x1, y1) as fractions of the picture -> (x0, y0, x1, y1, w, h, w*h): [B R 7]."""
+    """Boxes (x0, y0, x1, y1), fractions of the image, as vectors (x0, y0, x1, y1, w, h, w*h): [B R 4] -> [B R 7]."""
     size = box_BR4[..., 2:] - box_BR4[..., :2]
     return torch.cat([box_BR4, size, size.prod(-1, keepdim=True)], -1)
 
 
 def crop_regions(image_B3HW: Tensor, box_BR4: Tensor, side: int) -> Tensor:
-    """uint8 pixels of each box, bilinear at side x side points, in -1..1 -> [B R 3*side*side], channel by channel."""
+    """Pixels of each box at side x side points, interpolated from uint8 images to -1..1 -> [B R 3*side*side], channel by
+    channel."""
     B, R = box_BR4.shape[:2]
     step = (torch.arange(side, device=box_BR4.device) + 0.5) / side
     low, size = box_BR4[..., :2], box_BR4[..., 2:] - box_BR4[..., :2]
@@ -53,41 +70,42 @@ def crop_regions(image_B3HW: Tensor, box_BR4: Tensor, side: int) -> Tensor:
     return pixels.unflatten(2, (R, side)).transpose(1, 2).reshape(B, R, -1)
 
 
-def given(regions: Regions | None) -> Regions:
-    """A batch's regions, which the data brings where it is told to."""
+def require_regions(regions: Regions | None) -> Regions:
+    """The regions of a batch. Raises UserError where it has none."""
     if regions is None:
-        raise UserError("the model reads regions, and the data brings none; give data.regions, which says whence")
+        raise UserError("the model reads regions, and the data has none; set `data.regions`, which says where they are")
     return regions
 
 
 def region_features(config: RegionConfig, image_B3HW: Tensor, regions: Regions | None) -> Tensor:
-    """[B R F]: what came with the regions, or their pixels."""
-    regions = given(regions)
+    """Features of regions [B R F]: those of the batch, or their pixels. Raises UserError where it has none, or of another
+    width."""
+    regions = require_regions(regions)
     if config.crop:
         return crop_regions(image_B3HW, regions.box, config.crop)
     if regions.feature is None or regions.feature.shape[-1] != config.feature:
-        found = "none" if regions.feature is None else regions.feature.shape[-1]
+        width = "none" if regions.feature is None else regions.feature.shape[-1]
         raise UserError(
-            f"the model reads regions' features of {config.feature} numbers, and the data brings {found}; set "
-            f"model.single.regions.feature, or model.single.regions.crop or pool to read the image instead"
+            f"the model reads features of regions of {config.feature} numbers, and the data has {width}; set "
+            f"`model.single.regions.feature`, or `model.single.regions.crop` or `model.single.regions.pool` to read the image"
         )
     return regions.feature
 
 
 def random_hide(seed_B: Tensor, region_BR: Tensor, rate: float) -> Tensor:
-    """Which regions are masked, a function of the row's seed: bool [B R], each of them with probability `rate`, and at
-    least one of a row that has any."""
+    """Which regions are masked, drawn by the row's seed: bool [B R], each with probability `rate`, and at least one in a row
+    that has any."""
     noise = uniform(seed_B, (region_BR.shape[1],), HIDE_SALT).masked_fill(~region_BR, 2.0)
     return ((noise < rate) | (noise == noise.amin(1, keepdim=True))) & region_BR
 
 
-# The mean of `box_vector` over boxes whose edges are drawn evenly.
-_USUAL = (1 / 3, 1 / 3, 2 / 3, 2 / 3, 1 / 3, 1 / 3, 1 / 9)
+# The mean of `box_vector` over boxes whose edges are drawn uniformly.
+_MEAN_BOX = (1 / 3, 1 / 3, 2 / 3, 2 / 3, 1 / 3, 1 / 3, 1 / 9)
 
 
 class RegionEmbedder(nn.Module):
-    """Feature and box vector to the model's width, each with its norm, summed with the type, and a norm of the sum.
-    Regions have no order but that of their boxes."""
+    """Regions to vectors of the model's width: the feature and the box, each projected and normalised, and a type vector are
+    summed, and the sum is normalised. Regions have no positions but their boxes."""
 
     def __init__(self, config: RegionConfig, layer: LayerConfig):
         super().__init__()
@@ -102,14 +120,15 @@ class RegionEmbedder(nn.Module):
 
     @torch.no_grad()
     def centre(self) -> None:
-        """The usual box starts at zero: what boxes have in common would be nine tenths of what their norm lets through, and
-        training then forgets the rest before it needs it."""
-        self.box.bias.copy_(-self.box.weight @ self.box.weight.new_tensor(_USUAL))
+        """Sets the bias of boxes so that the mean box is projected to zero. Otherwise what all boxes have in common is nine
+        tenths of their normalised vectors, and training loses the rest before it needs it."""
+        self.box.bias.copy_(-self.box.weight @ self.box.weight.new_tensor(_MEAN_BOX))
 
     def forward(
         self, feature_BRF: Tensor, box_BR4: Tensor, kind_BRD: Tensor, hidden_BR: Tensor | None = None
     ) -> Tensor:
-        """[B R D]. `kind`: type vectors, of any shape that fits. Where `hidden` the feature is masked, the box is not."""
+        """Vectors of regions [B R D]. `kind_BRD`: type vectors, of any shape that broadcasts. Where `hidden_BR` the feature is
+        masked, but not the box."""
         feature = feature_BRF.to(self.feature.weight.dtype)
         if hidden_BR is not None:
             mask = feature.new_zeros(()) if self.mask is None else self.mask

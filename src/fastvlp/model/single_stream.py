@@ -1,4 +1,4 @@
-"""One stream over the words of a text and the regions of a picture (UNITER, arXiv 1909.11740, section 3.1)."""
+"""One stream over the words of a text and the regions of an image (UNITER, arXiv 1909.11740, section 3.1)."""
 
 from __future__ import annotations
 
@@ -17,36 +17,41 @@ from fastvlp.model.region_embedding import RegionConfig, RegionEmbedder
 
 @dataclass(frozen=True, kw_only=True)
 class SingleConfig:
-    """types: rows of the type table: 0 for words, 1 and up for the regions of the first and further pictures."""
+    """A single stream."""
 
     depth: int
+    """Layers."""
     layer: LayerConfig
+    """Shape of each layer; its width is the text encoder's."""
     regions: RegionConfig = field(default_factory=RegionConfig)
+    """What is known of each region."""
     types: int = 2
+    """Rows of the type table: 0 for words, 1 for the regions of the first image, and so on."""
 
 
-class Joint(NamedTuple):
-    """States of words [B L D] and regions [B R D], those of padding without meaning, and of the whole [B D]."""
+class SingleStates(NamedTuple):
+    """What a single stream returns. States of padding mean nothing."""
 
-    text: Tensor
-    region: Tensor
-    pooled: Tensor
+    text: Tensor  # of words [B L D]
+    region: Tensor  # of regions [B R D]
+    pooled: Tensor  # of the whole [B D]
 
 
 class Packing(NamedTuple):
-    """How rows with gaps become rows without. `source` [B S]: the place that each packed position reads. `real` [B S]: a
-    packed position that holds something. `place` [B T]: where each original place went (of padding: anywhere)."""
+    """How rows with gaps become rows without."""
 
-    source: Tensor
-    real: Tensor
-    place: Tensor
+    source: Tensor  # [B S] the original position that each packed position holds
+    real: Tensor  # [B S] whether a packed position holds anything
+    place: Tensor  # [B T] the packed position of each original one; for padding, any
 
 
 def packing(real_BT: Tensor) -> Packing:
-    """Real places first, in their order; S is the most of a row. Words and regions padded apart are T = L + R wide, and
-    where batches are made by total length, rows long in words being short in regions, that is a third above S."""
+    """Moves the real positions of each row to its beginning, in their order; S is the number in the fullest row.
+
+    Words and regions that are padded separately are T = L + R wide. Where batches are made by total length, so that rows with
+    many words have few regions, T is a third larger than S."""
     count_B1 = real_BT.sum(1, keepdim=True)
-    # Waits for the device: the width decides how much is computed.
+    # This waits for the device, because the width decides how much is computed.
     S = max(1, int(count_B1.max()))
     source = (~real_BT).to(torch.uint8).argsort(dim=1, stable=True)[:, :S]
     place = (real_BT.cumsum(1) - 1).clamp(min=0)
@@ -54,7 +59,7 @@ def packing(real_BT: Tensor) -> Packing:
 
 
 class WordHead(nn.Module):
-    """Linear, GELU, LayerNorm, to be met with the word embedding as vocabulary, and that one's bias."""
+    """Linear, GELU, LayerNorm, and the bias of the vocabulary, whose matrix is the word embedding."""
 
     def __init__(self, width: int, vocab: int, eps: float):
         super().__init__()
@@ -63,11 +68,12 @@ class WordHead(nn.Module):
         self.bias = nn.Parameter(torch.zeros(vocab))
 
     def hidden(self, x: Tensor) -> Tensor:
+        """What the word embedding is multiplied with: [... D] -> [... D]."""
         return self.norm(F.gelu(self.transform(x)))
 
 
 class SingleStream(nn.Module):
-    """Self-attention over words and regions together. `match`: logits (no match, match) of the pooled state."""
+    """Self-attention over words and regions together. `match` gives logits (no match, match) of the pooled state."""
 
     def __init__(self, config: SingleConfig, vocab: int):
         super().__init__()
@@ -84,7 +90,7 @@ class SingleStream(nn.Module):
         self.regions.centre()
 
     def resized(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Saved weights with fewer types: the further ones stay as they are made here."""
+        """Saved weights of a stream with fewer types; the types that they lack stay as they are here."""
         kinds = state.get("kinds")
         if kinds is None or len(kinds) >= len(self.kinds):
             return dict(state)
@@ -99,9 +105,14 @@ class SingleStream(nn.Module):
         *,
         hidden_BR: Tensor | None = None,
         slot_B: Tensor | None = None,
-    ) -> Joint:
-        """Embedded words, of which `length` are real, and features of regions, masked where `hidden`. `slot`: which of a
-        pair of pictures a row shows, or [B R] each region is of; None means 0."""
+    ) -> SingleStates:
+        """Reads words and regions together.
+
+        Args:
+            word_BLD: embedded words, of which `length_B` are real.
+            feature_BRF: features of the regions, masked where `hidden_BR`.
+            slot_B: which of a pair of images a row shows, or, [B R], each region is of; None means the first.
+        """
         kind = self.kinds[1] if slot_B is None else self.kinds[1 + slot_B]
         kind = kind if slot_B is None or slot_B.dim() == 2 else kind[:, None]
         region_BRD = self.regions(feature_BRF, regions.box, kind, hidden_BR)
@@ -112,4 +123,4 @@ class SingleStream(nn.Module):
         for block in self.blocks:
             x = block(x, mask=pack.real[:, None, None])
         text, region = self.norm(x).take_along_dim(pack.place[..., None], 1).split([L, R], 1)
-        return Joint(text, region, torch.tanh(self.pool(text[:, 0])))
+        return SingleStates(text, region, torch.tanh(self.pool(text[:, 0])))

@@ -12,7 +12,7 @@ from fastvlp.data.tokenize import Tokenizer
 from fastvlp.errors import UserError
 from fastvlp.model import masks
 from fastvlp.model.model import ModelConfig, VLModel
-from fastvlp.model.region_embedding import given, random_hide
+from fastvlp.model.region_embedding import random_hide, require_regions
 from fastvlp.objectives.cloze_methods import predict_masked
 from fastvlp.objectives.losses import head_loss, token_loss
 from fastvlp.objectives.objective import ClozeMethod, Loss, Objective, ObjectiveConfig
@@ -109,7 +109,7 @@ class MLM(Objective):
     def forward(self, model: VLModel, image_BKD: Tensor, batch: Batch) -> dict[str, Loss]:
         corrupted, asked = self.draw(batch)
         ids, rate = self.corrupt(batch, corrupted), self.config.region_rate
-        hidden = random_hide(batch.seed, given(batch.regions).mask, rate) if rate else None
+        hidden = random_hide(batch.seed, require_regions(batch.regions).mask, rate) if rate else None
         return {"masked": masked_loss(model, image_BKD, batch, ids, asked, hidden)}
 
 

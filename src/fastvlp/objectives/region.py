@@ -21,7 +21,7 @@ from fastvlp.data.tokenize import Tokenizer
 from fastvlp.errors import UserError
 from fastvlp.model.layers import initialise
 from fastvlp.model.model import ModelConfig, VLModel
-from fastvlp.model.region_embedding import given, random_hide
+from fastvlp.model.region_embedding import random_hide, require_regions
 from fastvlp.model.single_stream import SingleConfig
 from fastvlp.objectives.losses import at_least_fp32
 from fastvlp.objectives.mlm import MLMConfig
@@ -108,7 +108,7 @@ class MaskedRegions(Objective, abc.ABC):
 
     def asked(self, batch: Batch) -> Tensor:
         """Which regions may be hidden: bool [B R]."""
-        return given(batch.regions).mask
+        return require_regions(batch.regions).mask
 
     def hidden(self, batch: Batch) -> Tensor:
         return random_hide(batch.seed, self.asked(batch), self.rate)
@@ -160,7 +160,7 @@ class MRC(MaskedRegions):
 
     def _shares(self, batch: Batch) -> Tensor:
         """[B R C]; zeros where no region of the batch has any."""
-        regions, classes = given(batch.regions), self.config.classes
+        regions, classes = require_regions(batch.regions), self.config.classes
         if regions.classes is None:
             return regions.box.new_zeros(*regions.box.shape[:2], classes)
         if regions.classes.shape[2] != classes:
@@ -174,7 +174,7 @@ class MRC(MaskedRegions):
         )
 
     def asked(self, batch: Batch) -> Tensor:
-        return given(batch.regions).mask & (self._shares(batch).sum(-1) > 0)
+        return require_regions(batch.regions).mask & (self._shares(batch).sum(-1) > 0)
 
     def error(self, model: VLModel, state_TD: Tensor, feature_TF: Tensor, batch: Batch, hidden_BR: Tensor) -> Tensor:
         logits, shares = at_least_fp32(self.classify(state_TD)), at_least_fp32(self._shares(batch)[hidden_BR])

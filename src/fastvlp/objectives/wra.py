@@ -15,7 +15,7 @@ from fastvlp.batch import Batch
 from fastvlp.data.tokenize import Tokenizer
 from fastvlp.errors import UserError
 from fastvlp.model.model import ModelConfig, VLModel
-from fastvlp.model.region_embedding import given
+from fastvlp.model.region_embedding import require_regions
 from fastvlp.objectives.losses import at_least_fp32
 from fastvlp.objectives.objective import MORE_ROWS, Loss, Objective, ObjectiveConfig
 from fastvlp.objectives.transport import transport_distance
@@ -73,7 +73,7 @@ class WRA(Objective):
             )
         own = torch.arange(B, device=batch.ids.device)
         from_image = uniform(batch.seed, (1,), SIDE_SALT) < {"image": 1.0, "text": 0.0, "both": 0.5}[c.negative]
-        length, count = batch.length, given(batch.regions).count
+        length, count = batch.length, require_regions(batch.regions).count
         total_BB = torch.where(from_image, length[:, None] + count, length + count[:, None])
         fits = (batch.ids[:, None] != batch.ids).any(-1) & (total_BB <= (length + count).max())
         other = uniform(batch.seed, (B,), OTHER_SALT).masked_fill(~fits, 2.0).argmin(1)
@@ -90,7 +90,7 @@ class WRA(Objective):
         c = self.config
         text, image, right = self.pairs(batch)
         ids, length = batch.ids[text], batch.length[text]
-        regions = _pytree.tree_map_only(Tensor, lambda x: x[image], given(batch.regions))
+        regions = _pytree.tree_map_only(Tensor, lambda x: x[image], require_regions(batch.regions))
         joint = model.read_regions(image_BKD[image], regions, ids, length)
         logits, counts = at_least_fp32(model.single.match(joint.pooled)), self.counts(batch)
         losses = {"match": Loss(match_loss(logits, right, c.loss).sum(), counts["match"])}

@@ -18,7 +18,7 @@ from fastvlp.data.tokenize import Tokenizer
 from fastvlp.eval.mode import evaluating
 from fastvlp.model.layers import initialise
 from fastvlp.model.model import ModelConfig, Reading, VLModel
-from fastvlp.model.region_embedding import box_vector, given
+from fastvlp.model.region_embedding import box_vector, require_regions
 from fastvlp.model.region_pooling import RegionPool, RegionPooling
 from fastvlp.objectives.losses import at_least_fp32
 from fastvlp.objectives.objective import Loss, Objective
@@ -108,7 +108,7 @@ class RegionsBeside(nn.Module):
 
     def forward(self, summary_BD: Tensor, image_BKD: Tensor, batch: Batch) -> Tensor:
         """-> states of the regions [B R D]."""
-        regions = given(batch.regions)
+        regions = require_regions(batch.regions)
         content = self.content(image_BKD, regions)[0] + self.place(box_vector(regions.box.to(image_BKD.dtype)))
         return F.gelu(self.norm(content)) * torch.tanh(self.pool(summary_BD))[:, None]
 
@@ -125,7 +125,7 @@ class Grounding(Objective):
 
     def scores(self, model: VLModel, image_BKD: Tensor, batch: Batch) -> Tensor:
         """How well each region fits the expression -> [B R]; padding has -1e4."""
-        regions = given(batch.regions)
+        regions = require_regions(batch.regions)
         if self.beside is None:
             state_BRD = model.read_regions(image_BKD, regions, batch.ids, batch.length).region
         else:
@@ -136,7 +136,7 @@ class Grounding(Objective):
 
     def right(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """The right region of each row [B], and whether there is one to learn from, bool [B]."""
-        regions = given(batch.regions)
+        regions = require_regions(batch.regions)
         best = overlap(regions.box, target_of(batch)[:, None]).masked_fill(~regions.mask, -1).max(1)
         others = regions.mask.sum(1) > 1
         return best.indices, (best.values > RIGHT_OVERLAP) & (others if self.config.loss == "rank" else True)
@@ -156,7 +156,7 @@ class Grounding(Objective):
 
     def wrong(self, scores_BR: Tensor, right_B: Tensor, batch: Batch) -> Tensor:
         """A wrong region of each row [B]: drawn from all, or the best-scored one."""
-        regions = given(batch.regions)
+        regions = require_regions(batch.regions)
         out = ~regions.mask | F.one_hot(right_B, scores_BR.shape[1]).bool()
         drawn = uniform(batch.seed, (scores_BR.shape[1],), OTHER_SALT).masked_fill(out, -1).argmax(1)
         hard = uniform(batch.seed, (1,), COIN_SALT)[:, 0] < self.config.hard
@@ -170,7 +170,7 @@ def measure(model: VLModel, objective: Grounding, items: ItemMaker, batch_size: 
     device = next(model.parameters()).device
     with evaluating(model, objective):
         for batch in batches_in_order(items, batch_size, device):
-            scores, regions = objective.scores(model, image_states(model, batch), batch), given(batch.regions)
+            scores, regions = objective.scores(model, image_states(model, batch), batch), require_regions(batch.regions)
             fits = (overlap(regions.box, target_of(batch)[:, None]) > RIGHT_OVERLAP) & regions.mask
             chosen = fits.gather(1, scores.argmax(1, keepdim=True))[:, 0]
             hits.append(torch.stack([chosen, fits.any(1), fits.sum(1) / regions.mask.sum(1)]).cpu())

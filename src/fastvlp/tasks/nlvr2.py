@@ -15,7 +15,7 @@ from fastvlp.data.pairs import Fit, Split
 from fastvlp.data.tokenize import Tokenizer
 from fastvlp.errors import UserError
 from fastvlp.model.model import ModelConfig, Reading, VLModel
-from fastvlp.model.region_embedding import given
+from fastvlp.model.region_embedding import require_regions
 from fastvlp.model.single_stream import SingleConfig
 from fastvlp.tasks.heads import HeadConfig
 from fastvlp.tasks.interface import FineTuned, Task
@@ -80,7 +80,7 @@ class NLVR2(Truth):
     def logits(self, model: VLModel, image_BKD: Tensor, batch: Batch) -> Tensor:
         if self.form == "pair":
             return super().logits(model, image_BKD, batch)
-        ids, length, regions = batch.ids, batch.length, given(batch.regions)
+        ids, length, regions = batch.ids, batch.length, require_regions(batch.regions)
         if self.form == "triplet":
             feature, regions, slot = side_by_side(image_BKD, regions)
             joint = model.read_regions(feature, regions, ids[::2], length[::2], slot_B=slot)
