@@ -28,7 +28,7 @@ from fastvlp.extensions import import_file
 
 if TYPE_CHECKING:
     from fastvlp.batch import Dropped
-    from fastvlp.comparison.options import Compare
+    from fastvlp.comparison.results import Comparison
     from fastvlp.convert.checkpoints import Converted
     from fastvlp.data.options import DataDemo, DataImport, DataInspect
     from fastvlp.eval.evaluation import Evaluation
@@ -155,11 +155,12 @@ def show_evaluation(result: Evaluation) -> None:
     print(f"results: {result.path}")
 
 
-def compare(command: Compare) -> None:
-    from fastvlp.comparison.run import run_comparison
+def show_comparison(comparison: Comparison) -> None:
+    from fastvlp.comparison.progress import print_tables
 
-    run_comparison(command)
-    print(command.out / "report.html")
+    print_tables(comparison, Console())
+    if comparison.folder is not None:
+        print(comparison.folder / "report.html")
 
 
 def show_converted(done: Converted) -> None:
@@ -337,7 +338,7 @@ COMMANDS: Mapping[str, Command] = {
         "Classify images by the names of classes.", "eval.zeroshot:evaluate_zeroshot", show_evaluation
     ),
     "evaluate probe": command("Logistic regression on frozen features.", "eval.probe:evaluate_probe", show_evaluation),
-    "compare": command("Train recipes for the same time, and report.", "comparison.options:Compare", compare),
+    "compare": command("Train recipes for the same time, and report.", "comparison.compare:compare", show_comparison),
     "convert": command("Read a released checkpoint.", "convert.checkpoints:convert", show_converted),
     "towers": command("Start from CLIP's and RoBERTa's towers.", "convert.towers:start_from_towers", show_towers),
     "export": command("Write a model that stands alone.", "exporters.native:export", show_export),

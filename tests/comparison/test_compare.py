@@ -1,4 +1,4 @@
-"""The race on a clock that the test moves: fair turns, marks where they belong, results whole after each of them."""
+"""Arms by turns, on a clock that the test moves: fair turns, scores in time, results complete after each of them."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -10,15 +10,16 @@ import pytest
 import torch
 from rich.console import Console
 
-from fastvlp.comparison import run as module
-from fastvlp.comparison.options import Compare
-from fastvlp.comparison.progress import Display, print_tables
+from fastvlp.comparison import turns
+from fastvlp.comparison.compare import check_distinct, compare, named_arms, reference_arm, with_budget, with_tokenizers
+from fastvlp.comparison.progress import ProgressDisplay, print_tables
 from fastvlp.comparison.results import Comparison, Sample
-from fastvlp.comparison.run import Plan, compare, reference, run_comparison, same_arms, with_tokenizers
+from fastvlp.comparison.turns import Plan, Training, run_comparison
 from fastvlp.errors import UserError
 from fastvlp.objectives.ar import ARConfig
 from fastvlp.objectives.flm import FLMConfig
 from fastvlp.objectives.mlm import MLMConfig
+from fastvlp.recipes import recipe
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,14 +41,14 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Settings:
+class Options:
     pictures: int = 1
 
 
 class World:
-    """A clock, the arms that run on it, and who ran when."""
+    """A clock, the arms that run on it, and which arm ran when."""
 
-    settings = Settings()
+    options = Options()
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch):
         self.now = 0.0
@@ -57,7 +58,7 @@ class World:
         clock = SimpleNamespace(
             perf_counter=lambda: self.now, process_time=lambda: 2 * self.now, monotonic=lambda: self.now
         )
-        monkeypatch.setattr(module, "time", clock)
+        monkeypatch.setattr(turns, "time", clock)
 
     def start(self, run: Run) -> Any:
         self.now += 50
@@ -84,7 +85,7 @@ class World:
 
     def samples(self, states: Mapping[str, Any]) -> list[Sample]:
         picture = "data:image/gif;base64,R0lGODlhAQABAAAAACH5BAEKAAEALAAAAAABAAEAAAICTAEAOw=="
-        captions = {arm: f"said by <{arm}>" for arm in states}
+        captions = {arm: f"by <{arm}>" for arm in states}
         return [Sample(key="k", picture=picture, references=["a & b"], captions=captions, questions=[])]
 
 
@@ -95,12 +96,17 @@ def world(monkeypatch: pytest.MonkeyPatch) -> World:
 
 def go(world: World, plan: Plan, arms: Mapping[str, Run]) -> tuple[Comparison, str]:
     console = Console(width=100, record=True, quiet=False, file=open("/dev/null", "w"))  # noqa: SIM115, PTH123
-    display = Display(list(arms), budget_s=plan.budget_s, seeds=plan.seeds, marks=len(plan.shares), console=console)
-    with display:
-        injected: Any = {"begin": world.start, "go_on": world.steps, "keep": world.keep}
-        made = compare(plan, arms, origin={}, scorer=world, display=display, **injected)  # type: ignore[arg-type]
-    print_tables(made, console)
-    return made, console.export_text()
+    names, scorings = list(arms), len(plan.shares)
+    training: Any = Training(begin=world.start, iterate=world.steps, keep=world.keep)  # type: ignore[arg-type]
+    configs = with_budget(arms, plan)  # type: ignore[arg-type]
+    with ProgressDisplay(
+        names, budget_s=plan.budget_s, seeds=plan.seeds, scorings=scorings, console=console
+    ) as display:
+        comparison = run_comparison(
+            plan, configs, reference=reference_arm(configs), about={}, scorer=world, display=display, training=training
+        )
+    print_tables(comparison, console)
+    return comparison, console.export_text()
 
 
 ARMS = {"flm": Run(objectives={"flm": FLMConfig()}, step_s=2.0), "mlm": Run(objectives={"mlm": MLMConfig()})}
@@ -112,9 +118,9 @@ def test_turns_alternate_and_rotate(world: World, tmp_path: Path) -> None:
 
 
 def test_only_time_inside_the_steps_counts(world: World, tmp_path: Path) -> None:
-    made, _ = go(world, Plan(budget_s=16, out=tmp_path, slice_s=3), ARMS)
+    comparison, _ = go(world, Plan(budget_s=16, out=tmp_path, slice_s=3), ARMS)
     for arm, steps in (("flm", [2, 4, 8]), ("mlm", [4, 8, 16])):
-        (run,) = made.of(arm)
+        (run,) = comparison.runs_of(arm)
         assert [m.share for m in run.marks] == [0.25, 0.5, 1.0]
         assert [m.spent.time for m in run.marks] == [4, 8, 16]
         assert [m.spent.cpu for m in run.marks] == [8, 16, 32]
@@ -124,30 +130,32 @@ def test_only_time_inside_the_steps_counts(world: World, tmp_path: Path) -> None
         assert run.curve[-1].losses == {"a/next": pytest.approx(1 / steps[-1], rel=0.5)}
 
 
-def test_a_step_longer_than_a_mark_is_scored_late_and_once_each(world: World, tmp_path: Path) -> None:
-    made, _ = go(world, Plan(budget_s=8, out=tmp_path), {"slow": Run(objectives={"ar": ARConfig()}, step_s=5.0)})
-    (run,) = made.runs
+def test_a_long_step_is_scored_late_and_once_for_each_share(world: World, tmp_path: Path) -> None:
+    comparison, _ = go(world, Plan(budget_s=8, out=tmp_path), {"slow": Run(objectives={"ar": ARConfig()}, step_s=5.0)})
+    (run,) = comparison.runs
     assert [m.spent.time for m in run.marks] == [5, 5, 10]
 
 
 def test_seeds_come_one_after_another(world: World, tmp_path: Path) -> None:
-    made, text = go(world, Plan(budget_s=4, out=tmp_path, seeds=3, marks=(0.5,)), ARMS)
+    comparison, text = go(world, Plan(budget_s=4, out=tmp_path, seeds=3, marks=(0.5,)), ARMS)
     assert [seed for _, seed, _ in world.scored] == sorted(seed for _, seed, _ in world.scored)
-    assert len(made.runs) == 6 and all(len(run.marks) == 2 for run in made.runs)
+    assert len(comparison.runs) == 6 and all(len(run.marks) == 2 for run in comparison.runs)
     assert "mlm" in text and "not reached" in text
 
 
 def test_an_arm_that_fails_leaves_the_others_alone(world: World, tmp_path: Path) -> None:
     arms = {"mlm": ARMS["mlm"], "ar": Run(objectives={"ar": ARConfig()}, breaks_at=3)}
-    made, text = go(world, Plan(budget_s=8, out=tmp_path), arms)
-    assert made.of("ar")[0].failure == "the loss is not finite"
-    assert [m.share for m in made.of("ar")[0].marks] == [0.25]
-    assert len(made.of("mlm")[0].marks) == 3
+    comparison, text = go(world, Plan(budget_s=8, out=tmp_path), arms)
+    assert comparison.runs_of("ar")[0].failure == "the loss is not finite"
+    assert [m.share for m in comparison.runs_of("ar")[0].marks] == [0.25]
+    assert len(comparison.runs_of("mlm")[0].marks) == 3
     assert "not finite" in text
     assert "not finite" in (tmp_path / "report.html").read_text()
 
 
-def test_results_are_whole_after_every_mark(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_results_are_complete_after_every_scoring(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def dies(state: Any) -> dict[str, float]:
         if len(world.scored) == 3:
             raise KeyboardInterrupt
@@ -156,15 +164,15 @@ def test_results_are_whole_after_every_mark(world: World, tmp_path: Path, monkey
     monkeypatch.setattr(world, "score", dies)
     with pytest.raises(KeyboardInterrupt):
         go(world, Plan(budget_s=8, out=tmp_path), ARMS)
-    made = Comparison.load(tmp_path / "results.json")
-    assert sum(len(run.marks) for run in made.runs) == 3
+    comparison = Comparison.load(tmp_path / "results.json")
+    assert sum(len(run.marks) for run in comparison.runs) == 3
     assert not list(tmp_path.glob("*.tmp"))
-    assert "VQA accuracy" in (tmp_path / "report.html").read_text()
+    assert 'class="tiles"' in (tmp_path / "report.html").read_text()
 
 
 def test_the_budget_is_the_runs_length(world: World, tmp_path: Path) -> None:
-    made, _ = go(world, Plan(budget_s=4, out=tmp_path), ARMS)
-    assert made.configs["flm"]["budget_s"] == 4 and made.configs["flm"]["steps"] is None
+    comparison, _ = go(world, Plan(budget_s=4, out=tmp_path), ARMS)
+    assert comparison.configs["flm"]["budget_s"] == 4 and comparison.configs["flm"]["steps"] is None
     assert world.order.count("mlm") == 4
 
 
@@ -190,8 +198,8 @@ def test_arms_with_the_same_texts_share_a_tokenizer(tmp_path: Path) -> None:
 def test_the_reference_is_mlm_alone_else_the_first() -> None:
     both = Run(objectives={"mlm": MLMConfig(), "ar": ARConfig()})
     ar = Run(objectives={"ar": ARConfig()})
-    assert reference({"both": both, "ar": ar, "plain": ARMS["mlm"]}) == "plain"  # type: ignore[dict-item]
-    assert reference({"both": both, "ar": ar}) == "both"  # type: ignore[dict-item]
+    assert reference_arm({"both": both, "ar": ar, "plain": ARMS["mlm"]}) == "plain"  # type: ignore[dict-item]
+    assert reference_arm({"both": both, "ar": ar}) == "both"  # type: ignore[dict-item]
 
 
 def test_plans_that_cannot_be() -> None:
@@ -200,22 +208,33 @@ def test_plans_that_cannot_be() -> None:
     for wrong in ({"budget_s": 0}, {"seeds": 0}, {"slice_s": -1}, {"marks": (0.0,)}, {"marks": (1.5,)}):
         with pytest.raises(UserError):
             replace(plan, **wrong)
-    with pytest.raises(UserError, match="two arms are called a"):
-        same_arms(["a", "b", "a"])
+    with pytest.raises(UserError, match=r"\ba\b"):
+        check_distinct(["a", "b", "a"])
+
+
+def test_arms_are_recipes_by_name_by_file_or_as_configs(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text("from fastvlp.recipes.flm_demo import flm_demo\nmine = flm_demo\n")
+    config = replace(recipe("ar_demo"), name="short", steps=9, budget_s=None)
+    arms = named_arms(["mlm_demo", tmp_path / "mine.py", config], ["vocab=99", "short:optim.lr=0.5"])
+    assert list(arms) == ["mlm_demo", "mine", "short"]
+    assert [run.vocab for run in arms.values()] == [99] * 3
+    assert arms["short"].optim.lr == 0.5 != arms["mine"].optim.lr
+    with pytest.raises(UserError, match="long:vocab=9"):
+        named_arms([config], ["long:vocab=9"])
 
 
 def test_an_earlier_comparison_is_not_written_over(tmp_path):
     (tmp_path / "results.json").write_text("{}")
-    with pytest.raises(UserError, match=r"holds a comparison already"):
-        run_comparison(Compare(recipes=("flm_demo",), out=tmp_path))
+    with pytest.raises(UserError, match=f"{tmp_path}: .*`out`"):
+        compare(["flm_demo"], out=tmp_path)
     assert (tmp_path / "results.json").read_text() == "{}"
 
 
 def test_a_comparison_under_torchrun_is_refused(monkeypatch):
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UserError, match="without torchrun"):
-        run_comparison(Compare(recipes=("flm_demo",)))
+    with pytest.raises(UserError, match="torchrun"):
+        compare(["flm_demo"])
 
 
 def test_last_weights_of_sound_arms_are_kept_apart_by_seed(world: World, tmp_path: Path) -> None:

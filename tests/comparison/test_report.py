@@ -7,8 +7,17 @@ from pathlib import Path
 import pytest
 
 from fastvlp.comparison.charts import Line, Point, line_chart, nice_ticks, short
-from fastvlp.comparison.report import page, write_report
-from fastvlp.comparison.results import Answered, ArmRun, Comparison, LossPoint, Mark, Sample, Spent
+from fastvlp.comparison.report import describe_speedup, page, write_report
+from fastvlp.comparison.results import (
+    AnsweredQuestion,
+    ArmRun,
+    Comparison,
+    LossPoint,
+    Measurement,
+    Sample,
+    TrainingCost,
+)
+from fastvlp.comparison.summary import Speedup, Spread
 
 PICTURE = "data:image/png;base64,iVBORw0KGgo="
 
@@ -42,9 +51,11 @@ def made(seeds: int = 2, marks: int = 2) -> Comparison:
         for i, arm in enumerate(arms):
             run = ArmRun(arm=arm, seed=seed)
             for m in range(marks):
-                spent = Spent(time=10.0 * (m + 1), cpu=1, wait=0.1, steps=5 * (m + 1), pairs=40 * (m + 1), tokens=400)
-                scores = {"vqa": 0.3 + 0.1 * m * (i + 1) + 0.01 * seed, "cider": 0.2, "own yardstick": 3.0}
-                run.marks.append(Mark(share=0.5 * (m + 1), spent=spent, scores=scores))
+                spent = TrainingCost(
+                    time=10.0 * (m + 1), cpu=1, wait=0.1, steps=5 * (m + 1), pairs=40 * (m + 1), tokens=400
+                )
+                scores = {"vqa": 0.3 + 0.1 * m * (i + 1) + 0.01 * seed, "cider": 0.2, "own metric": 3.0}
+                run.marks.append(Measurement(share=0.5 * (m + 1), spent=spent, scores=scores))
                 run.curve.append(LossPoint(spent=spent, losses={"x/a": 2.0 - m, "x/b": 3.0 - m}))
             runs.append(run)
     samples = [
@@ -53,7 +64,9 @@ def made(seeds: int = 2, marks: int = 2) -> Comparison:
             picture=PICTURE,
             references=['"two" <circles> & 圆形'],
             captions=dict.fromkeys(arms, "<script>alert(1)</script>"),
-            questions=[Answered(question="what <i>?", right="red", answers=dict(zip(arms, ("red", "blue", "<u>"))))],
+            questions=[
+                AnsweredQuestion(question="what <i>?", right="red", answers=dict(zip(arms, ("red", "blue", "<u>"))))
+            ],
         )
     ]
     return Comparison(
@@ -91,11 +104,12 @@ def test_texts_are_texts() -> None:
 
 def test_every_part_is_there() -> None:
     text = page(made())
-    for part in ("VQA accuracy", "CIDEr", "own yardstick", "Training losses", "Captions and answers", "a machine"):
-        assert part in text
+    headings = re.findall("<h2>(.*?)</h2>", text)
+    assert headings[:3] == ["VQA accuracy", "CIDEr", "own metric"] and len(headings) == 8
+    assert "a machine" in text
     assert text.count('<svg viewBox="0 0 360') == 3 * 4
     assert text.count('class="wrong"') == 2 and text.count('class="right"') == 1
-    differing = text[text.index("What differs") : text.index("<details>")]
+    differing = text[text.index("<h2>Configurations") : text.index("<details>")]
     assert "optim.lr" in differing and "same" not in differing
 
 
@@ -108,14 +122,30 @@ def test_a_comparison_under_way_has_a_page(seeds: int, marks: int) -> None:
 
 def test_what_cannot_be_timed_is_not_called_slow() -> None:
     """The reference had its final score by the first mark: nobody fails to reach it, nobody can be timed."""
-    early = made(seeds=1, marks=1)
-    assert "not timed: mlm itself" in page(early) and "does not reach" not in page(early)
+    text = page(made(seeds=1, marks=1))
+    assert text.count("not timed") == 2 and "did not reach" not in text
+
+
+def lead(text: str) -> str:
+    return text[text.index('<p class="lead">') : text.index('<div class="tiles">')]
+
+
+def test_a_difference_within_the_noise_is_no_win() -> None:
+    comparison = made(seeds=2, marks=1)
+    for run in comparison.runs:
+        run.marks[-1].scores["vqa"] = {"flm": 0.4, "mlm": 0.39}.get(run.arm, 0.1) + 0.02 * run.seed
+    assert "<b>flm</b>" in lead(page(comparison)) and "mlm (40.0 ± 1.4 %)" in lead(page(comparison))
+    for run in comparison.runs:
+        run.marks[-1].scores["vqa"] = {"flm": 0.5}.get(run.arm, 0.1) + 0.02 * run.seed
+    assert "<b>flm</b>" in lead(page(comparison)) and "within" not in lead(page(comparison))
+    close, apart = (Speedup(Spread(mean, 0.2, 3), False, 3, 3) for mean in (1.1, 1.5))
+    assert "about as long" in describe_speedup(close, "mlm") and "about as long" not in describe_speedup(apart, "mlm")
 
 
 def test_a_comparison_before_its_first_run_has_a_page() -> None:
     comparison = made()
     comparison.runs, comparison.samples = [], []
-    assert "No mark has been scored yet" in page(comparison)
+    assert 'class="tiles"' not in page(comparison) and 'class="warning"' not in page(comparison)
 
 
 def test_points_lie_where_their_values_say() -> None:

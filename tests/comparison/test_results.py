@@ -1,32 +1,35 @@
 """Time-to-quality and its spread, on curves whose answer can be read off."""
 
+import json
 from pathlib import Path
 
 import pytest
 
-from fastvlp.comparison.results import (
-    ArmRun,
-    Comparison,
-    Mark,
+from fastvlp.comparison.results import ArmRun, Comparison, Measurement, TrainingCost
+from fastvlp.comparison.summary import (
     Reached,
-    Spent,
     first_reached,
-    seconds,
-    shown,
+    format_duration,
+    format_score,
+    format_speedup,
+    known_score,
+    measured_scores,
     speedup,
     spread,
     summarise,
-    time_to_quality,
+    within_noise,
 )
 from fastvlp.errors import UserError
+
+VQA = known_score("vqa")
 
 
 def run(arm: str, seed: int, scores: list[float]) -> ArmRun:
     times = [10.0, 20.0, 40.0]
     marks = [
-        Mark(
+        Measurement(
             share=t / 40,
-            spent=Spent(time=t, cpu=2 * t, steps=int(t), pairs=int(8 * t), tokens=int(80 * t)),
+            spent=TrainingCost(time=t, cpu=2 * t, steps=int(t), pairs=int(8 * t), tokens=int(80 * t)),
             scores={"vqa": s},
         )
         for t, s in zip(times, scores)
@@ -72,7 +75,7 @@ def test_speedups_are_taken_seed_by_seed() -> None:
     assert speed.ratio is not None
     assert speed.ratio.mean == pytest.approx((40 / 15 + 2) / 2)
     assert (speed.reached, speed.n, speed.at_least) == (2, 2, False)
-    assert time_to_quality(comparison, "mlm", "vqa") == "1"
+    assert format_speedup(comparison, "mlm", "vqa") == "1"
 
 
 def test_seeds_that_never_get_there_are_counted() -> None:
@@ -105,25 +108,45 @@ def test_an_unfinished_run_has_gaps() -> None:
     row = summarise(made(broken))[0]
     assert row.scores["vqa"][1:] == [None, None]
     assert row.failures == ["seed 0: not finite"]
-    assert shown("vqa", row.scores["vqa"][2]) == "-"
+    assert format_score(VQA, row.scores["vqa"][2]) == "-"
 
 
 def test_numbers_for_reading() -> None:
-    assert shown("vqa", spread([0.5])) == "50.0 %"
-    assert shown("vqa", spread([0.5, 0.6])) == "55.0 ± 7.1 %"
-    assert shown("cider", spread([0.51234])) == "0.512"
-    assert [seconds(s) for s in (15, 60, 120, 7200)] == ["15 s", "60 s", "2 min", "2 h"]
+    assert format_score(VQA, spread([0.5])) == "50.0 %"
+    assert format_score(VQA, spread([0.5, 0.6])) == "55.0 ± 7.1 %"
+    assert format_score(known_score("cider"), spread([0.51234])) == "0.512"
+    assert [format_duration(s) for s in (15, 60, 120, 7200)] == ["15 s", "60 s", "2 min", "2 h"]
 
 
 def test_results_are_read_back_as_they_were(tmp_path: Path) -> None:
     comparison = made(run("mlm", 0, [0.1, 0.2, 0.5]))
     comparison.save(tmp_path / "results.json")
-    assert Comparison.load(tmp_path / "results.json") == comparison
+    again = Comparison.load(tmp_path / "results.json")
+    assert again == comparison and again.folder == tmp_path
+    content = json.loads((tmp_path / "results.json").read_text())
+    assert {*content} == {
+        "arms", "reference", "budget_s", "seeds", "shares", "about", "settings", "configs", "runs", "samples",
+    }  # fmt: skip
+    assert {*content["runs"][0]} == {"arm", "seed", "marks", "curve", "dropped", "failure"}
+    assert {*content["runs"][0]["marks"][0]} == {"share", "spent", "scores", "scoring_s"}
+
+
+def test_comparisons_of_earlier_versions_are_read() -> None:
+    for path in sorted((Path(__file__).parents[2] / "bench" / "results").glob("compare_*.json")):
+        comparison = Comparison.load(path)
+        assert comparison.runs and summarise(comparison) and measured_scores(comparison), path
+
+
+def test_noise_is_the_spread_over_seeds() -> None:
+    a, b, c = spread([0.5, 0.6]), spread([0.6, 0.7]), spread([0.9, 0.91])
+    assert a and b and c and within_noise(a, b) and not within_noise(b, c)
+    one, other = spread([0.5]), spread([0.51])
+    assert one and other and not within_noise(one, other)
 
 
 def test_other_files_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="cannot read"):
+    with pytest.raises(UserError, match=r"results\.json"):
         Comparison.load(tmp_path / "results.json")
     (tmp_path / "results.json").write_text('{"arms": 3}')
-    with pytest.raises(UserError, match="not the results"):
+    with pytest.raises(UserError, match=r"results\.json"):
         Comparison.load(tmp_path / "results.json")

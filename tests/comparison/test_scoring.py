@@ -1,6 +1,7 @@
 """Scoring on the embedded corpus with a model of a few thousand weights: it measures, and leaves training as it was."""
 
 import base64
+import gc
 import io
 import json
 from dataclasses import replace
@@ -11,9 +12,12 @@ import torch
 from PIL import Image
 
 from fastvlp.cli import main
-from fastvlp.comparison.options import Settings
+from fastvlp.comparison.metrics.cloze_accuracy import own_cloze_method
+from fastvlp.comparison.metrics.interface import Metric, Score, ScoringOptions, metric_types
 from fastvlp.comparison.results import Comparison
-from fastvlp.comparison.scoring import Yardsticks, data_url, own_cloze_method, question_data, spread_evenly
+from fastvlp.comparison.samples import data_url
+from fastvlp.comparison.scored_data import question_data, spread_evenly
+from fastvlp.comparison.scoring import MetricScorer
 from fastvlp.data.pairs import PairData
 from fastvlp.data.world.corpus import WorldConfig, write_world
 from fastvlp.errors import UserError
@@ -31,7 +35,7 @@ from fastvlp.tasks.items import Item
 from fastvlp.training.loop import TrainConfig, TrainState, start, steps
 from fastvlp.training.optim import OptimConfig
 
-SETTINGS = Settings(probe_steps=2, probe_batch=4, probe_items=20, cloze_items=4, caption_items=2, pictures=2)
+OPTIONS = ScoringOptions(probe_steps=2, probe_batch=4, probe_items=20, cloze_items=4, caption_items=2, pictures=2)
 
 
 @pytest.fixture(scope="module")
@@ -68,11 +72,11 @@ def test_scoring_changes_nothing(world: Path, objective: ObjectiveConfig) -> Non
     for _ in steps(straight):
         pass
     scored = start(run(world, objective, ema=0.9))
-    yardsticks = Yardsticks(settings=SETTINGS)
+    scorer = MetricScorer(OPTIONS)
     for _ in steps(scored):
         if scored.step in (2, 5):
             before = weights(scored)
-            scores = yardsticks.score(scored)
+            scores = scorer.score(scored)
             assert set(scores) == {"cloze", "vqa", "cider"}
             assert all(0 <= scores[name] <= 1 for name in ("cloze", "vqa"))
             assert all(torch.equal(a, b) for a, b in zip(before, weights(scored)))
@@ -82,17 +86,17 @@ def test_scoring_changes_nothing(world: Path, objective: ObjectiveConfig) -> Non
 
 def test_the_same_state_has_the_same_scores(world: Path) -> None:
     state = start(run(world, FLMConfig()))
-    assert Yardsticks(settings=SETTINGS).score(state) == Yardsticks(settings=SETTINGS).score(state)
+    assert MetricScorer(OPTIONS).score(state) == MetricScorer(OPTIONS).score(state)
 
 
 def test_averaged_weights_are_scored(world: Path) -> None:
     state = start(run(world, MLMConfig(), ema=0.5))
     next(steps(state))
-    before = Yardsticks(settings=SETTINGS).score(state)
+    before = MetricScorer(OPTIONS).score(state)
     with torch.no_grad():
         for p in state.pretraining.parameters():
             p.zero_()
-    assert Yardsticks(settings=SETTINGS).score(state) == before
+    assert MetricScorer(OPTIONS).score(state) == before
 
 
 def test_each_objective_has_its_own_cloze_method(world: Path) -> None:
@@ -108,21 +112,21 @@ def test_each_objective_has_its_own_cloze_method(world: Path) -> None:
 
 def test_questions_come_from_the_records_or_the_folder(world: Path, tmp_path: Path) -> None:
     data = run(world, MLMConfig()).data
-    own = question_data(data, SETTINGS)
+    own = question_data(data, OPTIONS)
     assert own is not None and own.questions == "questions" and own.train == str(world / "train")
     assert isinstance(data, PairData)
-    chinese = question_data(replace(data, captions="captions_zh"), SETTINGS)
+    chinese = question_data(replace(data, captions="captions_zh"), OPTIONS)
     assert chinese is not None and chinese.questions == "questions_zh"
-    given = question_data(data, replace(SETTINGS, vqa=str(world)))
+    given = question_data(data, replace(OPTIONS, vqa=str(world)))
     assert given is not None and given.val == str(world / "val") and given.questions == "questions"
-    asked = {
-        field: question_data(replace(data, captions=field), replace(SETTINGS, vqa=str(world)))
+    by_field = {
+        field: question_data(replace(data, captions=field), replace(OPTIONS, vqa=str(world)))
         for field in ("captions_zh", "captions_fr")
     }
-    assert [told.questions for told in asked.values() if told] == ["questions_zh", "questions"]
-    assert asked["captions_zh"] and "是" in asked["captions_zh"].answers
-    with pytest.raises(UserError, match="no 'test' split"):
-        Yardsticks(settings=replace(SETTINGS, split="test")).score(start(run(world, MLMConfig())))
+    assert [questions.questions for questions in by_field.values() if questions] == ["questions_zh", "questions"]
+    assert by_field["captions_zh"] and "是" in by_field["captions_zh"].answers
+    with pytest.raises(UserError, match="'test'"):
+        MetricScorer(replace(OPTIONS, split="test")).score(start(run(world, MLMConfig())))
 
 
 def test_questions_are_spread_over_the_split() -> None:
@@ -132,19 +136,20 @@ def test_questions_are_spread_over_the_split() -> None:
     assert spread_evenly(items, 39) == spread_evenly(items, 100) == items and spread_evenly([], 5) == []
 
 
-def test_samples_show_what_each_arm_says(world: Path) -> None:
+def test_samples_show_captions_and_answers_of_each_arm(world: Path) -> None:
     states = {
-        name: start(replace(run(world, told), name=name)) for name, told in (("a", FLMConfig()), ("b", ARConfig()))
+        name: start(replace(run(world, objective), name=name))
+        for name, objective in (("a", FLMConfig()), ("b", ARConfig()))
     }
-    yardsticks = Yardsticks(settings=SETTINGS)
+    scorer = MetricScorer(OPTIONS)
     for state in states.values():
-        yardsticks.score(state)
-    samples = yardsticks.samples(states)
+        scorer.score(state)
+    samples = scorer.samples(states)
     assert len(samples) == 2
     for sample in samples:
         assert set(sample.captions) == {"a", "b"} and len(sample.references) == 5
         assert 1 <= len(sample.questions) <= 3
-        assert all(set(asked.answers) == {"a", "b"} and asked.right for asked in sample.questions)
+        assert all(set(question.answers) == {"a", "b"} and question.right for question in sample.questions)
 
 
 def test_pictures_of_the_page() -> None:
@@ -180,9 +185,10 @@ def test_the_command(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     few = ["--probe-items", "8", "--cloze-items", "4", "--pictures", "1", "--out", str(out)]
     data = [f"data.train={world / 'train'}", f"data.val={world / 'val'}", "model.image.size=32"]
     code = main(["compare", *recipes, *options, *few, "--set", *data])
-    said = capsys.readouterr()
-    assert code == 0, said.err
-    assert "my_flm" in said.out and "VQA accuracy" in said.out and "time-to-quality" in said.out
+    printed = capsys.readouterr()
+    assert code == 0, printed.err
+    assert "my_flm" in printed.out and "VQA accuracy" in printed.out
+    assert printed.out.splitlines()[-1] == str(out / "report.html")
     made = Comparison.load(out / "results.json")
     assert made.reference == "my_mlm"
     assert [len(run.marks) for run in made.runs] == [2, 2]
@@ -197,16 +203,40 @@ def test_the_command(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
 def test_mistakes_are_named(capsys: pytest.CaptureFixture[str]) -> None:
     for words, message in (
         (["flm_dmo"], "flm_demo"),
-        (["flm_demo", "--budget", "soon"], "no duration"),
-        (["flm_demo", "flm_demo"], "two arms"),
-        (["flm_demo", "--set", "optim.rate=1"], "no 'rate'"),
-        (["flm_demo", "--set", "optim.rate=1", "--set", "vocab=9"], "no 'rate'"),
-        (["flm_demo", "--marks", "2"], "shares of the budget"),
+        (["flm_demo", "--budget", "soon"], "'soon'"),
+        (["flm_demo", "flm_demo"], "called flm_demo"),
+        (["flm_demo", "--set", "optim.rate=1"], "--set optim.rate=1"),
+        (["flm_demo", "--set", "optim.rate=1", "--set", "vocab=9"], "--set optim.rate=1"),
+        (["flm_demo", "--set", "mlm_demo:vocab=9"], "--set mlm_demo:vocab=9"),
+        (["flm_demo", "--marks", "2"], "--marks"),
+        (["flm_demo", "--seeds", "0"], "--seeds"),
         (["flm_demo", "--cloze-items", "0"], "--cloze-items must be at least 1"),
-        ([], "at least one recipe"),
+        (["flm_demo", "--pictures", "-1"], "--pictures"),
+        ([], "flm_demo"),
     ):
         assert main(["compare", *words]) == 2
         assert message in capsys.readouterr().err
+
+
+def test_a_metric_of_ones_own_is_measured(world: Path) -> None:
+    class StepsTaken(Metric):
+        scores = (Score("steps", "Steps"),)
+
+        def fits(self, state: TrainState) -> bool:
+            return state.run.name == "small"
+
+        def measure(self, state: TrainState) -> dict[str, float]:
+            return {"steps": float(state.step)}
+
+    try:
+        assert metric_types()[-1] is StepsTaken
+        state = start(run(world, ITMConfig()))
+        scores = MetricScorer(replace(OPTIONS, caption_items=0)).score(state)
+        assert set(scores) == {"vqa", "steps"} and scores["steps"] == 0
+    finally:
+        # `variants` lists the classes that are still there.
+        del StepsTaken
+        gc.collect()
 
 
 def test_two_towers_are_scored_by_retrieval_alone(world: Path, tmp_path: Path) -> None:
@@ -224,8 +254,8 @@ def test_two_towers_are_scored_by_retrieval_alone(world: Path, tmp_path: Path) -
         out=str(tmp_path),
     )
     state = start(run)
-    yardsticks = Yardsticks(settings=Settings())
-    scores = yardsticks.score(state)
+    scorer = MetricScorer(ScoringOptions())
+    scores = scorer.score(state)
     assert set(scores) == {"recall", "image_to_text/r1", "text_to_image/r1"}
     assert all(0 <= score <= 1 for score in scores.values())
-    assert yardsticks.samples({"towers": state}) == []
+    assert scorer.samples({"towers": state}) == []

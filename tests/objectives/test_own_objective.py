@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from fastvlp.cli import main
-from fastvlp.comparison.scoring import own_cloze_method
+from fastvlp.comparison.metrics.cloze_accuracy import own_cloze_method
 from fastvlp.data.pairs import PairData
 from fastvlp.data.world.corpus import WorldConfig, write_world
 from fastvlp.errors import UserError

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -9,7 +10,6 @@ import torch
 from torch import Tensor
 
 from fastvlp.batch import Batch
-from fastvlp.comparison.overrides import override
 from fastvlp.convert.flip import flip_map, from_flax, from_flip
 from fastvlp.errors import UserError
 from fastvlp.model import sizes
@@ -28,8 +28,12 @@ def model_config() -> ModelConfig:
     c, _, _, _ = golden()
     towers = (sizes.Tower(c[f"{kind}_layers"], c[f"{kind}_width"], c[f"{kind}_heads"]) for kind in ("img", "txt"))
     config = sizes.flip(*towers, width=c["proj"], size=c["image"], patch=c["patch"], length=c["txt_len"])
-    changes = {"text.vocab": c["vocab"], "text.layer.hidden": c["txt_mlp"], "image.layer.hidden": c["img_mlp"]}
-    return override(config, [f"{name}={value}" for name, value in changes.items()], "")
+    text, image = config.text, config.image
+    return replace(
+        config,
+        text=replace(text, vocab=c["vocab"], layer=replace(text.layer, hidden=c["txt_mlp"])),
+        image=replace(image, layer=replace(image.layer, hidden=c["img_mlp"])),
+    )
 
 
 def built(log_scale: float | None = None) -> tuple[VLModel, CLIP]:

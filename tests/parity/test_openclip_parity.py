@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -9,7 +10,6 @@ import torch
 from torch import Tensor
 
 from fastvlp.batch import Batch
-from fastvlp.comparison.overrides import override
 from fastvlp.convert.open_clip import PROJECTIONS, clip_map, from_open_clip
 from fastvlp.model import sizes
 from fastvlp.model.model import VLModel
@@ -36,7 +36,7 @@ def built() -> VLModel:
         positions=t["context_length"],
         activation="quick_gelu" if c["model"]["quick_gelu"] else "gelu",
     )
-    model = VLModel(override(config, [f"text.vocab={t['vocab_size']}"], ""))
+    model = VLModel(replace(config, text=replace(config.text, vocab=t["vocab_size"])))
     model.load_state_dict(from_open_clip(weights))
     return model
 

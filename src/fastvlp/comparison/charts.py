@@ -1,4 +1,4 @@
-"""Line charts as SVG text that takes its colours from the page's style sheet, so that they follow light and dark.
+"""Line charts as SVG text. The style sheet of the page gives the colours, so the charts follow light and dark.
 
 Classes: `line`, `seed`, `dot`, `whisker` with `arm0 ... arm7`; `grid`, `tick`, `caption`, `target`.
 """
@@ -16,7 +16,7 @@ DASHES = ("", "5 3", "1.5 3", "8 3 1.5 3")
 
 
 class Point(NamedTuple):
-    """`low` and `high` are the ends of the whisker; equal to y where there is none."""
+    """A point with a whisker from `low` to `high`; without one where both equal y."""
 
     x: float
     y: float
@@ -25,7 +25,14 @@ class Point(NamedTuple):
 
 
 class Line(NamedTuple):
-    """`seeds`: the single runs behind the mean, drawn faintly. `colour`: index of the arm. `dash`: index of the term."""
+    """A curve of a chart.
+
+    Attributes:
+        colour: index of the arm.
+        seeds: the single runs behind the mean, drawn faintly.
+        dash: index of the dash pattern.
+        dots: whether the points are marked.
+    """
 
     name: str
     colour: int
@@ -46,7 +53,7 @@ class Scale(NamedTuple):
 
 
 def nice_ticks(low: float, high: float, count: int = 5) -> list[float]:
-    """Multiples of 1, 2, 2.5 or 5 times a power of ten that cover [low, high], about `count` of them."""
+    """About `count` ticks that cover [low, high], at multiples of 1, 2, 2.5 or 5 times a power of ten."""
     span = max(high - low, 1e-9 * max(abs(high), 1))
     raw = span / max(count - 1, 1)
     power = 10.0 ** math.floor(math.log10(raw))
@@ -56,7 +63,7 @@ def nice_ticks(low: float, high: float, count: int = 5) -> list[float]:
 
 
 def short(value: float) -> str:
-    """12k, 1.5M, 0.25"""
+    """A number for a tick: 12k, 1.5M, 0.25."""
     for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= size:
             return f"{value / size:.3g}{unit}"
@@ -81,7 +88,7 @@ def _axes(x: Scale, y: Scale, xs: Sequence[float], ys: Sequence[float], label: s
 
 
 def marker(shape: int, x: float, y: float, colour: int, text: str = "") -> str:
-    """A dot whose shape says the arm too, for those who do not see the colours apart."""
+    """A dot. Each arm has its own shape too, for readers who cannot tell the colours apart."""
     hint = f"<title>{escape(text)}</title>" if text else ""
     kind = f'class="dot arm{colour % 8}"'
     if shape % 4 == 0:
@@ -110,7 +117,14 @@ def _line(line: Line, x: Scale, y: Scale, unit: str) -> list[str]:
 def line_chart(
     lines: Sequence[Line], *, label: str, unit: str = "", target: float | None = None, describe: str = ""
 ) -> str:
-    """One chart. The horizontal axis starts at 0; `target` is drawn as a dashed level; empty where there is no point."""
+    """One chart as SVG; empty if there is no point. The horizontal axis starts at 0.
+
+    Args:
+        label: name of the horizontal axis.
+        unit: unit of the values, for the texts shown on hovering.
+        target: a value that is drawn as a dashed line.
+        describe: what the chart shows, for screen readers.
+    """
     points = [p for line in lines for p in line.points]
     if not points:
         return ""

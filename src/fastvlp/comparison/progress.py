@@ -1,4 +1,4 @@
-"""Where a comparison stands: bars on a terminal, plain lines elsewhere."""
+"""The progress of a comparison on the terminal: bars, or plain lines where the output is no terminal."""
 
 from __future__ import annotations
 
@@ -11,26 +11,34 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.table import Table
 
-from fastvlp.comparison.results import (
-    ArmRun,
-    Comparison,
-    Mark,
-    Spent,
-    seconds,
-    shown,
+from fastvlp.comparison.results import ArmRun, Comparison, Measurement, TrainingCost
+from fastvlp.comparison.summary import (
+    format_duration,
+    format_score,
+    format_speedup,
+    known_score,
+    measured_scores,
     spread,
     summarise,
-    time_to_quality,
-    title,
 )
 
+# Seconds between two lines about the same arm where the output is no terminal.
+QUIET_S = 30
 
-class Display:
-    """Use as a context manager. `marks`: scorings of one arm with one seed."""
 
-    def __init__(self, arms: Sequence[str], *, budget_s: float, seeds: int, marks: int, console: Console | None = None):
+class ProgressDisplay:
+    """Prints where a comparison is; a context manager.
+
+    Args:
+        scorings: how often an arm is scored with one seed.
+        console: standard error by default.
+    """
+
+    def __init__(
+        self, arms: Sequence[str], *, budget_s: float, seeds: int, scorings: int, console: Console | None = None
+    ):
         self.console = console or Console(file=sys.stderr)
-        self.arms, self.budget_s, self.seeds, self.marks = list(arms), budget_s, seeds, marks
+        self.arms, self.budget_s, self.seeds, self.scorings = list(arms), budget_s, seeds, scorings
         self.trained_s: dict[tuple[str, int], float] = {}
         self.scoring_s: list[float] = []
         self.began = time.monotonic()
@@ -38,16 +46,16 @@ class Display:
         self.tasks: dict[str, TaskID] = {}
         self.bars: Progress | None = None
         if self.console.is_terminal:
-            columns = ("{task.description}", "{task.fields[rates]}", "{task.fields[scores]}")
             self.bars = Progress(
-                TextColumn(columns[0]),
+                TextColumn("{task.description}"),
                 BarColumn(bar_width=24),
                 TextColumn("{task.percentage:>3.0f} %"),
-                *(TextColumn(c) for c in columns[1:]),
+                TextColumn("{task.fields[rates]}"),
+                TextColumn("{task.fields[scores]}"),
                 console=self.console,
             )
 
-    def __enter__(self) -> Display:
+    def __enter__(self) -> ProgressDisplay:
         if self.bars is not None:
             for arm in self.arms:
                 self.tasks[arm] = self.bars.add_task(arm, total=1.0, rates="", scores="")
@@ -62,61 +70,66 @@ class Display:
 
     @property
     def left_s(self) -> float:
-        """Training still to be done, and scorings at their mean cost so far."""
-        whole = len(self.arms) * self.seeds
+        """Seconds left: the rest of the training, and the scorings at their mean time so far."""
+        runs = len(self.arms) * self.seeds
         scoring = sum(self.scoring_s) / len(self.scoring_s) if self.scoring_s else 0.0
-        training = whole * self.budget_s - sum(self.trained_s.values())
-        return max(training, 0.0) + scoring * (whole * self.marks - len(self.scoring_s))
+        training = runs * self.budget_s - sum(self.trained_s.values())
+        return max(training, 0.0) + scoring * (runs * self.scorings - len(self.scoring_s))
 
     def note(self, text: str) -> None:
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
-    def trained(self, run: ArmRun, spent: Spent) -> None:
+    def trained(self, run: ArmRun, spent: TrainingCost) -> None:
+        """Shows an arm after a turn."""
         self.trained_s[run.arm, run.seed] = min(spent.time, self.budget_s)
         share = spent.time / self.budget_s
         time_s = max(spent.time, 1e-9)
         rates = f"{spent.pairs / time_s:,.0f} pairs/s  {spent.tokens / time_s:,.0f} predicted tokens/s"
+        left = f"about {format_duration(round(self.left_s))} left in all"
+        name = f"{run.arm} seed {run.seed}"
         if self.bars is not None:
-            name = f"{run.arm} seed {run.seed}"
-            left = f"{seconds(round(self.left_s))} left in all"
             self.bars.update(self.tasks[run.arm], completed=min(share, 1.0), description=name, rates=f"{rates}  {left}")
-        elif time.monotonic() - self.printed.get(run.arm, self.began) > 30:
+        elif time.monotonic() - self.printed.get(run.arm, self.began) > QUIET_S:
             self.printed[run.arm] = time.monotonic()
-            self.note(f"{run.arm} seed {run.seed}: {share:.0%}  {rates}  about {seconds(round(self.left_s))} left")
+            self.note(f"{name}: {share:.0%}  {rates}  {left}")
 
-    def scored(self, run: ArmRun, mark: Mark) -> None:
+    def scored(self, run: ArmRun, mark: Measurement) -> None:
+        """Shows the scores of an arm."""
         self.scoring_s.append(mark.scoring_s)
-        scores = "  ".join(f"{title(name).title} {shown(name, spread([value]))}" for name, value in mark.scores.items())
+        known = {name: known_score(name) for name in mark.scores}
+        scores = "  ".join(
+            f"{known[name].title} {format_score(known[name], spread([value]))}" for name, value in mark.scores.items()
+        )
         if self.bars is not None:
             self.bars.update(self.tasks[run.arm], scores=scores)
         else:
-            at = f"{mark.share:.0%} of the time, {mark.spent.steps} steps, {mark.spent.pairs} pairs"
-            took = f"(scored in {seconds(mark.scoring_s)}, about {seconds(round(self.left_s))} left)"
-            self.note(f"{run.arm} seed {run.seed}: {at}: {scores} {took}")
+            at = f"after {mark.share:.0%} of the time, {mark.spent.steps} steps, {mark.spent.pairs} pairs"
+            took = f"(scored in {format_duration(mark.scoring_s)}, about {format_duration(round(self.left_s))} left)"
+            self.note(f"{run.arm} seed {run.seed} {at}: {scores} {took}")
 
 
 def print_tables(comparison: Comparison, console: Console) -> None:
-    """What each arm did with its time, and a table of scores for each yardstick."""
+    """Prints how fast each arm trained, a table of each score, and the failures."""
     rows = summarise(comparison)
-    speed = Table("arm", "steps", "pairs", "pairs/s", "predicted tokens/s", "data wait", "CPU s/s")
-    speed.title = f"{seconds(comparison.budget_s)} of training each, seeds: {comparison.seeds}"
+    speed = Table("arm", "steps", "pairs", "pairs/s", "predicted tokens/s", "waiting for data", "CPU s/s")
+    speed.title = f"{format_duration(comparison.budget_s)} of training for each arm, seeds: {comparison.seeds}"
     for column in speed.columns[1:]:
         column.justify = "right"
     for row in rows:
         numbers = (row.steps, row.pairs, row.pairs_per_s, row.tokens_per_s)
         speed.add_row(row.arm, *(f"{n:,.0f}" for n in numbers), f"{row.wait:.0%}", f"{row.cpu:.2f}")
     console.print(speed)
-    for name in comparison.yardsticks:
+    for score in measured_scores(comparison):
         table = Table(
             "arm", caption=f"time-to-quality: how many times as fast to the final score of {comparison.reference}"
         )
-        table.title = f"{title(name).title}, {title(name).note}".rstrip(", ")
+        table.title = f"{score.title}, {score.note}".rstrip(", ")
         for share in comparison.shares:
-            table.add_column(seconds(share * comparison.budget_s), justify="right")
+            table.add_column(format_duration(share * comparison.budget_s), justify="right")
         table.add_column("time-to-quality", justify="right")
         for row in rows:
-            cells = [shown(name, score) for score in row.scores[name]]
-            table.add_row(row.arm, *cells, time_to_quality(comparison, row.arm, name))
+            cells = [format_score(score, value) for value in row.scores[score.name]]
+            table.add_row(row.arm, *cells, format_speedup(comparison, row.arm, score.name))
         console.print(table)
     for row in rows:
         for failure in row.failures:

@@ -1,4 +1,4 @@
-"""report.html of a comparison: one file, nothing fetched from anywhere, light and dark."""
+"""report.html of a comparison: one file that needs no other, for light and dark screens."""
 
 from __future__ import annotations
 
@@ -11,29 +11,30 @@ from string import Template
 from typing import Any
 
 from fastvlp.comparison.charts import Line, Point, line_chart, marker
-from fastvlp.comparison.results import (
-    ArmRun,
-    Comparison,
-    Sample,
+from fastvlp.comparison.metrics.interface import Score
+from fastvlp.comparison.results import ArmRun, Comparison, Sample, TrainingCost
+from fastvlp.comparison.summary import (
     Speedup,
-    Spent,
+    Spread,
     Summary,
-    seconds,
-    shown,
+    format_duration,
+    format_score,
+    format_speedup,
+    measured_scores,
     spread,
     summarise,
-    time_to_quality,
-    title,
+    within_noise,
 )
 from fastvlp.config import flatten
 from fastvlp.files import write_whole
 
 PAGE = Template(files("fastvlp.comparison").joinpath("report.html").read_text("utf-8"))
-AXES: tuple[tuple[str, str, Callable[[Spent], float]], ...] = (
-    ("time", "training time (s)", lambda spent: spent.time),
-    ("steps", "steps", lambda spent: spent.steps),
-    ("pairs", "image-text pairs", lambda spent: spent.pairs),
+AXES: tuple[tuple[str, Callable[[TrainingCost], float]], ...] = (
+    ("training time (s)", lambda spent: spent.time),
+    ("steps", lambda spent: spent.steps),
+    ("image-text pairs", lambda spent: spent.pairs),
 )
+TIME = AXES[0][0]
 
 
 def write_report(comparison: Comparison, path: Path) -> None:
@@ -42,11 +43,12 @@ def write_report(comparison: Comparison, path: Path) -> None:
 
 
 def page(comparison: Comparison) -> str:
-    rows = summarise(comparison)
+    """The report as HTML; also of a comparison that is not finished."""
+    rows, scores = summarise(comparison), measured_scores(comparison)
     body = [
-        _head(comparison, rows),
-        _tiles(comparison, rows),
-        *(_yardstick(comparison, rows, name) for name in comparison.yardsticks),
+        _head(comparison, rows, scores),
+        _tiles(comparison, rows, scores),
+        *(_score_section(comparison, rows, score) for score in scores),
         _speed(comparison, rows),
         _losses(comparison),
         _samples(comparison),
@@ -59,7 +61,7 @@ def page(comparison: Comparison) -> str:
 def _title(comparison: Comparison) -> str:
     arms = comparison.arms
     named = ", ".join(arms[:-1]) + f" and {arms[-1]}" if len(arms) > 1 else arms[0]
-    return f"{named}: {seconds(comparison.budget_s)} of training each"
+    return f"{named}: {format_duration(comparison.budget_s)} of training each"
 
 
 def _name(comparison: Comparison, arm: str) -> str:
@@ -68,47 +70,65 @@ def _name(comparison: Comparison, arm: str) -> str:
     return f'<span class="name">{swatch}{escape(arm)}</span>'
 
 
-def _sooner(speed: Speedup, reference: str) -> str:
+def describe_speedup(speed: Speedup, reference: str) -> str:
+    """A speed-up as the end of a sentence about the arm."""
     if not speed.n:
-        return f"not timed: {reference} itself had its final score by the first mark, or has none"
+        return f"not timed, because {reference} had its final score at the first scoring already, or has none"
     if speed.ratio is None:
-        return f"does not reach {reference}'s final score"
-    return f"reaches {reference}'s final score {speed} as fast"
+        return f"did not reach the final score of {reference}"
+    if speed.ratio.n > 1 and within_noise(speed.ratio, Spread(1.0, 0.0, speed.ratio.n)):
+        return f"took about as long as {reference} to reach its final score ({speed})"
+    return f"reached the final score of {reference} {speed} as fast"
 
 
-def _head(comparison: Comparison, rows: Sequence[Summary]) -> str:
-    about, n = comparison.about, comparison.seeds
+def _head(comparison: Comparison, rows: Sequence[Summary], scores: Sequence[Score]) -> str:
+    about = comparison.about
     over = f"fastvlp {about.get('fastvlp', '')} · {about.get('date', '')} · {about.get('device', '')}"
-    lead = f"{n} seed{'s' if n > 1 else ''}, same device, training time handed out in alternating slices. "
-    scored = [row for row in rows if comparison.yardsticks and row.final(comparison.yardsticks[0])]
-    if scored:
-        name = comparison.yardsticks[0]
-        best = max(scored, key=lambda row: getattr(row.final(name), "mean", 0.0))
-        lead += f"Highest {title(name).title} {title(name).note}: <b>{escape(best.arm)}</b>, {shown(name, best.final(name))}"
-        if best.arm != comparison.reference:
-            lead += f"; {_sooner(best.speedups[name], escape(comparison.reference))}"
-        lead += "."
     failures = [f"{escape(row.arm)}, {escape(text)}" for row in rows for text in row.failures]
     warning = f'<p class="warning">Stopped early: {"; ".join(failures)}</p>' if failures else ""
-    heading = escape(_title(comparison))
+    heading, lead = escape(_title(comparison)), _lead(comparison, rows, scores)
     return f'<p class="overline">{escape(over)}</p><h1>{heading}</h1><p class="lead">{lead}</p>{warning}'
 
 
-def _tiles(comparison: Comparison, rows: Sequence[Summary]) -> str:
-    if not comparison.yardsticks:
-        return '<p class="note">No mark has been scored yet.</p>'
-    name, tiles = comparison.yardsticks[0], []
+def _lead(comparison: Comparison, rows: Sequence[Summary], scores: Sequence[Score]) -> str:
+    """The summary at the top of the page. An arm that is ahead by no more than the noise is not called the best."""
+    several = comparison.seeds > 1
+    sentences = [
+        f"Each arm trained for the same time on the same device, with {comparison.seeds} seed{'s' if several else ''}. "
+        "The arms took turns of a few seconds, so other programs on the machine slowed all of them alike."
+    ]
+    finals = {row.arm: final for row in rows if scores and (final := row.final(scores[0].name))}
+    if finals:
+        score, best = scores[0], max(finals, key=lambda arm: finals[arm].mean)
+        close = [arm for arm, final in finals.items() if arm != best and within_noise(final, finals[best])]
+        result = f"<b>{escape(best)}</b> with {format_score(score, finals[best])}"
+        sentences.append(f"Highest {score.title}{f' ({score.note})' if score.note else ''}: {result}.")
+        if close:
+            named = ", ".join(f"{escape(arm)} ({format_score(score, finals[arm])})" for arm in close)
+            sentences.append(f"The difference from {named} is within the spread over seeds.")
+        elif best != comparison.reference:
+            speed = next(row for row in rows if row.arm == best).speedups[score.name]
+            sentences.append(f"It {describe_speedup(speed, escape(comparison.reference))}." if speed.n else "")
+        if not several:
+            sentences.append("These are single runs: small differences may be chance.")
+    return " ".join(filter(None, sentences))
+
+
+def _tiles(comparison: Comparison, rows: Sequence[Summary], scores: Sequence[Score]) -> str:
+    if not scores:
+        return '<p class="note">No arm has been scored yet.</p>'
+    score, tiles = scores[0], []
     for i, row in enumerate(rows):
-        mean, _, wide = shown(name, row.final(name)).partition(" ± ")
-        unit = " %" if title(name).percent and wide else ""
-        wide = f" <small>± {wide.removesuffix(' %')}</small>" if wide else ""
+        mean, _, deviation = format_score(score, row.final(score.name)).partition(" ± ")
+        unit = " %" if score.percent and deviation else ""
+        deviation = f" <small>± {deviation.removesuffix(' %')}</small>" if deviation else ""
         if row.arm == comparison.reference:
             speed = "the others are timed against its final score"
         else:
-            speed = _sooner(row.speedups[name], comparison.reference)
+            speed = describe_speedup(row.speedups[score.name], comparison.reference)
         tiles.append(
-            f'<div class="tile arm{i % 8}">{_name(comparison, row.arm)}<div class="big">{mean}{unit}{wide}</div>'
-            f"<p>{title(name).title}</p><p>{escape(speed)}</p></div>"
+            f'<div class="tile arm{i % 8}">{_name(comparison, row.arm)}<div class="big">{mean}{unit}{deviation}</div>'
+            f"<p>{escape(score.title)}</p><p>{escape(speed)}</p></div>"
         )
     return f'<div class="tiles">{"".join(tiles)}</div>'
 
@@ -118,9 +138,9 @@ def _legend(comparison: Comparison) -> str:
 
 
 def _points(
-    runs: Sequence[ArmRun], shares: Sequence[float], name: str, at: Callable[[Spent], float], scale: float
+    runs: Sequence[ArmRun], shares: Sequence[float], name: str, at: Callable[[TrainingCost], float], scale: float
 ) -> Iterator[Point]:
-    """Mean and range over seeds at each mark."""
+    """Mean and range over seeds at each share of the budget."""
     for share in shares:
         marks = [m for run in runs for m in run.marks if m.share == share and name in m.scores]
         if marks:
@@ -129,30 +149,38 @@ def _points(
             yield Point(x, sum(values) / len(values), min(values), max(values))
 
 
-def _yardstick(comparison: Comparison, rows: Sequence[Summary], name: str) -> str:
-    about = title(name)
-    scale, unit = (100.0, " %") if about.percent else (1.0, "")
-    finals = [run.marks[-1].scores.get(name) for run in comparison.of(comparison.reference) if run.marks]
+def _score_section(comparison: Comparison, rows: Sequence[Summary], score: Score) -> str:
+    note = score.note
+    if score.percent:
+        note += f"{', ' if note else ''}in per cent"
+    note += f"{'; ' if note else ''}the dashed line is the final score of {comparison.reference}"
+    if comparison.seeds > 1:
+        note += "; lines show the mean over seeds, whiskers the range, thin lines the single seeds"
+    note = f"{note[0].upper()}{note[1:]}."
+    return (
+        f'<h2>{escape(score.title)}</h2><p class="note">{escape(note)}</p>'
+        f'{_legend(comparison)}<div class="charts">{_score_charts(comparison, score)}</div>'
+        f"{_score_table(comparison, rows, score)}"
+    )
+
+
+def _score_charts(comparison: Comparison, score: Score) -> str:
+    """A score against time, steps and pairs."""
+    name, scale, unit = score.name, *((100.0, " %") if score.percent else (1.0, ""))
+    finals = [run.marks[-1].scores.get(name) for run in comparison.runs_of(comparison.reference) if run.marks]
     level = spread([f * scale for f in finals if f is not None])
     charts = []
-    for axis, label, at in AXES:
+    for label, at in AXES:
         lines = []
         for i, arm in enumerate(comparison.arms):
-            runs = comparison.of(arm)
+            runs = comparison.runs_of(arm)
             seeds = [[(at(m.spent), m.scores[name] * scale) for m in r.marks if name in m.scores] for r in runs]
             points = list(_points(runs, comparison.shares, name, at, scale))
             lines.append(Line(arm, i, points, seeds if len(runs) > 1 else ()))
-        target = level.mean if level and axis == "time" else None
-        describe = f"{about.title} against {label}"
-        charts.append(line_chart(lines, label=label, unit=unit, target=target, describe=describe))
-    note = f"{about.note}, " if about.note else ""
-    per = "per cent, " if about.percent else ""
-    note = f"{note}{per}dashed: the final score of {comparison.reference}"
-    many = "; mean, range and single seeds" if comparison.seeds > 1 else ""
-    return (
-        f'<h2>{escape(about.title)}</h2><p class="note">{escape(note + many)}.</p>'
-        f'{_legend(comparison)}<div class="charts">{"".join(charts)}</div>{_scores(comparison, rows, name)}'
-    )
+        target = level.mean if level and label == TIME else None
+        description = f"{score.title} against {label}"
+        charts.append(line_chart(lines, label=label, unit=unit, target=target, describe=description))
+    return "".join(charts)
 
 
 def _html_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -161,14 +189,14 @@ def _html_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return f'<div class="scroll"><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
-def _scores(comparison: Comparison, rows: Sequence[Summary], name: str) -> str:
-    """The numbers below a yardstick's charts."""
-    times = [seconds(share * comparison.budget_s) for share in comparison.shares]
+def _score_table(comparison: Comparison, rows: Sequence[Summary], score: Score) -> str:
+    """The numbers below a score's charts."""
+    times = [format_duration(share * comparison.budget_s) for share in comparison.shares]
     cells = [
         [
             _name(comparison, row.arm),
-            *(shown(name, s) for s in row.scores[name]),
-            time_to_quality(comparison, row.arm, name),
+            *(format_score(score, value) for value in row.scores[score.name]),
+            format_speedup(comparison, row.arm, score.name),
         ]
         for row in rows
     ]
@@ -176,41 +204,43 @@ def _scores(comparison: Comparison, rows: Sequence[Summary], name: str) -> str:
 
 
 def _speed(comparison: Comparison, rows: Sequence[Summary]) -> str:
-    head = ["", "steps", "pairs", "pairs/s", "predicted tokens/s", "data wait", "CPU s a second"]
+    head = ["", "steps", "pairs", "pairs/s", "predicted tokens/s", "waiting for data", "CPU s per s"]
     cells = [
         [_name(comparison, row.arm)]
         + [f"{n:,.0f}" for n in (row.steps, row.pairs, row.pairs_per_s, row.tokens_per_s)]
         + [f"{row.wait:.1%}", f"{row.cpu:.2f}"]
         for row in rows
     ]
+    reference = comparison.reference
     note = (
-        "Means over seeds; ± is their sample standard deviation. Time-to-quality: the training time at which "
-        f"{comparison.reference} first has its own final score, divided by the time at which the arm first has it, on "
-        "curves drawn straight between marks, seed by seed; ≥ where the arm has it at its first mark already. "
-        "Training time is wall time inside the training steps, data wait included; scoring costs none of it. "
-        "CPU: processor seconds of the main process for each second of training."
+        "All numbers are means over seeds; ± gives the sample standard deviation. "
+        f"Time-to-quality compares how soon two arms first have the final score of {reference}: it is the training time of "
+        f"{reference} divided by that of the arm, computed for each seed. Between two scorings the curves are taken to be "
+        "straight. A ≥ marks an arm that was there at its first scoring already. "
+        "Training time is the wall time of the training steps, including waiting for data but not scoring. "
+        "CPU s per s: processor seconds of the main process in each second of training."
     )
-    return f'<h2>What the time bought</h2>{_html_table(head, cells)}<p class="note">{escape(note)}</p>'
+    return f'<h2>Work done in that time</h2>{_html_table(head, cells)}<p class="note">{escape(note)}</p>'
 
 
 def _losses(comparison: Comparison) -> str:
-    curves = {arm: next((run.curve for run in comparison.of(arm) if run.curve), []) for arm in comparison.arms}
+    curves = {arm: next((run.curve for run in comparison.runs_of(arm) if run.curve), []) for arm in comparison.arms}
     terms = {arm: list(curve[-1].losses) if curve else [] for arm, curve in curves.items()}
     charts = []
-    for _, label, at in AXES:
+    for label, at in AXES:
         lines = []
         for i, (arm, curve) in enumerate(curves.items()):
             for dash, term in enumerate(terms[arm]):
                 points = [Point(at(p.spent), v := p.losses[term], v, v) for p in curve]
                 lines.append(Line(f"{arm} {term}", i, points, dash=dash, dots=False))
         charts.append(line_chart(lines, label=label, describe=f"training losses against {label}"))
-    several = [f"{arm}: {', '.join(t)} (in this order full, dashed, dotted)" for arm, t in terms.items() if len(t) > 1]
+    several = [f"{arm} has {', '.join(t)} (solid, dashed, dotted)" for arm, t in terms.items() if len(t) > 1]
     note = (
-        "Nats a predicted token, first seed. Each method predicts other tokens from other context: "
-        "compare shapes, not levels. "
+        "In nats for each predicted token; first seed. The methods predict different tokens from different context, so "
+        "compare the shapes of the curves and not their heights. "
     )
     return (
-        f'<h2>Training losses</h2><p class="note">{escape(note + "; ".join(several))}</p>'
+        f'<h2>Training losses</h2><p class="note">{escape(note + "; ".join(several) + ("." if several else ""))}</p>'
         f'{_legend(comparison)}<div class="charts">{"".join(charts)}</div>'
     )
 
@@ -220,21 +250,21 @@ def _sample(comparison: Comparison, sample: Sample) -> str:
     if sample.references:
         parts.append(f'<p><span class="soft">Reference:</span> {escape(sample.references[0])}</p>')
     if sample.captions:
-        said = "".join(
+        captions = "".join(
             f"<dt>{_name(comparison, arm)}</dt><dd>{escape(text)}</dd>" for arm, text in sample.captions.items()
         )
-        parts.append(f"<dl>{said}</dl>")
-    for asked in sample.questions:
+        parts.append(f"<dl>{captions}</dl>")
+    for question in sample.questions:
         answers = []
-        for arm, answer in asked.answers.items():
-            kind, sign = ("right", "✓") if answer == asked.right else ("wrong", "✗")
+        for arm, answer in question.answers.items():
+            kind, sign = ("right", "✓") if answer == question.right else ("wrong", "✗")
             answers.append(f'<dt>{_name(comparison, arm)}</dt><dd class="{kind}">{sign} {escape(answer)}</dd>')
         parts.append(
-            f'<div class="question"><p>{escape(asked.question)} <b>{escape(asked.right)}</b></p>'
+            f'<div class="question"><p>{escape(question.question)} <b>{escape(question.right)}</b></p>'
             f"<dl>{''.join(answers)}</dl></div>"
         )
     alt = escape(sample.references[0] if sample.references else sample.key, quote=True)
-    # A PNG is a drawing of few pixels: enlarged with crisp edges.
+    # A PNG is a drawing of few pixels, to be enlarged with crisp edges.
     crisp = ' class="crisp"' if sample.picture.startswith("data:image/png") else ""
     return f'<div class="sample"><img{crisp} src="{sample.picture}" alt="{alt}"><div>{"".join(parts)}</div></div>'
 
@@ -244,8 +274,8 @@ def _samples(comparison: Comparison) -> str:
         return ""
     cards = "".join(_sample(comparison, sample) for sample in comparison.samples)
     note = (
-        "Validation pictures, not chosen by hand: the first of the split. "
-        "Each arm after the same short fine-tuning, first seed."
+        "The first pictures of the scored split, not chosen by hand. "
+        "The captions and answers are those of each arm after the same short fine-tuning; first seed."
     )
     return f'<h2>Captions and answers</h2><p class="note">{note}</p><div class="samples">{cards}</div>'
 
@@ -262,7 +292,8 @@ def _configs(comparison: Comparison) -> str:
         f"<pre>{escape(json.dumps(comparison.configs[arm], indent=2, ensure_ascii=False))}</pre></details>"
         for arm in comparison.arms
     )
-    return f'<h2>Configurations</h2><p class="note">What differs between the arms, then each in full.</p>{table}{whole}'
+    note = "The fields in which the arms differ, then the whole config of each."
+    return f'<h2>Configurations</h2><p class="note">{note}</p>{table}{whole}'
 
 
 def _leaf(value: Any) -> str:
@@ -273,5 +304,5 @@ def _about(comparison: Comparison) -> str:
     facts = {**comparison.about, **{f"setting: {name}": value for name, value in comparison.settings.items()}}
     rows = "".join(f"<dt>{escape(str(k))}</dt><dd>{escape(_leaf(v))}</dd>" for k, v in facts.items())
     dropped = {run.arm: run.dropped for run in comparison.runs if run.dropped}
-    note = f"<p>Unreadable records dropped in training: {escape(json.dumps(dropped))}</p>" if dropped else ""
+    note = f"<p>Unreadable records that training left out: {escape(json.dumps(dropped))}</p>" if dropped else ""
     return f'<h2>About this run</h2><dl class="about">{rows}</dl>{note}'

@@ -29,6 +29,8 @@ class MLMConfig(ObjectiveConfig):
     region_rate: share of the regions that a single stream has masked at the same time; 0 is UNITER's conditional masking
     (arXiv 1909.11740, section 3.2)."""
 
+    baseline = True
+
     mask_rate: float = 0.4
     predict_rate: float | None = None
     keep_mask: float = 0.8

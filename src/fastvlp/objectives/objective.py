@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from torch import Tensor, nn
 
@@ -142,7 +142,13 @@ class PairObjective(Objective):
 
 
 class ObjectiveConfig(abc.ABC):
-    """What a recipe says of an objective: a frozen dataclass that builds it."""
+    """What a recipe says of an objective: a frozen dataclass that builds it.
+
+    Attributes:
+        baseline: whether it is the usual method, against which a comparison times the others.
+    """
+
+    baseline: ClassVar[bool] = False
 
     @abc.abstractmethod
     def build(self, model: ModelConfig, tokenizer: Tokenizer) -> Objective:

@@ -1,0 +1,156 @@
+"""`fastvlp.compare` and `vlp compare`: several recipes, the same training time for each, on one device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+from tyro.conf import UseAppendAction, arg
+from tyro.constructors import PrimitiveConstructorSpec
+
+from fastvlp import dist
+from fastvlp.comparison.metrics.interface import ScoringOptions
+from fastvlp.comparison.progress import ProgressDisplay
+from fastvlp.comparison.results import Comparison
+from fastvlp.comparison.scoring import MetricScorer
+from fastvlp.comparison.settings import check_arms, duration, with_settings
+from fastvlp.comparison.turns import Plan, run_comparison
+from fastvlp.data.tokenize import Tokenizer
+from fastvlp.errors import UserError
+from fastvlp.provenance import about
+from fastvlp.recipes import names, recipe
+from fastvlp.training.state import TrainConfig
+
+SCORING = ScoringOptions()
+# On the command line all words before the first option are recipes.
+RECIPES = PrimitiveConstructorSpec[Any](
+    nargs="*",
+    metavar="RECIPE ...",
+    instance_from_str=tuple,
+    is_instance=lambda value: isinstance(value, tuple),
+    str_from_instance=lambda value: [str(one) for one in value],
+)
+
+
+def flat_settings(set: UseAppendAction[tuple[tuple[str, ...], ...]] = ()) -> tuple[str, ...]:
+    """Changes of the recipes' fields.
+
+    Args:
+        set: FIELD=VALUE ..., such as data.train=FOLDER, for all recipes; RECIPE:FIELD=VALUE for one of them.
+    """
+    return tuple(setting for group in set for setting in group)
+
+
+def compare(
+    recipes: Annotated[Sequence[str | Path | TrainConfig], RECIPES],
+    /,
+    *,
+    budget: str = "120s",
+    seeds: int = 1,
+    out: Path = Path("comparison"),
+    marks: Sequence[float] = (0.25, 0.5, 1.0),
+    slice: str = "5s",
+    scoring: ScoringOptions = SCORING,
+    set: Annotated[Sequence[str], arg(constructor=flat_settings)] = (),
+    threads: int | None = None,
+) -> Comparison:
+    """Give several recipes the same training time on this device, score them on the way, and write a report.
+
+    The recipes train by turns. They share a tokenizer, trained once, if they would train one on the same texts.
+
+    Args:
+        recipes: Names of recipes, paths of your own files, or in Python also configs.
+        budget: Training time of each recipe and seed: 90s, 20m, 1.5h.
+        seeds: Runs of each recipe, with different seeds.
+        out: Folder for results.json, report.html and the runs; results and report are complete after every scoring.
+        marks: Shares of the budget after which the recipes are scored; the end is always one of them.
+        slice: Length of a turn.
+        scoring: How the recipes are scored.
+        set: Changes of the recipes' fields: FIELD=VALUE for all, RECIPE:FIELD=VALUE for one.
+        threads: CPU threads that PyTorch uses; its own choice by default.
+
+    Raises:
+        UserError: an option cannot be used, the folder holds a comparison already, or no recipe could be trained.
+    """
+    if dist.launched() > 1:
+        raise UserError("a comparison trains each recipe on one device; start it without torchrun")
+    if threads:
+        torch.set_num_threads(threads)
+    arms = named_arms(recipes, set)
+    plan = Plan(budget_s=duration(budget), out=Path(out), seeds=seeds, marks=tuple(marks), slice_s=duration(slice))
+    if (plan.out / "results.json").exists():
+        raise UserError(f"{plan.out}: holds a comparison already; choose another folder with `out`, or delete it")
+    device = dist.pick_device(next(iter(arms.values())).device)
+    arms = with_tokenizers(with_budget(arms, plan), plan.out)
+    with ProgressDisplay(list(arms), budget_s=plan.budget_s, seeds=seeds, scorings=len(plan.shares)) as display:
+        comparison = run_comparison(
+            plan,
+            arms,
+            reference=reference_arm(arms),
+            about=about(device),
+            scorer=MetricScorer(scoring),
+            display=display,
+        )
+    if all(run.failure for run in comparison.runs):
+        raise UserError(
+            f"no recipe could be trained for {budget}: {comparison.runs[0].failure}; "
+            f"what was measured is in {plan.out / 'report.html'}"
+        )
+    return comparison
+
+
+def named_arms(recipes: Sequence[str | Path | TrainConfig], settings: Sequence[str]) -> dict[str, TrainConfig]:
+    """The configs by name, with their settings: a file's name without its ending, or the name of a config."""
+    if not recipes:
+        raise UserError(f"name at least one recipe; there are {', '.join(names())}")
+    arms = [r.name if isinstance(r, TrainConfig) else Path(r).stem for r in recipes]
+    check_distinct(arms)
+    check_arms(settings, arms)
+    configs = [r if isinstance(r, TrainConfig) else recipe(str(r)) for r in recipes]
+    return {arm: with_settings(config, settings, arm) for arm, config in zip(arms, configs)}
+
+
+def check_distinct(names: Iterable[str]) -> None:
+    """Raises UserError where two arms have the same name."""
+    earlier: set[str] = set()
+    for name in names:
+        if name in earlier:
+            raise UserError(f"two recipes are called {name}; give one of them another name")
+        earlier.add(name)
+
+
+def with_budget(arms: Mapping[str, TrainConfig], plan: Plan) -> dict[str, TrainConfig]:
+    """Each config with the budget as its length, so that its schedule ends with its own time."""
+    return {
+        arm: replace(run, name=arm, steps=None, budget_s=plan.budget_s, out=str(plan.out / "runs" / arm))
+        for arm, run in arms.items()
+    }
+
+
+def with_tokenizers(arms: Mapping[str, TrainConfig], out: Path) -> dict[str, TrainConfig]:
+    """Configs that would each train a tokenizer on the same texts share one, which is trained here and saved in `out`."""
+    trained: list[tuple[Any, int, str]] = []
+    with_files = dict(arms)
+    for arm, run in arms.items():
+        if run.tokenizer is not None or run.init is not None:
+            continue
+        path = next((path for data, vocab, path in trained if (data, vocab) == (run.data, run.vocab)), None)
+        if path is None:
+            path = str(out / f"tokenizer-{arm}.json")
+            Tokenizer.train(run.data.texts(), "wordpiece", vocab_size=run.vocab).save(path)
+            trained.append((run.data, run.vocab, path))
+        with_files[arm] = replace(run, tokenizer=path)
+    return with_files
+
+
+def reference_arm(arms: Mapping[str, TrainConfig]) -> str:
+    """The arm that the others are timed against: the first whose only objective is a baseline (MLM), else the first."""
+    alone = [
+        arm
+        for arm, run in arms.items()
+        if len(run.objectives) == 1 and all(config.baseline for config in run.objectives.values())
+    ]
+    return (alone or list(arms))[0]

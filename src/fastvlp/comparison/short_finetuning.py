@@ -1,0 +1,144 @@
+"""Short fine-tunings before a score: the same number of steps for every arm, on a copy, so that its training goes on
+unchanged."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from copy import deepcopy
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
+
+from fastvlp.batch import Batch
+from fastvlp.comparison.metrics.interface import ScoringOptions
+from fastvlp.comparison.scored_data import caption_data, question_data, spread_evenly, validation_pairs
+from fastvlp.data.loader import Loader
+from fastvlp.data.pairs import Data, Rows
+from fastvlp.eval.mode import evaluating
+from fastvlp.model.model import VLModel
+from fastvlp.objectives.objective import Objective, ObjectiveConfig
+from fastvlp.objectives.saved_objectives import common_bos
+from fastvlp.random import hash64
+from fastvlp.tasks import caption
+from fastvlp.tasks.caption import CaptionConfig
+from fastvlp.tasks.items import ItemMaker
+from fastvlp.tasks.vqa import VQAConfig, VQAData
+from fastvlp.training.loop import TrainState, autocast, steps
+from fastvlp.training.optim import OptimConfig, adamw
+from fastvlp.training.pretraining import Pretraining
+
+
+class Questions(NamedTuple):
+    """Questions of one data set in the tokens of an arm: those to train on, and those that are scored."""
+
+    data: VQAData
+    train: ItemMaker
+    held_out: ItemMaker
+
+
+class Tuned(NamedTuple):
+    """A fine-tuned copy of an arm, and the head that it was tuned with."""
+
+    model: VLModel
+    objective: Any
+
+
+@dataclass(kw_only=True)
+class ShortFinetuning:
+    """Fine-tunes copies of the arms.
+
+    Attributes:
+        answering: the last copy of each arm that was tuned for questions, for the report.
+    """
+
+    options: ScoringOptions
+    answering: dict[str, Tuned] = field(default_factory=dict)
+    _questions: dict[Any, Questions | None] = field(default_factory=dict)
+
+    def questions(self, state: TrainState) -> Questions | None:
+        """The questions for an arm; None if there are none. Arms with the same data, tokenizer and images share them."""
+        key = (state.run.data, state.run.tokenizer, state.model.config.image)
+        if key not in self._questions:
+            self._questions[key] = self._read_questions(state)
+        return self._questions[key]
+
+    def _read_questions(self, state: TrainState) -> Questions | None:
+        data = question_data(state.run.data, self.options)
+        if data is None:
+            return None
+        size = state.model.config.image.size
+        train = data.items("train", state.tokenizer, size, strict=False)
+        held_out = data.evaluation_items(self.options.split, state.tokenizer, size)
+        assert train is not None
+        held_out.items = spread_evenly(held_out.items, self.options.probe_items)
+        return Questions(data, train, held_out)
+
+    def tune_for_questions(self, state: TrainState, questions: Questions) -> Tuned:
+        """A copy of the arm that was tuned to answer questions, reading as in its pretraining."""
+        trained = list(cast(Mapping[str, Objective], state.pretraining.objectives).values())
+        config = VQAConfig(reading=trained[0].reading, bos=common_bos(trained), answers=len(questions.data.answers))
+        rows = Rows(len(questions.train.items), questions.train)
+        self.answering[state.run.name] = tuned = self.tune(state, config, questions.data, rows)
+        return tuned
+
+    def captions(self, state: TrainState, count: int) -> list[str]:
+        """Greedy captions of the first `count` validation pictures by a copy of the arm that was tuned to caption; tuned,
+        because a model pretrained by MLM cannot write."""
+        data = caption_data(state.run)
+        rows = data.rows("train", state.tokenizer, state.model.config.image.size, strict=False)
+        assert rows is not None
+        tuned = self.tune(state, CaptionConfig(), data, rows)
+        captions: list[str] = []
+        for batch in validation_pairs(state, self.options, count):
+            with autocast(state):
+                captions += caption.caption(tuned.model, state.tokenizer, batch.image.to(state.device))
+        return captions
+
+    def answers(self, state: TrainState, questions: list[str], image: Tensor) -> list[str]:
+        """The arm's answers to questions about one image, uint8 [3 H W]; empty if it was not tuned to answer."""
+        own, tuned = self.questions(state), self.answering.get(state.run.name)
+        if own is None or tuned is None or not questions:
+            return [""] * len(questions)
+        ids, length = state.tokenizer.encode(questions, own.data.max_length)
+        images = image.expand(len(questions), -1, -1, -1)
+        batch = Batch(image=images, ids=ids, length=length, seed=torch.zeros_like(length)).to(state.device)
+        with evaluating(tuned.model, tuned.objective), autocast(state):
+            logits = tuned.objective.logits(tuned.model, tuned.model.encode_image(batch.image), batch)
+        return [own.data.answers[i] for i in logits.argmax(1).tolist()]
+
+    def tune(self, state: TrainState, config: ObjectiveConfig, data: Data, rows: Rows) -> Tuned:
+        """A copy of the arm's weights after `probe_steps` steps on a task. All parts but the new head have one learning
+        rate, whatever the pretraining had. The state is not changed."""
+        model = deepcopy(state.evaluated.model)
+        torch.manual_seed(hash64(state.run.seed, 1))
+        pretraining = Pretraining(model, {"task": config.build(model.config, state.tokenizer)}).to(state.device)
+        run = replace(
+            state.run,
+            name=f"{state.run.name} probe",
+            data=data,
+            objectives={"task": config},
+            optim=OptimConfig(lr=self.options.probe_lr, cross_multiplier=1, head_multiplier=5, warmup=0.1),
+            steps=self.options.probe_steps,
+            budget_s=None,
+            accumulate=1,
+            keep=1.0,
+            ema=None,
+            compile=False,
+        )
+        tuning = TrainState(
+            run=run,
+            device=state.device,
+            tokenizer=state.tokenizer,
+            model=model,
+            pretraining=pretraining,
+            wrapped=pretraining,
+            optimiser=adamw(pretraining, run.optim),
+            ema=None,
+            train=Loader(rows.count, rows.make, batch_size=self.options.probe_batch, seed=state.run.seed),
+            val=None,
+        )
+        for _ in steps(tuning):
+            pass
+        return Tuned(model, pretraining.objectives["task"])

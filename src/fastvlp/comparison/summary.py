@@ -1,0 +1,195 @@
+"""Summaries of a comparison: means over seeds, time to reach a score, and numbers written for people to read."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from fastvlp.comparison.metrics.interface import Score, known_scores
+from fastvlp.comparison.results import ArmRun, Comparison, TrainingCost
+
+
+class Spread(NamedTuple):
+    """Mean and sample standard deviation over n seeds; the deviation of one seed is 0."""
+
+    mean: float
+    deviation: float
+    n: int
+
+
+def spread(values: Sequence[float]) -> Spread | None:
+    if not values:
+        return None
+    return Spread(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0, len(values))
+
+
+def within_noise(a: Spread, b: Spread) -> bool:
+    """Whether two means are no further apart than their standard deviations together. One seed shows no deviation, so
+    single runs are apart unless they are equal."""
+    return abs(a.mean - b.mean) <= a.deviation + b.deviation
+
+
+def measured_scores(comparison: Comparison) -> list[Score]:
+    """The scores that any arm has, in the order of the report; those of metrics that are not known come last."""
+    names = {name for run in comparison.runs for mark in run.marks for name in mark.scores}
+    known = known_scores()
+    unknown = [Score(name=name, title=name) for name in sorted(names - set(known))]
+    return [score for name, score in known.items() if name in names] + unknown
+
+
+def known_score(name: str) -> Score:
+    """The score of this name, with its own name as title if no known metric gives it."""
+    return known_scores().get(name) or Score(name=name, title=name)
+
+
+class Reached(NamedTuple):
+    """Training seconds at which a score was reached. `at_first`: already at the first measurement, so perhaps earlier."""
+
+    time: float
+    at_first: bool
+
+
+def first_reached(times: Sequence[float], scores: Sequence[float], target: float) -> Reached | None:
+    """The first time at which the curve, straight between its measurements, is at least `target`; None if it never is."""
+    for i, (time, score) in enumerate(zip(times, scores)):
+        if score >= target:
+            if i == 0:
+                return Reached(time, True)
+            share = (target - scores[i - 1]) / (score - scores[i - 1])
+            return Reached(times[i - 1] + share * (time - times[i - 1]), False)
+    return None
+
+
+def time_to_score(run: ArmRun, score: str, target: float) -> Reached | None:
+    scored = [mark for mark in run.marks if score in mark.scores]
+    return first_reached([m.spent.time for m in scored], [m.scores[score] for m in scored], target)
+
+
+class Speedup(NamedTuple):
+    """How many times as fast an arm reaches the final score of the reference.
+
+    Attributes:
+        ratio: the reference's time divided by the arm's, over the seeds in which the arm got there.
+        at_least: in some seed the arm was there at its first measurement, so the ratio may be higher.
+        reached: seeds in which the arm got there.
+        n: seeds that can be timed.
+    """
+
+    ratio: Spread | None
+    at_least: bool
+    reached: int
+    n: int
+
+    def __str__(self) -> str:
+        if self.ratio is None:
+            return "not reached" if self.n else "-"
+        bound = "≥ " if self.at_least else ""
+        some = f" ({self.reached} of {self.n} seeds)" if self.reached < self.n else ""
+        return f"{bound}{self.ratio.mean:.2f}{f' ± {self.ratio.deviation:.2f}' if self.ratio.n > 1 else ''}×{some}"
+
+
+def speedup(comparison: Comparison, arm: str, score: str) -> Speedup:
+    """How much sooner `arm` reaches the final score of the reference, seed by seed.
+
+    Of both arms the first time counts at which the curve is there, so the reference itself has 1. A seed in which the
+    reference has its final score at the first measurement already cannot be timed and is left out.
+    """
+    references = {run.seed: run for run in comparison.runs_of(comparison.reference)}
+    ratios, at_least, n = [], False, 0
+    for run in comparison.runs_of(arm):
+        reference = references.get(run.seed)
+        finals = [mark.scores[score] for mark in reference.marks if score in mark.scores] if reference else []
+        if reference is None or not finals or not any(score in mark.scores for mark in run.marks):
+            continue
+        own, theirs = time_to_score(run, score, finals[-1]), time_to_score(reference, score, finals[-1])
+        if theirs is None or theirs.at_first:
+            continue
+        n += 1
+        if own:
+            ratios.append(theirs.time / own.time)
+            at_least |= own.at_first
+    return Speedup(spread(ratios), at_least, len(ratios), n)
+
+
+def format_speedup(comparison: Comparison, arm: str, score: str) -> str:
+    """A cell of the table: the arm's speed-up; 1 for the reference itself."""
+    return "1" if arm == comparison.reference else str(speedup(comparison, arm, score))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Summary:
+    """One arm over all its seeds.
+
+    Attributes:
+        steps: optimiser steps; like all that follows, a mean over seeds at the last measurement.
+        wait: share of the training time that was spent waiting for data.
+        cpu: CPU seconds for each second of training.
+        scores: by score, the spread at each share of the budget; None where it was not measured.
+        failures: a line for each seed that failed.
+    """
+
+    arm: str
+    steps: float
+    pairs: float
+    pairs_per_s: float
+    tokens_per_s: float
+    wait: float
+    cpu: float
+    scores: dict[str, list[Spread | None]]
+    speedups: dict[str, Speedup]
+    failures: list[str]
+
+    def final(self, score: str) -> Spread | None:
+        """The last measurement of a score."""
+        return next((s for s in reversed(self.scores[score]) if s), None)
+
+
+def summarise(comparison: Comparison) -> list[Summary]:
+    """A summary of each arm."""
+    names = [score.name for score in measured_scores(comparison)]
+    rows = []
+    for arm in comparison.arms:
+        runs = comparison.runs_of(arm)
+        last = [run.marks[-1].spent for run in runs if run.marks] or [TrainingCost()]
+        time = max(sum(s.time for s in last), 1e-9)
+        scores = {
+            name: [
+                spread([m.scores[name] for run in runs for m in run.marks if m.share == share and name in m.scores])
+                for share in comparison.shares
+            ]
+            for name in names
+        }
+        rows.append(
+            Summary(
+                arm=arm,
+                steps=statistics.fmean(s.steps for s in last),
+                pairs=statistics.fmean(s.pairs for s in last),
+                pairs_per_s=sum(s.pairs for s in last) / time,
+                tokens_per_s=sum(s.tokens for s in last) / time,
+                wait=sum(s.wait for s in last) / time,
+                cpu=sum(s.cpu for s in last) / time,
+                scores=scores,
+                speedups={name: speedup(comparison, arm, name) for name in names},
+                failures=[f"seed {run.seed}: {run.failure}" for run in runs if run.failure],
+            )
+        )
+    return rows
+
+
+def format_score(score: Score, value: Spread | None) -> str:
+    """A score to read: in per cent where it is a share, with its deviation where there are several seeds."""
+    if value is None:
+        return "-"
+    scale, digits = (100, 1) if score.percent else (1, 3)
+    deviation = f" ± {value.deviation * scale:.{digits}f}" if value.n > 1 else ""
+    return f"{value.mean * scale:.{digits}f}{deviation}{' %' if score.percent else ''}"
+
+
+def format_duration(seconds: float) -> str:
+    """A time to read: 45 s, 2 min, 1.5 h."""
+    for size, unit in ((3600, "h"), (60, "min")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{seconds:.3g} s"

@@ -1,0 +1,255 @@
+"""Training the arms of a comparison by turns, on one device.
+
+The arms of one seed train a few seconds each in turn, so that whatever else the machine does slows all of them alike. After
+given shares of the budget each arm is scored, which costs none of its training time.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from statistics import fmean
+from typing import Any, Protocol, cast
+
+import torch
+
+from fastvlp.comparison.progress import ProgressDisplay
+from fastvlp.comparison.report import write_report
+from fastvlp.comparison.results import ArmRun, Comparison, LossPoint, Measurement, Sample, TrainingCost
+from fastvlp.config import to_json
+from fastvlp.errors import UserError
+from fastvlp.training.loop import StepReport, TrainConfig, TrainState, start, steps
+from fastvlp.training.state import save_config, save_weights
+
+# Points of each training-loss curve.
+CURVE_POINTS = 120
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """When each arm trains, and when it is scored.
+
+    Attributes:
+        budget_s: training seconds of each arm and seed.
+        out: folder of results.json, report.html and the runs.
+        seeds: runs of each arm, with consecutive seeds.
+        marks: shares of the budget after which the arms are scored; the end is always one of them.
+        slice_s: seconds of one turn.
+    """
+
+    budget_s: float
+    out: Path
+    seeds: int = 1
+    marks: tuple[float, ...] = (0.25, 0.5, 1.0)
+    slice_s: float = 5.0
+
+    def __post_init__(self) -> None:
+        if self.budget_s <= 0 or self.slice_s <= 0:
+            raise UserError("`budget` and `slice` must be times above 0, such as 120s or 20m")
+        if self.seeds < 1:
+            raise UserError(f"`seeds` must be at least 1, not {self.seeds}")
+        if not all(0 < mark <= 1 for mark in self.marks):
+            raise UserError(f"`marks` must be shares of the budget, above 0 and up to 1, not {self.marks}")
+
+    @property
+    def shares(self) -> list[float]:
+        return sorted({*self.marks, 1.0})
+
+
+class Scorer(Protocol):
+    """Scores the arms, without changing their states. `options`: a dataclass, for the report."""
+
+    @property
+    def options(self) -> Any: ...
+
+    def score(self, state: TrainState) -> dict[str, float]: ...
+
+    def samples(self, states: Mapping[str, TrainState]) -> list[Sample]:
+        """Pictures with the captions and answers of each arm; called right after the last scores."""
+
+
+def keep_weights(state: TrainState) -> None:
+    save_config(state)
+    save_weights(state, "last")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """The functions with which an arm is begun, trained step by step, and kept at its end."""
+
+    begin: Callable[[TrainConfig], TrainState] = start
+    iterate: Callable[[TrainState], Iterator[StepReport]] = steps
+    keep: Callable[[TrainState], None] = keep_weights
+
+
+TRAINING = Training()
+
+
+@dataclass(kw_only=True)
+class ArmTraining:
+    """The training of one arm with one seed, which can be interrupted after each step.
+
+    Attributes:
+        reports: the training loop; each step is run by asking for its report.
+        shares: shares of the budget after which the arm is scored.
+        spent: what the training took so far.
+        ended: the loop has run its last step.
+        recent: losses of the steps since the last point of the curve.
+    """
+
+    state: TrainState
+    reports: Iterator[StepReport]
+    run: ArmRun
+    shares: Sequence[float]
+    budget_s: float
+    spent: TrainingCost = field(default_factory=TrainingCost)
+    ended: bool = False
+    recent: list[dict[str, float]] = field(default_factory=list)
+
+    @property
+    def next_scoring(self) -> float:
+        """Training seconds after which the arm is scored next."""
+        return self.shares[len(self.run.marks)] * self.budget_s
+
+    @property
+    def due(self) -> bool:
+        """Whether the arm has to be scored now."""
+        return not self.done and (self.ended or self.spent.time >= self.next_scoring)
+
+    @property
+    def done(self) -> bool:
+        return len(self.run.marks) == len(self.shares) or self.run.failure is not None
+
+    def train(self, slice_s: float) -> None:
+        """Trains for a turn: at least one step, and at most until the next scoring. Only time inside the steps counts."""
+        until = min(self.spent.time + slice_s, self.next_scoring)
+        while not self.ended and self.spent.time < until:
+            self._step(until)
+
+    def _step(self, until: float) -> None:
+        wall, cpu = time.perf_counter(), time.process_time()
+        report = next(self.reports, None)
+        before = self.spent
+        last = report is None or before.time + time.perf_counter() - wall >= until
+        if last and self.state.device.type == "cuda":
+            # Work that is still queued belongs to this arm and not to the next one.
+            torch.cuda.synchronize(self.state.device)
+        self.spent = TrainingCost(
+            time=before.time + time.perf_counter() - wall,
+            cpu=before.cpu + time.process_time() - cpu,
+            wait=before.wait + (report.data_wait if report else 0.0),
+            steps=self.state.step,
+            pairs=self.state.pairs,
+            tokens=self.state.tokens,
+        )
+        if report is None:
+            self.ended = True
+        else:
+            self._record(report)
+
+    def _record(self, report: StepReport) -> None:
+        if not report.skipped:
+            self.recent.append(report.losses)
+        if self.recent and len(self.run.curve) <= self.spent.time / self.budget_s * CURVE_POINTS:
+            terms = [name for name in report.losses if name != "loss"]
+            losses = {name: fmean(step[name] for step in self.recent) for name in terms}
+            self.run.curve.append(LossPoint(spent=self.spent, losses=losses))
+            self.recent.clear()
+
+    def add_scores(self, scores: dict[str, float], scoring_s: float) -> None:
+        share = self.shares[len(self.run.marks)]
+        self.run.marks.append(Measurement(share=share, spent=self.spent, scores=scores, scoring_s=scoring_s))
+        self.run.dropped = len(self.state.dropped)
+
+
+def run_comparison(
+    plan: Plan,
+    arms: Mapping[str, TrainConfig],
+    *,
+    reference: str,
+    about: dict[str, Any],
+    scorer: Scorer,
+    display: ProgressDisplay,
+    training: Training = TRAINING,
+) -> Comparison:
+    """Trains and scores every arm with every seed.
+
+    results.json and report.html are complete after every scoring, and the last weights of each arm are in runs/ARM-SEED, as
+    those of a run.
+    """
+    comparison = Comparison(
+        arms=list(arms),
+        reference=reference,
+        budget_s=plan.budget_s,
+        seeds=plan.seeds,
+        shares=plan.shares,
+        about=about,
+        settings={k: v for k, v in asdict(plan).items() if k != "out"} | asdict(scorer.options),
+        configs={arm: cast(dict[str, Any], to_json(run)) for arm, run in arms.items()},
+        folder=plan.out,
+    )
+    save(comparison)
+    for seed in range(plan.seeds):
+        started = []
+        for arm, config in arms.items():
+            display.note(f"seed {seed}: building {arm}")
+            state = training.begin(replace(config, seed=config.seed + seed, out=f"{config.out}-{config.seed + seed}"))
+            run = ArmRun(arm=arm, seed=state.run.seed)
+            comparison.runs.append(run)
+            reports = training.iterate(state)
+            started.append(
+                ArmTraining(state=state, reports=reports, run=run, shares=plan.shares, budget_s=plan.budget_s)
+            )
+        take_turns(started, plan.slice_s, scorer, display, lambda: save(comparison))
+        sound = {arm.run.arm: arm.state for arm in started if not arm.run.failure}
+        for state in sound.values():
+            training.keep(state)
+        if seed == 0:
+            display.note("captions and answers for the report")
+            comparison.samples = scorer.samples(sound)
+            save(comparison)
+    return comparison
+
+
+def save(comparison: Comparison) -> None:
+    """Writes results.json and report.html into the comparison's folder."""
+    folder = comparison.folder or Path()
+    comparison.save(folder / "results.json")
+    write_report(comparison, folder / "report.html")
+
+
+def take_turns(
+    arms: Sequence[ArmTraining],
+    slice_s: float,
+    scorer: Scorer,
+    display: ProgressDisplay,
+    save_results: Callable[[], None],
+) -> None:
+    """Gives the arms turns until all are done. The order rotates, so that no arm always follows the same one."""
+    turn = 0
+    while any(not arm.done for arm in arms):
+        first = turn % len(arms)
+        for arm in [*arms[first:], *arms[:first]]:
+            if not arm.done:
+                _take_turn(arm, slice_s, scorer, display, save_results)
+        turn += 1
+
+
+def _take_turn(
+    arm: ArmTraining, slice_s: float, scorer: Scorer, display: ProgressDisplay, save_results: Callable[[], None]
+) -> None:
+    try:
+        arm.train(slice_s)
+        display.trained(arm.run, arm.spent)
+        while arm.due:
+            began = time.perf_counter()
+            arm.add_scores(scorer.score(arm.state), time.perf_counter() - began)
+            display.scored(arm.run, arm.run.marks[-1])
+            save_results()
+    except UserError as error:
+        # An arm that diverges, in its training or in the fine-tuning before a score, is a result; the others go on.
+        arm.run.failure = str(error)
+        display.note(f"{arm.run.arm}: {error}")
+        save_results()
