@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from fastvlp.data.tokenize import Tokenizer
-from fastvlp.exporters.native import export
+from fastvlp.exporters.export import export
 from fastvlp.model.model import VLModel
 from fastvlp.model.saving import save_model
 from fastvlp.model.sizes import small, two_towers, with_tokenizer

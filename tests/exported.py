@@ -82,7 +82,7 @@ def run_configs(world: Path, folder: Path) -> list[TrainConfig]:
 
 @pytest.fixture(scope="session")
 def exports(runs: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    from fastvlp.exporters.native import export
+    from fastvlp.exporters.export import export
 
     folder = tmp_path_factory.mktemp("exports")
     for name, run in runs.items():

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from fastvlp.data.regions import RegionSource as RegionSource
     from fastvlp.data.tokenize import Tokenizer as Tokenizer
     from fastvlp.errors import UserError as UserError
+    from fastvlp.exporters.export import export as export
     from fastvlp.model.model import ModelConfig as ModelConfig
     from fastvlp.model.model import VLModel as VLModel
     from fastvlp.model.saving import load_model as load_model
@@ -42,8 +43,11 @@ if TYPE_CHECKING:
     from fastvlp.objectives.simclr import SimCLRConfig as SimCLRConfig
     from fastvlp.objectives.wra import WRAConfig as WRAConfig
     from fastvlp.recipes import recipe as recipe
+    from fastvlp.search.bulk import embed_shards as embed_shards
     from fastvlp.search.embedder import Embedder as Embedder
     from fastvlp.search.engines.interface import open_index as open_index
+    from fastvlp.search.indexing import build_index as build_index
+    from fastvlp.search.indexing import search_index as search_index
     from fastvlp.tasks.caption import caption as caption
     from fastvlp.training.optim import OptimConfig as OptimConfig
     from fastvlp.training.state import TrainConfig as TrainConfig
@@ -82,12 +86,16 @@ _HOME = {
     "UserError": "errors",
     "VLModel": "model.model",
     "WRAConfig": "objectives.wra",
+    "build_index": "search.indexing",
     "caption": "tasks.caption",
+    "embed_shards": "search.bulk",
+    "export": "exporters.export",
     "load_model": "model.saving",
     "official_flm": "objectives.flm",
     "open_index": "search.engines.interface",
     "recipe": "recipes",
     "save_model": "model.saving",
+    "search_index": "search.indexing",
 }
 
 __all__ = [*_HOME]

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from fastvlp.convert.checkpoints import Converted
     from fastvlp.data.options import DataDemo, DataImport, DataInspect
     from fastvlp.eval.evaluation import Evaluation
+    from fastvlp.exporters.export import Exported
     from fastvlp.model.model import VLModel
     from fastvlp.search.bulk import Counts
     from fastvlp.search.engines.interface import Hit
@@ -175,8 +176,9 @@ def show_towers(model: VLModel) -> None:
 # ---- printing of results ----
 
 
-def show_export(card: Mapping[str, Any]) -> None:
-    print(f"{card['name']} can {', '.join(card['can'])}; README.md in the export is its card")
+def show_exported(exported: Exported) -> None:
+    card = exported.card
+    print(f"{exported.folder}: {card['name']} can {', '.join(card['can'])}; {', '.join(exported.files)}")
 
 
 def show_counts(counts: Counts | None) -> None:
@@ -341,7 +343,7 @@ COMMANDS: Mapping[str, Command] = {
     "compare": command("Train recipes for the same time, and report.", "comparison.compare:compare", show_comparison),
     "convert": command("Read a released checkpoint.", "convert.checkpoints:convert", show_converted),
     "towers": command("Start from CLIP's and RoBERTa's towers.", "convert.towers:start_from_towers", show_towers),
-    "export": command("Write a model that stands alone.", "exporters.native:export", show_export),
+    "export": command("Write a model that stands alone.", "exporters.export:export", show_exported),
     "embed": command("Turn shards into vectors.", "search.bulk:embed_shards", show_counts),
     "index build": command("Add images to a search index.", "search.indexing:build_index", show_built),
     "index search": command("Find images in an index.", "search.indexing:search_index", show_hits),

@@ -10,8 +10,8 @@ from safetensors import safe_open
 from fastvlp.errors import UserError
 from fastvlp.eval.embedding_retrieval import evaluate_retrieval
 from fastvlp.eval.evaluation import add_result
-from fastvlp.exporters import native as exporting
-from fastvlp.exporters.native import export
+from fastvlp.exporters import native
+from fastvlp.exporters.export import export
 from fastvlp.search.embedder import Embedder
 
 
@@ -47,7 +47,7 @@ def test_the_card_is_filled_from_the_run(runs, tmp_path):
     result = {"scores": {"towers": {"text_to_image/recall@1": 0.25}}}
     add_result(run, "retrieval", "somewhere/photos/test", {"scores": {"towers": {"text_to_image/recall@1": 0.125}}})
     add_result(run, "retrieval", "somewhere/photos/test", result)
-    card = export(run, tmp_path / "out", license="cc-by-4.0")
+    card = export(run, tmp_path / "out", license="cc-by-4.0").card
     assert card["scores"] == {"retrieval, photos/test": {"text_to_image/recall@1": 0.25}}
     assert card["objectives"] == {"clip": "CLIPConfig"} and card["data"]["train"].endswith("/train")
     assert card["training"]["step"] == 1 and card["training"]["pairs"] == 8 and card["training"]["device"]
@@ -71,7 +71,7 @@ def test_the_card_tells_of_the_checkpoint_that_is_exported(runs, tmp_path):
             log.write(
                 json.dumps(best | {"kind": kind, "step": 297, "elapsed": 9999.0, "loss": best["loss"] + 1}) + "\n"
             )
-    card = export(run, tmp_path / "out")
+    card = export(run, tmp_path / "out").card
     assert card["validation"]["loss"] == best["loss"]
     told = {name: card["training"][name] for name in ("step", "steps", "pairs", "weights")}
     assert told == {"step": 1, "steps": 297, "pairs": 8, "weights": "best.safetensors"}
@@ -100,7 +100,7 @@ def test_an_export_that_fails_leaves_nothing(runs, tmp_path, monkeypatch):
     def fails(card, place):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(exporting, "readme", fails)
+    monkeypatch.setattr(native, "card_text", fails)
     with pytest.raises(KeyboardInterrupt):
         export(runs["towers"], tmp_path / "out")
     assert [*tmp_path.iterdir()] == []

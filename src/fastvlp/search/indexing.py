@@ -74,7 +74,8 @@ class Built(NamedTuple):
 
 
 class _Source(NamedTuple):
-    """What an index is built from. `dropped`: records that are in none of the parts, and named in none."""
+    """What an index is built from. `shards`: to read pictures from; None where none are stored. `dropped`: records that are in
+    none of the parts, and named in none."""
 
     stamp: Stamp
     shards: Shards | None
@@ -130,21 +131,29 @@ def build_index(
     else:
         embedder = Embedder.load(str(export), device, precision, threads)
         source = _embedding_source(embedder, str(data), captions or [embedder.captions], batch_size)
-    dropped = source.dropped
+        source = source if images == "keep" else source._replace(shards=None)
     with closing(open_index(index, source.stamp, create=True)) as engine:
-        for part in source.parts:
-            dropped += part.dropped
-            ids = [prefix + id for id in part.ids]
-            new = changed_rows(engine, ids, part.image, part.infos)
-            if store is not None:
-                # Beside a new vector an old picture would be shown, and be read when results are re-ranked.
-                for row in new:
-                    store.delete(ids[row])
-                if images == "keep" and source.shards is not None:
-                    dropped += store_pictures(store, source.shards, part, prefix)
-            if new:
-                engine.add([ids[row] for row in new], part.image[new], [part.infos[row] for row in new])
-        return Built(index, engine.count(), dropped)
+        dropped = [record for part in source.parts for record in _add_part(engine, store, source.shards, part, prefix)]
+        return Built(index, engine.count(), source.dropped + dropped)
+
+
+def _add_part(
+    index: IndexEngine, store: PictureStore | None, shards: Shards | None, part: Part, prefix: str
+) -> list[Dropped]:
+    """Adds what the index lacks of a part, and pictures where there are shards to read them from. Returns the records that
+    could not be read."""
+    dropped = list(part.dropped)
+    ids = [prefix + id for id in part.ids]
+    new = changed_rows(index, ids, part.image, part.infos)
+    if store is not None:
+        # Beside a new vector an old picture would be shown, and be read when results are re-ranked.
+        for row in new:
+            store.delete(ids[row])
+        if shards is not None:
+            dropped += store_pictures(store, shards, part, prefix)
+    if new:
+        index.add([ids[row] for row in new], part.image[new], [part.infos[row] for row in new])
+    return dropped
 
 
 def _embedded_source(folder: Path, data: str | None, read_shards: bool) -> _Source:

@@ -9,9 +9,9 @@ from pathlib import Path
 
 from fastvlp.errors import UserError, install
 from fastvlp.search.embedder import Embedder, Precision
-from fastvlp.search.engines.interface import open_index
+from fastvlp.search.engines.interface import IndexEngine, open_index
 from fastvlp.search.indexing import IndexAddress
-from fastvlp.search.pictures import pictures_of
+from fastvlp.search.pictures import PictureStore, pictures_of
 from fastvlp.serve.limits import Limits
 
 KEY_VARIABLE = "FASTVLP_API_KEY"
@@ -58,39 +58,53 @@ def serve(
     Raises:
         UserError: The export, the index or the address cannot be used, or a package that the service needs is missing.
     """
-    try:
-        import uvicorn
-
-        from fastvlp.serve.api import create_app
-    except ImportError as error:
-        raise UserError(f"no {error.name}: the service needs the extra serve: {install('serve')}") from error
-
+    require_extra()
     keys = [*api_key, *([key] if (key := os.environ.get(KEY_VARIABLE)) else [])]
     # Before the model, which takes a while to load: a port that is in use is known at once.
     with listen(host, port) as listening:
         embedder = Embedder.load(export, device, precision, threads)
         engine = None if index is None else open_index(index, embedder.stamp, create)
+        store = None if index is None else pictures_of(index, pictures)
         report = report or Path(export) / "report.html"
-        app = create_app(
-            embedder,
-            engine,
-            pictures=None if index is None else pictures_of(index, pictures),
-            limits=limits,
-            keys=keys,
-            origins=allow_origin,
-            report=report if report.is_file() else None,
-        )
-        bound, number = listening.getsockname()[:2]
-        items = "no index" if engine is None else f"{engine.count():,} items"
-        name = f"[{bound}]" if ":" in bound else bound
-        # Whoever started the service as a program reads the address from its first line.
-        print(f"http://{name}:{number}/  {embedder.card.get('name')}, {items}; Ctrl-C stops", flush=True)
-        if not keys and not bound.startswith(("127.", "::1")):
-            print(f"anyone who reaches this address can ask, add and delete: ask for a key, by {KEY_VARIABLE} for one")
-        config = uvicorn.Config(
-            app, log_level="warning", access_log=False, timeout_graceful_shutdown=10, server_header=False
-        )
-        uvicorn.Server(config).run(sockets=[listening])
+        run(embedder, engine, store, listening, limits, keys, allow_origin, report if report.is_file() else None)
+
+
+def require_extra() -> None:
+    """Raises UserError where a package that the service needs is missing."""
+    try:
+        import uvicorn  # noqa: F401
+
+        import fastvlp.serve.api  # noqa: F401
+    except ImportError as error:
+        raise UserError(f"no {error.name}: the service needs the extra serve: {install('serve')}") from error
+
+
+def run(
+    embedder: Embedder,
+    index: IndexEngine | None,
+    pictures: PictureStore | None,
+    listening: socket.socket,
+    limits: Limits,
+    keys: Sequence[str],
+    origins: Sequence[str],
+    report: Path | None,
+) -> None:
+    """Answers until it is stopped. Its address is the first line that it prints."""
+    import uvicorn
+
+    from fastvlp.serve.api import create_app
+
+    app = create_app(embedder, index, pictures=pictures, limits=limits, keys=keys, origins=origins, report=report)
+    host, port = listening.getsockname()[:2]
+    items = "no index" if index is None else f"{index.count():,} items"
+    name = f"[{host}]" if ":" in host else host
+    print(f"http://{name}:{port}/  {embedder.card.get('name')}, {items}; Ctrl-C stops", flush=True)
+    if not keys and not host.startswith(("127.", "::1")):
+        print(f"anyone who reaches this address can ask, add and delete: ask for a key, by {KEY_VARIABLE} for one")
+    config = uvicorn.Config(
+        app, log_level="warning", access_log=False, timeout_graceful_shutdown=10, server_header=False
+    )
+    uvicorn.Server(config).run(sockets=[listening])
 
 
 def listen(host: str, port: int) -> socket.socket:

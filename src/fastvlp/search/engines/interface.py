@@ -204,7 +204,7 @@ def checked_stamp(stored: Mapping[str, object] | None, wanted: Stamp | None, pla
 
 def engines() -> list[type[IndexEngine]]:
     """Lists the engines of this package and those of files that the user imported."""
-    return variants(IndexEngine, PACKAGE)  # type: ignore[type-abstract]
+    return variants(IndexEngine, PACKAGE)
 
 
 def addresses() -> str:

@@ -1,0 +1,71 @@
+"""A target in a user's own file is exported to, refused where it does not fit, and checked, without a change to the package."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fastvlp import export
+from fastvlp.cli import main
+from fastvlp.errors import UserError
+from fastvlp.extensions import import_file
+from fastvlp.model.saving import load_model
+
+TARGET = Path(__file__).with_name("numpy_target.py")
+
+
+def test_the_command_writes_what_the_users_target_says(runs, tmp_path, capsys):
+    argv = ["--import", str(TARGET), "export", str(runs["towers"]), str(tmp_path / "out"), "--to", "numpy"]
+    assert main(argv) == 0
+    assert "arrays.npz" in capsys.readouterr().out
+    with np.load(tmp_path / "out" / "arrays.npz") as arrays:
+        table = load_model(runs["towers"]).model.text.word_table.detach().numpy()
+        assert arrays["words"].shape == table.shape and np.abs(arrays["words"] - table).max() < 1e-3
+
+
+def test_the_help_lists_it():
+    command = [sys.executable, "-m", "fastvlp", "--import", str(TARGET), "export", "--help"]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    assert "numpy, two arrays" in " ".join(done.stdout.replace("│", " ").split())
+
+
+def test_a_function_gives_facts_files_and_differences(runs, tmp_path):
+    import_file(TARGET)
+    exported = export(runs["towers"], tmp_path / "out", to="numpy", license="mit")
+    assert exported.files == ["arrays.npz", "card.json"] and exported.card["license"] == "mit"
+    assert 0 < exported.differences["words"] < 1e-3 and exported.differences["grey picture"] == 0
+
+
+def test_a_run_that_does_not_fit_is_refused(runs, tmp_path):
+    import_file(TARGET)
+    with pytest.raises(UserError, match=r"model\.embed"):
+        export(runs["vqa"], tmp_path / "out", to="numpy")
+    with pytest.raises(UserError, match="fastvlp, numpy"):
+        export(runs["towers"], tmp_path / "out", to="nmpy")
+    assert [*tmp_path.iterdir()] == []
+
+
+@pytest.mark.parametrize("differences", [{"words": 0.1}, {"words": float("nan")}])
+def test_what_differs_from_the_run_is_not_kept(runs, tmp_path, monkeypatch, differences: Mapping[str, float]):
+    target = import_file(TARGET).NumpyExport
+    monkeypatch.setattr(target, "differences", lambda self, source, folder: differences)
+    with pytest.raises(UserError, match="words by"):
+        export(runs["towers"], tmp_path / "out", to="numpy")
+    assert [*tmp_path.iterdir()] == []
+
+
+def test_a_file_that_is_named_but_not_written_is_missed(runs, tmp_path, monkeypatch):
+    target = import_file(TARGET).NumpyExport
+    monkeypatch.setattr(target, "files", (*target.files, "notes.txt"))
+    with pytest.raises(UserError, match=r"notes\.txt"):
+        export(runs["towers"], tmp_path / "out", to="numpy")
+    assert [*tmp_path.iterdir()] == []
+
+
+def test_an_export_equals_its_run(runs, tmp_path):
+    assert export(runs["all"], tmp_path / "out").differences == {"parameters": 0, "heads": 0}
