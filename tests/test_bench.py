@@ -14,10 +14,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tests.training.runs import made_pairs
 
-BENCH = Path(__file__).parents[1] / "bench" / "objectives.py"
+BENCH = Path(__file__).parents[1] / "bench" / "objective_step_time.py"
 
 
-def run(*options: str, script: str = "objectives.py") -> subprocess.CompletedProcess[str]:
+def run(*options: str, script: str = "objective_step_time.py") -> subprocess.CompletedProcess[str]:
     script = str(BENCH.with_name(script))
     return subprocess.run([sys.executable, script, *options], capture_output=True, text=True, timeout=120)
 
@@ -34,7 +34,11 @@ def test_objectives_are_timed_beside_their_floor(tmp_path):
         assert row["plain_difference"] < 1e-5
         assert row["cpu_s"] > 0 and row["gradient_cpu_s"] > 0
         assert row["memory_bytes"] > 1e8 and row["parameters"] > 5e5
-        assert row["command"].startswith("python bench/objectives.py --size tiny") and row["torch"] and row["commit"]
+        assert (
+            row["command"].startswith("python bench/objective_step_time.py --size tiny")
+            and row["torch"]
+            and row["commit"]
+        )
     assert rows[1]["flops_ratio"] > 2 and rows[0]["flops_ratio"] == 1
     assert "step ms" in done.stdout
 
@@ -49,20 +53,20 @@ def test_an_unknown_arm_is_answered_with_those_there_are():
 def test_batches_of_one_length_are_timed_beside_batches_as_they_come(tmp_path):
     out = tmp_path / "batching.jsonl"
     size = ("--rows", "4000", "--max-tokens", "512", "--width", "64", "--depth", "1", "--repetitions", "1")
-    done = run(*size, "--device", "cpu", "--out", str(out), script="batching.py")
+    done = run(*size, "--device", "cpu", "--out", str(out), script="batch_padding.py")
     assert done.returncode == 0, done.stderr
     random, released, grouped = (json.loads(line) for line in out.read_text().splitlines())
     assert random["padding"] > 0.2 > 0.02 > grouped["padding"]
     assert released["fill"] < 0.5 < 0.7 < grouped["fill"] <= 1
     assert all(row["tokens_per_s"] > 0 and row["commit"] for row in (random, released, grouped))
-    assert random["command"].startswith("python bench/batching.py --rows 4000") and random["speed_ratio"] == 1
+    assert random["command"].startswith("python bench/batch_padding.py --rows 4000") and random["speed_ratio"] == 1
 
 
 @pytest.mark.skipif(not BENCH.exists(), reason="installed without its benchmarks")
 def test_what_grouping_saves_each_objective_is_counted(tmp_path):
     out = tmp_path / "batching.jsonl"
     told = ("--captions", str(made_pairs(tmp_path) / "train"), "--size", "tiny", "--image", "32", "--batch", "4")
-    done = run(*told, "--out", str(out), script="batching.py")
+    done = run(*told, "--out", str(out), script="batch_padding.py")
     assert done.returncode == 0, done.stderr
     random, grouped = (json.loads(line) for line in out.read_text().splitlines())
     assert grouped["padding"] < random["padding"] and 1 < grouped["flm_over_ar"] < random["flm_over_ar"]
@@ -87,18 +91,20 @@ def rows_of(out: Path) -> dict[str, dict]:
 def test_masking_is_timed_beside_its_ceiling(tmp_path):
     out = tmp_path / "masking.jsonl"
     size = ("masking", "--size", "tiny", "--layers", "1", "--vocab", "90", "--batch", "4", "--repetitions", "1")
-    done = run(*size, "--device", "cpu", "--keep", "1", "0.25", "--out", str(out), script="contrastive.py")
+    done = run(
+        *size, "--device", "cpu", "--keep", "1", "0.25", "--out", str(out), script="contrastive_time_and_memory.py"
+    )
     assert done.returncode == 0, done.stderr
     rows = rows_of(out)
     whole, quarter = rows["keep 1.0"], rows["keep 0.25"]
     assert whole["step_s_gain"] == whole["achieved"] == 1 and quarter["flops_gain"] > 1.5
     assert quarter["achieved"] == pytest.approx(quarter["step_s_gain"] / quarter["flops_gain"])
     assert 0 < quarter["gradient_s"] <= quarter["step_s"]
-    assert quarter["command"].startswith("python bench/contrastive.py masking --size tiny")
+    assert quarter["command"].startswith("python bench/contrastive_time_and_memory.py masking --size tiny")
 
 
 def test_bytes_of_losses_are_counted_and_tiles_keep_what_vectors_take(bench, tmp_path):
-    contrastive, out = bench("contrastive"), tmp_path / "loss.jsonl"
+    contrastive, out = bench("contrastive_time_and_memory"), tmp_path / "loss.jsonl"
     told = {"least": 4096, "most": 0, "counted": 4096, "width": 32, "device": "cpu", "out": out}
     contrastive.main("loss", contrastive.Losses(**told))
     rows, logits, vectors = rows_of(out), 4 * 4096**2, 4 * 4096 * 32
@@ -110,7 +116,7 @@ def test_bytes_of_losses_are_counted_and_tiles_keep_what_vectors_take(bench, tmp
 
 
 def test_cached_gradients_fit_more_rows_into_the_same_memory(bench, tmp_path):
-    contrastive, out = bench("contrastive"), tmp_path / "largest.jsonl"
+    contrastive, out = bench("contrastive_time_and_memory"), tmp_path / "largest.jsonl"
     told = {"size": "tiny", "layers": 1, "vocab": 90, "memory_gb": 0.012, "micro": 16, "device": "cpu", "out": out}
     contrastive.main("largest", contrastive.Largest(keep=(0.5,), **told))
     rows = rows_of(out)
@@ -126,7 +132,7 @@ def test_the_search_ends_at_the_most_that_fits(bench, most, found):
         sizes.append(B)
         return 1e6 + 500 * B if B < 2000 else float("inf")
 
-    got = bench("contrastive").search(taken, 1e6 + 500 * most, 8)
+    got = bench("contrastive_time_and_memory").search(taken, 1e6 + 500 * most, 8)
     assert found * 31 / 32 <= got <= found and all(B % 8 == 0 for B in sizes) and len(sizes) < 8
 
 
@@ -134,7 +140,7 @@ def test_the_search_ends_at_the_most_that_fits(bench, most, found):
 def test_held_bytes_are_those_of_living_storages(bench, fake):
     with FakeTensorMode(allow_non_fake_inputs=True) if fake else torch.enable_grad():
         x, index = torch.ones(1000, requires_grad=True), torch.zeros(1000)
-        with bench("held").Held() as held:
+        with bench("counted_bytes").Held() as held:
             y = x.exp()
             index.add_(1)  # not made inside
             part = y[:10]
@@ -148,9 +154,9 @@ def test_held_bytes_are_those_of_living_storages(bench, fake):
 
 def test_a_rival_that_is_absent_is_left_out_by_name(bench, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "open_clip", None)
-    contrastive, out = bench("contrastive"), tmp_path / "beside.jsonl"
+    contrastive, out = bench("contrastive_time_and_memory"), tmp_path / "beside.jsonl"
     told = {"size": "small", "layers": 1, "vocab": 90, "batch": 2, "repetitions": 1, "device": "cpu", "out": out}
-    contrastive.main("beside", contrastive.Beside(keep=(0.5,), **told))
+    contrastive.main("open-clip", contrastive.OpenCLIPStep(keep=(0.5,), **told))
     assert "open_clip is absent" in capsys.readouterr().out
     rows = rows_of(out)
     assert [*rows] == ["padded keep 0.5", "trimmed keep 0.5"] and rows["padded keep 0.5"]["open_clip"] is None

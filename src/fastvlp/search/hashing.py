@@ -5,7 +5,7 @@ A code is the signs of a vector's projections, and the share of bits in which tw
 candidates alone, so that they may stay on the disk (`np.memmap`).
 
 Embeddings lie in a narrow cone, and those of texts in another than those of images: a bit that is the same for nearly all
-tells nothing. So items are centred on their mean, and queries on the mean of queries (bench/retrieval.py).
+tells nothing. So items are centred on their mean, and queries on the mean of queries (bench/search_latency.py).
 
 Dimension key here: N vectors, E their width, C bits of a code, W words of 64 bits, Q queries.
 """

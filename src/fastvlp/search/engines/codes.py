@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 VECTORS = "vectors.npy"
 BITS = 256
-# So many candidates of a search for k are scored exactly (bench/retrieval.py: recall@10 of 0.999 or more).
+# So many candidates of a search for k are scored exactly (bench/search_latency.py: recall@10 of 0.999 or more).
 LEAST, EACH = 1000, 20
 READ_ONLY = (
     "codes of embedded vectors are read-only; to add and delete, make an index with `vlp index build INDEX FOLDER`"
@@ -30,7 +30,7 @@ READ_ONLY = (
 
 class CodesIndex(IndexEngine):
     """codes:FOLDER. A search takes 1 / 13 of the exact product's time, and 32 bytes of memory a vector besides ids and infos
-    (bench/retrieval.py); a filter looks at every item. Nothing can be added or deleted."""
+    (bench/search_latency.py); a filter looks at every item. Nothing can be added or deleted."""
 
     prefixes = ("codes:",)
     address = "codes:FOLDER of what `vlp embed` wrote, read-only"

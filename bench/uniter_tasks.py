@@ -2,12 +2,12 @@
 
     vlp data demo
     vlp data demo --out demo/small --train 2000 --val 64 --test 64 --pairs 0 --singles 0
-    python bench/uniter.py nine        # uniter_demo, nine fine-tunings, and the same from a model that was not pretrained
-    python bench/uniter.py objectives  # the objectives added one by one, as in the paper's Table 2 (arXiv 1909.11740)
+    python bench/uniter_tasks.py nine        # uniter_demo, nine fine-tunings, and the same from a model that was not pretrained
+    python bench/uniter_tasks.py objectives  # the objectives added one by one, as in the paper's Table 2 (arXiv 1909.11740)
 
 Runs the `vlp` commands that it prints, in the folder that has demo/; seconds are of the CPU. A model that was not
 pretrained has made one step, so that it has a tokenizer. Retrieval, which scores each image beside each caption, is on the
-small one. Chance is what the most frequent answer or label scores. Rows are appended to bench/results/uniter.jsonl.
+small one. Chance is what the most frequent answer or label scores. Rows are appended to bench/results/uniter_tasks.jsonl.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
-from objectives import stamp
+from records import stamp
 from rich.console import Console
 from rich.table import Table
 
 from fastvlp.data.records.shards import Shards
 
-RESULTS = Path(__file__).parent / "results" / "uniter.jsonl"
+RESULTS = Path(__file__).parent / "results" / "uniter_tasks.jsonl"
 Row = dict[str, Any]
 
 # Each with its task, options, steps, rate, and the score that is told.
@@ -200,7 +200,7 @@ def told(column: str, value: Any) -> str:
 
 
 def main(o: Options) -> None:
-    about, rows = stamp("cpu", "uniter.py"), []
+    about, rows = stamp("cpu", "uniter_tasks.py"), []
     for row in (nine if o.what == "nine" else objectives)(o):
         rows.append(row)
         print(json.dumps(row), flush=True)

@@ -1,11 +1,15 @@
-"""What a single stream keeps of where regions are, and what words alone tell of the embedded corpus's rationales.
+"""Measure what a single-stream model keeps of region positions, and what words alone say about the corpus's rationales.
 
-    python bench/places.py runs/uniter_demo runs/fresh                 # how much place vectors vary: mean^2 and variance
-    python bench/places.py runs/uniter_demo-grounding --data demo/world/test      # and accuracy by what an expression says
-    python bench/places.py --data demo/world/test                     # rationales that are chosen without the picture
+    # how much the embedded boxes vary: squared mean and variance
+    python bench/grounding_by_expression.py runs/uniter_demo runs/fresh
+    # besides that, grounding accuracy by what an expression says
+    python bench/grounding_by_expression.py runs/uniter_demo-grounding --data demo/world/test
+    # accuracy of rationales chosen without the picture
+    python bench/grounding_by_expression.py --data demo/world/test
 
-Place vectors are those of 2,000 made boxes, after the norm of their own. An expression is of a relation, a place, a size, or
-of attributes alone, by its words. A rationale is chosen blindly among those whose first words name the right answer.
+The boxes are 2,000 random ones, taken after the norm of their embedding. An expression counts as relation, place, size or
+attributes alone, by its words. A rationale is chosen at random among those whose first words name the right answer. Each
+command takes under a minute on one core.
 """
 
 from __future__ import annotations

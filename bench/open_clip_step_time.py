@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
+from interleaved_steps import Options, Row, in_turn, made_batch, made_training, medians, ratio, shaped, show, step
 from rich.console import Console
 from torch import Tensor, nn
-from turns import Options, Row, in_turn, made_batch, made_training, medians, ratio, shaped, show, step
 
 from fastvlp.batch import Batch
 from fastvlp.model.model import ModelConfig
@@ -22,7 +22,7 @@ SIZES = {"small": clip_small, "b32": clip_b32, "b16": clip_b16, "l14": clip_l14}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Beside(Options):
+class OpenCLIPStep(Options):
     """Steps of the same CLIP towers here and in open_clip, which pads texts to `length`. Here: padded alike, and trimmed to the
     longest, as training does."""
 
@@ -38,7 +38,7 @@ class Beside(Options):
 class OpenCLIP:
     """open_clip's model of this shape and its loss. Raises ImportError where it cannot be imported."""
 
-    def __init__(self, o: Beside, config: ModelConfig, parameters: int):
+    def __init__(self, o: OpenCLIPStep, config: ModelConfig, parameters: int):
         import open_clip
         from open_clip.loss import ClipLoss
         from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
@@ -71,7 +71,7 @@ class OpenCLIP:
         return self.score(*self.model(image, ids)[:3])
 
 
-def beside(o: Beside) -> list[Row]:
+def open_clip_step(o: OpenCLIPStep) -> list[Row]:
     config = shaped(SIZES[o.size](), o.vocab, o.layers)
     config = replace(config, text=replace(config.text, positions=o.length))
     training, optimiser = made_training(o, config)

@@ -1,8 +1,8 @@
 """Searching many vectors: recall, latency, build time and memory of each way to do it.
 
-    python bench/retrieval.py                                # 100,000 made vectors of 256 numbers
-    python bench/retrieval.py --vectors 1000000 --limit engine 300000 faiss 500000    # these on the first so many alone
-    python bench/retrieval.py --embedded photos/vectors      # of `vlp embed`: images are searched by their captions
+    python bench/search_latency.py                                # 100,000 made vectors of 256 numbers
+    python bench/search_latency.py --vectors 1000000 --limit engine 300000 faiss 500000    # these on the first so many alone
+    python bench/search_latency.py --embedded photos/vectors      # of `vlp embed`: images are searched by their captions
 
 Arms: exact (a matrix product), chroma (the embedded engine called directly), ours (the same through our layer: their
 queries take turns), http (the service, asked by text over a connection that stays open; in turns with it model, the
@@ -10,7 +10,7 @@ vector of that text alone, and search, our index by that vector), hash (codes as
 HNSW where it is installed, as a yardstick. Each is built in a process of its own, whose growth is its memory; queries come
 one at a time. Made vectors have clusters in few of their dimensions and lie in a narrow cone, queries in another, as images
 and texts do. The model behind http has random weights: its recall is of queries that no item is near to, and says little.
-Results are appended to bench/results/retrieval.jsonl.
+Results are appended to bench/results/search_latency.jsonl.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import tyro
-from objectives import stamp
+from random_service import made_export, made_texts, serving
+from records import stamp
 from rich.console import Console
 from rich.table import Table
-from served import made_export, made_texts, serving
 
 from fastvlp.errors import UserError
 from fastvlp.search.embedded import open_embedded, read_part
@@ -39,7 +39,7 @@ from fastvlp.search.embedder import Embedder, fingerprint
 from fastvlp.search.engines.interface import IndexEngine, Stamp, open_index
 from fastvlp.search.hashing import HashSearch, learned_projection, random_projection
 
-RESULTS = Path(__file__).parent / "results" / "retrieval.jsonl"
+RESULTS = Path(__file__).parent / "results" / "search_latency.jsonl"
 K = 10
 CPU, TEXTS = "fastvlp_cpu_seconds_total", 'fastvlp_batch_wait_seconds_{}{{kind="texts"}}'
 ARMS = ("exact", "engine", "http", "hash_random", "hash_learned", "faiss")
@@ -372,7 +372,7 @@ def main(o: Options) -> None:
     o.out.parent.mkdir(parents=True, exist_ok=True)
     with o.out.open("a", encoding="utf-8") as file:
         for row in rows:
-            file.write(json.dumps(stamp("cpu", "retrieval.py") | told | row) + "\n")
+            file.write(json.dumps(stamp("cpu", "search_latency.py") | told | row) + "\n")
 
 
 def show(rows: list[dict], title: str) -> None:

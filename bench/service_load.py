@@ -1,11 +1,11 @@
 """Many clients at once: what the service answers, how soon, and in which batches.
 
     vlp serve EXPORT --index INDEX --port 8000
-    python bench/load.py --data photos/test --seconds 180
+    python bench/service_load.py --data photos/test --seconds 180
 
 Each client of 64 asks for the next thing as soon as it has its answer: a search by text, a search by picture, or the
 vectors of four texts, by a hash of its number and turn. The service runs in a process of its own; its batches and its
-memory are read from /metrics. A line is appended to bench/results/load.jsonl.
+memory are read from /metrics. A line is appended to bench/results/service_load.jsonl.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from typing import Any
 
 import httpx
 import tyro
-from objectives import stamp
+from records import stamp
 
 from fastvlp.data.records.shards import Shards
 
-RESULTS = Path(__file__).parent / "results" / "load.jsonl"
+RESULTS = Path(__file__).parent / "results" / "service_load.jsonl"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,7 +135,7 @@ def main(told: Options) -> None:
     result = {
         "load": asyncio.run(play(told, things)),
         "options": asdict(told) | {"key": ""},
-        "about": stamp("cpu", "load.py"),
+        "about": stamp("cpu", "service_load.py"),
     }
     print(json.dumps(result["load"], indent=1))
     RESULTS.parent.mkdir(exist_ok=True)

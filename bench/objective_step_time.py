@@ -1,20 +1,17 @@
 """Step time and memory of FLM, MLM, AR and PrefixLM on one device beside the FLOPs that they must cost, and FLM
 against the layout of the released code.
 
-    python bench/objectives.py --size small --vocab 8000
+    python bench/objective_step_time.py --size small --vocab 8000
 
 All arms share one model and take turns, step by step, on the same batches; a ratio is the median of the ratios of
-neighbouring steps, so that a noisy machine is noisy for all. Results are appended to bench/results/objectives.jsonl.
+neighbouring steps, so that a noisy machine is noisy for all. Results are appended to bench/results/objective_step_time.jsonl.
 """
 
 from __future__ import annotations
 
 import json
 import multiprocessing
-import platform
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -25,7 +22,8 @@ from typing import Literal
 
 import torch
 import tyro
-from plain_flm import PlainFLM, padded, plain_flops
+from flm_released_layout import PlainFLM, padded, plain_flops
+from records import stamp
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -43,7 +41,7 @@ from fastvlp.training.speed import adamw_bytes, peak_flops, peak_memory, step_fl
 
 OBJECTIVES = {"flm": FLMConfig(), "mlm": MLMConfig(), "ar": ARConfig(), "prefixlm": PrefixLMConfig()}
 PLAIN = {"flm_plain": "written_out", "flm_plain_fused_attention": "fused"}
-RESULTS = Path(__file__).parent / "results" / "objectives.jsonl"
+RESULTS = Path(__file__).parent / "results" / "objective_step_time.jsonl"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -264,38 +262,9 @@ def show(o: Options, rows: list[dict]) -> None:
             console.print(f"{name}: FLM is {gain:.2f} times as fast", highlight=False)
 
 
-def stamp(device: str, script: str = "objectives.py") -> dict:
-    def git(*words: str) -> str:
-        try:
-            done = subprocess.run(
-                ["git", *words], capture_output=True, text=True, cwd=Path(__file__).parent, check=True
-            )
-        except (OSError, subprocess.CalledProcessError):
-            return "unknown"
-        return done.stdout.strip()
-
-    changed = git("status", "--porcelain", "../src", "*.py")
-    cuda = torch.device(device).type == "cuda"
-    return {
-        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "commit": git("rev-parse", "--short", "HEAD") + ("+changes" if changed else ""),
-        "device_name": torch.cuda.get_device_name() if cuda else cpu_name(),
-        "torch": torch.__version__,
-        "command": " ".join([f"python bench/{script}", *sys.argv[1:]]),
-    }
-
-
-def cpu_name() -> str:
-    told = Path("/proc/cpuinfo")
-    lines = told.read_text().splitlines() if told.exists() else []
-    return next(
-        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor()
-    )
-
-
 def main(o: Options) -> None:
     torch.set_num_threads(o.threads)
-    common = stamp(o.device) | ({"plain_difference": check(o)} if o.check else {})
+    common = stamp(o.device, "objective_step_time.py") | ({"plain_difference": check(o)} if o.check else {})
     rows = summarised(o, time_arms(o))
     show(o, rows)
     options = {name: value for name, value in asdict(o).items() if name not in ("arms", "out")}

@@ -1,17 +1,19 @@
-"""Contrastive training: what masking gains, what the losses keep, how large a batch can be, and a step beside open_clip's.
+"""Measure contrastive training: what masking gains, what the losses keep, the largest batch, a step beside open_clip's.
 
-    python bench/contrastive.py masking --size small --batch 128
-    python bench/contrastive.py loss --most 16384
-    python bench/contrastive.py largest --memory-gb 1
-    python bench/contrastive.py beside --size small
+    python bench/contrastive_time_and_memory.py masking --size small --batch 128
+    python bench/contrastive_time_and_memory.py loss --most 16384
+    python bench/contrastive_time_and_memory.py largest --memory-gb 1
+    python bench/contrastive_time_and_memory.py open-clip --size small        # needs open_clip and torchvision
 
-Arms take turns, step by step, on the same batches; a ratio is the median of the ratios of neighbouring steps. Seconds are of
-the CPU, or of CUDA events. Bytes are counted from the operations that a CPU would run (`held.py`), so that they are the same
-on every machine; on a GPU the allocator's are told beside them. Results are appended to bench/results/contrastive.jsonl.
+The arms of a comparison take turns, step by step, on the same batches; a ratio is the median of the ratios of neighbouring
+steps. Seconds are CPU time of the process, or of CUDA events on a GPU. Bytes on a CPU are counted from the operations that
+would run (`counted_bytes.py`), so that they are the same on every machine; on a GPU they are the allocator's. Each command
+takes 1 to 20 minutes on one core. Rows are appended to bench/results/contrastive_time_and_memory.jsonl.
 
-On one core of an AMD EPYC (commit cbc6530, bf16): half and a quarter of the patches gain 100 to 110 % of what the FLOPs allow;
-of 65,536 pairs, width 256, the softmax loss keeps 34.6 GB whole and 0.27 GB in tiles (of 16,384: 2.2 and 0.07 GB, in 0.75 of
-the time); a step of `small` in 1 GB takes 224 pairs, with cached gradients 9,472. Nothing was measured on a GPU yet.
+On one core of an AMD EPYC (commit cbc6530, bf16): half and a quarter of the patches gain 100 to 110 % of what the counted
+FLOPs allow. The softmax loss of 65,536 pairs of width 256 keeps 34.6 GB with whole logits and 0.27 GB in tiles (of 16,384
+pairs: 2.2 and 0.07 GB, in 0.75 of the time). A step of `small` in 1 GB takes 224 pairs, and 9,472 with cached gradients. No
+GPU was measured.
 """
 
 from __future__ import annotations
@@ -24,11 +26,24 @@ from typing import Any, Literal
 
 import torch
 import tyro
-from beside import Beside, beside
-from held import Held
+from counted_bytes import Held
+from interleaved_steps import (
+    Laps,
+    Options,
+    Row,
+    in_turn,
+    made_batch,
+    made_training,
+    medians,
+    ratio,
+    save,
+    shaped,
+    show,
+    step,
+)
+from open_clip_step_time import OpenCLIPStep, open_clip_step
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from turns import Laps, Options, Row, in_turn, made_batch, made_training, medians, ratio, save, shaped, show, step
 
 from fastvlp.batch import Batch
 from fastvlp.model.joint_space import unit as normalised
@@ -286,7 +301,7 @@ PARTS: dict[str, tuple[type, Any]] = {
     "masking": (Masking, masking),
     "loss": (Losses, loss_alone),
     "largest": (Largest, largest),
-    "beside": (Beside, beside),
+    "open-clip": (OpenCLIPStep, open_clip_step),
 }
 
 if __name__ == "__main__":

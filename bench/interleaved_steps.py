@@ -14,7 +14,7 @@ from types import SimpleNamespace
 from typing import Any, Literal
 
 import torch
-from objectives import stamp
+from records import stamp
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -25,7 +25,7 @@ from fastvlp.model.sizes import with_tokenizer
 from fastvlp.objectives.clip import CLIPConfig
 from fastvlp.training.pretraining import Pretraining
 
-RESULTS = Path(__file__).parent / "results" / "contrastive.jsonl"
+RESULTS = Path(__file__).parent / "results" / "contrastive_time_and_memory.jsonl"
 Row = dict[str, Any]
 
 
@@ -142,7 +142,7 @@ def show(title: str, rows: Sequence[Row], columns: Mapping[str, tuple[str, str]]
 
 def save(o: Options, part: str, rows: Sequence[Row]) -> None:
     common = (
-        stamp(o.device, "contrastive.py")
+        stamp(o.device, "contrastive_time_and_memory.py")
         | {"part": part}
         | {name: value for name, value in asdict(o).items() if name != "out"}
     )

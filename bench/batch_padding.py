@@ -1,12 +1,12 @@
 """Padding and speed of batches of rows of one length, beside batches of rows as they come.
 
-    python bench/batching.py                                 # UNITER's rows, made: words and regions
-    python bench/batching.py --captions photos/train         # what grouping saves each objective on captions
+    python bench/batch_padding.py                                 # UNITER's rows, made: words and regions
+    python bench/batch_padding.py --captions photos/train         # what grouping saves each objective on captions
 
 The first fills the same budget of tokens with rows in random order, with UNITER's released sampler and with ours, counts
 an epoch, and times training steps of plain transformer blocks on such batches: the arms take turns, and a ratio is the
 median of the ratios of neighbouring steps. The second only counts, with train/speed.py. Results are appended to
-bench/results/batching.jsonl.
+bench/results/batch_padding.jsonl.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from typing import Literal
 
 import torch
 import tyro
-from objectives import OBJECTIVES, Clock, made_config, stamp
+from objective_step_time import OBJECTIVES, Clock, made_config
+from records import stamp
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -37,7 +38,7 @@ from fastvlp.model.model import VLModel
 from fastvlp.training.pretraining import Pretraining
 from fastvlp.training.speed import step_flops
 
-RESULTS = Path(__file__).parent / "results" / "batching.jsonl"
+RESULTS = Path(__file__).parent / "results" / "batch_padding.jsonl"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -226,7 +227,7 @@ def show(title: str, rows: list[dict], numbers: dict[str, str]) -> None:
 def main(o: Options) -> None:
     torch.set_num_threads(o.threads)
     rows = captions(o) if o.captions is not None else budgets(o)
-    common = stamp(o.device, "batching.py") | {name: value for name, value in asdict(o).items() if name != "out"}
+    common = stamp(o.device, "batch_padding.py") | {name: value for name, value in asdict(o).items() if name != "out"}
     o.out.parent.mkdir(parents=True, exist_ok=True)
     with o.out.open("a", encoding="utf-8") as file:
         for row in rows:
