@@ -131,7 +131,8 @@ def _placed(rng: Random, things: Sequence[Thing], thing: Thing) -> tuple[Phrase,
 
 def _reasons(rng: Random, scene: Scene, split: str, thing: Thing, attribute: str) -> tuple[Saying, ...] | None:
     """Where the thing is; then the other side and a thing that is not there, both false, and what is true of another. Beside
-    the right answer the last two mostly show by their words: a choice among the rest is right in 46 % (bench/grounding_by_expression.py)."""
+    the right answer the last two mostly show by their words: a choice among the rest is right in 46 %
+    (bench/grounding_by_expression.py)."""
     things, present = scene.things, {other.kind[1:] for other in scene.things}
     kept = {"colour": 1, "shape": 0}[attribute]
     strange = [pair for pair in allowed(split) if pair not in present and pair[kept] == thing.kind[1:][kept]]
