@@ -213,6 +213,7 @@ def show_dropped(dropped: Sequence[Dropped], where: str = "") -> None:
 
 def parse_pretrain(argv: Sequence[str]) -> Run:
     """`argv`: RECIPE and overrides of its fields. The recipe comes first, because it says which fields there are."""
+    from fastvlp.model.named_sizes import named_sizes
     from fastvlp.recipes import names, recipe
     from fastvlp.training import loop
     from fastvlp.training.state import TrainConfig
@@ -226,17 +227,32 @@ def parse_pretrain(argv: Sequence[str]) -> Run:
     again = Annotated[bool, arg(help="Continue from the last checkpoint.")]
     Overrides = make_dataclass("Overrides", [("run", Annotated[TrainConfig, arg(name="")]), ("resume", again, False)])
 
+    run, args = with_size(recipe(argv[0]), argv[1:])
     # As in `vlp finetune --from`; the field cannot be called that.
-    args = ["--init" + word[6:] if word.partition("=")[0] == "--from" else word for word in argv[1:]]
+    args = ["--init" + word[6:] if word.partition("=")[0] == "--from" else word for word in args]
     parsed = tyro.cli(
         Overrides,
-        default=Overrides(recipe(argv[0])),
+        default=Overrides(run),
         args=args,
         prog=f"vlp pretrain {argv[0]}",
-        description=getdoc(TrainConfig),
+        description=f"{getdoc(TrainConfig)}\n\n`--model SIZE` replaces the model's size: {', '.join(named_sizes())}.",
         config=(tyro.conf.AvoidSubcommands,),
     )
     return functools.partial(loop.train, one_length(parsed.run, args), parsed.resume, verbose=True)
+
+
+def with_size(run: TrainConfig, argv: Sequence[str]) -> tuple[TrainConfig, list[str]]:
+    """The run with a model of the size that `--model SIZE` names, and the other words (`--model.image.patch 6` is one)."""
+    from fastvlp.model.named_sizes import named_size
+
+    args = list(argv)
+    for i, word in enumerate(args):
+        option, equals, name = word.partition("=")
+        if option == "--model":
+            end = i + 1 if equals else i + 2
+            size = name if equals else "".join(args[i + 1 : end])
+            return replace(run, model=named_size(size, like=run.model)), args[:i] + args[end:]
+    return run, args
 
 
 def run_fields() -> list[str]:

@@ -22,7 +22,7 @@ from fastvlp.data.pairs import PairData
 from fastvlp.data.world.corpus import WorldConfig, write_world
 from fastvlp.errors import UserError
 from fastvlp.model.saving import load_model
-from fastvlp.model.sizes import _equal_width, tiny, two_towers
+from fastvlp.model.sizes import fusion_model, tiny, two_towers
 from fastvlp.objectives.ar import ARConfig
 from fastvlp.objectives.clip import CLIPConfig
 from fastvlp.objectives.cloze_methods import predict_causal, predict_masked
@@ -49,7 +49,7 @@ def run(world: Path, objective: ObjectiveConfig, **more: object) -> TrainConfig:
     return TrainConfig(
         name="small",
         data=PairData(train=str(world / "train"), val=str(world / "val"), batch_size=4),
-        model=_equal_width(
+        model=fusion_model(
             width=32, depths=(1, 1, 1), size=32, patch=16, positions=64, norm="pre", reconstructor=True, dropout=0.1
         ),
         objectives={"only": objective},

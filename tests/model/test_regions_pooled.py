@@ -14,9 +14,10 @@ from fastvlp.model.encoders.vit import ViTConfig
 from fastvlp.model.layers import LayerConfig
 from fastvlp.model.model import ModelConfig, VLModel
 from fastvlp.model.region_embedding import RegionConfig
+from fastvlp.model.sizes import single_over_patches
 from fastvlp.objectives.mlm import MLMConfig
 from fastvlp.objectives.region import MRFRConfig
-from fastvlp.recipes.uniter_end2end import end_to_end, uniter_end2end
+from fastvlp.recipes.uniter_end2end import uniter_end2end
 from fastvlp.training.pretraining import Pretraining
 from fastvlp.training.speed import image_flops, step_flops
 from tests.made import made_config, made_tokenizer
@@ -129,7 +130,7 @@ def test_the_tower_is_there_where_it_is_read_and_counted_where_it_works():
 
 
 def test_the_recipe_trains_all_of_its_model():
-    run, config = uniter_end2end(), end_to_end(made_config(reconstructor=False))
+    run, config = uniter_end2end(), single_over_patches(made_config(reconstructor=False))
     built = {name: told.build(config, made_tokenizer()) for name, told in run.objectives.items()}
     pretraining = Pretraining(VLModel(config), built)
     batch = gridded(region_batch(lengths=(6, 9, 4, 7), counts=(2, 2, 2, 2)), run.data.regions.grid)

@@ -1,6 +1,6 @@
-"""A model in a folder: model.json (its config and what it is), tokenizer.json, and weights as safetensors.
+"""A model in a folder: model.json (its config and how it was made), tokenizer.json, and weights as safetensors.
 
-Weights carry their own `info` in the file's metadata, so that `best` and `last` of one run each tell their step.
+A file of weights has its own `info` in its metadata, because `best` and `last` of a run are of different steps.
 """
 
 from __future__ import annotations
@@ -31,11 +31,10 @@ from fastvlp.model.model import ModelConfig, VLModel
 FORMAT = 1
 Which = Literal["best", "last"]
 OBJECTIVES = "objectives."
-# Modules that one model may have and another not; everything else is in every model.
+# Modules that a model may lack; every model has all others.
 OPTIONAL = ("fusion.", "head.", "reconstructor.", "forward_head.", "reverse_head.", "embed.", "single.")
 
-# Parts of a model whose class varies: the class that is meant where none is named (before the type was saved), and the
-# package of those that are not a user's own.
+# Parts whose class varies, and the class of those that were saved before its name was.
 ENCODERS = "fastvlp.model.encoders"
 VARYING: dict[type, type] = {ImageEncoderConfig: ViTConfig, TextEncoderConfig: TextTransformerConfig}
 
@@ -48,13 +47,19 @@ _converter.register_structure_hook_func(VARYING.__contains__, lambda saved, base
 
 
 def _structured(saved: Mapping[str, Any], base: type) -> Any:
-    """The config of an encoder. Raises UserError where its class is not known."""
+    """The config of an encoder, of the class that is named in it. Raises UserError where the class is not known."""
     name = saved.get("type", VARYING[base].__name__)
     return _plain.structure({key: x for key, x in saved.items() if key != "type"}, variant(base, name, ENCODERS))
 
 
 class Saved(NamedTuple):
-    """`objectives`: their parameters, keys `<name>.<parameter>`. `weights`: the file that was read."""
+    """What `load_model` returns.
+
+    Attributes:
+        info: how the model was made, as JSON.
+        objectives: parameters of objectives that were kept, by `<name>.<parameter>`.
+        weights: the file that was read.
+    """
 
     model: VLModel
     tokenizer: Tokenizer
@@ -63,15 +68,21 @@ class Saved(NamedTuple):
     weights: Path
 
     def learned(self, name: str) -> dict[str, Tensor]:
-        """What is kept of one objective, by parameter."""
+        """The parameters of one objective that were kept, by name."""
         own = f"{name}."
         return {key.removeprefix(own): x for key, x in self.objectives.items() if key.startswith(own)}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Inheritance:
-    """What became of every parameter, by name; objectives' as `objectives.<name>.<parameter>`. `dropped`: those of the file
-    whose module the model does not have."""
+    """What became of each parameter, by name. Those of objectives are called `objectives.<name>.<parameter>`.
+
+    Attributes:
+        loaded: taken over.
+        resized: taken over and made to fit.
+        fresh: new, because the source lacks the module.
+        dropped: of the source, because the model lacks the module.
+    """
 
     loaded: list[str] = field(default_factory=list)
     resized: list[str] = field(default_factory=list)
@@ -88,11 +99,15 @@ def save_model(
     objectives: Mapping[str, Tensor] | None = None,
     name: str = "model",
 ) -> None:
-    """Writes `<name>.safetensors` with what it needs to be read. `info` is JSON; `objectives`: what is kept of
-    them, keys `<name>.<parameter>`. Raises UserError where the disk is full."""
+    """Writes `<name>.safetensors`, model.json and tokenizer.json. Raises UserError where the disk is full.
+
+    Args:
+        info: how the model was made, as JSON.
+        objectives: parameters of objectives to keep, by `<name>.<parameter>`.
+    """
     folder = Path(folder)
-    described = {"format": FORMAT, "config": _converter.unstructure(model.config), "info": dict(info)}
-    write_whole(folder / "model.json", json.dumps(described, indent=2).encode())
+    description = {"format": FORMAT, "config": _converter.unstructure(model.config), "info": dict(info)}
+    write_whole(folder / "model.json", json.dumps(description, indent=2).encode())
     tokenizer.save(folder / "tokenizer.json")
     state = model.state_dict() | {OBJECTIVES + key: value for key, value in (objectives or {}).items()}
     tensors = {key: value.detach().cpu().contiguous() for key, value in state.items()}
@@ -107,15 +122,16 @@ def save_model(
 
 
 def load_model(folder: str | Path, which: Which = "best") -> Saved:
-    """The model of a run, or of a folder that `save_model` wrote, in evaluation mode on the CPU.
+    """The model of a run, an export, or a converted checkpoint, in evaluation mode on the CPU.
 
-    A run without validation has no best weights: `best` then reads model.safetensors or the last ones.
-    Raises UserError where the folder is no run, a file is damaged, or a newer version wrote it.
+    A run without validation has no best weights: `best` then reads model.safetensors or the last ones. Raises UserError where
+    the folder is no such, where a file is damaged, where a newer version wrote it, and where the class of an encoder is not
+    known (it is in a file that was not imported).
     """
     folder = Path(folder)
-    config, info = _described(folder / "model.json")
-    path = _weights(folder, which)
-    tensors, own_info = _read(path)
+    config, info = _read_description(folder / "model.json")
+    path = _weights_file(folder, which)
+    tensors, own_info = _read_tensors(path)
     objectives = {key.removeprefix(OBJECTIVES): tensors.pop(key) for key in list(tensors) if key.startswith(OBJECTIVES)}
     model = VLModel(config)
     load_exactly(model, tensors, path)
@@ -123,7 +139,7 @@ def load_model(folder: str | Path, which: Which = "best") -> Saved:
 
 
 def load_exactly(module: nn.Module, state: Mapping[str, Tensor], source: str | Path) -> None:
-    """Every parameter from `state`, none left over. Raises UserError naming what does not fit; `source` is for it."""
+    """Loads every parameter from `state`, which has no others. Raises UserError, which names `source` and what does not fit."""
     own = module.state_dict()
     if missing := [name for name in own if name not in state]:
         raise UserError(
@@ -139,10 +155,10 @@ def load_exactly(module: nn.Module, state: Mapping[str, Tensor], source: str | P
 
 
 def inherit(model: VLModel, state: Mapping[str, Tensor], source: str | Path = "saved model") -> Inheritance:
-    """Takes over the weights of another model, in place, and says what became of each parameter.
+    """Takes over the weights of another model, in place, and returns what became of each parameter.
 
-    Image positions are resized to the model's grid. A reconstructor, separate heads, or types of further images that the
-    source lacks stay as they were made; those that the model lacks are dropped. Raises UserError for any other difference.
+    Weights are made to fit other positions and types (`VLModel.resized`). A module in `OPTIONAL` that the source lacks stays
+    as it is, and one that the model lacks is dropped. Raises UserError for any other difference.
     """
     own, result, taken = model.state_dict(), Inheritance(), {}
     fitted = model.resized(state)
@@ -170,36 +186,37 @@ def inherit(model: VLModel, state: Mapping[str, Tensor], source: str | Path = "s
 
 @torch.no_grad()
 def inherit_objectives(objectives: Mapping[str, nn.Module], state: Mapping[str, Tensor], result: Inheritance) -> None:
-    """What objectives of the same names had learned, in place: a temperature, a head. `state` has keys
-    `<name>.<parameter>`; an objective of which it lacks a parameter, or has one of another shape, stays as it was made."""
+    """Takes over what objectives of the same names had learned, such as a temperature or a head, in place; adds to `result`.
+
+    `state` has keys `<name>.<parameter>`. An objective of which it lacks a parameter, or has one of another shape, stays as it
+    is.
+    """
     for name, objective in objectives.items():
         own = {f"{name}.{key}": p for key, p in objective.named_parameters() if p.requires_grad}
-        known = all(key in state and state[key].shape == p.shape for key, p in own.items())
+        fits = all(key in state and state[key].shape == p.shape for key, p in own.items())
         for key, parameter in own.items():
-            if known:
+            if fits:
                 parameter.copy_(state[key])
-        (result.loaded if known else result.fresh).extend(OBJECTIVES + key for key in own)
+        (result.loaded if fits else result.fresh).extend(OBJECTIVES + key for key in own)
 
 
-def _same_shape(name: str, found: Tensor, wanted: Tensor, source: str | Path, remedy: str) -> None:
-    if found.shape != wanted.shape:
-        if ("vocabulary" in name or "word" in name) and found.shape[1:] == wanted.shape[1:]:
+def _same_shape(name: str, saved: Tensor, own: Tensor, source: str | Path, remedy: str) -> None:
+    if saved.shape != own.shape:
+        if ("vocabulary" in name or "word" in name) and saved.shape[1:] == own.shape[1:]:
             remedy = "use the tokenizer it was saved with"
-        raise UserError(
-            f"{source}: {name} has shape {list(found.shape)}, the model wants {list(wanted.shape)}; {remedy}"
-        )
+        raise UserError(f"{source}: {name} has shape {list(saved.shape)}, the model wants {list(own.shape)}; {remedy}")
 
 
 def _few(names: list[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def _described(path: Path) -> tuple[ModelConfig, dict[str, Any]]:
+def _read_description(path: Path) -> tuple[ModelConfig, dict[str, Any]]:
     if not path.is_file():
         raise UserError(f"{path.parent}: not the folder of a run or a saved model, it has no {path.name}")
     try:
-        told = json.loads(path.read_text(encoding="utf-8"))
-        version = int(told["format"])
+        description = json.loads(path.read_text(encoding="utf-8"))
+        version = int(description["format"])
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: damaged ({error!r}); copy the folder again") from error
     if version > FORMAT:
@@ -207,10 +224,10 @@ def _described(path: Path) -> tuple[ModelConfig, dict[str, Any]]:
             f"{path}: written by a newer fastvlp (format {version}, this one reads {FORMAT}); upgrade fastvlp"
         )
     try:
-        return _converter.structure(told["config"], ModelConfig), dict(told["info"])
+        return _converter.structure(description["config"], ModelConfig), dict(description["info"])
     except (BaseValidationError, KeyError, TypeError, ValueError) as error:
-        if isinstance(error, BaseValidationError) and (unknown := error.subgroup(UserError)) is not None:
-            raise UserError(f"{path}: {_first(unknown)}") from error
+        if isinstance(error, BaseValidationError) and (user_errors := error.subgroup(UserError)) is not None:
+            raise UserError(f"{path}: {_first(user_errors)}") from error
         causes = "; ".join(cattrs.transform_error(error))
         raise UserError(f"{path}: not a model this version knows ({causes}); copy the folder again") from error
 
@@ -221,7 +238,7 @@ def _first(group: BaseExceptionGroup) -> BaseException:
     return _first(inner) if isinstance(inner, BaseExceptionGroup) else inner
 
 
-def _weights(folder: Path, which: Which) -> Path:
+def _weights_file(folder: Path, which: Which) -> Path:
     order = {"best": ("best", "model", "last"), "last": ("last", "model")}[which]
     for name in order:
         if (path := folder / f"{name}.safetensors").is_file():
@@ -229,7 +246,7 @@ def _weights(folder: Path, which: Which) -> Path:
     raise UserError(f"{folder}: no weights here, looked for {', '.join(f'{n}.safetensors' for n in order)}")
 
 
-def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         with safe_open(path, "pt") as file:
             info = json.loads((file.metadata() or {}).get("info", "{}"))

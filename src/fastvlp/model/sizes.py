@@ -1,10 +1,14 @@
-"""Model sizes: functions that return a ModelConfig, complete but for the vocabulary (`with_tokenizer`)."""
+"""Model sizes: functions that return a ModelConfig, complete but for the vocabulary (`with_tokenizer`).
+
+Those that need no arguments can be named on the command line (`model/named_sizes.py`). The others build the parts.
+"""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
+from fastvlp.errors import UserError
 from fastvlp.model.encoders.text_transformer import TextTransformerConfig
 from fastvlp.model.encoders.vit import ViTConfig
 from fastvlp.model.fusion import FusionConfig, ReconstructorConfig
@@ -20,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def with_tokenizer(config: ModelConfig, tokenizer: Tokenizer) -> ModelConfig:
-    """The same model over this tokenizer's vocabulary and special ids."""
+    """The same model with the vocabulary and the special ids of a tokenizer."""
     text = replace(
         config.text,
         vocab=tokenizer.vocab_size,
@@ -32,7 +36,7 @@ def with_tokenizer(config: ModelConfig, tokenizer: Tokenizer) -> ModelConfig:
     return replace(config, text=text)
 
 
-def _equal_width(
+def fusion_model(
     *,
     width: int,
     depths: tuple[int, int, int],
@@ -43,7 +47,8 @@ def _equal_width(
     reconstructor: bool,
     dropout: float = 0.0,
 ) -> ModelConfig:
-    """Towers of one width; `depths` of image, text, fusion; the reconstructor has one layer for each text layer."""
+    """Image encoder, text encoder and fusion layers of one width; `depths` are theirs, in this order. The reconstructor has as
+    many layers as text and fusion together."""
     image_depth, text_depth, fusion_depth = depths
     heads = max(1, width // 64) if width >= 256 else width // 32
     tower = LayerConfig(width=width, heads=heads, hidden=4 * width, dropout=dropout)
@@ -61,25 +66,27 @@ def _equal_width(
 
 
 def two_towers(config: ModelConfig, *, width: int = 256) -> ModelConfig:
-    """The image and text towers of a size alone, embedded in a joint space."""
+    """The encoders of a model alone, with a joint space of `width` numbers."""
     return replace(config, fusion=None, reconstructor=None, embed=joint_space(config, width=width))
 
 
 def joint_space(config: ModelConfig, *, width: int = 256) -> EmbedConfig:
-    """CLIP's text side (causal, pooled at </s>, which FLM's forward stream shares) beside a mean of image states, which
-    takes any share of the patches."""
+    """A joint space for a model's encoders: texts as in CLIP (read left to right, summarised by </s>), which FLM's forward
+    stream shares, and images by the mean of their states, which any share of the patches has."""
     text = HeadConfig(pool="last", norm=not config.text.final_norm, eps=config.text.norm_eps)
     return EmbedConfig(width=width, image=HeadConfig(pool="mean"), text=text)
 
 
 class Tower(NamedTuple):
+    """Shape of a transformer encoder whose MLP is four times as wide as its states."""
+
     depth: int
     width: int
     heads: int
 
     @classmethod
     def published(cls, depth: int, width: int) -> Tower:
-        """With the heads of CLIP's and FLIP's towers of this width: 64 wide, and no more than 16."""
+        """The shape of an encoder of CLIP or FLIP: heads are 64 wide, and there are at most 16."""
         return cls(depth, width, max(1, min(16, width // 64)))
 
     def layer(self, activation: Activation, eps: float) -> LayerConfig:
@@ -87,9 +94,11 @@ class Tower(NamedTuple):
 
 
 def flip(image: Tower, text: Tower, *, width: int, size: int, patch: int, length: int = 32) -> ModelConfig:
-    """FLIP's two towers (arXiv 2212.00794, section 3.1) as released (facebookresearch/flip 9bf6bf8): fixed positions, a
-    mean over all states, the class token's too; of a text its words alone, cut or padded to `length`, with padding seen
-    and the first word's state its summary."""
+    """FLIP (arXiv 2212.00794, section 3.1) as released (facebookresearch/flip 9bf6bf8).
+
+    Images have fixed positions and are summarised by the mean of all states, the class token's too. Texts are their words
+    alone, cut or padded to `length`, with padding seen, and are summarised by the state of the first word.
+    """
     return ModelConfig(
         image=ViTConfig(
             size=size,
@@ -117,25 +126,27 @@ def flip(image: Tower, text: Tower, *, width: int, size: int, patch: int, length
 
 
 def flip_b16(*, size: int = 224) -> ModelConfig:
-    """FLIP, Table 9; so are L/16 and H/14."""
+    """FLIP ViT-B/16 (arXiv 2212.00794, Table 9)."""
     return flip(Tower(12, 768, 12), Tower(12, 512, 8), width=512, size=size, patch=16)
 
 
 def flip_l16(*, size: int = 224) -> ModelConfig:
+    """FLIP ViT-L/16 (arXiv 2212.00794, Table 9)."""
     return flip(Tower(24, 1024, 16), Tower(12, 768, 12), width=768, size=size, patch=16)
 
 
 def flip_h14(*, size: int = 224) -> ModelConfig:
+    """FLIP ViT-H/14 (arXiv 2212.00794, Table 9)."""
     return flip(Tower(32, 1280, 16), Tower(24, 1024, 16), width=1024, size=size, patch=14)
 
 
 def flip_tiny(*, size: int = 48) -> ModelConfig:
-    """The towers of `tiny`, the text's with the layers that fusion has there."""
+    """FLIP with the encoders of `tiny`; the text encoder has the layers of fusion too."""
     return flip(Tower(4, 96, 3), Tower(3, 96, 3), width=128, size=size, patch=8)
 
 
 def flip_small(*, size: int = 112, length: int = 32) -> ModelConfig:
-    """The towers of `small`, the text's with the layers that fusion has there."""
+    """FLIP with the encoders of `small`; the text encoder has the layers of fusion too."""
     return flip(Tower(6, 192, 6), Tower(4, 192, 6), width=256, size=size, patch=16, length=length)
 
 
@@ -149,8 +160,8 @@ def clip(
     positions: int = 77,
     activation: Activation = "quick_gelu",
 ) -> ModelConfig:
-    """CLIP's two towers (arXiv 2103.00020, section 2.4): the class token is the image's summary, </s> the text's, whose
-    words see those before them. quick_gelu is OpenAI's; open_clip trains with gelu."""
+    """CLIP (arXiv 2103.00020, section 2.4): the class token summarises the image, and </s> the text, which is read left to
+    right. OpenAI's weights have quick_gelu; open_clip trains with gelu."""
     return ModelConfig(
         image=ViTConfig(
             size=size,
@@ -168,29 +179,34 @@ def clip(
 
 
 def clip_b32(*, size: int = 224) -> ModelConfig:
-    """CLIP, Table 20; so are B/16 and L/14."""
+    """CLIP ViT-B/32 (arXiv 2103.00020, Table 20)."""
     return clip(Tower(12, 768, 12), Tower(12, 512, 8), width=512, size=size, patch=32)
 
 
 def clip_b16(*, size: int = 224) -> ModelConfig:
+    """CLIP ViT-B/16 (arXiv 2103.00020, Table 20)."""
     return clip(Tower(12, 768, 12), Tower(12, 512, 8), width=512, size=size, patch=16)
 
 
 def clip_l14(*, size: int = 224) -> ModelConfig:
+    """CLIP ViT-L/14 (arXiv 2103.00020, Table 20)."""
     return clip(Tower(24, 1024, 16), Tower(12, 768, 12), width=768, size=size, patch=14)
 
 
 def clip_small(*, size: int = 112) -> ModelConfig:
-    """The towers of `flip_small` in CLIP's form."""
+    """CLIP with the encoders of `flip_small`."""
     return clip(Tower(6, 192, 6), Tower(4, 192, 6), width=256, size=size, patch=16, positions=64, activation="gelu")
 
 
-def regional(
+def region_heads(
     config: ModelConfig, *, width: int, layer: LayerConfig, depth: int, grid: int | None, place: Place = "exact"
 ) -> EmbedConfig:
-    """BriVL's heads (arXiv 2103.06561; BAAI-WuDao/BriVL bb8d95b) on a size's towers: regions of the image, which are the
-    batch's boxes or a `grid`, and words, each among its own; their mean; two layers to the joint space. `layer`: of the
-    blocks, at whose width the regions are; words stay at the text tower's."""
+    """A joint space with BriVL's heads (arXiv 2103.06561; BAAI-WuDao/BriVL bb8d95b) for a model's encoders.
+
+    Each head has `depth` layers of self-attention, over regions of the image or over words, takes their mean, and maps it by
+    two linear maps. Regions are the batch's boxes, or the cells of a `grid`. `layer` is the shape of the layers over regions;
+    those over words have the text encoder's width.
+    """
     return EmbedConfig(
         width=width,
         image=HeadConfig(
@@ -204,22 +220,23 @@ def regional(
             depth=depth,
             layer=replace(layer, width=config.text.width),
         ),
-        # The released code lets words see padding too, so that a text's vector depends on how far it was padded.
+        # In the released code words see padding too, so that the vector of a text depends on how far it was padded.
         text_mask="full",
     )
 
 
-# What the released BriVL does not train of its text tower: all but the last four layers.
+# Parts of the text encoder that the released BriVL does not train: all but the last four layers.
 BRIVL_FROZEN = ("text.word", "text.position", "text.norm", *(f"text.blocks.{i}" for i in range(8)))
 
 
 def brivl(*, version: Literal[1, 2] = 1, dropout: float = 0.1) -> ModelConfig:
-    """BriVL 1.0 (boxes of a detector and the whole image) or 2 (a 6x6 grid and the whole image), released size.
+    """BriVL 1.0 (boxes of a detector and the whole image) or 2 (a 6x6 grid and the whole image), in the released size.
 
-    Published: 4x4 samples a region, 4 layers of 4 heads at 2048 over regions and at 768 over words, a joint space of 2048, a
-    text tower of BERT-base's shape. Not published: the image tower. There it is an EfficientNet-B5, and there is no CNN here
-    yet: a ViT-B/32 stands for it, with as many cells in its map (12x12 at 384 px, where B5 has them at 380; 15x15 at 480 for
-    456). What that changes is not measured."""
+    As published: 4x4 samples a region, 4 layers of 4 heads at 2048 over regions and at 768 over words, a joint space of 2048, a
+    text encoder of BERT-base's shape. Not as published: the image encoder. It is an EfficientNet-B5 there, and a ViT-B/32 here,
+    with as many cells in its map (12x12 at 384 pixels, where B5 has them at 380; 15x15 at 480 for 456). What that changes is
+    not measured.
+    """
     bert = LayerConfig(width=768, heads=12, hidden=3072, norm="post", eps=1e-12, dropout=dropout)
     config = ModelConfig(
         image=ViTConfig(
@@ -234,20 +251,20 @@ def brivl(*, version: Literal[1, 2] = 1, dropout: float = 0.1) -> ModelConfig:
     )
     layer = LayerConfig(width=2048, heads=4, hidden=2048, norm="post", activation="relu", dropout=dropout)
     grid = None if version == 1 else 6
-    return replace(config, embed=regional(config, width=2048, layer=layer, depth=4, grid=grid, place="released"))
+    return replace(config, embed=region_heads(config, width=2048, layer=layer, depth=4, grid=grid, place="released"))
 
 
 def brivl_tiny(*, size: int = 48, grid: int | None = None) -> ModelConfig:
-    """As many layers as `flip_tiny`, the last of the text's in BriVL's heads."""
-    return _regional(tiny(size=size), text_depth=2, width=128, grid=grid)
+    """BriVL with as many layers as `flip_tiny`; the last of the text's is in the head."""
+    return _with_region_heads(tiny(size=size), text_depth=2, width=128, grid=grid)
 
 
 def brivl_small(*, size: int = 112, grid: int | None = 6) -> ModelConfig:
-    """As many layers as `flip_small`, the last of the text's in BriVL's heads."""
-    return _regional(small(size=size), text_depth=3, width=256, grid=grid)
+    """BriVL with as many layers as `flip_small`; the last of the text's is in the head."""
+    return _with_region_heads(small(size=size), text_depth=3, width=256, grid=grid)
 
 
-def _regional(config: ModelConfig, *, text_depth: int, width: int, grid: int | None) -> ModelConfig:
+def _with_region_heads(config: ModelConfig, *, text_depth: int, width: int, grid: int | None) -> ModelConfig:
     assert config.fusion is not None
     own = config.fusion.layer
     layer = LayerConfig(width=own.width, heads=own.heads, hidden=2 * own.width, norm="post", activation="relu")
@@ -256,14 +273,14 @@ def _regional(config: ModelConfig, *, text_depth: int, width: int, grid: int | N
         text=config.text.with_depth(text_depth),
         fusion=None,
         reconstructor=None,
-        embed=regional(config, width=width, layer=layer, depth=1, grid=grid),
+        embed=region_heads(config, width=width, layer=layer, depth=1, grid=grid),
     )
 
 
 def tiny(*, size: int = 48, patch: int = 8, norm: Norm = "pre", reconstructor: bool = True) -> ModelConfig:
-    """For a few minutes on two CPU cores: width 96, 4+1+2 layers; as in the paper's size the image tower carries most of
-    the work, so that an FLM step costs about 1.5 AR steps."""
-    return _equal_width(
+    """For a few minutes on two CPU cores: width 96; 4 layers for images, 1 for texts and 2 for fusion. As in FLM's paper most
+    of the work is in the image encoder, so that a step of FLM costs about 1.5 steps of AR."""
+    return fusion_model(
         width=96,
         depths=(4, 1, 2),
         size=size,
@@ -275,8 +292,8 @@ def tiny(*, size: int = 48, patch: int = 8, norm: Norm = "pre", reconstructor: b
 
 
 def small(*, size: int = 112, patch: int = 16, norm: Norm = "pre", reconstructor: bool = True) -> ModelConfig:
-    """For photographs on a few CPU cores: width 192, 6+2+2 layers; the image tower carries most of the work."""
-    return _equal_width(
+    """For photographs on a few CPU cores: width 192; 6 layers for images, 2 for texts and 2 for fusion."""
+    return fusion_model(
         width=192,
         depths=(6, 2, 2),
         size=size,
@@ -288,8 +305,8 @@ def small(*, size: int = 112, patch: int = 16, norm: Norm = "pre", reconstructor
 
 
 def flm_base(*, size: int = 288, reconstructor: bool = True, dropout: float = 0.1) -> ModelConfig:
-    """The paper's size (arXiv 2303.14038; TencentARC/FLM): CLIP ViT-B/32 less its last block, RoBERTa-base embeddings
-    and first 6 layers, 6 fusion layers, a 6+6 reconstructor; post-norm, 50 tokens."""
+    """FLM as published (arXiv 2303.14038; TencentARC/FLM): CLIP ViT-B/32 without its last layer, RoBERTa-base's embeddings and
+    first 6 layers, 6 fusion layers, and a reconstructor of 6+6 layers; post-norm."""
     vit = LayerConfig(width=768, heads=12, hidden=3072, activation="quick_gelu")
     roberta = LayerConfig(width=768, heads=12, hidden=3072, norm="post", eps=1e-5, dropout=dropout)
     cross = LayerConfig(width=768, heads=12, hidden=3072, norm="post", eps=1e-12, dropout=dropout)
@@ -307,10 +324,10 @@ def flm_base(*, size: int = 288, reconstructor: bool = True, dropout: float = 0.
     )
 
 
-def _single(
+def single_stream_model(
     *, width: int, depth: int, regions: RegionConfig, positions: int, size: int, norm: Norm, dropout: float
 ) -> ModelConfig:
-    """One stream over words and regions; of the image only `size` is read."""
+    """One stream over words and regions. Of the image encoder only the size is used."""
     heads = max(1, width // 64) if width >= 256 else width // 32
     layer = LayerConfig(width=width, heads=heads, hidden=4 * width, norm=norm, eps=1e-12, dropout=dropout)
     return ModelConfig(
@@ -320,11 +337,29 @@ def _single(
     )
 
 
+def single_over_patches(config: ModelConfig, *, pool: int = 2) -> ModelConfig:
+    """A single stream over words and regions that are pooled from the image encoder of a model with fusion; it has as many
+    layers as the text encoder and fusion together."""
+    if config.fusion is None:
+        raise UserError(
+            "a single stream takes its layers from those of fusion, which this model lacks; use tiny or small"
+        )
+    return ModelConfig(
+        image=config.image,
+        text=config.text.with_depth(0),
+        single=SingleConfig(
+            depth=config.text.depth + config.fusion.depth,
+            layer=config.fusion.layer,
+            regions=RegionConfig(feature=config.image.width, pool=pool),
+        ),
+    )
+
+
 def tiny_single(*, size: int = 48, crop: int = 8, feature: int | None = None, norm: Norm = "pre") -> ModelConfig:
-    """For a few minutes on two CPU cores: width 96, 4 layers over words and a detector's features, or the regions' own
-    pixels where it gives none."""
+    """A single stream for a few minutes on two CPU cores: width 96, 4 layers. Regions are a detector's features of `feature`
+    numbers, or, where that is None, their pixels at `crop` x `crop` points."""
     regions = RegionConfig(crop=crop) if feature is None else RegionConfig(feature=feature)
-    return _single(width=96, depth=4, regions=regions, positions=64, size=size, norm=norm, dropout=0.0)
+    return single_stream_model(width=96, depth=4, regions=regions, positions=64, size=size, norm=norm, dropout=0.0)
 
 
 def uniter_base(*, dropout: float = 0.1) -> ModelConfig:
@@ -333,11 +368,13 @@ def uniter_base(*, dropout: float = 0.1) -> ModelConfig:
 
 
 def uniter_large(*, dropout: float = 0.1) -> ModelConfig:
-    """UNITER-large: BERT-large likewise."""
+    """UNITER-large (arXiv 1909.11740): BERT-large over words and a detector's 2048-d regions."""
     return uniter(width=1024, depth=24, dropout=dropout)
 
 
 def uniter(*, width: int, depth: int, feature: int = 2048, dropout: float = 0.1) -> ModelConfig:
-    """BERT of any size over words and a detector's regions."""
+    """UNITER of any size: BERT over words and a detector's regions, features of `feature` numbers."""
     regions = RegionConfig(feature=feature)
-    return _single(width=width, depth=depth, regions=regions, positions=512, size=224, norm="post", dropout=dropout)
+    return single_stream_model(
+        width=width, depth=depth, regions=regions, positions=512, size=224, norm="post", dropout=dropout
+    )

@@ -13,10 +13,7 @@ Smaller and for 1,000 s of one CPU core (790 steps of 64), masked words are at 4
 
 from fastvlp.data.pairs import PairData
 from fastvlp.data.regions import RegionSource
-from fastvlp.model.model import ModelConfig
-from fastvlp.model.region_embedding import RegionConfig
-from fastvlp.model.single_stream import SingleConfig
-from fastvlp.model.sizes import small
+from fastvlp.model.sizes import single_over_patches, small
 from fastvlp.objectives.mlm import MLMConfig
 from fastvlp.objectives.region import MRFRConfig
 from fastvlp.objectives.wra import WRAConfig
@@ -24,23 +21,11 @@ from fastvlp.training.loop import TrainConfig
 from fastvlp.training.optim import OptimConfig
 
 
-def end_to_end(config: ModelConfig) -> ModelConfig:
-    """The image tower of a size, and one stream as deep as its text tower and fusion together."""
-    assert config.fusion is not None
-    regions = RegionConfig(feature=config.image.width, pool=2)
-    depth = config.text.depth + config.fusion.depth
-    return ModelConfig(
-        image=config.image,
-        text=config.text.with_depth(0),
-        single=SingleConfig(depth=depth, layer=config.fusion.layer, regions=regions),
-    )
-
-
 def uniter_end2end() -> TrainConfig:
     return TrainConfig(
         name="uniter_end2end",
         data=PairData(train="photos/train", val="photos/val", batch_size=32, regions=RegionSource(grid=4)),
-        model=end_to_end(small(reconstructor=False)),
+        model=single_over_patches(small(reconstructor=False)),
         objectives={
             "itm": WRAConfig(),
             "mlm": MLMConfig(mask_rate=0.15, whole_word=False),
