@@ -48,8 +48,7 @@ def finetune(
     resume: bool = False,
     **options: Any,
 ) -> TaskScores | None:
-    """Fine-tune a pretrained run on a task, and score its best weights on the splits val and test. Returns the scores and
-    their file, which has each as soon as it is known; None on all ranks but the main one.
+    """Fine-tune a pretrained run on a task, and score its best weights on the splits val and test.
 
     Args:
         task: Name of the task, or the task with its options.
@@ -71,6 +70,8 @@ def finetune(
         threads: Threads of the CPU; by default torch's choice.
         resume: Continue from the last checkpoint.
         **options: The task's own options.
+
+    Returns: The scores and their file; None on all ranks but the main one.
     """
     chosen, start = make_task(task, options), load_pretrained(source)
     run_name = name or f"{Path(source).name}-{chosen.name}"

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+import tyro
 
 from fastvlp import dist
 from fastvlp.data import splits
@@ -22,7 +23,7 @@ from fastvlp.tasks.task_scores import TaskScores, new_scores_path, save_scores
 
 
 def evaluate_task(
-    run: str,
+    run: Annotated[str, tyro.conf.arg(metavar="RUN")],
     /,
     *,
     split: str = "test",
@@ -33,10 +34,7 @@ def evaluate_task(
     threads: int | None = None,
     **scoring: Any,
 ) -> TaskScores:
-    """Score a fine-tuned run on a split. The result is written beside its earlier ones.
-
-    The best weights are scored. Raises UserError for a record that cannot be read, since an evaluation leaves none out, and
-    for a split that does not say what is right.
+    """Score the best weights of a fine-tuned run on a split. The scores are written beside its earlier ones.
 
     Args:
         run: Folder of the fine-tuned run; with `zero_shot`, of a pretrained one.
@@ -47,6 +45,12 @@ def evaluate_task(
         device: Such as cpu or cuda:1; auto is a GPU where there is one.
         threads: Threads of the CPU; by default torch's choice.
         **scoring: Options of the task's evaluation, such as `beams` of caption.
+
+    Returns: The scores and their file.
+
+    Raises:
+        UserError: for a record that cannot be read, since an evaluation leaves none out, and for a split that does not say
+            what is right.
     """
     if threads:
         torch.set_num_threads(threads)
@@ -92,11 +96,14 @@ def split_folder(tuned: FineTuned, split: str, data: str | None) -> str:
 def load_task(folder: str | Path) -> FineTuned:
     """A fine-tuned run by itself. Raises UserError where the folder is no run of a task, or is damaged."""
     saved = load_model(folder)
-    name = str(saved.info.get("task"))
-    try:
-        task = task_named(name)
-    except UserError as error:
-        raise UserError(f"{folder}: no fine-tuned run of a task that is known here; {error}") from error
+    name, named = saved.info.get("task"), {task.name: task for task in tasks()}
+    if name not in named:
+        raise UserError(
+            f"{folder}: no fine-tuned run of a task that is known here: it was trained on {name!r}, the tasks are "
+            f"{', '.join(named)}. Make one with `vlp finetune`, or import the file that defines your own task first, with "
+            f"`vlp --import FILE.py ...` or `fastvlp.extensions.import_file`"
+        )
+    task = named[name]
     return FineTuned(task, saved, load_objective(saved, name), read_saved_run(folder).data_as(task.data))
 
 
