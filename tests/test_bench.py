@@ -12,6 +12,8 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from fastvlp.config import flatten, to_json
+from fastvlp.recipes import recipe
 from tests.training.runs import made_pairs
 
 BENCH = Path(__file__).parents[1] / "bench" / "objective_step_time.py"
@@ -161,3 +163,27 @@ def test_a_rival_that_is_absent_is_left_out_by_name(bench, tmp_path, monkeypatch
     rows = rows_of(out)
     assert [*rows] == ["padded keep 0.5", "trimmed keep 0.5"] and rows["padded keep 0.5"]["open_clip"] is None
     assert rows["padded keep 0.5"]["flops"] > rows["trimmed keep 0.5"]["flops"]
+
+
+# Where the recorded run took its data, its tokenizer and its length from is the comparison's.
+OWN_OF_COMPARISON = {"out", "tokenizer", "budget_s", "test"}
+
+
+@pytest.mark.skipif(not BENCH.exists(), reason="installed without its benchmarks")
+@pytest.mark.parametrize("results", ["compare_towers_en", "compare_queue16"])
+def test_recorded_arms_are_those_of_the_committed_recipes(results):
+    recorded = json.loads((BENCH.parent / "results" / f"{results}.json").read_text(encoding="utf-8"))["configs"]
+    for name, config in recorded.items():
+        found = flatten(to_json(recipe(str(BENCH.parent / "recipes" / f"{name}.py"))))
+        for field, value in flatten(config).items():
+            if field not in OWN_OF_COMPARISON and field.rpartition(".")[2] != "type":
+                assert found.get(field) == value, (name, field)
+
+
+@pytest.mark.skipif(not BENCH.exists(), reason="installed without its benchmarks")
+def test_every_recipe_of_the_benchmarks_is_whole():
+    files = sorted((BENCH.parent / "recipes").glob("*.py"))
+    assert len(files) > 10
+    for file in files:
+        run = recipe(str(file))
+        assert run.objectives and (run.steps is None) != (run.budget_s is None), file
