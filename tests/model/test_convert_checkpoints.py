@@ -98,8 +98,8 @@ def clip_checkpoint(folder: Path) -> tuple[Path, VLModel]:
     weights["visual.conv1.weight"] = weights["visual.conv1.weight"].reshape(64, 3, 16, 16)
     weights["token_embedding.weight"] = weights["token_embedding.weight"][:60]
     weights |= {name: weights[name].T for name in PROJECTIONS} | {"logit_scale": torch.tensor(3.0)}
-    told = {"epoch": 2, "state_dict": {f"module.{name}": x for name, x in weights.items()}, "optimizer": {"state": {}}}
-    torch.save(told, folder / "clip.pt")
+    saved = {"epoch": 2, "state_dict": {f"module.{name}": x for name, x in weights.items()}, "optimizer": {"state": {}}}
+    torch.save(saved, folder / "clip.pt")
     return folder / "clip.pt", model
 
 
@@ -174,8 +174,8 @@ def test_bert_is_what_uniter_begins_with(tmp_path: Path, capsys):
     weights: dict[str, Tensor] = {"cls.seq_relationship.weight": torch.zeros(2, 64)}
     for name, x in read_weights(checkpoint).items():
         if not name.startswith(lacks):
-            for new, told in old.items():
-                name = name.replace(new, told)
+            for new, earlier in old.items():
+                name = name.replace(new, earlier)
             weights[name] = x.clone()
     save_file(weights, tmp_path / "bert.safetensors")
     assert main(["convert", "bert", str(tmp_path / "bert.safetensors"), str(tmp_path / "bert")]) == 0
@@ -213,11 +213,11 @@ def test_two_towers_embed_evaluate_and_learn_on(tmp_path: Path, world: Path, fam
     assert main(["evaluate", "retrieval", str(out), "--data", str(world), "--split", "val"]) == 0
 
 
-def test_an_openai_file_is_known_by_what_it_says_of_its_size(tmp_path: Path):
+def test_an_openai_file_is_recognised_by_its_size_fields(tmp_path: Path):
     path, _ = clip_checkpoint(tmp_path)
     torch.save(read_weights(path) | {"input_resolution": torch.tensor(32)}, path)
-    for told, activation in (((), "quick_gelu"), (("--activation", "gelu"), "gelu")):
-        assert main(["convert", "open_clip", str(path), str(tmp_path / activation), *told]) == 0
+    for options, activation in (((), "quick_gelu"), (("--activation", "gelu"), "gelu")):
+        assert main(["convert", "open_clip", str(path), str(tmp_path / activation), *options]) == 0
         config = load_model(tmp_path / activation).model.config
         assert config.image.layer.activation == config.text.layer.activation == activation
 
@@ -227,8 +227,8 @@ def test_brivl_as_its_files_are(tmp_path: Path, monkeypatch, capsys):
     config = test_brivl_parity.config(c)
     monkeypatch.setattr(sizes, "brivl", lambda: config)
     made_tokenizer(tmp_path / "vocabulary.json", BERT, c["vocab"])
-    told = {name.removeprefix("learnable."): x for name, x in weights.items()}
-    torch.save({"learnable": told}, tmp_path / "brivl.pth")
+    learnable = {name.removeprefix("learnable."): x for name, x in weights.items()}
+    torch.save({"learnable": learnable}, tmp_path / "brivl.pth")
     names = [str(tmp_path / name) for name in ("brivl.pth", "out", "vocabulary.json")]
     assert main(["convert", "brivl", *names[:2], "--tokenizer", names[2]]) == 0
     assert "untrained: image, embed.image.regions.project" in capsys.readouterr().out
@@ -267,7 +267,7 @@ def test_what_cannot_be_converted_is_named_and_nothing_is_written(tmp_path: Path
     torch.save({name: x for name, x in weights.items() if "pooler" not in name}, tmp_path / "less.pt")
     torch.save({"model": weights, "epoch": 1}, tmp_path / "nested.pt")
     made_tokenizer(tmp_path / "other.json", BERT, 50)
-    for family, file, told in (
+    for family, file, expected in (
         ("uniter", "absent.pt", "no such file"),
         ("uniter", "damaged.pt", "not readable as weights"),
         ("uniter", "bad.safetensors", "not readable as weights"),
@@ -281,7 +281,7 @@ def test_what_cannot_be_converted_is_named_and_nothing_is_written(tmp_path: Path
     ):
         assert main(["convert", family, str(tmp_path / file), str(tmp_path / "out")]) == 2, file
         error = capsys.readouterr().err
-        assert file in error and told in error, error
+        assert file in error and expected in error, error
     uniter = ["convert", "uniter", str(path), str(tmp_path / "out")]
     assert main([*uniter, "--tokenizer", str(tmp_path / "other.json")]) == 2
     assert "use the tokenizer it was saved with" in capsys.readouterr().err

@@ -88,7 +88,7 @@ def test_a_two_layer_head_is_linear_relu_linear():
     torch.testing.assert_close(head(x), y / y.norm(dim=1, keepdim=True))
 
 
-def test_towers_alone_say_what_they_lack():
+def test_parts_that_are_absent_are_named():
     model, batch = towers(), made_batch(lengths=(4,))
     image = model.encode_image(batch.image)
     with pytest.raises(UserError, match=r"no fusion.*model\.fusion"):
@@ -97,7 +97,7 @@ def test_towers_alone_say_what_they_lack():
         VLModel(made_config()).embed_image(image)
 
 
-def test_configs_that_cannot_be():
+def test_configs_that_do_not_fit_are_refused():
     config = made_config()
     embed = EmbedConfig(width=8, image=HeadConfig(pool="patches"), text=HeadConfig(pool="first"))
     with pytest.raises(UserError, match=r"model\.embed\.image\.pool.*choose mean"):

@@ -31,7 +31,7 @@ def test_decoding_step_by_step_equals_one_causal_read(norm):
 
 @pytest.mark.parametrize("norm", ["pre", "post"])
 def test_the_forward_stream_is_the_causal_read(norm):
-    """FLM's forward stream and the AR baseline are the same network (spec 1.8, B4)."""
+    """FLM's forward stream and the AR baseline are the same network."""
     model, batch = made_model(norm=norm).double(), made_batch(lengths=(9, 4, 7))
     image = model.encode_image(batch.image)
     streams = model.streams(image, batch.ids, batch.length)
@@ -41,7 +41,7 @@ def test_the_forward_stream_is_the_causal_read(norm):
     assert torch.allclose(forward[real], read[real], atol=1e-10)
 
 
-def test_flip_is_its_own_inverse_and_leaves_padding():
+def test_reversing_a_text_is_its_own_inverse_and_leaves_padding():
     ids = torch.tensor([[1, 5, 6, 2, 0, 0], [1, 7, 8, 9, 10, 2]])
     length = torch.tensor([4, 6])
     flipped = reverse_text(ids, length)
@@ -134,8 +134,10 @@ def test_official_and_blind_starts_are_read_as_they_were_trained():
     for bos in ("blind", "official"):
         read = [model.read_causally(image_BKD, ids, batch.length, bos=bos)[:, 1:4] for ids in (batch.ids, other)]
         assert torch.equal(*read) == (bos == "official")
-        told = [model.summarise(image_BKD, ids, batch.length, reading="causal", bos=bos) for ids in (batch.ids, other)]
-        assert torch.equal(*told) == (bos == "official")
+        summaries = [
+            model.summarise(image_BKD, ids, batch.length, reading="causal", bos=bos) for ids in (batch.ids, other)
+        ]
+        assert torch.equal(*summaries) == (bos == "official")
 
 
 def test_a_model_without_reconstructor_says_so():
@@ -160,7 +162,7 @@ def test_a_shorter_reconstructor_reads_the_last_layers(bottom, top):
 
 @pytest.mark.parametrize("size", [tiny, small, flm_base])
 def test_sizes_build(size):
-    """The paper's size has the parameters that the spec counts (1.1): about 345 M with RoBERTa's vocabulary."""
+    """The paper's size has the parameters that its authors count (arXiv 2303.14038): about 345 M with RoBERTa's vocabulary."""
     config = with_tokenizer(size(), made_tokenizer())
     assert config.text.vocab == 40
     with torch.device("meta"):

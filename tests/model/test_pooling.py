@@ -43,7 +43,7 @@ def test_weights_equal_grid_sample_under_a_matrix_for_aligned_corners(place, ali
     torch.testing.assert_close(*(torch.autograd.grad(x.square().sum(), pixels)[0] for x in (mine, known)))
 
 
-def test_exact_places_tell_where_a_box_is():
+def test_exact_samples_lie_within_the_box():
     """On a map that holds each cell's own position, a box that keeps half a cell from the edge reads its own middle."""
     middle = (torch.arange(CELLS, dtype=torch.float64) + 0.5) / CELLS
     states = torch.stack([middle.repeat(CELLS), middle.repeat_interleave(CELLS)], 1)
@@ -83,17 +83,17 @@ def regions(*counts: int) -> Regions:
 
 
 def test_an_image_is_its_regions_whatever_pads_them_or_comes_first():
-    model, batch, told = brivl(), made_batch(lengths=(4, 4)), regions(2, 4)
+    model, batch, boxes = brivl(), made_batch(lengths=(4, 4)), regions(2, 4)
     with torch.no_grad():
         states = model.encode_image(batch.image)
-        vector = model.embed_image(states, told)
-        alone = model.embed_image(states[:1], Regions(box=told.box[:1, :2], count=told.count[:1]))
+        vector = model.embed_image(states, boxes)
+        alone = model.embed_image(states[:1], Regions(box=boxes.box[:1, :2], count=boxes.count[:1]))
         torch.testing.assert_close(vector[:1], alone)
-        swapped = replace(told, box=told.box[:, [1, 0, 3, 2]])
+        swapped = replace(boxes, box=boxes.box[:, [1, 0, 3, 2]])
         torch.testing.assert_close(model.embed_image(states, swapped), vector)
-        hidden = replace(told, box=told.box.clone())
+        hidden = replace(boxes, box=boxes.box.clone())
         hidden.box[1, 1] = 0.0  # what a crop left behind, amid the others
-        three = Regions(box=told.box[1:, [0, 2, 3]], count=torch.tensor([3]))
+        three = Regions(box=boxes.box[1:, [0, 2, 3]], count=torch.tensor([3]))
         torch.testing.assert_close(model.embed_image(states, hidden)[1:], model.embed_image(states[1:], three))
         none = Regions(box=torch.zeros(2, 3, 4), count=torch.zeros(2, dtype=torch.long))
         assert torch.isfinite(model.embed_image(states, none)).all()
@@ -105,12 +105,12 @@ def test_a_grid_needs_no_boxes_and_the_class_token_is_no_cell():
     with torch.no_grad():
         model = brivl(grid=3)
         box = grid_boxes(3).expand(2, -1, -1)
-        states, told = model.encode_image(batch.image), Regions(box=box, count=torch.tensor([10, 10]))
+        states, boxes = model.encode_image(batch.image), Regions(box=box, count=torch.tensor([10, 10]))
         vector = model.embed_image(states)
         torch.testing.assert_close(vector, model.embed_image(states, regions(1, 1)))
         bare = brivl(class_token=False)
         bare.embed.load_state_dict(model.embed.state_dict())
-        torch.testing.assert_close(vector, bare.embed_image(states[:, 1:], told))
+        torch.testing.assert_close(vector, bare.embed_image(states[:, 1:], boxes))
 
 
 def test_the_published_size_has_the_published_parts():
@@ -152,7 +152,7 @@ def test_dropped_patches_and_missing_boxes_are_refused():
         ("text", {"layer": LayerConfig(width=32, heads=5, hidden=8)}, "does not divide into 5 heads"),
     ],
 )
-def test_heads_that_cannot_be(side, changes, message):
+def test_heads_that_do_not_fit_are_refused(side, changes, message):
     config = brivl().config
     head = replace(getattr(config.embed, side), **changes)
     with pytest.raises(UserError, match=message):

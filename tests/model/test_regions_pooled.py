@@ -71,8 +71,8 @@ def test_the_image_tower_learns_from_the_words():
 
     def loss(image: torch.Tensor) -> torch.Tensor:
         shown = replace(batch, image=image)
-        (told,) = objective(model, model.encode_image(image, regions=batch.regions), shown).values()
-        return told.total
+        (loss,) = objective(model, model.encode_image(image, regions=batch.regions), shown).values()
+        return loss.total
 
     image = batch.image.clone().requires_grad_()
     model.zero_grad()
@@ -86,27 +86,27 @@ def test_the_image_tower_learns_from_the_words():
         torch.testing.assert_close(image.grad[place], slope.detach(), rtol=1e-4, atol=1e-7)
 
 
-def test_what_is_asked_for_of_hidden_regions_teaches_the_tower_nothing():
+def test_targets_of_hidden_regions_do_not_train_the_image_encoder():
     """With all regions hidden the tower meets the loss as its target alone."""
     model, batch = pooling_model(), gridded(made(), 2)
     for rate, learns in ((1.0, False), (0.3, True)):
         objective = MRFRConfig(rate=rate).build(model.config, made_tokenizer()).double()
         model.zero_grad()
-        (told,) = objective(model, model.encode_image(batch.image, regions=batch.regions), batch).values()
-        told.total.backward()
+        (loss,) = objective(model, model.encode_image(batch.image, regions=batch.regions), batch).values()
+        loss.total.backward()
         assert any(p.grad is not None and p.grad.any() for p in model.image.parameters()) == learns
 
 
 @pytest.mark.parametrize(
-    ("bad", "said"),
+    ("bad", "message"),
     [
         ({"feature": WIDTH + 1}, r"model\.single\.regions\.feature` 9 .*8"),
         ({"pool": 0}, r"model\.single\.regions\.pool.*1 or more"),
         ({"crop": 4}, r"model\.single\.regions\.pool.*crop"),
     ],
 )
-def test_settings_that_cannot_be_are_refused(bad, said):
-    with pytest.raises(UserError, match=said):
+def test_settings_that_do_not_fit_are_refused(bad, message):
+    with pytest.raises(UserError, match=message):
         VLModel(pooling_config(**bad))
 
 
@@ -118,7 +118,7 @@ def test_boxes_and_whole_images_are_needed():
         model.encode_image(batch.image, torch.zeros(3, 2, dtype=torch.int64), batch.regions)
 
 
-def test_the_tower_is_there_where_it_is_read_and_counted_where_it_works():
+def test_there_is_an_image_encoder_only_where_regions_are_pooled():
     with_tower, without = VLModel(pooling_config()), VLModel(pooling_config(None))
     assert not [name for name in without.state_dict() if name.startswith("image.")]
     flops = []
@@ -131,7 +131,7 @@ def test_the_tower_is_there_where_it_is_read_and_counted_where_it_works():
 
 def test_the_recipe_trains_all_of_its_model():
     run, config = uniter_end2end(), single_over_patches(made_config(reconstructor=False))
-    built = {name: told.build(config, made_tokenizer()) for name, told in run.objectives.items()}
+    built = {name: objective.build(config, made_tokenizer()) for name, objective in run.objectives.items()}
     pretraining = Pretraining(VLModel(config), built)
     batch = gridded(region_batch(lengths=(6, 9, 4, 7), counts=(2, 2, 2, 2)), run.data.regions.grid)
     losses = pretraining(batch)

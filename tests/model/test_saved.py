@@ -60,7 +60,7 @@ def test_encoders_are_saved_by_type_and_read_without_it(tmp_path, tokenizer):
         load_model(tmp_path)
 
 
-def test_best_and_last_each_tell_their_own_step(tmp_path, tokenizer):
+def test_best_and_last_have_a_step_each(tmp_path, tokenizer):
     model = made(tokenizer)
     save_model(tmp_path, model, tokenizer, {"step": 10}, name="best")
     save_model(tmp_path, model, tokenizer, {"step": 20}, name="last")
@@ -135,7 +135,7 @@ def test_inherit_drops_only_whole_modules(tokenizer):
         inherit(made(tokenizer), source.state_dict() | {"stray": torch.zeros(1)})
 
 
-def test_another_width_has_a_remedy(tokenizer):
+def test_another_width_is_refused(tokenizer):
     with pytest.raises(UserError, match=r"has shape .*, the model wants .*; give the new model the same widths"):
         inherit(VLModel(with_tokenizer(small(size=48, patch=8), tokenizer)), made(tokenizer).state_dict())
     other = made(tokenizer, size=96).state_dict()
@@ -143,7 +143,7 @@ def test_another_width_has_a_remedy(tokenizer):
         load_exactly(made(tokenizer), other, "here")
 
 
-def test_inherit_tells_both_shapes(tokenizer):
+def test_both_shapes_are_named_where_they_differ(tokenizer):
     other = Tokenizer.train(["a green cone on a table with many other things"] * 3, vocab_size=90)
     with pytest.raises(
         UserError, match=r"text\.word\.weight has shape \[\d+, (\d+)\], the model wants \[\d+, \1\].*tokenizer"

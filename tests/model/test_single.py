@@ -37,7 +37,7 @@ def test_packing_leaves_no_gap_where_the_last_text_is_not_the_longest():
 
 
 def test_packing_pays_where_batches_are_made_by_total_length():
-    """Of UNITER's lengths (spec A3.1), 8192 rows in batches of 10,240 tokens."""
+    """Of UNITER's lengths, 8192 rows in batches of 10,240 tokens."""
     generator = torch.Generator().manual_seed(0)
     words = (11.5 + 3.5 * torch.randn(8192, generator=generator)).round().clamp(3, 60).long() + 2
     regions = (36 + 16 * torch.randn(8192, generator=generator)).round().clamp(10, 100).long()
@@ -53,7 +53,7 @@ def test_packing_pays_where_batches_are_made_by_total_length():
 
 
 @pytest.mark.parametrize("norm", ["pre", "post"])
-def test_padding_is_nothing(norm):
+def test_padding_changes_nothing(norm):
     """The packed sequence of a batch equals each row alone; padding, its words and features, is never seen."""
     model = single_model(norm=norm).double()
     batch = region_batch(lengths=(4, 9, 6, 3), counts=(5, 1, 0, 6))
@@ -113,7 +113,7 @@ def test_the_second_picture_of_a_pair_has_its_own_type():
     assert (first.pooled[1] != none.pooled[1]).all()
 
 
-def test_random_hide_is_a_function_of_the_row_and_hides_something_where_there_is_something():
+def test_random_hide_depends_on_the_row_alone_and_hides_at_least_one_region():
     seed, real = torch.arange(4000), torch.arange(10) < torch.tensor(10)
     hidden = random_hide(seed, real.expand(4000, 10), 0.3)
     assert hidden.float().mean().item() == pytest.approx(0.3, abs=0.01)
@@ -152,12 +152,12 @@ def test_features_come_from_the_data_or_from_pixels():
     ("config", "trunk", "whole"), [(uniter_base(), 109.90, 112.94), (uniter_large(), 335.70, 340.52)]
 )
 def test_the_papers_sizes(config, trunk, whole):
-    """Million parameters, of the released code with its vocabulary (spec A1.2)."""
+    """Million parameters, of the released code with its vocabulary."""
     vocab = 28996
     config = replace(config, text=replace(config.text, vocab=vocab))
     with torch.device("meta"):
         model = VLModel(config)
-        heads = [told.build(config, None) for told in (MRFRConfig(), MRCConfig())]
+        heads = [objective.build(config, None) for objective in (MRFRConfig(), MRCConfig())]
     # Theirs keep a row of zeros beside the mask vector.
     count = lambda *parts: (2048 + sum(p.numel() for part in parts for p in part.parameters())) / 1e6  # noqa: E731
     assert count(model, *heads) == pytest.approx(whole, abs=5e-3)

@@ -104,7 +104,7 @@ def test_towers_embed_as_released_with_equal_gradients():
         assert_close(grad.reshape(known[f"grad.{name}"].shape), known[f"grad.{name}"], tol[f"grad.{name}"], name)
 
 
-def test_attention_sees_what_is_there():
+def test_states_of_real_regions_and_words():
     """The two towers' states before they are averaged, at real regions and words."""
     model, regions, _, tol, known = loaded()
     states: dict[str, torch.Tensor] = {}
@@ -163,9 +163,9 @@ def rows_of(known: dict[str, Tensor], step: str, image: str, text: str) -> Batch
     return Batch(image=x, ids=ids, length=torch.ones(len(x), dtype=torch.long), seed=torch.arange(len(x)))
 
 
-def begun(told: MoCoConfig, model: Stand, slow: Stand, queues: list[Tensor]) -> MoCo:
+def begun(config: MoCoConfig, model: Stand, slow: Stand, queues: list[Tensor]) -> MoCo:
     """With the copy and the queues that the original began with, where the copy differs from the towers: it follows once."""
-    objective = MoCo(told, queues[0].shape[0])
+    objective = MoCo(config, queues[0].shape[0])
     objective.begin(model)
     objective.slow.load_state_dict(slow.state_dict())
     for mine, known in zip((objective.image_queue, objective.text_queue), queues):
@@ -179,8 +179,8 @@ def test_three_steps_as_released():
     image, text = ({"w": f"in.{side}_w0", "b": f"in.{side}_b0"} for side in ("img", "txt"))
     model = Stand(known, image, text)
     slow = Stand(known, *({k: f"{v}_mom" for k, v in names.items()} for names in (image, text)))
-    told = MoCoConfig(queue=c["QUEUE_SIZE"], momentum=c["MOMENTUM"], temperature=c["TEMPERATURE"])
-    objective = begun(told, model, slow, [known["in.img_queue0"], known["in.text_queue0"]])
+    config = MoCoConfig(queue=c["QUEUE_SIZE"], momentum=c["MOMENTUM"], temperature=c["TEMPERATURE"])
+    objective = begun(config, model, slow, [known["in.img_queue0"], known["in.text_queue0"]])
     for step in ("step1", "step2", "step3"):
         batch = rows_of(known, step, "img_x", "txt_x")
         rows, keys = objective.embed(model, batch.image, batch), objective.constants(model, batch)
@@ -211,7 +211,7 @@ def test_three_steps_as_released():
         after |= {"img_w_after_sgd": model.image["w"], "txt_w_after_sgd": model.text["w"]}
         for name, mine in after.items():
             assert_close(mine, known[f"out.{step}.{name}"], tol[f"out.{step}.{name}"], f"{step} {name}")
-        place = objective.written % told.queue
+        place = objective.written % config.queue
         assert place == known[f"out.{step}.img_queue_ptr"] == known[f"out.{step}.text_queue_ptr"]
 
 
@@ -235,8 +235,8 @@ def test_two_steps_of_albef():
         return Stand(known, maps[0] | maps[1], maps[2] | maps[3])
 
     model = stand("")
-    told = replace(albef(queue=c["K"]), momentum=c["momentum"], temperature=c["temp"], alpha=c["alpha"])
-    objective = begun(told, model, stand("_m"), [known["in.image_queue0"], known["in.text_queue0"]])
+    config = replace(albef(queue=c["K"]), momentum=c["momentum"], temperature=c["temp"], alpha=c["alpha"])
+    objective = begun(config, model, stand("_m"), [known["in.image_queue0"], known["in.text_queue0"]])
     for step in ("step1", "step2"):
         batch = rows_of(known, step, "image_x", "text_x")
         rows, keys = objective.embed(model, batch.image, batch), objective.constants(model, batch)
@@ -264,4 +264,4 @@ def test_two_steps_of_albef():
         after["temp_after_sgd"] = objective.temperature
         for name, mine in after.items():
             assert_close(mine, known[f"out.{step}.{name}"], tol[f"out.{step}.{name}"], f"{step} {name}")
-        assert objective.written % told.queue == known[f"out.{step}.queue_ptr"]
+        assert objective.written % config.queue == known[f"out.{step}.queue_ptr"]

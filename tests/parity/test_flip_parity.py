@@ -41,8 +41,8 @@ def built(log_scale: float | None = None) -> tuple[VLModel, CLIP]:
     model = VLModel(model_config())
     model.load_state_dict(from_flip(weights))
     objective = CLIP(CLIPConfig(bound="clip"))
-    told = weights["logit_scale"] if log_scale is None else torch.tensor(log_scale)
-    objective.load_state_dict({"log_scale": told.reshape(())})
+    scale = weights["logit_scale"] if log_scale is None else torch.tensor(log_scale)
+    objective.load_state_dict({"log_scale": scale.reshape(())})
     return model, objective
 
 
@@ -104,15 +104,15 @@ def test_gradients(way, log_scale):
     gradients = {name: p.grad for name, p in model.named_parameters()}
     sources = flip_map(len(model.image.blocks), len(model.text.blocks)).sources
     owner = {part: (ours, parts) for ours, parts in sources.items() for part in parts}
-    told = {key.removeprefix(f"grad.{way}."): key for key in known if key.startswith(f"grad.{way}.")}
-    for name, key in told.items():
+    stored = {key.removeprefix(f"grad.{way}."): key for key in known if key.startswith(f"grad.{way}.")}
+    for name, key in stored.items():
         if name == "logit_scale":
             mine = objective.log_scale.grad
         else:
             ours, parts = owner[name]
             mine = gradients[ours].chunk(len(parts))[parts.index(name)]
         assert_close(mine, from_flax({name: known[key]})[name], tol[key], key)
-    assert told
+    assert stored
 
 
 def test_what_is_left_over_is_named():

@@ -79,10 +79,10 @@ def test_losses_and_gradients_of_the_towers(name):
     own: dict[str, Tensor] = {"logit_scale": scored.log_scale.grad}
     if name == "siglip":
         own = {"siglip_logit_scale": scored.log_scale.grad, "siglip_logit_bias": scored.bias.grad}
-    told = {key.removeprefix(f"grad.{name}."): key for key in known if key.startswith(f"grad.{name}.")}
-    told = {part: key for part, key in told.items() if not part.endswith("_features")}
-    for part, key in told.items():
+    stored = {key.removeprefix(f"grad.{name}."): key for key in known if key.startswith(f"grad.{name}.")}
+    stored = {part: key for part, key in stored.items() if not part.endswith("_features")}
+    for part, key in stored.items():
         mine = own[part] if part in own else gradients[part]
         mine = mine.T if part in PROJECTIONS else mine
         assert_close(mine.reshape(known[key].shape), known[key], tol[key], key)
-    assert own.keys() <= told.keys() and len(told) >= 5
+    assert own.keys() <= stored.keys() and len(stored) >= 5

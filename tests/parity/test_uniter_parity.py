@@ -61,9 +61,9 @@ def build(name: str, *heads: str, types: int = 2) -> VLModel:
     c, _, weights, _ = golden(name)
     config = model_config(c, types)
     model = VLModel(config)
-    told = from_uniter(weights, c["num_hidden_layers"], pretrained=not heads, heads=heads)
+    state = from_uniter(weights, c["num_hidden_layers"], pretrained=not heads, heads=heads)
     fresh = {key: value for key, value in model.state_dict().items() if key in WORD_AND_MATCH} if heads else {}
-    model.load_state_dict(fresh | told)
+    model.load_state_dict(fresh | state)
     return model
 
 

@@ -33,8 +33,8 @@ class ImageEncoderConfig(abc.ABC):
     std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
     """What they are then divided by."""
 
-    # Whether the module encodes only the cells that it is given (`keep_BK`), at the cost of those.
     can_drop_patches: ClassVar[bool] = False
+    """Whether the module can encode some cells of the map alone (`keep_BK`), at the cost of those."""
 
     # For type checkers alone: a property here would hide a field of its name that has no default.
     if TYPE_CHECKING:

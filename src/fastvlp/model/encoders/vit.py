@@ -37,6 +37,7 @@ class ViTConfig(ImageEncoderConfig):
     """Epsilon of the norms before and after the layers."""
 
     can_drop_patches: ClassVar[bool] = True
+    """Patches that are not kept are not even embedded."""
 
     @property
     def width(self) -> int:

@@ -39,7 +39,7 @@ def test_draws_of_two_positions_are_independent():
     assert (r[~torch.eye(30, dtype=torch.bool)] + 1 / 29).abs().max() < 0.07
 
 
-def test_what_must_stay_can_be_said():
+def test_positions_can_be_made_to_stay():
     always = torch.zeros(len(SEED), 32, dtype=torch.bool)
     always[:, 5] = always[:, 30] = True
     share = kept(10, 32, 16, "prioritised", always_BL=always).float().mean(0)
@@ -64,7 +64,7 @@ def test_prioritised_keeps_the_same_words_however_long_the_padding():
 
 
 @pytest.mark.parametrize("policy", ["random", "prioritised"])
-def test_texts_no_longer_than_asked_for_are_kept_whole(policy):
+def test_short_texts_are_encoded_whole(policy):
     assert kept(5, 12, 16, policy).all()
 
 
