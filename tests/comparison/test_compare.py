@@ -189,10 +189,10 @@ def test_arms_with_the_same_texts_share_a_tokenizer(tmp_path: Path) -> None:
 
     run = Run(objectives={"ar": ARConfig()}, tokenizer=None, data=Texts("one"))
     arms = {"a": run, "b": replace(run), "c": replace(run, data=Texts("two")), "d": ARMS["mlm"]}
-    made = with_tokenizers(arms, tmp_path)  # type: ignore[arg-type]
+    shared = with_tokenizers(arms, tmp_path)  # type: ignore[arg-type]
     assert trained == ["one", "two"]
-    assert made["a"].tokenizer == made["b"].tokenizer != made["c"].tokenizer
-    assert made["d"].tokenizer == "given"
+    assert shared["a"].tokenizer == shared["b"].tokenizer != shared["c"].tokenizer
+    assert shared["d"].tokenizer == "given"
 
 
 def test_the_reference_is_mlm_alone_else_the_first() -> None:

@@ -44,7 +44,7 @@ class Balanced(html.parser.HTMLParser):
         assert self.open.pop() == tag
 
 
-def made(seeds: int = 2, marks: int = 2) -> Comparison:
+def comparison_of(seeds: int = 2, marks: int = 2) -> Comparison:
     arms = ["flm", "mlm", "<b>odd</b>"]
     runs = []
     for seed in range(seeds):
@@ -84,7 +84,7 @@ def made(seeds: int = 2, marks: int = 2) -> Comparison:
 
 
 def test_the_page_is_whole_and_stands_alone(tmp_path: Path) -> None:
-    write_report(made(), tmp_path / "report.html")
+    write_report(comparison_of(), tmp_path / "report.html")
     text = (tmp_path / "report.html").read_text("utf-8")
     parser = Balanced()
     parser.feed(text)
@@ -97,13 +97,13 @@ def test_the_page_is_whole_and_stands_alone(tmp_path: Path) -> None:
 
 
 def test_texts_are_texts() -> None:
-    text = page(made())
+    text = page(comparison_of())
     assert "<script>" not in text and "<b>odd" not in text and "<u>" not in text and "<circles>" not in text
     assert "&lt;circles&gt; &amp; 圆形" in text
 
 
 def test_every_part_is_there() -> None:
-    text = page(made())
+    text = page(comparison_of())
     headings = re.findall("<h2>(.*?)</h2>", text)
     assert headings[:3] == ["VQA accuracy", "CIDEr", "own metric"] and len(headings) == 8
     assert "a machine" in text
@@ -116,13 +116,13 @@ def test_every_part_is_there() -> None:
 @pytest.mark.parametrize(("seeds", "marks"), [(1, 0), (1, 1), (3, 2)])
 def test_a_comparison_under_way_has_a_page(seeds: int, marks: int) -> None:
     parser = Balanced()
-    parser.feed(page(made(seeds, marks)))
+    parser.feed(page(comparison_of(seeds, marks)))
     assert not parser.open
 
 
 def test_what_cannot_be_timed_is_not_called_slow() -> None:
     """The reference had its final score by the first mark: nobody fails to reach it, nobody can be timed."""
-    text = page(made(seeds=1, marks=1))
+    text = page(comparison_of(seeds=1, marks=1))
     assert text.count("not timed") == 2 and "did not reach" not in text
 
 
@@ -131,7 +131,7 @@ def lead(text: str) -> str:
 
 
 def test_a_difference_within_the_noise_is_no_win() -> None:
-    comparison = made(seeds=2, marks=1)
+    comparison = comparison_of(seeds=2, marks=1)
     for run in comparison.runs:
         run.marks[-1].scores["vqa"] = {"flm": 0.4, "mlm": 0.39}.get(run.arm, 0.1) + 0.02 * run.seed
     assert "<b>flm</b>" in lead(page(comparison)) and "mlm (40.0 ± 1.4 %)" in lead(page(comparison))
@@ -143,7 +143,7 @@ def test_a_difference_within_the_noise_is_no_win() -> None:
 
 
 def test_a_comparison_before_its_first_run_has_a_page() -> None:
-    comparison = made()
+    comparison = comparison_of()
     comparison.runs, comparison.samples = [], []
     assert 'class="tiles"' not in page(comparison) and 'class="warning"' not in page(comparison)
 

@@ -37,7 +37,7 @@ def run(arm: str, seed: int, scores: list[float]) -> ArmRun:
     return ArmRun(arm=arm, seed=seed, marks=marks)
 
 
-def made(*runs: ArmRun) -> Comparison:
+def comparison_of(*runs: ArmRun) -> Comparison:
     arms = list(dict.fromkeys(r.arm for r in runs))
     return Comparison(
         arms=arms,
@@ -60,12 +60,12 @@ def test_the_curve_is_straight_between_marks() -> None:
 
 def test_a_score_had_at_the_first_mark_is_a_bound() -> None:
     assert first_reached([10, 20], [0.6, 0.7], 0.5) == Reached(10, True)
-    comparison = made(run("mlm", 0, [0.1, 0.2, 0.5]), run("flm", 0, [0.6, 0.7, 0.8]))
+    comparison = comparison_of(run("mlm", 0, [0.1, 0.2, 0.5]), run("flm", 0, [0.6, 0.7, 0.8]))
     assert str(speedup(comparison, "flm", "vqa")) == "≥ 4.00×"
 
 
 def test_speedups_are_taken_seed_by_seed() -> None:
-    comparison = made(
+    comparison = comparison_of(
         run("mlm", 0, [0.1, 0.2, 0.5]),
         run("flm", 0, [0.4, 0.6, 0.8]),  # at 15 s: 40 / 15
         run("mlm", 1, [0.1, 0.2, 0.4]),
@@ -80,24 +80,24 @@ def test_speedups_are_taken_seed_by_seed() -> None:
 
 def test_seeds_that_never_get_there_are_counted() -> None:
     low, high = run("ar", 0, [0.1, 0.2, 0.3]), run("ar", 1, [0.1, 0.4, 0.6])
-    comparison = made(run("mlm", 0, [0.1, 0.2, 0.4]), run("mlm", 1, [0.1, 0.2, 0.4]), low, high)
+    comparison = comparison_of(run("mlm", 0, [0.1, 0.2, 0.4]), run("mlm", 1, [0.1, 0.2, 0.4]), low, high)
     assert str(speedup(comparison, "ar", "vqa")) == "2.00× (1 of 2 seeds)"
-    assert str(speedup(made(run("mlm", 0, [0.1, 0.2, 0.4]), low), "ar", "vqa")) == "not reached"
+    assert str(speedup(comparison_of(run("mlm", 0, [0.1, 0.2, 0.4]), low), "ar", "vqa")) == "not reached"
 
 
 def test_the_reference_that_falls_back_is_timed_by_its_first_reach() -> None:
-    comparison = made(run("mlm", 0, [0.2, 0.6, 0.4]), run("flm", 0, [0.4, 0.6, 0.8]))
+    comparison = comparison_of(run("mlm", 0, [0.2, 0.6, 0.4]), run("flm", 0, [0.4, 0.6, 0.8]))
     speed = speedup(comparison, "flm", "vqa")
     assert speed.ratio is not None and speed.ratio.mean == pytest.approx(15 / 10)
 
 
 def test_a_reference_that_is_done_at_once_cannot_be_timed() -> None:
-    comparison = made(run("mlm", 0, [0.5, 0.5, 0.5]), run("flm", 0, [0.4, 0.6, 0.8]))
+    comparison = comparison_of(run("mlm", 0, [0.5, 0.5, 0.5]), run("flm", 0, [0.4, 0.6, 0.8]))
     assert str(speedup(comparison, "flm", "vqa")) == "-"
 
 
 def test_rates_are_over_training_time() -> None:
-    row = summarise(made(run("mlm", 0, [0.1, 0.2, 0.5]), run("mlm", 1, [0.1, 0.2, 0.7])))[0]
+    row = summarise(comparison_of(run("mlm", 0, [0.1, 0.2, 0.5]), run("mlm", 1, [0.1, 0.2, 0.7])))[0]
     assert (row.steps, row.pairs_per_s, row.tokens_per_s, row.cpu) == (40, 8, 80, 2)
     assert row.final("vqa") == spread([0.5, 0.7])
 
@@ -105,7 +105,7 @@ def test_rates_are_over_training_time() -> None:
 def test_an_unfinished_run_has_gaps() -> None:
     broken = run("mlm", 0, [0.1])
     broken.failure = "not finite"
-    row = summarise(made(broken))[0]
+    row = summarise(comparison_of(broken))[0]
     assert row.scores["vqa"][1:] == [None, None]
     assert row.failures == ["seed 0: not finite"]
     assert format_score(VQA, row.scores["vqa"][2]) == "-"
@@ -119,7 +119,7 @@ def test_numbers_for_reading() -> None:
 
 
 def test_results_are_read_back_as_they_were(tmp_path: Path) -> None:
-    comparison = made(run("mlm", 0, [0.1, 0.2, 0.5]))
+    comparison = comparison_of(run("mlm", 0, [0.1, 0.2, 0.5]))
     comparison.save(tmp_path / "results.json")
     again = Comparison.load(tmp_path / "results.json")
     assert again == comparison and again.folder == tmp_path

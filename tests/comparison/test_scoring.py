@@ -189,11 +189,11 @@ def test_the_command(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     assert code == 0, printed.err
     assert "my_flm" in printed.out and "VQA accuracy" in printed.out
     assert printed.out.splitlines()[-1] == str(out / "report.html")
-    made = Comparison.load(out / "results.json")
-    assert made.reference == "my_mlm"
-    assert [len(run.marks) for run in made.runs] == [2, 2]
-    assert all(run.marks[-1].spent.time >= 0.9 for run in made.runs)
-    assert made.configs["my_flm"]["model"]["image"]["size"] == 32
+    comparison = Comparison.load(out / "results.json")
+    assert comparison.reference == "my_mlm"
+    assert [len(run.marks) for run in comparison.runs] == [2, 2]
+    assert all(run.marks[-1].spent.time >= 0.9 for run in comparison.runs)
+    assert comparison.configs["my_flm"]["model"]["image"]["size"] == 32
     assert "my_mlm" in (out / "report.html").read_text("utf-8")
     assert json.loads((out / "results.json").read_text("utf-8"))["about"]["command"].startswith("vlp")
     assert {path.name for path in out.iterdir()} == {"results.json", "report.html", "runs", "tokenizer-my_flm.json"}

@@ -11,8 +11,8 @@ LENGTHS = (9, 3, 6, 2)
 
 
 def test_targets_are_the_words():
-    asked = word_positions(torch.tensor([5, 2]), 5)
-    assert asked.tolist() == [[False, True, True, True, False], [False] * 5]
+    words = word_positions(torch.tensor([5, 2]), 5)
+    assert words.tolist() == [[False, True, True, True, False], [False] * 5]
 
 
 def masked_one_by_one(model, image_BKD, batch):
@@ -28,11 +28,11 @@ def masked_one_by_one(model, image_BKD, batch):
 
 def test_masked_rows_equal_one_text_at_a_time():
     model, batch = made_model().eval(), made_batch(lengths=LENGTHS)
-    asked = word_positions(batch.length, batch.ids.shape[1])
+    words = word_positions(batch.length, batch.ids.shape[1])
     with torch.no_grad():
         image_BKD = model.encode_image(batch.image)
-        known = masked_one_by_one(model, image_BKD, batch)
-        assert predict_masked(model, image_BKD, batch)[asked].equal(known[asked])
+        expected = masked_one_by_one(model, image_BKD, batch)
+        assert predict_masked(model, image_BKD, batch)[words].equal(expected[words])
 
 
 @pytest.mark.parametrize("rows", [1, 3, 7, 15, 512])

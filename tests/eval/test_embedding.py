@@ -134,7 +134,7 @@ def test_boxes_come_along_for_a_model_that_reads_them(loaded, world, tmp_path):
     with torch.no_grad():
         wanted = opened.model.embed_image(opened.model.encode_image(batch.image), batch.regions)
     torch.testing.assert_close(embed_images(opened, Shards(world / "train"))[:8], wanted)
-    with pytest.raises(UserError, match=r"give data\.regions"):
+    with pytest.raises(UserError, match=r"data\.regions"):
         embed_images(replace(opened, regions=None), Shards(world / "train"))
 
 

@@ -13,7 +13,7 @@ from fastvlp.data.records.shards import Shards
 from fastvlp.eval.probe import STRENGTHS, choose_strength, fit_logistic, held_out, predict, probe
 
 
-def made(count=80, width=6, classes=3, seed=0, noise=1.0):
+def clusters(count=80, width=6, classes=3, seed=0, noise=1.0):
     generator = torch.Generator().manual_seed(seed)
     label = torch.arange(count) % classes
     centre = torch.randn(classes, width, generator=torch.Generator().manual_seed(99), dtype=torch.float64)
@@ -26,7 +26,7 @@ def objective(weight, x, label, strength):
 
 @pytest.mark.parametrize("strength", [1e-3, 1e-1, 10.0])
 def test_the_fit_is_the_minimum(strength):
-    x, label = made()
+    x, label = clusters()
     weight = fit_logistic(x, label, 3, strength)
     at = weight.clone().requires_grad_()
     (gradient,) = torch.autograd.grad(objective(at, x, label, strength), at)
@@ -36,7 +36,7 @@ def test_the_fit_is_the_minimum(strength):
 
 
 def test_the_fit_depends_on_no_order_and_no_start():
-    x, label = made()
+    x, label = clusters()
     shares = lambda weight: predict(x, weight).softmax(1)  # noqa: E731
     weight = fit_logistic(x, label, 3, 0.01)
     assert (weight == fit_logistic(x, label, 3, 0.01)).all()
@@ -51,7 +51,7 @@ def test_the_fit_depends_on_no_order_and_no_start():
 def test_strengths_of_scikit_learn():
     """Its minimum of C * sum of losses + |W|**2 / 2 is ours at strength 1 / (C N); two classes have a closed condition:
     W = C * sum of (target - share) x."""
-    x, label = made(classes=2, count=40)
+    x, label = clusters(classes=2, count=40)
     C = 0.5
     weight = fit_logistic(x, label, 2, 1 / (C * len(x)))
     share = predict(x, weight).softmax(1)
@@ -60,7 +60,7 @@ def test_strengths_of_scikit_learn():
 
 
 def test_the_strength_is_the_best_on_what_was_held_out():
-    train, val = made(count=30, width=40, noise=2.0), made(count=300, width=40, seed=1, noise=2.0)
+    train, val = clusters(count=30, width=40, noise=2.0), clusters(count=300, width=40, seed=1, noise=2.0)
     chosen = choose_strength(train, val, 3)
     assert list(chosen.validation) == sorted(STRENGTHS, reverse=True)
     best = max(chosen.validation.values())
@@ -78,7 +78,7 @@ def test_a_tenth_is_held_out_of_the_whole_split():
 
 
 def test_classes_that_only_the_scored_split_has_are_never_right():
-    (train, train_label), (test, test_label) = made(noise=0.01), made(seed=1, noise=0.01)
+    (train, train_label), (test, test_label) = clusters(noise=0.01), clusters(seed=1, noise=0.01)
     scores, _ = probe({"train": train, "test": test}, {"train": train_label, "test": test_label}, 3)
     assert scores["top1"] == 1
     test_label = torch.where(torch.arange(len(test)) < 20, 3, test_label)
@@ -90,13 +90,13 @@ def test_classes_that_only_the_scored_split_has_are_never_right():
 def test_a_run_is_probed_from_the_command_line(run, runs, world, capsys):
     argv = ["evaluate", "probe", str(runs[run]), "--data", str(world), "--prefix", "singles-"]
     assert main(argv) == 0
-    said = capsys.readouterr().out
-    assert "classes_only_in_test 8" in said
+    printed = capsys.readouterr().out
+    assert "classes_only_in_test 8" in printed
     (path,) = (runs[run] / "evaluations").glob("probe-*.json")
-    (told,) = json.loads(path.read_text())["results"]
-    assert told["counts"]["test"] == len(Shards(world / "singles-test"))
-    assert set(told["validation"]) == {f"{strength:.3g}" for strength in STRENGTHS}
-    assert told["scores"]["probe"]["top1"] > 2 / 64, "colours are seen through random weights"
+    (result,) = json.loads(path.read_text())["results"]
+    assert result["counts"]["test"] == len(Shards(world / "singles-test"))
+    assert set(result["validation"]) == {f"{strength:.3g}" for strength in STRENGTHS}
+    assert result["scores"]["probe"]["top1"] > 2 / 64, "colours are seen through random weights"
 
 
 def test_the_probe_needs_its_splits(runs, world, capsys):

@@ -15,9 +15,9 @@ def test_data_sets_are_kept_apart_and_results_added(tmp_path):
     run, first, second = tmp_path / "run", tmp_path / "a/set/test", tmp_path / "b/set/test"
     paths = [add_result(run, "retrieval", str(data), {"n": n}) for n, data in enumerate((first, second, first, second))]
     assert [path.name for path in paths] == ["retrieval-set-test.json", "retrieval-set-test-2.json"] * 2
-    told = [json.loads(path.read_text()) for path in paths[:2]]
-    assert [t["data"] for t in told] == [str(first), str(second)]
-    assert [[r["n"] for r in t["results"]] for t in told] == [[0, 2], [1, 3]]
+    contents = [json.loads(path.read_text()) for path in paths[:2]]
+    assert [t["data"] for t in contents] == [str(first), str(second)]
+    assert [[r["n"] for r in t["results"]] for t in contents] == [[0, 2], [1, 3]]
     assert add_result(run, "probe", str(first), {}).name == "probe-set-test.json"
     assert add_result(run, "probe", "s3://bucket/数据/val/", {}).name == "probe-数据-val.json"
     with pytest.raises(UserError, match=r"retrieval-set-test\.json: "):

@@ -26,7 +26,7 @@ def by_sorting(score, image_of_text):
     return image_rank, text_rank
 
 
-def made(images=23, seed=0, most=4):
+def random_scores(images=23, seed=0, most=4):
     generator = torch.Generator().manual_seed(seed)
     count = torch.randint(1, most + 1, (images,), generator=generator)
     image_of_text = torch.arange(images).repeat_interleave(count)
@@ -37,7 +37,7 @@ def made(images=23, seed=0, most=4):
 
 @pytest.mark.parametrize("block", [1, 7, 16, 4096])
 def test_ranks_by_blocks_are_those_of_sorting(block):
-    score, image_of_text = made()
+    score, image_of_text = random_scores()
     image_rank, text_rank = ranks(of_matrix(score), image_of_text, len(score), block=block)
     assert (image_rank.tolist(), text_rank.tolist()) == by_sorting(score, image_of_text)
 
@@ -90,7 +90,7 @@ def test_an_image_without_a_text_has_no_rank():
 
 @pytest.mark.parametrize("block", [3, 64])
 def test_shortlists_are_the_heads_of_sorted_rows(block):
-    score, _ = made()
+    score, _ = random_scores()
     images, texts = score.shape
     assert (shortlist(of_matrix(score), images, texts, 5, block=block) == score.topk(5, 1).indices).all()
     turned = shortlist(transposed(of_matrix(score)), texts, images, 5, block=block)
@@ -100,21 +100,21 @@ def test_shortlists_are_the_heads_of_sorted_rows(block):
 
 def test_reranking_everything_gives_the_ranks_of_the_new_scores():
     """With shortlists as long as the data the towers decide nothing; each pair is scored once, each image met once."""
-    score, image_of_text = made()
+    score, image_of_text = random_scores()
     new = score[torch.randperm(len(score), generator=torch.Generator().manual_seed(3))].sin()
     images, texts = score.shape
-    asked = []
+    scored = []
 
     def score_pairs(texts_of_image):
         assert len(texts_of_image) == images
         for i, its in enumerate(texts_of_image):
-            asked.extend((i, int(t)) for t in its)
+            scored.extend((i, int(t)) for t in its)
             yield new[i, its]
 
     text_IN = shortlist(of_matrix(score), images, texts, texts)
     image_TN = shortlist(transposed(of_matrix(score)), texts, images, images)
     score_IN, score_TN = score_shortlists(text_IN, image_TN, score_pairs)
-    assert len(asked) == len(set(asked)) == images * texts
+    assert len(scored) == len(set(scored)) == images * texts
     old = ranks(of_matrix(score), image_of_text, images)
     image_rank = reranked(old[0], score_IN, image_of_text[text_IN] == torch.arange(images)[:, None])
     text_rank = reranked(old[1], score_TN, image_TN == image_of_text[:, None])
@@ -122,7 +122,7 @@ def test_reranking_everything_gives_the_ranks_of_the_new_scores():
 
 
 def test_reranking_moves_only_the_shortlist():
-    score, image_of_text = made(images=40)
+    score, image_of_text = random_scores(images=40)
     images, texts = score.shape
     old_image, old_text = ranks(of_matrix(score), image_of_text, images)
     text_IN = shortlist(of_matrix(score), images, texts, 6)

@@ -57,7 +57,7 @@ def test_class_files(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "text", "said"),
+    ("name", "text", "part"),
     [
         ("c.txt", "a\nb\n\na\n", r"c\.txt:4: class 'a' .* line 1"),
         ("c.txt", "\n \n", r"c\.txt: no class"),
@@ -70,10 +70,10 @@ def test_class_files(tmp_path):
         ("missing.txt", None, "cannot read"),
     ],
 )
-def test_class_files_that_cannot_be_used(name, text, said, tmp_path):
+def test_class_files_that_cannot_be_used(name, text, part, tmp_path):
     if text is not None:
         (tmp_path / name).write_text(text)
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=part):
         read_classes(tmp_path / name)
 
 
@@ -86,9 +86,9 @@ def test_templates(tmp_path):
     mine = tmp_path / "mine.txt"
     mine.write_text("a {} in braces { }\n\nthe {}.\n")
     assert read_templates(str(mine)) == ["a {} in braces { }", "the {}."]
-    for text, said in (("a {}\nno slot\n", r"mine\.txt:2: 'no slot'"), ("{} and {}", ":1: "), ("\n", "no template")):
+    for text, part in (("a {}\nno slot\n", r"mine\.txt:2: 'no slot'"), ("{} and {}", ":1: "), ("\n", "no template")):
         mine.write_text(text)
-        with pytest.raises(UserError, match=said):
+        with pytest.raises(UserError, match=part):
             read_templates(str(mine))
     with pytest.raises(UserError, match="flip7, openai80, simple, zh7"):
         read_templates("openai")
@@ -101,13 +101,13 @@ def test_a_run_is_scored_from_the_command_line(runs, world, tmp_path, capsys):
     argv = ["evaluate", "zeroshot", str(runs["both"]), "--data", data]
     assert main([*argv, "--classes", str(tmp_path / "c.txt"), "--templates", "simple"]) == 0
     assert main([*argv, "--keep", "0.5", "--views", "2"]) == 0
-    said = capsys.readouterr().out
-    assert "mean_per_class" in said and f"classes {len(labels) + 1}" in said and "templates 7" in said
+    printed = capsys.readouterr().out
+    assert "mean_per_class" in printed and f"classes {len(labels) + 1}" in printed and "templates 7" in printed
     (path,) = (runs["both"] / "evaluations").glob("zeroshot-*.json")
-    assert str(path) in said
-    told = json.loads(path.read_text())
-    first, second = told["results"]
-    assert told["data"] == data and first["settings"]["templates"] == "simple" and second["settings"]["views"] == 2
+    assert str(path) in printed
+    content = json.loads(path.read_text())
+    first, second = content["results"]
+    assert content["data"] == data and first["settings"]["templates"] == "simple" and second["settings"]["views"] == 2
     assert first["counts"]["images"] == len(Shards(data)) and set(first["by_class"]) == {*labels}
     scores = first["scores"]["zero-shot"]
     by_function = evaluate_zeroshot(runs["both"], data=data, classes=tmp_path / "c.txt", templates="simple")
@@ -145,7 +145,7 @@ def test_classes_that_the_model_cannot_tell_apart_are_counted_and_never_right(ru
     assert [found.details["by_class"][label] for label in alike] == [0, 0, 0]
 
 
-def test_an_unknown_label_is_said_with_those_near_it(runs, world, tmp_path):
+def test_an_unknown_label_is_named_with_the_nearest(runs, world, tmp_path):
     (tmp_path / "c.txt").write_text("red circles\nblue ring\n")
     with pytest.raises(UserError, match=r"c\.txt: .*'red circle'.*single.*red circles"):
         evaluate_zeroshot(runs["both"], data=world / "singles-test", classes=tmp_path / "c.txt")

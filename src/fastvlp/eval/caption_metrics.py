@@ -1,4 +1,4 @@
-"""Caption scores on words: BLEU, ROUGE-L, CIDEr-D, in the formulas of the official COCO evaluation (pycocoevalcap)."""
+"""Caption metrics: BLEU, ROUGE-L and CIDEr-D, by the formulas of the official COCO evaluation (pycocoevalcap)."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _WORD = re.compile(rf"[{_HAN}]|(?:(?![{_HAN}])\w)+(?:'(?:(?![{_HAN}])\w)+)*")
 
 
 def caption_words(text: str) -> list[str]:
-    """Lower case, punctuation dropped; each Chinese character is a word.
+    """The words of a text in lower case, without punctuation; each Chinese character is a word.
 
-    Not the official PTB tokeniser, which needs Java: scores are comparable with each other and only nearly with published
-    ones (it splits "don't" into "do n't").
+    This is not the official PTB tokeniser, which needs Java and splits "don't" into "do n't". So scores can be compared with
+    each other, but only approximately with published ones.
     """
     return _WORD.findall(text.lower().replace("\u2019", "'"))
 
@@ -29,9 +29,10 @@ def _grams(words: Words, n: int) -> Grams:
 
 
 def bleu(candidates: Sequence[Words], references: Sequence[Sequence[Words]], highest: int = 4) -> list[float]:
-    """Corpus BLEU-1 ... BLEU-`highest` (Papineni et al. 2002), closest reference length.
+    """BLEU-1 to BLEU-`highest` of the corpus (Papineni et al. 2002), with the closest reference length.
 
-    candidates: one a picture; references: one or more a picture. The tiny constants stand for smoothing, as officially.
+    Each picture has one candidate, and one or more references. The tiny constants avoid division by zero, as in the official
+    code.
     """
     tiny, small = 1e-15, 1e-9
     guessed, correct = [0] * highest, [0] * highest
@@ -65,7 +66,8 @@ def _longest_common(a: Words, b: Words) -> int:
 
 
 def rouge_l(candidates: Sequence[Words], references: Sequence[Sequence[Words]], beta: float = 1.2) -> float:
-    """Mean F of the longest common subsequence (Lin 2004); best precision and best recall may be of two references."""
+    """The mean F-measure of the longest common subsequence (Lin 2004). The best precision and the best recall of a picture
+    may come from different references."""
     scores = []
     for candidate, its_references in zip(candidates, references, strict=True):
         common = [_longest_common(candidate, reference) for reference in its_references]
@@ -90,7 +92,7 @@ def _norm(values: Iterable[float]) -> float:
 def cider(candidates: Sequence[Words], references: Sequence[Sequence[Words]], sigma: float = 6.0) -> float:
     """CIDEr-D (Vedantam et al. 2015, arXiv 1411.5726), times 10, as the COCO evaluation's "CIDEr".
 
-    Document frequencies are those of the given references, so the score depends on the set of pictures; a set of one
+    Document frequencies are counted in the given references, so the score depends on the set of pictures. A set of one
     picture scores 0.
     """
     documents: Grams = Counter()

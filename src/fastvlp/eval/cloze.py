@@ -1,4 +1,4 @@
-"""Cloze: how many words of a caption a model predicts right from the image and the context that its method gives it."""
+"""Cloze accuracy: the share of the words of captions that a model predicts right, by the method it was trained for."""
 
 from __future__ import annotations
 
@@ -15,19 +15,23 @@ from fastvlp.objectives.objective import ClozeMethod
 
 
 class Cloze(NamedTuple):
+    """Accuracy in 0..1, NaN without words, and the number of words that were predicted."""
+
     accuracy: float
     words: int
 
 
 def word_positions(length_B: Tensor, L: int) -> Tensor:
-    """Positions 1..n-2, the same targets for every method: bool [B L]; <s> and </s> are no words."""
+    """The positions that are predicted, the same for every method: 1..n-2, without <s> and </s> -> bool [B L]."""
     position = torch.arange(L, device=length_B.device)
     return (position >= 1) & (position < length_B[:, None] - 1)
 
 
 def cloze(model: VLModel, method: ClozeMethod, batches: Iterable[Batch]) -> Cloze:
-    """Share of words predicted right by an objective's `cloze_method`. Batches are moved to the model's device; the caller
-    chooses autocast."""
+    """Predicts the words of all texts by an objective's `cloze_method`.
+
+    Batches are moved to the model's device. The number type is the caller's choice, by autocast.
+    """
     right, count = 0, 0
     device = next(model.parameters()).device
     with evaluating(model):

@@ -1,4 +1,4 @@
-"""What the evaluations of embeddings have in common: their result, and the file in which it is kept beside the run."""
+"""The result of an evaluation, and the file in the run's folder to which it is added."""
 
 from __future__ import annotations
 
@@ -102,7 +102,9 @@ def add_result(run: str | Path, task: str, data: str, result: Mapping[str, Any])
     name = re.sub(r"[^\w.-]+", "-", "-".join(place.rstrip("/").split("/")[-2:])).strip("-")
     for n in count(1):
         path = Path(run) / "evaluations" / f"{task}-{name}{f'-{n}' if n > 1 else ''}.json"
-        content = _read_results(path) if path.exists() else {"task": task, "data": place, "results": []}
+        content: dict[str, Any] = {"task": task, "data": place, "results": []}
+        if path.exists():
+            content = _read_results(path)
         if content["data"] == place:
             break
     content["results"].append(dict(result))

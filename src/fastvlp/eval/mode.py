@@ -1,4 +1,4 @@
-"""How a module is run when it is measured."""
+"""The evaluation mode of modules."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import nn
 
 @contextmanager
 def evaluating(*modules: nn.Module) -> Iterator[None]:
-    """No gradients, no dropout; each module goes back to the mode it was in."""
+    """A context without gradients and dropout; afterwards each module is back in the mode it was in."""
     were_training = [module.training for module in modules]
     for module in modules:
         module.eval()

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import cast
+
 from fastvlp.comparison.metrics.interface import Metric, Score
 from fastvlp.comparison.scored_data import validation_pairs
 from fastvlp.eval.cloze import cloze
-from fastvlp.objectives.objective import ClozeMethod
+from fastvlp.objectives.objective import ClozeMethod, Objective
 from fastvlp.training.loop import TrainState, autocast
 
 
@@ -33,5 +36,5 @@ class ClozeAccuracy(Metric):
 
 def own_cloze_method(state: TrainState) -> ClozeMethod | None:
     """How the arm predicts single words: as the first of its objectives that learns to; None if none does."""
-    methods = [objective.cloze_method for objective in state.pretraining.objectives.values()]
-    return next((method for method in methods if method is not None), None)
+    objectives = cast(Mapping[str, Objective], state.pretraining.objectives).values()
+    return next((method for objective in objectives if (method := objective.cloze_method) is not None), None)

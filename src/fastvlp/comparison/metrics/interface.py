@@ -93,7 +93,7 @@ class Metric(abc.ABC):
 
 def metric_types() -> list[type[Metric]]:
     """All metrics, in the order of the report."""
-    found = variants(Metric, "fastvlp.comparison.metrics")  # type: ignore[type-abstract]
+    found = variants(Metric, "fastvlp.comparison.metrics")
     return sorted(found, key=lambda metric: metric.order)
 
 
