@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -29,6 +30,8 @@ class TextTransformerConfig(TextEncoderConfig):
     """Whether the embeddings are normalised (BERT; not CLIP)."""
     learn_pad: bool = False
     """Whether padding has a learned vector, for layers that see it (FLIP)."""
+    last_norm: bool = False
+    """Whether a norm follows the last layer (CLIP); without it, what reads the states of pre-norm layers has its own."""
 
     @property
     def width(self) -> int:
@@ -36,7 +39,7 @@ class TextTransformerConfig(TextEncoderConfig):
 
     @property
     def final_norm(self) -> bool:
-        return self.layer.norm == "post"
+        return self.layer.norm == "post" or self.last_norm
 
     @property
     def norm_eps(self) -> float:
@@ -53,6 +56,15 @@ class TextTransformerConfig(TextEncoderConfig):
         return TextTransformer(self)
 
 
+def with_positions(table_RD: Tensor, rows: int, offset: int = 0) -> Tensor:
+    """A table of positions with `rows` rows: the first ones, or all of them again and again, as Longformer begins
+    (arXiv 2004.05150, section 5). The `offset` rows at the start, which stand for no position, stay."""
+    if len(table_RD) == rows:
+        return table_RD
+    places = torch.arange(rows - offset, device=table_RD.device) % max(1, len(table_RD) - offset)
+    return torch.cat([table_RD[:offset], table_RD[offset:][places]])
+
+
 class TextTransformer(TextEncoder):
     def __init__(self, config: TextTransformerConfig):
         super().__init__()
@@ -64,6 +76,7 @@ class TextTransformer(TextEncoder):
         self.norm = nn.LayerNorm(width, eps=config.embed_eps) if config.embed_norm else nn.Identity()
         self.drop = nn.Dropout(config.layer.dropout)
         self.blocks = stack(config.layer, config.depth)
+        self.last_norm = nn.LayerNorm(width, eps=config.layer.eps) if config.last_norm else nn.Identity()
         initialise(self, width)
 
     @property
@@ -83,6 +96,7 @@ class TextTransformer(TextEncoder):
         states = [self.embed(ids_BL, position_BL)]
         for block in self.blocks:
             states.append(block(states[-1], mask=mask, causal=causal))
+        states[-1] = self.last_norm(states[-1])
         return states
 
     def empty_past(self, like_B: Tensor) -> list[KeyValue]:
@@ -92,4 +106,10 @@ class TextTransformer(TextEncoder):
         x = self.embed(ids_B1, position_B1)
         for block, own in zip(self.blocks, past, strict=True):
             x = block(x, past=own)
-        return x
+        return self.last_norm(x)
+
+    def resized(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        if "position" not in {name.partition(".")[0] for name in state}:
+            return dict(state)
+        table = with_positions(state["position.weight"], len(self.position.weight), self.config.position_offset)
+        return {**state, "position.weight": table}

@@ -1,0 +1,54 @@
+"""What an image encoder gives, found by running it once on the meta device, where nothing is computed."""
+
+from __future__ import annotations
+
+from math import isqrt
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from fastvlp.errors import UserError
+
+
+class Measured(NamedTuple):
+    """The states of an encoder: `prefix` ones before a map of `grid` x `grid`, `width` numbers each. `unused`: names of the
+    parameters that the states do not depend on."""
+
+    width: int
+    prefix: int
+    grid: int
+    unused: frozenset[str]
+
+
+def as_states(output: Tensor) -> Tensor:
+    """Tokens [B N D] as they are; a map [B C H W] as its cells, row by row."""
+    return output.flatten(2).transpose(1, 2) if output.ndim == 4 else output
+
+
+def measure(module: nn.Module, image: Tensor, output: Any, patch: int | None, name: str) -> Measured:
+    """Reads off `output`, what `module` made of `image` [B 3 S S].
+
+    Args:
+        patch: side of a patch in pixels, where it is known; it tells the map from the states before it.
+        name: of the encoder, for messages.
+
+    Raises UserError where it is neither tokens nor a square map.
+    """
+    size = image.shape[-1]
+    if not isinstance(output, Tensor) or output.ndim not in (3, 4):
+        what = f"a tensor of shape {list(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
+        raise UserError(f"{name}: gives {what}; an image encoder gives tokens [B N D] or a map [B C H W]")
+    if output.ndim == 4:
+        _, width, height, grid = output.shape
+        if height != grid:
+            raise UserError(f"{name}: makes a map of {height} x {grid} cells of a square image")
+        prefix = 0
+    else:
+        _, tokens, width = output.shape
+        grid = size // patch if patch else 0
+        grid = grid if 0 < grid**2 <= tokens else isqrt(tokens)
+        prefix = tokens - grid**2
+    states = as_states(output)
+    states.float().sum().backward()
+    unused = frozenset(key for key, parameter in module.named_parameters() if parameter.grad is None)
+    return Measured(width, prefix, grid, unused)

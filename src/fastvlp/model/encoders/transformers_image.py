@@ -1,0 +1,102 @@
+"""Any vision model of the package `transformers`: CLIP, SigLIP, ViT, DINOv2, ConvNeXt, EfficientNet, ResNet and more."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from inspect import signature
+from typing import Annotated, Any
+
+import torch
+from torch import Tensor, nn
+from tyro.conf import Fixed
+
+from fastvlp.errors import UserError
+from fastvlp.model.encoders.interface import ImageEncoder, ImageEncoderConfig
+from fastvlp.model.encoders.measured import Measured, as_states, measure
+from fastvlp.model.encoders.transformers_models import build_model
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransformersImageConfig(ImageEncoderConfig):
+    """A vision model of transformers, whose states are its `last_hidden_state`."""
+
+    architecture: Annotated[Mapping[str, Any], Fixed] = field(hash=False)
+    """Config of the model, as its config.json has it."""
+    fixed_statistics: bool = True
+    """Whether batch norms keep the statistics that they come with, in training too."""
+
+    @property
+    def width(self) -> int:
+        return self.measured.width
+
+    @property
+    def grid(self) -> int:
+        return self.measured.grid
+
+    @property
+    def prefix(self) -> int:
+        return self.measured.prefix
+
+    @property
+    def measured(self) -> Measured:
+        return _measured(json.dumps(dict(self.architecture), sort_keys=True), self.size)
+
+    def check(self) -> None:
+        super().check()
+        _ = self.measured
+
+    def build(self) -> TransformersImage:
+        return TransformersImage(self)
+
+
+@lru_cache(maxsize=32)
+def _measured(architecture: str, size: int) -> Measured:
+    given = json.loads(architecture)
+    name = f"{given.get('model_type')} at {size} pixels"
+    with torch.device("meta"):
+        image = torch.empty(1, 3, size, size)
+        try:
+            model = build_model(given)
+            output = _last_state(model, image)
+            return measure(model, image, output, _patch(given), name)
+        except (RuntimeError, ValueError, TypeError, AttributeError) as error:
+            raise UserError(f"{name}: cannot encode images ({str(error).splitlines()[0]})") from error
+
+
+def _patch(architecture: Mapping[str, Any]) -> int | None:
+    patch = architecture.get("patch_size")
+    return patch if isinstance(patch, int) else None
+
+
+def _last_state(model: nn.Module, image: Tensor) -> Any:
+    # Positions of another image size are resized; a model without positions has no such option.
+    options = (
+        {"interpolate_pos_encoding": True} if "interpolate_pos_encoding" in signature(model.forward).parameters else {}
+    )
+    return model(pixel_values=image, **options).last_hidden_state
+
+
+class TransformersImage(ImageEncoder):
+    def __init__(self, config: TransformersImageConfig):
+        super().__init__(config)
+        self.config = config
+        self.model = build_model(config.architecture)
+        unused = config.measured.unused
+        for name, parameter in self.model.named_parameters():
+            # Heads and mask tokens, which get no gradient: DDP would wait for one.
+            if name in unused:
+                parameter.requires_grad_(False)
+
+    def train(self, mode: bool = True) -> TransformersImage:
+        super().train(mode)
+        if self.config.fixed_statistics:
+            for module in self.model.modules():
+                if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                    module.eval()
+        return self
+
+    def forward(self, image: Tensor, keep_BK: Tensor | None = None) -> Tensor:
+        return as_states(_last_state(self.model, self.normalised(image)))

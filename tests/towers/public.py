@@ -1,0 +1,90 @@
+"""Small random public models, as `save_pretrained` of transformers writes them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers as hf
+from torch import nn
+
+VIT: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "image_size": 32,
+    "patch_size": 8,
+}
+DINO = {name: x for name, x in VIT.items() if name != "intermediate_size"}
+BERT: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "vocab_size": 99,
+    "max_position_embeddings": 24,
+    "pad_token_id": 0,
+}
+ROBERTA = {**BERT, "max_position_embeddings": 26, "pad_token_id": 1, "type_vocab_size": 1, "layer_norm_eps": 1e-5}
+CLIP_TEXT = {**BERT, "bos_token_id": 97, "eos_token_id": 98, "pad_token_id": 98}
+
+
+def image_models() -> dict[str, nn.Module]:
+    """Vision models by name. Those of `MAPS` give a feature map."""
+    return {
+        "clip": hf.CLIPVisionModel(hf.CLIPVisionConfig(**VIT)),
+        "siglip": hf.SiglipVisionModel(hf.SiglipVisionConfig(**VIT)),
+        "vit": hf.ViTModel(hf.ViTConfig(**VIT)),
+        "deit": hf.DeiTModel(hf.DeiTConfig(**VIT)),
+        "dinov2": hf.Dinov2Model(hf.Dinov2Config(**DINO)),
+        "dinov2_with_registers": hf.Dinov2WithRegistersModel(hf.Dinov2WithRegistersConfig(**DINO)),
+        "convnext": hf.ConvNextModel(hf.ConvNextConfig(hidden_sizes=[8, 16, 24, 32], depths=[1, 1, 2, 1])),
+        "efficientnet": hf.EfficientNetModel(
+            hf.EfficientNetConfig(image_size=64, width_coefficient=0.25, depth_coefficient=0.25, hidden_dim=320)
+        ),
+        "resnet": hf.ResNetModel(
+            hf.ResNetConfig(embedding_size=8, hidden_sizes=[8, 16, 24, 32], depths=[1, 1, 1, 1], layer_type="basic")
+        ),
+    }
+
+
+MAPS = ("convnext", "efficientnet", "resnet")
+
+
+def text_models() -> dict[str, nn.Module]:
+    """Text encoders by name."""
+    return {
+        "bert": hf.BertModel(hf.BertConfig(**BERT)),
+        "roberta": hf.RobertaModel(hf.RobertaConfig(**ROBERTA)),
+        "xlm-roberta": hf.XLMRobertaModel(hf.XLMRobertaConfig(**ROBERTA)),
+        "electra": hf.ElectraModel(hf.ElectraConfig(**BERT, embedding_size=16)),
+        "mpnet": hf.MPNetModel(hf.MPNetConfig(**ROBERTA)),
+        "distilbert": hf.DistilBertModel(
+            hf.DistilBertConfig(dim=32, hidden_dim=64, n_layers=3, n_heads=4, vocab_size=99, max_position_embeddings=24)
+        ),
+        "clip_text_model": hf.CLIPTextModel(hf.CLIPTextConfig(**CLIP_TEXT)),
+    }
+
+
+def randomised(model: nn.Module, seed: int = 0) -> nn.Module:
+    """The model with large random weights and statistics, in evaluation mode, so that every dependency shows."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, x in [*model.named_parameters(), *model.named_buffers()]:
+        if not x.is_floating_point():
+            continue
+        noise = torch.randn(x.shape, generator=generator)
+        wide = x.ndim > 1 and "embed" not in name
+        with torch.no_grad():
+            x.copy_(
+                1 + 0.2 * noise.abs()
+                if name.endswith(("norm.weight", "running_var"))
+                else noise * (0.2 if wide else 0.3)
+            )
+    return model.eval()
+
+
+def save(model: nn.Module, folder: Path) -> Path:
+    model.save_pretrained(folder)  # type: ignore[operator]
+    return folder
