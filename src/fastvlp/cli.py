@@ -47,8 +47,8 @@ Run = Callable[[], Any]
 @dataclass(frozen=True, kw_only=True)
 class Command:
     """summary: a line for the list of commands. function: `module:function` of the library. show: prints its result.
-    parse: reads the words instead of `function`'s signature, where what follows depends on the first word; `options` then
-    lists the names of the options."""
+    parse: reads the words instead of `function`'s signature, where what follows depends on the first word. options: names of
+    the options that are not in the signature."""
 
     summary: str
     function: str = ""
@@ -62,12 +62,10 @@ class Command:
         return loaded
 
     def option_names(self) -> Collection[str]:
-        if not self.function:
-            return self.options()
-        parameters = signature(self.load()).parameters
+        parameters = signature(self.load()).parameters if self.function else {}
         # The fields of a dataclass are options beside the other parameters.
         groups = [fields(p.default) for p in parameters.values() if is_dataclass(p.default)]
-        return [*parameters, *(field.name for group in groups for field in group)]
+        return [*parameters, *(field.name for group in groups for field in group), *self.options()]
 
 
 # ---- commands that are not yet functions of keywords: `show` runs them ----
@@ -288,11 +286,10 @@ def parse_finetune(argv: Sequence[str]) -> Run:
     return parse_with_groups(f"finetune {argv[0]}", finetune, argv[1:], bind, {"task": task_named(argv[0])})
 
 
-def finetune_options() -> list[str]:
-    from fastvlp.tasks.finetune import finetune
+def task_options() -> list[str]:
     from fastvlp.tasks.interface import tasks
 
-    return [*signature(finetune).parameters, *(field.name for task in tasks() for field in fields(task))]
+    return [field.name for task in tasks() for group in (task, task.scoring) for field in fields(group)]
 
 
 def scoring_groups() -> dict[str, type]:
@@ -321,13 +318,6 @@ def parse_evaluate_task(argv: Sequence[str]) -> Run:
     return parse_with_groups("evaluate task", evaluate_task, argv, bind, groups)
 
 
-def evaluate_task_options() -> list[str]:
-    from fastvlp.tasks.task_evaluation import evaluate_task
-
-    groups = scoring_groups().values()
-    return [*signature(evaluate_task).parameters, *(field.name for group in groups for field in fields(group))]
-
-
 def command(summary: str, function: str, show: Callable[[Any], None]) -> Command:
     return Command(summary=summary, function=f"fastvlp.{function}", show=show)
 
@@ -339,14 +329,16 @@ COMMANDS: Mapping[str, Command] = {
     "pretrain": Command(summary="Pretrain a model by a recipe.", parse=parse_pretrain, options=run_fields),
     "finetune": Command(
         summary="Fine-tune a pretrained run on a task.",
+        function="fastvlp.tasks.finetune:finetune",
         parse=parse_finetune,
-        options=finetune_options,
+        options=task_options,
         show=show_task_scores,
     ),
     "evaluate task": Command(
         summary="Score a fine-tuned run on its task.",
+        function="fastvlp.tasks.task_evaluation:evaluate_task",
         parse=parse_evaluate_task,
-        options=evaluate_task_options,
+        options=task_options,
         show=show_task_scores,
     ),
     "evaluate retrieval": command(

@@ -77,14 +77,7 @@ def finetune(
     run_name = name or f"{Path(source).name}-{chosen.name}"
     if resume:
         fit, max_length = earlier_input(Path(out or f"runs/{run_name}"), fit, max_length)
-    reads: dict[str, Any] = {
-        "field": field,
-        "fit": fit,
-        "max_length": max_length,
-        "batch_size": batch_size,
-        "workers": workers,
-    }
-    task_data = data_for(chosen, start, data, **reads)
+    task_data = data_for(chosen, start, data, field, fit, max_length, batch_size=batch_size, workers=workers)
     machine: dict[str, Any] = {"device": device, "precision": precision, "threads": threads}
     objective = chosen.objective(task_data, start, reading)
     run = run_for(chosen, start, task_data, objective, lr, steps, name=run_name, out=out, seed=seed, **machine)
@@ -95,10 +88,10 @@ def data_for(
     task: Task,
     start: Pretrained,
     folder: str,
-    *,
     field: str | None = None,
     fit: Fit | None = None,
     max_length: int | None = None,
+    *,
     batch_size: int = 64,
     workers: int = 0,
 ) -> TaskData:
