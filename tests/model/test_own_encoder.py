@@ -96,6 +96,9 @@ def test_it_pretrains_is_counted_and_resumes_bit_for_bit(folder, tmp_path, name)
     straight, resumed = states(tmp_path / "a"), states(tmp_path / "b")
     assert "model.image.layers.0.weight" in straight and straight.keys() == resumed.keys()
     assert [key for key in straight if not torch.equal(straight[key], resumed[key])] == []
+    events = [json.loads(line) for line in (tmp_path / "a" / "log.jsonl").read_text().splitlines()]
+    counted = [event["flops_per_s"] for event in events if "flops_per_s" in event]
+    assert len(counted) == 4 and min(counted) > 0
     assert json.loads((tmp_path / "a" / "model.json").read_text())["config"]["image"]["type"] == "ConvConfig"
 
 
