@@ -14,6 +14,7 @@ from fastvlp.data.records.shards import Shards
 from fastvlp.errors import UserError
 from fastvlp.eval.embedding_retrieval import evaluate_retrieval
 from fastvlp.eval.encoding import MaskedEncoding, open_run
+from fastvlp.eval.evaluation import evaluate_embeddings
 from fastvlp.eval.pair_scores import mean_log_likelihood, pair_score
 from fastvlp.eval.rerank import score_pairs
 from fastvlp.eval.split_reading import image_batches, read_captions
@@ -108,7 +109,9 @@ def test_both_stages_from_the_command_line(runs, world, capsys):
     masked = MaskedEncoding(keep=0.5, views=2)
     by_function = evaluate_retrieval(runs["both"], data=world, rerank=str(runs["flm"]), split="val", encoding=masked)
     assert third["reranked_by"] == "likelihood" and third["scores"] == by_function.scores
-    assert by_function.path == files[1] and len(json.loads(files[1].read_text())["results"]) == 2
+    flat = {"rerank": str(runs["flm"]), "split": "val", "keep": 0.5, "views": 2}
+    assert evaluate_embeddings("retrieval", runs["both"], data=world, **flat).scores == by_function.scores
+    assert by_function.path == files[1] and len(json.loads(files[1].read_text())["results"]) == 3
 
 
 def test_lists_as_long_as_the_split_leave_the_towers_no_say(runs, world):

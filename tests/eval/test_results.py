@@ -8,7 +8,7 @@ import pytest
 
 from fastvlp.cli import COMMANDS, main
 from fastvlp.errors import UserError
-from fastvlp.eval.evaluation import add_result, evaluations
+from fastvlp.eval.evaluation import add_result, evaluate_embeddings, evaluations
 
 
 def test_data_sets_are_kept_apart_and_results_added(tmp_path):
@@ -29,6 +29,14 @@ def test_each_evaluation_is_a_command():
     assert {f"evaluate {name}" for name in evaluations()} == {
         name for name in COMMANDS if name.startswith("evaluate ") and name != "evaluate task"
     }
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "named"), [("retreival", {}, "retrieval"), ("probe", {"lable": "x"}, "label")]
+)
+def test_a_wrong_name_or_option_is_answered_with_the_nearest(name, options, named):
+    with pytest.raises(UserError, match=rf"{[*options, name][0]}.*\b{named}\b"):
+        evaluate_embeddings(name, "run", data="data", **options)
 
 
 @pytest.mark.parametrize("command", evaluations())

@@ -50,7 +50,7 @@ def compare(
     *,
     budget: str = "120s",
     seeds: int = 1,
-    out: Path = Path("comparison"),
+    out: str | Path = Path("comparison"),
     marks: Sequence[float] = (0.25, 0.5, 1.0),
     slice: str = "5s",
     scoring: ScoringOptions = SCORING,

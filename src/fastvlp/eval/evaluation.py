@@ -9,7 +9,8 @@ import json
 import pkgutil
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, is_dataclass, replace
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from difflib import get_close_matches
 from itertools import count
 from pathlib import Path
 from typing import Any, ParamSpec
@@ -77,8 +78,27 @@ def evaluations() -> dict[str, Callable[..., Evaluation]]:
         name.removeprefix("evaluate_"): function
         for module in modules
         for name, function in inspect.getmembers(module, inspect.isfunction)
-        if name.startswith("evaluate_") and function.__module__ == module.__name__
+        if name.startswith("evaluate_") and function.__module__ == module.__name__ != __name__
     }
+
+
+def evaluate_embeddings(name: str, run: str | Path, /, **options: Any) -> Evaluation:
+    """Runs the evaluation of this name (`retrieval`, `zeroshot`, `probe`).
+
+    `options` are its keyword arguments; the fields of `encoding`, such as `batch_size` or `device`, may stand beside them.
+    Raises UserError for a name or an option that there is not.
+    """
+    known = evaluations()
+    if name not in known:
+        raise UserError(f"no evaluation is called {name}; there are {', '.join(known)}")
+    parameters = inspect.signature(known[name]).parameters
+    encoding = options.pop("encoding", parameters["encoding"].default)
+    of_encoding = {field.name for field in fields(encoding)}
+    if unknown := [option for option in options if option not in {*parameters, *of_encoding}]:
+        near = get_close_matches(unknown[0], [*parameters, *of_encoding], 3) or sorted({*parameters, *of_encoding})
+        raise UserError(f"the evaluation {name} has no option {unknown[0]}; the nearest are {', '.join(near)}")
+    encoding = replace(encoding, **{option: options.pop(option) for option in list(options) if option in of_encoding})
+    return known[name](run, encoding=encoding, **options)
 
 
 def flat_options(arguments: Mapping[str, Any]) -> dict[str, Any]:
