@@ -47,19 +47,23 @@ def test_what_the_user_can_mend_is_one_line_and_exit_2(tmp_path: Path, capsys: p
     assert "no shards" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    ("argv", "offered"),
-    [
-        (["data", "import", "x", "--out", "y", "--max-sid", "3"], "--max-side"),
-        (["data", "import", "x", "--out", "y", "--format", "tabel"], "table"),
-    ],
-)
-def test_a_misspelt_word_is_answered_with_the_right_ones(
-    argv: list[str], offered: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_misspelt_word_is_answered_with_the_right_ones(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
-        main(argv)
-    assert stop.value.code == 2 and offered in capsys.readouterr().err
+        main(["data", "import", "x", "--out", "y", "--max-sid", "3"])
+    assert stop.value.code == 2 and "--max-side" in capsys.readouterr().err
+    assert main(["data", "import", "x", "--out", "y", "--format", "tabel"]) == 2
+    assert "table" in capsys.readouterr().err
+
+
+def test_an_option_of_another_format_is_named_with_the_paths_own(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["data", "import", str(folder / "in"), "--out", str(folder / "out"), "--image-column", "image"]) == 2
+    assert "--image-column is no option of the format folder" in capsys.readouterr().err
+    (folder / "in/t.csv").write_text("pic,text\n0.png,x\n")
+    assert main(["data", "import", str(folder / "in/t.csv"), "--out", str(folder / "out")]) == 2
+    assert "--image-column" in capsys.readouterr().err
+    assert main(["data", "import", "--image-column", "pic", str(folder / "in/t.csv"), "--out", str(folder / "o")]) == 0
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from fastvlp.data.records.shards import ShardWriter as ShardWriter
     from fastvlp.data.records.transform import Transform as Transform
     from fastvlp.data.regions import RegionSource as RegionSource
+    from fastvlp.data.sources.importing import import_data as import_data
     from fastvlp.data.tokenize import Tokenizer as Tokenizer
     from fastvlp.errors import UserError as UserError
     from fastvlp.exporters.export import export as export
@@ -90,6 +91,7 @@ _HOME = {
     "caption": "tasks.caption",
     "embed_shards": "search.bulk",
     "export": "exporters.export",
+    "import_data": "data.sources.importing",
     "load_model": "model.saving",
     "official_flm": "objectives.flm",
     "open_index": "search.engines.interface",

@@ -30,7 +30,9 @@ if TYPE_CHECKING:
     from fastvlp.batch import Dropped
     from fastvlp.comparison.results import Comparison
     from fastvlp.convert.checkpoints import Converted
-    from fastvlp.data.options import DataDemo, DataImport, DataInspect
+    from fastvlp.data.sources.importing import Imported
+    from fastvlp.data.sources.inspection import Inspection
+    from fastvlp.data.world.corpus import WrittenCorpus
     from fastvlp.eval.evaluation import Evaluation
     from fastvlp.exporters.export import Exported
     from fastvlp.model.model import VLModel
@@ -69,71 +71,6 @@ class Command:
 
 
 # ---- commands that are not yet functions of keywords: `show` runs them ----
-
-
-def data_demo(command: DataDemo) -> None:
-    from fastvlp.data.streams import bar
-    from fastvlp.data.world.corpus import WorldConfig, write_world
-
-    config = WorldConfig(seed=command.seed, size=command.size, captions=command.captions)
-    with bar() as progress:
-        tasks = {}
-
-        def step(split: str, done: int, count: int) -> None:
-            if split not in tasks:
-                tasks[split] = progress.add_task(split, total=count)
-            progress.update(tasks[split], completed=done)
-
-        counts = write_world(
-            command.out,
-            config,
-            train=command.train,
-            val=command.val,
-            test=command.test,
-            pairs=command.pairs,
-            singles=command.singles,
-            progress=step,
-        )
-    print(f"{command.out}: " + ", ".join(f"{name} {count}" for name, count in counts.items()))
-
-
-def data_import(command: DataImport) -> None:
-    from fastvlp.data import sources
-    from fastvlp.data.sources.importing import ImportConfig, import_data
-
-    source = sources.Source(
-        path=command.source,
-        format=sources.guess(command.source) if command.format == "auto" else command.format,
-        image_column=command.image_column,
-        caption_column=command.caption_column,
-        images=command.images,
-        features=command.features,
-    )
-    config = ImportConfig(
-        split=command.split,
-        val=command.val,
-        test=command.test,
-        max_side=command.max_side,
-        per_shard=command.per_shard,
-    )
-    done = import_data(source, command.out, config, show=True)
-    print(f"{command.out}: " + ", ".join(f"{split} {count}" for split, count in sorted(done.written.items())))
-    if done.dropped:
-        print(f"dropped {len(done.dropped)}, by name in {command.out / 'dropped.jsonl'}:")
-        for reason, count in done.reasons.most_common():
-            print(f"  {count} {reason}")
-
-
-def data_inspect(command: DataInspect) -> None:
-    from fastvlp.data.sources.inspection import inspect, rendered
-    from fastvlp.data.tokenize import Tokenizer
-
-    tokenizer = Tokenizer.load(command.tokenizer) if command.tokenizer else None
-    sheet = command.sheet or command.folder / "contact-sheet.png"
-    reports = inspect(command.folder, tokenizer=tokenizer, sheet=sheet, show=True)
-    Console().print(rendered(reports))
-    if sheet.exists():
-        print(f"contact sheet: {sheet}")
 
 
 def show_task_scores(result: TaskScores | None) -> None:
@@ -204,6 +141,26 @@ def show_dropped(dropped: Sequence[Dropped], where: str = "") -> None:
             print(f"  {record.key}: {record.reason}")
         if len(dropped) > 10:
             print(f"  and {len(dropped) - 10} more")
+
+
+def show_corpus(corpus: WrittenCorpus) -> None:
+    print(f"{corpus.out}: " + ", ".join(f"{name} {count}" for name, count in corpus.counts.items()))
+
+
+def show_imported(imported: Imported) -> None:
+    print(f"{imported.out}: " + ", ".join(f"{split} {count}" for split, count in sorted(imported.written.items())))
+    if imported.dropped:
+        print(f"dropped {len(imported.dropped)}, by name in {imported.out / 'dropped.jsonl'}:")
+        for reason, count in imported.reasons.most_common():
+            print(f"  {count} {reason}")
+
+
+def show_inspection(inspection: Inspection) -> None:
+    from fastvlp.data.sources.inspection import as_tables
+
+    Console().print(as_tables(inspection.splits))
+    if inspection.sheet:
+        print(f"contact sheet: {inspection.sheet}")
 
 
 # ---- commands whose options depend on their first word ----
@@ -318,14 +275,69 @@ def parse_evaluate_task(argv: Sequence[str]) -> Run:
     return parse_with_groups("evaluate task", evaluate_task, argv, bind, groups)
 
 
+def parse_import(argv: Sequence[str]) -> Run:
+    """`argv`: PATH and options, among them those of the path's format."""
+    from fastvlp.data import sources
+    from fastvlp.data.sources.importing import import_data
+
+    types = sources.option_types(*sources.formats().values())
+    path, format = path_and_format(argv, {**get_type_hints(import_data), **types})
+    groups: dict[str, type] = {}
+    if path is None:
+        print(f"PATH has one of these formats:\n{as_flags(sources.formats_help(), types)}\n")
+    else:
+        try:
+            groups["own"] = sources.find_format(Path(path), format)
+        except UserError:
+            # The options of all formats are read, and the import then says what is wrong with the path.
+            groups["own"] = make_dataclass("OfAllFormats", [(name, kind | None, None) for name, kind in types.items()])
+        else:
+            given = {word[2:].partition("=")[0].replace("-", "_") for word in argv if word.startswith("--")}
+            sources.check_options(groups["own"], given & {*types})
+
+    def bind(*args: Any, own: Any = None, **options: Any) -> Run:
+        options |= {field.name: getattr(own, field.name) for field in fields(own)}
+        return functools.partial(import_data, *args, **options)
+
+    return parse_with_groups("data import", import_data, argv, bind, groups)
+
+
+def path_and_format(argv: Sequence[str], types: Mapping[str, Any]) -> tuple[str | None, str]:
+    """PATH and the value of `--format` among the words of an import; `types` are those of the options."""
+    switches = {f"--{no}{name.replace('_', '-')}" for name, kind in types.items() if kind is bool for no in ("", "no-")}
+    path, format, words = None, "auto", iter(argv)
+    for word in words:
+        option, equals, value = word.partition("=")
+        if not word.startswith("-"):
+            path = path or word
+        elif option.replace("_", "-") not in {*switches, "-h", "--help"}:
+            value = value if equals else next(words, "")
+            format = value if option == "--format" else format
+    return path, format
+
+
+def format_options() -> list[str]:
+    from fastvlp.data import sources
+
+    return [*sources.option_types(*sources.formats().values())]
+
+
 def command(summary: str, function: str, show: Callable[[Any], None]) -> Command:
     return Command(summary=summary, function=f"fastvlp.{function}", show=show)
 
 
 COMMANDS: Mapping[str, Command] = {
-    "data demo": command("Write the embedded corpus of rendered scenes.", "data.options:DataDemo", data_demo),
-    "data import": command("Import your pairs into shards.", "data.options:DataImport", data_import),
-    "data inspect": command("Count, check and show a folder of shards.", "data.options:DataInspect", data_inspect),
+    "data demo": command("Write the embedded corpus of rendered scenes.", "data.world.corpus:write_world", show_corpus),
+    "data import": Command(
+        summary="Import your pairs into shards.",
+        function="fastvlp.data.sources.importing:import_data",
+        parse=parse_import,
+        options=format_options,
+        show=show_imported,
+    ),
+    "data inspect": command(
+        "Count, check and show a folder of shards.", "data.sources.inspection:inspect_data", show_inspection
+    ),
     "pretrain": Command(summary="Pretrain a model by a recipe.", parse=parse_pretrain, options=run_fields),
     "finetune": Command(
         summary="Fine-tune a pretrained run on a task.",

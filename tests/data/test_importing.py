@@ -2,7 +2,6 @@ import io
 import json
 import struct
 import zlib
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +11,7 @@ from PIL import Image
 from fastvlp.batch import Record
 from fastvlp.data.records.decode import read_pixels
 from fastvlp.data.records.shards import Shards
-from fastvlp.data.sources import Source
-from fastvlp.data.sources.importing import ImportConfig, Imported, _prepare, import_data
-from fastvlp.data.sources.shrink import shrink
+from fastvlp.data.sources.importing import Imported, _prepare, import_data, shrink
 from fastvlp.errors import UserError
 
 
@@ -32,15 +29,15 @@ def bomb() -> bytes:
     return data[:12] + header + struct.pack(">I", zlib.crc32(header)) + data[33:]
 
 
-def source(folder: Path, rows: list[dict], images: dict[str, bytes]) -> Source:
+def source(folder: Path, rows: list[dict], images: dict[str, bytes]) -> Path:
     for name, data in images.items():
         (folder / name).write_bytes(data)
     (folder / "t.jsonl").write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
-    return Source(path=folder / "t.jsonl", format="table")
+    return folder / "t.jsonl"
 
 
-def run(folder: Path, rows: list[dict], images: dict[str, bytes], **config: object) -> Imported:
-    return import_data(source(folder, rows, images), folder / "out", ImportConfig(**config))
+def run(folder: Path, rows: list[dict], images: dict[str, bytes], **options: object) -> Imported:
+    return import_data(source(folder, rows, images), folder / "out", **options)
 
 
 def row(name: str, *captions: str, **info: object) -> dict:
@@ -71,7 +68,7 @@ def test_splits_counts_and_drops(tmp_path: Path) -> None:
     assert set(reasons) == {"cut", "text", "none", "c", "d", "bomb"}
     assert "truncated" in reasons["cut"] and reasons["text"].startswith("not an image of a known format")
     assert "pixels" in reasons["bomb"]
-    assert reasons["none"] == f"image file is missing in {tmp_path}" and reasons["c"].startswith("nothing is said")
+    assert reasons["none"] == f"image file is missing in {tmp_path}" and reasons["c"].startswith("no caption")
     assert reasons["d"] == "field statements is not a list of objects with text and label"
     assert done.reasons.total() == 6
 
@@ -159,17 +156,28 @@ def test_what_cannot_be_imported_says_so(tmp_path: Path) -> None:
     said = rf"no usable record among 2 \(first: in/none\): 2x image file is missing in {tmp_path}$"
     with pytest.raises(UserError, match=said):
         run(tmp_path, [row("in/none.png", "x"), row("in/b.png", "x")], {})
-    absent = replace(source(tmp_path, [row("a.png", "x")], {}), images=tmp_path / "nowhere")
-    with pytest.raises(UserError, match=f"--images {tmp_path}/nowhere: no such folder"):
-        import_data(absent, tmp_path / "out", ImportConfig())
+    with pytest.raises(UserError, match=f"`images` {tmp_path}/nowhere: no such folder"):
+        import_data(source(tmp_path, [row("a.png", "x")], {}), tmp_path / "out", images=tmp_path / "nowhere")
     with pytest.raises(UserError, match=r"split '\.\./up' cannot be a folder's name"):
         run(tmp_path, [row("a.png", "x", split="../up")], {"a.png": picture()})
     assert not list(tmp_path.glob("**/*.tar"))
     run(tmp_path, [row("a.png", "x")], {"a.png": picture()})
     with pytest.raises(UserError, match=r"out/train: already holds shards; remove"):
         run(tmp_path, [row("a.png", "x")], {"a.png": picture()})
-    with pytest.raises(UserError, match="shares from 0 to 1"):
-        ImportConfig(val=0.5, test=0.5)
+    for wrong, said in (({"val": 0.5, "test": 0.5}, "`val` 0.5 and `test` 0.5"), ({"max_side": -1}, "`max_side`")):
+        with pytest.raises(UserError, match=said):
+            run(tmp_path, [row("a.png", "x")], {"a.png": picture()}, **wrong)
+
+
+def test_an_option_of_another_format_is_refused_with_the_formats_own(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(picture())
+    (tmp_path / "a.txt").write_text("x")
+    with pytest.raises(UserError, match="`image_column` is no option of the format folder; it has none"):
+        import_data(tmp_path, tmp_path / "out", image_column="image")
+    with pytest.raises(
+        UserError, match=r"`columns` .* of the format table; it has `images`, `image_column`, `caption_column`"
+    ):
+        run(tmp_path, [row("a.png", "x")], {}, columns="image")
 
 
 def test_boxes_and_scores_that_are_no_numbers_are_dropped_by_name(tmp_path: Path) -> None:
@@ -202,8 +210,8 @@ def test_splits_are_imported_one_by_one(tmp_path: Path) -> None:
 
 
 def test_a_failure_leaves_no_shards(tmp_path: Path) -> None:
-    path = source(tmp_path, [row("a.png", "x")], {"a.png": picture()}).path
+    path = source(tmp_path, [row("a.png", "x")], {"a.png": picture()})
     path.write_text(path.read_text() + "\nnot json\n")
     with pytest.raises(UserError, match=r"t\.jsonl:2"):
-        import_data(Source(path=path, format="table"), tmp_path / "out", ImportConfig())
+        import_data(path, tmp_path / "out")
     assert not list(tmp_path.glob("**/*.tar*"))

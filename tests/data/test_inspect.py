@@ -8,10 +8,10 @@ from PIL import Image
 from rich.console import Console
 
 from fastvlp.batch import Record
-from fastvlp.data.records.detections import Detected, pack
+from fastvlp.data.records.detections import Detections, pack
 from fastvlp.data.records.shards import ShardWriter
 from fastvlp.data.sources import contact_sheet as sheets
-from fastvlp.data.sources.inspection import SplitReport, inspect, rendered
+from fastvlp.data.sources.inspection import SplitReport, as_tables, inspect_data
 from fastvlp.data.tokenize import Tokenizer
 from fastvlp.errors import UserError
 
@@ -38,18 +38,19 @@ def folder(tmp_path: Path) -> Path:
 
 def test_counts_sizes_lengths_and_names(folder: Path) -> None:
     tokenizer = Tokenizer.train(["one two three four"], kind="wordpiece", vocab_size=100)
-    pairs, train = inspect(folder, tokenizer=tokenizer)
+    tokenizer.save(folder / "tokenizer.json")
+    pairs, train = inspect_data(folder, tokenizer=folder / "tokenizer.json").splits
     assert (pairs.name, pairs.records, pairs.images) == ("pairs", 1, 2)
     assert pairs.lengths[("statements", "words")] == [3]
     assert train.records == 6 and train.fields == {"captions": 6, "captions_zh": 6}
-    assert train.sizes[(24, 16)] == 1 and train.kinds == {"JPEG RGB": 6}
+    assert train.sizes[(24, 16)] == 1 and train.formats == {"JPEG RGB": 6}
     assert train.lengths[("captions", "words")] == [3, 1] * 6
     assert train.lengths[("captions_zh", "characters")] == [5] * 6
     assert train.lengths[("captions", "tokens")][:2] == tokenizer.encode(["one two three", "four"], 99)[1].tolist()
     (unreadable,) = train.unreadable
     assert unreadable.key == "cut"
     file = io.StringIO()
-    Console(file=file, width=60).print(rendered([pairs, train]))
+    Console(file=file, width=60).print(as_tables([pairs, train]))
     assert "cut" in file.getvalue() and "truncated" in file.getvalue()
 
 
@@ -60,7 +61,7 @@ def test_every_field_of_texts_is_measured(tmp_path: Path) -> None:
         info |= {name: [{text: "one two", told: value}], f"{name}_zh": [{text: "一二三", told: value}]}
     with ShardWriter(tmp_path / "s") as writer:
         writer.write(Record(key="r", images=(jpeg(),), info=info))
-    (report,) = inspect(tmp_path / "s")
+    (report,) = inspect_data(tmp_path / "s").splits
     assert report.lengths == {
         ("captions_de", "characters"): [10],
         ("captions_de", "words"): [2],
@@ -84,13 +85,13 @@ def test_names_are_whole_on_a_narrow_terminal(width: int) -> None:
             records=123_456,
             fields=Counter(dict.fromkeys(fields, 123_456)),
             sizes=Counter({(4000, 3000): 9}),
-            kinds=Counter({"JPEG RGB": 123_456, "PNG RGBA": 1}),
+            formats=Counter({"JPEG RGB": 123_456, "PNG RGBA": 1}),
             lengths=lengths,
         )
         for name in names
     ]
     file = io.StringIO()
-    Console(file=file, width=width).print(rendered(reports))
+    Console(file=file, width=width).print(as_tables(reports))
     shown = file.getvalue()
     assert "…" not in shown and max(map(len, shown.splitlines())) <= width
     if width == 80:  # below, the longest are folded
@@ -102,7 +103,7 @@ def test_a_cut_tar_is_reported_and_the_rest_is_counted(folder: Path) -> None:
     tar = folder / "train/00000.tar"
     tar.write_bytes(tar.read_bytes()[:9000])
     (folder / "train/00000.index.json").unlink()
-    (train,) = inspect(folder / "train")
+    (train,) = inspect_data(folder / "train").splits
     assert 0 < train.records < 6
     assert any("cut" in drop.reason for drop in train.unreadable)
 
@@ -111,15 +112,15 @@ def test_info_that_training_could_not_read_is_named(tmp_path: Path) -> None:
     with ShardWriter(tmp_path / "s") as writer:
         writer.write(Record(key="good", images=(jpeg(),), info={}))
         writer.write(Record(key="bad", images=(jpeg(),), info={"captions": "not a list"}))
-    (report,) = inspect(tmp_path / "s")
+    (report,) = inspect_data(tmp_path / "s").splits
     assert report.records == 1
     assert [(d.key, d.reason) for d in report.unreadable] == [("bad", "field captions is not a list of texts")]
 
 
 def test_stored_regions_that_evaluation_would_refuse_are_named(tmp_path: Path) -> None:
     box = np.array([[0, 0, 0.5, 0.5], [0.2, 0.2, 0.9, 0.9]], np.float32)
-    good = pack(Detected(box, np.ones((2, 3), np.float16), None))
-    empty = pack(Detected(box * 0, np.ones((2, 3), np.float16), None))
+    good = pack(Detections(box, np.ones((2, 3), np.float16), None))
+    empty = pack(Detections(box * 0, np.ones((2, 3), np.float16), None))
     sure = [0.9, 0.8]
     records = {
         "good": ([sure], (good,)),
@@ -138,7 +139,7 @@ def test_stored_regions_that_evaluation_would_refuse_are_named(tmp_path: Path) -
             images = (jpeg(),) * (2 if key in ("pair", "second", "one") else 1)
             info = {} if told is None else {"confidences": told}
             writer.write(Record(key=key, images=images, info=info, detected=parts))
-    (report,) = inspect(tmp_path / "s")
+    (report,) = inspect_data(tmp_path / "s").splits
     assert report.records == 3
     reasons = {drop.key: drop.reason for drop in report.unreadable}
     assert reasons.keys() == records.keys() - {"good", "without", "pair"}
@@ -148,13 +149,13 @@ def test_stored_regions_that_evaluation_would_refuse_are_named(tmp_path: Path) -
 
 def test_no_shards(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no shards"):
-        inspect(tmp_path)
+        inspect_data(tmp_path)
     with pytest.raises(UserError, match="no shards"):
-        inspect(tmp_path / "none")
+        inspect_data(tmp_path / "none")
 
 
 def test_the_sheet_shows_pictures_and_text(folder: Path) -> None:
-    inspect(folder, sheet=folder / "sheet.png")
+    assert inspect_data(folder, sheet=folder / "sheet.png").sheet == folder / "sheet.png"
     sheet = np.asarray(Image.open(folder / "sheet.png").convert("L"), dtype=float)
     picture = sheet[sheets.GAP + 40 : sheets.GAP + 120, sheets.GAP + 10 : sheets.GAP + 80]
     text = sheet[sheets.GAP + sheets.SIDE : sheets.GAP + sheets.SIDE + 20, sheets.GAP : sheets.SIDE]
@@ -163,16 +164,16 @@ def test_the_sheet_shows_pictures_and_text(folder: Path) -> None:
 
 def test_a_script_without_a_font_is_noted_and_long_text_cut() -> None:
     latin = frozenset(range(32, 127))
-    assert sheets._wrapped("a cat\n一只猫在睡觉", latin) == f"a cat\n{sheets.NO_FONT}"
+    assert sheets._wrap("a cat\n一只猫在睡觉", latin) == f"a cat\n{sheets.NO_FONT}"
     chinese = latin | {ord(c) for c in "一只猫在睡觉"}
-    assert sheets._wrapped("一只猫在睡觉", chinese) == "一只猫在睡觉"
-    lines = sheets._wrapped("word " * 200, latin).splitlines()
+    assert sheets._wrap("一只猫在睡觉", chinese) == "一只猫在睡觉"
+    lines = sheets._wrap("word " * 200, latin).splitlines()
     assert len(lines) == sheets.LINES and lines[-1].endswith("…")
 
 
 def test_text_of_a_record() -> None:
-    assert sheets.text_of({"captions": ["a", "b"], "captions_zh": ["一"]}) == "a\n一"
-    assert sheets.text_of({"statements": [{"text": "so", "label": False}]}) == "so [false]"
-    assert sheets.text_of({"questions": [{"question": "how?", "answers": {"x": 0.3, "y": 1.0}}]}) == "how? [y]"
-    assert sheets.text_of({"captions": [], "label": "cat"}) == "cat"
-    assert sheets.text_of({}) == ""
+    assert sheets.summary_text({"captions": ["a", "b"], "captions_zh": ["一"]}) == "a\n一"
+    assert sheets.summary_text({"statements": [{"text": "so", "label": False}]}) == "so [false]"
+    assert sheets.summary_text({"questions": [{"question": "how?", "answers": {"x": 0.3, "y": 1.0}}]}) == "how? [y]"
+    assert sheets.summary_text({"captions": [], "label": "cat"}) == "cat"
+    assert sheets.summary_text({}) == ""

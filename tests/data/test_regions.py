@@ -12,7 +12,7 @@ from fastvlp.batch import Batch, Record, Regions
 from fastvlp.data.loader import Loader, Row
 from fastvlp.data.pairs import PairData, PairMaker
 from fastvlp.data.records.decode import ORIENTATION, StoredShape, decode, stored_shape
-from fastvlp.data.records.detections import Detected, detected, pack, unpack
+from fastvlp.data.records.detections import Detections, check_arrays, pack, unpack
 from fastvlp.data.records.shards import RecordError, Shards, ShardWriter
 from fastvlp.data.records.transform import Transform
 from fastvlp.data.regions import RegionSource, pad_regions, read_regions, region_count
@@ -236,12 +236,12 @@ def test_a_recipe_says_which_regions(tmp_path, tokenizer):
 CONFIDENCES = [0.9, 0.5, 0.3, 0.1, 0.05]
 
 
-def found_by_a_detector(n: int = 5, *, classes: bool = True) -> Detected:
+def found_by_a_detector(n: int = 5, *, classes: bool = True) -> Detections:
     """Region i starts at i tenths of the width and says so in its feature; halves and tenths, exact enough."""
     low = np.arange(n)[:, None] / 10
     box = np.concatenate([low, 0 * low, low + 0.2, 0 * low + 0.5], 1).astype(np.float32)
     share = np.full((n, 4), 0.25, np.float32)
-    return detected({"norm_bb": box, "features": low + np.zeros((n, 3)), "soft_labels": share if classes else None})
+    return check_arrays({"norm_bb": box, "features": low + np.zeros((n, 3)), "soft_labels": share if classes else None})
 
 
 def read_stored(source, found=None, *, confidences=CONFIDENCES, at=WIDE, transform=SQUASH):
@@ -349,7 +349,7 @@ def table(columns: int, value: float = 0.5) -> np.ndarray:
 )
 def test_a_detectors_arrays_are_checked(arrays, reason):
     with pytest.raises(ValueError, match=reason):
-        detected(arrays)
+        check_arrays(arrays)
 
 
 def test_a_zip_that_would_fill_the_memory_is_refused():

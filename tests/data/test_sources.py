@@ -9,8 +9,12 @@ import pytest
 from PIL import Image
 
 from fastvlp.batch import Dropped, Record
-from fastvlp.data import sources
-from fastvlp.data.sources import examples, folder, nlvr, table, webdataset
+from fastvlp.data.sources import find_format
+from fastvlp.data.sources.examples import ExamplesSource
+from fastvlp.data.sources.folder import FolderSource
+from fastvlp.data.sources.nlvr import NLVRSource
+from fastvlp.data.sources.table import TableSource
+from fastvlp.data.sources.webdataset import WebDatasetSource
 from fastvlp.errors import UserError
 
 
@@ -53,20 +57,20 @@ def write_table(path: Path, rows: list[tuple[str, str]], header: tuple[str, str]
 @pytest.mark.parametrize("suffix", ["csv", "tsv", "jsonl", "parquet"])
 def test_rows_of_one_image_are_one_record(pairs: Path, suffix: str) -> None:
     path = write_table(pairs / f"t.{suffix}", ROWS)
-    assert sources.guess(path) == "table"
-    records, dropped = parted(sources.read(sources.Source(path=path, format="table")))
+    assert find_format(path).name == "table"
+    records, dropped = parted(TableSource().read(path))
     assert not dropped and list(records) == ["pics/a", "pics/b"]
     assert records["pics/a"].info["captions"] == ["a red card", "red, wholly"]
     assert records["pics/b"].info["captions"] == ["蓝色，\n两行"]
     assert records["pics/b"].images == (picture("blue"),)
-    assert table.count(path) == 2
+    assert TableSource().count(path) == 2
 
 
 def test_a_table_keeps_other_columns_and_takes_column_names(pairs: Path) -> None:
     path = pairs / "t.csv"
     path.write_text("pic,says,split\na.png,one,val\n,two,val\n", encoding="utf-8")
-    read = table.read(path, image_column="pic", caption_column="says", images=pairs / "pics")
-    records, dropped = parted(read)
+    source = TableSource(image_column="pic", caption_column="says", images=pairs / "pics")
+    records, dropped = parted(source.read(path))
     assert records["a"].info == {"captions": ["one"], "split": "val"}
     assert dropped == {"row without an image path": "row names no image"}
 
@@ -75,17 +79,17 @@ def test_chinese_stands_beside_english(pairs: Path) -> None:
     header = "image,caption,caption_zh\n"
     rows = "pics/a.png,a red card,红卡\npics/b.png,blue,\npics/a.png,red,\npics/a.png,red again,一张红卡\n"
     (pairs / "t.csv").write_text(header + rows, encoding="utf-8")
-    records, dropped = parted(table.read(pairs / "t.csv"))
+    records, dropped = parted(TableSource().read(pairs / "t.csv"))
     assert not dropped and records["pics/a"].info["captions_zh"] == ["红卡", "一张红卡"]
     assert records["pics/a"].info["captions"] == ["a red card", "red", "red again"]
     assert records["pics/b"].info == {"captions": ["blue"]}
     lines = [{"image": "pics/a.png", "caption": "x", "captions_zh": ["一", "二"]}, {"image": "pics/a.png"}]
     (pairs / "t.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    (record,) = table.read(pairs / "t.jsonl")
+    (record,) = TableSource().read(pairs / "t.jsonl")
     assert isinstance(record, Record) and record.info == {"captions": ["x"], "captions_zh": ["一", "二"]}
     # As the caption column itself it is the captions.
     (pairs / "t.csv").write_text("image,caption_zh\npics/a.png,红卡\n", encoding="utf-8")
-    (record,) = table.read(pairs / "t.csv", caption_column="caption_zh")
+    (record,) = TableSource(caption_column="caption_zh").read(pairs / "t.csv")
     assert isinstance(record, Record) and record.info == {"captions": ["红卡"]}
 
 
@@ -94,7 +98,7 @@ def test_parquet_may_hold_the_images(tmp_path: Path) -> None:
     parquet = pytest.importorskip("pyarrow.parquet")
     column = [{"bytes": picture(), "path": "x.png"}]
     parquet.write_table(pa.table({"image": column, "text": ["hello"]}), tmp_path / "t.parquet")
-    (record,) = table.read(tmp_path / "t.parquet")
+    (record,) = TableSource().read(tmp_path / "t.parquet")
     assert isinstance(record, Record) and record.images == (picture(),) and record.info["captions"] == ["hello"]
 
 
@@ -104,31 +108,33 @@ def test_a_path_that_leaves_the_folder_is_refused(pairs: Path, name: str) -> Non
     (inner / "pics").mkdir(parents=True)
     (pairs / "secret.png").write_bytes(picture())
     (inner / "pics/link.png").symlink_to(pairs / "secret.png")
-    (dropped,) = table.read(write_table(inner / "t.csv", [(name, "x")]))
+    (dropped,) = TableSource().read(write_table(inner / "t.csv", [(name, "x")]))
     assert isinstance(dropped, Dropped) and "leaves the source folder" in dropped.reason
 
 
 def test_what_a_table_gets_wrong_is_named(pairs: Path) -> None:
-    records, dropped = parted(table.read(write_table(pairs / "t.csv", [("pics/none.png", "x"), ("pics/a.png", "y")])))
+    records, dropped = parted(
+        TableSource().read(write_table(pairs / "t.csv", [("pics/none.png", "x"), ("pics/a.png", "y")]))
+    )
     assert list(records) == ["pics/a"] and dropped == {"pics/none": f"image file is missing in {pairs}"}
-    with pytest.raises(UserError, match=r"t\.csv.*no caption column.*picture, words.*--caption-column"):
-        list(table.read(write_table(pairs / "t.csv", ROWS, ("image", "picture, words"))))
+    with pytest.raises(UserError, match=r"t\.csv.*no caption column.*picture, words.*`caption_column`"):
+        list(TableSource().read(write_table(pairs / "t.csv", ROWS, ("image", "picture, words"))))
     (pairs / "t.csv").write_bytes("image,caption\npics/a.png,é\n".encode("latin-1"))
     with pytest.raises(UserError, match=r"t\.csv: byte 25 is not UTF-8.*iconv"):
-        list(table.read(pairs / "t.csv"))
+        list(TableSource().read(pairs / "t.csv"))
     (pairs / "t.jsonl").write_text('{"image": "a.png"}\n{nonsense\n')
     with pytest.raises(UserError, match=r"t\.jsonl.*no caption column"):
-        list(table.read(pairs / "t.jsonl"))
+        list(TableSource().read(pairs / "t.jsonl"))
     (pairs / "t.jsonl").write_text('{"image": "a.png", "caption": "x"}\n{nonsense\n')
     with pytest.raises(UserError, match=r"t\.jsonl:2: not JSON"):
-        list(table.read(pairs / "t.jsonl"))
+        list(TableSource().read(pairs / "t.jsonl"))
     (pairs / "t.parquet").write_bytes(b"PAR1 not really")
     with pytest.raises(UserError, match=r"t\.parquet: not readable as parquet"):
-        list(table.read(pairs / "t.parquet"))
+        list(TableSource().read(pairs / "t.parquet"))
 
 
 def test_long_captions_pass(pairs: Path) -> None:
-    (record,) = table.read(write_table(pairs / "t.csv", [("pics/a.png", "word " * 40_000)]))
+    (record,) = TableSource().read(write_table(pairs / "t.csv", [("pics/a.png", "word " * 40_000)]))
     assert isinstance(record, Record) and len(record.info["captions"][0]) == 200_000
 
 
@@ -136,11 +142,11 @@ def test_folder(pairs: Path) -> None:
     (pairs / "pics/a.txt").write_text("one\n二\n", encoding="utf-8")
     (pairs / "c.png").write_bytes(picture())
     (pairs / "c.txt").write_bytes(b"\xff\xfe\x00")
-    assert sources.guess(pairs) == "folder"
-    records, dropped = parted(folder.read(pairs))
+    assert find_format(pairs).name == "folder"
+    records, dropped = parted(FolderSource().read(pairs))
     assert records["pics/a"].info == {"captions": ["one", "二"]}
     assert dropped == {"c": "its .txt is not UTF-8", "pics/b": "no .txt beside the image"}
-    assert folder.count(pairs) == 3
+    assert FolderSource().count(pairs) == 3
 
 
 def write_tar(path: Path, members: dict[str, bytes]) -> Path:
@@ -170,8 +176,8 @@ MEMBERS = {
 @pytest.mark.parametrize("name", ["x.tar", "x.tar.gz"])
 def test_webdataset(tmp_path: Path, name: str) -> None:
     write_tar(tmp_path / name, MEMBERS)
-    assert sources.guess(tmp_path) == "webdataset" == sources.guess(tmp_path / name)
-    records, dropped = parted(webdataset.read(tmp_path))
+    assert find_format(tmp_path).name == "webdataset" == find_format(tmp_path / name).name
+    records, dropped = parted(WebDatasetSource().read(tmp_path))
     assert records["0001"].info == {"captions": ["a cat"]}
     assert records["d/0002"].info == {"captions": ["two"], "score": 1}
     assert records["d/0002"].images == (picture(), picture("blue"))
@@ -182,11 +188,11 @@ def test_webdataset(tmp_path: Path, name: str) -> None:
 def test_a_cut_tar_gives_what_is_whole(tmp_path: Path) -> None:
     path = write_tar(tmp_path / "x.tar", {f"{i}.{e}": b"x" * 600 for i in range(4) for e in ("jpg", "txt")})
     path.write_bytes(path.read_bytes()[: 6 * 1536 - 700])
-    records, dropped = parted(webdataset.read(path))
+    records, dropped = parted(WebDatasetSource().read(path))
     assert set(records) == {"0", "1"}
     assert list(dropped) == ["x.tar: after 2"] and "cut or damaged" in dropped["x.tar: after 2"]
     path.write_bytes(b"this is no tar at all")
-    assert list(parted(webdataset.read(path))[1]) == ["x.tar: after its start"]
+    assert list(parted(WebDatasetSource().read(path))[1]) == ["x.tar: after its start"]
 
 
 BOXES = [
@@ -211,8 +217,8 @@ def official(tmp_path: Path) -> Path:
 
 
 def test_nlvr_in_its_official_layout(official: Path) -> None:
-    assert sources.guess(official) == "nlvr"
-    records, dropped = parted(nlvr.read(official))
+    assert find_format(official).name == "nlvr"
+    records, dropped = parted(NLVRSource().read(official))
     assert list(records) == [f"dev-5-1-{k}" for k in range(5)]
     assert dropped == {
         "dev-5-1-5": f"image file is missing in {official}/dev",
@@ -258,8 +264,8 @@ def test_examples(tmp_path: Path) -> None:
         {"image": "train-8-0", "file": ["0.png"], "captions": [], "label": None},
     ]
     write_examples(tmp_path, rows, {f"{k}.png": picture(size=(k + 1, 1)) for k in range(6)})
-    assert sources.guess(tmp_path) == "examples"
-    records, dropped = parted(examples.read(tmp_path))
+    assert find_format(tmp_path).name == "examples"
+    records, dropped = parted(ExamplesSource().read(tmp_path))
     info = records["p/1"].info
     assert info["captions"] == ["a"] and info["captions_zh"] == ["一"] and info["label"] == "card"
     assert info["objects"] == [{"class": "cat", "box": [1, 2, 4, 6], "crowd": 0}] and "width" not in info
@@ -275,22 +281,33 @@ def test_examples(tmp_path: Path) -> None:
     assert records["train-7-0-4"].info["label_source"] == "gold" and records["train-7-0-4"].info["group"] == "train-7"
     assert dropped["none"] == "image is not in images.zip" and dropped["train-8-0"] == "no sentence or no label"
     assert "KeyError" in dropped["bad"]
-    assert examples.count(tmp_path) == len(records) + len(dropped)
+    assert ExamplesSource().count(tmp_path) == len(records) + len(dropped)
 
 
 def test_a_broken_zip_is_named(tmp_path: Path) -> None:
     write_examples(tmp_path, [], {})
     (tmp_path / "images.zip").write_bytes(b"no zip")
     with pytest.raises(UserError, match=r"images\.zip: cannot be read as a zip"):
-        list(examples.read(tmp_path))
+        list(ExamplesSource().read(tmp_path))
 
 
-def test_guess_says_what_it_knows(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"(?s)--format.*table.*folder.*webdataset.*nlvr.*examples"):
-        sources.guess(tmp_path)
+def test_a_path_without_a_format_is_answered_with_those_that_there_are(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"(?s)`format`.*examples.*folder.*nlvr.*table.*`image_column`.*webdataset"):
+        find_format(tmp_path)
     with pytest.raises(UserError, match="no such file"):
-        sources.guess(tmp_path / "nothing")
+        find_format(tmp_path / "nothing")
     (tmp_path / "a.png").write_bytes(picture())
     write_table(tmp_path / "t.csv", ROWS)
     with pytest.raises(UserError, match=r"t\.csv"):
-        sources.guess(tmp_path)
+        find_format(tmp_path)
+    assert find_format(tmp_path, "folder") is FolderSource
+    with pytest.raises(UserError, match=r"`format` tabel: .*table"):
+        find_format(tmp_path, "tabel")
+
+
+def test_a_folder_of_two_formats_is_not_guessed(tmp_path: Path) -> None:
+    write_examples(tmp_path, [], {})
+    (tmp_path / "dataset_coco.json").write_text("{}")
+    with pytest.raises(UserError, match="examples and of karpathy; name the `format`"):
+        find_format(tmp_path)
+    assert find_format(tmp_path, "karpathy").name == "karpathy"

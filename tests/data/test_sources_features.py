@@ -20,12 +20,12 @@ from fastvlp.cli import main
 from fastvlp.data.loader import Row
 from fastvlp.data.pairs import PairData
 from fastvlp.data.records.decode import StoredShape
-from fastvlp.data.records.detections import detected, pack, read_npz
+from fastvlp.data.records.detections import check_arrays, pack, read_npz
 from fastvlp.data.records.shards import Shards
 from fastvlp.data.records.transform import Transform
 from fastvlp.data.regions import RegionSource, read_regions
-from fastvlp.data.sources import Source, features
-from fastvlp.data.sources.importing import ImportConfig, import_data
+from fastvlp.data.sources import features
+from fastvlp.data.sources.importing import import_data
 from fastvlp.data.tokenize import Tokenizer
 from fastvlp.errors import UserError
 from fastvlp.model.model import VLModel
@@ -109,7 +109,7 @@ def record(key: str, images: int = 1, **info: Any) -> Record:
 
 
 def reason(path: Path, item: Record) -> str:
-    (dropped,) = features.attached(iter([item]), path)
+    (dropped,) = features.add_regions(iter([item]), path)
     assert isinstance(dropped, Dropped) and dropped.key == item.key
     return dropped.reason
 
@@ -118,8 +118,7 @@ def reason(path: Path, item: Record) -> str:
 def test_regions_go_from_uniters_layouts_to_what_training_reads(tmp_path: Path, layout: str) -> None:
     path = store(tmp_path, layout)
     (tmp_path / "t.jsonl").write_text(json.dumps({"image": f"val2014/{COCO}.jpg", "caption": "a cat"}))
-    source = Source(path=tmp_path / "t.jsonl", format="table", images="blank", features=path)
-    done = import_data(source, tmp_path / "out", ImportConfig())
+    done = import_data(tmp_path / "t.jsonl", tmp_path / "out", images="blank", features=path)
     assert not done.dropped
     (back,) = Shards(tmp_path / "out/train")
     assert back.info["confidences"] == [[0.8999, 0.3, 0.1]] and back.info["captions"] == ["a cat"]
@@ -136,7 +135,7 @@ def test_what_has_no_regions_is_dropped_by_name(tmp_path: Path, layout: str) -> 
     path = store(tmp_path, layout)
     assert reason(path, record("val2014/COCO_val2014_000000000043")) == "its regions: no entry of its name"
     gone = Dropped(key="x", reason="image file is missing")
-    assert list(features.attached(iter([gone]), path)) == [gone]
+    assert list(features.add_regions(iter([gone]), path)) == [gone]
 
 
 @pytest.mark.parametrize(
@@ -151,21 +150,21 @@ def test_what_has_no_regions_is_dropped_by_name(tmp_path: Path, layout: str) -> 
 )
 def test_an_entry_has_its_images_name_maybe_with_the_sets(tmp_path: Path, entry: str, key: str) -> None:
     path = write_npz(tmp_path / "f", {entry: npz(arrays()), "other_x.npz": npz(arrays())})
-    (found,) = features.attached(iter([record(key)]), path)
+    (found,) = features.add_regions(iter([record(key)]), path)
     assert isinstance(found, Record) and len(found.detected) == 1
 
 
 def test_a_name_that_fits_two_sets_is_not_guessed_and_one_can_be_told(tmp_path: Path) -> None:
     path = write_npz(tmp_path / "f", {f"{name}_01.npz": npz(arrays(k)) for k, name in enumerate(("coco", "vg"))})
     assert reason(path, record("1")) == "its regions: several entries of its name"
-    (found,) = features.attached(iter([record("1", features="vg_01.npz")]), path)
-    (same,) = features.attached(iter([record("vg_01")]), path)
+    (found,) = features.add_regions(iter([record("1", features="vg_01.npz")]), path)
+    (same,) = features.add_regions(iter([record("vg_01")]), path)
     assert isinstance(found, Record) and isinstance(same, Record) and found.detected == same.detected
 
 
 def test_a_pair_has_the_regions_of_each_image(tmp_path: Path) -> None:
     entries = {f"nlvr2_dev-3-0-img{k}.npz": npz(arrays(k, conf=(0.5,) * (k + 1))) for k in range(2)}
-    (found,) = features.attached(iter([record("dev-3-0", images=2)]), write_npz(tmp_path / "f", entries))
+    (found,) = features.add_regions(iter([record("dev-3-0", images=2)]), write_npz(tmp_path / "f", entries))
     assert isinstance(found, Record)
     assert found.info["confidences"] == [[0.5], [0.5, 0.5]] and len(found.detected) == 2
 
@@ -173,7 +172,7 @@ def test_a_pair_has_the_regions_of_each_image(tmp_path: Path) -> None:
 def test_a_fixed_number_of_regions_is_fixed(tmp_path: Path) -> None:
     """The released converter ignores it where it is asked for, and keeps the rows of its confidence rule."""
     path = write_npz(tmp_path / "f", {"a.npz": npz(arrays(conf=(0.05, 0.9, 0.6, 0.1)))})
-    (found,) = features.attached(iter([record("a")]), path)
+    (found,) = features.add_regions(iter([record("a")]), path)
     assert isinstance(found, Record)
     fixed = RegionSource(stored=True, least=3, most=3)
     regions = read_regions(fixed, "a", found.info, StoredShape(9, 9, 1), Transform(size=8), found.detected)
@@ -183,7 +182,7 @@ def test_a_fixed_number_of_regions_is_fixed(tmp_path: Path) -> None:
 def test_without_confidences_the_order_stands(tmp_path: Path) -> None:
     told = arrays()
     del told["conf"], told["soft_labels"]
-    (found,) = features.attached(iter([record("a")]), write_npz(tmp_path / "f", {"a.npz": npz(told)}))
+    (found,) = features.add_regions(iter([record("a")]), write_npz(tmp_path / "f", {"a.npz": npz(told)}))
     assert isinstance(found, Record) and found.info["confidences"] == [[1.0] * 3]
     regions = read_regions(
         RegionSource(stored=True), "a", found.info, StoredShape(9, 9, 1), Transform(size=8), found.detected
@@ -210,7 +209,7 @@ def test_no_flipped_byte_escapes(layout: str) -> None:
     """What is left of an entry can be read, or is named: one rotten file is no reason to end an import."""
     told = arrays()
     read = features.read_msgpack if layout == "msgpack" else read_npz
-    data = {"npz": npz, "packed": lambda told: pack(detected(told)), "msgpack": msgpacked}[layout](told)
+    data = {"npz": npz, "packed": lambda told: pack(check_arrays(told)), "msgpack": msgpacked}[layout](told)
     named = 0
     for i, mask in itertools.product(range(len(data)), (0x01, 0xFF)):
         try:
@@ -239,7 +238,7 @@ def test_nothing_that_is_stored_is_executed(tmp_path: Path, monkeypatch: pytest.
     }
     path = write_lmdb(tmp_path / "db", told)
     assert "each array is a table of floats" in reason(path, record("a"))
-    (fine,) = features.attached(iter([record("b")]), path)
+    (fine,) = features.add_regions(iter([record("b")]), path)
     assert isinstance(fine, Record)
     assert "Object arrays cannot be loaded" in reason(path, record("c"))
     assert "not readable as msgpack" in reason(path, record("d"))
@@ -248,13 +247,13 @@ def test_nothing_that_is_stored_is_executed(tmp_path: Path, monkeypatch: pytest.
 
 
 def in_a_child(path: Path) -> int:
-    return len(features.opened(path).read("coco_val2014_000000000042.npz"))
+    return len(features.open_store(path).read("coco_val2014_000000000042.npz"))
 
 
 def test_an_lmdb_is_opened_once_in_a_process_and_again_after_a_fork(tmp_path: Path) -> None:
     path = store(tmp_path, "lmdb")
-    first = features.opened(path)
-    again = features.opened(tmp_path / "." / path.name)
+    first = features.open_store(path)
+    again = features.open_store(tmp_path / "." / path.name)
     assert again.names == first.names and again.read(first.names[0]).keys() == first.read(first.names[0]).keys()
     with multiprocessing.get_context("fork").Pool(1) as pool:
         assert pool.apply(in_a_child, (path,)) == 4
@@ -263,17 +262,17 @@ def test_an_lmdb_is_opened_once_in_a_process_and_again_after_a_fork(tmp_path: Pa
 def test_what_is_no_store_is_refused_with_the_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for path in (tmp_path, tmp_path / "none"):
         with pytest.raises(UserError, match=r"neither an LMDB \(data\.mdb\) nor a folder of npz files"):
-            features.opened(path)
+            features.open_store(path)
     pytest.importorskip("lmdb")
     (tmp_path / "data.mdb").write_bytes(b"no LMDB" * 1000)
     with pytest.raises(UserError, match="cannot be opened as an LMDB"):
-        features.opened(tmp_path)
+        features.open_store(tmp_path)
     bad = write_lmdb(tmp_path / "bad", {"__keys__": b"7"}, keys=False)
     with pytest.raises(UserError, match="its __keys__ are not a JSON list of names"):
-        features.opened(bad)
+        features.open_store(bad)
     monkeypatch.setitem(sys.modules, "lmdb", None)
     with pytest.raises(UserError, match=r"needs lmdb and msgpack; pip install -e '.\[lmdb\]'"):
-        features.opened(write_npz(tmp_path / "without", {"data.mdb": b""}))
+        features.open_store(write_npz(tmp_path / "without", {"data.mdb": b""}))
 
 
 def test_the_command_joins_features(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -292,8 +291,7 @@ def test_uniter_pretrains_on_what_was_imported(tmp_path: Path) -> None:
     """From an LMDB and captions, without images, to the losses of features and classes that are asked for."""
     rows = [{"image": f"{name.removesuffix('.npz')}.jpg", "caption": "a cat"} for name in ENTRIES]
     (tmp_path / "t.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    source = Source(path=tmp_path / "t.jsonl", format="table", images="blank", features=store(tmp_path, "lmdb"))
-    import_data(source, tmp_path / "out", ImportConfig())
+    import_data(tmp_path / "t.jsonl", tmp_path / "out", images="blank", features=store(tmp_path, "lmdb"))
     regions = RegionSource(stored=True, most=100)
     data = PairData(train=str(tmp_path / "out/train"), batch_size=2, regions=regions, max_tokens=64)
     tokenizer = Tokenizer.train(["a cat"] * 3, vocab_size=40)

@@ -291,18 +291,19 @@ def test_records_depend_on_seed_split_and_index_only():
 
 def test_writing_twice_changes_nothing_and_a_foreign_folder_is_left_alone(tmp_path):
     few = {"train": 3, "val": 2, "test": 2, "pairs": 4, "singles": 2}
-    counts = write_world(tmp_path / "w", CONFIG, **few)
+    written = write_world(tmp_path / "w", CONFIG, **few)
+    counts = written.counts
     assert counts["pairs-test"] == 1 and sum(counts.values()) == 3 + 2 + 2 + 4 + 1 + 1 + 2 + 2
     shards = Shards(str(tmp_path / "w" / "train"))
     assert len(shards) == 3 and shards.read(2) == scene_record(CONFIG, "train", 2)
     tar = tmp_path / "w" / "train" / "00000.tar"
     before = tar.stat().st_mtime_ns
-    assert write_world(tmp_path / "w", CONFIG, **few) == counts and tar.stat().st_mtime_ns == before
+    assert write_world(tmp_path / "w", CONFIG, **few) == written and tar.stat().st_mtime_ns == before
     with pytest.raises(UserError, match="another corpus"):
         write_world(tmp_path / "w", WorldConfig(seed=1), **few)
     card = tmp_path / "w" / "corpus.json"
     card.write_text(card.read_text().replace('"complete": true', '"complete": false'))
-    assert write_world(tmp_path / "w", CONFIG, **few) == counts and '"complete": true' in card.read_text()
+    assert write_world(tmp_path / "w", CONFIG, **few) == written and '"complete": true' in card.read_text()
     card.write_text("[1")
     with pytest.raises(UserError, match="not a corpus card"):
         write_world(tmp_path / "w", CONFIG, **few)

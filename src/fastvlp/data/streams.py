@@ -43,7 +43,7 @@ def blocks(count: int, size: int) -> Iterator[slice]:
 
 
 def with_progress(items: Iterable[X], total: Callable[[], int | None], description: str, show: bool) -> Iterator[X]:
-    """`items`, with a bar when `show` is true and stderr is a terminal."""
+    """Yields `items`, with a bar where `show` is true and stderr is a terminal."""
     if not show:
         yield from items
         return

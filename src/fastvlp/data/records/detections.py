@@ -1,4 +1,4 @@
-"""A detector's regions of an image as a shard keeps them: one npz with UNITER's names of its arrays (ChenRocks/UNITER)."""
+"""A detector's regions of an image as a shard keeps them: one npz with the names of UNITER's arrays (ChenRocks/UNITER)."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import numpy as np
 MOST_BYTES = 1 << 26
 
 
-class Detected(NamedTuple):
-    """R regions by falling confidence: boxes x0 y0 x1 y1 as fractions of the stored image, float32, features and shares of
+class Detections(NamedTuple):
+    """R regions by falling confidence: boxes x0 y0 x1 y1 as fractions of the stored image, float32; features and shares of
     C classes, float16."""
 
     box_R4: np.ndarray
@@ -22,16 +22,16 @@ class Detected(NamedTuple):
     classes_RC: np.ndarray | None
 
 
-def detected(arrays: Mapping[str, Any]) -> Detected:
-    """From `norm_bb` [R 4 or more: x0 y0 x1 y1], `features` [R F] and, where there are any, `soft_labels` [R C]. Raises
-    ValueError saying what is wrong."""
+def check_arrays(arrays: Mapping[str, Any]) -> Detections:
+    """Regions in the order of the arrays `norm_bb` [R 4 or more: x0 y0 x1 y1], `features` [R F] and, where there are any,
+    `soft_labels` [R C]. Raises ValueError saying what is wrong with them."""
     box, feature, classes = (arrays.get(name) for name in ("norm_bb", "features", "soft_labels"))
     if box is None or feature is None:
         raise ValueError(f"norm_bb and features are needed, found {', '.join(sorted(map(str, arrays))) or 'nothing'}")
-    box = _table(box)
+    box = _check_table(box)
     # What is too large for half precision becomes infinite, and is refused below.
     with np.errstate(over="ignore"):
-        half = [None if x is None else _table(x, len(box)).astype(np.float16) for x in (feature, classes)]
+        half = [None if x is None else _check_table(x, len(box)).astype(np.float16) for x in (feature, classes)]
     box = box.astype(np.float32)[:, :4]
     if box.shape[1] != 4 or not all(np.isfinite(x).all() for x in (box, *half) if x is not None):
         raise ValueError("norm_bb has fewer than 4 columns, or a number is not finite")
@@ -39,27 +39,29 @@ def detected(arrays: Mapping[str, Any]) -> Detected:
     if (box[:, :2] > box[:, 2:]).any():
         raise ValueError("norm_bb has a box with x0 > x1 or y0 > y1; fractions of width and height are expected")
     assert half[0] is not None
-    return Detected(box, half[0], half[1])
+    return Detections(box, half[0], half[1])
 
 
-def _table(x: Any, rows: int | None = None) -> np.ndarray:
+def _check_table(x: Any, rows: int | None = None) -> np.ndarray:
     x = np.asarray(x)
     if x.ndim != 2 or rows not in (None, len(x)) or x.dtype.kind != "f":
-        many = "" if rows is None else f" with {rows} rows"
-        raise ValueError(f"each array is a table of floats{many}, and one is {x.dtype} {list(x.shape)}")
+        expected = "" if rows is None else f" with {rows} rows"
+        raise ValueError(f"each array is a table of floats{expected}, and one is {x.dtype} {list(x.shape)}")
     return x
 
 
-def pack(found: Detected) -> bytes:
+def pack(regions: Detections) -> bytes:
+    """The npz of an image's regions."""
     file = io.BytesIO()
-    told: dict[str, Any] = {"norm_bb": found.box_R4, "features": found.feature_RF, "soft_labels": found.classes_RC}
-    np.savez(file, **{name: x for name, x in told.items() if x is not None})
+    arrays = {"norm_bb": regions.box_R4, "features": regions.feature_RF, "soft_labels": regions.classes_RC}
+    present: dict[str, Any] = {name: x for name, x in arrays.items() if x is not None}
+    np.savez(file, **present)
     return file.getvalue()
 
 
-def unpack(data: bytes) -> Detected:
-    """Raises ValueError where it is not what `pack` makes."""
-    return detected(read_npz(data))
+def unpack(data: bytes) -> Detections:
+    """The regions in an npz that `pack` made. Raises ValueError where it is anything else."""
+    return check_arrays(read_npz(data))
 
 
 def read_npz(data: bytes) -> dict[str, np.ndarray]:

@@ -1,145 +1,100 @@
-"""One small module a public format, each with `read(path) -> Iterator[Record | Dropped]`; here one is chosen.
-
-Modules of published annotations also have `files(path)`, what of the path they would read, and `read` takes where the images
-are."""
+"""Formats that can be imported, a file each; see `interface`. Here the format of a path is found."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import MISSING, fields
+from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, get_type_hints
 
-from fastvlp.batch import Dropped, Record
-from fastvlp.data.sources import (
-    coco,
-    examples,
-    features,
-    folder,
-    karpathy,
-    nlvr,
-    nlvr2,
-    refcoco,
-    snli_ve,
-    table,
-    vcr,
-    vqa,
-    webdataset,
-)
-from fastvlp.data.sources.paths import IMAGE_SUFFIXES, Images
+from fastvlp.data.sources.interface import Match, Source
 from fastvlp.errors import UserError
-
-Format = Literal[
-    "table", "folder", "webdataset", "nlvr", "examples",
-    "coco", "karpathy", "vqa", "nlvr2", "snli_ve", "refcoco", "vcr",
-]  # fmt: skip
-# In the order in which a folder is tried.
-PUBLISHED: dict[Format, Any] = {
-    "coco": coco, "vqa": vqa, "snli_ve": snli_ve, "refcoco": refcoco, "vcr": vcr, "karpathy": karpathy, "nlvr2": nlvr2,
-}  # fmt: skip
-
-FORMATS_HELP = """\
-  table       a csv, tsv, jsonl or parquet file with a column of image paths and one of captions
-  folder      images with a .txt of the same name beside each, one caption a line
-  webdataset  a tar, or a folder of tars: image with .txt or .json
-  nlvr        Cornell NLVR: train/train.json, train/images/, dev and test likewise
-  examples    a folder with examples.jsonl and images.zip
-  coco        COCO's folder: annotations/captions_*.json, instances_*.json or both, and images
-  karpathy    dataset_coco.json, dataset_flickr30k.json
-  vqa         VQA's *_OpenEnded_*_questions.json, its *_annotations.json beside them
-  nlvr2       NLVR2's data/train.json, dev.json, test1.json, or one of them
-  snli_ve     snli_ve_*.jsonl, or one of them
-  refcoco     a folder with instances.json and refs(*).json, or the latter
-  vcr         VCR's train.jsonl, val.jsonl, test.jsonl and vcr1images/
-The last seven take the folder of the images as --images."""
+from fastvlp.extensions import variants
 
 
-@dataclass(frozen=True, kw_only=True)
-class Source:
-    """What is to be read and how. images: the folder that image paths start from, or that there are none. features: a
-    detector's regions that come along with the records. The columns are of tables."""
-
-    path: Path
-    format: Format
-    image_column: str = ""
-    caption_column: str = ""
-    images: Images | None = None
-    features: Path | None = None
+def formats() -> dict[str, type[Source]]:
+    """All formats by name: those of this package, and those in files that the user imported. Raises UserError where two have
+    the same name."""
+    sources = sorted(variants(Source, __name__), key=lambda source: source.name)
+    names = [source.name for source in sources]
+    if double := sorted({name for name in names if names.count(name) > 1}):
+        raise UserError(f"several formats are called {', '.join(double)}; give your own another name")
+    return dict(zip(names, sources))
 
 
-def read(source: Source) -> Iterator[Record | Dropped]:
-    if isinstance(source.images, Path) and not source.images.is_dir():
-        raise UserError(f"--images {source.images}: no such folder; give the one that image paths start from")
-    items = _read(source)
-    return items if source.features is None else features.attached(items, source.features)
+def formats_help() -> str:
+    """A line for each format, and its own options below."""
+    lines = []
+    for name, source in formats().items():
+        lines.append(f"  {name:12}{source.summary}")
+        if options := [f"`{field.name}`" for field in fields(source)]:
+            lines.append(f"{'':14}with {', '.join(options)}")
+    return "\n".join(lines)
 
 
-def _read(source: Source) -> Iterator[Record | Dropped]:
-    match source.format:
-        case "table":
-            columns = {"image_column": source.image_column, "caption_column": source.caption_column}
-            return table.read(source.path, **columns, images=source.images)
-        case "folder":
-            return folder.read(source.path)
-        case "webdataset":
-            return webdataset.read(source.path)
-        case "nlvr":
-            return nlvr.read(source.path)
-        case "examples":
-            return examples.read(source.path)
-    module = PUBLISHED[source.format]
-    if not module.files(source.path):
-        raise UserError(f"{source.path}: nothing of the format {source.format} is here:\n{FORMATS_HELP}")
-    return module.read(source.path, source.images)
+def find_format(path: Path, format: str = "auto") -> type[Source]:
+    """The format of that name, or for `auto` the format that is surest of `path`.
 
-
-def count(source: Source) -> int | None:
-    """How many items `read` will yield, where that is cheap to know: a tar must be read to its end for it, and large JSON
-    files too."""
-    match source.format:
-        case "table":
-            return table.count(source.path, image_column=source.image_column, caption_column=source.caption_column)
-        case "folder":
-            return folder.count(source.path)
-        case "nlvr":
-            return nlvr.count(source.path)
-        case "examples":
-            return examples.count(source.path)
-        case _:
-            return None
-
-
-def guess(path: Path) -> Format:
-    """The format that a path looks like; UserError listing the formats when it looks like none."""
+    Raises UserError where there is no such path, no such format, or where the path looks like no format or like several.
+    """
+    known = formats()
+    if format != "auto" and format not in known:
+        near = get_close_matches(format, known, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}."
+        raise UserError(
+            f"`format` {format}: no such format; {hint} One of your own is in a file that is imported first, with "
+            f"`vlp --import FILE.py ...` or `fastvlp.extensions.import_file`"
+        )
     if not path.exists():
         raise UserError(f"{path}: no such file or folder")
-    if path.is_file():
-        named: dict[str, Format] = {"snli_ve_*.jsonl": "snli_ve", "dataset_*.json": "karpathy", "refs(*).*": "refcoco"}
-        if known := next((format for pattern, format in named.items() if path.match(pattern)), None):
-            return known
-        if path.suffix.lower() in table.SUFFIXES:
-            return "table"
-        if path.name.endswith(webdataset.TAR_SUFFIXES):
-            return "webdataset"
-    elif (path / "examples.jsonl").is_file() and (path / "images.zip").is_file():
-        return "examples"
-    elif nlvr.splits(path):
-        return "nlvr"
-    elif known := next((name for name, module in PUBLISHED.items() if _looks_like(name, path)), None):
-        return known
-    elif webdataset.tars(path):
-        return "webdataset"
-    elif any(file.suffix.lower() in IMAGE_SUFFIXES for file in path.rglob("*")):
-        tables = sorted(file.name for file in path.iterdir() if file.suffix.lower() in table.SUFFIXES)
-        if tables:
-            raise UserError(
-                f"{path}: holds images and a table; name the table itself, {path / tables[0]}, or --format folder"
-            )
-        return "folder"
-    raise UserError(f"{path}: not recognised; name its format with --format:\n{FORMATS_HELP}")
+    if format != "auto":
+        return known[format]
+    surest, sources = _surest(path)
+    if surest is Match.NONE:
+        raise UserError(f"{path}: not recognised; name its `format`:\n{formats_help()}")
+    if surest is Match.CONTENTS and (inner := _readable_file(path)):
+        raise UserError(
+            f"{path}: looks like {sources[0].name}, but holds {inner.name}; give the path {inner} to import that, or the "
+            f"`format` {sources[0].name}"
+        )
+    if len(sources) > 1:
+        names = " and of ".join(source.name for source in sources)
+        raise UserError(f"{path}: holds files of {names}; name the `format` to read")
+    return sources[0]
 
 
-def _looks_like(format: Format, path: Path) -> bool:
-    """Whether a folder holds files of a published format; those of two have names that others have too."""
-    files = PUBLISHED[format].files(path)
-    return bool(files) and {"vcr": (path / "vcr1images").is_dir(), "nlvr2": "test1" in files}.get(format, True)
+def option_types(*sources: type[Source]) -> dict[str, Any]:
+    """The options of these formats and their types."""
+    return {field.name: get_type_hints(source)[field.name] for source in sources for field in fields(source)}
+
+
+def check_options(source: type[Source], names: Iterable[str]) -> None:
+    """Raises UserError for an option that the format does not have."""
+    own = [field.name for field in fields(source)]
+    for name in names:
+        if name not in own:
+            has = f"it has {', '.join(f'`{option}`' for option in own)}" if own else "it has none"
+            raise UserError(f"`{name}` is no option of the format {source.name}; {has}")
+
+
+def make_source(source: type[Source], options: dict[str, Any]) -> Source:
+    """A format with its own options. Raises UserError for an option that it does not have, or that is missing."""
+    check_options(source, options)
+    for field in fields(source):
+        if field.name not in options and field.default is MISSING and field.default_factory is MISSING:
+            raise UserError(f"the format {source.name} needs `{field.name}`")
+    return source(**options)
+
+
+def _surest(path: Path) -> tuple[Match, list[type[Source]]]:
+    """The highest degree at which any format matches the path, and the formats that do."""
+    matches = {source: source.match(path) for source in formats().values()}
+    surest = max(matches.values())
+    return surest, [source for source, match in matches.items() if match is surest]
+
+
+def _readable_file(folder: Path) -> Path | None:
+    """The first file directly in a folder that has a format itself, such as a table among images."""
+    one_of_each = {file.suffix.lower(): file for file in sorted(folder.iterdir(), reverse=True) if file.is_file()}
+    return next((file for file in sorted(one_of_each.values()) if _surest(file)[0] is not Match.NONE), None)

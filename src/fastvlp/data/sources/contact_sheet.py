@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 COLUMNS, ROWS = 6, 4
 SIDE, TEXT_HEIGHT, GAP = 180, 62, 8
 FONT_SIZE, LINES, LINE_WIDTH = 11, 4, 29
-# Of fonts with Chinese characters, by how their family names are known.
+# Beginnings of the family names of fonts with Chinese characters.
 CHINESE_FONTS = (
     *("Noto Sans CJK", "Noto Sans SC", "Source Han Sans", "WenQuanYi", "PingFang", "Hiragino Sans GB", "Heiti"),
     *("Microsoft YaHei", "SimHei", "SimSun", "Arial Unicode MS", "Droid Sans Fallback", "Noto Serif CJK"),
@@ -27,7 +27,7 @@ def contact_sheet(pictures: Sequence[tuple[Sequence[Image.Image], str]]) -> Imag
     rows = -(-len(pictures) // COLUMNS)
     sheet = Image.new("RGB", (COLUMNS * (SIDE + GAP) + GAP, rows * (SIDE + TEXT_HEIGHT + GAP) + GAP), "white")
     draw = ImageDraw.Draw(sheet)
-    path, has = _font()
+    path, code_points = _find_font()
     font = ImageFont.truetype(path, FONT_SIZE)
     for n, (images, text) in enumerate(pictures):
         x = GAP + n % COLUMNS * (SIDE + GAP)
@@ -36,15 +36,15 @@ def contact_sheet(pictures: Sequence[tuple[Sequence[Image.Image], str]]) -> Imag
         for i, image in enumerate(images):
             small = ImageOps.contain(ImageOps.exif_transpose(image).convert("RGBA"), (width - GAP // 2, SIDE))
             sheet.paste(small, (x + i * width + (width - small.width) // 2, y + (SIDE - small.height) // 2), small)
-        draw.multiline_text((x, y + SIDE + 2), _wrapped(text, has), fill="black", font=font, spacing=2)
+        draw.multiline_text((x, y + SIDE + 2), _wrap(text, code_points), fill="black", font=font, spacing=2)
     return sheet
 
 
-def text_of(info: Mapping[str, Any]) -> str:
-    """What a record says of its image, in one line: a caption, else a statement, a question or its label."""
-    lines = [captions[0] for name in ("captions", "captions_zh") if (captions := info.get(name))]
-    if lines:
-        return "\n".join(lines)
+def summary_text(info: Mapping[str, Any]) -> str:
+    """A text of the record: its first caption in each language, else a statement, a question or its label."""
+    captions = [texts[0] for name in ("captions", "captions_zh") if (texts := info.get(name))]
+    if captions:
+        return "\n".join(captions)
     if info.get("statements"):
         statement = info["statements"][0]
         return f"{statement['text']} [{str(statement['label']).lower()}]"
@@ -54,12 +54,12 @@ def text_of(info: Mapping[str, Any]) -> str:
     return str(info.get("label", ""))
 
 
-def _wrapped(text: str, has: frozenset[int]) -> str:
-    """At most LINES lines; a line whose script the font lacks is replaced by a note."""
+def _wrap(text: str, code_points: frozenset[int]) -> str:
+    """At most LINES lines; a line is replaced by a note where the font, of these code points, lacks its script."""
     lines = []
     for line in text[:400].splitlines():
-        lacking = sum(ord(c) not in has for c in line if not c.isspace())
-        if 4 * lacking > len(line):
+        missing = sum(ord(c) not in code_points for c in line if not c.isspace())
+        if 4 * missing > len(line):
             lines.append(NO_FONT)
         else:
             wide = any(unicodedata.east_asian_width(c) in "WF" for c in line)
@@ -69,15 +69,15 @@ def _wrapped(text: str, has: frozenset[int]) -> str:
     return "\n".join(lines)
 
 
-def _font() -> tuple[str, frozenset[int]]:
+def _find_font() -> tuple[str, frozenset[int]]:
     """A font file and the code points it has: one with Chinese where the machine has it, else matplotlib's own."""
     import matplotlib
     from matplotlib import font_manager, ft2font
 
-    known = [(f.name, f.fname) for f in font_manager.fontManager.ttflist]
-    found = [file for wanted in CHINESE_FONTS for name, file in known if name.startswith(wanted)]
+    installed = [(f.name, f.fname) for f in font_manager.fontManager.ttflist]
+    chinese = [file for family in CHINESE_FONTS for name, file in installed if name.startswith(family)]
     own = str(Path(matplotlib.get_data_path(), "fonts/ttf/DejaVuSans.ttf"))
-    for file in (*found, own):
+    for file in (*chinese, own):
         try:
             return file, frozenset(ft2font.FT2Font(file).get_charmap())
         except (OSError, RuntimeError):

@@ -5,78 +5,89 @@ from __future__ import annotations
 import zipfile
 import zlib
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from fastvlp.batch import Dropped, Record
-from fastvlp.data.sources.jsonlines import read_json_lines
+from fastvlp.data.sources.interface import Match, Source
 from fastvlp.data.sources.nlvr import BOX_ORDERS, statement_info
+from fastvlp.data.sources.source_files import read_json_lines, to_corners
 from fastvlp.errors import UserError
 
-# Where an image lay and how large it was no longer holds in a shard.
+ROWS, IMAGES = "examples.jsonl", "images.zip"
+# Place and size of an image are others in a shard.
 STALE = ("file", "width", "height")
 
 
-def read(path: Path) -> Iterator[Record | Dropped]:
-    """Yields one record an image.
+@dataclass(frozen=True, kw_only=True)
+class ExamplesSource(Source):
+    """Examples of many data sets in one form.
 
-    `qa` becomes `questions`, and those with choices `choices` too; `boxes` becomes `objects`; a row whose label is true or
+    `qa` becomes `questions`, and those with choices `choices` too; `boxes` becomes `objects`. A row whose label is true or
     false is a statement (NLVR: six images, six records) or, when it comes with a `program` (SHAPES), a question to be
-    answered yes or no. All other fields travel along.
+    answered yes or no. All other fields are kept.
     """
+
+    name = "examples"
+    summary = f"a folder with {ROWS} and {IMAGES}"
+
+    @classmethod
+    def match(cls, path: Path) -> Match:
+        return Match.NAMES if (path / ROWS).is_file() and (path / IMAGES).is_file() else Match.NONE
+
+    def read(self, path: Path) -> Iterator[Record | Dropped]:
+        """Yields one record an image."""
+        try:
+            archive = zipfile.ZipFile(path / IMAGES)
+        except (zipfile.BadZipFile, OSError) as error:
+            raise UserError(f"{path / IMAGES}: cannot be read as a zip ({error})") from None
+        with archive:
+            for number, row in enumerate(read_json_lines(path / ROWS), 1):
+                for item in _images(str(row.get("image", f"row-{number}")), row):
+                    yield item if isinstance(item, Dropped) else _record(archive, item)
+
+    def count(self, path: Path) -> int:
+        return sum(len(_images("", row)) for row in read_json_lines(path / ROWS))
+
+
+class _Image(NamedTuple):
+    """A record before its image is read: key of its row, own key, member of the zip, info."""
+
+    row: str
+    key: str
+    member: str
+    info: dict[str, Any]
+
+
+def _images(key: str, row: dict[str, Any]) -> list[_Image | Dropped]:
+    """The records that a row makes."""
     try:
-        archive = zipfile.ZipFile(path / "images.zip")
-    except (zipfile.BadZipFile, OSError) as error:
-        raise UserError(f"{path / 'images.zip'}: cannot be read as a zip ({error})") from None
-    with archive:
-        for number, row in enumerate(read_json_lines(path / "examples.jsonl"), 1):
-            key = str(row.get("image", f"row-{number}"))
-            for name, k, info in _images(key, row):
-                if isinstance(info, Dropped):
-                    yield info
-                    continue
-                image = _member(archive, name, key)
-                record_key = key if k is None else f"{key}-{k}"
-                yield image if isinstance(image, Dropped) else Record(key=record_key, images=(image,), info=info)
-
-
-def count(path: Path) -> int:
-    """How many items `read` will yield."""
-    return sum(len(_images("", row)) for row in read_json_lines(path / "examples.jsonl"))
-
-
-def _images(key: str, row: dict[str, Any]) -> list[tuple[str, int | None, dict[str, Any] | Dropped]]:
-    """(member, permutation, info) of each record that a row makes."""
-    try:
-        return _parsed(key, row)
-    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+        file, label, captions = row.get("file"), row.get("label"), row.get("captions") or []
+        if not isinstance(file, list):
+            return [_Image(key, key, str(file), _info(row))]
+        if not captions or not isinstance(label, bool):
+            return [Dropped(key=key, reason="no sentence or no label")]
+        if len(file) != len(BOX_ORDERS):
+            return [Dropped(key=key, reason=f"expected {len(BOX_ORDERS)} images")]
+        common = {name: row[name] for name in ("label_source", "split", "evals") if name in row}
         return [
-            ("", None, Dropped(key=key, reason=f"row is not in the format's form ({type(error).__name__}: {error})"))
+            _Image(
+                key, f"{key}-{k}", str(name), common | statement_info(key, k, captions[0], label, row.get("objects"))
+            )
+            for k, name in enumerate(file)
         ]
-
-
-def _parsed(key: str, row: dict[str, Any]) -> list[tuple[str, int | None, dict[str, Any] | Dropped]]:
-    file, label, captions = row.get("file"), row.get("label"), row.get("captions") or []
-    if not isinstance(file, list):
-        return [(str(file), None, _info(row))]
-    if not captions or not isinstance(label, bool):
-        return [("", None, Dropped(key=key, reason="no sentence or no label"))]
-    if len(file) != len(BOX_ORDERS):
-        return [("", None, Dropped(key=key, reason=f"expected {len(BOX_ORDERS)} images"))]
-    kept: dict[str, Any] = {name: row[name] for name in ("label_source", "split", "evals") if name in row}
-    return [
-        (str(name), k, {**kept, **statement_info(key, k, captions[0], label, row.get("objects"))})
-        for k, name in enumerate(file)
-    ]
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+        return [Dropped(key=key, reason=f"row is not in the format's form ({type(error).__name__}: {error})")]
 
 
 def _info(row: dict[str, Any]) -> dict[str, Any]:
-    moved = ("qa", "boxes", "label") if isinstance(row.get("label"), bool) else ("qa", "boxes")
-    info = {name: value for name, value in row.items() if name not in (*STALE, *moved) and value is not None}
+    converted = ("qa", "boxes", "label") if isinstance(row.get("label"), bool) else ("qa", "boxes")
+    info = {name: value for name, value in row.items() if name not in (*STALE, *converted) and value is not None}
     if row.get("qa"):
         info["questions"] = [_question(item) for item in row["qa"]]
-        if chosen := [_choice(item) for item in row["qa"] if "choices" in item]:
-            info["choices"] = chosen
+        if choices := [_choice(item) for item in row["qa"] if "choices" in item]:
+            info["choices"] = choices
     if row.get("boxes"):
         info["objects"] = [_object(item) for item in row["boxes"]]
     if isinstance(row.get("label"), bool):
@@ -104,16 +115,17 @@ def _choice(item: dict[str, Any]) -> dict[str, Any]:
 
 
 def _object(item: dict[str, Any]) -> dict[str, Any]:
-    x, y, width, height = item["bbox_xywh"]
     rest = {name: value for name, value in item.items() if name not in ("label", "bbox_xywh")}
-    return {"class": item["label"], "box": [x, y, x + width, y + height], **rest}
+    return {"class": item["label"], "box": to_corners(item["bbox_xywh"]), **rest}
 
 
-def _member(archive: zipfile.ZipFile, name: str, key: str) -> bytes | Dropped:
-    """A zip's member is read by its exact name into memory and never extracted, so no path can lead outside."""
+def _record(archive: zipfile.ZipFile, image: _Image) -> Record | Dropped:
+    """The record with its image. A member of the zip is read by its exact name into memory and never extracted, so no path can
+    lead outside."""
     try:
-        return archive.read(name)
+        data = archive.read(image.member)
     except KeyError:
-        return Dropped(key=key, reason="image is not in images.zip")
+        return Dropped(key=image.row, reason=f"image is not in {IMAGES}")
     except (zipfile.BadZipFile, zlib.error, OSError, RuntimeError) as error:
-        return Dropped(key=key, reason=f"image cannot be read from images.zip ({error})")
+        return Dropped(key=image.row, reason=f"image cannot be read from {IMAGES} ({error})")
+    return Record(key=image.key, images=(data,), info=image.info)

@@ -1,11 +1,11 @@
-"""What is in a folder of shards: counts, sizes, lengths, fields, and every record that cannot be read, by name."""
+"""Inspecting a folder of shards: counts, sizes, lengths, fields, and every record that cannot be read, by name."""
 
 from __future__ import annotations
 
 import io
 import random
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,40 +20,65 @@ from fastvlp.data.reader import RecordReader, RecordView
 from fastvlp.data.records.schema import fault
 from fastvlp.data.records.shards import RecordError, Shards
 from fastvlp.data.regions import RegionSource
-from fastvlp.data.sources.contact_sheet import COLUMNS, ROWS, contact_sheet, text_of
+from fastvlp.data.sources.contact_sheet import COLUMNS, ROWS, contact_sheet, summary_text
 from fastvlp.data.sources.importing import CHECK
 from fastvlp.data.streams import in_threads, with_progress
 from fastvlp.data.tokenize import Tokenizer
 from fastvlp.files import write_whole
 
-# Field, with any language's suffix: its text's name.
+# Fields of texts, in any language, and the name of the text in their entries; None where an entry is the text.
 TEXTS = {"captions": None, "questions": "question", "statements": "text"}
-# A run may read fewer of a record's stored regions; one that shows none even so is of no use to any.
+# A run may read fewer of a record's stored regions; a record where none of all is visible is of no use to any run.
 ALL = RegionSource(stored=True, least=1 << 30, most=1 << 30)
 
 
 @dataclass(kw_only=True)
 class SplitReport:
-    """One split. `sizes` counts (width, height) in pixels; `lengths` holds every text's, by field and unit."""
+    """Counts of one split.
+
+    Attributes:
+        name: of its folder.
+        records: readable ones.
+        images: of these records.
+        fields: number of records with each field.
+        sizes: number of images of each (width, height) in pixels.
+        formats: number of images of each format and mode, as `JPEG RGB`.
+        lengths: of every text, by field and unit.
+        unreadable: records that cannot be read, with the reason.
+    """
 
     name: str
     records: int = 0
     images: int = 0
     fields: Counter[str] = field(default_factory=Counter)
     sizes: Counter[tuple[int, int]] = field(default_factory=Counter)
-    kinds: Counter[str] = field(default_factory=Counter)
+    formats: Counter[str] = field(default_factory=Counter)
     lengths: dict[tuple[str, str], list[int]] = field(default_factory=dict)
     unreadable: list[Dropped] = field(default_factory=list)
 
 
-def inspect(
-    folder: Path, *, tokenizer: Tokenizer | None = None, sheet: Path | None = None, show: bool = False
-) -> list[SplitReport]:
-    """Reads every record of every split under `folder` (or of the one split it is) and decodes every image.
+@dataclass(frozen=True, kw_only=True)
+class Inspection:
+    """A report of each split, and the contact sheet; None where no record can be read."""
 
-    Writes a contact sheet of 24 records, drawn evenly over the splits, to `sheet`. Raises UserError where there are no
-    shards.
+    splits: list[SplitReport]
+    sheet: Path | None
+
+
+def inspect_data(
+    folder: Path, /, *, sheet: Path | None = None, tokenizer: Path | None = None, progress: bool = True
+) -> Inspection:
+    """Count what is in a folder of shards, name every record that cannot be read, and draw a contact sheet.
+
+    Reads every record and decodes every image. Raises UserError where there are no shards.
+
+    Args:
+        folder: A split, or a folder of splits.
+        sheet: PNG to draw 24 records into, drawn evenly from the splits; by default contact-sheet.png in the folder.
+        tokenizer: A tokenizer.json, to count tokens as well.
+        progress: Show a bar, where stderr is a terminal.
     """
+    folder, counter = Path(folder), Tokenizer.load(tokenizer) if tokenizer else None
     splits = sorted(sub for sub in folder.iterdir() if any(sub.glob("*.tar"))) if folder.is_dir() else []
     reports, pictures = [], []
     for split in splits or [folder]:
@@ -61,26 +86,31 @@ def inspect(
         report = SplitReport(name=split.name, unreadable=list(shards.damage))
         wanted = COLUMNS * ROWS // max(1, len(splits))
         chosen = set(random.Random(0).sample(range(len(shards)), min(len(shards), wanted)))
-
         reader = RecordReader(shards, CHECK, images="all", regions=ALL)
-        items = in_threads(_check, map(reader.record, range(len(shards))))
-        for i, item in enumerate(with_progress(items, shards.__len__, split.name, show)):
-            if isinstance(item, Dropped):
-                report.unreadable.append(item)
+        records = in_threads(_check, map(reader.record, range(len(shards))))
+        for i, record in enumerate(with_progress(records, shards.__len__, split.name, progress)):
+            if isinstance(record, Dropped):
+                report.unreadable.append(record)
                 continue
-            _count(report, item, tokenizer)
+            _count(report, record, counter)
             if i in chosen:
-                pictures.append(([Image.open(io.BytesIO(data)) for data in item.encoded], text_of(item.info)))
+                images = [Image.open(io.BytesIO(data)) for data in record.encoded]
+                pictures.append((images, summary_text(record.info)))
         reports.append(report)
-    if sheet is not None and pictures:
-        file = io.BytesIO()
-        contact_sheet(pictures).save(file, "PNG")
-        write_whole(sheet, file.getvalue())
-    return reports
+    return Inspection(splits=reports, sheet=_draw_sheet(sheet or folder / "contact-sheet.png", pictures))
+
+
+def _draw_sheet(path: Path, pictures: Sequence[tuple[Sequence[Image.Image], str]]) -> Path | None:
+    if not pictures:
+        return None
+    file = io.BytesIO()
+    contact_sheet(pictures).save(file, "PNG")
+    write_whole(path, file.getvalue())
+    return path
 
 
 def _check(record: RecordView) -> RecordView | Dropped:
-    """The record, all of it read once."""
+    """The record, after every part of it was read."""
     try:
         _ = record.images
         if wrong := fault(record.info):
@@ -99,13 +129,13 @@ def _count(report: SplitReport, record: RecordView, tokenizer: Tokenizer | None)
     for data in record.encoded:
         with Image.open(io.BytesIO(data)) as image:
             report.sizes[image.size] += 1
-            report.kinds[f"{image.format} {image.mode}"] += 1
-    for name, items in record.info.items():
-        kind, _, language = name.partition("_")
-        if kind not in TEXTS or not isinstance(items, list):
+            report.formats[f"{image.format} {image.mode}"] += 1
+    for name, entries in record.info.items():
+        base, _, language = name.partition("_")
+        if base not in TEXTS or not isinstance(entries, list):
             continue
-        told = [item.get(TEXTS[kind]) if isinstance(item, dict) else item for item in items]
-        texts = [text for text in told if isinstance(text, str)]
+        values = [entry.get(TEXTS[base]) if isinstance(entry, dict) else entry for entry in entries]
+        texts = [text for text in values if isinstance(text, str)]
         units = {"characters": [len(text) for text in texts]}
         if language != "zh":  # written without spaces
             units["words"] = [len(text.split()) for text in texts]
@@ -116,16 +146,16 @@ def _count(report: SplitReport, record: RecordView, tokenizer: Tokenizer | None)
             report.lengths.setdefault((name, unit), []).extend(numbers)
 
 
-def rendered(reports: list[SplitReport]) -> Group:
+def as_tables(reports: list[SplitReport]) -> Group:
     """The reports as tables for a terminal."""
     return Group(_counts(reports), _distributions(reports), _fields(reports), *_unreadable(reports))
 
 
 def _counts(reports: list[SplitReport]) -> Table:
-    table = _table("Records", "split", "records", "images", "unreadable", "kinds of image")
+    table = _table("Records", "split", "records", "images", "unreadable", "formats of images")
     for r in reports:
-        kinds = ", ".join(f"{kind} {n}" for kind, n in r.kinds.most_common(4))
-        table.add_row(r.name, str(r.records), str(r.images), str(len(r.unreadable)), kinds)
+        formats = ", ".join(f"{name} {n}" for name, n in r.formats.most_common(4))
+        table.add_row(r.name, str(r.records), str(r.images), str(len(r.unreadable)), formats)
     return table
 
 
@@ -139,10 +169,10 @@ def _distributions(reports: list[SplitReport]) -> Table:
         }
         # On a line of its own: as a column it would take the width that the other names need.
         table.add_row(Text(r.name, style="bold"))
-        for what, numbers in rows.items():
+        for name, numbers in rows.items():
             if numbers:
                 marks = np.percentile(numbers, [0, 5, 50, 95, 100])
-                table.add_row(what, str(len(numbers)), *(f"{mark:.0f}" for mark in marks))
+                table.add_row(name, str(len(numbers)), *(f"{mark:.0f}" for mark in marks))
         table.add_section()
     return table
 
@@ -155,7 +185,7 @@ def _fields(reports: list[SplitReport]) -> Table:
 
 
 def _table(title: str, *heads: str) -> Table:
-    """A narrow terminal folds names instead of cutting them."""
+    """A table whose names a narrow terminal folds instead of cutting them."""
     table = Table(title=title, title_justify="left")
     for head in heads:
         table.add_column(head, overflow="fold")

@@ -3,30 +3,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from fastvlp.batch import Dropped, Record
-from fastvlp.data.sources.paths import Images, in_form, pictured, read_json
+from fastvlp.data.sources.interface import AnnotationSource, Match
+from fastvlp.data.sources.source_files import expect_form, image_record, read_json
 
 
-def files(path: Path) -> list[Path]:
-    return [path] if path.is_file() else sorted(path.glob("dataset_*.json"))
+@dataclass(frozen=True, kw_only=True)
+class KarpathySource(AnnotationSource):
+    """Captions in Karpathy's splits."""
 
+    name = "karpathy"
+    summary = "dataset_coco.json, dataset_flickr30k.json"
 
-def read(path: Path, images: Images | None = None) -> Iterator[Record | Dropped]:
-    """Yields one record an image; `restval`, COCO's validation images that are in no test, are trained on. Images are in
-    the folder that an image's `filepath` names, if it names one."""
-    for file in files(path):
-        told = read_json(file)
-        with in_form(file, "Karpathy's splits"):
-            rows = [_image(row) for row in told["images"]]
-        for name, info in rows:
-            yield pictured(str(PurePosixPath(name).with_suffix("")), info, images or file.parent, name)
+    @classmethod
+    def files(cls, path: Path) -> Sequence[Path]:
+        return [path] if path.is_file() else sorted(path.glob("dataset_*.json"))
+
+    @classmethod
+    def match(cls, path: Path) -> Match:
+        return Match.NAMES if path.match("dataset_*.json") and path.is_file() else super().match(path)
+
+    def records(self, path: Path) -> Iterator[Record | Dropped]:
+        """Yields one record an image. `restval`, COCO's validation images that are in no test, are trained on. An image is in
+        the folder that its `filepath` names, if it names one."""
+        for file in self.files(path):
+            content = read_json(file)
+            with expect_form(file, "Karpathy's splits"):
+                rows = [_image(row) for row in content["images"]]
+            for name, info in rows:
+                key = str(PurePosixPath(name).with_suffix(""))
+                yield image_record(key, info, self.image_folder(file.parent), name)
 
 
 def _image(row: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Path and info of an image."""
     info: dict[str, Any] = {name: row[name] for name in ("imgid", "cocoid") if name in row}
     info["captions"] = [sentence["raw"] for sentence in row["sentences"]]
     info["split"] = "train" if row["split"] == "restval" else row["split"]

@@ -1,15 +1,17 @@
-"""Cornell NLVR (Suhr et al. 2017) as its repository has it: `train/train.json`, `train/images/`, dev and test alike."""
+"""Cornell NLVR (Suhr et al. 2017, aclanthology.org/P17-2034) as its repository has it: `train/train.json`, `train/images/`,
+dev and test likewise."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fastvlp.batch import Dropped, Record
-from fastvlp.data.sources.jsonlines import read_json_lines
-from fastvlp.data.sources.paths import read_inside
+from fastvlp.data.sources.interface import Match, Source
+from fastvlp.data.sources.source_files import read_image, read_json_lines
 from fastvlp.errors import UserError
 
 SPLITS = ("train", "dev", "test")
@@ -18,40 +20,29 @@ BOX_ORDERS = tuple(itertools.permutations(range(3)))
 BOX_STRIDE = 150  # boxes are 100 px wide with 50 px between them
 
 
-def splits(path: Path) -> list[str]:
-    return [split for split in SPLITS if (path / split / f"{split}.json").is_file()]
+@dataclass(frozen=True, kw_only=True)
+class NLVRSource(Source):
+    """Statements about rendered boxes of shapes."""
 
+    name = "nlvr"
+    summary = "Cornell NLVR: train/train.json, train/images/, dev and test likewise"
 
-def read(path: Path) -> Iterator[Record | Dropped]:
-    """Yields six records an example, keyed `{split}-{n}-{m}-{k}`; `group` is what siblings n share, for splitting."""
-    found = splits(path)
-    if not found:
-        raise UserError(f"{path}: no train/train.json, dev/dev.json or test/test.json, the official layout of NLVR")
-    for split in found:
-        for row in read_json_lines(path / split / f"{split}.json"):
-            name = f"{split}-{row.get('identifier')}"
-            label = {"true": True, "false": False}.get(str(row.get("label")).lower())
-            if label is None or not isinstance(row.get("sentence"), str):
-                yield Dropped(key=name, reason="no sentence or no label")
-                continue
-            for k in range(len(BOX_ORDERS)):
-                file = f"images/{row.get('directory')}/{name}-{k}.png"
-                image = read_inside(path / split, file, f"{name}-{k}")
-                try:
-                    info = statement_info(name, k, row["sentence"], label, row.get("structured_rep"))
-                except (KeyError, TypeError, AttributeError):
-                    yield Dropped(key=f"{name}-{k}", reason="its structured_rep is not in the official form")
-                    continue
-                yield (
-                    image
-                    if isinstance(image, Dropped)
-                    else Record(key=f"{name}-{k}", images=(image,), info={**info, "split": split})
-                )
+    @classmethod
+    def match(cls, path: Path) -> Match:
+        return Match.NAMES if _split_files(path) else Match.NONE
 
+    def read(self, path: Path) -> Iterator[Record | Dropped]:
+        """Yields six records an example, keyed `{split}-{n}-{m}-{k}`; the records of example n share their `group`."""
+        files = _split_files(path)
+        if not files:
+            raise UserError(f"{path}: no train/train.json, dev/dev.json or test/test.json, the official layout of NLVR")
+        for split, file in files.items():
+            for row in read_json_lines(file):
+                yield from _records(path / split, split, row)
 
-def count(path: Path) -> int:
-    """How many items `read` will yield when every row has a sentence."""
-    return sum(len(BOX_ORDERS) for split in splits(path) for _ in read_json_lines(path / split / f"{split}.json"))
+    def count(self, path: Path) -> int:
+        """Counts rows; one without a sentence yields one item instead of six."""
+        return sum(len(BOX_ORDERS) for file in _split_files(path).values() for _ in read_json_lines(file))
 
 
 def statement_info(name: str, k: int, text: str, label: bool, boxes: Any) -> dict[str, Any]:
@@ -63,6 +54,32 @@ def statement_info(name: str, k: int, text: str, label: bool, boxes: Any) -> dic
         "statements": [{"text": text, "label": label}],
         "objects": _objects(boxes, BOX_ORDERS[k]) if isinstance(boxes, list) and len(boxes) == 3 else [],
     }
+
+
+def _split_files(path: Path) -> dict[str, Path]:
+    files = {split: path / split / f"{split}.json" for split in SPLITS}
+    return {split: file for split, file in files.items() if file.is_file()}
+
+
+def _records(folder: Path, split: str, row: dict[str, Any]) -> Iterator[Record | Dropped]:
+    """The records of one example."""
+    name = f"{split}-{row.get('identifier')}"
+    label = {"true": True, "false": False}.get(str(row.get("label")).lower())
+    if label is None or not isinstance(row.get("sentence"), str):
+        yield Dropped(key=name, reason="no sentence or no label")
+        return
+    for k in range(len(BOX_ORDERS)):
+        key = f"{name}-{k}"
+        image = read_image(folder, f"images/{row.get('directory')}/{key}.png", key)
+        try:
+            info = statement_info(name, k, row["sentence"], label, row.get("structured_rep"))
+        except (KeyError, TypeError, AttributeError):
+            yield Dropped(key=key, reason="its structured_rep is not in the official form")
+            continue
+        if isinstance(image, Dropped):
+            yield image
+        else:
+            yield Record(key=key, images=(image,), info={**info, "split": split})
 
 
 def _objects(boxes: list[list[dict[str, Any]]], order: tuple[int, ...]) -> list[dict[str, Any]]:

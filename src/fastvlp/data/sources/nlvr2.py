@@ -4,38 +4,52 @@ and images in `train/DIRECTORY/`, `dev/` and `test1/`."""
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fastvlp.batch import Dropped, Record
-from fastvlp.data.sources.jsonlines import read_json_lines
-from fastvlp.data.sources.paths import Images, in_form, pictured
+from fastvlp.data.sources.interface import AnnotationSource, Match
+from fastvlp.data.sources.source_files import expect_form, image_record, read_json_lines
 
 SPLITS = ("train", "dev", "test1", "test2")
 
 
-def files(path: Path) -> dict[str, Path]:
-    """{split: its file} of the repository, its `data`, or one file alone."""
-    if path.is_file():
-        return {path.stem: path}
-    places = ((split, folder / f"{split}.json") for split in SPLITS for folder in (path, path / "data"))
-    return {split: file for split, file in places if file.is_file()}
+@dataclass(frozen=True, kw_only=True)
+class NLVR2Source(AnnotationSource):
+    """Statements about pairs of photographs."""
 
+    name = "nlvr2"
+    summary = "NLVR2's data/train.json, dev.json, test1.json, or one of them"
 
-def read(path: Path, images: Images | None = None) -> Iterator[Record | Dropped]:
-    """Yields one record a pair of images, keyed `{split}-{set}-{pair}`, with its statements; `group` is what the pairs of a
-    set share, for splitting."""
-    for split, file in files(path).items():
-        pairs: dict[str, dict[str, Any]] = defaultdict(lambda: {"statements": []})
-        folders: dict[str, str] = {}
-        with in_form(file, "NLVR2"):
-            for row in read_json_lines(file):
-                pair = row["identifier"].rpartition("-")[0]
-                label = {"true": True, "false": False}[str(row["label"]).lower()]
-                pairs[pair]["statements"].append({"text": row["sentence"], "label": label})
-                folders[pair] = f"{split}/{row['directory']}" if "directory" in row else split
-        for pair, info in pairs.items():
-            info |= {"group": pair.rpartition("-")[0], "split": split}
-            names = (f"{folders[pair]}/{pair}-img{k}.png" for k in (0, 1))
-            yield pictured(pair, info, images or file.parent, *names)
+    @classmethod
+    def files(cls, path: Path) -> Sequence[Path]:
+        if path.is_file():
+            return [path]
+        places = (folder / f"{split}.json" for split in SPLITS for folder in (path, path / "data"))
+        return list({file.stem: file for file in places if file.is_file()}.values())
+
+    @classmethod
+    def match(cls, path: Path) -> Match:
+        # Other sets have a train.json too.
+        test = path.is_dir() and any(file.stem == "test1" for file in cls.files(path))
+        return Match.NAMES if test else Match.NONE
+
+    def records(self, path: Path) -> Iterator[Record | Dropped]:
+        """Yields one record a pair of images, keyed `{split}-{set}-{pair}`, with its statements; the pairs of a set share
+        their `group`."""
+        for file in self.files(path):
+            split = file.stem
+            pairs: dict[str, dict[str, Any]] = defaultdict(lambda: {"statements": []})
+            folders: dict[str, str] = {}
+            with expect_form(file, "NLVR2"):
+                for row in read_json_lines(file):
+                    pair = row["identifier"].rpartition("-")[0]
+                    label = {"true": True, "false": False}[str(row["label"]).lower()]
+                    pairs[pair]["statements"].append({"text": row["sentence"], "label": label})
+                    folders[pair] = f"{split}/{row['directory']}" if "directory" in row else split
+            for pair, info in pairs.items():
+                info |= {"group": pair.rpartition("-")[0], "split": split}
+                names = (f"{folders[pair]}/{pair}-img{k}.png" for k in (0, 1))
+                yield image_record(pair, info, self.image_folder(file.parent), *names)

@@ -7,14 +7,15 @@ neither train nor val ever shows or names (`HELD_OUT`), so that a score on it me
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, NamedTuple
 
 from fastvlp.batch import Record
 from fastvlp.data.records.shards import ShardWriter
+from fastvlp.data.streams import with_progress
 from fastvlp.data.world.detector import detect
 from fastvlp.data.world.expressions import CHINESE_TOO, ENGLISH_TOO, choices, expressions, neutrals
 from fastvlp.data.world.image_pairs import pair_sayings
@@ -52,16 +53,19 @@ _EDITION = 3
 
 @dataclass(frozen=True, kw_only=True)
 class WorldConfig:
-    """`size` is the side of a picture in pixels; the scenes of a seed are the same at any size."""
+    """Which corpus: every record is a function of this config, its split and its number."""
 
     seed: int = 0
+    """Seed of the scenes; those of a seed are the same at any size."""
     size: int = 64
+    """Side of a picture in pixels."""
     captions: int = 5
+    """Captions of a scene in each language."""
 
     def __post_init__(self) -> None:
         if self.size < 16 or self.captions < 1:
             raise UserError(
-                f"world: size {self.size}, captions {self.captions}: use at least 16 pixels and at least one caption"
+                f"`size` {self.size}, `captions` {self.captions}: use at least 16 pixels and at least one caption"
             )
 
 
@@ -268,24 +272,41 @@ def _write_card(path: Path, card: Mapping[str, Any]) -> None:
     write_whole(path, (json.dumps(card, indent=2, ensure_ascii=False) + "\n").encode())
 
 
+class WrittenCorpus(NamedTuple):
+    """The folder of the corpus, and the number of records of each split."""
+
+    out: Path
+    counts: dict[str, int]
+
+
 def write_world(
-    folder: Path,
-    config: WorldConfig,
+    out: Path = Path("demo/world"),
+    config: WorldConfig = WorldConfig(),
     *,
-    train: int,
-    val: int,
-    test: int,
-    pairs: int,
-    singles: int,
-    progress: Callable[[str, int, int], None] | None = None,
-) -> dict[str, int]:
-    """Writes the corpus as sharded splits under `folder`, with `corpus.json` beside them; returns records by split.
+    train: int = 6000,
+    val: int = 500,
+    test: int = 1000,
+    pairs: int = 3000,
+    singles: int = 256,
+    progress: bool = True,
+) -> WrittenCorpus:
+    """Write the embedded corpus: rendered scenes with captions, questions and statements.
 
-    Splits: train, val, test (scenes); pairs-train, and a quarter as many in pairs-val and pairs-test; singles-train and
-    singles-test. The same corpus already there is left as it is. `progress(split, done, count)` is called on the way.
+    The splits are folders of shards: train, val, test; pairs-train, pairs-val, pairs-test; singles-train, singles-test.
+    `corpus.json` beside them describes them. The same corpus already there is left as it is. Raises UserError where the
+    folder holds something else.
 
-    Raises UserError where `folder` holds something else.
+    Args:
+        out: Folder to write.
+        config: Which corpus.
+        train: Scenes to train on.
+        val: Scenes to validate on.
+        test: Scenes with combinations of colour and shape that training never shows.
+        pairs: Pairs of scenes with statements about both, to train on; a quarter as many each to validate and test on.
+        singles: Pictures of one object, for zero-shot classification, in training and as many in the test.
+        progress: Show a bar, where stderr is a terminal.
     """
+    out = Path(out)
     parts = list(_folders(train, val, test, pairs, singles))
     counts = {name: count for name, _, _, count in parts if count}
     card = {
@@ -297,15 +318,13 @@ def write_world(
         "classes": list(CLASS_NAMES),
         "held_out": list(HELD_OUT_NAMES),
     }
-    if not _claim(folder, card):
-        return counts
+    if not _claim(out, card):
+        return WrittenCorpus(out, counts)
     for name, make, split, count in parts:
         if not count:
             continue
-        with ShardWriter(folder / name) as writer:
-            for index in range(count):
+        with ShardWriter(out / name) as writer:
+            for index in with_progress(range(count), range(count).__len__, name, progress):
                 writer.write(make(config, split, index))
-                if progress and ((index + 1) % 100 == 0 or index + 1 == count):
-                    progress(name, index + 1, count)
-    _write_card(folder / "corpus.json", {**card, "complete": True})
-    return counts
+    _write_card(out / "corpus.json", {**card, "complete": True})
+    return WrittenCorpus(out, counts)

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from fastvlp.data.records.detections import Detected, pack
+from fastvlp.data.records.detections import Detections, pack
 from fastvlp.data.world.scene import COMBINATIONS
 
 WIDTH = 64
@@ -49,4 +49,4 @@ def detect(rng: Random, objects: Sequence[Mapping[str, Any]], size: int) -> tupl
     noise_RF = np.stack([_normal(rng) for _ in objects])
     feature_RF = share_RC @ _directions() + _NOISE * noise_RF
     half = np.float16
-    return pack(Detected(box_R4.clip(0, 1), feature_RF.astype(half), share_RC.astype(half))), sure
+    return pack(Detections(box_R4.clip(0, 1), feature_RF.astype(half), share_RC.astype(half))), sure
