@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastvlp.serve.batcher import Batcher, InputError, Lane, Ran, choose
+from fastvlp.serve.batcher import Batcher, BatchRun, InputError, Lane, choose_rows
 from fastvlp.serve.limits import Refusal
 
 
@@ -39,7 +39,7 @@ class Model:
 
 async def started(model: Model, batcher: Batcher) -> asyncio.Task[list[Any]]:
     """A request that occupies the model, so that the next ones wait together."""
-    first = asyncio.create_task(batcher.ask("a", [0]))
+    first = asyncio.create_task(batcher.submit("a", [0]))
     await asyncio.to_thread(model.running.wait, 10)
     return first
 
@@ -47,18 +47,18 @@ async def started(model: Model, batcher: Batcher) -> asyncio.Task[list[Any]]:
 async def crowded(model: Model, batcher: Batcher) -> None:
     """Leaves behind a batch of two requests, so that the next ones are expected to have company."""
     first = await started(model, batcher)
-    two = [asyncio.create_task(batcher.ask("a", [0])) for _ in range(2)]
+    two = [asyncio.create_task(batcher.submit("a", [0])) for _ in range(2)]
     await asyncio.sleep(0)
     model.may_run.set()
     await asyncio.gather(first, *two)
 
 
-def together(*requests: Sequence[int], budget: int = 100, most_waiting: int = 100) -> tuple[list[Any], Model]:
+def together(*requests: Sequence[int], budget: int = 100, max_waiting: int = 100) -> tuple[list[Any], Model]:
     """The answers (or errors) of requests that all came while the model was busy."""
 
     async def play() -> list[Any]:
         first = await started(model, batcher)
-        tasks = [asyncio.create_task(batcher.ask("a", items)) for items in requests]
+        tasks = [asyncio.create_task(batcher.submit("a", items)) for items in requests]
         await asyncio.sleep(0)
         model.may_run.set()
         answers = await asyncio.gather(*tasks, return_exceptions=True)
@@ -66,7 +66,7 @@ def together(*requests: Sequence[int], budget: int = 100, most_waiting: int = 10
         return answers
 
     model = Model()
-    batcher = Batcher({"a": Lane(run=model, budget=budget)}, window_s=0.0, most_waiting=most_waiting)
+    batcher = Batcher({"a": Lane(run=model, budget=budget)}, window_s=0.0, max_waiting=max_waiting)
     try:
         return asyncio.run(play()), model
     finally:
@@ -99,7 +99,7 @@ def test_an_error_of_the_model_reaches_all_of_its_batch_and_the_thread_goes_on()
 
 
 def test_what_waits_is_bounded():
-    answers, _ = together([1, 2], [3], [4], most_waiting=3)
+    answers, _ = together([1, 2], [3], [4], max_waiting=3)
     assert answers[:2] == [[2, 4], [6]]
     assert isinstance(answers[2], Refusal) and answers[2].status == 503 and answers[2].retry_s
 
@@ -107,11 +107,11 @@ def test_what_waits_is_bounded():
 def test_who_leaves_takes_back_what_has_not_begun():
     async def play() -> None:
         first = await started(model, batcher)
-        gone = asyncio.create_task(batcher.ask("a", [1]))
+        gone = asyncio.create_task(batcher.submit("a", [1]))
         await asyncio.sleep(0)
         gone.cancel()
         await asyncio.sleep(0)
-        second = asyncio.create_task(batcher.ask("a", [2]))
+        second = asyncio.create_task(batcher.submit("a", [2]))
         await asyncio.sleep(0)
         model.may_run.set()
         assert await first == [0] and await second == [4]
@@ -127,11 +127,11 @@ def test_who_leaves_takes_back_what_has_not_begun():
 def test_a_window_gathers_requests_of_a_moment():
     async def play() -> list[Any]:
         await crowded(model, batcher)
-        return await asyncio.gather(*(batcher.ask("a", [i]) for i in range(4)))
+        return await asyncio.gather(*(batcher.submit("a", [i]) for i in range(4)))
 
-    seen: list[Ran] = []
+    seen: list[BatchRun] = []
     model = Model()
-    batcher = Batcher({"a": Lane(run=model, budget=100)}, window_s=0.1, watch=seen.append)
+    batcher = Batcher({"a": Lane(run=model, budget=100)}, window_s=0.1, on_batch=seen.append)
     assert asyncio.run(play()) == [[0], [2], [4], [6]]
     batcher.close()
     assert [(ran.lane, ran.rows) for ran in seen] == [("a", 1), ("a", 2), ("a", 4)] and seen[2].waited_s >= 0.1
@@ -140,7 +140,7 @@ def test_a_window_gathers_requests_of_a_moment():
 def test_one_request_after_another_does_not_wait_for_the_window():
     async def play() -> list[Any]:
         # Several inputs of one request are no company.
-        return [await batcher.ask(lane, [i, i]) for i, lane in enumerate("aab")]
+        return [await batcher.submit(lane, [i, i]) for i, lane in enumerate("aab")]
 
     batcher = Batcher({lane: Lane(run=list, budget=9) for lane in "ab"}, window_s=9999.0)
     assert asyncio.run(asyncio.wait_for(play(), 20)) == [[0, 0], [1, 1], [2, 2]]
@@ -150,7 +150,7 @@ def test_one_request_after_another_does_not_wait_for_the_window():
 def test_a_full_batch_does_not_wait_for_the_window():
     async def play() -> list[Any]:
         await crowded(model, batcher)
-        tasks = [asyncio.create_task(batcher.ask("a", [i])) for i in range(3)]
+        tasks = [asyncio.create_task(batcher.submit("a", [i])) for i in range(3)]
         answers = await asyncio.wait_for(asyncio.gather(*tasks[:2]), 20)
         assert not tasks[2].done()
         tasks[2].cancel()
@@ -165,7 +165,7 @@ def test_a_full_batch_does_not_wait_for_the_window():
 def test_lanes_do_not_mix_and_the_oldest_goes_first():
     async def play() -> list[Any]:
         first = await started(model, batcher)
-        tasks = [asyncio.create_task(batcher.ask(lane, [i])) for i, lane in enumerate("bab", 1)]
+        tasks = [asyncio.create_task(batcher.submit(lane, [i])) for i, lane in enumerate("bab", 1)]
         await asyncio.sleep(0)
         model.may_run.set()
         await first
@@ -181,7 +181,7 @@ def test_lanes_do_not_mix_and_the_oldest_goes_first():
 def test_closing_refuses_what_waits():
     async def play() -> Any:
         await started(model, batcher)
-        waits = asyncio.create_task(batcher.ask("a", [1]))
+        waits = asyncio.create_task(batcher.submit("a", [1]))
         await asyncio.sleep(0)
         closing = asyncio.create_task(asyncio.to_thread(batcher.close))
         await asyncio.sleep(0.05)
@@ -190,7 +190,7 @@ def test_closing_refuses_what_waits():
         with pytest.raises(Refusal, match="stopping"):
             await waits
         with pytest.raises(Refusal, match="stopping"):
-            await batcher.ask("a", [2])
+            await batcher.submit("a", [2])
 
     model = Model()
     batcher = Batcher({"a": Lane(run=model, budget=9)}, window_s=0.0)
@@ -199,14 +199,14 @@ def test_closing_refuses_what_waits():
 
 
 def test_neighbours_in_length_share_a_batch():
-    assert choose([5, 60, 6, 4, 61], budget=20) == [0, 2, 3]
-    assert choose([60, 5, 6, 4, 61], budget=122) == [0, 4]
-    assert choose([7], budget=1) == [0]
+    assert choose_rows([5, 60, 6, 4, 61], budget=20) == [0, 2, 3]
+    assert choose_rows([60, 5, 6, 4, 61], budget=122) == [0, 4]
+    assert choose_rows([7], budget=1) == [0]
 
 
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=40), st.integers(1, 400))
 def test_a_batch_holds_the_oldest_and_stays_in_its_budget(lengths: list[int], budget: int):
-    chosen = choose(lengths, budget)
+    chosen = choose_rows(lengths, budget)
     picked = [lengths[i] for i in chosen]
     assert 0 in chosen and chosen == sorted(set(chosen))
     assert len(chosen) == 1 or len(chosen) * max(picked) <= budget

@@ -133,7 +133,7 @@ def test_an_id_may_end_in_anything(tmp_path: Path):
 @pytest.mark.parametrize("origin", ["http://[", "null", "testserver", "http://[::1]:99999999", "://"])
 def test_a_malformed_origin_is_another(tmp_path: Path, origin: str):
     with opened(tmp_path) as client:
-        refused(client.post("/v1/embeddings", json={"input": "a"}, headers={"origin": origin}), 403, "may not ask")
+        refused(client.post("/v1/embeddings", json={"input": "a"}, headers={"origin": origin}), 403, "may not use")
 
 
 def test_all_sites_may_be_allowed(tmp_path: Path):

@@ -23,14 +23,21 @@ from fastvlp.errors import UserError
 from fastvlp.search.embedder import Embedder
 from fastvlp.search.engines.interface import EngineError, IndexEngine
 from fastvlp.search.pictures import PictureStore
-from fastvlp.serve import messages as m
-from fastvlp.serve.guard import Guard, refusal
-from fastvlp.serve.limits import Limits, Refusal, refuse
-from fastvlp.serve.routes import names, router
+from fastvlp.serve import messages
+from fastvlp.serve.guard import Guard, error_response
+from fastvlp.serve.limits import Limits, Refusal, bad_request
+from fastvlp.serve.routes import body_schemas, router
 from fastvlp.serve.service import Service
 
 PAGE = Path(str(files("fastvlp.serve"))) / "page"
-BODIES = (m.EmbeddingsRequest, m.ScoreRequest, m.SearchRequest, m.ItemRequest, m.CaptionRequest, m.AnswerRequest)
+BODIES = (
+    messages.EmbeddingsRequest,
+    messages.ScoreRequest,
+    messages.SearchRequest,
+    messages.ItemRequest,
+    messages.CaptionRequest,
+    messages.AnswerRequest,
+)
 
 
 def create_app(
@@ -43,10 +50,19 @@ def create_app(
     origins: Sequence[str] = (),
     report: Path | None = None,
 ) -> FastAPI:
-    """`pictures`: of the index's items. `keys`: where there are any, one must come with every request but for the page
-    itself and /docs. `origins`: other sites whose pages may ask (CORS). `report`: an HTML file to show at /report.
+    """Builds the ASGI application.
 
-    Raises UserError for a key that no header can carry.
+    Args:
+        embedder: The model.
+        index: To search in; None where there is none.
+        pictures: Of the index's items.
+        limits: Of requests.
+        keys: Where there are any, every request needs one, but for the page itself and /docs.
+        origins: Other sites whose pages may use the service (CORS).
+        report: An HTML file to show at /report.
+
+    Raises:
+        UserError: A key cannot be sent in a header.
     """
     if any(not key or not key.isascii() or not key.isprintable() or key != key.strip() for key in keys):
         raise UserError("`api_key`: a key is of printable ASCII characters, with no space around it")
@@ -54,56 +70,56 @@ def create_app(
     service = Service(embedder, index, pictures, limits)
 
     @asynccontextmanager
-    async def life(app: FastAPI) -> AsyncIterator[None]:
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         yield
         service.close()
 
-    # FastAPI's own pages of documentation load from another host: fastapi_offline has what they load.
-    app = FastAPI(title="fastvlp", version=_version(), lifespan=life, docs_url=None, redoc_url=None)
+    # FastAPI's own pages of documentation load files from another host: fastapi_offline brings them.
+    app = FastAPI(title="fastvlp", version=_version(), lifespan=lifespan, docs_url=None, redoc_url=None)
     app.state.service, app.state.report, app.state.keys = service, report, keys
     app.include_router(router)
-    app.add_api_route("/", _page("index.html"), include_in_schema=False)
-    app.add_api_route("/docs", _page("docs.html"), include_in_schema=False)
+    app.add_api_route("/", _static_page("index.html"), include_in_schema=False)
+    app.add_api_route("/docs", _static_page("docs.html"), include_in_schema=False)
     app.mount("/page/swagger", StaticFiles(packages=[("fastapi_offline", "static")]))
     app.mount("/page", StaticFiles(directory=PAGE))
     app.add_middleware(Guard, limits=limits, keys=keys, origins=origins, metrics=service.metrics)
     if origins:
         app.add_middleware(CORSMiddleware, allow_origins=origins, allow_methods=["*"], allow_headers=["*"])
     for kind in (Refusal, HTTPException, RequestValidationError, UserError):
-        app.add_exception_handler(kind, _refused)
-    app.openapi = lambda: _document(app)  # type: ignore[method-assign]
+        app.add_exception_handler(kind, _handle_error)
+    app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
     return app
 
 
-def _page(name: str) -> Callable[[], Awaitable[Response]]:
+def _static_page(name: str) -> Callable[[], Awaitable[Response]]:
     async def page() -> Response:
         return FileResponse(PAGE / name, headers={"cache-control": "no-cache"})
 
     return page
 
 
-def _refused(request: Request, error: Exception) -> Response:
+def _handle_error(request: Request, error: Exception) -> Response:
     match error:
         case HTTPException():
-            answer = refusal(Refusal(error.status_code, "http_error", f"{request.url.path}: {error.detail}"))
-            answer.headers.update(error.headers or {})
-            return answer
+            response = error_response(Refusal(error.status_code, "http_error", f"{request.url.path}: {error.detail}"))
+            response.headers.update(error.headers or {})
+            return response
         case RequestValidationError():
             first = error.errors()[0]
-            return refusal(refuse(f"{'.'.join(map(str, first['loc'][1:]))}: {first['msg']}"))
+            return error_response(bad_request(f"{'.'.join(map(str, first['loc'][1:]))}: {first['msg']}"))
         case Refusal():
-            return refusal(error)
+            return error_response(error)
         case EngineError():
-            # Its words hold paths and addresses of the server.
+            # Its message names paths and addresses of the server.
             getLogger(__name__).error("%s: %s", request.url.path, error, exc_info=error)
-            return refusal(Refusal(503, "unavailable", "the index cannot be used now", retry_s=5))
-    return refusal(refuse(str(error)))
+            return error_response(Refusal(503, "unavailable", "the index cannot be used now", retry_s=5))
+    return error_response(bad_request(str(error)))
 
 
-def _document(app: FastAPI) -> dict[str, Any]:
+def _openapi(app: FastAPI) -> dict[str, Any]:
     if app.openapi_schema is None:
         document = get_openapi(title=app.title, version=app.version, routes=app.routes)
-        document.setdefault("components", {}).setdefault("schemas", {}).update(names(BODIES))
+        document.setdefault("components", {}).setdefault("schemas", {}).update(body_schemas(BODIES))
         if app.state.keys:
             document["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
             document["security"] = [{"key": []}]

@@ -1,4 +1,4 @@
-"""Inputs of many requests become batches of one model: those of a moment, and of about one length."""
+"""Batches of inputs from many requests: those that come at about the same time, and are of about the same length."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fastvlp.serve.limits import Refusal
 
 
 class InputError(Exception):
-    """Raised by a lane's `run` for one row of its batch: `reason` is for who sent it."""
+    """Raised by a lane's `run` for one row of its batch. `reason` is for its sender."""
 
     def __init__(self, row: int, reason: str):
         super().__init__(row, reason)
@@ -23,21 +23,25 @@ class InputError(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class Lane:
-    """One kind of work. `run` gives an output for each input; `budget` is the most that rows times the longest of them
-    may come to."""
+    """One kind of work.
+
+    Attributes:
+        run: Returns an output for each input of a batch.
+        budget: The most that the number of inputs times the length of the longest may be.
+    """
 
     run: Callable[[list[Any]], Iterable[Any]]
     budget: int
 
 
 @dataclass(frozen=True)
-class Ran:
-    """A batch that was run, for the metrics. `waited_s`: its oldest input, from submission to start."""
+class BatchRun:
+    """A batch that was run, for the metrics. `waited_s`: how long its oldest input waited. `seconds`: how long it ran."""
 
     lane: str
     rows: int
     waited_s: float
-    took_s: float
+    seconds: float
 
 
 @dataclass(eq=False)
@@ -52,7 +56,7 @@ class _Job:
     def settle(self, result: Any = None, error: Exception | None = None) -> None:
         def settle() -> None:
             if self.future.done():
-                return  # whoever asked is gone
+                return  # the client has left
             if error is not None:
                 self.future.set_exception(error)
             else:
@@ -62,9 +66,12 @@ class _Job:
             self.loop.call_soon_threadsafe(settle)
 
 
-def choose(lengths: Sequence[int], budget: int) -> list[int]:
-    """Which rows share a batch with row 0: its neighbours in length, nearest first, as long as rows times the longest
-    stay within the budget; row 0 in any case, and equal lengths in the order in which they came."""
+def choose_rows(lengths: Sequence[int], budget: int) -> list[int]:
+    """Chooses the rows that share a batch with row 0: its neighbours in length, the nearest first.
+
+    The number of rows times the longest stays within the budget, but for row 0 alone, which is always chosen. Of equal lengths
+    the first come first.
+    """
     order = sorted(range(len(lengths)), key=lambda i: lengths[i])
     low = high = order.index(0)
     while True:
@@ -84,11 +91,17 @@ def choose(lengths: Sequence[int], budget: int) -> list[int]:
 
 
 class Batcher:
-    """One thread that runs everything; `ask` is called from event loops. `watch` is told of every batch, in the thread.
+    """One thread that runs all batches. Event loops submit inputs to it.
 
-    A batch starts when its oldest input has waited `window_s`, or when a batch is full; an input that came while the
-    model was busy has waited long enough. Where the last batch of its kind was of one request, the next starts at once:
-    those that come meanwhile share the one after it, and then there is company to wait for.
+    A batch starts when its oldest input has waited `window_s`, or when it is full; an input that came while the model was
+    busy has waited long enough. If the last batch of its lane was of one request, the next starts at once: inputs that come
+    meanwhile share the batch after it, and from then on it is worth to wait.
+
+    Args:
+        lanes: Kinds of work by name.
+        window_s: How long an input waits for others.
+        max_waiting: How many inputs may wait.
+        on_batch: Called after every batch, in the thread.
     """
 
     def __init__(
@@ -96,10 +109,10 @@ class Batcher:
         lanes: Mapping[str, Lane],
         *,
         window_s: float = 0.003,
-        most_waiting: int = 512,
-        watch: Callable[[Ran], None] = lambda ran: None,
+        max_waiting: int = 512,
+        on_batch: Callable[[BatchRun], None] = lambda batch: None,
     ):
-        self.lanes, self.window_s, self.most_waiting, self.watch = lanes, window_s, most_waiting, watch
+        self.lanes, self.window_s, self.max_waiting, self.on_batch = lanes, window_s, max_waiting, on_batch
         self._jobs: list[_Job] = []
         self._shared: dict[str, bool] = {}  # whether a lane's last batch was of several requests
         self._changed = threading.Condition()
@@ -109,22 +122,27 @@ class Batcher:
 
     @property
     def waiting(self) -> int:
-        """Inputs that somebody still waits for."""
+        """The number of inputs that a client still waits for."""
         return sum(not job.future.cancelled() for job in [*self._jobs])
 
     @property
     def alive(self) -> bool:
+        """Whether the thread runs."""
         return self._thread.is_alive()
 
-    async def ask(self, lane: str, items: Sequence[Any], lengths: Sequence[int] | None = None) -> list[Any]:
-        """An output for each item. Raises Refusal where more would wait than may (503), and InputError, whose row counts
-        from these items. Cancelled, it takes back what has not begun."""
+    async def submit(self, lane: str, items: Sequence[Any], lengths: Sequence[int] | None = None) -> list[Any]:
+        """Returns an output for each item. When it is cancelled, items that have not begun are taken back.
+
+        Raises:
+            Refusal: Too many inputs wait already, or the service is stopping (503).
+            InputError: An item cannot be used; its `row` counts among these items.
+        """
         loop, now, lengths = asyncio.get_running_loop(), time.monotonic(), lengths or [1] * len(items)
         jobs = [_Job(lane, item, n, loop.create_future(), loop, now) for item, n in zip(items, lengths)]
         with self._changed:
             if self._closed:
                 raise Refusal(503, "stopping", "the service is stopping", retry_s=5)
-            if self.waiting + len(jobs) > self.most_waiting:
+            if self.waiting + len(jobs) > self.max_waiting:
                 raise Refusal(503, "busy", f"{self.waiting} inputs wait for the model already", retry_s=1)
             self._jobs += jobs
             self._changed.notify()
@@ -138,7 +156,7 @@ class Batcher:
                 job.future.cancel()
 
     def close(self) -> None:
-        """Ends the thread after the batch that it is at; what waits is refused."""
+        """Ends the thread after its present batch. Inputs that wait are refused."""
         with self._changed:
             self._closed = True
             self._changed.notify()
@@ -149,10 +167,10 @@ class Batcher:
             began = time.monotonic()
             self._run(batch)
             waited = began - min(job.since for job in batch)
-            self.watch(Ran(batch[0].lane, len(batch), waited, time.monotonic() - began))
+            self.on_batch(BatchRun(batch[0].lane, len(batch), waited, time.monotonic() - began))
 
     def _next(self) -> list[_Job] | None:
-        """The jobs of the next batch, taken out of those that wait; None when closed."""
+        """Waits for the next batch, and takes its jobs out of those that wait. Returns None when closed."""
         with self._changed:
             while not self._closed:
                 self._jobs = [job for job in self._jobs if not job.future.cancelled()]
@@ -161,7 +179,7 @@ class Batcher:
                     continue
                 oldest = self._jobs[0]
                 alike = [job for job in self._jobs if job.lane == oldest.lane]
-                chosen = choose([job.length for job in alike], self.lanes[oldest.lane].budget)
+                chosen = choose_rows([job.length for job in alike], self.lanes[oldest.lane].budget)
                 window_s = self.window_s if self._shared.get(oldest.lane) else 0.0
                 left_s = oldest.since + window_s - time.monotonic()
                 if left_s > 0 and len(chosen) == len(alike):

@@ -1,4 +1,4 @@
-"""Between the network and the routes: who may ask, how much, for how long; and what every answer says to a browser."""
+"""Checks between the network and the routes: keys, sizes and times of requests; and headers of every answer."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from fastvlp.serve.limits import Limits, Refusal
 from fastvlp.serve.monitoring import Metrics
 
 COOKIE = "fastvlp_key"
-# What a browser may load without a key: nothing in it is about the data.
-OPEN = ("/", "/health", "/openapi.json", "/docs", "/session")
+# Paths that a browser may load without a key: nothing in them is about the data.
+OPEN_PATHS = ("/", "/health", "/openapi.json", "/docs", "/session")
 POLICY = "default-src 'self'; img-src 'self' blob: data:; base-uri 'none'; form-action 'self'; frame-ancestors 'none'"
 HEADERS = {
     "content-security-policy": POLICY,
@@ -30,51 +30,59 @@ HEADERS = {
 TYPES = {401: "authentication_error", 403: "permission_error", 503: "overloaded_error"}
 
 
-def reply(content: object, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+def json_response(content: object, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    """Returns content as JSON; floats in full precision."""
     return Response(to_json(content), status, headers, media_type="application/json")
 
 
-def refusal(error: Refusal) -> Response:
-    """OpenAI's shape of errors."""
+def error_response(error: Refusal) -> Response:
+    """Returns an error in OpenAI's shape."""
     kind = TYPES.get(error.status, "invalid_request_error")
-    said = {"error": {"message": error.message, "type": kind, "code": error.code}}
+    content = {"error": {"message": error.message, "type": kind, "code": error.code}}
     headers = {"retry-after": str(error.retry_s)} if error.retry_s is not None else {}
-    return reply(said, error.status, headers | ({"www-authenticate": "Bearer"} if error.status == 401 else {}))
+    return json_response(
+        content, error.status, headers | ({"www-authenticate": "Bearer"} if error.status == 401 else {})
+    )
 
 
 def given_key(headers: Headers) -> str:
-    """The bearer token, or what the page's cookie holds."""
+    """Returns the bearer token, or else the content of the page's cookie; an empty text where there is neither."""
     scheme, _, token = headers.get("authorization", "").partition(" ")
     return token.strip() if scheme.lower() == "bearer" else _cookie(headers)
 
 
-def known_key(headers: Headers, keys: Sequence[str]) -> bool:
-    """Whether the key that came is one of these; how long it takes does not tell how much of it is."""
+def has_key(headers: Headers, keys: Sequence[str]) -> bool:
+    """Whether a request has one of the keys. The comparison takes as long for a key that is nearly right."""
     given = given_key(headers)
     return sum(hmac.compare_digest(given.encode(), key.encode()) for key in keys) > 0
 
 
 def _cookie(headers: Headers) -> str:
     try:
-        found = SimpleCookie(headers.get("cookie", "")).get(COOKIE)
+        cookie = SimpleCookie(headers.get("cookie", "")).get(COOKIE)
     except CookieError:
         return ""
-    return unquote(found.value) if found else ""
+    return unquote(cookie.value) if cookie else ""
 
 
 class Guard:
-    """ASGI middleware. A request's body is read whole, within its limits, before any route sees it; the route is
-    cancelled when its time is over or when nobody listens any more."""
+    """ASGI middleware. It reads the body of a request whole, within the limits, before a route sees it, and cancels the route
+    when its time is over or the client has left.
+
+    Attributes:
+        requests: How many are being read or answered.
+        held_bytes: Of the bodies of these requests.
+    """
 
     def __init__(self, app: ASGIApp, *, limits: Limits, keys: Sequence[str], origins: Sequence[str], metrics: Metrics):
         self.app, self.limits, self.keys, self.origins, self.metrics = app, limits, keys, origins, metrics
         self.requests = 0
-        self.held = 0
+        self.held_bytes = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
-        began, status = time.perf_counter(), 499  # nginx's number for a client that left
+        began, status = time.perf_counter(), 499  # nginx's status for a client that left
         self.requests += 1
 
         async def sending(message: Message) -> None:
@@ -90,12 +98,12 @@ class Guard:
             await self._answer(scope, receive, sending)
         except Refusal as error:
             if status == 499:
-                await refusal(error)(scope, receive, sending)
+                await error_response(error)(scope, receive, sending)
         finally:
             self.requests -= 1
-            # A path that no route knows would make a label of its own for each typing error.
+            # Paths without a route share one label: each typing error would make another.
             route = getattr(scope.get("route"), "path", "other")
-            self.metrics.requests.observe(time.perf_counter() - began, route=route, status=str(status))
+            self.metrics.request(route, status, time.perf_counter() - began)
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         self._admit(scope, Headers(scope=scope))
@@ -104,10 +112,10 @@ class Guard:
             if await self._read(receive, parts):
                 await self._route(scope, b"".join(parts), receive, send)
         finally:
-            self.held -= sum(map(len, parts))
+            self.held_bytes -= sum(map(len, parts))
 
     async def _read(self, receive: Receive, parts: list[bytes]) -> bool:
-        """Appends the body; False where the client left before its end."""
+        """Appends the body's parts. Returns False where the client left before its end."""
         length = 0
         try:
             async with asyncio.timeout(self.limits.seconds):
@@ -117,8 +125,8 @@ class Guard:
                         return False
                     parts.append(message.get("body", b""))
                     length += len(parts[-1])
-                    self.held += len(parts[-1])
-                    self._weigh(length)
+                    self.held_bytes += len(parts[-1])
+                    self._check_size(length)
                     if not message.get("more_body", False):
                         return True
         except TimeoutError as error:
@@ -129,39 +137,39 @@ class Guard:
         if self.requests > limits.requests:
             raise Refusal(503, "busy", f"{limits.requests} requests are being answered already", retry_s=1)
         length = headers.get("content-length", "0")
-        self._weigh(int(length) if length.isdecimal() and len(length) < 20 else 0)
+        self._check_size(int(length) if length.isdecimal() and len(length) < 20 else 0)
         origin = headers.get("origin")
         same = origin is None or origin.partition("://")[2] == headers.get("host")
         # Forms of other sites need no permission from CORS to be sent: they are stopped here.
         if not same and not {origin, "*"} & {*self.origins} and scope["method"] not in ("GET", "HEAD", "OPTIONS"):
-            raise Refusal(403, "origin", f"pages of {origin} may not ask this service")
-        if self.keys and path not in OPEN and not path.startswith("/page/") and not known_key(headers, self.keys):
+            raise Refusal(403, "origin", f"pages of {origin} may not use this service")
+        if self.keys and path not in OPEN_PATHS and not path.startswith("/page/") and not has_key(headers, self.keys):
             raise Refusal(401, "invalid_api_key", "this needs a key: Authorization: Bearer KEY")
 
-    def _weigh(self, length: int) -> None:
+    def _check_size(self, length: int) -> None:
         if length > self.limits.body_mb * 1e6:
             raise Refusal(413, "too_large", f"a request may have {self.limits.body_mb:g} MB")
-        if self.held > self.limits.held_mb * 1e6:
+        if self.held_bytes > self.limits.held_mb * 1e6:
             raise Refusal(503, "busy", "the requests of others fill the memory", retry_s=2)
 
     async def _route(self, scope: Scope, body: bytes, receive: Receive, send: Send) -> None:
         unread = [{"type": "http.request", "body": body, "more_body": False}]
-        # After the body there is one message more: that the client is gone.
-        gone = asyncio.ensure_future(receive())
+        # After the body comes one more message: that the client has left.
+        disconnected = asyncio.ensure_future(receive())
 
         async def replay() -> Message:
-            return unread.pop() if unread else await asyncio.shield(gone)
+            return unread.pop() if unread else await asyncio.shield(disconnected)
 
         routed = asyncio.ensure_future(self.app(scope, replay, send))
         try:
             done, _ = await asyncio.wait(
-                {routed, gone}, timeout=self.limits.seconds, return_when=asyncio.FIRST_COMPLETED
+                {routed, disconnected}, timeout=self.limits.seconds, return_when=asyncio.FIRST_COMPLETED
             )
             if routed in done:
                 routed.result()
             elif not done:
                 raise Refusal(503, "timeout", f"no answer within {self.limits.seconds:g} s", retry_s=2)
         finally:
-            for task in (routed, gone):
+            for task in (routed, disconnected):
                 task.cancel()
-            await asyncio.gather(routed, gone, return_exceptions=True)
+            await asyncio.gather(routed, disconnected, return_exceptions=True)

@@ -1,4 +1,4 @@
-"""What a request may ask for, and how it is told that it may not; nothing here imports torch or a web framework."""
+"""Limits of requests, and the exception for a request that is refused. Nothing here imports torch or a web framework."""
 
 from __future__ import annotations
 
@@ -7,34 +7,42 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """Limits of the service. What is over one gets 4xx; where the service is full or slow, 503 and when to try again."""
+    """Limits of the service. A request over a limit gets 4xx; where the service is full or slow, it gets 503, with the time
+    after which to try again."""
 
     body_mb: float = 24.0
-    """Megabytes of a request."""
+    """Megabytes that a request may have."""
     held_mb: float = 512.0
-    """Megabytes of all requests that are being read or answered."""
+    """Megabytes that all requests together may have that are being read or answered."""
     requests: int = 256
-    """Requests that are being read or answered."""
+    """Requests that may be read or answered at the same time."""
     waiting: int = 512
-    """Texts and pictures that wait for the model."""
+    """Texts and pictures that may wait for the model."""
     inputs: int = 64
-    """Texts, pictures or pairs of one request."""
+    """Texts, pictures or pairs that one request may have."""
     characters: int = 2000
-    """Characters of a text."""
+    """Characters that a text may have."""
     pixels: int = 40_000_000
-    """Pixels of a picture, read from its header before anything is decoded."""
+    """Pixels that a picture may have; they are read from its header before anything is decoded."""
     results: int = 1000
-    """How deep a search can be paged: offset and limit together."""
+    """How deep a search can be paged: the most that offset and limit may be together."""
     seconds: float = 30.0
-    """Time of a request from its first byte to its answer; the same again for a slow sender."""
+    """Seconds that a request may take to arrive, and again to be answered."""
     window_ms: float = 3.0
-    """How long a request waits for others to share a batch with, where the batch before it was shared."""
+    """Milliseconds that a request waits for others to share a batch with, if the batch before it was shared."""
     batch: int = 32
-    """Pictures of a batch, and texts of 64 tokens; shorter texts are more to a batch."""
+    """Pictures of a batch, or texts of 64 tokens; of shorter texts a batch has more."""
 
 
 class Refusal(Exception):  # noqa: N818 (an answer, not a failure)
-    """An answer other than the one that was asked for. `retry_s`: when it is worth asking again."""
+    """A request that is not answered as its sender wished.
+
+    Attributes:
+        status: Of HTTP.
+        code: For programs.
+        message: For people.
+        retry_s: Seconds after which it is worth trying again; None where it is not.
+    """
 
     def __init__(self, status: int, code: str, message: str, retry_s: int | None = None):
         super().__init__(status, code, message)
@@ -44,6 +52,6 @@ class Refusal(Exception):  # noqa: N818 (an answer, not a failure)
         return self.message
 
 
-def refuse(message: str, code: str = "invalid_request") -> Refusal:
-    """What the sender can mend: 400."""
+def bad_request(message: str, code: str = "invalid_request") -> Refusal:
+    """Returns a refusal with status 400: its sender can mend the request."""
     return Refusal(400, code, message)

@@ -1,5 +1,5 @@
-"""What requests and answers hold. The same fields come as JSON, with pictures in base64, or as a multipart form, with
-pictures as files and nested values as JSON."""
+"""The bodies of requests. The same fields come as JSON, with pictures in base64, or as a multipart form, with pictures as files
+and nested values as JSON."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException
 from starlette.requests import Request
 
-from fastvlp.serve.limits import Refusal, refuse
+from fastvlp.serve.limits import Refusal, bad_request
 
 
-def picture_bytes(said: Any) -> Any:
-    """The bytes of base64 or of a data URL; a form's file has them already. Nothing is ever fetched or opened."""
-    if isinstance(said, bytes):
-        return said
-    if not isinstance(said, str):
+def picture_bytes(value: Any) -> Any:
+    """Decodes base64 or a data URL; a form's file is bytes already. Nothing is ever fetched or opened."""
+    if isinstance(value, bytes):
+        return value
+    if not isinstance(value, str):
         raise ValueError("a picture is a string of base64, or a file of a multipart form")
-    head, _, tail = said.partition(",") if said.startswith("data:") else ("", "", said)
+    head, _, tail = value.partition(",") if value.startswith("data:") else ("", "", value)
     if "://" in tail[:16]:
         raise ValueError("URLs are not read; send the picture itself, in base64")
     if head and not head.endswith(";base64"):
@@ -63,25 +63,29 @@ Form = Sequence[tuple[str, str | bytes]]
 NESTED = ("where", "info")
 
 
-class Message(BaseModel):
+class RequestBody(BaseModel):
+    """A request that comes as JSON or as a form."""
+
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     @classmethod
-    def of_form(cls, form: Form) -> dict[str, Any]:
-        """The fields of a multipart form as `model_validate` reads them."""
+    def from_form(cls, form: Form) -> dict[str, Any]:
+        """Returns the fields of a multipart form in the shape that `model_validate` reads."""
         fields: dict[str, Any] = {}
         for name, value in form:
             if name in fields:
-                raise refuse(f"{name}: given twice")
-            fields[name] = parsed(name, value) if name in NESTED else value
+                raise bad_request(f"{name}: given twice")
+            fields[name] = parse_json(name, value) if name in NESTED else value
         return fields
 
 
-class Image(Message):
+class Image(RequestBody):
+    """A picture in place of a text."""
+
     image: Encoded
 
 
-class EmbeddingsRequest(Message):
+class EmbeddingsRequest(RequestBody):
     """OpenAI's request, in which a picture may stand wherever a text may."""
 
     input: Text | Image | Annotated[list[Text | Image], Field(min_length=1)]
@@ -91,49 +95,53 @@ class EmbeddingsRequest(Message):
     user: str | None = None
 
     @classmethod
-    def of_form(cls, form: Form) -> dict[str, Any]:
-        """`input` fields and `image` files, in the order of the form."""
+    def from_form(cls, form: Form) -> dict[str, Any]:
+        """Takes `input` fields and `image` files, in the order of the form."""
         inputs = [{"image": value} if name == "image" else value for name, value in form if name in ("input", "image")]
-        return {"input": inputs} | super().of_form([item for item in form if item[0] not in ("input", "image")])
+        return {"input": inputs} | super().from_form([item for item in form if item[0] not in ("input", "image")])
 
 
-class Depicted(Message):
-    """A picture, sent along or one of the index."""
+class PictureRequest(RequestBody):
+    """A picture, either sent along or an item's of the index."""
 
     image: Encoded | None = None
     id: Id | None = None
 
     @model_validator(mode="after")
-    def one(self) -> Depicted:
+    def check_picture(self) -> PictureRequest:
         if (self.image is None) == (self.id is None):
             raise ValueError("give either image or id")
         return self
 
 
-class Pair(Depicted):
+class Pair(PictureRequest):
+    """A picture and a text."""
+
     text: Text
 
 
-class ScoreRequest(Message):
+class ScoreRequest(RequestBody):
+    """Pairs to score."""
+
     pairs: Annotated[list[Pair], Field(min_length=1)]
 
     @classmethod
-    def of_form(cls, form: Form) -> dict[str, Any]:
-        """As many `text` fields as `image` files, or one of either."""
+    def from_form(cls, form: Form) -> dict[str, Any]:
+        """Takes as many `text` fields as `image` files, or one of either."""
         texts, images = ([value for name, value in form if name == key] for key in ("text", "image"))
         if {name for name, _ in form} - {"text", "image"}:
-            raise refuse("a form of pairs has the fields text and image, nothing else")
+            raise bad_request("a form of pairs has the fields text and image, nothing else")
         most = max(len(texts), len(images))
         if not texts or not images or {len(texts), len(images)} - {1, most}:
-            raise refuse(f"{len(texts)} texts and {len(images)} images do not make pairs")
+            raise bad_request(f"{len(texts)} texts and {len(images)} images do not make pairs")
         texts, images = (part * most if len(part) == 1 else part for part in (texts, images))
         return {"pairs": [{"text": text, "image": image} for text, image in zip(texts, images)]}
 
 
-class SearchRequest(Message):
-    """By a text, a picture, or the mean of both; `id`: by a picture of the index, which is left out of what is found.
-    `where`: only items whose info has all of these values, or one of a list. `rerank`: how many of the best the model reads
-    once more, text beside picture, where it can."""
+class SearchRequest(RequestBody):
+    """A search by a text, a picture, or the mean of both. `id`: search by the picture of this item, which is left out of the
+    results. `where`: fields that the items must have, each with its value or one of a list. `rerank`: how many of the best
+    results the model scores again by reading text and picture together, where it can."""
 
     text: Text | None = None
     image: Encoded | None = None
@@ -144,7 +152,7 @@ class SearchRequest(Message):
     rerank: Annotated[int, Field(ge=0, le=256)] = 0
 
     @model_validator(mode="after")
-    def something(self) -> SearchRequest:
+    def check_query(self) -> SearchRequest:
         if self.text is None and self.image is None and self.id is None:
             raise ValueError("give a text, an image, an id, or a text beside one of those")
         if self.image is not None and self.id is not None:
@@ -152,16 +160,18 @@ class SearchRequest(Message):
         return self
 
 
-class CaptionRequest(Depicted):
-    pass
+class CaptionRequest(PictureRequest):
+    """A picture to caption."""
 
 
-class AnswerRequest(Depicted):
+class AnswerRequest(PictureRequest):
+    """A question about a picture."""
+
     question: Text
 
 
-class ItemRequest(Message):
-    """`id`: by default a hash of the picture. One that the index has already gets the new picture."""
+class ItemRequest(RequestBody):
+    """An item to add. `id`: by default a hash of the picture. An item of this id that the index has already is replaced."""
 
     image: Encoded
     id: Id | None = None
@@ -169,31 +179,31 @@ class ItemRequest(Message):
     info: dict[Name, Scalar] = {}
 
 
-def parsed(name: str, value: str | bytes) -> Any:
+def parse_json(name: str, value: str | bytes) -> Any:
     try:
         return json.loads(value)
     except (ValueError, RecursionError) as error:
-        raise refuse(f"{name}: not JSON") from error
+        raise bad_request(f"{name}: not JSON") from error
 
 
-M = TypeVar("M", bound=Message)
+M = TypeVar("M", bound=RequestBody)
 
 
-async def read(kind: type[M], request: Request, most_parts: int) -> M:
-    """The request's body. Raises Refusal with what is wrong, and where."""
+async def read_body(kind: type[M], request: Request, max_parts: int) -> M:
+    """Reads the body of a request. Raises Refusal that says what is wrong, and in which field."""
     media = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     try:
         if media == "multipart/form-data":
-            return kind.model_validate(kind.of_form(await _form(request, most_parts)))
+            return kind.model_validate(kind.from_form(await _read_form(request, max_parts)))
         if media and media != "application/json":
             raise Refusal(415, "unsupported_media_type", f"{media}: send application/json or multipart/form-data")
         return kind.model_validate_json(await request.body())
     except ValidationError as error:
-        raise refuse(_first(error)) from error
+        raise bad_request(_describe(error)) from error
 
 
-def _first(error: ValidationError) -> str:
-    """Of a choice of types, what is wrong with the one that fits best: the deepest error."""
+def _describe(error: ValidationError) -> str:
+    """Describes the deepest error: of a choice of types, it is of the one that fits best."""
     errors = error.errors(include_url=False, include_input=False, include_context=False)
     worst = max(errors, key=lambda e: len(e["loc"]))
     # Names of fields and places in lists; not those of the types that were tried.
@@ -202,14 +212,14 @@ def _first(error: ValidationError) -> str:
     return f"{where}: {what}" if where else what
 
 
-async def _form(request: Request, most_parts: int) -> list[tuple[str, str | bytes]]:
+async def _read_form(request: Request, max_parts: int) -> list[tuple[str, str | bytes]]:
     try:
-        async with request.form(max_files=most_parts, max_fields=most_parts + 8) as form:
+        async with request.form(max_files=max_parts, max_fields=max_parts + 8) as form:
             return [
                 (name, await value.read() if isinstance(value, UploadFile) else value)
                 for name, value in form.multi_items()
             ]
     except MultiPartException as error:
-        raise refuse(f"malformed multipart form: {error.message}") from error
+        raise bad_request(f"malformed multipart form: {error.message}") from error
     except (ValueError, KeyError, LookupError) as error:
-        raise refuse(f"malformed multipart form ({error})") from error
+        raise bad_request(f"malformed multipart form ({error})") from error

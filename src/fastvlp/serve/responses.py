@@ -1,4 +1,4 @@
-"""What answers hold, for the OpenAPI document: the routes write them straight to JSON."""
+"""The bodies of answers, for the OpenAPI document. The routes write the same fields straight to JSON."""
 
 from __future__ import annotations
 
@@ -7,25 +7,25 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict
 
 
-class Answer(BaseModel):
+class ResponseBody(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
 
-class Embedding(Answer):
-    """`embedding`: numbers, or base64 of little-endian float32."""
+class Embedding(ResponseBody):
+    """One vector. `embedding`: numbers, or base64 of little-endian float32."""
 
     object: Literal["embedding"]
     index: int
     embedding: list[float] | str
 
 
-class Usage(Answer):
+class Usage(ResponseBody):
     prompt_tokens: int
     total_tokens: int
 
 
-class Embeddings(Answer):
-    """OpenAI's shape. `fingerprint`: of the model's weights, which an index is stamped with."""
+class Embeddings(ResponseBody):
+    """Vectors in OpenAI's shape. `fingerprint`: of the export; an index is stamped with it."""
 
     object: Literal["list"]
     data: list[Embedding]
@@ -34,21 +34,22 @@ class Embeddings(Answer):
     usage: Usage
 
 
-class Score(Answer):
-    """`similarity`: cosine of the vectors. `match`: by the model that reads both, the logit of a pair less that of none or the
-    text's mean log-likelihood: larger is better, comparable for one text or one picture."""
+class Score(ResponseBody):
+    """How well a text fits a picture. `similarity`: cosine of their vectors. `match`: from layers that read both together, the
+    logit for a match less the one against it, or the text's mean log-likelihood. Larger is better; values can be compared for
+    one text or one picture."""
 
     similarity: float | None = None
     match: float | None = None
 
 
-class Scores(Answer):
+class Scores(ResponseBody):
     model: str
     scores: list[Score]
 
 
-class Item(Answer):
-    """`image`: where its picture is."""
+class Item(ResponseBody):
+    """An item of the index. `image`: the path of its picture."""
 
     id: str
     info: dict[str, Any]
@@ -60,12 +61,12 @@ class Hit(Item):
     match: float | None = None
 
 
-class Some(Answer):
+class ItemList(ResponseBody):
     results: list[Hit]
 
 
-class Found(Some):
-    """`next_offset`: null at the end."""
+class SearchResults(ItemList):
+    """One page of results. `next_offset`: of the next page; null at the end."""
 
     offset: int
     limit: int
@@ -73,28 +74,28 @@ class Found(Some):
     took_ms: float
 
 
-class Deleted(Answer):
+class Deleted(ResponseBody):
     id: str
     deleted: Literal[True]
 
 
-class Caption(Answer):
+class Caption(ResponseBody):
     model: str
     caption: str
 
 
-class Reply(Answer):
+class Answer(ResponseBody):
     model: str
     answer: str
 
 
-class Status(Answer):
+class Status(ResponseBody):
     status: Literal["ok", "failed"]
 
 
 class Health(Status):
-    """`can`: embed, match, caption, answer. `languages`: of the captions that the model was trained on. `items`: of the
-    index; null while it does not say. `key`: whether one is asked for, and did not come."""
+    """The state of the service. `can`: of embed, match, caption and answer. `languages`: of the captions in training. `items`:
+    how many the index has; null while it does not answer. `key`: whether a key is needed that did not come."""
 
     model: str
     fingerprint: str
@@ -106,10 +107,10 @@ class Health(Status):
     key: bool
 
 
-class Failure(Answer):
-    """OpenAI's shape of errors."""
+class Failure(ResponseBody):
+    """An error, in OpenAI's shape."""
 
-    class Error(Answer):
+    class Error(ResponseBody):
         message: str
         type: str
         code: str

@@ -1,4 +1,4 @@
-"""What can be asked over HTTP. Every body is read by hand, because it may be JSON or a multipart form."""
+"""The routes. Every body is read by hand, because it may be JSON or a multipart form."""
 
 from __future__ import annotations
 
@@ -12,39 +12,39 @@ from urllib.parse import quote
 import numpy as np
 from fastapi import APIRouter, Depends, Query
 from starlette.requests import Request
-from starlette.responses import FileResponse, PlainTextResponse, Response
+from starlette.responses import FileResponse, Response
 from torch import Tensor
 
 from fastvlp.search.embedder import mean_direction
-from fastvlp.serve import messages as m
-from fastvlp.serve import responses as a
-from fastvlp.serve.guard import COOKIE, given_key, known_key, reply
-from fastvlp.serve.limits import Refusal, refuse
-from fastvlp.serve.service import Service, picture_id, sample_direction
+from fastvlp.search.engines.interface import Hit
+from fastvlp.serve import messages, responses
+from fastvlp.serve.guard import COOKIE, given_key, has_key, json_response
+from fastvlp.serve.limits import Refusal, bad_request
+from fastvlp.serve.service import Service, picture_id, random_direction
 
 REPORT_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; frame-ancestors 'none'"
 FAILURES: dict[int | str, dict[str, Any]] = {
-    "4XX": {"model": a.Failure, "description": "What the sender can mend"},
-    "503": {"model": a.Failure, "description": "Full, slow or stopping; Retry-After says when to try again"},
+    "4XX": {"model": responses.Failure, "description": "The sender can mend the request"},
+    "503": {"model": responses.Failure, "description": "Full, slow or stopping; Retry-After says when to try again"},
 }
 router = APIRouter(responses=FAILURES)
 
 
-def of_request(request: Request) -> Service:
+def service_of(request: Request) -> Service:
+    """Returns the service that a request is for."""
     service: Service = request.app.state.service
     return service
 
 
-Served = Annotated[Service, Depends(of_request)]
+Served = Annotated[Service, Depends(service_of)]
 KINDS = ("image/webp", "image/png", "image/jpeg")
 PICTURES: dict[int | str, dict[str, Any]] = {200: {"content": {kind: {} for kind in KINDS}}}
 # Ids may hold slashes, as keys of records from sub-folders do.
 ITEM, PICTURE = "/v1/items/{id:path}", "/v1/pictures/{id:path}"
 
 
-def takes(kind: type[m.Message], form: dict[str, Any]) -> dict[str, Any]:
-    """The request body of a route for the OpenAPI document. `form`: properties of the multipart form that are not those of
-    the JSON."""
+def takes(kind: type[messages.RequestBody], form: dict[str, Any]) -> dict[str, Any]:
+    """Describes the request body of a route for the OpenAPI document. `form`: properties of the multipart form."""
     json = {"schema": {"$ref": f"#/components/schemas/{kind.__name__}"}}
     multipart = {"schema": {"type": "object", "properties": form}}
     content = {"application/json": json, "multipart/form-data": multipart}
@@ -52,78 +52,81 @@ def takes(kind: type[m.Message], form: dict[str, Any]) -> dict[str, Any]:
 
 
 STRING, FILE = {"type": "string"}, {"type": "string", "format": "binary"}
-MANY = {"input": {"type": "array", "items": STRING}, "image": {"type": "array", "items": FILE}}
+INPUTS_FORM = {"input": {"type": "array", "items": STRING}, "image": {"type": "array", "items": FILE}}
 
 
 @router.post(
-    "/v1/embeddings", response_model=a.Embeddings, openapi_extra=takes(m.EmbeddingsRequest, MANY), tags=["model"]
+    "/v1/embeddings",
+    response_model=responses.Embeddings,
+    openapi_extra=takes(messages.EmbeddingsRequest, INPUTS_FORM),
+    tags=["model"],
 )
-async def embeddings(request: Request, served: Served) -> Response:
+async def embeddings(request: Request, service: Served) -> Response:
     """Unit vectors of texts and pictures, in one space. OpenAI's shape."""
-    asked = await m.read(m.EmbeddingsRequest, request, served.limits.inputs)
-    if asked.model not in (None, served.name, served.embedder.fingerprint):
-        raise Refusal(404, "model_not_found", f"{asked.model}: this service has {served.name}")
-    if asked.dimensions not in (None, served.embedder.width):
-        raise refuse(f"dimensions: the vectors of {served.name} have {served.embedder.width}")
-    inputs = asked.input if isinstance(asked.input, list) else [asked.input]
-    served.few(inputs)
+    body = await messages.read_body(messages.EmbeddingsRequest, request, service.limits.inputs)
+    if body.model not in (None, service.name, service.embedder.fingerprint):
+        raise Refusal(404, "model_not_found", f"{body.model}: this service has {service.name}")
+    if body.dimensions not in (None, service.embedder.width):
+        raise bad_request(f"dimensions: the vectors of {service.name} have {service.embedder.width}")
+    inputs = body.input if isinstance(body.input, list) else [body.input]
+    service.check_count(inputs)
     texts = [value for value in inputs if isinstance(value, str)]
     images = [value.image for value in inputs if not isinstance(value, str)]
-    pixels = await served.pixels(images)
-    (text_rows, tokens), image_rows = await asyncio.gather(served.texts(texts), served.images(pixels))
+    pixels = await service.pixels(images)
+    (text_rows, tokens), image_rows = await asyncio.gather(service.texts(texts), service.images(pixels))
     rows = {True: iter(text_rows), False: iter(image_rows)}
     vectors = [next(rows[isinstance(value, str)]) for value in inputs]
     data = [
-        {"object": "embedding", "index": i, "embedding": shown(vector, asked.encoding_format)}
+        {"object": "embedding", "index": i, "embedding": encode_vector(vector, body.encoding_format)}
         for i, vector in enumerate(vectors)
     ]
     usage = {"prompt_tokens": tokens, "total_tokens": tokens}
-    model = {"model": served.name, "fingerprint": served.embedder.fingerprint}
-    return reply({"object": "list", "data": data, **model, "usage": usage})
+    model = {"model": service.name, "fingerprint": service.embedder.fingerprint}
+    return json_response({"object": "list", "data": data, **model, "usage": usage})
 
 
-def shown(vector: np.ndarray, encoding: str) -> list[float] | str:
-    """base64 holds little-endian float32, as OpenAI's does."""
+def encode_vector(vector: np.ndarray, encoding: str) -> list[float] | str:
+    """Returns numbers, or base64 of little-endian float32 as OpenAI does."""
     return vector.tolist() if encoding == "float" else base64.b64encode(vector.astype("<f4").tobytes()).decode()
 
 
-async def depicted(served: Service, asked: m.Depicted | m.SearchRequest) -> Tensor:
-    """The pixels of a picture that was sent or that the index kept."""
-    if asked.image is not None:
-        return (await served.pixels([asked.image]))[0]
-    assert asked.id is not None
-    data = await served.picture(asked.id)
+async def picture_pixels(service: Service, body: messages.PictureRequest | messages.SearchRequest) -> Tensor:
+    """Decodes a picture that was sent, or that the index has."""
+    if body.image is not None:
+        return (await service.pixels([body.image]))[0]
+    assert body.id is not None
+    data = await service.picture(body.id)
     if data is None:
-        raise Refusal(404, "no_picture", f"no picture of an item {asked.id!r}")
-    return (await served.pixels([data]))[0]
+        raise Refusal(404, "no_picture", f"no picture of an item {body.id!r}")
+    return (await service.pixels([data]))[0]
 
 
 @router.post(
     "/v1/score",
-    response_model=a.Scores,
-    openapi_extra=takes(m.ScoreRequest, {"text": MANY["input"], "image": MANY["image"]}),
+    response_model=responses.Scores,
+    openapi_extra=takes(messages.ScoreRequest, {"text": INPUTS_FORM["input"], "image": INPUTS_FORM["image"]}),
     tags=["model"],
 )
-async def score(request: Request, served: Served) -> Response:
-    """How well texts and pictures fit: the cosine of their vectors, and what the model says that reads both, where it can."""
-    asked = await m.read(m.ScoreRequest, request, served.limits.inputs)
-    if "embed" not in served.embedder.can:
-        served.need("match")
-    served.few(asked.pairs)
-    texts = [pair.text for pair in asked.pairs]
-    pixels = await asyncio.gather(*(depicted(served, pair) for pair in asked.pairs))
+async def score(request: Request, service: Served) -> Response:
+    """How well texts and pictures fit: the cosine of their vectors, and the score of a model that reads both, where it can."""
+    body = await messages.read_body(messages.ScoreRequest, request, service.limits.inputs)
+    if "embed" not in service.embedder.can:
+        service.require("match")
+    service.check_count(body.pairs)
+    texts = [pair.text for pair in body.pairs]
+    pixels = await asyncio.gather(*(picture_pixels(service, pair) for pair in body.pairs))
     scores: list[dict[str, float]] = [{} for _ in texts]
-    if "embed" in served.embedder.can:
-        (text_rows, _), image_rows = await asyncio.gather(served.texts(texts), served.images(pixels))
-        for found, value in zip(scores, (text_rows * image_rows).sum(1).tolist()):
-            found["similarity"] = value
-    if "match" in served.embedder.can:
-        for found, value in zip(scores, await served.match(pixels, texts)):
-            found["match"] = value
-    return reply({"model": served.name, "scores": scores})
+    if "embed" in service.embedder.can:
+        (text_rows, _), image_rows = await asyncio.gather(service.texts(texts), service.images(pixels))
+        for pair_scores, value in zip(scores, (text_rows * image_rows).sum(1).tolist()):
+            pair_scores["similarity"] = value
+    if "match" in service.embedder.can:
+        for pair_scores, value in zip(scores, await service.match(pixels, texts)):
+            pair_scores["match"] = value
+    return json_response({"model": service.name, "scores": scores})
 
 
-SEARCHED = {
+SEARCH_FORM = {
     "text": STRING,
     "image": FILE,
     "id": STRING,
@@ -135,169 +138,182 @@ SEARCHED = {
 
 @router.post(
     "/v1/search",
-    response_model=a.Found,
-    openapi_extra=takes(m.SearchRequest, SEARCHED | {"rerank": {"type": "integer"}}),
+    response_model=responses.SearchResults,
+    openapi_extra=takes(messages.SearchRequest, SEARCH_FORM | {"rerank": {"type": "integer"}}),
     tags=["index"],
 )
-async def search(request: Request, served: Served) -> Response:
-    """Items of the index, the most similar first; by pages."""
+async def search(request: Request, service: Served) -> Response:
+    """Items of the index, the most similar first; one page of them."""
     began = time.perf_counter()
-    asked = await m.read(m.SearchRequest, request, 1)
-    end = asked.offset + asked.limit
-    if end > served.limits.results:
-        raise refuse(f"offset and limit reach {end}; a search goes {served.limits.results} deep", "too_deep")
-    if asked.rerank and asked.text is None:
-        raise refuse("rerank: a text is needed to read beside the pictures")
-    if asked.rerank:
-        served.need("match")
-    vector = await sought(served, asked)
-    # Of the pages after those that are read once more, the order is the index's.
-    read = asked.rerank if asked.offset < asked.rerank else 0
-    # An item that is sought by its own vector is left out: it would be the first of its own results.
-    skipped = int(asked.id is not None)
-    hits = await served.search(vector, max(end, read) + skipped + 1, asked.where)
-    hits = [hit for hit in hits if hit.id != asked.id]
+    body = await messages.read_body(messages.SearchRequest, request, 1)
+    end = body.offset + body.limit
+    if end > service.limits.results:
+        raise bad_request(f"offset and limit reach {end}; a search goes {service.limits.results} deep", "too_deep")
+    if body.rerank and body.text is None:
+        raise bad_request("rerank: a text is needed to read beside the pictures")
+    if body.rerank:
+        service.require("match")
+    vector = await query_vector(service, body)
+    # Pages after the results that are re-ranked have the order of the index.
+    read = body.rerank if body.offset < body.rerank else 0
+    # An item whose own picture is the query is left out: it would be the first of its own results.
+    skipped = int(body.id is not None)
+    hits = await service.search(vector, max(end, read) + skipped + 1, body.where)
+    hits = [hit for hit in hits if hit.id != body.id]
     matches: dict[str, float] = {}
-    if read and asked.text is not None:
-        matches = await served.matches(hits[:read], asked.text)
+    if read and body.text is not None:
+        matches = await service.match_hits(hits[:read], body.text)
         hits.sort(key=lambda hit: -matches.get(hit.id, float("-inf")))
-    page = hits[asked.offset : end]
-    more = len(hits) > end and end < served.limits.results
-    results = [told(served, hit) | ({"match": matches[hit.id]} if hit.id in matches else {}) for hit in page]
+    page = hits[body.offset : end]
+    more = len(hits) > end and end < service.limits.results
+    results = [hit_fields(hit) | ({"match": matches[hit.id]} if hit.id in matches else {}) for hit in page]
     took = {"next_offset": end if more else None, "took_ms": round(1000 * (time.perf_counter() - began), 2)}
-    return reply({"results": results, "offset": asked.offset, "limit": asked.limit, **took})
+    return json_response({"results": results, "offset": body.offset, "limit": body.limit, **took})
 
 
-async def sought(served: Service, asked: m.SearchRequest) -> np.ndarray:
-    """The unit vector to search by."""
+async def query_vector(service: Service, body: messages.SearchRequest) -> np.ndarray:
+    """Returns the unit vector [E] to search by."""
     parts = []
-    if asked.text is not None:
-        parts.append((await served.texts([asked.text]))[0][0])
-    if asked.image is not None:
-        parts.append((await served.images(await served.pixels([asked.image])))[0])
-    if asked.id is not None:
-        parts.append((await served.item(asked.id)).vector)
+    if body.text is not None:
+        parts.append((await service.texts([body.text]))[0][0])
+    if body.image is not None:
+        parts.append((await service.images(await service.pixels([body.image])))[0])
+    if body.id is not None:
+        parts.append((await service.item(body.id)).vector)
     return mean_direction(parts)
 
 
-def told(served: Service, hit: Any) -> dict[str, Any]:
-    return {"id": hit.id, "score": hit.score, "info": dict(hit.info), "image": picture_of(hit.id)}
+def hit_fields(hit: Hit) -> dict[str, Any]:
+    """Returns what an answer has of a hit."""
+    return {"id": hit.id, "score": hit.score, "info": dict(hit.info), "image": picture_path(hit.id)}
 
 
-def picture_of(id: str) -> str:
+def picture_path(id: str) -> str:
+    """Returns the path of an item's picture."""
     return f"/v1/pictures/{quote(id, safe='')}"
 
 
-@router.get("/v1/items", response_model=a.Some, tags=["index"])
+@router.get("/v1/items", response_model=responses.ItemList, tags=["index"])
 async def some_items(
-    served: Served,
+    service: Served,
     limit: Annotated[int, Query(ge=1, le=100)] = 24,
     seed: Annotated[int, Query(ge=0, le=2**31)] = 0,
 ) -> Response:
     """Some items, for a first look: the same for the same seed, in no order that means anything."""
-    hits = await served.search(sample_direction(served.embedder.width, seed), limit)
-    return reply({"results": [told(served, hit) for hit in hits]})
+    hits = await service.search(random_direction(service.embedder.width, seed), limit)
+    return json_response({"results": [hit_fields(hit) for hit in hits]})
 
 
-FIELDS = {"image": FILE, "id": STRING, "caption": STRING, "info": STRING}
+ITEM_FORM = {"image": FILE, "id": STRING, "caption": STRING, "info": STRING}
 
 
 @router.post(
-    "/v1/items", response_model=a.Item, openapi_extra=takes(m.ItemRequest, FIELDS), status_code=201, tags=["index"]
+    "/v1/items",
+    response_model=responses.Item,
+    openapi_extra=takes(messages.ItemRequest, ITEM_FORM),
+    status_code=201,
+    tags=["index"],
 )
-async def add_item(request: Request, served: Served) -> Response:
+async def add_item(request: Request, service: Served) -> Response:
     """Adds a picture to the index; when the answer comes, it is found."""
-    asked = await m.read(m.ItemRequest, request, 1)
-    id = asked.id or picture_id(asked.image)
-    info = asked.info | ({"caption": asked.caption} if asked.caption is not None else {})
-    pixels = await served.pixels([asked.image])
-    await served.add(id, (await served.images(pixels))[0], info, asked.image)
-    return reply({"id": id, "info": info, "image": picture_of(id)}, 201)
+    body = await messages.read_body(messages.ItemRequest, request, 1)
+    id = body.id or picture_id(body.image)
+    info = body.info | ({"caption": body.caption} if body.caption is not None else {})
+    pixels = await service.pixels([body.image])
+    await service.add(id, (await service.images(pixels))[0], info, body.image)
+    return json_response({"id": id, "info": info, "image": picture_path(id)}, 201)
 
 
-@router.delete(ITEM, response_model=a.Deleted, tags=["index"])
-async def delete_item(id: str, served: Served) -> Response:
-    """Takes an item out of the index."""
-    if not await served.remove(id):
+@router.delete(ITEM, response_model=responses.Deleted, tags=["index"])
+async def delete_item(id: str, service: Served) -> Response:
+    """Deletes an item of the index."""
+    if not await service.remove(id):
         raise Refusal(404, "unknown_item", f"no item {id!r}")
-    return reply({"id": id, "deleted": True})
+    return json_response({"id": id, "deleted": True})
 
 
 @router.get(PICTURE, response_class=Response, responses=PICTURES, tags=["index"])
-async def item_image(id: str, served: Served) -> Response:
-    """The picture of an item as the index keeps it, of at most 320 pixels."""
-    data = await served.picture(id)
+async def item_image(id: str, service: Served) -> Response:
+    """The small picture of an item, of at most 320 pixels."""
+    data = await service.picture(id)
     if data is None:
         raise Refusal(404, "no_picture", f"no picture of an item {id!r}")
     kind = "image/webp" if data[8:12] == b"WEBP" else "image/png" if data[:4] == b"\x89PNG" else "image/jpeg"
     return Response(data, media_type=kind, headers={"cache-control": "private, max-age=3600"})
 
 
-@router.get(ITEM, response_model=a.Item, tags=["index"])
-async def item(id: str, served: Served) -> Response:
-    """What the index has of an item, but for its vector."""
-    found = await served.item(id)
-    return reply({"id": id, "info": found.info, "image": picture_of(id)})
+@router.get(ITEM, response_model=responses.Item, tags=["index"])
+async def read_item(id: str, service: Served) -> Response:
+    """The fields of an item."""
+    item = await service.item(id)
+    return json_response({"id": id, "info": item.info, "image": picture_path(id)})
 
 
-SHOWN = {"image": FILE, "id": STRING}
+PICTURE_FORM = {"image": FILE, "id": STRING}
 
 
-@router.post("/v1/caption", response_model=a.Caption, openapi_extra=takes(m.CaptionRequest, SHOWN), tags=["model"])
-async def caption(request: Request, served: Served) -> Response:
-    """What the model says of a picture."""
-    asked = await m.read(m.CaptionRequest, request, 1)
-    served.need("caption")
-    return reply({"model": served.name, "caption": await served.caption(await depicted(served, asked))})
+@router.post(
+    "/v1/caption",
+    response_model=responses.Caption,
+    openapi_extra=takes(messages.CaptionRequest, PICTURE_FORM),
+    tags=["model"],
+)
+async def caption(request: Request, service: Served) -> Response:
+    """A caption of a picture, by the model."""
+    body = await messages.read_body(messages.CaptionRequest, request, 1)
+    service.require("caption")
+    return json_response({"model": service.name, "caption": await service.caption(await picture_pixels(service, body))})
 
 
 @router.post(
     "/v1/answer",
-    response_model=a.Reply,
-    openapi_extra=takes(m.AnswerRequest, SHOWN | {"question": STRING}),
+    response_model=responses.Answer,
+    openapi_extra=takes(messages.AnswerRequest, PICTURE_FORM | {"question": STRING}),
     tags=["model"],
 )
-async def answer(request: Request, served: Served) -> Response:
-    """What the model answers to a question about a picture."""
-    asked = await m.read(m.AnswerRequest, request, 1)
-    served.need("answer")
-    return reply({"model": served.name, "answer": await served.answer(await depicted(served, asked), asked.question)})
+async def answer(request: Request, service: Served) -> Response:
+    """An answer to a question about a picture, by the model."""
+    body = await messages.read_body(messages.AnswerRequest, request, 1)
+    service.require("answer")
+    return json_response(
+        {"model": service.name, "answer": await service.answer(await picture_pixels(service, body), body.question)}
+    )
 
 
-@router.get("/health", response_model=a.Health, tags=["service"])
-async def health(request: Request, served: Served) -> Response:
-    """What is served, and whether the model's thread lives."""
+@router.get("/health", response_model=responses.Health, tags=["service"])
+async def health(request: Request, service: Served) -> Response:
+    """What is service, and whether the model's thread lives."""
     state = request.app.state
-    facts: dict[str, Any] = {"model": served.name, "fingerprint": served.embedder.fingerprint}
-    facts |= {"width": served.embedder.width, "can": sorted(served.embedder.can)}
-    facts |= {"languages": served.embedder.languages, "items": await served.count()}
+    facts: dict[str, Any] = {"model": service.name, "fingerprint": service.embedder.fingerprint}
+    facts |= {"width": service.embedder.width, "can": sorted(service.embedder.can)}
+    facts |= {"languages": service.embedder.languages, "items": await service.count()}
     facts |= {
         "report": state.report is not None,
-        "key": bool(state.keys) and not known_key(request.headers, state.keys),
+        "key": bool(state.keys) and not has_key(request.headers, state.keys),
     }
-    alive = served.batcher.alive
-    return reply({"status": "ok" if alive else "failed", **facts}, 200 if alive else 503)
+    alive = service.batcher.alive
+    return json_response({"status": "ok" if alive else "failed", **facts}, 200 if alive else 503)
 
 
 @router.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}}, tags=["service"])
-async def metrics(served: Served) -> PlainTextResponse:
-    """Prometheus' text format."""
-    items = await served.count()
-    text = served.metrics.text(waiting=served.batcher.waiting, **({} if items is None else {"items": items}))
-    return PlainTextResponse(text, media_type="text/plain; version=0.0.4")
+async def metrics(service: Served) -> Response:
+    """Counts and durations in Prometheus' text format."""
+    items = await service.count()
+    text = service.metrics.text(waiting=service.batcher.waiting, **({} if items is None else {"items": items}))
+    return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
-@router.post("/session", response_model=a.Status, tags=["service"])
+@router.post("/session", response_model=responses.Status, tags=["service"])
 async def session(request: Request) -> Response:
-    """A cookie for the page instead of the key that comes as a bearer token: a browser's pictures carry no token."""
+    """A cookie in place of the bearer token, for the page: a browser sends no token with requests for pictures."""
     keys = request.app.state.keys
-    if keys and not known_key(request.headers, keys):
+    if keys and not has_key(request.headers, keys):
         raise Refusal(401, "invalid_api_key", "not a key of this service")
-    answered = reply({"status": "ok"})
+    response = json_response({"status": "ok"})
     if keys:
         key, secure = quote(given_key(request.headers), safe=""), request.url.scheme == "https"
-        answered.set_cookie(COOKIE, key, httponly=True, samesite="strict", secure=secure)
-    return answered
+        response.set_cookie(COOKIE, key, httponly=True, samesite="strict", secure=secure)
+    return response
 
 
 @router.get("/report", include_in_schema=False)
@@ -308,11 +324,11 @@ async def report(request: Request) -> Response:
     return FileResponse(path, media_type="text/html", headers={"content-security-policy": REPORT_POLICY})
 
 
-def names(kinds: Sequence[type[m.Message]]) -> dict[str, Any]:
-    """JSON schemas of the request bodies and what they hold, by name."""
-    found: dict[str, Any] = {}
+def body_schemas(kinds: Sequence[type[messages.RequestBody]]) -> dict[str, Any]:
+    """Returns JSON schemas of the request bodies and of their parts, by name."""
+    schemas: dict[str, Any] = {}
     for kind in kinds:
         schema = kind.model_json_schema(ref_template="#/components/schemas/{model}")
-        found |= schema.pop("$defs", {})
-        found[kind.__name__] = schema
-    return found
+        schemas |= schema.pop("$defs", {})
+        schemas[kind.__name__] = schema
+    return schemas
