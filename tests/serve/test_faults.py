@@ -173,7 +173,7 @@ def test_each_piece_of_a_body_is_weighed_once():
 
         guard = Guard(app, limits=Limits(), keys=(), origins=(), metrics=Metrics())
         await guard({"type": "http", "method": "POST", "path": "/", "headers": []}, receive, send)
-        assert guard.held == 0
+        assert guard.held_bytes == 0
 
     asyncio.run(ask())
     assert bodies == [b"ab" * 100] and weighed <= 400
