@@ -26,20 +26,20 @@ from typing import Any, Literal
 
 import torch
 import tyro
-from counted_bytes import Held
+from counted_bytes import CountedBytes
 from interleaved_steps import (
     Laps,
     Options,
     Row,
+    build_training,
     in_turn,
-    made_batch,
-    made_training,
     medians,
+    random_batch,
     ratio,
     save,
-    shaped,
     show,
     step,
+    with_vocabulary_and_layers,
 )
 from open_clip_step_time import OpenCLIPStep, open_clip_step
 from torch import Tensor
@@ -60,63 +60,73 @@ GIGA = 1e9
 
 @dataclass(frozen=True, kw_only=True)
 class Towers(Options):
-    """size: of FLIP's towers; layers: of each of them, where not all. keep: shares of the patches."""
-
     size: Literal["tiny", "small", "b16", "l16"] = "small"
+    """Size of FLIP's towers."""
     layers: int | None = None
+    """Layers of each tower, instead of all."""
     vocab: int = 8000
+    """Tokens in the vocabulary."""
     keep: tuple[float, ...] = (1.0, 0.5, 0.25)
+    """Shares of the patches."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Masking(Towers):
-    """Whole training steps of one batch size at each share of the patches, beside what the FLOPs allow."""
+    """Time whole training steps of one batch size at each share of the patches, and compare with the counted FLOPs."""
 
     batch: int = 128
+    """Pairs in a step."""
     repetitions: int = 10
+    """Timed steps of each arm."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Losses(Options):
-    """Both losses forward and backward on unit vectors, all logits kept or in tiles. Batches from `least` rows, each twice the
-    one before, are counted up to `counted`, and timed up to `most` where they take at most `memory_gb`. repetitions: of the
-    smallest batch, a quarter of them for one twice as large."""
+    """Time the softmax and the sigmoid loss, forward and backward, on unit vectors, with whole logits and in tiles, and count
+    their bytes. Batch sizes double from `least` on."""
 
     least: int = 1024
+    """Pairs in the smallest batch."""
     most: int = 4096
+    """Pairs in the largest batch that is timed."""
     counted: int = 65536
+    """Pairs in the largest batch whose bytes are counted."""
     memory_gb: float = 12.0
+    """Do not time what would take more memory than this."""
     width: int = 256
+    """Width of the joint space."""
     repetitions: int = 32
+    """Timed repetitions at the smallest batch; a quarter as many at each doubling."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Largest(Towers):
-    """The largest batch that takes a step in `memory_gb`, weights and moments included, without and with cached gradients of
-    micro-batches of `micro` rows."""
+    """Find the largest batch whose training step fits into a given memory, without and with gradient caching."""
 
     memory_gb: float = 1.0
+    """Memory, weights and optimiser state included."""
     micro: int = 64
+    """Pairs in a micro-batch of the arm with cached gradients."""
 
 
 # --- masking ---------------------------------------------------------------------------------------------------------
 
 
 def masking(o: Masking) -> list[Row]:
-    config = shaped(SIZES[o.size](), o.vocab, o.layers)
-    training, optimiser = made_training(o, config)
+    config = with_vocabulary_and_layers(SIZES[o.size](), o.vocab, o.layers)
+    training, optimiser = build_training(o, config)
 
     def run(number: int, name: str) -> Row:
         training.keep = float(name)
-        batch = made_batch(o, config, o.batch, number)
+        batch = random_batch(o, config, o.batch, number)
         flops = step_flops(training, [(o.batch, batch.ids.shape[1])], {}).training
         return step(o, lambda: combine(training(batch)), optimiser) | {"flops": flops}
 
-    told = in_turn([str(keep) for keep in o.keep], o.repetitions, run)
-    whole, peak, rows = told[str(o.keep[0])], peak_flops(o.device, o.precision), []
-    for name, taken in told.items():
-        row = {"arm": f"keep {name}"} | medians(taken)
-        row |= {f"{field}_gain": ratio(whole, taken, field) for field in ("step_s", "gradient_s", "flops")}
+    results = in_turn([str(keep) for keep in o.keep], o.repetitions, run)
+    whole, peak, rows = results[str(o.keep[0])], peak_flops(o.device, o.precision), []
+    for name, steps in results.items():
+        row = {"arm": f"keep {name}"} | medians(steps)
+        row |= {f"{field}_gain": ratio(whole, steps, field) for field in ("step_s", "gradient_s", "flops")}
         row |= {"achieved": row["step_s_gain"] / row["flops_gain"], "pairs_per_s": o.batch / row["step_s"]}
         row |= {"flops_per_s": row["flops"] / row["step_s"]}
         rows.append(row | {"mfu": row["flops_per_s"] / peak if peak else None})
@@ -126,11 +136,11 @@ def masking(o: Masking) -> list[Row]:
     return rows
 
 
-# --- the losses alone ------------------------------------------------------------------------------------------------
+# --- losses ------------------------------------------------------------------------------------------------
 
 
-def made_losses(o: Losses, B: int, device: str) -> tuple[list[Tensor], dict[str, Callable[[], Tensor]]]:
-    """Inputs, and each arm's loss of them."""
+def build_losses(o: Losses, B: int, device: str) -> tuple[list[Tensor], dict[str, Callable[[], Tensor]]]:
+    """The inputs, and for each arm a function that computes its loss from them."""
     random = torch.Generator().manual_seed(o.seed)
     image, text = (normalised(torch.randn(B, o.width, generator=random)).to(device).requires_grad_() for _ in range(2))
     scale, bias = (torch.tensor(x, device=device, requires_grad=True) for x in (10.0, -10.0))
@@ -152,19 +162,19 @@ def made_losses(o: Losses, B: int, device: str) -> tuple[list[Tensor], dict[str,
     return [image, text, scale, bias], losses
 
 
-def counted_bytes(o: Losses, B: int) -> dict[str, Row]:
-    """What each loss keeps between its passes and the most it holds at once, beside its inputs, gradients included."""
-    told = {}
+def count_bytes(o: Losses, B: int) -> dict[str, Row]:
+    """Bytes that each loss keeps from its forward to its backward pass, and its peak, gradients included, inputs not."""
+    rows = {}
     with FakeTensorMode():
-        inputs, losses = made_losses(o, B, "cpu")
+        inputs, losses = build_losses(o, B, "cpu")
         for name, loss in losses.items():
-            with Held() as held:
+            with CountedBytes() as memory:
                 total = loss()
-                kept = held.now
+                kept = memory.now
                 total.backward()
-            told[name] = {"kept_bytes": kept, "peak_bytes": held.most}
+            rows[name] = {"kept_bytes": kept, "peak_bytes": memory.peak}
             clear(inputs)
-    return told
+    return rows
 
 
 def clear(inputs: Sequence[Tensor]) -> None:
@@ -172,8 +182,8 @@ def clear(inputs: Sequence[Tensor]) -> None:
         x.grad = None
 
 
-def timed_losses(o: Losses, B: int, names: Sequence[str]) -> dict[str, list[Row]]:
-    inputs, losses = made_losses(o, B, o.device)
+def time_losses(o: Losses, B: int, names: Sequence[str]) -> dict[str, list[Row]]:
+    inputs, losses = build_losses(o, B, o.device)
 
     def run(_: int, name: str) -> Row:
         if o.cuda:
@@ -189,16 +199,16 @@ def timed_losses(o: Losses, B: int, names: Sequence[str]) -> dict[str, list[Row]
     return in_turn(names, max(1, round(o.repetitions * (o.least / B) ** 2)), run)
 
 
-def loss_alone(o: Losses) -> list[Row]:
+def time_and_count_losses(o: Losses) -> list[Row]:
     rows, B = [], o.least
     while max(o.most, o.counted) >= B:
-        told = counted_bytes(o, B)
-        fit = [name for name, row in told.items() if o.most >= B and row["peak_bytes"] <= o.memory_gb * GIGA]
-        timed = timed_losses(o, B, fit)
-        for name, row in told.items():
-            taken, whole = timed.get(name), timed.get(f"{name.split()[0]} whole")
-            row = {"arm": name, "rows": B} | row | (medians(taken) if taken else {"loss_s": None})
-            rows.append(row | {"time_ratio": ratio(taken, whole, "loss_s") if taken and whole else None})
+        counted = count_bytes(o, B)
+        fit = [name for name, row in counted.items() if o.most >= B and row["peak_bytes"] <= o.memory_gb * GIGA]
+        timed = time_losses(o, B, fit)
+        for name, row in counted.items():
+            steps, whole = timed.get(name), timed.get(f"{name.split()[0]} whole")
+            row = {"arm": name, "rows": B} | row | (medians(steps) if steps else {"loss_s": None})
+            rows.append(row | {"time_ratio": ratio(steps, whole, "loss_s") if steps and whole else None})
         B *= 2
     columns = {"pairs": ("rows", ",d"), "seconds": ("loss_s", ".3f"), "time to whole": ("time_ratio", ".2f")}
     columns |= {"bytes kept": ("kept_bytes", ".2e"), "peak": ("peak_bytes", ".2e")}
@@ -210,10 +220,10 @@ def loss_alone(o: Losses) -> list[Row]:
 
 
 def whole_step(o: Largest, training: Pretraining, optimiser: torch.optim.Optimizer, micro: Sequence[Batch]) -> None:
-    """One step of train/run.py: gradients are cached where there are several micro-batches."""
+    """Runs one training step as the loop does: with cached gradients where there are several micro-batches."""
     counts = {name: count * len(micro) for name, count in training.counts(micro[0]).items()}
     cached = cache_gradients(training, micro, counts, lambda i: o.autocast()) if len(micro) > 1 else None
-    # Where it is only counted, two tell: those after them hold no more.
+    # Where bytes are only counted, two micro-batches are enough: later ones hold no more.
     for i, batch in enumerate(micro if o.cuda else micro[:2]):
         with o.autocast():
             losses = training(batch, cached.grads[i] if cached is not None else None)
@@ -224,7 +234,8 @@ def whole_step(o: Largest, training: Pretraining, optimiser: torch.optim.Optimiz
 
 @contextmanager
 def peaks(o: Largest) -> Iterator[Callable[[], int]]:
-    """Tells the most bytes held since it was last asked: the allocator's on a GPU; on a CPU nothing is made, but counted."""
+    """Yields a function that returns the peak of bytes since its last call: the allocator's on a GPU; counted on a CPU, where
+    nothing is computed."""
     if o.cuda:
 
         def peak() -> int:
@@ -234,41 +245,41 @@ def peaks(o: Largest) -> Iterator[Callable[[], int]]:
 
         yield peak
         return
-    with FakeTensorMode(), Held() as held:
+    with FakeTensorMode(), CountedBytes() as memory:
 
         def counted() -> int:
-            most, held.most = held.most, held.now
+            most, memory.peak = memory.peak, memory.now
             return most
 
         yield counted
 
 
 def largest_batch(o: Largest, keep: float, micro: int | None) -> int:
-    """Of micro-batches of so many rows, or of one for all."""
+    """The largest batch, made of micro-batches of `micro` rows, or one batch without caching where it is None."""
     with peaks(o) as peak:
-        training, optimiser = made_training(o, shaped(SIZES[o.size](), o.vocab, o.layers))
+        training, optimiser = build_training(o, with_vocabulary_and_layers(SIZES[o.size](), o.vocab, o.layers))
         training.keep = keep
 
-        def taken(B: int) -> float:
+        def memory_of(B: int) -> float:
             rows = micro or B
             try:
-                batches = [made_batch(o, training.model.config, rows, length=25) for _ in range(B // rows)]
+                batches = [random_batch(o, training.model.config, rows, length=25) for _ in range(B // rows)]
                 whole_step(o, training, optimiser, batches)
             except torch.OutOfMemoryError:
                 optimiser.zero_grad()
                 return math.inf
             return peak()
 
-        return search(taken, o.memory_gb * GIGA, micro or 8)
+        return search(memory_of, o.memory_gb * GIGA, micro or 8)
 
 
-def search(taken: Callable[[int], float], limit: float, unit: int) -> int:
-    """The most rows, a multiple of `unit`, that take no more than the limit, within a thirty-second; 0 where not even `unit`
-    do. What they take grows about as a line: each guess lies on the one through the last two."""
+def search(memory_of: Callable[[int], float], limit: float, unit: int) -> int:
+    """The largest number of rows, a multiple of `unit`, with memory_of(rows) <= limit, to within 1/32; 0 where even `unit`
+    rows take more. Memory grows about linearly, so that each guess lies on the line through the last two points."""
     low, high, guess = 0, math.inf, unit
     points = [(0.0, 0.0)]
     while True:
-        points = [points[-1], (guess, taken(guess))]
+        points = [points[-1], (guess, memory_of(guess))]
         low, high = (guess, high) if points[1][1] <= limit else (low, guess)
         near = max(unit, low // 32 // unit * unit)
         if high - low <= near:
@@ -299,11 +310,12 @@ def main(part: str, o: Options) -> None:
 
 PARTS: dict[str, tuple[type, Any]] = {
     "masking": (Masking, masking),
-    "loss": (Losses, loss_alone),
+    "loss": (Losses, time_and_count_losses),
     "largest": (Largest, largest),
     "open-clip": (OpenCLIPStep, open_clip_step),
 }
 
 if __name__ == "__main__":
-    told = tyro.extras.subcommand_cli_from_dict({part: made for part, (made, _) in PARTS.items()}, description=__doc__)
-    main(next(part for part, (made, _) in PARTS.items() if isinstance(told, made)), told)
+    classes = {part: options for part, (options, _) in PARTS.items()}
+    chosen = tyro.extras.subcommand_cli_from_dict(classes, description=__doc__)
+    main(next(part for part, options in classes.items() if isinstance(chosen, options)), chosen)

@@ -1,5 +1,8 @@
-"""A step of the same CLIP towers here and in open_clip, on one device. open_clip needs torchvision; without them its arms are
-left out by name."""
+"""Time a training step of the same CLIP towers in this library and in open_clip, on one device.
+
+Run as `python bench/contrastive_time_and_memory.py open-clip`. open_clip needs torchvision; where it cannot be imported, its
+arms are left out and a message says so.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,18 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
-from interleaved_steps import Options, Row, in_turn, made_batch, made_training, medians, ratio, shaped, show, step
+from interleaved_steps import (
+    Options,
+    Row,
+    build_training,
+    in_turn,
+    medians,
+    random_batch,
+    ratio,
+    show,
+    step,
+    with_vocabulary_and_layers,
+)
 from rich.console import Console
 from torch import Tensor, nn
 
@@ -23,20 +37,29 @@ SIZES = {"small": clip_small, "b32": clip_b32, "b16": clip_b16, "l14": clip_l14}
 
 @dataclass(frozen=True, kw_only=True)
 class OpenCLIPStep(Options):
-    """Steps of the same CLIP towers here and in open_clip, which pads texts to `length`. Here: padded alike, and trimmed to the
-    longest, as training does."""
+    """Time steps of the same CLIP towers here and in open_clip, which pads texts to `length`. Here texts are padded alike in
+    one arm, and trimmed to the batch's longest in another, as in training."""
 
     size: Literal["small", "b32", "b16", "l14"] = "small"
+    """Size of the towers."""
     layers: int | None = None
+    """Layers of each tower, instead of all."""
     vocab: int = 8000
+    """Tokens in the vocabulary."""
     batch: int = 64
+    """Pairs in a step."""
     length: int = 77
+    """Tokens of a padded text."""
     keep: tuple[float, ...] = (1.0, 0.5)
+    """Shares of the patches."""
     repetitions: int = 10
+    """Timed steps of each arm."""
 
 
 class OpenCLIP:
-    """open_clip's model of this shape and its loss. Raises ImportError where it cannot be imported."""
+    """open_clip's model with the shape of `config`, and its loss.
+
+    Raises ImportError where open_clip cannot be imported, and SystemExit where its number of parameters differs."""
 
     def __init__(self, o: OpenCLIPStep, config: ModelConfig, parameters: int):
         import open_clip
@@ -72,38 +95,38 @@ class OpenCLIP:
 
 
 def open_clip_step(o: OpenCLIPStep) -> list[Row]:
-    config = shaped(SIZES[o.size](), o.vocab, o.layers)
+    config = with_vocabulary_and_layers(SIZES[o.size](), o.vocab, o.layers)
     config = replace(config, text=replace(config.text, positions=o.length))
-    training, optimiser = made_training(o, config)
+    training, optimiser = build_training(o, config)
     optimisers = {"padded": optimiser, "trimmed": optimiser}
-    rival = None
+    other = None
     try:
-        rival = OpenCLIP(o, config, sum(p.numel() for p in training.parameters()))
-        optimisers["open_clip"] = torch.optim.AdamW(rival.model.parameters(), lr=1e-5, fused=True)
+        other = OpenCLIP(o, config, sum(p.numel() for p in training.parameters()))
+        optimisers["open_clip"] = torch.optim.AdamW(other.model.parameters(), lr=1e-5, fused=True)
     except ImportError as error:
         Console().print(f"open_clip is absent and its arms are left out: {error}", highlight=False)
 
     def loss_of(arm: str, keep: float, batch: Batch) -> Callable[[], Tensor]:
         if arm == "open_clip":
-            assert rival is not None
-            # Made before the clock runs: its loader gives floats, ours bytes that the step normalises.
+            assert other is not None
+            # Computed before the clock starts: open_clip's loader gives floats, ours bytes that the step normalises.
             image = (batch.image / 255 - training.model.image.mean) / training.model.image.std
-            return lambda: rival.loss(image, batch.ids, keep)
+            return lambda: other.loss(image, batch.ids, keep)
         training.keep = keep
         return lambda: combine(training(batch))
 
     def run(number: int, name: str) -> Row:
         arm, _, keep = name.partition(" keep ")
-        batch = made_batch(o, config, o.batch, number, None if arm == "trimmed" else o.length)
-        taken = step(o, loss_of(arm, float(keep), batch), optimisers[arm])
-        return taken | {"flops": step_flops(training, [(o.batch, batch.ids.shape[1])], {}).training}
+        batch = random_batch(o, config, o.batch, number, None if arm == "trimmed" else o.length)
+        seconds = step(o, loss_of(arm, float(keep), batch), optimisers[arm])
+        return seconds | {"flops": step_flops(training, [(o.batch, batch.ids.shape[1])], {}).training}
 
-    told = in_turn([f"{arm} keep {keep}" for keep in o.keep for arm in optimisers], o.repetitions, run)
+    results = in_turn([f"{arm} keep {keep}" for keep in o.keep for arm in optimisers], o.repetitions, run)
     rows = []
-    for name, taken in told.items():
-        theirs = told.get(f"open_clip keep {name.split()[-1]}")
-        row: dict[str, Any] = {"arm": name, "open_clip": rival.version if rival else None} | medians(taken)
-        row |= {"times_as_fast": ratio(theirs, taken, "step_s") if theirs else None}
+    for name, steps in results.items():
+        theirs = results.get(f"open_clip keep {name.split()[-1]}")
+        row: dict[str, Any] = {"arm": name, "open_clip": other.version if other else None} | medians(steps)
+        row |= {"times_as_fast": ratio(theirs, steps, "step_s") if theirs else None}
         rows.append(row | {"pairs_per_s": o.batch / row["step_s"]})
     columns = {
         "step s": ("step_s", ".3f"),

@@ -1,5 +1,7 @@
-"""A model with random weights behind the real service, for what is timed there: how long it takes does not depend on what
-it learned, what it finds does."""
+"""Serve a model with random weights through `vlp serve`, for search_latency.py.
+
+How long the service takes does not depend on what its model has learned; what it finds does.
+"""
 
 from __future__ import annotations
 
@@ -29,16 +31,16 @@ WORDS = [
 ]
 
 
-def made_texts(number: int, seed: int) -> list[str]:
-    """Of 6 to 18 words, about as long as captions of photographs."""
-    draw = np.random.default_rng(seed)
-    return [" ".join(draw.choice(WORDS, size=draw.integers(6, 19))) for _ in range(number)]
+def random_texts(number: int, seed: int) -> list[str]:
+    """Texts of 6 to 18 random words, about as long as captions of photographs."""
+    random = np.random.default_rng(seed)
+    return [" ".join(random.choice(WORDS, size=random.integers(6, 19))) for _ in range(number)]
 
 
-def made_export(folder: Path, texts: Sequence[str], width: int) -> Path:
-    """Two towers of the size `small`, embedded in a space of `width`; a tokenizer of these texts."""
+def export_random_model(folder: Path, texts: Sequence[str], width: int) -> Path:
+    """Exports two towers of the size `small` with a joint space of `width` and a tokenizer trained on the texts."""
     torch.manual_seed(0)
-    tokenizer = Tokenizer.train([*texts, *texts])  # words seen once would stay pieces
+    tokenizer = Tokenizer.train([*texts, *texts])  # a word that occurs once would stay in pieces
     model = VLModel(with_tokenizer(two_towers(small(), width=width), tokenizer))
     save_model(folder / "run", model, tokenizer, {"name": "random"})
     export(folder / "run", folder / "export")
@@ -46,31 +48,32 @@ def made_export(folder: Path, texts: Sequence[str], width: int) -> Path:
 
 
 class Client:
-    """One connection that stays open. httpx takes a millisecond of its own for what takes this a quarter of one."""
+    """A client with one connection that stays open. It takes a quarter of a millisecond a request, httpx a whole one."""
 
     def __init__(self, address: str):
         self.connection = HTTPConnection(urlsplit(address).netloc, timeout=60)
 
-    def ask(self, path: str, asked: Mapping[str, Any] | None = None) -> bytes:
-        body = None if asked is None else json.dumps(asked)
+    def request(self, path: str, payload: Mapping[str, Any] | None = None) -> bytes:
+        """The body of the answer to a GET, or to a POST of the payload."""
+        body = None if payload is None else json.dumps(payload)
         self.connection.request("GET" if body is None else "POST", path, body, {"content-type": "application/json"})
-        answer = self.connection.getresponse()
-        said = answer.read()
-        if answer.status != 200:
-            raise SystemExit(f"{path}: the service answers {answer.status}, {said.decode()}")
-        return said
+        response = self.connection.getresponse()
+        content = response.read()
+        if response.status != 200:
+            raise SystemExit(f"{path}: the service answers {response.status}, {content.decode()}")
+        return content
 
-    def measured(self) -> dict[str, float]:
-        """What the service says of itself, by name."""
-        found = re.findall(r"^(\w+(?:\{[^}]*\})?) (\S+)$", self.ask("/metrics").decode(), re.M)
-        return {name: float(value) for name, value in found}
+    def metrics(self) -> dict[str, float]:
+        """The numbers of /metrics, by name and labels."""
+        lines = re.findall(r"^(\w+(?:\{[^}]*\})?) (\S+)$", self.request("/metrics").decode(), re.M)
+        return {name: float(value) for name, value in lines}
 
 
 @contextmanager
 def serving(model: Path, index: Path, threads: int) -> Iterator[Client]:
-    """A client of `vlp serve` in a process of its own."""
-    told = [str(model), "--index", str(index), "--port", "0", "--device", "cpu", "--threads", str(threads)]
-    command = [sys.executable, "-m", "fastvlp", "serve", *told]
+    """Runs `vlp serve` in a process of its own, and yields a client of it."""
+    options = [str(model), "--index", str(index), "--port", "0", "--device", "cpu", "--threads", str(threads)]
+    command = [sys.executable, "-m", "fastvlp", "serve", *options]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
         try:
             assert server.stdout is not None

@@ -113,7 +113,7 @@ def test_bytes_of_losses_are_counted_and_tiles_keep_what_vectors_take(bench, tmp
     assert rows["softmax whole"]["kept_bytes"] == pytest.approx(2 * logits, rel=0.1)
     assert rows["sigmoid whole"]["kept_bytes"] == pytest.approx(logits, rel=0.1)
     assert rows["softmax tiles"]["kept_bytes"] < 6 * vectors and rows["softmax tiles"]["loss_s"] is None
-    timed = contrastive.timed_losses(contrastive.Losses(device="cpu", width=8), 64, ["softmax tiles"])
+    timed = contrastive.time_losses(contrastive.Losses(device="cpu", width=8), 64, ["softmax tiles"])
     assert all(row["loss_s"] > 0 for row in timed["softmax tiles"])
 
 
@@ -142,15 +142,15 @@ def test_the_search_ends_at_the_most_that_fits(bench, most, found):
 def test_held_bytes_are_those_of_living_storages(bench, fake):
     with FakeTensorMode(allow_non_fake_inputs=True) if fake else torch.enable_grad():
         x, index = torch.ones(1000, requires_grad=True), torch.zeros(1000)
-        with bench("counted_bytes").Held() as held:
+        with bench("counted_bytes").CountedBytes() as memory:
             y = x.exp()
             index.add_(1)  # not made inside
             part = y[:10]
             total = part.sum()
-            assert held.now == held.most == 4000 + 4
+            assert memory.now == memory.peak == 4000 + 4
             total.backward()
             del y, part, total
-            assert held.now == 4000 and 8004 <= held.most <= 16004  # the gradient; with what it took to find it
+            assert memory.now == 4000 and 8004 <= memory.peak <= 16004  # the gradient; with what it took to find it
         assert x.grad is not None
 
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from clip import LAYER, clip
 
-from fastvlp.model.sizes import regional
+from fastvlp.model.sizes import region_heads
 from fastvlp.objectives.moco import MoCoConfig
 from fastvlp.training.loop import TrainConfig
 
@@ -18,6 +18,6 @@ def brivl() -> TrainConfig:
     model = replace(
         run.model,
         text=replace(run.model.text, depth=1),
-        embed=regional(run.model, width=128, layer=layer, depth=1, grid=6),
+        embed=region_heads(run.model, width=128, layer=layer, depth=1, grid=6),
     )
     return replace(run, name="brivl", model=model, objectives={"moco": MoCoConfig(queue=2048, warm=True)})

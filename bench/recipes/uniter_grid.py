@@ -11,7 +11,8 @@ from dataclasses import replace
 
 from flip_clip_flm import flip_clip_flm
 
-from fastvlp.recipes.uniter_end2end import end_to_end, uniter_end2end
+from fastvlp.model.sizes import single_over_patches
+from fastvlp.recipes.uniter_end2end import uniter_end2end
 from fastvlp.training.loop import TrainConfig
 
 
@@ -19,4 +20,6 @@ def uniter_grid() -> TrainConfig:
     run = uniter_end2end()
     data = replace(run.data, train="flickr8k/train", val="flickr8k/val", test="flickr8k/test", batch_size=64)
     model = replace(flip_clip_flm().model, reconstructor=None, embed=None)
-    return replace(run, name="uniter_grid", data=data, model=end_to_end(model), budget_s=1000, precision="bf16")
+    return replace(
+        run, name="uniter_grid", data=data, model=single_over_patches(model), budget_s=1000, precision="bf16"
+    )
