@@ -63,9 +63,9 @@ def test_entailments_are_rows_and_unknown_labels_are_named(world, tokenizer, tmp
     batch, _ = made([Row(k, k) for k in range(6)])
     assert [LABELS[k] for k in batch.target] == [e["label"] for e in Shards(data.train).info(0)["entailments"]][:6]
     with ShardWriter(tmp_path / "train") as writer:
-        told = [{"text": "a star", "label": "neutral"}, {"text": "a star", "label": "maybe"}]
+        entries = [{"text": "a star", "label": "neutral"}, {"text": "a star", "label": "maybe"}]
         writer.write(
-            Record(key="a", images=scene_record(WorldConfig(size=32), "train", 0).images, info={"entailments": told})
+            Record(key="a", images=scene_record(WorldConfig(size=32), "train", 0).images, info={"entailments": entries})
         )
     made = replace(data, train=str(tmp_path / "train")).items("train", tokenizer, SIZE, strict=False)
     batch, dropped = made([Row(0, 0), Row(1, 1)])
@@ -97,22 +97,24 @@ def test_choices_are_rows_of_question_answer_and_rationale(world, tokenizer):
     data = VCRData(train=str(world / "train"), batch_size=4, max_length=60)
     made, shards = data.items("train", tokenizer, SIZE, strict=True), Shards(data.train)
     first = next(i for i in range(len(shards)) if shards.info(i)["choices"])
-    told = shards.info(first)["choices"][0]
+    entry = shards.info(first)["choices"][0]
     batch, _ = made([Row(k, k) for k in range(8)])
-    assert batch.target.tolist() == [int(k == told["right"]) for k in range(4)] + [
-        int(k == told["right_rationale"]) for k in range(4)
+    assert batch.target.tolist() == [int(k == entry["right"]) for k in range(4)] + [
+        int(k == entry["right_rationale"]) for k in range(4)
     ]
-    right = told["answers"][told["right"]]
+    right = entry["answers"][entry["right"]]
     for k in range(8):
         parts = (
-            [told["question"], told["answers"][k]] if k < 4 else [told["question"], right, told["rationales"][k - 4]]
+            [entry["question"], entry["answers"][k]]
+            if k < 4
+            else [entry["question"], right, entry["rationales"][k - 4]]
         )
         ids = [tokenizer.encode([part], 60)[0][0].tolist() for part in parts]
         assert batch.ids[k, : batch.length[k]].tolist() == ids[0] + [i for part in ids[1:] for i in part[1:]]
 
 
 def test_each_part_of_the_text_has_its_type():
-    """A </s> is of the part that it ends: the released code is of two minds (bug U-23)."""
+    """A </s> has the type of the part that it ends; the released code is not consistent here."""
     eos, pad = SPECIALS["eos"], SPECIALS["pad"]
     ids = torch.tensor([[1, 7, eos, 8, eos, 9, eos], [1, 7, 7, eos, 8, eos, pad]])
     kinds = text_types(ids, eos)
@@ -122,10 +124,10 @@ def test_each_part_of_the_text_has_its_type():
     plain, own = (VCRConfig(reading="full", kinds=k).build(model.config, made_tokenizer()) for k in (False, True))
     own.load_state_dict(plain.state_dict())
     own.begin(model)
-    told = (model, batch.regions.feature, batch)
-    torch.testing.assert_close(own.logits(*told), plain.logits(*told))  # they start as the question's
+    inputs = (model, batch.regions.feature, batch)
+    torch.testing.assert_close(own.logits(*inputs), plain.logits(*inputs))  # they start as the question's
     torch.nn.init.normal_(model.single.kinds[3])
-    assert not torch.allclose(own.logits(*told), plain.logits(*told), atol=1e-3)
+    assert not torch.allclose(own.logits(*inputs), plain.logits(*inputs), atol=1e-3)
     combine(Pretraining(model, {"task": own})(batch)).backward()
     assert model.single.kinds.grad.abs().sum(1).gt(0).all()
     with pytest.raises(UserError, match=r"single\.types to 4"):
@@ -158,8 +160,8 @@ def test_questions_that_cannot_be_used_are_named(tmp_path, tokenizer):
         good | {"rationales": ["because", 3], "right_rationale": 0},
     ]
     with ShardWriter(tmp_path / "train") as writer:
-        for key, told in [("good", good), *((f"bad{k}", told) for k, told in enumerate(bad))]:
-            writer.write(Record(key=key, images=(image,), info={"choices": [told]}))
+        for key, entry in [("good", good), *((f"bad{k}", entry) for k, entry in enumerate(bad))]:
+            writer.write(Record(key=key, images=(image,), info={"choices": [entry]}))
     made = VCRData(train=str(tmp_path / "train"), batch_size=4).items("train", tokenizer, SIZE, strict=False)
     batch, dropped = made([Row(k, k) for k in range(len(made.items))])
     assert [d.key for d in dropped] == ["bad0", "bad1", "bad2"] and batch.target.tolist() == [0, 1, 0, 1]

@@ -43,7 +43,7 @@ def test_vqa_rows_are_questions_with_soft_targets(world, tokenizer):
     assert tokenizer.decode(batch.ids[0]).replace(" ", "") == asked[0][1]["question"].replace(" ", "")
 
 
-def test_training_leaves_out_what_cannot_be_answered(world, tokenizer):
+def test_training_leaves_out_questions_without_a_possible_answer(world, tokenizer):
     data = VQAData(train=str(world / "train"), test=str(world / "test"), batch_size=4, answers=("red", "blue"))
     train = data.items("train", tokenizer, SIZE, strict=False)
     assert 0 < len(train.items) < len(data.read(Shards(data.train)))
@@ -54,7 +54,7 @@ def test_training_leaves_out_what_cannot_be_answered(world, tokenizer):
         data.evaluation_items("val", tokenizer, SIZE)
 
 
-def test_rows_tell_what_the_shards_lack(world, tokenizer, tmp_path):
+def test_rows_name_damaged_shards(world, tokenizer, tmp_path):
     tar = tmp_path / "00000.tar"
     tar.write_bytes((whole := (world / "train" / "00000.tar").read_bytes())[: len(whole) // 2])
     data = VQAData(train=str(tmp_path), batch_size=4, answers=("yes",))
@@ -72,7 +72,7 @@ def test_nlvr2_rows_are_pairs(world, tokenizer):
         assert len(set(batch.seed.tolist())) == 4
 
 
-def test_the_number_of_images_must_be_the_tasks(world, tokenizer):
+def test_records_with_another_number_of_images_are_dropped(world, tokenizer):
     data = NLVRData(train=str(world / "pairs-train"), batch_size=4)
     batch, dropped = data.items("train", tokenizer, SIZE, strict=False)([Row(0, 1)])
     assert len(batch) == 0 and "has 2 images, 1 needed" in dropped[0].reason
@@ -123,7 +123,7 @@ def test_scores_that_are_no_numbers_are_named(tmp_path, tokenizer):
         NLVRData(train=folder, batch_size=4).items("train", tokenizer, SIZE, strict=False)
 
 
-def test_choice_is_among_the_known_ones():
+def test_a_choice_is_one_of_the_answers():
     place = {"a": 0, "b": 1, "c": 2}
     scores = torch.tensor([0.1, 3.0, 2.0])
     assert choose(scores, ["zebra", "a", "c"], place) == "c"

@@ -48,23 +48,23 @@ def test_cached_decoding_equals_reading_everything_again(norm, separate_heads):
 
 
 def test_the_loss_and_the_decoder_read_the_same_stream(model):
-    """Spec flm.md section 7 (7): the caption loss's argmax is what the decoder would say after the same words."""
+    """The argmax in the caption loss is the token that the decoder writes after the same words."""
     batch = made_batch(lengths=(9, 5, 7))
     with torch.no_grad():
         image_BKD = model.encode_image(batch.image)
         cache = model.begin(image_BKD)
-        said = torch.stack([next_scores(model, batch.ids[:, i], cache) for i in range(9)], 1)
+        decoded = torch.stack([next_scores(model, batch.ids[:, i], cache) for i in range(9)], 1)
         logits = model.causal_head(model.read(image_BKD, batch.ids, causal=True))
         logits[..., [PAD, BOS, MASK]] = float("-inf")
         known = logits.log_softmax(-1)
         real = torch.arange(9) < batch.length[:, None] - 1
-        assert said.argmax(-1)[real].equal(known.argmax(-1)[real])
+        assert decoded.argmax(-1)[real].equal(known.argmax(-1)[real])
 
         objective = CaptionConfig().build(model.config, made_tokenizer())
         loss = objective(model, image_BKD, batch)["next"]
         pretraining = ARConfig().build(model.config, made_tokenizer())(model, image_BKD, batch)["next"]
     assert loss.total == pretraining.total and loss.count == real.sum() == pretraining.count
-    # The loss is over the whole vocabulary, the decoder never says the three it leaves out.
+    # The loss is over the whole vocabulary, the decoder never writes the three it leaves out.
     whole = model.causal_head(model.read(image_BKD, batch.ids, causal=True)).log_softmax(-1)
     nll = -whole[:, :-1].gather(2, batch.ids[:, 1:, None])[..., 0][real[:, :-1]].sum()
     torch.testing.assert_close(loss.total, nll)
@@ -118,7 +118,7 @@ TABLE = {BOS: {4: 0.6, 5: 0.4}, 4: {6: 0.5, 7: 0.5}, 5: {8: 1.0}, 6: {EOS: 1.0},
 
 
 class Chain(torch.nn.Module):
-    """Says words by the table alone: 4 is likelier than 5 at first, but what follows 5 is certain."""
+    """Writes words by the table alone: 4 is more probable than 5 at first, but the word after 5 is certain."""
 
     def __init__(self, model):
         super().__init__()
@@ -138,7 +138,7 @@ class Chain(torch.nn.Module):
         return state.clone()
 
 
-def test_beams_find_a_likelier_caption_than_greedy(model, image_BKD):
+def test_beams_find_a_more_probable_caption_than_greedy(model, image_BKD):
     chain = Chain(model)
     one = greedy(chain, image_BKD, 5)
     ids, scores = beam_search(chain, image_BKD, 2, 5)
@@ -147,7 +147,7 @@ def test_beams_find_a_likelier_caption_than_greedy(model, image_BKD):
     assert scores[0].exp().item() == pytest.approx(0.4, rel=1e-3)
 
 
-def test_what_is_said_ends_at_most_at_the_last_position(model, image_BKD):
+def test_captions_end_at_the_last_position_at_most(model, image_BKD):
     assert greedy(model, image_BKD, 100).shape[1] <= model.config.text.positions - 1
     ids, _ = beam_search(model, image_BKD, 2, 100)
     assert ids.shape[1] <= model.config.text.positions - 1

@@ -29,7 +29,7 @@ TASKS = ("vqa", "nlvr", "nlvr2", "grounding", "retrieval", "entailment", "vcr")
 @pytest.mark.parametrize(
     "kind, task", [(kind, task) for task in TASKS for kind in KINDS] + [("flm", "caption"), ("mlm", "caption")]
 )
-def test_every_run_takes_every_task(kind, task, runs, world, tmp_path):
+def test_every_run_can_be_tuned_on_every_task(kind, task, runs, world, tmp_path):
     scores, path = tune(task, runs[kind], world, tmp_path / "run")
     assert json.loads(path.read_text()) == scores
     assert set(scores) == {"val", "test"}
@@ -83,14 +83,14 @@ def test_scores_follow_the_weights_not_the_training_process(runs, world, tmp_pat
     assert first["val"]["count"] == sum(len(record.info["questions"]) for record in Shards(world / "val"))
 
 
-def test_the_plan_inherits_the_run(runs, world, tmp_path):
+def test_the_run_inherits_model_and_options(runs, world, tmp_path):
     run = planned("vqa", runs["flm"], world, tmp_path / "run", field="questions_zh", reading="full")
     source = load_model(runs["flm"])
     assert run.model == source.model.config and run.init == str(runs["flm"])
     assert run.objectives["vqa"].reading == "full"
     assert "是" in run.data.answers and run.data.max_length == 50
     assert run.data.val == str(world / "val")
-    assert run.checkpoint_every is not None, "a killed fine-tuning goes on from its last checkpoint"
+    assert run.checkpoint_every is not None, "a killed fine-tuning can be resumed"
     with pytest.raises(UserError, match="`lr` must be above 0"):
         planned("vqa", runs["flm"], world, tmp_path / "run", lr=0.0)
 
@@ -105,7 +105,7 @@ def pretrained_as(source, folder, **data):
 STORED = {"stored": True, "most": 100}
 
 
-def test_images_and_texts_are_seen_as_in_pretraining(runs, world, tmp_path):
+def test_images_and_texts_are_prepared_as_in_pretraining(runs, world, tmp_path):
     squashed = pretrained_as(runs["uniter"], tmp_path / "squashed", regions=STORED, fit="squash", max_length=62)
     config = load_model(squashed).model.config
     long = replace(config, text=replace(config.text, positions=512))
@@ -122,7 +122,7 @@ def test_images_and_texts_are_seen_as_in_pretraining(runs, world, tmp_path):
     assert seen("vcr") == ("squash", 64) and seen("vcr", model=long) == ("squash", 224)
     assert seen("vcr", model=long, max_length=100) == ("squash", 100)
 
-    assert seen("vqa", runs["mlm"]) == ("crop", 50), "questions are longer than the captions of a short pretraining"
+    assert seen("vqa", runs["mlm"]) == ("crop", 50), "questions are longer than short captions"
     assert seen("grounding", runs["mlm"])[0] == "squash", "a text may speak of what a crop cuts off"
     boxed = pretrained_as(runs["mlm"], tmp_path / "boxed", fit="letterbox")
     assert seen("nlvr", boxed)[0] == seen("vqa", boxed)[0] == "letterbox"
@@ -137,8 +137,8 @@ def test_images_and_texts_are_seen_as_in_pretraining(runs, world, tmp_path):
         seen("vqa", pretrained_as(runs["mlm"], tmp_path / "unknown", fit="zoom"))
 
 
-def test_a_resumed_run_reads_on_as_it_did(runs, world, tmp_path):
-    """Also one from when fine-tuning did not ask how its source saw."""
+def test_a_resumed_run_prepares_images_as_before(runs, world, tmp_path):
+    """Also one that was begun before fine-tuning followed the preprocessing of pretraining."""
     squashed = pretrained_as(runs["mlm"], tmp_path / "squashed", fit="squash", max_length=62)
     places = (squashed, world, tmp_path / "run")
     tune("vqa", *places, fit="crop", max_length=50)
@@ -174,7 +174,7 @@ def test_options_of_decoding_are_saved_beside_the_scores(runs, world, tmp_path):
         evaluate_task(str(tmp_path / "run"), beams=0)
 
 
-def test_pretraining_is_what_fine_tuning_starts_from(runs, world, tmp_path):
+def test_fine_tuning_starts_from_the_pretrained_weights(runs, world, tmp_path):
     """With a rate too small to move anything, the fine-tuned weights are the pretrained ones."""
     tune("nlvr2", runs["flm"], world, tmp_path / "run", lr=1e-12)
     before, after = (load_model(folder).model.state_dict() for folder in (runs["flm"], tmp_path / "run"))
@@ -204,7 +204,7 @@ def test_errors_name_what_is_wrong(runs, world, tmp_path, capsys):
     assert "no fine-tuned run" in capsys.readouterr().err
 
 
-def test_measures_against_a_loop(runs, world):
+def test_vqa_scores_are_those_of_a_loop(runs, world):
     saved = load_model(runs["mlm"])
     answers = frequent_answers(str(world / "train"))[:6]
     data = VQAData(train=str(world / "train"), test=str(world / "test"), batch_size=4, answers=answers)

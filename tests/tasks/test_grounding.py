@@ -42,7 +42,7 @@ def test_overlap_is_intersection_over_union():
     )
 
 
-def test_what_is_meant_is_found_among_detected_boxes():
+def test_the_right_box_is_found_among_detected_boxes():
     objective = GroundingConfig(reading="full").build(single_model().config, made_tokenizer())
     batch = grounding_batch()
     near, far = batch.target.clone(), batch.target.clone()
@@ -60,8 +60,8 @@ def test_what_is_meant_is_found_among_detected_boxes():
 @pytest.mark.parametrize("layers", [1, 2])
 def test_every_model_learns_and_padding_changes_nothing(made, loss, layers):
     model, batch = made(), grounding_batch()
-    told = GroundingConfig(reading="full", loss=loss, layers=layers, margin=2.0)
-    module = Pretraining(model, {"task": told.build(model.config, made_tokenizer())})
+    config = GroundingConfig(reading="full", loss=loss, layers=layers, margin=2.0)
+    module = Pretraining(model, {"task": config.build(model.config, made_tokenizer())})
     objective, losses = module.objectives["task"], module(batch)
     assert losses["task/region"].count == module.counts(batch)["task/region"] == (3 if loss == "ce" else 2)
     combine(losses).backward()
@@ -80,7 +80,7 @@ def test_every_model_learns_and_padding_changes_nothing(made, loss, layers):
 
 def test_losses_are_those_of_a_loop():
     model, batch = single_model(), grounding_batch()
-    build = lambda **told: GroundingConfig(reading="full", **told).build(model.config, made_tokenizer())  # noqa: E731
+    build = lambda **options: GroundingConfig(reading="full", **options).build(model.config, made_tokenizer())  # noqa: E731
     mean, sums, rank = build(), build(reduction="sum"), build(loss="rank", hard=1.0)
     sums.load_state_dict(mean.state_dict())
     rank.load_state_dict(mean.state_dict())
@@ -117,28 +117,28 @@ def test_the_wrong_region_is_drawn_by_the_seed_from_all_others():
     assert seen == {0, 1, 2, 4}
 
 
-def test_items_bring_the_box_that_is_meant(world, tokenizer):
+def test_items_have_the_right_box(world, tokenizer):
     data = GroundingData(train=str(world / "train"), batch_size=4, regions=RegionSource())
     made, shards = data.items("train", tokenizer, SIZE, strict=True), Shards(data.train)
     for _ in range(2):  # decoded, then from the cache
         batch, _ = made([Row(k, k) for k in range(8)])
         for item, box in zip(made.items, batch.target):
-            told = shards.info(item.record)["objects"][item.entry["object"]]["box"]
-            torch.testing.assert_close(box, torch.tensor(told) / 32)
+            box_in_pixels = shards.info(item.record)["objects"][item.entry["object"]]["box"]
+            torch.testing.assert_close(box, torch.tensor(box_in_pixels) / 32)
     objective = GroundingConfig(reading="full").build(single_model().config, made_tokenizer())
     right, known = objective.right(batch)
     assert known.all() and right.tolist() == [item.entry["object"] for item in made.items[:8]]
 
 
-def test_what_means_nothing_or_is_out_of_sight_is_named(tmp_path, tokenizer):
+def test_expressions_without_an_object_in_the_picture_are_named(tmp_path, tokenizer):
     scene = scene_record(WorldConfig(size=32), "train", 0)
     strange = [{"text": "the star", "object": 9}, {"text": "the star", "object": "first"}]
     with ShardWriter(tmp_path / "train") as writer:
         writer.write(scene)
         writer.write(Record(key="strange", images=scene.images, info={**scene.info, "expressions": strange}))
         outside = [{"class": "a", "box": [40, 40, 50, 50]}, {"class": "b", "box": [0, 0, 9, 9]}]
-        told = {"objects": outside, "expressions": [{"text": "the star", "object": 0}]}
-        writer.write(Record(key="outside", images=scene.images, info=told))
+        info = {"objects": outside, "expressions": [{"text": "the star", "object": 0}]}
+        writer.write(Record(key="outside", images=scene.images, info=info))
     data = GroundingData(train=str(tmp_path / "train"), batch_size=4, regions=RegionSource())
     made = data.items("train", tokenizer, SIZE, strict=False)
     batch, dropped = made([Row(k, k) for k in range(len(made.items))])

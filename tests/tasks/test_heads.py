@@ -33,14 +33,14 @@ def pair_batch():
 
 @pytest.mark.parametrize("reading", READINGS)
 def test_every_head_takes_every_reading(reading):
-    """Spec flm.md section 7 (9): also of a model with one stream (full, causal)."""
+    """A model with one stream over the text has two of them, full and causal."""
     model = made_model(reconstructor=reading == "flm")
-    told = {"reading": reading}
+    options = {"reading": reading}
     truth = with_target(made_batch(lengths=(7, 4, 9)), torch.tensor([1, 0, 1]))
     for config, batch in (
-        (VQAConfig(**told, answers=3), vqa_batch()),
-        (NLVRConfig(**told), truth),
-        (NLVR2Config(**told), pair_batch()),
+        (VQAConfig(**options, answers=3), vqa_batch()),
+        (NLVRConfig(**options), truth),
+        (NLVR2Config(**options), pair_batch()),
     ):
         module = Pretraining(model, {"task": config.build(model.config, made_tokenizer())})
         losses = module(batch)

@@ -28,9 +28,9 @@ from tests.tasks.tuning import tune
 LENGTHS, COUNTS = (7, 4, 9, 5, 6, 8), (3, 1, 5, 2, 4, 2)
 
 
-def made(kind, **told):
+def made(kind, **options):
     model = single_model() if kind == "single" else made_model()
-    objective = RetrievalConfig(reading="full", **told).build(model.config, made_tokenizer())
+    objective = RetrievalConfig(reading="full", **options).build(model.config, made_tokenizer())
     batch = region_batch(lengths=LENGTHS, counts=COUNTS) if kind == "single" else made_batch(lengths=LENGTHS)
     module = Pretraining(model, {"task": objective})
     return module, batch
@@ -182,7 +182,7 @@ def test_the_ranking_head_starts_as_a_copy_and_stays_what_it_became(kind, matche
         evaluate_task(str(tmp_path / "run"), data=str(world), zero_shot=True)
 
 
-def test_what_was_never_learned_is_not_scored(runs, world, capsys):
+def test_a_run_that_did_not_learn_to_match_is_not_scored(runs, world, capsys):
     with pytest.raises(UserError, match="learned no image-text matching"):
         evaluate_task(str(runs["mlm"]), data=str(world), zero_shot=True)
     assert main(["evaluate", str(runs["uniter"]), "--zero-shot"]) == 2

@@ -55,7 +55,7 @@ def test_every_form_learns_and_padding_changes_nothing(form):
     torch.testing.assert_close(objective.logits(model, module.encode_image(wide), wide), logits, atol=1e-5, rtol=1e-5)
 
 
-def test_the_triplet_is_one_sequence_of_both_pictures():
+def test_the_triplet_is_one_sequence_of_both_images():
     """The text, the left picture's regions with type 1, the right one's with type 2, and nothing between them."""
     model, batch = single_model(), pair_batch()
     objective = NLVR2Config(reading="full", form="triplet").build(model.config, made_tokenizer())
@@ -85,7 +85,7 @@ def test_heads_read_the_pooled_state():
         torch.testing.assert_close(objective.logits(model, batch.regions.feature, batch), known)
 
 
-def test_rows_bring_the_regions_of_their_own_picture(world, tokenizer):
+def test_rows_have_the_regions_of_their_own_image(world, tokenizer):
     data = NLVR2Data(train=str(world / "pairs-train"), batch_size=4, regions=RegionSource())
     made, objects = data.items("train", tokenizer, SIZE, strict=True), Shards(data.train).info(1)["objects"]
     for _ in range(2):  # decoded, then from the cache
@@ -109,7 +109,7 @@ def test_texts_are_joined_and_the_longest_is_cut(tokenizer):
     assert all(a.equal(b) for a, b in zip(encode_joined(tokenizer, one, 9), tokenizer.encode([t for (t,) in one], 9)))
 
 
-def test_a_model_without_room_for_two_pictures_is_refused():
+def test_a_model_without_types_for_two_images_is_refused():
     config = single_config()
     small = replace(config, single=replace(config.single, types=2))
     with pytest.raises(Exception, match=r"single\.types to 3"):

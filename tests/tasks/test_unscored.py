@@ -100,7 +100,7 @@ def test_test1_is_the_test_where_there_is_no_other(runs, world, tmp_path):
     assert find_splits(str(data))["test"] == str(data / "test")
 
 
-def test_a_run_from_before_test1_was_found_goes_on(runs, world, tmp_path):
+def test_a_run_is_resumed_where_a_test_split_has_come(runs, world, tmp_path):
     data, out = tmp_path / "data", tmp_path / "run"
     for split in ("train", "val"):
         shutil.copytree(world / split, data / split)

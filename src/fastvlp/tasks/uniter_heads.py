@@ -20,29 +20,29 @@ def _head(width: int, hidden: int, outputs: int) -> nn.Sequential:
 
 
 def answer_head(width: int, answers: int) -> nn.Module:
-    """VQA and visual entailment: the pooled state [B D] to logits of the answers [B A]."""
+    """The head of VQA and visual entailment: from the pooled state [B D] to logits of the answers [B A]."""
     return _head(width, 2 * width, answers)
 
 
 def region_head(width: int, layers: Literal[1, 2] = 1) -> nn.Module:
-    """Referring expressions: a region's state to its score, through one layer or (RefCOCO+) two."""
+    """The head of referring expressions: from the state of a region to its score, with one layer or (RefCOCO+) two."""
     return nn.Linear(width, 1) if layers == 1 else _head(width, width, 1)
 
 
 def region_scores(score: nn.Module, region_BRD: Tensor, region_BR: Tensor) -> Tensor:
-    """How well each region fits the text, [B R]; padding -1e4. `score`: a `region_head`."""
+    """How well each region fits the text -> [B R]; padding has -1e4. `score`: a `region_head`."""
     return score(region_BRD)[..., 0].masked_fill(~region_BR, -1e4)
 
 
 def rank_loss(score_GS: Tensor, margin: float = 0.2) -> Tensor:
-    """Groups of a pair (first) and wrong pairs: max(0, margin + sigmoid(wrong) - sigmoid(right)) -> [G S-1]."""
+    """max(0, margin + sigmoid(wrong) - sigmoid(right)) -> [G S-1]. Each group has the right pair first, then wrong ones."""
     right, wrong = torch.sigmoid(score_GS).split([1, score_GS.shape[1] - 1], 1)
     return F.relu(margin + wrong - right)
 
 
 class PairAttention(nn.Module):
-    """NLVR2, "pair-biattn": a text beside each of two pictures; either sequence attends to the other, and both are pooled
-    by attention (released code: model/nlvr2.py)."""
+    """The head of NLVR2 called pair-biattn: a text beside each of two images gives two sequences; each attends to the other,
+    and both are pooled by attention (released code: model/nlvr2.py)."""
 
     def __init__(self, layer: LayerConfig):
         super().__init__()
@@ -61,7 +61,7 @@ class PairAttention(nn.Module):
         return (self.drop(weight)[:, None] @ x)[:, 0]
 
     def forward(self, left_BSD: Tensor, left_BS: Tensor, right_BSD: Tensor, right_BS: Tensor) -> Tensor:
-        """States of words and regions of both sequences, and which of them are real -> logits (false, true) [B 2]."""
+        """States of words and regions of both sequences, and which of them are no padding -> logits (false, true) [B 2]."""
         left = self._pooled(left_BSD, left_BS, self.to_right, right_BSD, right_BS)
         right = self._pooled(right_BSD, right_BS, self.to_left, left_BSD, left_BS)
         return self.out(torch.cat([left, right], -1))
