@@ -25,7 +25,7 @@ def images(count: int = 2, size: int = 32) -> torch.Tensor:
 
 
 def test_fixed_positions_are_sines_and_cosines_of_column_and_row():
-    table = sincos_positions(3, 16, class_token=True)
+    table = sincos_positions(3, 16, prefix=1)
     assert table.shape == (10, 16) and not table[0].any()
     for row in range(3):
         for column in range(3):
@@ -39,7 +39,7 @@ def test_fixed_positions_are_neither_learned_nor_saved():
     assert "position" not in dict(tower.named_parameters()) and "position" not in tower.state_dict()
     larger = ViT(replace(CONFIG, size=48))
     larger.load_state_dict(tower.state_dict())
-    assert torch.equal(larger.position, sincos_positions(6, 32, class_token=True))
+    assert torch.equal(larger.position, sincos_positions(6, 32, prefix=1))
 
 
 def test_the_class_token_has_no_position_and_comes_after_the_masking():

@@ -102,8 +102,8 @@ def test_keeping_all_patches_changes_nothing_and_dropping_leaves_no_trace():
 
 def test_positions_resize_and_keep_the_class_token():
     weight = torch.randn(17, 6)
-    assert resize_positions(weight, 4, True) is weight
-    larger = resize_positions(weight, 6, True)
+    assert resize_positions(weight, 4, 1) is weight
+    larger = resize_positions(weight, 6, 1)
     assert larger.shape == (37, 6) and torch.equal(larger[0], weight[0])
 
 

@@ -106,7 +106,7 @@ def test_weights_of_another_model_are_named(tmp_path, tokenizer):
 def test_inherit_names_every_parameter(tokenizer):
     source = made(tokenizer, reconstructor=False)
     target = made(tokenizer, seed=1, size=96, separate_heads=True)
-    positions = resize_positions(source.image.position.detach(), 12, True)
+    positions = resize_positions(source.image.position.detach(), 12, 1)
     fresh = {
         n: v.clone() for n, v in target.state_dict().items() if n.startswith(("reconstructor.", "forward_", "reverse_"))
     }

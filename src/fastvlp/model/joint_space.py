@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from fastvlp.batch import Regions
 from fastvlp.errors import UserError
 from fastvlp.model.encoders.interface import ImageEncoderConfig, TextEncoderConfig
-from fastvlp.model.layers import LayerConfig, initialise, stack
+from fastvlp.model.layers import ACTIVATIONS, CrossAttention, LayerConfig, initialise, stack
 from fastvlp.model.region_pooling import RegionPool, RegionPooling
 
-# first: the state at position 0 (class token, <s>, or FLIP's first word). last: that of the last real token (</s>). mean: of
-# all states that are no padding, a class token's too (FLIP). patches: the mean of all but the first.
-Pool = Literal["first", "last", "mean", "patches"]
+# first: the state at position 0 (class token, <s>, or FLIP's first word). last: that of the last real token (</s>). end: that
+# of the last position, padding too (SigLIP). mean: of all states that are no padding, a class token's too (FLIP). patches: the
+# mean of all but the first. attention: what a learned query reads of all (SigLIP).
+Pool = Literal["first", "last", "end", "mean", "patches", "attention"]
 # What a word sees in the text encoder: all words; itself and those before it (CLIP); or all positions, padding too (FLIP).
 TextMask = Literal["full", "causal", "none"]
 
@@ -28,7 +29,8 @@ class HeadConfig:
     """How the states of an image or a text become a vector."""
 
     pool: Pool
-    """Which states are its summary: the first, the last, the mean of all, or that of all but the first (patches)."""
+    """Which states are its summary: the first, the last real one, the one at the end of all positions, the mean of all, that
+    of all but the first (patches), or what a learned query reads of all (attention)."""
     norm: bool = False
     """Whether a layer norm comes first, for encoders that end without one."""
     hidden: int | None = None
@@ -42,13 +44,14 @@ class HeadConfig:
     depth: int = 0
     """Layers of self-attention over states or regions, without positions, before they are pooled (BriVL)."""
     layer: LayerConfig | None = None
-    """Shape of these layers."""
+    """Shape of these layers, and of the query's attention where it pools."""
 
     def check(self, name: str, width: int) -> None:
         """Raises UserError for a head that cannot be built on states of `width`; `name` is image or text."""
         layer, regions, field = self.layer, self.regions, f"model.embed.{name}"
-        if self.depth and layer is None:
-            raise UserError(f"`{field}.depth` is {self.depth}: set `{field}.layer` too, the shape of these layers")
+        if layer is None and (self.depth or self.pool == "attention"):
+            what = f"`{field}.depth` is {self.depth}" if self.depth else f"`{field}.pool` is attention"
+            raise UserError(f"{what}: set `{field}.layer` too, the shape of these layers")
         if layer is not None:
             layer.check(f"{field}.layer")
             if regions is None and layer.width != width:
@@ -77,6 +80,8 @@ class EmbedConfig:
     """What a word sees: all words (full), itself and those before it (causal), or all positions, padding too (none)."""
     text_special: bool = True
     """Whether <s> and </s> are encoded (not in FLIP)."""
+    text_start: bool = True
+    """Whether <s> is encoded, where </s> is (not in SigLIP)."""
     text_length: int | None = None
     """Positions that every text is cut and padded to, where padding is seen (FLIP: 32); None: the longest of the batch."""
 
@@ -100,7 +105,27 @@ class EmbedConfig:
 
     def positions(self, length: int) -> int:
         """How many positions are encoded of texts that are padded to `length` tokens with <s> and </s>."""
-        return self.text_length or max(1, length - int(not self.text_special))
+        return self.text_length or max(1, length - int(not (self.text_special and self.text_start)))
+
+
+class AttentionPooling(nn.Module):
+    """A learned query that reads all states, then an MLP: SigLIP's and big_vision's MAP head (arXiv 2303.15343)."""
+
+    def __init__(self, layer: LayerConfig):
+        super().__init__()
+        self.query = nn.Parameter(torch.empty(layer.width))
+        self.cross = CrossAttention(layer)
+        self.norm = nn.LayerNorm(layer.width, eps=layer.eps)
+        self.mlp_in = nn.Linear(layer.width, layer.hidden)
+        self.mlp_out = nn.Linear(layer.hidden, layer.width)
+        self.activation = ACTIVATIONS[layer.activation]
+
+    def forward(self, state_BSD: Tensor, seen_BS: Tensor | None) -> Tensor:
+        """What the query reads [B D]. `seen_BS`: which states are no padding; None means all."""
+        query_B1D = self.query.to(state_BSD.dtype).expand(len(state_BSD), 1, -1)
+        mask = None if seen_BS is None else seen_BS[:, None, None]
+        x = self.cross(query_B1D, self.cross.keys(state_BSD), mask)[:, 0]
+        return x + self.mlp_out(self.activation(self.mlp_in(self.norm(x))))
 
 
 class Head(nn.Module):
@@ -114,6 +139,7 @@ class Head(nn.Module):
         inner = config.layer.width if config.layer else width
         self.regions = RegionPooling(config.regions, image, inner) if config.regions and image else None
         self.blocks = stack(config.layer, config.depth) if config.layer else []
+        self.attention = AttentionPooling(config.layer) if config.pool == "attention" and config.layer else None
         hidden = config.hidden
         self.hidden = nn.Linear(inner, hidden) if hidden else None
         self.out = nn.Linear(hidden or inner, joint, bias=config.bias)
@@ -142,7 +168,11 @@ class Head(nn.Module):
         return self.pooled(x, seen_BS)
 
     def pooled(self, state_BSD: Tensor, seen_BS: Tensor | None) -> Tensor:
-        """One state or a mean of states -> [B D]. `seen_BS`: which states are no padding; None means all."""
+        """One vector of all states -> [B D]. `seen_BS`: which states are no padding; None means all."""
+        if self.attention is not None:
+            return self.attention(state_BSD, seen_BS)
+        if self.pool == "end":
+            return state_BSD[:, -1]
         if self.pool == "first":
             return state_BSD[:, 0]
         if seen_BS is None:
@@ -177,6 +207,8 @@ class Embed(nn.Module):
         if not config.text_special:
             last = torch.arange(ids.shape[1], device=ids.device) == length[:, None] - 1
             ids, length = ids.masked_fill(last, text.pad)[:, 1:], (length - 2).clamp(min=1)
+        elif not config.text_start:
+            ids, length = ids[:, 1:], length - 1
         if config.text_length is not None:
             more = config.text_length - ids.shape[1]
             ids, length = F.pad(ids, (0, more), value=text.pad), length.clamp(max=config.text_length)

@@ -57,8 +57,9 @@ class ModelConfig:
     def longest_text(self) -> int:
         """Most tokens, <s> and </s> included, that there are positions for."""
         embed = self.embed if self.fusion is None else None
-        bare = embed is not None and embed.text_length is not None and not embed.text_special
-        return self.text.positions + 2 * int(bare)
+        if embed is None or embed.text_length is None:
+            return self.text.positions
+        return self.text.positions + (2 if not embed.text_special else int(not embed.text_start))
 
     def check(self) -> None:
         """Raises UserError where parts do not fit together. It is not done on creation, because the command line overrides

@@ -27,6 +27,8 @@ class ViTConfig(ImageEncoderConfig):
     """Shape of each layer."""
     class_token: bool = True
     """Whether a learned token comes before the patches."""
+    more_tokens: int = 0
+    """Further learned tokens after it, such as DeiT's distillation token."""
     position: Literal["learned", "sincos"] = "learned"
     """A learned table, or fixed sines and cosines with none for the class token (FLIP)."""
     embed_norm: bool = False
@@ -49,7 +51,7 @@ class ViTConfig(ImageEncoderConfig):
 
     @property
     def prefix(self) -> int:
-        return int(self.class_token)
+        return int(self.class_token) + self.more_tokens
 
     def check(self) -> None:
         if self.patch < 1 or self.size < self.patch or self.size % self.patch:
@@ -72,19 +74,19 @@ def patchify(image_BCHW: Tensor, patch: int) -> Tensor:
     return x.permute(0, 2, 4, 1, 3, 5).reshape(B, -1, C * patch * patch)
 
 
-def sincos_positions(grid: int, width: int, *, class_token: bool = False) -> Tensor:
-    """Fixed positions [grid**2 (+1) width]: quarters of sines and cosines of the column, then of the row, at wavelengths
+def sincos_positions(grid: int, width: int, *, prefix: int = 0) -> Tensor:
+    """Fixed positions [prefix + grid**2 width]: quarters of sines and cosines of the column, then of the row, at wavelengths
     up to 2 pi 10000 (MoCo v3, arXiv 2104.02057; MAE, FLIP). The class token's row is zero, and comes first."""
     place = torch.arange(grid, dtype=torch.float64)
     angle_GQ = place[:, None] * 10000.0 ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
     wave_GH = torch.cat([angle_GQ.sin(), angle_GQ.cos()], 1)
     table_ND = torch.cat([wave_GH.repeat(grid, 1), wave_GH.repeat_interleave(grid, 0)], 1).float()
-    return torch.cat([table_ND.new_zeros(int(class_token), width), table_ND])
+    return torch.cat([table_ND.new_zeros(prefix, width), table_ND])
 
 
-def resize_positions(weight_ND: Tensor, grid: int, class_token: bool) -> Tensor:
-    """Bicubic resize of learned 2-D positions to another grid; the class token's row is kept."""
-    head, body = weight_ND[: int(class_token)], weight_ND[int(class_token) :]
+def resize_positions(weight_ND: Tensor, grid: int, prefix: int) -> Tensor:
+    """Bicubic resize of learned 2-D positions to another grid; the `prefix` rows of the tokens before the map are kept."""
+    head, body = weight_ND[:prefix], weight_ND[prefix:]
     side = round(body.shape[0] ** 0.5)
     if side == grid:
         return weight_ND
@@ -105,9 +107,10 @@ class ViT(ImageEncoder):
             self.position = nn.Parameter(torch.empty(config.tokens, width))
         else:
             # Not saved, so that a model of another size makes its own.
-            table = sincos_positions(config.grid, width, class_token=config.class_token)
+            table = sincos_positions(config.grid, width, prefix=config.prefix)
             self.register_buffer("position", table, persistent=False)
         self.class_token = nn.Parameter(torch.empty(width)) if config.class_token else None
+        self.more_tokens = nn.Parameter(torch.empty(config.more_tokens, width)) if config.more_tokens else None
         self.embed_norm = nn.LayerNorm(width, eps=config.norm_eps) if config.embed_norm else nn.Identity()
         self.blocks = stack(config.layer, config.depth)
         self.norm = nn.LayerNorm(width, eps=config.norm_eps)
@@ -121,9 +124,10 @@ class ViT(ImageEncoder):
         else:
             x = self.patch(patches.gather(1, keep_BK[..., None].expand(-1, -1, patches.shape[-1])))
             x = x + position_ND[keep_BK]
-        if self.class_token is not None:
-            first = (self.class_token + self.position[0]).to(x.dtype)
-            x = torch.cat([first.expand(x.shape[0], 1, -1), x], 1)
+        prefix = [part.view(-1, x.shape[-1]) for part in (self.class_token, self.more_tokens) if part is not None]
+        if prefix:
+            first_PD = (torch.cat(prefix) + self.position[: self.config.prefix]).to(x.dtype)
+            x = torch.cat([first_PD.expand(x.shape[0], -1, -1), x], 1)
         x = self.embed_norm(x)
         for block in self.blocks:
             x = block(x)
@@ -132,4 +136,4 @@ class ViT(ImageEncoder):
     def resized(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if "position" not in state:
             return dict(state)
-        return {**state, "position": resize_positions(state["position"], self.config.grid, self.config.class_token)}
+        return {**state, "position": resize_positions(state["position"], self.config.grid, self.config.prefix)}
