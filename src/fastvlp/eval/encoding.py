@@ -6,14 +6,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 from fastvlp.data.records.transform import Fit
 from fastvlp.data.regions import RegionSource
 from fastvlp.data.tokenize import Tokenizer
-from fastvlp.dist import pick_device
+from fastvlp.dist import Precision, pick_device
 from fastvlp.errors import UserError
 from fastvlp.eval.mode import evaluating
 from fastvlp.model.model import VLModel
@@ -31,7 +31,7 @@ class Encoding:
     """Most tokens of a text, its start and end included; the rest of a longer text is cut off."""
     fit: Fit | None = None
     """How an image becomes a square: by cropping, by squashing, or with bars at its edges."""
-    precision: Literal["fp32", "bf16"] | None = None
+    precision: Precision | None = None
     """Number type in which the model computes."""
     device: str = "auto"
     """Device such as cpu or cuda:1; `auto` takes a GPU if there is one."""
@@ -77,7 +77,7 @@ class LoadedModel:
     max_length: int = 50
     fit: Fit = "crop"
     regions: RegionSource | None = None
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Precision = "fp32"
     keep: float = 1.0
     views: int = 1
     show: bool = False
