@@ -1,5 +1,17 @@
-"""fastvlp: pretrain vision-language models fast. The public names; each is imported when it is first asked for, so that
-`import fastvlp` and `vlp --help` do not wait for torch."""
+"""Pretrain vision-language models fast, on your own image-text pairs.
+
+What a notebook needs, in the order of its use:
+
+- `import_data`: your files to shards.
+- `recipe`, `train`: a named recipe, or a `TrainConfig` of your own, to a run.
+- `finetune`, `evaluate`, `compare`: a run on a task, its scores, and several recipes at equal time.
+- `export`, `Embedder`, `load_model`: a run to a folder that stands alone, and to vectors.
+- `embed_shards`, `build_index`, `search_index`, `open_index`: search.
+- `import_file`, and the interfaces `Objective`, `PairObjective`, `ImageEncoder`, `TextEncoder`, `Task`, `Source`, `IndexEngine`
+  and `ExportTarget`: parts of your own.
+
+Each name is imported when it is first used, so that `import fastvlp` does not wait for torch.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +23,7 @@ if TYPE_CHECKING:
     from fastvlp.batch import Batch as Batch
     from fastvlp.batch import Example as Example
     from fastvlp.batch import Record as Record
+    from fastvlp.comparison.compare import compare as compare
     from fastvlp.data.augment import AugmentConfig as AugmentConfig
     from fastvlp.data.pairs import PairData as PairData
     from fastvlp.data.records.shards import Shards as Shards
@@ -18,9 +31,16 @@ if TYPE_CHECKING:
     from fastvlp.data.records.transform import Transform as Transform
     from fastvlp.data.regions import RegionSource as RegionSource
     from fastvlp.data.sources.importing import import_data as import_data
+    from fastvlp.data.sources.interface import Source as Source
     from fastvlp.data.tokenize import Tokenizer as Tokenizer
     from fastvlp.errors import UserError as UserError
     from fastvlp.exporters.export import export as export
+    from fastvlp.exporters.interface import ExportTarget as ExportTarget
+    from fastvlp.extensions import import_file as import_file
+    from fastvlp.model.encoders.interface import ImageEncoder as ImageEncoder
+    from fastvlp.model.encoders.interface import ImageEncoderConfig as ImageEncoderConfig
+    from fastvlp.model.encoders.interface import TextEncoder as TextEncoder
+    from fastvlp.model.encoders.interface import TextEncoderConfig as TextEncoderConfig
     from fastvlp.model.model import ModelConfig as ModelConfig
     from fastvlp.model.model import VLModel as VLModel
     from fastvlp.model.saving import load_model as load_model
@@ -46,10 +66,15 @@ if TYPE_CHECKING:
     from fastvlp.recipes import recipe as recipe
     from fastvlp.search.bulk import embed_shards as embed_shards
     from fastvlp.search.embedder import Embedder as Embedder
+    from fastvlp.search.engines.interface import IndexEngine as IndexEngine
     from fastvlp.search.engines.interface import open_index as open_index
     from fastvlp.search.indexing import build_index as build_index
     from fastvlp.search.indexing import search_index as search_index
     from fastvlp.tasks.caption import caption as caption
+    from fastvlp.tasks.evaluate import evaluate as evaluate
+    from fastvlp.tasks.finetune import finetune as finetune
+    from fastvlp.tasks.interface import Task as Task
+    from fastvlp.training.loop import train as train
     from fastvlp.training.optim import OptimConfig as OptimConfig
     from fastvlp.training.state import TrainConfig as TrainConfig
 
@@ -60,8 +85,12 @@ _HOME = {
     "CLIPConfig": "objectives.clip",
     "Embedder": "search.embedder",
     "Example": "batch",
+    "ExportTarget": "exporters.interface",
     "FLMConfig": "objectives.flm",
     "ITMConfig": "objectives.itm",
+    "ImageEncoder": "model.encoders.interface",
+    "ImageEncoderConfig": "model.encoders.interface",
+    "IndexEngine": "search.engines.interface",
     "Loss": "objectives.objective",
     "MLMConfig": "objectives.mlm",
     "MRCConfig": "objectives.region",
@@ -81,6 +110,10 @@ _HOME = {
     "Shards": "data.records.shards",
     "SigLIPConfig": "objectives.siglip",
     "SimCLRConfig": "objectives.simclr",
+    "Source": "data.sources.interface",
+    "Task": "tasks.interface",
+    "TextEncoder": "model.encoders.interface",
+    "TextEncoderConfig": "model.encoders.interface",
     "Tokenizer": "data.tokenize",
     "TrainConfig": "training.state",
     "Transform": "data.records.transform",
@@ -89,15 +122,20 @@ _HOME = {
     "WRAConfig": "objectives.wra",
     "build_index": "search.indexing",
     "caption": "tasks.caption",
+    "compare": "comparison.compare",
     "embed_shards": "search.bulk",
+    "evaluate": "tasks.evaluate",
     "export": "exporters.export",
+    "finetune": "tasks.finetune",
     "import_data": "data.sources.importing",
+    "import_file": "extensions",
     "load_model": "model.saving",
     "official_flm": "objectives.flm",
     "open_index": "search.engines.interface",
     "recipe": "recipes",
     "save_model": "model.saving",
     "search_index": "search.indexing",
+    "train": "training.loop",
 }
 
 __all__ = [*_HOME]
