@@ -1,0 +1,228 @@
+"""How the command line reads the options of each command.
+
+Most commands are a function whose signature says all (`parse_function`). The others have further options that depend on their
+first word: a recipe, a task, a format.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import fields, make_dataclass, replace
+from inspect import Parameter, Signature, getdoc, signature
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+
+import tyro
+from tyro.conf import arg
+
+from fastvlp.errors import UserError
+
+if TYPE_CHECKING:
+    from fastvlp.training.state import TrainConfig
+
+# A parsed command, ready to run.
+Run = Callable[[], Any]
+
+
+def parse_function(name: str, target: Callable[..., Any], argv: Sequence[str]) -> Run:
+    """The function with the options in `argv`, not yet called. Its signature gives the options, its docstring their help."""
+
+    @functools.wraps(target, updated=())
+    def bind(*args: Any, **options: Any) -> Run:
+        return functools.partial(target, *args, **options)
+
+    return call_tyro(name, target, bind, argv)
+
+
+def call_tyro(name: str, target: Callable[..., Any], bind: Callable[..., Run], argv: Sequence[str]) -> Run:
+    return tyro.cli(
+        bind,
+        args=argv,
+        prog=f"vlp {name}",
+        description=(getdoc(target) or "").partition("\n\nArgs:")[0],
+        config=(tyro.conf.OmitArgPrefixes,),
+    )
+
+
+def parse_with_groups(
+    name: str,
+    target: Callable[..., Any],
+    argv: Sequence[str],
+    bind: Callable[..., Run],
+    groups: Mapping[str, type],
+) -> Run:
+    """As `parse`, for a function whose further options (`**options`) are the fields of dataclasses: `groups`, by the name
+    under which `bind` gets an instance. `bind` takes what was parsed, and returns the call to run."""
+    own = {group: Annotated[cls, arg(name="")] for group, cls in groups.items()}
+    parameters = [p for p in signature(target).parameters.values() if p.kind != p.VAR_KEYWORD and p.name not in groups]
+    parameters += [Parameter(group, Parameter.KEYWORD_ONLY) for group in groups]
+    bind.__doc__, bind.__annotations__ = target.__doc__, {**get_type_hints(target, include_extras=True), **own}
+    bind.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
+    return call_tyro(name, target, bind, argv)
+
+
+def parse_pretrain(argv: Sequence[str]) -> Run:
+    """`argv`: RECIPE and overrides of its fields. The recipe comes first, because it says which fields there are."""
+    from fastvlp.model.named_sizes import named_sizes
+    from fastvlp.recipes import names, recipe
+    from fastvlp.training import loop
+    from fastvlp.training.state import TrainConfig
+
+    if not argv or argv[0].startswith("-"):
+        print(f"usage: vlp pretrain RECIPE [options]\n\nRECIPE is your own file, or one of {', '.join(names())}.")
+        print("`vlp pretrain RECIPE --help` lists the recipe's fields, each of which is an option.")
+        raise SystemExit(0 if argv else 2)
+
+    # Not a class statement: its annotations would be strings, and tyro looks their names up in this module.
+    again = Annotated[bool, arg(help="Continue from the last checkpoint.")]
+    Overrides = make_dataclass("Overrides", [("run", Annotated[TrainConfig, arg(name="")]), ("resume", again, False)])
+
+    run, args = with_size(recipe(argv[0]), argv[1:])
+    # As in `vlp finetune --from`; the field cannot be called that.
+    args = ["--init" + word[6:] if word.partition("=")[0] == "--from" else word for word in args]
+    parsed = tyro.cli(
+        Overrides,
+        default=Overrides(run),
+        args=args,
+        prog=f"vlp pretrain {argv[0]}",
+        description=f"{getdoc(TrainConfig)}\n\n`--model SIZE` replaces the model's size: {', '.join(named_sizes())}.",
+        config=(tyro.conf.AvoidSubcommands,),
+    )
+    return functools.partial(loop.train, one_length(parsed.run, args), parsed.resume, verbose=True)
+
+
+def with_size(run: TrainConfig, argv: Sequence[str]) -> tuple[TrainConfig, list[str]]:
+    """The run with a model of the size that `--model SIZE` names, and the other words (`--model.image.patch 6` is one)."""
+    from fastvlp.model.named_sizes import named_size
+
+    args = list(argv)
+    for i, word in enumerate(args):
+        option, equals, name = word.partition("=")
+        if option == "--model":
+            end = i + 1 if equals else i + 2
+            size = name if equals else "".join(args[i + 1 : end])
+            return replace(run, model=named_size(size, like=run.model)), args[:i] + args[end:]
+    return run, args
+
+
+def run_fields() -> list[str]:
+    from fastvlp.training.state import TrainConfig
+
+    return [field.name for field in fields(TrainConfig)]
+
+
+def one_length(run: TrainConfig, argv: Sequence[str]) -> TrainConfig:
+    """A length given alone is the run's: `--steps` without `--budget-s` ends the recipe's budget, and the reverse."""
+    given = {option.partition("=")[0].replace("_", "-") for option in argv} & {"--steps", "--budget-s"}
+    if given == {"--steps"} and run.steps is not None:
+        return replace(run, budget_s=None)
+    if given == {"--budget-s"} and run.budget_s is not None:
+        return replace(run, steps=None)
+    return run
+
+
+def parse_finetune(argv: Sequence[str]) -> Run:
+    """`argv`: TASK and options. The task comes first, because it has options of its own."""
+    from fastvlp.tasks.finetune import finetune
+    from fastvlp.tasks.interface import task_named, tasks
+
+    if not argv or argv[0].startswith("-"):
+        print("usage: vlp finetune TASK --from RUN --data FOLDER [options]\n")
+        print("\n".join(f"  {task.name:20}{task.summary()}" for task in tasks()))
+        print("\n`vlp finetune TASK --help` lists the options, with those of the task.")
+        raise SystemExit(0 if argv else 2)
+
+    def bind(*, task: Any, **options: Any) -> Run:
+        return functools.partial(finetune, task, **options)
+
+    return parse_with_groups(f"finetune {argv[0]}", finetune, argv[1:], bind, {"task": task_named(argv[0])})
+
+
+def task_options() -> list[str]:
+    from fastvlp.tasks.interface import tasks
+
+    return [field.name for task in tasks() for group in (task, task.scoring) for field in fields(group)]
+
+
+def scoring_groups() -> dict[str, type]:
+    """Dataclasses with the options of the evaluation of the tasks that have some, by the name of the first such task."""
+    from fastvlp.tasks.interface import tasks
+
+    groups: dict[str, type] = {}
+    for task in tasks():
+        if task.scoring not in groups.values() and fields(task.scoring):
+            groups[task.name] = task.scoring
+    return groups
+
+
+def parse_evaluate_task(argv: Sequence[str]) -> Run:
+    """`argv`: RUN and options, among them those of all tasks: which one it is, the run's folder says later."""
+    from fastvlp.tasks.task_evaluation import evaluate_task
+
+    groups = scoring_groups()
+
+    def bind(run: str, /, **options: Any) -> Run:
+        chosen = [options.pop(name) for name in groups]
+        values = {field.name: (getattr(one, field.name), field.default) for one in chosen for field in fields(one)}
+        given = {name: value for name, (value, default) in values.items() if value != default}
+        return functools.partial(evaluate_task, run, **options, **given)
+
+    return parse_with_groups("evaluate task", evaluate_task, argv, bind, groups)
+
+
+def parse_import(argv: Sequence[str]) -> Run:
+    """`argv`: PATH and options, among them those of the path's format."""
+    from fastvlp.data import sources
+    from fastvlp.data.sources.importing import import_data
+
+    types = sources.option_types(*sources.formats().values())
+    path, format = path_and_format(argv, {**get_type_hints(import_data), **types})
+    groups: dict[str, type] = {}
+    if path is None:
+        print(f"PATH has one of these formats:\n{as_flags(sources.formats_help(), types)}\n")
+    else:
+        try:
+            groups["own"] = sources.find_format(Path(path), format)
+        except UserError:
+            # The options of all formats are read, and the import then says what is wrong with the path.
+            groups["own"] = make_dataclass("OfAllFormats", [(name, kind | None, None) for name, kind in types.items()])
+        else:
+            given = {word[2:].partition("=")[0].replace("-", "_") for word in argv if word.startswith("--")}
+            sources.check_options(groups["own"], given & {*types})
+
+    def bind(*args: Any, own: Any = None, **options: Any) -> Run:
+        options |= {field.name: getattr(own, field.name) for field in fields(own)}
+        return functools.partial(import_data, *args, **options)
+
+    return parse_with_groups("data import", import_data, argv, bind, groups)
+
+
+def path_and_format(argv: Sequence[str], types: Mapping[str, Any]) -> tuple[str | None, str]:
+    """PATH and the value of `--format` among the words of an import; `types` are those of the options."""
+    switches = {f"--{no}{name.replace('_', '-')}" for name, kind in types.items() if kind is bool for no in ("", "no-")}
+    path, format, words = None, "auto", iter(argv)
+    for word in words:
+        option, equals, value = word.partition("=")
+        if not word.startswith("-"):
+            path = path or word
+        elif option.replace("_", "-") not in {*switches, "-h", "--help"}:
+            value = value if equals else next(words, "")
+            format = value if option == "--format" else format
+    return path, format
+
+
+def format_options() -> list[str]:
+    from fastvlp.data import sources
+
+    return [*sources.option_types(*sources.formats().values())]
+
+
+def as_flags(message: str, options: Collection[str]) -> str:
+    """The library names parameters, `` `max_side` `` or `` `data.batch_size` ``; here they are options, --max-side."""
+
+    def flag(found: re.Match[str]) -> str:
+        return f"--{found[1].replace('_', '-')}" if found[1].split(".")[0] in options else found[0]
+
+    return re.sub(r"`([a-z][a-z0-9_.]*)`", flag, message)

@@ -1,0 +1,110 @@
+"""How the command line prints the result of each command."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+
+if TYPE_CHECKING:
+    from fastvlp.batch import Dropped
+    from fastvlp.comparison.results import Comparison
+    from fastvlp.convert.checkpoints import Converted
+    from fastvlp.data.sources.importing import Imported
+    from fastvlp.data.sources.inspection import Inspection
+    from fastvlp.data.world.corpus import WrittenCorpus
+    from fastvlp.eval.evaluation import Evaluation
+    from fastvlp.exporters.export import Exported
+    from fastvlp.model.model import VLModel
+    from fastvlp.search.bulk import Counts
+    from fastvlp.search.engines.interface import Hit
+    from fastvlp.search.indexing import Built
+    from fastvlp.tasks.task_scores import TaskScores
+
+
+def show_task_scores(result: TaskScores | None) -> None:
+    from fastvlp.tasks.task_scores import format_scores
+
+    if result is not None:
+        print(format_scores(result.scores))
+        print(f"results: {result.path}")
+
+
+def show_evaluation(result: Evaluation) -> None:
+    from fastvlp.eval.evaluation import score_table
+
+    Console().print(score_table(result.scores))
+    for name, values in {"counts": result.counts, "seconds": result.seconds}.items():
+        if values:
+            print(f"{name}: " + ", ".join(f"{key} {value:,}" for key, value in values.items()))
+    print(f"results: {result.path}")
+
+
+def show_comparison(comparison: Comparison) -> None:
+    from fastvlp.comparison.progress import print_tables
+
+    print_tables(comparison, Console())
+    if comparison.folder is not None:
+        print(comparison.folder / "report.html")
+
+
+def show_converted(done: Converted) -> None:
+    untrained = f"; untrained: {', '.join(part.rstrip('.') for part in done.untrained)}" if done.untrained else ""
+    print(f"{done.folder}: {done.parameters / 1e6:.1f} M parameters{untrained}")
+
+
+def show_towers(model: VLModel) -> None:
+    print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.0f} M parameters")
+
+
+def show_exported(exported: Exported) -> None:
+    card = exported.card
+    print(f"{exported.folder}: {card['name']} can {', '.join(card['can'])}; {', '.join(exported.files)}")
+
+
+def show_counts(counts: Counts | None) -> None:
+    # Under `torchrun` the main rank alone has them.
+    if counts is not None:
+        print(f"{counts.folder}: {counts.images:,} images, {counts.texts:,} texts")
+        show_dropped(counts.dropped, f"by name in {counts.folder / 'dropped.jsonl'}")
+
+
+def show_built(built: Built) -> None:
+    print(f"{built.uri}: {built.images:,} images")
+    show_dropped(built.dropped)
+
+
+def show_hits(hits: Sequence[Hit]) -> None:
+    from fastvlp.search.indexing import hits_table
+
+    Console().print(hits_table(hits))
+
+
+def show_dropped(dropped: Sequence[Dropped], where: str = "") -> None:
+    if dropped:
+        print(f"dropped {len(dropped)}{f', {where}' if where else ''}:")
+        for record in dropped[:10]:
+            print(f"  {record.key}: {record.reason}")
+        if len(dropped) > 10:
+            print(f"  and {len(dropped) - 10} more")
+
+
+def show_corpus(corpus: WrittenCorpus) -> None:
+    print(f"{corpus.out}: " + ", ".join(f"{name} {count}" for name, count in corpus.counts.items()))
+
+
+def show_imported(imported: Imported) -> None:
+    print(f"{imported.out}: " + ", ".join(f"{split} {count}" for split, count in sorted(imported.written.items())))
+    if imported.dropped:
+        print(f"dropped {len(imported.dropped)}, by name in {imported.out / 'dropped.jsonl'}:")
+        for reason, count in imported.reasons.most_common():
+            print(f"  {count} {reason}")
+
+
+def show_inspection(inspection: Inspection) -> None:
+    from fastvlp.data.sources.inspection import as_tables
+
+    Console().print(as_tables(inspection.splits))
+    if inspection.sheet:
+        print(f"contact sheet: {inspection.sheet}")
