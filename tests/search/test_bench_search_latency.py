@@ -15,7 +15,7 @@ def bench(monkeypatch):
     if not BENCH.exists():
         pytest.skip("installed without its benchmarks")
     monkeypatch.syspath_prepend(str(BENCH))
-    return importlib.import_module("retrieval")
+    return importlib.import_module("search_latency")
 
 
 @pytest.fixture
