@@ -20,6 +20,7 @@ from fastvlp.data.reader import RecordReader
 from fastvlp.data.records.schema import usable_captions
 from fastvlp.data.records.shards import RecordError, Shards
 from fastvlp.data.streams import in_threads, with_progress
+from fastvlp.dist import Precision
 from fastvlp.errors import UserError
 from fastvlp.files import write_whole
 from fastvlp.provenance import data_name
@@ -35,7 +36,7 @@ from fastvlp.search.embedded import (
     write_dropped,
     write_plan,
 )
-from fastvlp.search.embedder import Embedder, Precision
+from fastvlp.search.embedder import Embedder
 
 
 class Counts(NamedTuple):

@@ -1,7 +1,7 @@
-"""An export, ready to use: pictures and texts to unit vectors and, where the model can, captions, answers and match scores.
+"""The model of an export: unit vectors of pictures and texts and, where it can, captions, answers and match scores.
 
-It reads what `vlp export` wrote and nothing else. No code of training is imported, but for the head of a question
-answering model, which lives with its task.
+It reads what `vlp export` wrote and nothing else. No code of training is imported, but for the head of a model that answers
+questions, which is in the package of its task.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from fastvlp.data.records.schema import clean_text
 from fastvlp.data.records.shards import RecordError
 from fastvlp.data.records.transform import Transform
 from fastvlp.data.streams import blocks, in_threads
-from fastvlp.dist import pick_device
+from fastvlp.dist import Precision, pick_device
 from fastvlp.errors import UserError
 from fastvlp.eval.pair_scores import pair_score
 from fastvlp.model.saved_run import SavedData, read_json, read_saved_run
@@ -32,23 +32,29 @@ from fastvlp.objectives.saved_objectives import abilities, learned_abilities, lo
 from fastvlp.search.engines.interface import Stamp
 from fastvlp.tasks.generation import greedy
 
+# An encoded file, or an image that Pillow has opened.
 Picture: TypeAlias = bytes | Image.Image
-# Or what `Embedder.pixels` gave, uint8 [n 3 size size].
+# Pictures, or what `Embedder.pixels` returns, uint8 [n 3 size size].
 PictureBatch: TypeAlias = Sequence[Picture] | Tensor
-Precision = Literal["fp32", "bf16"]
-Ability = Literal["embed", "caption", "answer", "match"]
-# Image states, ids and lengths of texts to what a head says of each row.
-Reads = Callable[[Tensor, Tensor, Tensor], Tensor]
-# Rows of one pass.
+# What an embedder can do. `objectives.objective.Ability` is what a model has learned; this is what can be done with it here.
+EmbedderAbility = Literal["embed", "caption", "answer", "match"]
+# Image states [B K D], token ids [B L] and lengths [B] -> one row of scores for each picture and its text, [B ...].
+PairHead = Callable[[Tensor, Tensor, Tensor], Tensor]
+# Rows of one pass through the model.
 ROWS = 256
-# Of the fields that an importer fills.
+# Languages of the fields of captions that an import fills.
 LANGUAGES = {"captions": "en", "captions_zh": "zh"}
-# Files of an export whose bytes are its fingerprint.
+# Files of an export that its fingerprint is of.
 FILES = ("model.json", "config.json", "tokenizer.json", "model.safetensors")
 
 
 class Unreadable(Exception):  # noqa: N818 (not a fault of the program)
-    """The picture at place `index` cannot be read, or is too large; `reason` is for people."""
+    """A picture cannot be read, or has too many pixels.
+
+    Attributes:
+        index: Position of the picture among those that were given.
+        reason: For people.
+    """
 
     def __init__(self, index: int, reason: str):
         super().__init__(index, reason)
@@ -60,7 +66,7 @@ class Unreadable(Exception):  # noqa: N818 (not a fault of the program)
 
 
 def fingerprint(folder: str | Path) -> str:
-    """Of weights, config and tokenizer: vectors of exports with the same one may be compared."""
+    """Hashes the weights, config and tokenizer of an export. Vectors of exports with the same fingerprint can be compared."""
     digest = hashlib.sha256()
     for name in FILES:
         with (Path(folder) / name).open("rb") as file:
@@ -68,16 +74,16 @@ def fingerprint(folder: str | Path) -> str:
     return digest.hexdigest()[:32]
 
 
-def usable_abilities(saved: Saved) -> frozenset[Ability]:
-    """What a model has learned and its config allows. A stream over a detector's regions cannot read plain pictures."""
-    config, can = saved.model.config, set[Ability]()
+def usable_abilities(saved: Saved) -> frozenset[EmbedderAbility]:
+    """Returns what a model has learned and can do with a picture alone, which has no regions of a detector."""
+    config, can = saved.model.config, set[EmbedderAbility]()
     learned = learned_abilities(saved)
     head = config.embed.image if config.embed else None
     if "embed" in learned and head is not None and (head.regions is None or head.regions.grid is not None):
         can.add("embed")
     if config.fusion is None:
         return frozenset(can)
-    # A <s> that saw the text in training has nothing to see where a text is only being written.
+    # Where <s> saw the whole text in training, the model cannot write: there is no text yet.
     if "write" in learned and saved_bos(saved) == "blind":
         can.add("caption")
     if "answer" in learned:
@@ -88,15 +94,17 @@ def usable_abilities(saved: Saved) -> frozenset[Ability]:
 
 
 class Embedder:
-    """Not for several threads at once.
+    """The model of an export. `Embedder.load` reads one; one thread may use it at a time.
 
     Attributes:
-        width: of a vector.
-        fingerprint: of the export; it stamps every index.
-        card: facts of the run, as in the export's card.json.
-        can: of embed, caption, answer, match.
-        captions: the field of the records with the captions that it was trained on.
-        max_pixels: a larger picture is Unreadable; its header tells, before anything is decoded.
+        width: Numbers of a vector; 0 where the model cannot embed.
+        can: What it can do, of embed, caption, answer and match.
+        card: Facts of the run, as in the export's card.json.
+        captions: The field of the records with the captions that it was trained on.
+        fingerprint: Of the export; an index is stamped with it.
+        max_pixels: A picture with more pixels is Unreadable; its header is read before anything is decoded.
+        max_length: Tokens of a text, after which it is cut.
+        precision: In which the model computes.
     """
 
     def __init__(self, saved: Saved, reading: SavedData, card: dict[str, Any], fingerprint: str, precision: Precision):
@@ -144,30 +152,46 @@ class Embedder:
 
     @property
     def device(self) -> torch.device:
+        """Where the model computes."""
         return next(self.model.parameters()).device
 
     @property
     def languages(self) -> list[str]:
-        """In which its captions are, en and zh, where their field tells."""
+        """The languages of the captions that it was trained on, of en and zh, as far as the name of their field says."""
         return sorted({LANGUAGES[field] for field in self.captions.split("+") if field in LANGUAGES})
 
     @property
     def stamp(self) -> Stamp:
-        """Of an index of its vectors."""
+        """The stamp of an index of its vectors."""
         return Stamp(fingerprint=self.fingerprint, width=self.width, model=str(self.card.get("name", "")))
 
     def pixels(self, pictures: PictureBatch) -> Tensor:
-        """uint8 [n 3 size size] as the model reads them, decoded on all cores. Raises Unreadable for the first picture that
-        cannot be read."""
+        """Decodes pictures to what the model reads, uint8 [n 3 size size], on all cores. The other methods take the result in
+        place of the pictures.
+
+        Raises:
+            Unreadable: For the first picture that cannot be read.
+        """
         if isinstance(pictures, Tensor):
             return pictures
-        read = [*in_threads(lambda numbered: self._read(*numbered), enumerate(pictures))]
+        decoded = [*in_threads(lambda numbered: self._decode(*numbered), enumerate(pictures))]
         size = self.transform.size
-        return torch.stack(read) if read else torch.empty(0, 3, size, size, dtype=torch.uint8)
+        return torch.stack(decoded) if decoded else torch.empty(0, 3, size, size, dtype=torch.uint8)
 
     def images(self, pictures: PictureBatch) -> np.ndarray:
-        """Unit vectors, float32 [n width]. Raises Unreadable."""
-        self._need("embed")
+        """Embeds pictures.
+
+        Args:
+            pictures: Encoded files, Pillow's images, or what `pixels` returned.
+
+        Returns:
+            Unit vectors, float32 [n width].
+
+        Raises:
+            Unreadable: A picture cannot be read.
+            UserError: The model cannot embed.
+        """
+        self._require("embed")
         image = self.pixels(pictures)
         vectors = np.empty((len(image), self.width), np.float32)
         for rows in blocks(len(image), ROWS):
@@ -175,8 +199,19 @@ class Embedder:
         return vectors
 
     def texts(self, texts: Sequence[str]) -> np.ndarray:
-        """Unit vectors, float32 [n width]. Texts of like length share a pass."""
-        self._need("embed")
+        """Embeds texts.
+
+        Args:
+            texts: They are cleaned as captions are, and cut after `max_length` tokens.
+
+        Returns:
+            Unit vectors, float32 [n width].
+
+        Raises:
+            UserError: The model cannot embed.
+        """
+        self._require("embed")
+        # Texts of about the same length share a pass.
         order = np.argsort(self.lengths(texts), kind="stable")
         vectors = np.empty((len(texts), self.width), np.float32)
         for part in blocks(len(texts), ROWS):
@@ -185,47 +220,68 @@ class Embedder:
         return vectors
 
     def lengths(self, texts: Sequence[str]) -> list[int]:
-        """Tokens of each text, <s> and </s> included, after what is too long is cut."""
+        """Counts the tokens of each text, <s> and </s> included, after it is cut."""
         return self._ids(texts)[1].tolist()
 
     def caption(self, pictures: PictureBatch) -> list[str]:
-        """What the model says of each picture, the likeliest word each time."""
-        self._need("caption")
-        said: list[str] = []
+        """Captions each picture, with the likeliest word each time.
+
+        Raises:
+            Unreadable: A picture cannot be read.
+            UserError: The model cannot caption.
+        """
+        self._require("caption")
+        captions: list[str] = []
         for rows in blocks(len(pictures), ROWS):
             ids_BT = self._run(partial(greedy, self.model), self.pixels(pictures[rows]))
-            said += map(self.tokenizer.decode, ids_BT.tolist())
-        return said
+            captions += map(self.tokenizer.decode, ids_BT.tolist())
+        return captions
 
     def answer(self, pictures: PictureBatch, questions: Sequence[str]) -> list[str]:
-        """The likeliest answer to each picture's question, of those that the model was tuned to choose from."""
-        self._need("answer")
-        return [self._answers[i] for part in self._beside(self._answer, pictures, questions) for i in part.argmax(1)]
+        """Answers a question about each picture, with one of the answers that the model was fine-tuned to choose from.
+
+        Raises:
+            Unreadable: A picture cannot be read.
+            UserError: The model cannot answer questions.
+        """
+        self._require("answer")
+        return [self._answers[i] for part in self._pairs(self._answer, pictures, questions) for i in part.argmax(1)]
 
     def match(self, pictures: PictureBatch, texts: Sequence[str]) -> np.ndarray:
-        """How well each picture fits its text, float32 [n]: larger is better, comparable for one text or one picture."""
-        self._need("match")
-        return np.concatenate([np.empty(0, np.float32), *map(np.asarray, self._beside(self._match, pictures, texts))])
+        """Scores how well each picture fits its text, by layers that read both together.
 
-    def _beside(self, reads: Reads | None, pictures: PictureBatch, texts: Sequence[str]) -> Iterator[Tensor]:
-        """`reads` picture i beside text i."""
-        assert reads is not None and len(pictures) == len(texts)
+        Returns:
+            float32 [n]. Larger is better; scores can be compared for one text or for one picture.
+
+        Raises:
+            Unreadable: A picture cannot be read.
+            UserError: The model cannot match.
+        """
+        self._require("match")
+        return np.concatenate([np.empty(0, np.float32), *map(np.asarray, self._pairs(self._match, pictures, texts))])
+
+    def _pairs(self, head: PairHead | None, pictures: PictureBatch, texts: Sequence[str]) -> Iterator[Tensor]:
+        """Runs a head on picture i and text i, and yields the rows of each pass."""
+        assert head is not None
+        if len(pictures) != len(texts):
+            raise UserError(f"{len(pictures)} pictures and {len(texts)} texts; give as many of one as of the other")
         for rows in blocks(len(texts), ROWS):
-            yield self._run(reads, self.pixels(pictures[rows]), texts[rows])
+            yield self._run(head, self.pixels(pictures[rows]), texts[rows])
 
-    def _run(self, reads: Callable[..., Tensor], image: Tensor | None, texts: Sequence[str] | None = None) -> Tensor:
-        """`reads` the states of images, ids and lengths of texts, or both: one pass, its result in fp32 on the CPU."""
+    def _run(self, function: Callable[..., Tensor], image: Tensor | None, texts: Sequence[str] | None = None) -> Tensor:
+        """Calls a function with the states of images, with ids and lengths of texts, or with both; its result is in fp32 on the
+        CPU."""
         bf16 = self.precision == "bf16"
         with torch.inference_mode(), torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
             states = () if image is None else (self.model.encode_image(image.to(self.device)),)
             words = () if texts is None else (part.to(self.device) for part in self._ids(texts))
-            found = reads(*states, *words).cpu()
-        return found.float() if found.is_floating_point() else found
+            result = function(*states, *words).cpu()
+        return result.float() if result.is_floating_point() else result
 
     def _ids(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         return self.tokenizer.encode([clean_text(text) or "" for text in texts], self.max_length)
 
-    def _read(self, i: int, picture: Picture) -> Tensor:
+    def _decode(self, i: int, picture: Picture) -> Tensor:
         try:
             if isinstance(picture, bytes):
                 record = Record(key=str(i), images=(picture,), info={})
@@ -238,7 +294,7 @@ class Embedder:
         except (OSError, ValueError) as error:
             raise Unreadable(i, str(error)) from error
 
-    def _need(self, ability: Ability) -> None:
+    def _require(self, ability: EmbedderAbility) -> None:
         if ability not in self.can:
             raise UserError(
                 f"{self.card.get('name', 'this export')} cannot {ability}; it can {', '.join(sorted(self.can)) or 'nothing'}: "
@@ -246,19 +302,19 @@ class Embedder:
             )
 
 
-def answer_head(saved: Saved) -> Reads:
-    """The head of a model that was tuned to answer questions: logits of its answers [B A]."""
+def answer_head(saved: Saved) -> PairHead:
+    """Returns the head of a model that was fine-tuned to answer questions; it gives logits of its answers [B A]."""
     from fastvlp.tasks.heads import HeadObjective
 
     name = next(name for name, able in abilities(saved).items() if "answer" in able)
     head = load_objective(saved, name).requires_grad_(False)
     assert isinstance(head, HeadObjective)
 
-    def reads(image_BKD: Tensor, ids_BL: Tensor, length_B: Tensor) -> Tensor:
+    def logits(image_BKD: Tensor, ids_BL: Tensor, length_B: Tensor) -> Tensor:
         batch = Batch(image=image_BKD, ids=ids_BL, length=length_B, seed=torch.zeros_like(length_B))
         return head.logits(saved.model, image_BKD, batch)
 
-    return reads
+    return logits
 
 
 def mean_direction(vectors: Sequence[np.ndarray]) -> np.ndarray:

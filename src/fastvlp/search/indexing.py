@@ -15,11 +15,12 @@ from tyro.constructors import PrimitiveConstructorSpec
 from fastvlp.batch import Dropped
 from fastvlp.data.records.shards import RecordError, Shards
 from fastvlp.data.streams import in_threads, with_progress
+from fastvlp.dist import Precision
 from fastvlp.errors import UserError
 from fastvlp.search.bulk import embed_spans
 from fastvlp.search.checks import Scalar, Where
 from fastvlp.search.embedded import DROPPED, Part, open_embedded, read_dropped, read_part
-from fastvlp.search.embedder import Embedder, Precision, Unreadable, mean_direction
+from fastvlp.search.embedder import Embedder, Unreadable, mean_direction
 from fastvlp.search.engines.interface import Hit, IndexEngine, Stamp, addresses, open_index
 from fastvlp.search.pictures import PictureStore, pictures_of, thumbnail
 

@@ -7,8 +7,9 @@ import socket
 from collections.abc import Sequence
 from pathlib import Path
 
+from fastvlp.dist import Precision
 from fastvlp.errors import UserError, install
-from fastvlp.search.embedder import Embedder, Precision
+from fastvlp.search.embedder import Embedder
 from fastvlp.search.engines.interface import IndexEngine, open_index
 from fastvlp.search.indexing import IndexAddress
 from fastvlp.search.pictures import PictureStore, pictures_of
