@@ -1,4 +1,4 @@
-"""What travels: Record (stored), Example (decoded), Batch (on the device).
+"""The forms of data on its way to the model: Record (stored), Example (decoded), Batch (on the device).
 
 Dimension key used all over the code: B pairs, L text tokens, N patches, K kept patches, R regions, D width, E embedding,
 V vocabulary.
@@ -17,17 +17,24 @@ from torch.utils import _pytree
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
-    """One record as a source yields it and a shard stores it: images still encoded, everything else JSON, but for a
-    detector's regions: `detected` has the npz of each image, or nothing (`data/detected.py`).
+    """One record as a source yields it and a shard stores it.
 
-    `info` keys that the library reads (all optional): `captions` and `captions_zh` (lists of str), `objects` (list of
-    {class, box [x0,y0,x1,y1] in pixels, ...}, maybe with `class_distribution`: {class: share} and, of a pair of images,
-    `image`: 0 or 1), `questions` (list of {question, answers: {answer: score in 0..1}, kind}), `statements` (list of
-    {text, label: bool}; about the record's one or two images), `expressions` (list of {text, object: place in objects}),
-    `entailments` (list of {text, label: "contradiction", "entailment" or "neutral"}), `choices` (list of {question,
-    answers: list of str, right: place in it}, maybe with `rationales` and `right_rationale`), `label` (a class name),
-    `confidences` (of each image a list with the detector's confidence in each region, falling).
-    Any other key travels along untouched.
+    Attributes:
+        key: unique name.
+        images: encoded images, one or more.
+        info: everything else, as JSON. The library reads these keys, all optional, and keeps any other:
+            captions, captions_zh: lists of str.
+            objects: list of {class, box: [x0, y0, x1, y1] in pixels}, each maybe with `class_distribution`, {class: share},
+                and `image`, the number of its image in the record.
+            questions: list of {question, answers: {answer: score from 0 to 1}}, each maybe with `kind`.
+            statements: list of {text, label: bool} about the record's one or two images.
+            expressions: list of {text, object: place in `objects`}.
+            entailments: list of {text, label: "contradiction", "entailment" or "neutral"}.
+            choices: list of {question, answers: list of str, right: place in it}, each maybe with `rationales` and
+                `right_rationale`.
+            label: name of a class.
+            confidences: for each image the detector's confidence in each region, falling.
+        detected: the npz with a detector's regions of each image (`data/records/detections.py`), or nothing.
     """
 
     key: str
@@ -38,7 +45,7 @@ class Record:
 
 @dataclass(frozen=True, kw_only=True)
 class Example:
-    """A decoded record: `images` is uint8 [I 3 H W], I the record's number of images (1, or 2 for pairs)."""
+    """A decoded record: `images` is uint8 [I 3 H W] with I images, 1 or, for pairs, 2."""
 
     key: str
     images: Tensor
@@ -47,7 +54,7 @@ class Example:
 
 @dataclass(frozen=True, kw_only=True)
 class Dropped:
-    """A record that could not be used, by name, with the reason; counted and reported, never replaced."""
+    """The name of a record that cannot be used, and the reason. Such records are counted and reported, never replaced."""
 
     key: str
     reason: str
@@ -55,14 +62,15 @@ class Dropped:
 
 @dataclass(frozen=True, kw_only=True)
 class Regions:
-    """Parts of each image: a detector's boxes or a grid, padded with zeros to the most of this batch.
+    """Regions of each image: objects, a detector's boxes or a grid, padded with zeros to the largest number of the batch.
 
-    box:     float32 [B R 4], x0 y0 x1 y1 as fractions of the image that the model sees. A box of no area is no region:
-             padding, or one that a crop has left behind (`augment`).
-    count:   int64 [B], regions of each row before any crop; they come first.
-    feature: float [B R F], a detector's features; None where regions are pooled from the image itself.
-    classes: float [B R C], a detector's shares of C classes, which sum to 1; zeros where nothing is told of a region; None
-             where it is of no region of the batch.
+    Attributes:
+        box: float32 [B R 4], x0 y0 x1 y1 as fractions of the image that the model sees. A box without area is no region: it
+            is padding, or a crop has cut it off (`augment`).
+        count: int64 [B], regions of each row before any crop; they come before the padding.
+        feature: float [B R F], a detector's features; None where regions are pooled from the image itself.
+        classes: float [B R C], a detector's shares of C classes, which sum to 1; zeros for a region without shares; None
+            where no region of the batch has any.
     """
 
     box: Tensor
@@ -72,29 +80,30 @@ class Regions:
 
     @property
     def mask(self) -> Tensor:
-        """Which are regions: bool [B R]."""
+        """Whether a box is a region: bool [B R]."""
         listed = torch.arange(self.box.shape[1], device=self.box.device) < self.count[:, None]
         return listed & has_area(self.box)
 
 
 def has_area(box: Tensor) -> Tensor:
-    """Whether a box x0 y0 x1 y1 [... 4] holds anything: bool [...]."""
+    """Whether boxes x0 y0 x1 y1 [... 4] have an area: bool [...]."""
     return (box[..., 2:] > box[..., :2]).all(-1)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """Clean rows, the same for every objective: corruption happens on the device, as a function of `seed`.
+    """Rows of images beside texts, the same for every objective: masking and other corruption happen on the device.
 
-    image:  uint8 [B 3 H W], normalised on the device (a float tensor is taken as already normalised).
-    ids:    int64 [B L], `<s> words </s>` padded on the right to the longest of this batch only.
-    length: int64 [B], real tokens of each row, `<s>` and `</s>` included; no attention mask travels.
-    seed:   int64 [B], one random number a row: all that is drawn for the row is a hash of it, so that masks do not
-            depend on batch size, padding, rank or device.
-    slot:   int64 [B] or None: which image of a pair a row shows (NLVR2: 0 or 1); None means 0.
-    target: what a task's rows are scored against (float [B A] or int64 [B]); None in pretraining.
-    regions: of each image, where the data brings them (`RegionSource`).
-    plain: the images before training augmented them, for objectives that draw views of their own; None: `image` is it.
+    Attributes:
+        image: uint8 [B 3 H W], normalised on the device; a float tensor counts as already normalised.
+        ids: int64 [B L], `<s> words </s>` padded on the right to the longest of this batch.
+        length: int64 [B], real tokens of each row, `<s>` and `</s>` included; it stands for an attention mask.
+        seed: int64 [B], one random number a row. Everything random about the row is a hash of it, so that it does not depend
+            on batch size, padding, rank or device.
+        slot: int64 [B] or None: the number of the image in its pair (NLVR2: 0 or 1); None means 0.
+        target: float [B A] or int64 [B], the right answers of a task's rows; None in pretraining.
+        regions: regions of each image, where the data has them (`RegionSource`).
+        plain: the images before augmentation, for objectives that draw views of their own; None where it is `image`.
     """
 
     image: Tensor
@@ -114,7 +123,7 @@ class Batch:
 
 
 def register_dataclass_node(cls: type) -> None:
-    """Makes `cls` a pytree node. DDP and compile look for tensors with pytree; unregistered values are skipped silently."""
+    """Makes the dataclass a pytree node. DDP and compile find tensors by pytree, and skip unregistered classes silently."""
     names = [f.name for f in fields(cls)]
     _pytree.register_pytree_node(
         cls,

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastvlp.batch import Batch, Dropped, Record
-from fastvlp.data.batching import Grouping, Lengths, accompanied, budget_sizes
+from fastvlp.data.batching import Grouping, Lengths, avoid_single_row, budget_sizes
 from fastvlp.data.loader import Loader, Row
 from fastvlp.data.pairs import PairData, PairMaker, caption_lengths
 from fastvlp.data.records.shards import Shards, ShardWriter
@@ -154,7 +154,7 @@ def test_no_batch_exceeds_its_budget_and_no_larger_one_would_fit(lengths, budget
     ],
 )
 def test_no_row_is_left_alone(sizes, wanted):
-    assert accompanied(sizes) == wanted
+    assert avoid_single_row(sizes) == wanted
 
 
 def test_what_takes_its_negatives_from_the_batch_meets_the_end_of_a_bucket():
@@ -265,7 +265,7 @@ def test_a_grouped_run_resumes_as_it_would_have_gone_on(world, tmp_path, told):
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_row_above_the_budget_is_refused_before_training(workers):
     made = loader(Grouping(max_tokens=20), workers=workers)
-    with pytest.raises(UserError, match=r"a row has 30 tokens, and data.max_tokens allows 20 a batch; raise it"):
+    with pytest.raises(UserError, match=r"a row has 30 tokens, and `data.max_tokens` allows 20 a batch; raise it"):
         made.batches()
     assert [len(batch) for batch, _ in loader(Grouping(max_tokens=20)).once()] == [4] * 25 + [3]
 

@@ -1,5 +1,5 @@
-"""Answers as VQA compares them: accuracy by the official rule (Antol et al. 2015, arXiv 1505.00468; evaluation code
-GT-Vision-Lab/VQA a013f00)."""
+"""Comparing answers by VQA's official rule (Antol et al. 2015, arXiv 1505.00468; evaluation code GT-Vision-Lab/VQA at
+a013f00)."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ _ARTICLES = {"a", "an", "the"}
 _NUMBER_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 _NUMBERS = {word: str(value) for value, word in enumerate(_NUMBER_WORDS)} | {"none": "0"}
 
-# Words that the official table knows without one of their apostrophes. Those whose bare form is another word (its, were,
-# well, shed) are not in it.
+# Words that the official table restores where one of their apostrophes is missing. Words that without it are other words (its,
+# were, well, shed) are not in it.
 _CONTRACTED = """
 ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd he'd've he's
 how'd how'll how's isn't it'd it'd've it'll ma'am mightn't mightn't've might've mustn't must've needn't not've o'clock
@@ -30,8 +30,8 @@ _APOSTROPHES = {
 
 
 def strip_punctuation(text: str) -> str:
-    """A mark is deleted where it stands next to a space anywhere in the text, or where the text holds digit-comma-digit;
-    otherwise it becomes a space. A period is deleted unless a digit follows."""
+    """Removes punctuation. A mark is deleted where it stands next to a space anywhere in the text, or where the text has
+    digit-comma-digit; otherwise it becomes a space. A period is deleted unless a digit follows."""
     out = text
     number = _DIGIT_COMMA_DIGIT.search(text) is not None
     for mark in _PUNCTUATION:
@@ -41,15 +41,16 @@ def strip_punctuation(text: str) -> str:
 
 
 def normalise_answer(text: str) -> str:
-    """As the official evaluation: punctuation, lower case, number words, articles, missing apostrophes."""
+    """The answer as the official evaluation compares it: no punctuation or articles, lower case, digits for number words,
+    missing apostrophes restored."""
     words = [_NUMBERS.get(word, word) for word in strip_punctuation(text).lower().split()]
     return " ".join(_APOSTROPHES.get(word, word) for word in words if word not in _ARTICLES)
 
 
 def vqa_accuracy(predicted: str, answers: Sequence[str]) -> float:
-    """0..1: the mean, over leaving each person's answer out, of min(1, matches among the others / 3).
+    """Accuracy of an answer, 0 to 1: the mean, over leaving out each person's answer, of min(1, matches among the others / 3).
 
-    Both sides are normalised only where the answers differ from each other, as the official code does.
+    As in the official code, both sides are normalised only where the people's answers differ from each other.
     """
     predicted = " ".join(re.split(r"[\n\t]", predicted)).strip()
     if len(set(answers)) > 1:
@@ -60,5 +61,5 @@ def vqa_accuracy(predicted: str, answers: Sequence[str]) -> float:
 
 
 def soft_scores(answers: Sequence[str]) -> dict[str, float]:
-    """Each different answer with its official accuracy: the soft targets of VQA v2 training."""
+    """The accuracy of each different answer: the soft targets of training on VQA v2."""
     return {answer: vqa_accuracy(answer, answers) for answer in dict.fromkeys(answers)}

@@ -1,7 +1,8 @@
-"""Augmentation of whole batches on the device: every draw is a hash of the row's seed, every step one call for all rows.
+"""Augmentation of whole batches on the device: random crops, flips, colour jitter, grayscale and blur, as in FLIP (arXiv
+2212.00794), BriVL (2103.06561), SimCLR (2002.05709) and MoCo v2 (2003.04297).
 
-Random crops, flips, colour jitter, grayscale and blur of FLIP (arXiv 2212.00794), BriVL (2103.06561), SimCLR (2002.05709)
-and MoCo v2 (2003.04297). Cropping and blurring are linear along each axis, so each is two matrix products a row.
+Every draw is a hash of the row's seed, every step one call for all rows. Cropping and blurring are linear along each axis, so
+each is two matrix products a row.
 """
 
 from __future__ import annotations
@@ -17,54 +18,56 @@ from fastvlp.errors import UserError
 from fastvlp.random import uniform
 
 CROP_SALT, CHANCE_SALT, JITTER_SALT, BLUR_SALT = 801, 802, 803, 804
-VIEW = 1 << 20  # between the salts of two views of a row
+VIEW = 1 << 20  # distance of the salts of two views of a row
 TRIES = 10
 ASPECT = 4 / 3
 
 
 @dataclass(frozen=True, kw_only=True)
 class AugmentConfig:
-    """What is off changes nothing. In this order:
-
-    crop: least and most area of a part that becomes the whole, its sides 3:4 to 4:3 (FLIP: 0.5, 1; MoCo v2: 0.2, 1).
-    flip: share of rows mirrored left to right.
-    jitter: share of rows whose colours change, each by up to `strength`: brightness, contrast and saturation by a factor
-        1 - s to 1 + s, hue by -s to s turns, one after the other (torchvision draws their order). BriVL: 0.8.
-    gray: share of rows without colour (BriVL, MoCo v2: 0.2).
-    blur: share of rows blurred by a Gaussian with a deviation of `sigma` pixels, least and most (MoCo v2: 0.5).
-    """
+    """Random changes of training's images, in the order of these options. By default nothing changes."""
 
     crop: tuple[float, float] | None = None
+    """Least and greatest area of a random part that is scaled up to the whole image, its sides 3:4 to 4:3 (FLIP: 0.5, 1; MoCo
+    v2: 0.2, 1)."""
     flip: float = 0.0
+    """Share of rows mirrored left to right."""
     jitter: float = 0.0
+    """Share of rows whose colours change (BriVL: 0.8)."""
     strength: tuple[float, float, float, float] = (0.4, 0.4, 0.4, 0.1)
+    """Greatest change s of brightness, contrast, saturation and hue: the first three by a factor 1 - s to 1 + s, hue by -s to s
+    turns, always in this order (torchvision draws the order)."""
     gray: float = 0.0
+    """Share of rows that lose their colour (BriVL, MoCo v2: 0.2)."""
     blur: float = 0.0
+    """Share of rows blurred by a Gaussian (MoCo v2: 0.5)."""
     sigma: tuple[float, float] = (0.1, 2.0)
+    """Least and greatest standard deviation of the Gaussian in pixels."""
 
     def __post_init__(self) -> None:
         for name in ("flip", "jitter", "gray", "blur"):
             if not 0 <= getattr(self, name) <= 1:
-                raise UserError(f"augment.{name} is a share of the rows, 0 to 1, not {getattr(self, name)}")
+                raise UserError(f"`augment.{name}` is a share of the rows, 0 to 1, not {getattr(self, name)}")
         if self.crop is not None and not 0 < self.crop[0] <= self.crop[1] <= 1:
-            raise UserError(f"augment.crop is the least and the most area, above 0 and up to 1, not {self.crop}")
+            raise UserError(f"`augment.crop` is the least and the greatest area, above 0 and up to 1, not {self.crop}")
         if not all(0 <= s <= most for s, most in zip(self.strength, (1, 1, 1, 0.5))):
-            raise UserError(f"augment.strength is up to 1, 1, 1 and, for hue, 0.5, not {self.strength}")
+            raise UserError(f"`augment.strength` is up to 1, 1, 1 and, for hue, 0.5, not {self.strength}")
         if not 0 < self.sigma[0] <= self.sigma[1]:
-            raise UserError(f"augment.sigma is the least and the most deviation in pixels, not {self.sigma}")
+            raise UserError(f"`augment.sigma` is the least and the greatest deviation in pixels, not {self.sigma}")
 
 
 def augment(
     image_BCHW: Tensor, seed_B: Tensor, config: AugmentConfig, box_BR4: Tensor | None = None, view: int = 0
 ) -> tuple[Tensor, Tensor | None]:
-    """Another look at each image, and where its boxes are then.
+    """Returns another view of each image, and its boxes there.
 
     Args:
-        image_BCHW: [B 3 n n], uint8, or float from 0 to 1. It comes back in its type; between, all is fp32, rounded once.
-        seed_B: `Batch.seed`; a row's result depends on its own image, boxes and seed.
-        box_BR4: `Regions.box`. Cut boxes end at the edge, those left behind become zeros. A crop that would leave a
-            row none of its boxes is not taken.
-        view: each number is another draw, for objectives that compare two looks at an image (SimCLR).
+        image_BCHW: [B 3 n n], uint8, or float from 0 to 1. The view has the same type; it is computed in fp32 and rounded
+            once.
+        seed_B: `Batch.seed`; a row's view depends on its own image, boxes and seed.
+        box_BR4: `Regions.box`. A box is cut at the edge of the view, and becomes zeros where nothing of it is left. A row
+            whose crop would leave it no box is not cropped.
+        view: each number is another draw, for objectives that compare two views of an image (SimCLR).
     """
     x = image_BCHW.float() / 255 if image_BCHW.dtype == torch.uint8 else image_BCHW.float()
     chance = uniform(seed_B, (4,), CHANCE_SALT + VIEW * view)[..., None, None, None].unbind(1)
@@ -74,24 +77,28 @@ def augment(
             part_B4 = draw_crops(seed_B, config.crop, view)
             if box_BR4 is not None:
                 part_B4, box_BR4 = take_crops(part_B4, box_BR4)
-            x = _along_both(x, cubic(part_B4[:, 1::2], x.shape[2]), cubic(part_B4[:, ::2], x.shape[3])).clamp(0, 1)
+            x = _apply_along_axes(x, cubic(part_B4[:, 1::2], x.shape[2]), cubic(part_B4[:, ::2], x.shape[3])).clamp(
+                0, 1
+            )
         if config.flip:
             flip = chance[0] < config.flip
             x = torch.where(flip, x.flip(-1), x)
             if box_BR4 is not None:
                 box_BR4 = torch.where(flip[..., 0], flip_boxes(box_BR4), box_BR4)
         if config.jitter:
-            x = torch.where(chance[1] < config.jitter, jittered(x, *draw_jitter(seed_B, config.strength, view)), x)
+            x = torch.where(
+                chance[1] < config.jitter, jitter_colours(x, *draw_jitter(seed_B, config.strength, view)), x
+            )
         if config.gray:
             x = torch.where(chance[2] < config.gray, luma(x), x)
         if config.blur:
             weight = gaussian(draw_sigma(seed_B, config.sigma, view), x.shape[2])
-            x = torch.where(chance[3] < config.blur, _along_both(x, weight, weight), x)
+            x = torch.where(chance[3] < config.blur, _apply_along_axes(x, weight, weight), x)
     return ((x * 255).round() if image_BCHW.dtype == torch.uint8 else x).to(image_BCHW.dtype), box_BR4
 
 
 def draw_crops(seed_B: Tensor, area: tuple[float, float], view: int) -> Tensor:
-    """x0 y0 x1 y1 [B 4] as fractions: the first of ten tries that fits into the image, or all of it."""
+    """Random parts x0 y0 x1 y1 [B 4] as fractions: the first of ten tries that fits into the image, or the whole image."""
     size, shape, x, y = uniform(seed_B, (TRIES, 4), CROP_SALT + VIEW * view).unbind(-1)
     size = area[0] + (area[1] - area[0]) * size
     shape = torch.exp((2 * shape - 1) * math.log(ASPECT))
@@ -104,11 +111,12 @@ def draw_crops(seed_B: Tensor, area: tuple[float, float], view: int) -> Tensor:
 
 
 def whole(part_B4: Tensor) -> Tensor:
+    """The whole image for each row: 0 0 1 1 [B 4]."""
     return torch.cat([torch.zeros_like(part_B4[:, :2]), torch.ones_like(part_B4[:, 2:])], 1)
 
 
 def take_crops(part_B4: Tensor, box_BR4: Tensor) -> tuple[Tensor, Tensor]:
-    """The crops that leave a row one of its boxes, or the whole image, and the boxes as fractions of that."""
+    """The crops, or the whole image for a row whose crop would leave it no box; and the boxes as fractions of these."""
     start, end = part_B4[:, None, :2], part_B4[:, None, 2:]
     corners = [(corner - start) / (end - start) for corner in box_BR4.split(2, -1)]
     moved = torch.cat(corners, -1).clamp(0, 1)
@@ -118,14 +126,14 @@ def take_crops(part_B4: Tensor, box_BR4: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def flip_boxes(box_BR4: Tensor) -> Tensor:
-    """Mirrored left to right; zeros stay zeros."""
+    """Boxes mirrored left to right; zeros stay zeros."""
     x0, y0, x1, y1 = box_BR4.unbind(-1)
     return torch.where(has_area(box_BR4)[..., None], torch.stack([1 - x1, y0, 1 - x0, y1], -1), box_BR4)
 
 
 def cubic(ends_B2: Tensor, n: int) -> Tensor:
-    """Weights [B n n] of an axis's n pixels for n samples of the part between two fractions: bicubic, a = -1/2, and scaled
-    to a sum of 1 at the edges, as Pillow's. A part is never larger than what it fills, so nothing aliases."""
+    """Weights [B n n] of an axis's n pixels for n samples between two fractions of it: bicubic, a = -1/2, and scaled to a sum
+    of 1 at the edges, as Pillow's. The part between the fractions is only ever enlarged, so nothing aliases."""
     start, end = ends_B2[:, :1], ends_B2[:, 1:]
     pixel = torch.arange(n, device=ends_B2.device)
     at_Bn = (start + (end - start) * (pixel + 0.5) / n) * n - 0.5
@@ -136,22 +144,23 @@ def cubic(ends_B2: Tensor, n: int) -> Tensor:
 
 
 def gaussian(sigma_B: Tensor, n: int) -> Tensor:
-    """Weights [B n n] of the n pixels of an axis around each of them; at the edges of those that there are."""
+    """Weights [B n n] of an axis's n pixels for a Gaussian around each of them, with a sum of 1 at the edges too."""
     pixel = torch.arange(n, device=sigma_B.device)
     return (-((pixel[:, None] - pixel) ** 2) / (2 * sigma_B[:, None, None] ** 2)).softmax(-1)
 
 
-def _along_both(x_BCHW: Tensor, down_BnH: Tensor, along_BnW: Tensor) -> Tensor:
-    return torch.einsum("bih,bchw,bjw->bcij", down_BnH, x_BCHW, along_BnW)
+def _apply_along_axes(x_BCHW: Tensor, vertical_BnH: Tensor, horizontal_BnW: Tensor) -> Tensor:
+    return torch.einsum("bih,bchw,bjw->bcij", vertical_BnH, x_BCHW, horizontal_BnW)
 
 
 def draw_jitter(seed_B: Tensor, strength: tuple[float, float, float, float], view: int) -> tuple[Tensor, ...]:
-    """Factors of brightness, contrast and saturation, and turns of the hue: four [B]."""
+    """Random factors of brightness, contrast and saturation, and turns of the hue: four tensors [B]."""
     draw = uniform(seed_B, (4,), JITTER_SALT + VIEW * view).unbind(1)
     return tuple(centre + most * (2 * u - 1) for centre, most, u in zip((1, 1, 1, 0), strength, draw))
 
 
-def jittered(x_BCHW: Tensor, *factors_B: Tensor) -> Tensor:
+def jitter_colours(x_BCHW: Tensor, *factors_B: Tensor) -> Tensor:
+    """Changes brightness, contrast, saturation and hue by what `draw_jitter` drew."""
     brightness, contrast, saturation, turn = (factor[:, None, None, None] for factor in factors_B)
     x = (x_BCHW * brightness).clamp(0, 1)
     x = torch.lerp(luma(x).mean((1, 2, 3), keepdim=True), x, contrast).clamp(0, 1)
@@ -160,13 +169,13 @@ def jittered(x_BCHW: Tensor, *factors_B: Tensor) -> Tensor:
 
 
 def luma(x_BCHW: Tensor) -> Tensor:
-    """Brightness as the eye sees it (ITU-R 601): [B 1 H W]."""
+    """Perceived brightness (ITU-R BT.601): [B 1 H W]."""
     red, green, blue = x_BCHW.split(1, 1)
     return 0.299 * red + 0.587 * green + 0.114 * blue
 
 
 def turn_hue(x_BCHW: Tensor, turn: Tensor) -> Tensor:
-    """Adds turns to the hue of HSV: from sixth to sixth of a turn one channel rises or falls between low and value."""
+    """Adds turns to the hue of HSV. Within each sixth of a turn one channel rises or falls between the lowest and the value."""
     red, green, blue = x_BCHW.unbind(1)
     value, low = x_BCHW.amax(1), x_BCHW.amin(1)
     chroma = value - low
@@ -178,4 +187,5 @@ def turn_hue(x_BCHW: Tensor, turn: Tensor) -> Tensor:
 
 
 def draw_sigma(seed_B: Tensor, sigma: tuple[float, float], view: int) -> Tensor:
+    """Random standard deviations [B]."""
     return sigma[0] + (sigma[1] - sigma[0]) * uniform(seed_B, (), BLUR_SALT + VIEW * view)

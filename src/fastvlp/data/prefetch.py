@@ -1,4 +1,4 @@
-"""One thread that works ahead, so that decoding overlaps with computing."""
+"""A thread that takes items from an iterator ahead of their use, so that decoding overlaps with computing."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ T = TypeVar("T")
 
 
 class _End:
-    """The source is used up, or raised `error`."""
+    """Marks the end of the source, or the error that it raised."""
 
     def __init__(self, error: BaseException | None = None):
         self.error = error
 
 
 class Prefetch(Iterator[T], Generic[T]):
-    """The items of `source`, at most `depth` of them made before they are asked for; its exception, where it belongs.
+    """Yields the items of `source`; up to `depth` items are made ahead. An exception of the source is raised in its place.
 
     The thread ends with `close()`, when this object is no longer referenced, and before the interpreter exits.
     """
@@ -28,7 +28,7 @@ class Prefetch(Iterator[T], Generic[T]):
         self._items: queue.Queue[T | _End] = queue.Queue(depth)
         self._ended = False
         stop = threading.Event()
-        # The thread must not hold `self`, or nothing would ever collect it.
+        # The thread must not hold `self`, which then would never be collected.
         thread = threading.Thread(target=_fill, args=(source, self._items, stop), daemon=True, name="prefetch")
         self._finalizer = weakref.finalize(self, _finish, thread, stop)
         thread.start()

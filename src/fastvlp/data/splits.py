@@ -1,4 +1,4 @@
-"""Folders of splits, local or as fsspec URLs."""
+"""Finding the folders of splits, local or as fsspec URLs."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ import fsspec
 from fastvlp.data.pairs import Split
 from fastvlp.errors import UserError
 
-# Other names under which a split is imported. testA and testB of RefCOCO are none of them: either is half of a test.
+# Names of each split's folder. RefCOCO's testA and testB are none of them: each is half of a test.
 SPLITS = {"train": ("train",), "val": ("val", "dev", "validation"), "test": ("test", "test1")}
 
 
 def find_splits(folder: str, prefixes: Sequence[str] = ("",), needed: Split = "train") -> dict[str, str]:
-    """Place of each split that is there. Raises UserError where the needed one is not."""
-    found = {split: place for split in SPLITS if (place := _find(folder, split, prefixes)) is not None}
-    return found if needed in found else found | {needed: find_split(folder, needed, prefixes)}
+    """The folder of each split that is there. Raises UserError where the needed one is missing."""
+    places = {split: place for split in SPLITS if (place := _find(folder, split, prefixes)) is not None}
+    return places if needed in places else places | {needed: find_split(folder, needed, prefixes)}
 
 
 def find_split(folder: str, name: str, prefixes: Sequence[str] = ("",)) -> str:
-    """Place of the split of this name, which may have others; of several prefixes of its name the first one that is there.
+    """The folder of a split, which may have another of the split's names; with the first prefix for which there is one.
     Raises UserError where there is none."""
     if (place := _find(folder, name, prefixes)) is None:
         raise UserError(f"{folder}: no split called {name} here; give the folder that `vlp data import --out` wrote")
@@ -34,14 +34,17 @@ def _find(folder: str, name: str, prefixes: Sequence[str]) -> str | None:
 
 
 def place_in(folder: str, name: str) -> str:
+    """The path or URL of `name` in a folder."""
     return f"{folder.rstrip('/')}/{name}" if "://" in folder else str(Path(folder) / name)
 
 
 def parent(place: str) -> str:
+    """The folder that a path or URL is in."""
     return place.rstrip("/").rpartition("/")[0] if "://" in place else str(Path(place).parent)
 
 
 def is_folder(place: str) -> bool:
+    """Whether a path or URL is a folder. Raises UserError where it cannot be looked at."""
     try:
         fs, root = fsspec.core.url_to_fs(place)
         return bool(fs.isdir(root))

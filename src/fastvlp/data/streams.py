@@ -1,4 +1,4 @@
-"""Iterators over many items for the person waiting: worked on by all cores, with a bar on a terminal."""
+"""Iterators over many items: on all cores, in blocks, with a progress bar on a terminal."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Y = TypeVar("Y")
 
 
 def in_threads(function: Callable[[X], Y], items: Iterable[X]) -> Iterator[Y]:
-    """`map` in order on all cores, with few items in hand. For image work: Pillow lets go of the interpreter lock."""
+    """Maps in order on all cores, with few items in memory. For image work: Pillow releases the interpreter lock."""
     threads = os.cpu_count() or 1
     with ThreadPoolExecutor(threads) as pool:
         pending: deque[Future[Y]] = deque()
@@ -38,7 +38,7 @@ def in_threads(function: Callable[[X], Y], items: Iterable[X]) -> Iterator[Y]:
 
 
 def blocks(count: int, size: int) -> Iterator[slice]:
-    """Of `count` rows, `size` at a time."""
+    """Slices of `count` rows, `size` at a time."""
     return (slice(first, min(first + size, count)) for first in range(0, count, size))
 
 
@@ -52,7 +52,7 @@ def with_progress(items: Iterable[X], total: Callable[[], int | None], descripti
 
 
 def bar() -> Progress:
-    """A bar with the count, the rate, the time passed and the time left on stderr; nothing where that is a file."""
+    """A bar on stderr with the count, the rate, the time passed and the time left; nothing where stderr is a file."""
     console = Console(stderr=True)
     shown = (
         "{task.description}",

@@ -1,4 +1,4 @@
-"""Text to ids and back: any tokenizer.json, or a WordPiece or byte-level BPE trained on the corpus at hand."""
+"""Text to ids and back, by any tokenizer.json, or by a WordPiece or byte-level BPE trained on the corpus at hand."""
 
 from __future__ import annotations
 
@@ -34,16 +34,14 @@ _SPACE_BETWEEN_HAN = re.compile(f"(?<=[{_HAN}]) +(?=[{_HAN}])")
 
 
 class Tokenizer:
-    """A `tokenizers.Tokenizer` with the four roles that the objectives need.
+    """A `tokenizers.Tokenizer` with the four special tokens that the objectives need. Picklable, for loader workers.
 
     Attributes:
-        pad, bos, eos, mask: ids.
+        pad, bos, eos, mask: ids of the special tokens.
         vocab_size: V, added tokens included.
         starts_word: bool [V], True where the token begins a word; False for continuation pieces and for pad, bos, eos
-            and mask. A Chinese character is a word. A byte-level vocabulary without a leading space leaves the first
-            word of a text unmarked: the token after <s> always begins a word.
-
-    Picklable, so that loader workers can hold it.
+            and mask. A Chinese character is a word. A byte-level vocabulary without a leading space does not mark the first
+            word of a text: the token after <s> always begins a word.
     """
 
     def __init__(self, inner: tokenizers.Tokenizer, source: str = "tokenizer"):
@@ -60,8 +58,13 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: str | Path, *, complete: bool = False) -> Tokenizer:
-        """complete: a token for padding or the mask that the vocabulary lacks, as CLIP's does, is added at its end. Raises
-        UserError where the file is missing, is no tokenizer.json, or lacks a special token."""
+        """Reads a tokenizer.json.
+
+        Args:
+            complete: add a token for padding or the mask at the end of a vocabulary that lacks it, as CLIP's does.
+
+        Raises UserError where the file is missing, is no tokenizer.json, or lacks a special token.
+        """
         path = Path(path)
         try:
             text = path.read_text(encoding="utf-8")
@@ -74,10 +77,10 @@ class Tokenizer:
         except Exception as error:  # the library raises bare Exception
             raise UserError(f"{path}: not a tokenizer.json of the `tokenizers` library ({error})") from error
         if complete:
-            lacking = [
+            missing = [
                 role for role in ("pad", "mask") if all(inner.token_to_id(name) is None for name in _ROLES[role])
             ]
-            inner.add_special_tokens([_ROLES[role][-1] for role in lacking])
+            inner.add_special_tokens([_ROLES[role][-1] for role in missing])
         return cls(inner, str(path))
 
     @classmethod
@@ -88,8 +91,8 @@ class Tokenizer:
         vocab_size: int = 8192,
         lowercase: bool = True,
     ) -> Tokenizer:
-        """Learns at most `vocab_size` tokens. Neither kind needs segmented Chinese: WordPiece takes each character as a
-        word (as BERT does), BPE works on bytes."""
+        """Learns at most `vocab_size` tokens. Chinese needs no segmentation: for WordPiece each character is a word (as for
+        BERT), BPE works on bytes."""
         train = {"wordpiece": _train_wordpiece, "bpe": _train_bpe}.get(kind)
         if train is None:
             raise UserError(f"tokenizer kind {kind!r}: choose wordpiece or bpe")
@@ -105,7 +108,7 @@ class Tokenizer:
         """
         if max_length < 2:
             raise ValueError(f"max_length {max_length} leaves no room for <s> and </s>")
-        # 100,000 characters for 50 tokens would be tokenised in vain.
+        # Tokenising all of 100,000 characters for 50 tokens would be in vain.
         cut = [text[: max_length * _CHARS_PER_TOKEN] for text in texts]
         encodings = self._inner.encode_batch_fast(cut, add_special_tokens=False)
         rows = [[self.bos, *encoding.ids[: max_length - 2], self.eos] for encoding in encodings]
@@ -115,7 +118,7 @@ class Tokenizer:
         return torch.tensor(padded, dtype=torch.int64).reshape(len(rows), longest), length_B
 
     def decode(self, ids: Iterable[int] | Tensor) -> str:
-        """The text without special tokens, and without the spaces that WordPiece leaves between Chinese characters."""
+        """The text of ids, without special tokens and without the spaces that WordPiece puts between Chinese characters."""
         text = self._inner.decode([int(i) for i in ids], skip_special_tokens=True)
         return _SPACE_BETWEEN_HAN.sub("", text).strip()
 
@@ -125,9 +128,8 @@ class Tokenizer:
 
 def _special(inner: tokenizers.Tokenizer, role: str, source: str) -> int:
     for name in _ROLES[role]:
-        found = inner.token_to_id(name)
-        if found is not None:
-            return found
+        if (token := inner.token_to_id(name)) is not None:
+            return token
     raise UserError(
         f"{source}: no {role} token, looked for {', '.join(_ROLES[role])}; "
         f"add one to the vocabulary with tokenizers.Tokenizer.add_special_tokens and save it again"
@@ -142,8 +144,8 @@ def _starts_word(inner: tokenizers.Tokenizer) -> Tensor:
         prefix = model["continuing_subword_prefix"]
         return torch.tensor([not token.startswith(prefix) for token in tokens])
     if '"ByteLevel"' in json.dumps([spec["pre_tokenizer"], spec["decoder"]]):
-        # In the byte alphabet \u0120 is the space; a byte 0xE4 to 0xE9, which stands for itself there, begins the UTF-8
-        # of a Chinese character.
+        # In the byte alphabet \u0120 is the space; bytes 0xE4 to 0xE9 stand for themselves there, and begin the UTF-8 of a
+        # Chinese character.
         return torch.tensor([token[:1] == "\u0120" or "\xe4" <= token[:1] <= "\xe9" for token in tokens])
     if model.get("type") == "Unigram" or '"Metaspace"' in json.dumps(spec["pre_tokenizer"]):
         han = re.compile(f"\u2581|[{_HAN}]")
@@ -157,8 +159,8 @@ def _train_wordpiece(texts: Iterable[str], vocab_size: int, lowercase: bool) -> 
     )
     splitter = pre_tokenizers.BertPreTokenizer()
     words = Counter(word for text in texts for word, _ in splitter.pre_tokenize_str(normalizer.normalize_str(text)))
-    # The trainer numbers the continuation letters in the order of a randomly seeded hash map, and the numbers decide
-    # ties between merges: the same corpus would give another vocabulary each time. Named first, they have fixed places.
+    # The trainer numbers continuation letters in the order of a randomly seeded hash map, and the numbers decide ties between
+    # merges: the same corpus would give another vocabulary each time. Listed first, they have fixed numbers.
     letters = sorted({f"##{letter}" for word in words for letter in word[1:]})
     learner = tokenizers.Tokenizer(models.WordPiece(unk_token="[UNK]"))
     learner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -181,7 +183,7 @@ def _train_wordpiece(texts: Iterable[str], vocab_size: int, lowercase: bool) -> 
 def _train_bpe(texts: Iterable[str], vocab_size: int, lowercase: bool) -> tokenizers.Tokenizer:
     inner = tokenizers.Tokenizer(models.BPE())
     inner.normalizer = normalizers.Sequence([normalizers.NFC(), *([normalizers.Lowercase()] if lowercase else [])])
-    # The prefix space marks the first word of a text like every other word.
+    # The space in front marks the first word of a text as every other word.
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     inner.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(

@@ -1,5 +1,5 @@
-"""Encoded images to pixels. What cannot be read raises a DecodeError that says which record and why; nothing is
-replaced."""
+"""Encoded images to pixels. An image that cannot be read raises a DecodeError with its record and the reason; it is never
+replaced by another."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ class DecodeError(RecordError):
 def decode(record: Record, transform: Transform, *, max_pixels: int = MAX_PIXELS, min_side: int = 2) -> Example:
     """Decodes every image of the record: uint8 [I 3 size size].
 
-    EXIF orientation is applied, transparency laid over white, 16 bits cut to their upper 8, CMYK and palettes are
-    converted, an animation gives its first frame. Boxes in `info` stay in the stored image's pixels.
+    EXIF's orientation is applied, transparency is laid over white, 16 bits are cut to the upper 8, CMYK and palettes are
+    converted, and of an animation the first frame is taken. Boxes in `info` stay in the stored image's pixels.
 
     Raises DecodeError for damaged images, for more than `max_pixels` (read from the header, before anything is
     decoded) and for a side below `min_side`.
@@ -66,8 +66,11 @@ def read_pixels(
     min_side: int = 2,
     upright: bool = True,
 ) -> Tensor:
-    """uint8 [H W 3], writable. With a transform, a JPEG is decoded at the smallest scale that the transform allows.
-    `upright` applies the EXIF orientation.
+    """The pixels of an encoded image, uint8 [H W 3], writable.
+
+    Args:
+        transform: where it is given, a JPEG is decoded at the smallest scale that is enough for it.
+        upright: apply EXIF's orientation.
 
     Raises what the decoders raise; ValueError for an image that is too large or too small.
     """
@@ -86,14 +89,14 @@ def read_pixels(
             pixels = simplejpeg.decode_jpeg(data, "RGB", min_height=least[0], min_width=least[1], min_factor=2)
             return torch.from_numpy(pixels)
         except ValueError:
-            pass  # strict: also raised for harmless oddities, on which Pillow decides
+            pass  # also raised for harmless oddities that Pillow reads
     if jpeg and transform:
         image.draft(None, (least[1], least[0]))
     return opened_pixels(image, upright=upright)
 
 
 def opened_pixels(image: Image.Image, *, upright: bool = True) -> Tensor:
-    """`read_pixels` of an image that Pillow has opened or made."""
+    """The pixels of an image that Pillow has opened or made, as of `read_pixels`."""
     turned = upright and orientation(image) != 1
     return torch.from_numpy(np.array(_rgb(ImageOps.exif_transpose(image) if turned else image)))
 
@@ -105,7 +108,7 @@ def stored_shape(data: bytes) -> StoredShape:
 
 
 def orientation(image: Image.Image) -> int:
-    """EXIF's: 1 is upright."""
+    """EXIF's orientation, 1 to 8; 1 is upright."""
     try:
         return image.getexif().get(ORIENTATION, 1)
     except Exception:  # a good picture with broken EXIF is common on the web

@@ -1,9 +1,9 @@
 """Sharded records: WebDataset-compatible tars with random access, local or through fsspec.
 
-A split is a folder of `00000.tar, 00001.tar, ...`. A record is the run of members that share a key:
-`{key}.jpg|png|webp` (a second image `{key}.1.jpg`), `{key}.npz` with a detector's regions (of a second image
-`{key}.1.npz`), `{key}.json` with the info, and `{key}.txt`, one caption where the info has none. `00000.index.json` beside
-each tar says what is where; it is built when missing or older than its tar.
+A split is a folder of `00000.tar, 00001.tar, ...`. A record is the run of members that share a key: `{key}.jpg|png|webp` (a
+second image `{key}.1.jpg`), `{key}.npz` with a detector's regions (of a second image `{key}.1.npz`), `{key}.json` with the
+info, and `{key}.txt`, one caption where the info has none. `00000.index.json` beside each tar lists its members and their
+places; it is built when it is missing or older than its tar.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _MAGIC = (
 
 
 class RecordError(Exception):
-    """One record cannot be used: training drops and counts it, evaluation refuses."""
+    """A record cannot be used: training drops and counts it, evaluation refuses."""
 
     def __init__(self, key: str, reason: str):
         super().__init__(key, reason)
@@ -56,10 +56,10 @@ class RecordError(Exception):
 
 
 class ShardWriter:
-    """Writes records into `folder/00000.tar, ...`, `per_shard` to a tar. Use as a context manager.
+    """Writes records into `folder/00000.tar, ...`, `per_shard` to a tar. A context manager.
 
-    The tars get their names only when the block ends without an error: a split is there whole or not at all. The same
-    records give the same bytes.
+    The tars get their names when the block ends without an error: a split is written whole or not at all. The same records
+    give the same bytes.
     """
 
     def __init__(self, folder: str | Path, per_shard: int = 1000):
@@ -71,7 +71,7 @@ class ShardWriter:
         self._tar: tarfile.TarFile | None = None
 
     def __enter__(self) -> ShardWriter:
-        with _explained(self.folder):
+        with _explain_write_errors(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
             if any(self.folder.glob("*.tar")):
                 raise UserError(f"{self.folder}: already holds shards; remove them, or choose another split or folder")
@@ -80,19 +80,20 @@ class ShardWriter:
         return self
 
     def write(self, record: Record) -> None:
-        """Raises UserError for a key that a tar cannot hold, for info that is not JSON, and for a full disk."""
-        files = _files(record)
+        """Adds a record. Raises UserError for a key that a tar cannot hold or that another record has, for info that is not
+        JSON, and for a full disk."""
+        members = _members(record)
         if self.count % self.per_shard == 0:
             self._next_tar()
         if record.key in self._keys:
             raise UserError(f"{self.folder}: two records are called {record.key}; give each its own key")
         self._keys.add(record.key)
         assert self._tar is not None
-        with _explained(self._parts[-1]):
-            for name, data in files:
-                member = tarfile.TarInfo(name)
-                member.size = len(data)
-                self._tar.addfile(member, io.BytesIO(data))
+        with _explain_write_errors(self._parts[-1]):
+            for name, data in members:
+                header = tarfile.TarInfo(name)
+                header.size = len(data)
+                self._tar.addfile(header, io.BytesIO(data))
         self.count += 1
 
     def _next_tar(self) -> None:
@@ -100,13 +101,13 @@ class ShardWriter:
         part = self.folder / f"{len(self._parts):05d}.tar.tmp"
         self._parts.append(part)
         self._keys.clear()
-        with _explained(part):
+        with _explain_write_errors(part):
             self._tar = tarfile.open(part, "w", format=tarfile.GNU_FORMAT)  # noqa: SIM115 (closed in _close_tar)
 
     def _close_tar(self) -> None:
         if self._tar is not None:
             tar, self._tar = self._tar, None
-            with _explained(self._parts[-1]):
+            with _explain_write_errors(self._parts[-1]):
                 tar.close()
 
     def __exit__(
@@ -117,7 +118,7 @@ class ShardWriter:
                 return
             self._close_tar()
             for part in self._parts:
-                with _explained(part):
+                with _explain_write_errors(part):
                     part.replace(part.with_suffix(""))
             for part in self._parts:
                 _local_index(part.with_suffix(""))
@@ -143,7 +144,6 @@ class Shards:
         url: a folder of tars, one tar, or an fsspec URL of either.
 
     Attributes:
-        keys: of every readable record.
         damage: what cannot be read of the tars, by name.
 
     Raises UserError where there is no tar or no readable record. Picklable, and safe to use after a fork.
@@ -155,7 +155,7 @@ class Shards:
         self._local = isinstance(fs, LocalFileSystem)
         self._tars = _find_tars(fs, root)
         if not self._tars:
-            raise UserError(f"{self.url}: no shards (*.tar) here; {_remedy(self.url, fs, root)}")
+            raise UserError(f"{self.url}: no shards (*.tar) here; {_where_shards_are(self.url, fs, root)}")
         if self._local:
             self._indexes = [_local_index(Path(tar)) for tar in self._tars]
         else:
@@ -175,6 +175,7 @@ class Shards:
 
     @property
     def keys(self) -> list[str]:
+        """The keys of all readable records."""
         return [key for index in self._indexes for key in index.keys]
 
     def key(self, i: int) -> str:
@@ -182,7 +183,7 @@ class Shards:
         return index.keys[r]
 
     def read(self, i: int) -> Record:
-        """Raises RecordError where the record has no image, or its text is not UTF-8 or not JSON."""
+        """Record i. Raises RecordError where it has no image, or its text is not UTF-8 or not JSON."""
         return Record(key=self.key(i), images=self.images(i), info=self.info(i), detected=self.detected(i))
 
     def images(self, i: int) -> tuple[bytes, ...]:
@@ -194,12 +195,12 @@ class Shards:
         return images
 
     def detected(self, i: int) -> tuple[bytes, ...]:
-        """The npz of each of the record's images, without reading those; empty where there are none."""
+        """The npz with a detector's regions of each image; empty where there are none. The images are not read."""
         tar, index, r = self._place(i)
         return tuple(self._bytes(tar, at, n) for kind, at, n in index.members(r) if kind == "npz")
 
     def info(self, i: int) -> dict[str, Any]:
-        """The record's JSON, without reading its images. Raises RecordError as `read` does."""
+        """The record's JSON; its images are not read. Raises RecordError as `read` does."""
         tar, index, r = self._place(i)
         info: dict[str, Any] = {}
         caption = None
@@ -238,7 +239,7 @@ class Shards:
         if fd is not None:
             return os.pread(fd, length, offset)
         fd = os.open(tar, os.O_RDONLY)
-        # A file once kept is never closed before `self` is, so that another thread cannot be reading from it then.
+        # A file that is kept open is closed only with `self`: another thread may be reading from it.
         if len(self._files) < _OPEN_FILES and self._files.setdefault(tar, fd) == fd:
             return os.pread(fd, length, offset)
         try:
@@ -261,8 +262,8 @@ class Shards:
 
 
 @contextlib.contextmanager
-def _explained(path: Path) -> Iterator[None]:
-    """Turns an OSError of writing into a UserError that names the path and the remedy."""
+def _explain_write_errors(path: Path) -> Iterator[None]:
+    """Turns an OSError of writing into a UserError with the path and what to do."""
     try:
         yield
     except OSError as error:
@@ -272,7 +273,8 @@ def _explained(path: Path) -> Iterator[None]:
         ) from error
 
 
-def _files(record: Record) -> list[tuple[str, bytes]]:
+def _members(record: Record) -> list[tuple[str, bytes]]:
+    """Names and contents of the members of a tar that hold the record."""
     key = record.key
     if not key or "." in key or key.strip("/") != key or any(ord(c) < 32 for c in key):
         raise UserError(f"record key {key!r}: a key must be non-empty, without dots and control characters; rename it")
@@ -311,8 +313,8 @@ def _parse(data: bytes, key: str) -> dict[str, Any]:
     return info
 
 
-def _remedy(url: str, fs: Any, root: str) -> str:
-    """Where a folder of splits was given for one of them, which they are."""
+def _where_shards_are(url: str, fs: Any, root: str) -> str:
+    """What to do where there are no shards: give one of the splits inside the folder, or make shards."""
     inside = fs.ls(root, detail=False) if fs.isdir(root) else []
     splits = sorted(Path(place).name for place in inside if fs.isdir(place) and _find_tars(fs, place))
     if splits:
@@ -348,7 +350,7 @@ def _local_index(tar: Path) -> TarIndex:
     try:
         write_whole(path, index.to_json())
     except UserError:
-        return index  # a folder that is read-only or full: the index is built again next time
+        return index  # the folder is read-only or full: the index is built again next time
     return index
 
 

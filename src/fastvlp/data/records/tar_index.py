@@ -1,4 +1,4 @@
-"""What a tar holds and where: read from its headers once, kept in a small file beside it."""
+"""The index of a tar, its members and their places: read from its headers once, kept in a small file beside it."""
 
 from __future__ import annotations
 
@@ -20,23 +20,32 @@ _DETECTED = re.compile(r"(?:(\d+)\.)?npz")
 
 @dataclass(frozen=True, kw_only=True)
 class TarIndex:
-    """R records of M members. Record r owns members `first[r]` to `first[r + 1]`: its images in order, then its text, then its
-    regions.
+    """R records with M members in all.
 
-    Flat arrays, because millions of small objects would cost gigabytes and be copied page by page in loader workers.
+    Flat arrays, because millions of small objects would take gigabytes and be copied page by page in loader workers.
+
+    Attributes:
+        size: bytes of the tar.
+        mtime_ns: when it was last changed.
+        keys: of the records.
+        first: int64 [R + 1]. Record r has the members from first[r] to first[r + 1]: images in order, texts, regions.
+        kind: uint8 [M], places in KINDS.
+        offset: int64 [M], bytes before the member's content.
+        length: int64 [M], bytes of the content.
+        damage: what cannot be read of the tar.
     """
 
-    size: int  # of the tar, bytes
+    size: int
     mtime_ns: int
     keys: list[str]
-    first: np.ndarray  # int64 [R + 1]
-    kind: np.ndarray  # uint8 [M], of KINDS
-    offset: np.ndarray  # int64 [M], bytes
-    length: np.ndarray  # int64 [M], bytes
+    first: np.ndarray
+    kind: np.ndarray
+    offset: np.ndarray
+    length: np.ndarray
     damage: list[Dropped]
 
     def members(self, r: int) -> Iterator[tuple[str, int, int]]:
-        """Yields (kind, offset, length)."""
+        """Yields (kind, offset, length) of each member of record r."""
         for m in range(int(self.first[r]), int(self.first[r + 1])):
             yield KINDS[self.kind[m]], int(self.offset[m]), int(self.length[m])
 
@@ -50,7 +59,7 @@ class TarIndex:
 
     @classmethod
     def from_json(cls, data: bytes) -> TarIndex | None:
-        """None where the file is not an index of this version, whatever else it is."""
+        """The index in a file; None where it is not one of this version."""
         try:
             fields = json.loads(data)
             if fields.pop("version") != _VERSION:
@@ -68,7 +77,7 @@ KINDS = ("image", "json", "txt", "npz")
 
 
 def scan(file: IO[bytes], name: str, size: int, mtime_ns: int) -> TarIndex:
-    """Reads the headers of a tar of `size` bytes. What is damaged is left out and listed under `damage`."""
+    """Indexes a tar of `size` bytes by reading its headers. Damaged parts are left out and listed under `damage`."""
     damage: list[Dropped] = []
     keys: list[str] = []
     first: list[int] = [0]
@@ -92,7 +101,7 @@ def scan(file: IO[bytes], name: str, size: int, mtime_ns: int) -> TarIndex:
                 close(current, members)
             current, members = key, []
         members.append((*sort, member.offset_data, member.size))
-    # The cut may have taken the rest of the last record, which then would pass for a record without text.
+    # A cut may have taken members of the last record, which then would pass for a record without text.
     if current is not None:
         if damage:
             damage.append(Dropped(key=current, reason=f"{name} is damaged behind this record, which may be incomplete"))
@@ -112,22 +121,23 @@ def scan(file: IO[bytes], name: str, size: int, mtime_ns: int) -> TarIndex:
 
 
 def split_name(name: str) -> tuple[str, str]:
-    """WebDataset's rule: the key ends at the first dot of the base name; a leading ./ is noise."""
+    """Key and suffix of a member by WebDataset's rule: the key ends at the first dot of the base name. A leading ./ is
+    dropped."""
     folder, _, base = name.removeprefix("./").rpartition("/")
     stem, _, suffix = base.partition(".")
     return (f"{folder}/{stem}" if folder else stem), suffix.lower()
 
 
 def _kind(suffix: str) -> tuple[int, int] | None:
-    """(place in KINDS, number of the image), None for a member that nobody reads."""
+    """(place in KINDS, number of the image) by a member's suffix; None for a member that is not used."""
     for kind, pattern in (("image", _IMAGE), ("npz", _DETECTED)):
-        if found := pattern.fullmatch(suffix):
-            return KINDS.index(kind), int(found[1] or 0)
+        if match := pattern.fullmatch(suffix):
+            return KINDS.index(kind), int(match[1] or 0)
     return (KINDS.index(suffix), 0) if suffix in ("json", "txt") else None
 
 
 def _members(file: IO[bytes], name: str, size: int, damage: list[Dropped]) -> Iterator[tarfile.TarInfo]:
-    """The tar's plain files, up to its end or its first damage."""
+    """Yields the tar's plain files, up to its end or its first damage, which is added to `damage`."""
 
     def note(reason: str) -> None:
         damage.append(Dropped(key=name, reason=reason))

@@ -1,4 +1,4 @@
-"""Pixels of any size to the model's square. Everything stays uint8: it is normalised on the device."""
+"""Images of any size to the model's square. Pixels stay uint8; they are normalised on the device."""
 
 from __future__ import annotations
 
@@ -19,11 +19,13 @@ Fit = Literal["crop", "squash", "letterbox"]
 
 @dataclass(frozen=True, kw_only=True)
 class Transform:
-    """uint8 [H W 3] to uint8 [3 size size], by antialiased bicubic resampling.
+    """Resamples an image, uint8 [H W 3], to uint8 [3 size size] (bicubic, antialiased).
 
-    size: pixels of a side.
-    mode: `crop` keeps the shape and the central square (CLIP's); `squash` keeps everything and changes the shape;
-        `letterbox` keeps both and fills the rest of the square with `fill`.
+    Attributes:
+        size: pixels of a side.
+        mode: `crop` takes the central square (as CLIP); `squash` takes the whole image and changes its shape; `letterbox`
+            takes the whole image in its shape and fills the rest of the square.
+        fill: grey level of the rest.
     """
 
     size: int
@@ -32,12 +34,12 @@ class Transform:
 
     def __post_init__(self) -> None:
         if self.size < 1:
-            raise UserError(f"transform size {self.size}: must be at least 1 pixel")
+            raise UserError(f"`size` {self.size}: must be at least 1 pixel")
         if self.mode not in ("crop", "squash", "letterbox"):
-            raise UserError(f"transform mode {self.mode!r}: choose crop, squash or letterbox")
+            raise UserError(f"`mode` {self.mode!r}: choose crop, squash or letterbox")
 
     def least(self, height: int, width: int) -> tuple[int, int]:
-        """The smallest (height, width) to which a decoder may scale the image without making it too small for this."""
+        """The smallest (height, width) to which a decoder may scale an image of this size without making it too small."""
         if self.mode == "letterbox":
             return (self.size, 1) if height >= width else (1, self.size)
         return self.size, self.size
@@ -54,15 +56,15 @@ class Transform:
         return square
 
     def boxes(self, box_R4: Tensor, height: int, width: int) -> Tensor:
-        """x0 y0 x1 y1 in pixels of an image of that size, to fractions of the square: below 0 or above 1 where a box
-        reaches beyond what the square shows. A JPEG decoded at a smaller scale lies within a pixel of this."""
+        """Boxes x0 y0 x1 y1 in pixels of an image of this size as fractions of the square; below 0 or above 1 where a box
+        reaches beyond the square. For a JPEG decoded at a smaller scale they are right to a pixel."""
         (x, y, w, h), (to_x, to_y, to_w, to_h) = self._moves(height, width)
         along, down = to_w / w, to_h / h
         shift_4 = torch.tensor([to_x - x * along, to_y - y * down] * 2)
         return (box_R4 * torch.tensor([along, down] * 2) + shift_4) / self.size
 
     def _moves(self, height: int, width: int) -> tuple[Rectangle, Rectangle]:
-        """The part of an image that is shown, and where in the square."""
+        """The part of an image that is shown, and its place in the square."""
         if self.mode == "crop":
             side = min(height, width)
             return ((width - side) // 2, (height - side) // 2, side, side), (0, 0, self.size, self.size)
