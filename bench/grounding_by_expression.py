@@ -34,7 +34,8 @@ from fastvlp.tasks.heads import image_states, target_of
 from fastvlp.tasks.items import batches_in_order
 from fastvlp.tasks.task_evaluation import load_task
 
-KINDS = {
+# What an expression says, by the first pattern that is found in it.
+PATTERNS = {
     "relation": r"(left|right) of|above|below|under|over|beside|higher|lower|next",
     "place": r"left|right|top|bottom|middle|cent",
     "size": r"big|small|medium|large|tiny|little|huge",
@@ -45,11 +46,13 @@ KINDS = {
 @dataclass(frozen=True, kw_only=True)
 class Options:
     runs: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
+    """Folders of runs over regions; with `data`, fine-tuned on grounding."""
     data: str | None = None
+    """A split: expressions for the runs, or rationales where no run is given."""
 
 
 def spread(model: VLModel) -> tuple[float, float]:
-    """Of what the norm lets through of boxes: what all share, squared, and what differs."""
+    """Squared mean and variance of the embedded boxes, after their norm: what all boxes share, and how they differ."""
     draw = torch.Generator().manual_seed(0)
     low, size = torch.rand(2000, 2, generator=draw) * 0.75, 0.08 + torch.rand(2000, 2, generator=draw) * 0.2
     assert model.single is not None
@@ -60,7 +63,7 @@ def spread(model: VLModel) -> tuple[float, float]:
 
 
 def grounded(run: str, data: str) -> dict[str, list[bool]]:
-    """Whether each expression's region is found, by kind."""
+    """Whether the model finds the region of each expression of the split `data`, by what the expression says."""
     tuned = load_task(run)
     tuned = tuned._replace(data=replace(tuned.data, test=data))
     model, objective, items = tuned.saved.model, tuned.objective, tuned.items("test")
@@ -70,32 +73,32 @@ def grounded(run: str, data: str) -> dict[str, list[bool]]:
             scores, regions = objective.scores(model, image_states(model, batch), batch), require_regions(batch.regions)
             fits = (overlap(regions.box, target_of(batch)[:, None]) > RIGHT_OVERLAP) & regions.mask
             hits += fits.gather(1, scores.argmax(1, keepdim=True))[:, 0].tolist()
-    found: dict[str, list[bool]] = defaultdict(list)
+    by_pattern: dict[str, list[bool]] = defaultdict(list)
     for item, hit in zip(items.items, hits, strict=True):
-        found[next(kind for kind, words in KINDS.items() if re.search(words, item.text))].append(hit)
-    return found
+        by_pattern[next(name for name, words in PATTERNS.items() if re.search(words, item.text))].append(hit)
+    return by_pattern
 
 
-def blind(data: str) -> Iterator[float]:
-    """Of each question how likely a choice is right among the rationales that name the right answer first."""
+def chances_by_words(data: str) -> Iterator[float]:
+    """For each question, the chance that a random one of the rationales that name the right answer first is the right one."""
     shards = Shards(data)
     for i in range(len(shards)):
-        for told in shards.info(i).get("choices", []):
-            answer, texts = told["answers"][told["right"]], told["rationales"]
+        for choice in shards.info(i).get("choices", []):
+            answer, texts = choice["answers"][choice["right"]], choice["rationales"]
             naming = [k for k, text in enumerate(texts) if answer in text.split(" is ")[0]]
-            yield (told["right_rationale"] in naming) / len(naming or texts)
+            yield (choice["right_rationale"] in naming) / len(naming or texts)
 
 
 def main(o: Options) -> None:
     for run in o.runs:
-        print(f"{run}: place vectors: mean^2 {{:.2f}}, variance {{:.2f}}".format(*spread(load_model(run).model)))
+        print(f"{run}: embedded boxes: squared mean {{:.2f}}, variance {{:.2f}}".format(*spread(load_model(run).model)))
         if o.data:
             parts = grounded(run, o.data).items()
-            print(f"{run}: " + ", ".join(f"{kind} {100 * mean(hits):.1f} % of {len(hits)}" for kind, hits in parts))
+            print(f"{run}: " + ", ".join(f"{name} {100 * mean(hits):.1f} % of {len(hits)}" for name, hits in parts))
     if o.data and not o.runs:
-        chances = [*blind(o.data)]
+        chances = [*chances_by_words(o.data)]
         print(f"{o.data}: a rationale chosen by words alone: {100 * mean(chances):.1f} % of {len(chances)}")
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options))
+    main(tyro.cli(Options, description=__doc__))

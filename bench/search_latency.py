@@ -1,16 +1,22 @@
-"""Searching many vectors: recall, latency, build time and memory of each way to do it.
+"""Measure recall, latency, build time and memory of each way to search many vectors.
 
-    python bench/search_latency.py                                # 100,000 made vectors of 256 numbers
-    python bench/search_latency.py --vectors 1000000 --limit engine 300000 faiss 500000    # these on the first so many alone
-    python bench/search_latency.py --embedded photos/vectors      # of `vlp embed`: images are searched by their captions
+    python bench/search_latency.py                                # 100,000 random vectors of width 256
+    python bench/search_latency.py --vectors 1000000 --limit engine 300000 faiss 500000    # these arms on fewer vectors
+    python bench/search_latency.py --embedded photos/vectors      # vectors of `vlp embed`: captions search for images
 
-Arms: exact (a matrix product), chroma (the embedded engine called directly), ours (the same through our layer: their
-queries take turns), http (the service, asked by text over a connection that stays open; in turns with it model, the
-vector of that text alone, and search, our index by that vector), hash (codes as a prefilter, scored exactly), and faiss's
-HNSW where it is installed, as a yardstick. Each is built in a process of its own, whose growth is its memory; queries come
-one at a time. Made vectors have clusters in few of their dimensions and lie in a narrow cone, queries in another, as images
-and texts do. The model behind http has random weights: its recall is of queries that no item is near to, and says little.
-Results are appended to bench/results/search_latency.jsonl.
+Arms:
+- exact: a matrix product;
+- chroma: the embedded engine, called directly, and ours: the same through this library. Their queries take turns;
+- http: the service, asked by text over a connection that stays open; in turns with it, model: the vector of that text alone,
+  and search: this library's index by that vector;
+- hash: codes as a prefilter, whose candidates are scored exactly;
+- faiss: its HNSW, where it is installed, for reference.
+
+Each arm is built in a process of its own; the growth of that process is the arm's memory. Queries come one at a time. The
+random vectors have clusters in few of their dimensions and lie in a narrow cone, queries in another one, as images and texts
+do. The model behind http has random weights, so that its recall is about queries that no item is near to, and means little.
+The first command takes about five minutes on one core, the second an hour. Rows are appended to
+bench/results/search_latency.jsonl.
 """
 
 from __future__ import annotations
@@ -28,8 +34,8 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import tyro
-from random_service import made_export, made_texts, serving
-from records import stamp
+from random_service import export_random_model, random_texts, serving
+from records import RESULTS, append, stamp
 from rich.console import Console
 from rich.table import Table
 
@@ -39,7 +45,7 @@ from fastvlp.search.embedder import Embedder, fingerprint
 from fastvlp.search.engines.interface import IndexEngine, Stamp, open_index
 from fastvlp.search.hashing import HashSearch, learned_projection, random_projection
 
-RESULTS = Path(__file__).parent / "results" / "search_latency.jsonl"
+OUT = RESULTS / "search_latency.jsonl"
 K = 10
 CPU, TEXTS = "fastvlp_cpu_seconds_total", 'fastvlp_batch_wait_seconds_{}{{kind="texts"}}'
 ARMS = ("exact", "engine", "http", "hash_random", "hash_learned", "faiss")
@@ -48,26 +54,35 @@ Arm = Literal["exact", "engine", "http", "hash_random", "hash_learned", "faiss"]
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """vectors, width, queries: of the made data. embedded: a folder of `vlp embed` instead. bits, candidates: of hash
-    codes. batch: vectors of one addition. The arm engine times chroma and ours. limit: of an arm, vectors where it gets the
-    first so many alone, as its rows then say; http searches what engine built."""
-
     vectors: int = 100_000
+    """Random vectors."""
     width: int = 256
+    """Width of the random vectors."""
     queries: int = 500
+    """Queries."""
     embedded: Path | None = None
+    """Folder that `vlp embed` wrote, whose vectors are used instead of random ones."""
     bits: int = 256
+    """Bits of a hash code."""
     candidates: int = 1000
+    """Candidates by hash code that are scored exactly."""
     batch: int = 2000
+    """Vectors that are added to an index at once."""
     arms: tuple[Arm, ...] = ARMS
+    """What to measure; `engine` measures both chroma and ours."""
     limit: dict[Arm, int] = field(default_factory=dict)
+    """Give an arm only the first so many vectors. http searches what engine has built."""
     threads: int = 1
-    out: Path = RESULTS
+    """CPU threads."""
+    out: Path = OUT
+    """File that rows are appended to."""
 
 
 class Data:
-    """Vectors and queries in files, which every arm's process opens without a copy in its memory. others: queries that are
-    not asked, for their mean. texts: to ask a model by; the queries' own where there is a model to them."""
+    """Vectors and queries in files, which the process of each arm opens without copying them into its memory.
+
+    others: further queries, of which only the mean is used. texts: queries for a model, those of `queries` where the vectors
+    come from a model."""
 
     def __init__(self, folder: Path, limit: int | None = None):
         self.folder = folder
@@ -77,7 +92,8 @@ class Data:
         self.others = np.load(folder / "others.npy")
 
 
-def made(number: int, width: int, seed: int, kind: Literal["image", "text"]) -> np.ndarray:
+def random_vectors(number: int, width: int, seed: int, kind: Literal["image", "text"]) -> np.ndarray:
+    """Unit vectors [number width] in 1,000 clusters that both kinds share; each kind lies in a cone of its own."""
     world, draw = np.random.default_rng(0), np.random.default_rng(seed)
     latent = min(48, width)
     axes = world.normal(size=(latent, width)) / np.sqrt(np.arange(1, latent + 1))[:, None]
@@ -99,31 +115,37 @@ def made(number: int, width: int, seed: int, kind: Literal["image", "text"]) -> 
 
 def prepare(o: Options, folder: Path) -> Data:
     if o.embedded is None:
-        vectors, texts = made(o.vectors, o.width, 1, "image"), made(2 * o.queries, o.width, 2, "text")
-        said = made_texts(o.queries, 3)
+        vectors, queries = (
+            random_vectors(o.vectors, o.width, 1, "image"),
+            random_vectors(2 * o.queries, o.width, 2, "text"),
+        )
+        texts = random_texts(o.queries, 3)
     else:
         parts = [read_part(path) for path in open_embedded(o.embedded).parts]
-        vectors, texts = (np.concatenate([getattr(part, name) for part in parts]) for name in ("image", "text"))
-        if not len(texts):
+        vectors, queries = (np.concatenate([getattr(part, name) for part in parts]) for name in ("image", "text"))
+        if not len(queries):
             raise UserError(f"{o.embedded}: has no texts to search by; embed records with captions")
-        order = np.random.default_rng(0).permutation(len(texts))
-        all_said = [text for part in parts for text in part.captions]
-        texts, said = texts[order], [all_said[i] for i in order[: o.queries]]
-    (folder / "texts.json").write_text(json.dumps(said))
-    made_export(folder, said, vectors.shape[1])
+        order = np.random.default_rng(0).permutation(len(queries))
+        captions = [text for part in parts for text in part.captions]
+        queries, texts = queries[order], [captions[i] for i in order[: o.queries]]
+    (folder / "texts.json").write_text(json.dumps(texts))
+    export_random_model(folder, texts, vectors.shape[1])
     np.save(folder / "vectors.npy", vectors)
-    np.save(folder / "queries.npy", texts[: o.queries])
-    np.save(folder / "others.npy", texts[o.queries : 2 * o.queries])
+    np.save(folder / "queries.npy", queries[: o.queries])
+    np.save(folder / "others.npy", queries[o.queries : 2 * o.queries])
     return Data(folder)
 
 
 def resident() -> int:
+    """Bytes of memory that this process uses."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def timed(searches: dict[str, Callable[[Any], list[int]]], queries: Sequence[Any] | np.ndarray) -> dict[str, dict]:
-    """Each query in turn by each search, which take turns in being first, after the first tenth to warm up. over_first: of
-    the first search, the median of each query's ratios in CPU time, which a busy machine does not stretch."""
+    """Runs each query by each search, after a warm-up with a tenth of the queries; which search is first alternates.
+
+    over_first: the median over queries of the CPU time divided by that of the first search, which does not depend on what
+    else the machine does."""
     names = list(searches)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     cpu: dict[str, list[float]] = {name: [] for name in names}
@@ -134,10 +156,10 @@ def timed(searches: dict[str, Callable[[Any], list[int]]], queries: Sequence[Any
     for q, query in enumerate(queries):
         for name in names[q % len(names) :] + names[: q % len(names)]:
             began, worked = time.perf_counter(), time.process_time()
-            found = searches[name](query)
+            result = searches[name](query)
             cpu[name].append(time.process_time() - worked)
             seconds[name].append(time.perf_counter() - began)
-            places[name].append(found)
+            places[name].append(result)
     return {
         name: {
             "p50_ms": float(np.percentile(seconds[name], 50)) * 1e3,
@@ -153,20 +175,20 @@ def timed(searches: dict[str, Callable[[Any], list[int]]], queries: Sequence[Any
 def exact(o: Options, data: Data) -> dict[str, dict]:
     before, began = resident(), time.perf_counter()
     vectors = np.array(data.vectors)
-    built, grown = time.perf_counter() - began, resident() - before
+    build_s, memory = time.perf_counter() - began, resident() - before
 
     def search(query: np.ndarray) -> list[int]:
         score = vectors @ query
         best = np.argpartition(-score, K)[:K]
         return best[np.argsort(-score[best])].tolist()
 
-    found = timed({"exact": search}, data.queries)
-    return {"exact": found["exact"] | {"build_s": built, "memory_bytes": grown, "kept_bytes": vectors.nbytes}}
+    rows = timed({"exact": search}, data.queries)
+    return {"exact": rows["exact"] | {"build_s": build_s, "memory_bytes": memory, "kept_bytes": vectors.nbytes}}
 
 
 def additions(arm: str, o: Options, data: Data) -> Iterator[tuple[np.ndarray, list[str]]]:
-    """The vectors and ids of each addition; how far the build is, now and then. A graph grows slower the larger it is: of
-    the rest it says the least."""
+    """Yields the vectors and ids of each addition, and prints the progress. A graph grows more slowly the larger it is, so
+    that the time left is printed as a lower bound."""
     count, began, worked = len(data.vectors), time.perf_counter(), time.process_time()
     every = max(10_000, count // 20)
     for first in range(0, count, o.batch):
@@ -184,8 +206,8 @@ def infos(ids: Sequence[str]) -> list[dict[str, str]]:
     return [{"caption": f"caption {id}", "source": "made"} for id in ids]
 
 
-def ours(data: Data) -> IndexEngine:
-    """An index that the service will open: it says that its vectors are of the export."""
+def our_index(data: Data) -> IndexEngine:
+    """An index that the service accepts: its stamp names the export."""
     width = data.vectors.shape[1]
     return open_index(
         str(data.folder / "ours"), Stamp(fingerprint=fingerprint(data.folder / "export"), width=width), create=True
@@ -193,7 +215,7 @@ def ours(data: Data) -> IndexEngine:
 
 
 def engine(o: Options, data: Data) -> dict[str, dict]:
-    """Chroma directly, and our layer over it, each over a folder of its own, with the same graph."""
+    """Chroma called directly, and through this library, each on a folder of its own, with the same graph settings."""
     import chromadb
     from chromadb.config import Settings
 
@@ -202,8 +224,8 @@ def engine(o: Options, data: Data) -> dict[str, dict]:
     quiet = Settings(anonymized_telemetry=False)
     client = chromadb.PersistentClient(str(data.folder / "chroma"), settings=quiet)
     collection = client.create_collection("items", embedding_function=None, configuration={"hnsw": GRAPH})
-    index = ours(data)
-    built, grown = {"chroma": 0.0, "ours": 0.0}, {"chroma": 0, "ours": 0}
+    index = our_index(data)
+    build_s, memory = {"chroma": 0.0, "ours": 0.0}, {"chroma": 0, "ours": 0}
     for turn, (rows, ids) in enumerate(additions("chroma and ours", o, data)):
         for name in ("chroma", "ours") if turn % 2 else ("ours", "chroma"):
             before, began = resident(), time.perf_counter()
@@ -211,37 +233,39 @@ def engine(o: Options, data: Data) -> dict[str, dict]:
                 collection.upsert(ids=ids, embeddings=rows, metadatas=infos(ids))
             else:
                 index.add(ids, rows, infos(ids))
-            built[name] += time.perf_counter() - began
-            grown[name] += resident() - before
+            build_s[name] += time.perf_counter() - began
+            memory[name] += resident() - before
 
     def direct(query: np.ndarray) -> list[int]:
-        told = collection.query(query_embeddings=query[None], n_results=K, include=["metadatas", "distances"])
-        return [int(id) for id in told["ids"][0]]
+        result = collection.query(query_embeddings=query[None], n_results=K, include=["metadatas", "distances"])
+        return [int(id) for id in result["ids"][0]]
 
     def layered(query: np.ndarray) -> list[int]:
         return [int(hit.id) for hit in index.search(query[None], K)[0]]
 
-    found = timed({"chroma": direct, "ours": layered}, data.queries)
+    rows = timed({"chroma": direct, "ours": layered}, data.queries)
     index.close()
-    return {name: row | {"build_s": built[name], "memory_bytes": grown[name]} for name, row in found.items()}
+    return {name: row | {"build_s": build_s[name], "memory_bytes": memory[name]} for name, row in rows.items()}
 
 
 def http(o: Options, data: Data) -> dict[str, dict]:
-    """Of http, over_model_ms: its median above that of the model alone; waited_ms: mean time in which a text waited for
+    """The service, the model alone and the index alone.
+
+    In the row of http, over_model_ms is its median latency less the model's, waited_ms the mean time that a text waited for
     others to share its batch; cpu_ms (a mean) and memory are the service's."""
     torch.set_num_threads(o.threads)
-    embedder, index = Embedder.load(data.folder / "export", "cpu"), ours(data)
-    if index.count() == 0:  # else the arm engine has filled it
+    embedder, index = Embedder.load(data.folder / "export", "cpu"), our_index(data)
+    if index.count() == 0:  # otherwise the arm engine has filled it
         for rows, ids in additions("http", o, data):
             index.add(ids, rows, infos(ids))
-    asked = embedder.texts(data.texts)
-    vector = dict(zip(data.texts, asked))
+    queries = embedder.texts(data.texts)
+    vector = dict(zip(data.texts, queries))
 
     with serving(data.folder / "export", data.folder / "ours", o.threads) as client:
 
         def request(text: str) -> list[int]:
-            answer = json.loads(client.ask("/v1/search", {"text": text, "limit": K}))
-            return [int(hit["id"]) for hit in answer["results"]]
+            response = json.loads(client.request("/v1/search", {"text": text, "limit": K}))
+            return [int(hit["id"]) for hit in response["results"]]
 
         def model(text: str) -> list[int]:
             embedder.texts([text])
@@ -251,27 +275,27 @@ def http(o: Options, data: Data) -> dict[str, dict]:
             return [int(hit.id) for hit in index.search(vector[text][None], K)[0]]
 
         request(data.texts[0])  # the service loads its graph with the first search
-        before = client.measured()
-        found = timed({"http": request, "model": model, "search": search}, data.texts)
-        after = client.measured()
+        before = client.metrics()
+        rows = timed({"http": request, "model": model, "search": search}, data.texts)
+        after = client.metrics()
     index.close()
-    for row in found.values():
-        del row["over_first"]  # of CPU times, and most of a request's is not this process's
+    for row in rows.values():
+        del row["over_first"]  # of CPU time in this process, and most of a request's is in the service
     requests = after[TEXTS.format("count")] - before[TEXTS.format("count")]
     each = {name: 1e3 * (after[name] - before[name]) / requests for name in (CPU, TEXTS.format("sum"))}
-    own = found["http"]["p50_ms"] - found["model"]["p50_ms"]
-    found["http"] |= {
+    own = rows["http"]["p50_ms"] - rows["model"]["p50_ms"]
+    rows["http"] |= {
         "over_model_ms": own,
-        "over_model_and_search_ms": own - found["search"]["p50_ms"],
+        "over_model_and_search_ms": own - rows["search"]["p50_ms"],
         "cpu_ms": each[CPU],
         "waited_ms": each[TEXTS.format("sum")],
         "memory_bytes": after["fastvlp_resident_memory_bytes"],
     }
-    return {name: row | {"asked": asked} for name, row in found.items()}
+    return {name: row | {"queries_used": queries} for name, row in rows.items()}
 
 
 def hashed(o: Options, data: Data, kind: Literal["random", "learned"]) -> dict[str, dict]:
-    """Vectors stay in the file."""
+    """Hash codes in memory; the vectors stay in the file."""
     before, began = resident(), time.perf_counter()
     vectors, width = data.vectors, data.vectors.shape[1]
     if kind == "random":
@@ -279,12 +303,12 @@ def hashed(o: Options, data: Data, kind: Literal["random", "learned"]) -> dict[s
     else:
         projection = learned_projection(vectors[:: max(1, len(vectors) // 20_000)], o.bits, rounds=20)
     index, mean = HashSearch(vectors, projection), data.others.mean(0) if len(data.others) else None
-    built, grown = time.perf_counter() - began, resident() - before
-    found = timed(
+    build_s, memory = time.perf_counter() - began, resident() - before
+    rows = timed(
         {"hash": lambda query: index.search(query[None], K, o.candidates, mean_E=mean)[0][0].tolist()}, data.queries
     )
-    told = {"build_s": built, "memory_bytes": grown, "kept_bytes": index.code_WN.nbytes}
-    return {f"hash_{kind}": found["hash"] | told | {"floats_over_kept": vectors.nbytes / index.code_WN.nbytes}}
+    sizes = {"build_s": build_s, "memory_bytes": memory, "kept_bytes": index.code_WN.nbytes}
+    return {f"hash_{kind}": rows["hash"] | sizes | {"floats_over_kept": vectors.nbytes / index.code_WN.nbytes}}
 
 
 def faiss_hnsw(o: Options, data: Data) -> dict[str, dict]:
@@ -298,9 +322,9 @@ def faiss_hnsw(o: Options, data: Data) -> dict[str, dict]:
     index.hnsw.efConstruction, index.hnsw.efSearch = 128, 128
     for rows, _ in additions("faiss", o, data):
         index.add(rows)
-    built, grown = time.perf_counter() - began, resident() - before
-    found = timed({"faiss": lambda query: index.search(query[None], K)[1][0].tolist()}, data.queries)
-    return {"faiss": found["faiss"] | {"build_s": built, "memory_bytes": grown}}
+    build_s, memory = time.perf_counter() - began, resident() - before
+    rows = timed({"faiss": lambda query: index.search(query[None], K)[1][0].tolist()}, data.queries)
+    return {"faiss": rows["faiss"] | {"build_s": build_s, "memory_bytes": memory}}
 
 
 def run_arm(o: Options, arm: Arm, data: Data) -> dict[str, dict]:
@@ -332,27 +356,28 @@ def in_own_process(o: Options, arm: Arm, folder: Path) -> dict[str, dict]:
     child.start()
     while True:
         try:
-            found = results.get(timeout=1)
+            rows = results.get(timeout=1)
             break
         except multiprocessing.queues.Empty:
             if child.exitcode is not None:
                 raise SystemExit(f"arm {arm} ended with {child.exitcode}") from None
     child.join()
-    return found
+    return rows
 
 
-def best(queries_QE: np.ndarray, vectors: np.ndarray) -> list[set[int]]:
+def nearest(queries_QE: np.ndarray, vectors: np.ndarray) -> list[set[int]]:
+    """The K items that are truly nearest to each query."""
     parts = (queries_QE[first : first + 20] @ vectors.T for first in range(0, len(queries_QE), 20))
     return [{*row.tolist()} for score_QN in parts for row in np.argpartition(-score_QN, K, axis=1)[:, :K]]
 
 
-def scored(row: dict, data: Data, vectors: np.ndarray) -> dict:
-    """The row with its recall among these vectors, where it found any."""
-    places, asked = row.pop("places"), row.pop("asked", data.queries)
+def with_recall(row: dict, data: Data, vectors: np.ndarray) -> dict:
+    """The row with its recall among these vectors, where it searches."""
+    places, queries = row.pop("places"), row.pop("queries_used", data.queries)
     size = {"vectors": len(vectors), "width": vectors.shape[1], "queries": len(places)}
     if not any(places):
         return row | size
-    shares = [len({*one} & right) / K for one, right in zip(places, best(asked, vectors))]
+    shares = [len({*one} & right) / K for one, right in zip(places, nearest(queries, vectors))]
     return {"recall@10": float(np.mean(shares))} | row | size
 
 
@@ -364,15 +389,12 @@ def main(o: Options) -> None:
         data = prepare(o, Path(folder))
         for arm in sorted(o.arms, key=ARMS.index):
             for name, row in in_own_process(o, arm, Path(folder)).items():
-                rows.append({"arm": name} | scored(row, data, data.vectors[: limit(o, arm)]))
+                rows.append({"arm": name} | with_recall(row, data, data.vectors[: limit(o, arm)]))
         show(rows, f"{len(data.vectors):,} x {data.vectors.shape[1]}, {len(data.queries)} queries one at a time")
-    told = {
+    options = {
         name: str(value) if isinstance(value, Path) else value for name, value in asdict(o).items() if name != "out"
     }
-    o.out.parent.mkdir(parents=True, exist_ok=True)
-    with o.out.open("a", encoding="utf-8") as file:
-        for row in rows:
-            file.write(json.dumps(stamp("cpu", "search_latency.py") | told | row) + "\n")
+    append(o.out, [stamp("cpu", "search_latency.py") | options | row for row in rows])
 
 
 def show(rows: list[dict], title: str) -> None:
@@ -383,7 +405,7 @@ def show(rows: list[dict], title: str) -> None:
         table.add_column(name.replace("_", " "), justify="left" if name == "arm" else "right")
     for row in rows:
         sizes = [f"{row[key] / 1e6:.0f}" if key in row else "-" for key in ("memory_bytes", "kept_bytes")]
-        numbers = [format(row[name], told) if name in row else "-" for name, told in columns.items()]
+        numbers = [format(row[name], spec) if name in row else "-" for name, spec in columns.items()]
         table.add_row(row["arm"], *numbers, *sizes)
     Console().print(table)
     for row in rows:
