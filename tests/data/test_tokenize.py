@@ -126,3 +126,26 @@ def test_errors_name_the_file_and_the_remedy(tmp_path):
         Tokenizer.load(tmp_path / "nomask.json")
     with pytest.raises(UserError, match="choose wordpiece or bpe"):
         Tokenizer.train(ENGLISH, "unigram")  # type: ignore[arg-type]
+
+
+def test_a_vocabulary_without_special_tokens_gets_them(tmp_path):
+    path = tmp_path / "tokenizer.json"
+    RawTokenizer(models.WordLevel({"</s>": 0, "[UNK]": 1, "red": 2}, unk_token="[UNK]")).save(str(path))
+    with pytest.raises(UserError, match="no pad token"):
+        Tokenizer.load(path)
+    whole = Tokenizer.load(path, complete=True)
+    assert set(whole.added) == {"pad", "bos", "mask"} and whole.vocab_size == 6 and len(whole.starts_word) == 6
+    whole.save(path)
+    again = Tokenizer.load(path, complete=True)
+    assert again.added == () and (again.pad, again.bos, again.eos, again.mask) == (whole.pad, whole.bos, 0, whole.mask)
+
+
+def test_numbers_without_a_token_count_and_leave_no_room_for_new_ones(tmp_path):
+    path = tmp_path / "tokenizer.json"
+    words = {"<s>": 0, "</s>": 1, "<pad>": 2, "[UNK]": 3, "<mask>": 9}
+    RawTokenizer(models.WordLevel(words, unk_token="[UNK]")).save(str(path))
+    assert Tokenizer.load(path, complete=True).vocab_size == len(Tokenizer.load(path).starts_word) == 10
+    del words["<pad>"]
+    RawTokenizer(models.WordLevel(words, unk_token="[UNK]")).save(str(path))
+    with pytest.raises(UserError, match="pad"):
+        Tokenizer.load(path, complete=True)

@@ -76,4 +76,8 @@ def test_the_end_is_the_last_position_and_a_start_may_be_left_out():
     assert words.tolist() == [[9, 8, 2, 0, 0, 0], [7, 2, 0, 0, 0, 0]] and length.tolist() == [3, 2]
     assert model.config.longest_text == config.text.positions + 1
     states = model.text(words, torch.arange(6))
+    seen = replace(model.embed.config, text_pad=2)
+    model.embed.config = seen
+    assert model.embed.words(ids, torch.tensor([4, 3]), model.config.text)[0].tolist()[1] == [7, 2, 2, 2, 2, 2]
+    model.embed.config = embed
     assert torch.equal(model.embed_text(ids, torch.tensor([4, 3])), model.embed.text(states))

@@ -19,8 +19,8 @@ from fastvlp.files import write_whole
 
 _ROLES = {
     "pad": ("[PAD]", "<pad>", "<|pad|>"),
-    "bos": ("[CLS]", "<s>", "<|startoftext|>"),
-    "eos": ("[SEP]", "</s>", "<|endoftext|>"),
+    "bos": ("[CLS]", "<s>", "<bos>", "<|startoftext|>"),
+    "eos": ("[SEP]", "</s>", "<eos>", "<|endoftext|>"),
     "mask": ("[MASK]", "<mask>", "<|mask|>"),
 }
 _WORDPIECE_SPECIALS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
@@ -39,16 +39,27 @@ class Tokenizer:
     Attributes:
         pad, bos, eos, mask: ids of the special tokens.
         vocab_size: V, added tokens included.
+        added: the roles among pad, bos, eos and mask that the vocabulary had no token for, so that one was added.
         starts_word: bool [V], True where the token begins a word; False for continuation pieces and for pad, bos, eos
             and mask. A Chinese character is a word. A byte-level vocabulary without a leading space does not mark the first
             word of a text: the token after <s> always begins a word.
     """
 
-    def __init__(self, inner: tokenizers.Tokenizer, source: str = "tokenizer"):
+    def __init__(self, inner: tokenizers.Tokenizer, source: str = "tokenizer", *, complete: bool = False):
+        """`complete` adds a token at the end of the vocabulary for each role that it lacks; CLIP's lacks padding and mask."""
         inner.no_padding()
         inner.no_truncation()
         self._inner = inner
-        self.vocab_size = inner.get_vocab_size(with_added_tokens=True)
+        self.added: tuple[str, ...] = ()
+        if complete:
+            known = inner.get_vocab(with_added_tokens=True)
+            self.added = tuple(role for role, names in _ROLES.items() if not any(name in known for name in names))
+            if self.added and len(known) <= max(known.values()):
+                # A new token would get the number of another one.
+                raise UserError(f"{source}: numbers without a token, so that none can be added; it lacks {self.added}")
+            inner.add_special_tokens([_ROLES[role][-1] for role in self.added])
+        # Some vocabularies have numbers without a token.
+        self.vocab_size = 1 + max(inner.get_vocab(with_added_tokens=True).values())
         self.pad = _special(inner, "pad", source)
         self.bos = _special(inner, "bos", source)
         self.eos = _special(inner, "eos", source)
@@ -61,7 +72,7 @@ class Tokenizer:
         """Reads a tokenizer.json.
 
         Args:
-            complete: add a token for padding or the mask at the end of a vocabulary that lacks it, as CLIP's does.
+            complete: add tokens for what a vocabulary lacks, as CLIP's lacks padding and the mask.
 
         Raises UserError where the file is missing, is no tokenizer.json, or lacks a special token.
         """
@@ -76,12 +87,7 @@ class Tokenizer:
             inner = tokenizers.Tokenizer.from_str(text)
         except Exception as error:  # the library raises bare Exception
             raise UserError(f"{path}: not a tokenizer.json of the `tokenizers` library ({error})") from error
-        if complete:
-            missing = [
-                role for role in ("pad", "mask") if all(inner.token_to_id(name) is None for name in _ROLES[role])
-            ]
-            inner.add_special_tokens([_ROLES[role][-1] for role in missing])
-        return cls(inner, str(path))
+        return cls(inner, str(path), complete=complete)
 
     @classmethod
     def train(
@@ -137,7 +143,8 @@ def _special(inner: tokenizers.Tokenizer, role: str, source: str) -> int:
 
 
 def _starts_word(inner: tokenizers.Tokenizer) -> Tensor:
-    tokens = [inner.id_to_token(i) or "" for i in range(inner.get_vocab_size(with_added_tokens=True))]
+    size = 1 + max(inner.get_vocab(with_added_tokens=True).values())
+    tokens = [inner.id_to_token(i) or "" for i in range(size)]
     spec = json.loads(inner.to_str())
     model = spec["model"]
     if model.get("type") == "WordPiece":

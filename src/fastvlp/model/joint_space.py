@@ -84,6 +84,8 @@ class EmbedConfig:
     """Whether <s> is encoded, where </s> is (not in SigLIP)."""
     text_length: int | None = None
     """Positions that every text is cut and padded to, where padding is seen (FLIP: 32); None: the longest of the batch."""
+    text_pad: int | None = None
+    """Id that padding then has (SigLIP: that of </s>); None: the tokenizer's."""
 
     def check(self, image: ImageEncoderConfig, text: TextEncoderConfig) -> None:
         """Raises UserError for heads that cannot be built on these encoders."""
@@ -212,8 +214,10 @@ class Embed(nn.Module):
         if config.text_length is not None:
             more = config.text_length - ids.shape[1]
             ids, length = F.pad(ids, (0, more), value=text.pad), length.clamp(max=config.text_length)
+            position = torch.arange(ids.shape[1], device=ids.device)
+            if config.text_pad is not None:
+                ids = ids.masked_fill(position >= length[:, None], config.text_pad)
             if config.text_special:
                 # A text that is cut still ends in </s>, which may be the pooled state.
-                end = torch.arange(ids.shape[1], device=ids.device) == length[:, None] - 1
-                ids = ids.masked_fill(end, text.eos)
+                ids = ids.masked_fill(position == length[:, None] - 1, text.eos)
         return ids, length
