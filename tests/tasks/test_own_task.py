@@ -78,9 +78,6 @@ class YesNoTask(Task):
     yes_weight: float = 1.0
     """How much more a yes counts than a no."""
 
-    def objective(self, data, pretrained, reading):
-        return YesNoConfig(reading=reading or pretrained.reading, bos=pretrained.bos, yes_weight=self.yes_weight)
-
     @classmethod
     @torch.no_grad()
     def score(cls, tuned, split, options):

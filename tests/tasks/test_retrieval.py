@@ -79,7 +79,7 @@ def test_random_negatives_are_a_hinge_on_one_other_of_each_kind(kind):
 
 @pytest.mark.parametrize("kind", ["single", "fusion"])
 def test_hard_negatives_are_the_best_scored_of_the_batch(kind):
-    """Their scores are those of each pair read alone: no row loses a region to another's padding (bug U-2)."""
+    """Their scores are those of each pair read alone: no row loses a region to another's padding."""
     module, batch = made(kind, negatives="hard", anchors=2, keep=3, margin=2.0)
     losses = module(batch)
     totals = {"image": 0.0, "text": 0.0}
@@ -174,7 +174,7 @@ def test_the_ranking_head_starts_as_a_copy_and_stays_what_it_became(kind, matche
         assert objective.head.weight.data_ptr() != saved.model.single.match.weight.data_ptr()
         torch.testing.assert_close(saved.model.single.match.weight, pretrained.weight)
         assert not torch.allclose(objective.head.weight, pretrained.weight[1:], atol=1e-4)
-    # Evaluating it reads its own head: the released script overwrites it (bug U-22).
+    # Evaluating it reads its own head: the released script overwrites it.
     own = RetrievalTask.score(tuned, "test", NoOptions())
     again = evaluate_task(str(tmp_path / "run")).scores["test"]
     assert {n: again[n] for n in own} == own and own != {n: zero[n] for n in own}

@@ -56,6 +56,8 @@ class CaptionConfig(ObjectiveConfig):
 
 
 class Caption(Objective):
+    """The loss of the next token."""
+
     reading = "causal"
     bos = "blind"
     abilities = frozenset({"write"})

@@ -17,13 +17,12 @@ from fastvlp.data.records.shards import Shards
 from fastvlp.data.tokenize import Tokenizer
 from fastvlp.eval.classification import mean_by
 from fastvlp.eval.mode import evaluating
-from fastvlp.model.model import ModelConfig, Reading, VLModel
+from fastvlp.model.model import ModelConfig, VLModel
 from fastvlp.objectives.objective import Loss
 from fastvlp.tasks.heads import HeadConfig, HeadObjective, image_states, target_of
 from fastvlp.tasks.interface import FineTuned, Task
 from fastvlp.tasks.item_data import ItemData
 from fastvlp.tasks.items import Item, ItemMaker, batches_in_order, read_items
-from fastvlp.tasks.pretrained import Pretrained
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,17 +43,24 @@ class EntailmentData(ItemData):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EntailmentConfig(HeadConfig):
-    """A choice among three labels."""
+class EntailmentOptions:
+    """Options of the objective that the task offers too."""
 
     loss: Literal["bce", "ce"] = "bce"
     """bce of each label by itself, summed (UNITER's released code), or ce over the three (its paper)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EntailmentConfig(EntailmentOptions, HeadConfig):
+    """A choice among three labels."""
 
     def build(self, model: ModelConfig, tokenizer: Tokenizer) -> Entailment:
         return Entailment(self, model)
 
 
 class Entailment(HeadObjective):
+    """The loss of the labels."""
+
     def __init__(self, config: EntailmentConfig, model: ModelConfig):
         super().__init__(config, model, images=1, outputs=len(LABELS))
         self.loss = config.loss
@@ -89,7 +95,7 @@ def measure(model: VLModel, objective: Entailment, items: ItemMaker, batch_size:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EntailmentTask(Task):
+class EntailmentTask(EntailmentOptions, Task):
     """Does the image entail a statement, contradict it, or neither?"""
 
     name = "entailment"
@@ -97,12 +103,6 @@ class EntailmentTask(Task):
     config = EntailmentConfig
     field = "entailments"
     answer = "label"
-
-    loss: Literal["bce", "ce"] = "bce"
-    """bce of each label by itself (UNITER's released code), or ce over the three (its paper)."""
-
-    def objective(self, data: EntailmentData, pretrained: Pretrained, reading: Reading | None) -> EntailmentConfig:
-        return EntailmentConfig(reading=reading or pretrained.reading, bos=pretrained.bos, loss=self.loss)
 
     @classmethod
     def score(cls, tuned: FineTuned, split: Split, options: Any) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from fastvlp.data.records.shards import Shards
 from fastvlp.data.tokenize import Tokenizer
 from fastvlp.eval.mode import evaluating
 from fastvlp.model.layers import initialise
-from fastvlp.model.model import ModelConfig, Reading, VLModel
+from fastvlp.model.model import ModelConfig, VLModel
 from fastvlp.model.region_embedding import box_vector, require_regions
 from fastvlp.model.region_pooling import RegionPool, RegionPooling
 from fastvlp.objectives.losses import at_least_fp32
@@ -27,7 +27,6 @@ from fastvlp.tasks.heads import HeadConfig, check_reading, image_states, target_
 from fastvlp.tasks.interface import FineTuned, Task
 from fastvlp.tasks.item_data import ItemData
 from fastvlp.tasks.items import Item, ItemMaker, batches_in_order, read_items
-from fastvlp.tasks.pretrained import Pretrained
 from fastvlp.tasks.uniter_heads import rank_loss, region_head, region_scores
 
 COIN_SALT, OTHER_SALT = 721, 722
@@ -67,15 +66,21 @@ def _with_box(shards: Shards, item: Item) -> Item:
 
 
 @dataclass(frozen=True, kw_only=True)
-class GroundingConfig(HeadConfig):
-    """A choice among the regions of an image."""
+class GroundingOptions:
+    """Options of the objective that the task offers too."""
 
     loss: Literal["ce", "rank"] = "ce"
     """ce: cross-entropy over the regions. rank: a hinge that puts the right region above one other."""
     reduction: Literal["mean", "sum"] = "mean"
     """Of the losses of a batch; UNITER's released code sums."""
     layers: Literal[1, 2] = 1
-    """Layers of the head; UNITER has 2 for RefCOCO+."""
+    """Layers of the head that scores a region; UNITER has 2 for RefCOCO+."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroundingConfig(GroundingOptions, HeadConfig):
+    """A choice among the regions of an image."""
+
     margin: float = 0.2
     """rank: how far the sigmoids of the two scores shall differ."""
     hard: float = 0.3
@@ -114,11 +119,13 @@ class RegionsBeside(nn.Module):
 
 
 class Grounding(Objective):
+    """The loss of the regions' scores."""
+
     def __init__(self, config: GroundingConfig, model: ModelConfig):
         super().__init__()
         check_reading(config.reading, model)
         width = model.text.width
-        self.config, self.reading = config, config.reading
+        self.config, self.reading, self.bos = config, config.reading, config.bos
         self.beside = RegionsBeside(model) if model.single is None else None
         self.head = region_head(width, config.layers)
         initialise(self, width)
@@ -179,7 +186,7 @@ def measure(model: VLModel, objective: Grounding, items: ItemMaker, batch_size: 
 
 
 @dataclass(frozen=True, kw_only=True)
-class GroundingTask(Task):
+class GroundingTask(GroundingOptions, Task):
     """Which region does an expression refer to?"""
 
     name = "grounding"
@@ -188,22 +195,6 @@ class GroundingTask(Task):
     field = "expressions"
     answer = "object"
     needs_regions = True
-
-    loss: Literal["ce", "rank"] = "ce"
-    """ce: cross-entropy over the regions. rank: a hinge that puts the right region above one other."""
-    reduction: Literal["mean", "sum"] = "mean"
-    """Of the losses of a batch; UNITER's released code sums."""
-    layers: Literal[1, 2] = 1
-    """Layers of the head that scores a region; UNITER has 2 for RefCOCO+."""
-
-    def objective(self, data: GroundingData, pretrained: Pretrained, reading: Reading | None) -> GroundingConfig:
-        return GroundingConfig(
-            reading=reading or pretrained.reading,
-            bos=pretrained.bos,
-            loss=self.loss,
-            reduction=self.reduction,
-            layers=self.layers,
-        )
 
     @classmethod
     def score(cls, tuned: FineTuned, split: Split, options: Any) -> dict[str, Any]:

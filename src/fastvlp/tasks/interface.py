@@ -114,9 +114,15 @@ class Task(abc.ABC):
         """Fields of the data that only this task has. `train`: folder of the training split; `field`: of its records."""
         return {}
 
-    @abc.abstractmethod
     def objective(self, data: Any, pretrained: Pretrained, reading: Reading | None) -> ObjectiveConfig:
-        """What is trained. `reading`: how the text shall be read, None for the task to choose (usually as in pretraining)."""
+        """The objective that is trained: by default a `config` with the task's options, that reads texts as in pretraining.
+        `reading`: how the user wants texts to be read; None leaves the choice to the task."""
+        config: Any = self.config
+        return config(reading=reading or pretrained.reading, bos=pretrained.bos, **self.options())
+
+    def options(self) -> dict[str, Any]:
+        """The chosen options, by name."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
 
     @classmethod
     @abc.abstractmethod

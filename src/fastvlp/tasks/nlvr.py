@@ -16,13 +16,12 @@ from fastvlp.data.records.shards import Shards
 from fastvlp.data.tokenize import Tokenizer
 from fastvlp.eval.classification import mean_by
 from fastvlp.eval.mode import evaluating
-from fastvlp.model.model import ModelConfig, Reading, VLModel
+from fastvlp.model.model import ModelConfig, VLModel
 from fastvlp.objectives.objective import Loss
 from fastvlp.tasks.heads import HeadConfig, HeadObjective, image_states, target_of
 from fastvlp.tasks.interface import FineTuned, Task
 from fastvlp.tasks.item_data import ItemData
 from fastvlp.tasks.items import Item, ItemMaker, batches_in_order, read_items
-from fastvlp.tasks.pretrained import Pretrained
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +64,8 @@ class Truth(HeadObjective):
 
 
 class NLVR(Truth):
+    """The loss of statements about one image."""
+
     def __init__(self, config: NLVRConfig, model: ModelConfig):
         super().__init__(config, model, images=1)
 
@@ -96,9 +97,6 @@ class NLVRTask(Task):
     config = NLVRConfig
     field = "statements"
     answer = "label"
-
-    def objective(self, data: NLVRData, pretrained: Pretrained, reading: Reading | None) -> NLVRConfig:
-        return NLVRConfig(reading=reading or pretrained.reading, bos=pretrained.bos)
 
     @classmethod
     def score(cls, tuned: FineTuned, split: Split, options: Any) -> dict[str, Any]:

@@ -44,26 +44,32 @@ class RetrievalData(PairData):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RetrievalConfig(HeadConfig):
-    """A score that ranks right pairs above wrong ones. Wrong pairs are made of the batch; one with the very same text is
-    never wrong. (The released code draws them from the whole data set: 8 anchors, 31 of 399. A batch of 400 gives as many,
-    and nothing is read twice.)"""
+class RetrievalOptions:
+    """Options of the objective that the task offers too."""
 
     negatives: Literal["random", "hard"] = "random"
     """random: each pair gets one other image and one other text of the batch. hard: for the first `anchors` pairs of the
     batch all other texts, and all other images, are scored without gradients, and the `keep` best are trained on."""
-    margin: float = 0.2
-    """How far the sigmoids of the scores of a right and a wrong pair shall differ."""
     anchors: int = 8
-    """hard: pairs of the batch that get negatives."""
+    """hard: pairs that get negatives, out of the whole batch."""
     keep: int = 31
     """hard: images, and texts, that each of these pairs is ranked against."""
-    source: str | None = None
-    """Folder of the pretrained run whose matching head a fusion model starts from. A single stream has its own."""
 
     def __post_init__(self) -> None:
         if self.anchors < 1 or self.keep < 1:
             raise UserError(f"`anchors` {self.anchors}, `keep` {self.keep}: hard negatives need at least 1 of each")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RetrievalConfig(RetrievalOptions, HeadConfig):
+    """A score that ranks right pairs above wrong ones. Wrong pairs are made of the batch; one with the very same text is
+    never wrong. (The released code draws them from the whole data set: 8 anchors, 31 of 399. A batch of 400 gives as many,
+    and nothing is read twice.)"""
+
+    margin: float = 0.2
+    """How far the sigmoids of the scores of a right and a wrong pair shall differ."""
+    source: str | None = None
+    """Folder of the pretrained run whose matching head a fusion model starts from. A single stream has its own."""
 
     def build(self, model: ModelConfig, tokenizer: Tokenizer) -> Retrieval:
         return Retrieval(self, model)
@@ -77,6 +83,8 @@ def hardest(score_AB: Tensor, wrong_AB: Tensor, keep: int) -> Negatives:
 
 
 class Retrieval(HeadObjective):
+    """A score of a pair, and hinges that rank right pairs above wrong ones."""
+
     def __init__(self, config: RetrievalConfig, model: ModelConfig):
         super().__init__(config, model, images=1, outputs=1, head=nn.Linear(model.text.width, 1))
         self.config = config
@@ -205,7 +213,7 @@ def score_all(tuned: FineTuned, split: Split, texts: Sequence[str]) -> Tensor:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RetrievalTask(Task):
+class RetrievalTask(RetrievalOptions, Task):
     """Find images by captions and back, by a model that reads both."""
 
     name = "retrieval"
@@ -215,23 +223,14 @@ class RetrievalTask(Task):
     # Pretraining has trained the matching head already: it learns no faster than the towers.
     rates = replace(USUAL_RATES, head=1)
 
-    negatives: Literal["random", "hard"] = "random"
-    """random: each pair gets one other image and one other text of the batch. hard: the hardest ones of a few pairs."""
-    anchors: int = 8
-    """hard: pairs of the batch that get negatives, out of the whole batch."""
-    keep: int = 31
-    """hard: images, and texts, that each of these pairs is ranked against."""
-
     def objective(self, data: RetrievalData, pretrained: Pretrained, reading: Reading | None) -> RetrievalConfig:
         # The matching head, which it starts from, reads a text in full.
         matched = reading is None and matching_head(pretrained.saved) is not None
         return RetrievalConfig(
             reading="full" if matched else reading or pretrained.reading,
             bos=pretrained.bos,
-            negatives=self.negatives,
-            anchors=self.anchors,
-            keep=self.keep,
             source=pretrained.folder if matched else None,
+            **self.options(),
         )
 
     @classmethod

@@ -18,13 +18,12 @@ from fastvlp.data.records.shards import Shards
 from fastvlp.data.tokenize import Tokenizer
 from fastvlp.errors import UserError
 from fastvlp.eval.mode import evaluating
-from fastvlp.model.model import ModelConfig, Reading, VLModel
+from fastvlp.model.model import ModelConfig, VLModel
 from fastvlp.tasks.heads import HeadConfig, image_states
 from fastvlp.tasks.interface import FineTuned, Task
 from fastvlp.tasks.item_data import ItemData
 from fastvlp.tasks.items import Item, ItemMaker, batches_in_order, read_items
 from fastvlp.tasks.nlvr import Truth
-from fastvlp.tasks.pretrained import Pretrained
 
 # Rows of the type table for a question, an answer and a rationale; row 1 is that of regions.
 TEXT_TYPES = (0, 2, 3)
@@ -88,11 +87,16 @@ def _fault(field: str, texts: list[str], right: Any) -> str | None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class VCRConfig(HeadConfig):
-    """A choice among answers and rationales."""
+class VCROptions:
+    """Options of the objective that the task offers too."""
 
     kinds: bool = True
     """In a single stream the words of answers and rationales have token types of their own; else they have the question's."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class VCRConfig(VCROptions, HeadConfig):
+    """A choice among answers and rationales."""
 
     def build(self, model: ModelConfig, tokenizer: Tokenizer) -> VCR:
         return VCR(self, model)
@@ -167,7 +171,7 @@ def _share(right: list[bool]) -> float:
 
 
 @dataclass(frozen=True, kw_only=True)
-class VCRTask(Task):
+class VCRTask(VCROptions, Task):
     """Which answer to a question is right, and which rationale for it?"""
 
     name = "vcr"
@@ -178,12 +182,6 @@ class VCRTask(Task):
     token_types = max(TEXT_TYPES) + 1
     # A row of UNITER's released code has 220 pieces; <s> and three </s> come with them.
     max_length = 224
-
-    kinds: bool = True
-    """In a single stream the words of answers and rationales have token types of their own; else they have the question's."""
-
-    def objective(self, data: VCRData, pretrained: Pretrained, reading: Reading | None) -> VCRConfig:
-        return VCRConfig(reading=reading or pretrained.reading, bos=pretrained.bos, kinds=self.kinds)
 
     @classmethod
     def score(cls, tuned: FineTuned, split: Split, options: Any) -> dict[str, Any]:

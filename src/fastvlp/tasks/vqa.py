@@ -83,6 +83,8 @@ class VQAConfig(HeadConfig):
 
 
 class VQA(HeadObjective):
+    """The loss of the answers' scores."""
+
     abilities = frozenset({"answer"})
 
     def __init__(self, config: VQAConfig, model: ModelConfig):
