@@ -1,4 +1,4 @@
-"""The example of CONTRIBUTING.md works as it stands and is as short as it says."""
+"""Every example of CONTRIBUTING.md works as it stands: its files are written to a folder, and its commands are run there."""
 
 from __future__ import annotations
 
@@ -8,34 +8,57 @@ import subprocess
 import sys
 from pathlib import Path
 
-from fastvlp.data.records.shards import ShardWriter
-from fastvlp.data.world.corpus import WorldConfig, scene_record
+import pytest
+from PIL import Image
 
-ROOT = Path(__file__).parent.parent
+from fastvlp.data.world.corpus import WorldConfig, write_world
+
+TEXT = (Path(__file__).parent.parent / "CONTRIBUTING.md").read_text(encoding="utf-8")
+# A block of Python is called by the last file name before it.
+FILES = dict(re.findall(r"`(\w+\.py)`[^`]*?\n\n```python\n(.*?)```", TEXT, re.DOTALL))
+COMMANDS = [line for block in re.findall(r"```bash\n(.*?)```", TEXT, re.DOTALL) for line in block.splitlines()]
+# Small enough for a test; what the text says of the options is untouched.
+SHORT = "--data.batch-size 4 --vocab 200 --validate-every None --precision fp32"
 
 
-def test_a_new_objective_is_one_file_and_a_recipe(tmp_path: Path):
-    objective, recipe = re.findall(r"```python\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), re.S)
-    assert objective.count("\n") + recipe.count("\n") < 60
-    # Not in the folder that Python starts in, which it would search of itself.
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "words.py").write_text(objective)
-    (tmp_path / "mine" / "flm_words.py").write_text(recipe)
-    for split in ("train", "val"):
-        with ShardWriter(tmp_path / "demo" / "world" / split) as writer:
-            for i in range(6):
-                writer.write(scene_record(WorldConfig(), split, i))
-    options = [
-        "--objectives.words.smoothing", "0.1", "--steps", "2", "--data.batch-size", "4",
-        "--vocab", "200", "--out", "run",
-    ]  # fmt: skip
-    told = subprocess.run(
-        [sys.executable, "-m", "fastvlp", "pretrain", "mine/flm_words.py", *options],
-        cwd=tmp_path,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert told.returncode == 0, told.stderr
-    assert "words/words" in (tmp_path / "run" / "log.jsonl").read_text()
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("mine")
+    write_world(folder / "demo/world", WorldConfig(size=48, captions=2), train=24, val=6, test=6, pairs=0, singles=0)
+    for name, code in FILES.items():
+        (folder / name).write_text(code, encoding="utf-8")
+    Image.new("RGB", (32, 32), "red").save(folder / "red.png")
+    (folder / "my.cards").write_text("red.png ; a red card\nnone.png ; no card\n")
+    return folder
+
+
+def test_each_part_has_an_example() -> None:
+    assert {*FILES} == {
+        "words.py", "flm_words.py", "margin.py", "conv.py", "yes_no.py", "cards.py", "numpy_index.py", "word_table.py",
+    }  # fmt: skip
+    assert len(COMMANDS) == 11 and all(command.startswith("vlp ") for command in COMMANDS)
+    assert FILES["words.py"].count("\n") + FILES["flm_words.py"].count("\n") < 60
+
+
+def test_the_commands_work_in_order(folder: Path) -> None:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    printed = {}
+    for command in COMMANDS:
+        line = command + (f" {SHORT}" if command.startswith("vlp pretrain") else "")
+        line += " --batch-size 4 --precision fp32" if " finetune " in command else ""
+        done = subprocess.run(
+            ["bash", "-c", line.replace("vlp ", f"{sys.executable} -m fastvlp ", 1)],
+            cwd=folder,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=200,
+        )
+        assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
+        printed[command] = done.stdout
+    assert "words/words" in (folder / "runs/flm_words/log.jsonl").read_text()
+    assert "margin/pairs" in (folder / "runs/margin/log.jsonl").read_text()
+    assert "1 no such image" in next(text for command, text in printed.items() if "cards.py" in command)
+    assert "accuracy" in next(text for command, text in printed.items() if "evaluate" in command)
+    assert "red" in next(text for command, text in printed.items() if "index search" in command)
+    assert (folder / "words/words.npy").is_file() and (folder / "margin_model/model.safetensors").is_file()
