@@ -1,8 +1,47 @@
-"""Before torch is imported: one thread a process, since pytest runs one process a core, and none that spins while waiting."""
+"""Settings that hold before torch is imported, and failures that are printed when they happen."""
+
+from __future__ import annotations
 
 import os
 
+import pytest
+
+# pytest runs one process a core: one thread in each, none that spins while it waits.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-pytest_plugins = ["tests.exported"]
+
+def pytest_configure(config: pytest.Config) -> None:
+    is_xdist_worker = hasattr(config, "workerinput")
+    if not is_xdist_worker and config.option.tbstyle != "no":
+        config.pluginmanager.register(FailuresAtOnce(config))
+
+
+class FailuresAtOnce:
+    """Prints the traceback and the output of a failed test as soon as it has failed, instead of after the last test."""
+
+    def __init__(self, config: pytest.Config):
+        self.config = config
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        self.print_failure(report, report.nodeid)
+
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        self.print_failure(report, f"collecting {report.nodeid}")
+
+    def print_failure(self, report: pytest.TestReport | pytest.CollectReport, title: str) -> None:
+        if not report.failed:
+            return
+        terminal = self.config.get_terminal_writer()
+        terminal.line()
+        terminal.sep("_", title, red=True)
+        report.toterminal(terminal)
+        for name, text in report.sections:
+            terminal.sep("-", name)
+            terminal.line(text)
+        terminal.flush()
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_sessionfinish(self) -> None:
+        # All have been printed: the summary only lists them.
+        self.config.option.tbstyle = "no"

@@ -2,7 +2,6 @@ import gc
 import io
 import tarfile
 import threading
-import time
 
 import numpy as np
 import pytest
@@ -138,16 +137,17 @@ def test_the_thread_ends_when_its_iterator_is_closed_or_dropped():
 
 
 def test_batches_are_made_while_the_caller_computes():
-    def slow(rows):
-        time.sleep(0.05)
+    made, third = [], threading.Event()
+
+    def noted(rows):
+        made.append(rows)
+        if len(made) == 3:
+            third.set()
         return make(rows)
 
-    iterator = Loader(5, slow, batch_size=2, seed=0).batches()
+    iterator = Loader(5, noted, batch_size=2, seed=0).batches()
     next(iterator)
-    time.sleep(0.3)
-    start = time.perf_counter()
-    taken(iterator, 2)
-    assert time.perf_counter() - start < 0.05
+    assert third.wait(timeout=60)
     iterator.close()
 
 
@@ -275,9 +275,7 @@ def test_a_tokenizer_reads_every_text_that_training_reads(tmp_path):
 
 def test_a_caption_of_100000_characters_is_cut(tmp_path, tokenizer):
     shards = split(tmp_path, [{"captions": ["a red dog\x00 runs\t" * 6000]}])
-    start = time.perf_counter()
     batch, _ = PairMaker(shards, Transform(size=16), tokenizer, max_length=12)(rows(1))
-    assert time.perf_counter() - start < 0.5
     assert batch.length.tolist() == [12]
     assert batch.ids[0, -1] == tokenizer.eos
 

@@ -1,5 +1,5 @@
 import pickle
-import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -53,11 +53,17 @@ def test_a_text_too_long_is_cut_and_keeps_its_end_token(tokenizer):
         tokenizer.encode(["two"], 1)
 
 
-def test_a_hundred_thousand_characters_take_no_time(tokenizer):
+def test_of_a_hundred_thousand_characters_only_the_beginning_is_tokenised(tokenizer, monkeypatch):
+    inner, tokenised = tokenizer._inner, []
+
+    def encode(texts, **options):
+        tokenised.extend(texts)
+        return inner.encode_batch_fast(texts, **options)
+
+    monkeypatch.setattr(tokenizer, "_inner", SimpleNamespace(encode_batch_fast=encode))
     texts = ["two dogs " * 12_000, "x" * 100_000, "狗" * 100_000]
-    start = time.perf_counter()
     ids, _ = tokenizer.encode(texts, 50)
-    assert time.perf_counter() - start < 0.5
+    assert len(tokenised) == 3 and all(len(text) <= 5_000 for text in tokenised)
     assert ids.shape[1] <= 50
 
 
