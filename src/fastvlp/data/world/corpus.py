@@ -1,7 +1,7 @@
 """The embedded corpus: rendered scenes with captions, objects, questions and statements, for runs without a download.
 
-Every record is a function of (seed, split, index) alone. The test split shows combinations of colour and shape that
-neither train nor val ever shows or names (`HELD_OUT`), so that a score on it means generalisation.
+Every record is a function of its config, split and index alone. The test split has combinations of colour and shape that
+train and val neither show nor name (`HELD_OUT`), so that a score on it measures generalisation.
 """
 
 from __future__ import annotations
@@ -16,29 +16,35 @@ from typing import Any, NamedTuple
 from fastvlp.batch import Record
 from fastvlp.data.records.shards import ShardWriter
 from fastvlp.data.streams import with_progress
+from fastvlp.data.world.captions_and_questions import captions, questions, statements
 from fastvlp.data.world.detector import detect
-from fastvlp.data.world.expressions import CHINESE_TOO, ENGLISH_TOO, choices, expressions, neutrals
-from fastvlp.data.world.image_pairs import pair_sayings
-from fastvlp.data.world.language import CHINESE, ENGLISH, Language, Saying
+from fastvlp.data.world.expressions_and_choices import (
+    CHINESE_WITH_EXPRESSIONS,
+    ENGLISH_WITH_EXPRESSIONS,
+    choices,
+    expressions,
+    neutrals,
+)
+from fastvlp.data.world.language import CHINESE, ENGLISH, Language, Meaning
+from fastvlp.data.world.pair_statements import pair_statements
 from fastvlp.data.world.scene import (
     COMBINATIONS,
     HELD_OUT,
     SEEN,
     SPLITS,
-    Kind,
+    Look,
     Scene,
     Thing,
+    add_background,
     allowed,
-    arrange,
     box,
-    draw_kinds,
+    draw_looks,
     draw_scene,
     draw_single,
-    edit_kinds,
-    on_background,
+    edit_look,
+    place_things,
     render,
 )
-from fastvlp.data.world.sentences import captions, questions, statements
 from fastvlp.errors import UserError
 from fastvlp.files import write_whole
 
@@ -47,7 +53,7 @@ HELD_OUT_NAMES = tuple(f"{colour} {shape}" for colour, shape in HELD_OUT)
 CLASS_NAMES_ZH = tuple(CHINESE.words[colour][0] + CHINESE.words[shape][0] for colour, shape in COMBINATIONS)
 
 _FORMAT = 1
-# Counts what records tell; fields of a later edition are drawn apart, so that those of the earlier ones stay as they were.
+# Grows with the fields of records. Those of a later edition are drawn separately, so that earlier ones stay as they were.
 _EDITION = 3
 
 
@@ -74,20 +80,29 @@ def _rng(config: WorldConfig, *names: str | int) -> Random:
 
 
 def _object(thing: Thing, size: int, split: str) -> dict[str, Any]:
-    """The class distribution imitates a detector's: four fifths on the truth, the rest on what looks most like it."""
-    kind = thing.kind
-    name = f"{kind.colour} {kind.shape}"
-    rng = Random(repr(thing))
-    near = [pair for pair in allowed(split) if (pair[0] == kind.colour) != (pair[1] == kind.shape)]
+    """A thing as an object of a record. Its class distribution imitates a detector's: four fifths on the true class, the rest
+    on classes that look most like it."""
+    look = thing.look
+    name = f"{look.colour} {look.shape}"
+    rng = Random(_seed(thing))
+    near = [pair for pair in allowed(split) if (pair[0] == look.colour) != (pair[1] == look.shape)]
     spread = {f"{colour} {shape}": 0.05 for colour, shape in rng.sample(near, 4)}
     return {
         "class": name,
-        "shape": kind.shape,
-        "colour": kind.colour,
-        "size": kind.size,
+        "shape": look.shape,
+        "colour": look.colour,
+        "size": look.size,
         "box": box(thing, size),
         "class_distribution": {name: 0.8, **spread},
     }
+
+
+def _seed(thing: Thing) -> str:
+    """A seed for each thing. Its form is that of the corpus's first edition, and keeps the records as they were."""
+    size, colour, shape = thing.look
+    kind = f"Kind(size={size!r}, colour={colour!r}, shape={shape!r})"
+    place = f"x={thing.x!r}, y={thing.y!r}, radius={thing.radius!r}, angle={thing.angle!r}"
+    return f"Thing(kind={kind}, {place}, tint={thing.tint!r})"
 
 
 def _background(scene: Scene) -> dict[str, str]:
@@ -100,89 +115,97 @@ def _key(kind: str, split: str, index: int) -> str:
 
 def _check(split: str, index: int) -> None:
     if split not in SPLITS or index < 0:
-        raise UserError(f"world: split {split!r}, index {index}: use one of {', '.join(SPLITS)} and an index from 0")
+        raise UserError(f"`split` {split!r}, `index` {index}: use one of {', '.join(SPLITS)} and an index from 0")
 
 
 def _record(
     config: WorldConfig, kind: str, split: str, index: int, scenes: Sequence[Scene], info: dict[str, Any]
 ) -> Record:
-    """With the pictures, and a detector's regions of each."""
+    """A record with the drawn scenes, and a detector's regions of each."""
     rng = _rng(config, "detector", kind, split, index)
-    shown = [[o for o in info["objects"] if o.get("image", 0) == side] for side in range(len(scenes))]
-    found = [detect(rng, objects, config.size) for objects in shown]
-    info["confidences"] = [confidences for _, confidences in found]
+    objects = [[o for o in info["objects"] if o.get("image", 0) == side] for side in range(len(scenes))]
+    detections = [detect(rng, of_scene, config.size) for of_scene in objects]
+    info["confidences"] = [confidences for _, confidences in detections]
     images = tuple(render(scene, config.size) for scene in scenes)
-    return Record(
-        key=_key(kind, split, index), images=images, info=info, detected=tuple(regions for regions, _ in found)
-    )
+    regions = tuple(npz for npz, _ in detections)
+    return Record(key=_key(kind, split, index), images=images, info=info, detected=regions)
 
 
 def scene_record(config: WorldConfig, split: str, index: int) -> Record:
-    """One scene of 2 to 6 objects with captions, questions, statements, expressions, entailments and multiple choice, in
-    English and Chinese."""
+    """A scene of 2 to 6 objects with captions, questions, statements, expressions, entailments and multiple choice, in English
+    and Chinese."""
     _check(split, index)
     scene = draw_scene(_rng(config, "scene", split, index), split)
     asked = questions(_rng(config, "questions", split, index), scene, split)
-    claims = statements(_rng(config, "statements", split, index), scene, split)
+    stated = statements(_rng(config, "statements", split, index), scene, split)
     info: dict[str, Any] = {"objects": [_object(thing, config.size, split) for thing in scene.things]}
     for language, suffix in ((ENGLISH, ""), (CHINESE, "_zh")):
         rng = _rng(config, "words" + suffix, split, index)
         info[f"captions{suffix}"] = captions(rng, language, scene, config.captions)
         info[f"questions{suffix}"] = [
-            {"question": language.say(rng, saying), "answers": {_answer(language, answer): 1.0}, "kind": kind}
-            for kind, saying, answer in asked
+            {"question": language.express(rng, meaning), "answers": {_answer(language, answer): 1.0}, "kind": kind}
+            for kind, meaning, answer in asked
         ]
-        info[f"statements{suffix}"] = [{"text": language.say(rng, saying), "label": label} for saying, label in claims]
+        info[f"statements{suffix}"] = [
+            {"text": language.express(rng, meaning), "label": label} for meaning, label in stated
+        ]
     info["background"] = _background(scene)
-    info |= _second_edition(config, split, index, scene, info)
+    info |= _expressions_and_choices(config, split, index, scene, info)
     return _record(config, "scene", split, index, (scene,), info)
 
 
-def _second_edition(
+def _expressions_and_choices(
     config: WorldConfig, split: str, index: int, scene: Scene, info: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Expressions, entailments (the statements, and about as many neutral ones as of either label), multiple choice."""
+    """The second edition's fields: expressions; entailments, which are the statements and about as many neutral ones as there
+    are of either label; multiple choice."""
     rng = _rng(config, "expressions", split, index)
-    meant, open_ones, chosen = expressions(rng, scene), neutrals(rng, scene, split), choices(rng, scene, split)
-    orders = [(rng.sample(range(4), 4), rng.sample(range(4), 4)) for _ in chosen]
-    found: dict[str, Any] = {}
-    for plain, language, suffix in ((ENGLISH, ENGLISH_TOO, ""), (CHINESE, CHINESE_TOO, "_zh")):
+    referring, neutral, asked = expressions(rng, scene), neutrals(rng, scene, split), choices(rng, scene, split)
+    orders = [(rng.sample(range(4), 4), rng.sample(range(4), 4)) for _ in asked]
+    fields: dict[str, Any] = {}
+    for plain, language, suffix in (
+        (ENGLISH, ENGLISH_WITH_EXPRESSIONS, ""),
+        (CHINESE, CHINESE_WITH_EXPRESSIONS, "_zh"),
+    ):
         rng = _rng(config, "expression-words" + suffix, split, index)
-        found[f"expressions{suffix}"] = [{"text": language.say(rng, saying), "object": at} for saying, at in meant]
-        found[f"entailments{suffix}"] = [
-            *({"text": told["text"], "label": _JUDGED[told["label"]]} for told in info[f"statements{suffix}"]),
-            *({"text": language.say(rng, saying), "label": "neutral"} for saying in open_ones),
+        fields[f"expressions{suffix}"] = [
+            {"text": language.express(rng, meaning), "object": at} for meaning, at in referring
         ]
-        found[f"choices{suffix}"] = [
+        fields[f"entailments{suffix}"] = [
+            *({"text": one["text"], "label": _ENTAILMENT[one["label"]]} for one in info[f"statements{suffix}"]),
+            *({"text": language.express(rng, meaning), "label": "neutral"} for meaning in neutral),
+        ]
+        fields[f"choices{suffix}"] = [
             {
-                "question": language.say(rng, choice.question),
+                "question": language.express(rng, choice.question),
                 "answers": [_answer(plain, choice.answers[k]) for k in answers],
                 "right": answers.index(0),
-                "rationales": [language.say(rng, choice.reasons[k]) for k in reasons],
+                "rationales": [language.express(rng, choice.reasons[k]) for k in reasons],
                 "right_rationale": reasons.index(0),
             }
-            for choice, (answers, reasons) in zip(chosen, orders)
+            for choice, (answers, reasons) in zip(asked, orders)
         ]
-    return found
+    return fields
 
 
-_JUDGED = {True: "entailment", False: "contradiction"}
-_PLAIN_ZH = {"yes": "是", "no": "否"}
+_ENTAILMENT = {True: "entailment", False: "contradiction"}
+_YES_NO_ZH = {"yes": "是", "no": "否"}
 
 
 def _answer(language: Language, answer: str) -> str:
+    """The answer in a language."""
     if language is ENGLISH or answer.isdigit():
         return answer
-    return _PLAIN_ZH.get(answer) or language.words[answer][0]
+    return _YES_NO_ZH.get(answer) or language.words[answer][0]
 
 
-def _pair_kinds(rng: Random, split: str) -> list[list[list[Kind]]]:
-    """Two pairs that differ by a few edits: what is true of one and false of the other is said of both."""
-    left = draw_kinds(rng, split)
-    right = list(left) if rng.random() < 0.5 else draw_kinds(rng, split)
+def _pair_looks(rng: Random, split: str) -> list[list[list[Look]]]:
+    """The looks of two pairs of scenes that differ by a few edits."""
+    left = draw_looks(rng, split)
+    right = list(left) if rng.random() < 0.5 else draw_looks(rng, split)
     for _ in range(2):
-        right = edit_kinds(rng, right, split)
-    pairs = [[left, right], [edit_kinds(rng, left, split), edit_kinds(rng, right, split)]]
+        right = edit_look(rng, right, split)
+    pairs = [[left, right], [edit_look(rng, left, split), edit_look(rng, right, split)]]
     if rng.random() < 0.5:
         pairs[1].reverse()
     rng.shuffle(pairs)
@@ -190,24 +213,24 @@ def _pair_kinds(rng: Random, split: str) -> list[list[list[Kind]]]:
 
 
 def pair_record(config: WorldConfig, split: str, index: int) -> Record:
-    """Two scenes with statements about both (NLVR2, Suhr et al. 2019).
+    """Two scenes with statements about both (as NLVR2, Suhr et al. 2019, arXiv 1811.00491).
 
-    Records 2k and 2k + 1 carry the same statements with opposite labels: the text alone tells nothing.
-    Objects carry `image`, 0 for the left one and 1 for the right one.
+    Records 2k and 2k + 1 have the same statements with opposite labels: the text alone does not give the label. An object has
+    `image`, 0 for the left scene and 1 for the right one.
     """
     _check(split, index)
     rng = _rng(config, "pair", split, index // 2)
-    sayings: list[tuple[Saying, bool]] = []
-    while len(sayings) < 4:
-        pairs = _pair_kinds(rng, split)
-        sayings = pair_sayings(rng, pairs[0], pairs[1])
+    meanings: list[tuple[Meaning, bool]] = []
+    while len(meanings) < 4:
+        pairs = _pair_looks(rng, split)
+        meanings = pair_statements(rng, pairs[0], pairs[1])
     info: dict[str, Any] = {
         "statements": [
-            {"text": ENGLISH.say(rng, saying), "label": label == (index % 2 == 0)} for saying, label in sayings
+            {"text": ENGLISH.express(rng, meaning), "label": label == (index % 2 == 0)} for meaning, label in meanings
         ]
     }
     rng = _rng(config, "pair-layout", split, index)
-    scenes = [on_background(rng, arrange(rng, kinds)) for kinds in pairs[index % 2]]
+    scenes = [add_background(rng, place_things(rng, looks)) for looks in pairs[index % 2]]
     info |= {
         "objects": [
             {**_object(thing, config.size, split), "image": side}
@@ -220,7 +243,7 @@ def pair_record(config: WorldConfig, split: str, index: int) -> Record:
 
 
 def single_record(config: WorldConfig, split: str, index: int) -> Record:
-    """One large object with its class as `label`; classes take turns. The test split shows all of them."""
+    """A scene of one large object with its class as `label`; classes take turns. The test split has all classes."""
     _check(split, index)
     classes = COMBINATIONS if split == "test" else SEEN
     rng = _rng(config, "single", split, index)
@@ -244,18 +267,18 @@ def _folders(train: int, val: int, test: int, pairs: int, singles: int) -> Itera
 
 
 def _claim(folder: Path, card: Mapping[str, Any]) -> bool:
-    """Whether `folder` is to be written; what an interrupted run left there is removed."""
+    """Whether `folder` has to be written; what an interrupted run left there is removed."""
     path = folder / "corpus.json"
     if path.exists():
         try:
-            found = dict(json.loads(path.read_text(encoding="utf-8")))
+            existing = dict(json.loads(path.read_text(encoding="utf-8")))
         except (ValueError, TypeError) as error:
             raise UserError(f"{path}: not a corpus card ({error}); delete the folder or choose another") from error
-        if found == {**card, "complete": True}:
+        if existing == {**card, "complete": True}:
             return False
-        if found.get("complete", True):
+        if existing.get("complete", True):
             raise UserError(
-                f"{path}: another corpus ({found.get('config')}, edition {found.get('edition', 1)}) lies here; delete the "
+                f"{path}: another corpus ({existing.get('config')}, edition {existing.get('edition', 1)}) is here; delete the "
                 f"folder or choose another"
             )
         for part in card["counts"]:

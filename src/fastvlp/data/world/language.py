@@ -1,6 +1,6 @@
-"""The grammar of the embedded corpus: what may be said of a scene, and how English and Chinese say it.
+"""The grammar of the embedded corpus: meanings, and how English and Chinese express them.
 
-A saying is a form ("relation", "count", ...) with arguments; the same sayings are put into words by either language.
+A meaning is a form ("relation", "count", ...) with arguments. Both languages express the same meanings.
 """
 
 from __future__ import annotations
@@ -10,14 +10,19 @@ from dataclasses import dataclass
 from random import Random
 from typing import NamedTuple
 
-from fastvlp.data.world.scene import Kind
+from fastvlp.data.world.scene import Look
 
 
 class Phrase(NamedTuple):
-    """A noun phrase. `number` None is a bare plural ("red circles"); `place` is an extreme ("leftmost").
+    """A noun phrase.
 
-    `definite` is "the ..."; `bare` leaves the noun out where the sentence has named it ("two red"). `means` tells
-    what a number of one means: "some" (at least one, "a"), "counted" ("a" or "one") or "exact" ("one").
+    Attributes:
+        number: of things; None is a plural without number ("red circles").
+        size, colour, shape: of the things, where they are named.
+        place: an extreme, as "leftmost".
+        definite: "the ...".
+        bare: without the noun, where the sentence has named it before ("two red").
+        numeral: how a number of one is expressed: "some" ("a", at least one), "counted" ("a" or "one"), "exact" ("one").
     """
 
     number: int | None = 1
@@ -27,21 +32,30 @@ class Phrase(NamedTuple):
     place: str | None = None
     definite: bool = False
     bare: bool = False
-    means: str = "some"
+    numeral: str = "some"
 
-    def fits(self, kind: Kind) -> bool:
-        """Whether size, colour and shape, as far as they are given, are those of the kind."""
-        size, colour, shape = kind
+    def fits(self, look: Look) -> bool:
+        """Whether a look has the size, colour and shape that are named."""
+        size, colour, shape = look
         return self.size in (None, size) and self.colour in (None, colour) and self.shape in (None, shape)
 
 
 Argument = Phrase | str | tuple[Phrase, ...]
-Saying = tuple  # (form, *arguments), hashable
+Meaning = tuple  # (form, *arguments), hashable
 
 
 @dataclass(frozen=True, kw_only=True)
 class Language:
-    """`words` gives each key its synonyms, the plain one first; `forms` gives each form its templates."""
+    """How a language expresses meanings.
+
+    Attributes:
+        words: synonyms of each key, the plain one first.
+        forms: templates of each form.
+        noun: expresses a noun phrase.
+        comma, last: separators of a list, and the one before its last item.
+        length: of a text, in words or characters.
+        limits: least and greatest length of a caption.
+    """
 
     words: Mapping[str, Sequence[str]]
     forms: Mapping[str, Sequence[str]]
@@ -52,11 +66,13 @@ class Language:
     limits: tuple[int, int]
 
     def word(self, rng: Random, key: str) -> str:
+        """A synonym of the key, mostly the plain one."""
         options = self.words[key]
         return options[0] if len(options) == 1 or rng.random() < 0.6 else rng.choice(options)
 
-    def say(self, rng: Random, saying: Saying) -> str:
-        form, *arguments = saying
+    def express(self, rng: Random, meaning: Meaning) -> str:
+        """A sentence with this meaning."""
+        form, *arguments = meaning
         subject = arguments[0] if isinstance(arguments[0], Phrase) else arguments[0][0]
         be = "is" if subject.number == 1 else "are"
         template = rng.choice(self.forms[form])
@@ -88,8 +104,8 @@ def _english_noun(language: Language, rng: Random, phrase: Phrase) -> str:
     words = kept if phrase.bare and not phrase.shape else [*kept, _plural(head) if many else head]
     if phrase.definite:
         words.insert(0, "the")
-    elif phrase.number == 1 and not phrase.bare and phrase.means != "exact":
-        if phrase.means == "counted" and rng.random() < 0.2:
+    elif phrase.number == 1 and not phrase.bare and phrase.numeral != "exact":
+        if phrase.numeral == "counted" and rng.random() < 0.2:
             return " ".join(["one", *words])
         words.insert(0, "an" if words[0][0] in "aeiou" else "a")
     elif phrase.number is not None:
@@ -104,7 +120,7 @@ def _chinese_noun(language: Language, rng: Random, phrase: Phrase) -> str:
     size = f"{language.word(rng, phrase.size)}的" if phrase.size else ""
     colour = language.word(rng, phrase.colour) if phrase.colour else ""
     noun = "" if phrase.bare and not phrase.shape else head
-    silent = phrase.definite or phrase.number is None or (phrase.number == 1 and phrase.means == "some")
+    silent = phrase.definite or phrase.number is None or (phrase.number == 1 and phrase.numeral == "some")
     number = "" if silent else f"{CHINESE_NUMBERS[phrase.number or 0]}个"
     return f"{number}{size}{colour}{noun}"
 

@@ -1,6 +1,6 @@
-"""Scenes of the embedded corpus: what is in them, which combinations each split may show, and how they are drawn.
+"""Scenes of the embedded corpus: their things, the combinations that each split may show, and drawing them.
 
-Positions and radii are fractions of the picture's side, so a scene is the same scene at any pixel size.
+Positions and radii are fractions of the picture's side, so that a scene is the same at any size in pixels.
 """
 
 from __future__ import annotations
@@ -39,17 +39,17 @@ TONES: dict[str, tuple[int, int, int]] = {
 PATTERNS = ("plain", "striped", "dotted", "checked", "shaded")
 
 COMBINATIONS = tuple(itertools.product(COLOURS, SHAPES))
-# One shape of each colour and one colour of each shape: nothing but the combination is new in the test split.
+# One shape of each colour and one colour of each shape: in the test split only the combination is new.
 HELD_OUT = tuple((colour, SHAPES[(3 * i + 2) % len(SHAPES)]) for i, colour in enumerate(COLOURS))
 SEEN = tuple(pair for pair in COMBINATIONS if pair not in HELD_OUT)
 
 MOST_THINGS = 6
-_ROOM = 0.42  # most of the picture that bounding squares may fill
+_ROOM = 0.42  # the share of the picture that bounding squares may fill
 _MARGIN = 0.15  # the least offset that is called a relation
 
 
-class Kind(NamedTuple):
-    """What is said of a thing, whatever its place."""
+class Look(NamedTuple):
+    """How a thing looks, wherever it is."""
 
     size: str
     colour: str
@@ -58,9 +58,9 @@ class Kind(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Thing:
-    """One object: centre and radius in fractions of the side, angle in radians, tint added to each colour channel."""
+    """An object: centre and radius in fractions of the side, angle in radians, tint added to each colour channel."""
 
-    kind: Kind
+    look: Look
     x: float
     y: float
     radius: float
@@ -70,7 +70,7 @@ class Thing:
 
 @dataclass(frozen=True, kw_only=True)
 class Scene:
-    """`clutter` seeds the specks and scratches of the background."""
+    """Things on a background; `clutter` seeds its specks and scratches."""
 
     things: tuple[Thing, ...]
     tone: str
@@ -84,7 +84,7 @@ def allowed(split: str) -> tuple[tuple[str, str], ...]:
 
 
 def relation(a: Thing, b: Thing) -> str | None:
-    """Where a is, seen from b: left, right, above, below, or None where a person might hesitate."""
+    """The side of b that a is on: left, right, above, below; None where a person might hesitate."""
     dx, dy = a.x - b.x, a.y - b.y
     if max(abs(dx), abs(dy)) < _MARGIN or max(abs(dx), abs(dy)) < 1.3 * min(abs(dx), abs(dy)):
         return None
@@ -94,18 +94,18 @@ def relation(a: Thing, b: Thing) -> str | None:
 
 
 def _fitting_size(rng: Random, room: float) -> str:
+    """A size whose bounding square fills at most `room`; small where none does."""
     return rng.choice([size for size in SIZES if size == "small" or (2 * RADII[size]) ** 2 <= room])
 
 
-def _area(kinds: Sequence[Kind]) -> float:
-    return sum((2 * RADII[kind.size]) ** 2 for kind in kinds)
+def _area(looks: Sequence[Look]) -> float:
+    """The share of the picture that bounding squares fill."""
+    return sum((2 * RADII[look.size]) ** 2 for look in looks)
 
 
-def draw_kinds(rng: Random, split: str) -> list[Kind]:
-    """2 to 6 kinds. About half of the scenes repeat few colours and shapes, so that counts above one are common.
-
-    In the test split the first kind is a held-out combination.
-    """
+def draw_looks(rng: Random, split: str) -> list[Look]:
+    """The looks of 2 to 6 things. About half of the scenes repeat few colours and shapes, so that counts above one are
+    common. In the test split the first look is a held-out combination."""
     count = rng.randint(2, MOST_THINGS)
     pairs: list[tuple[str, str]] = [rng.choice(HELD_OUT)] if split == "test" else []
     pool: Sequence[tuple[str, str]] = allowed(split)
@@ -121,70 +121,74 @@ def draw_kinds(rng: Random, split: str) -> list[Kind]:
         sizes.append(_fitting_size(rng, room - left * (2 * RADII["small"]) ** 2))
         room -= (2 * RADII[sizes[-1]]) ** 2
     rng.shuffle(sizes)
-    return [Kind(size, *pair) for size, pair in zip(sizes, pairs)]
+    return [Look(size, *pair) for size, pair in zip(sizes, pairs)]
 
 
-def arrange(rng: Random, kinds: Sequence[Kind]) -> tuple[Thing, ...]:
-    """Places the kinds, large ones first; the distance asked for shrinks with each try, so that it always ends."""
+def place_things(rng: Random, looks: Sequence[Look]) -> tuple[Thing, ...]:
+    """Things with these looks at random places, large ones first. The distance between them that a try needs shrinks with
+    each try, so that every thing finds a place."""
     things: list[Thing] = []
-    for kind in sorted(kinds, key=lambda kind: -RADII[kind.size]):
-        radius = RADII[kind.size] * rng.uniform(0.95, 1.05)
+    for look in sorted(looks, key=lambda look: -RADII[look.size]):
+        radius = RADII[look.size] * rng.uniform(0.95, 1.05)
         for attempt in range(80):
             x, y = rng.uniform(radius, 1 - radius), rng.uniform(radius, 1 - radius)
             keep = max(0.6, 1.1 - 0.005 * attempt)
             if all(math.hypot(x - t.x, y - t.y) >= keep * (radius + t.radius) for t in things):
                 break
         tint = (rng.randint(-12, 12), rng.randint(-12, 12), rng.randint(-12, 12))
-        things.append(Thing(kind=kind, x=x, y=y, radius=radius, angle=rng.uniform(-0.2, 0.2), tint=tint))
+        things.append(Thing(look=look, x=x, y=y, radius=radius, angle=rng.uniform(-0.2, 0.2), tint=tint))
     return tuple(things)
 
 
-def on_background(rng: Random, things: tuple[Thing, ...]) -> Scene:
+def add_background(rng: Random, things: tuple[Thing, ...]) -> Scene:
+    """The things in front of a random background."""
     tone, pattern = rng.choice(tuple(TONES)), rng.choice(PATTERNS)
     return Scene(things=things, tone=tone, pattern=pattern, clutter=rng.getrandbits(32))
 
 
 def draw_scene(rng: Random, split: str) -> Scene:
-    return on_background(rng, arrange(rng, draw_kinds(rng, split)))
+    """A random scene of a split."""
+    return add_background(rng, place_things(rng, draw_looks(rng, split)))
 
 
 def draw_single(rng: Random, colour: str, shape: str) -> Scene:
-    """One large thing somewhere about the centre."""
+    """A scene of one large thing."""
     radius = rng.uniform(0.28, 0.38)
     x, y = rng.uniform(radius, 1 - radius), rng.uniform(radius, 1 - radius)
     tint = (rng.randint(-12, 12), rng.randint(-12, 12), rng.randint(-12, 12))
-    kind = Kind("large", colour, shape)
-    thing = Thing(kind=kind, x=x, y=y, radius=radius, angle=rng.uniform(-0.2, 0.2), tint=tint)
-    return on_background(rng, (thing,))
+    look = Look("large", colour, shape)
+    thing = Thing(look=look, x=x, y=y, radius=radius, angle=rng.uniform(-0.2, 0.2), tint=tint)
+    return add_background(rng, (thing,))
 
 
-def edit_kinds(rng: Random, kinds: Sequence[Kind], split: str) -> list[Kind]:
-    """The smallest change of what is there: one thing's colour, shape or size, or one thing more or less.
+def edit_look(rng: Random, looks: Sequence[Look], split: str) -> list[Look]:
+    """A scene's looks after the smallest change: another colour, shape or size of one thing, or one thing more or less.
 
-    Each change is as likely as the one that undoes it, so sentences about the edited scene read like sentences about
-    the scene itself. A held-out combination is exchanged for a held-out one only.
+    Each change is as likely as the one that undoes it, so that texts about the edited scene read like texts about the scene
+    itself. A held-out combination is exchanged only for another.
     """
-    kinds = list(kinds)
-    at = rng.randrange(len(kinds))
-    size, colour, shape = kinds[at]
+    looks = list(looks)
+    at = rng.randrange(len(looks))
+    size, colour, shape = looks[at]
     change = rng.choice(("combination", "combination", "combination", "size", "number"))
     if change == "number":
-        if (colour, shape) in SEEN and len(kinds) > 2 and rng.random() < 0.5:
-            del kinds[at]
-        elif len(kinds) < MOST_THINGS:
-            kinds.append(Kind(_fitting_size(rng, _ROOM - _area(kinds)), *rng.choice(SEEN)))
-        return kinds
+        if (colour, shape) in SEEN and len(looks) > 2 and rng.random() < 0.5:
+            del looks[at]
+        elif len(looks) < MOST_THINGS:
+            looks.append(Look(_fitting_size(rng, _ROOM - _area(looks)), *rng.choice(SEEN)))
+        return looks
     if change == "size":
-        kinds[at] = Kind(rng.choice([other for other in SIZES if other != size]), colour, shape)
+        looks[at] = Look(rng.choice([other for other in SIZES if other != size]), colour, shape)
     elif (colour, shape) in HELD_OUT:
-        kinds[at] = Kind(size, *rng.choice([pair for pair in HELD_OUT if pair != (colour, shape)]))
+        looks[at] = Look(size, *rng.choice([pair for pair in HELD_OUT if pair != (colour, shape)]))
     else:
         near = [pair for pair in SEEN if (pair[0] == colour) != (pair[1] == shape)]
-        kinds[at] = Kind(size, *rng.choice(near))
-    return kinds
+        looks[at] = Look(size, *rng.choice(near))
+    return looks
 
 
 def _heart() -> list[tuple[float, float]]:
+    """Corners of a heart."""
     turns = [2 * math.pi * i / 32 for i in range(32)]
     return [
         (
@@ -195,44 +199,46 @@ def _heart() -> list[tuple[float, float]]:
     ]
 
 
-def _round(radii: Sequence[float], start: float = -math.pi / 2) -> list[tuple[float, float]]:
+def _around(radii: Sequence[float], start: float = -math.pi / 2) -> list[tuple[float, float]]:
+    """Corners at equal angles around the centre, at these distances from it."""
     turns = [start + 2 * math.pi * i / len(radii) for i in range(len(radii))]
     return [(r * math.cos(t), r * math.sin(t)) for r, t in zip(radii, turns)]
 
 
 _A, _B = 1.0, 0.34
-# Corner points in units of the thing's radius, y downwards; circle and ring are drawn as ellipses.
+# Corners in units of the thing's radius, y downwards; circle and ring are drawn as ellipses.
 _OUTLINES: dict[str, list[tuple[float, float]]] = {
-    "circle": _round([1.0] * 32),
+    "circle": _around([1.0] * 32),
     "square": [(-0.88, -0.88), (0.88, -0.88), (0.88, 0.88), (-0.88, 0.88)],
     "triangle": [(0.0, -1.0), (1.05, 0.86), (-1.05, 0.86)],
     "diamond": [(0.0, -1.12), (0.78, 0.0), (0.0, 1.12), (-0.78, 0.0)],
-    "star": _round([1.15, 0.46] * 5),
+    "star": _around([1.15, 0.46] * 5),
     "cross": [
         *((-_B, -_A), (_B, -_A), (_B, -_B), (_A, -_B), (_A, _B), (_B, _B)),
         *((_B, _A), (-_B, _A), (-_B, _B), (-_A, _B), (-_A, -_B), (-_B, -_B)),
     ],
     "heart": _heart(),
-    "ring": _round([1.0] * 32),
+    "ring": _around([1.0] * 32),
 }
 
 
 def _points(thing: Thing, scale: float, shrink: float = 1.0) -> list[tuple[float, float]]:
-    """The outline in pixels of a picture with side `scale`."""
+    """The corners of a thing in pixels of a picture with side `scale`."""
     reach = thing.radius * shrink
     c, s = reach * math.cos(thing.angle), reach * math.sin(thing.angle)
-    outline = _OUTLINES[thing.kind.shape]
+    outline = _OUTLINES[thing.look.shape]
     return [((thing.x + c * x - s * y) * scale, (thing.y + s * x + c * y) * scale) for x, y in outline]
 
 
 def box(thing: Thing, size: int) -> list[float]:
-    """[x0, y0, x1, y1] in pixels, clipped to the picture."""
+    """The box [x0, y0, x1, y1] of a thing in pixels, cut at the edge of the picture."""
     points = _points(thing, size)
     xs, ys = [x for x, _ in points], [y for _, y in points]
     return [round(min(max(v, 0.0), float(size)), 1) for v in (min(xs), min(ys), max(xs), max(ys))]
 
 
 def _shift(colour: Sequence[int], by: Sequence[int] | int) -> tuple[int, int, int]:
+    """The colour made lighter or darker."""
     deltas = (by, by, by) if isinstance(by, int) else by
     r, g, b = (min(max(v + d, 0), 255) for v, d in zip(colour, deltas))
     return r, g, b
@@ -269,16 +275,16 @@ def _draw_background(draw: ImageDraw.ImageDraw, scene: Scene, side: int) -> None
 
 
 def _draw_thing(draw: ImageDraw.ImageDraw, thing: Thing, side: int) -> None:
-    colour = _shift(COLOURS[thing.kind.colour], thing.tint)
+    colour = _shift(COLOURS[thing.look.colour], thing.tint)
     edge = (colour[0] * 2 // 5, colour[1] * 2 // 5, colour[2] * 2 // 5)
-    line = 0.008 * side if thing.kind.shape == "ring" else 0.012 * side
+    line = 0.008 * side if thing.look.shape == "ring" else 0.012 * side
     inner = 1 - line / (thing.radius * side)
-    if thing.kind.shape not in ("circle", "ring"):
+    if thing.look.shape not in ("circle", "ring"):
         draw.polygon(_points(thing, side), fill=edge)
         draw.polygon(_points(thing, side, inner), fill=colour)
         return
     x, y, r = thing.x * side, thing.y * side, thing.radius * side
-    hole = 0.46 * r if thing.kind.shape == "ring" else 0.0
+    hole = 0.46 * r if thing.look.shape == "ring" else 0.0
     for reach, fill, end in ((r, edge, hole), (inner * r, colour, hole + line if hole else 0.0)):
         frame = (x - reach, y - reach, x + reach, y + reach)
         if hole:

@@ -1,16 +1,16 @@
-"""What is said of pairs of scenes in the embedded corpus: true of one pair and false of another, so that the text alone
-tells nothing."""
+"""Statements about pairs of scenes of the embedded corpus: true of one pair and false of another, so that the text alone does
+not give the label."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from random import Random
 
-from fastvlp.data.world.language import Phrase, Saying
-from fastvlp.data.world.scene import Kind
-from fastvlp.data.world.sentences import phrases
+from fastvlp.data.world.captions_and_questions import phrases
+from fastvlp.data.world.language import Meaning, Phrase
+from fastvlp.data.world.scene import Look
 
-# Whether a form holds of a phrase that fits a things on the left and b on the right; n is the number it names.
+# Whether a form is true of a phrase that fits a things on the left and b things on the right; n is the number in the form.
 _PAIR_FORMS: dict[str, Callable[[int, int, int], bool]] = {
     "p-both": lambda a, b, n: a > 0 and b > 0,
     "p-one": lambda a, b, n: (a > 0) != (b > 0),
@@ -28,8 +28,9 @@ _PLURAL = ("p-left-more", "p-right-more", "p-same")
 _NUMBERED = ("p-left", "p-right", "p-total")
 
 
-def _pair_claims(phrase: Phrase, first: tuple[int, int], second: tuple[int, int]) -> Iterator[tuple[Saying, bool]]:
-    """What holds of one pair and not of the other, by how many things the phrase fits in their images."""
+def _differences(phrase: Phrase, first: tuple[int, int], second: tuple[int, int]) -> Iterator[tuple[Meaning, bool]]:
+    """Statements with the phrase that are true of only one of two pairs, given how many things it fits in their images; and
+    whether they are true of the first."""
     for form, holds in _PAIR_FORMS.items():
         numbers = {*first, *second, sum(first), sum(second)} - {0} if form in _NUMBERED else {0}
         for n in sorted(numbers):
@@ -39,24 +40,25 @@ def _pair_claims(phrase: Phrase, first: tuple[int, int], second: tuple[int, int]
             if form in _PLURAL:
                 yield (form, phrase._replace(number=None)), truth
             elif form in _NUMBERED:
-                yield (form, phrase._replace(number=n, means="exact")), truth
+                yield (form, phrase._replace(number=n, numeral="exact")), truth
             else:
                 yield (form, phrase), truth
 
 
-def pair_sayings(
-    rng: Random, first: Sequence[Sequence[Kind]], second: Sequence[Sequence[Kind]], count: int = 4
-) -> list[tuple[Saying, bool]]:
-    """Up to `count` sayings, each of another form, true of one pair and false of the other; the label is `first`'s."""
-    kinds = [kind for side in (*first, *second) for kind in side]
-    asked = [
-        phrase._replace(number=1, means="some")
+def pair_statements(
+    rng: Random, first: Sequence[Sequence[Look]], second: Sequence[Sequence[Look]], count: int = 4
+) -> list[tuple[Meaning, bool]]:
+    """Up to `count` statements, each of another form, that are true of one pair and false of the other; and whether they are
+    true of the first."""
+    looks = [look for side in (*first, *second) for look in side]
+    candidates = [
+        phrase._replace(number=1, numeral="some")
         for keys in (("colour", "shape"), ("shape",), ("colour",))
-        for phrase in phrases(kinds, *keys)
+        for phrase in phrases(looks, *keys)
     ]
-    by_form: dict[str, list[tuple[Saying, bool]]] = {}
-    for phrase in asked:
+    by_form: dict[str, list[tuple[Meaning, bool]]] = {}
+    for phrase in candidates:
         l1, r1, l2, r2 = (sum(map(phrase.fits, side)) for side in (*first, *second))
-        for saying, truth in _pair_claims(phrase, (l1, r1), (l2, r2)):
-            by_form.setdefault(saying[0], []).append((saying, truth))
+        for meaning, truth in _differences(phrase, (l1, r1), (l2, r2)):
+            by_form.setdefault(meaning[0], []).append((meaning, truth))
     return [rng.choice(by_form[form]) for form in rng.sample(sorted(by_form), min(count, len(by_form)))]
