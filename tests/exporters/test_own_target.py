@@ -31,7 +31,7 @@ def test_the_command_writes_what_the_users_target_says(runs, tmp_path, capsys):
 def test_the_help_lists_it():
     command = [sys.executable, "-m", "fastvlp", "--import", str(TARGET), "export", "--help"]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
-    assert "numpy, two arrays" in " ".join(done.stdout.replace("│", " ").split())
+    assert "numpy (two arrays)" in " ".join(done.stdout.replace("│", " ").split())
 
 
 def test_a_function_gives_facts_files_and_differences(runs, tmp_path):

@@ -80,7 +80,7 @@ def targets() -> dict[str, type[ExportTarget]]:
 
 def formats() -> str:
     """Describes all targets."""
-    return "; ".join(f"{name}, {target.summary}" for name, target in sorted(targets().items()))
+    return ", ".join(f"{name} ({target.summary})" for name, target in sorted(targets().items()))
 
 
 def find_target(name: str) -> ExportTarget:

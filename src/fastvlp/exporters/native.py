@@ -26,7 +26,7 @@ class NativeExport(ExportTarget):
     """A folder for `Embedder` and for whatever reads a run, such as `vlp evaluate`."""
 
     name = "fastvlp"
-    summary = "which Embedder and the service read"
+    summary = "for Embedder and the service"
     files = ("model.json", "model.safetensors", "tokenizer.json", "config.json", "card.json", "README.md")
 
     def misfit(self, source: ExportSource) -> str | None:

@@ -72,8 +72,7 @@ def embed_shards(
 ) -> Counts | None:
     """Turn shards into unit vectors of their images and captions.
 
-    Under `torchrun` the ranks share the work; started again, it continues where it was stopped. Only the main rank gets the
-    counts, the others None.
+    Under `torchrun` the ranks share the work. Started again, it continues where it was stopped.
 
     Args:
         export: Folder that `vlp export` wrote.
@@ -86,6 +85,9 @@ def embed_shards(
         device: auto, cpu, cuda or cuda:N.
         precision: In which the model computes; vectors are stored in fp32.
         threads: Processor threads of PyTorch; by default all cores.
+
+    Returns:
+        What the folder holds; None on all ranks but the main one.
 
     Raises:
         UserError: The folder holds vectors of another model or of other data.

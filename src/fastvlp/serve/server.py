@@ -42,7 +42,7 @@ def serve(
 
     Args:
         export: Folder that `vlp export` wrote.
-        index: Address of the index; without one there is no search.
+        index: Address of the index, as for `vlp index build`; without one there is no search.
         create: Make an empty index where there is none.
         pictures: Folder of the items' pictures; by default the index's own place for them.
         host: Address to listen at; 0.0.0.0 lets other machines ask.
