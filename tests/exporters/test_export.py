@@ -1,4 +1,4 @@
-"""An export stands alone, holds what serving reads and no more, and is there whole or not at all."""
+"""An export has what serving reads and no more, and is there whole or not at all."""
 
 import json
 import shutil
@@ -20,7 +20,7 @@ def tensors(folder: Path) -> set[str]:
         return {*file.keys()}
 
 
-def test_heads_that_serving_reads_stay_and_the_rest_of_objectives_goes(exports):
+def test_exports_have_the_heads_of_abilities_and_no_other_parameters(exports):
     kept = {name: {key for key in tensors(folder) if key.startswith("objectives.")} for name, folder in exports.items()}
     assert kept["towers"] == set()
     assert {key.split(".")[1] for key in kept["all"]} == {"itm"}
@@ -35,7 +35,7 @@ def test_heads_that_serving_reads_stay_and_the_rest_of_objectives_goes(exports):
     }
 
 
-def test_nothing_tells_where_the_run_lay(exports, runs, world):
+def test_exports_do_not_name_the_place_of_the_run(exports, runs, world):
     for folder in exports.values():
         for path in folder.iterdir():
             data = path.read_bytes()
@@ -52,17 +52,17 @@ def test_the_card_is_filled_from_the_run(runs, tmp_path):
     assert card["objectives"] == {"clip": "CLIPConfig"} and card["data"]["train"].endswith("/train")
     assert card["training"]["step"] == 1 and card["training"]["pairs"] == 8 and card["training"]["device"]
     assert card == json.loads((tmp_path / "out" / "card.json").read_text()) == Embedder.load(tmp_path / "out").card
-    told = (tmp_path / "out" / "README.md").read_text()
+    text = (tmp_path / "out" / "README.md").read_text()
     for words in (
         "license: cc-by-4.0",
         "| text_to_image/recall@1 | 0.25 |",
         card["training"]["device"],
         "clip (CLIPConfig)",
     ):
-        assert words in told
+        assert words in text
 
 
-def test_the_card_tells_of_the_checkpoint_that_is_exported(runs, tmp_path):
+def test_the_card_describes_the_exported_checkpoint(runs, tmp_path):
     run = shutil.copytree(runs["towers"], tmp_path / "run")
     lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     (best,) = (line for line in lines if line["kind"] == "validation")
@@ -73,8 +73,8 @@ def test_the_card_tells_of_the_checkpoint_that_is_exported(runs, tmp_path):
             )
     card = export(run, tmp_path / "out").card
     assert card["validation"]["loss"] == best["loss"]
-    told = {name: card["training"][name] for name in ("step", "steps", "pairs", "weights")}
-    assert told == {"step": 1, "steps": 297, "pairs": 8, "weights": "best.safetensors"}
+    training = {name: card["training"][name] for name in ("step", "steps", "pairs", "weights")}
+    assert training == {"step": 1, "steps": 297, "pairs": 8, "weights": "best.safetensors"}
     assert card["training"]["seconds"] == pytest.approx(best["elapsed"], abs=1e-3)
     assert f"| loss | {best['loss']:.4g} |" in (tmp_path / "out" / "README.md").read_text()
 
@@ -91,9 +91,9 @@ def test_the_cards_code_runs_where_it_was_exported(runs, pictures, tmp_path, mon
         assert ran["scores"].shape == (1, 1)
 
 
-def test_a_licence_that_was_not_told_is_asked_for(exports):
-    told = (exports["towers"] / "README.md").read_text()
-    assert "license: other" in told and "Not chosen yet" in told
+def test_a_missing_licence_has_a_placeholder(exports):
+    text = (exports["towers"] / "README.md").read_text()
+    assert "license: other" in text and "Not chosen yet" in text
 
 
 def test_an_export_that_fails_leaves_nothing(runs, tmp_path, monkeypatch):
@@ -106,7 +106,7 @@ def test_an_export_that_fails_leaves_nothing(runs, tmp_path, monkeypatch):
     assert [*tmp_path.iterdir()] == []
 
 
-def test_what_is_there_is_not_overwritten(exports, runs, tmp_path):
+def test_existing_files_are_not_overwritten(exports, runs, tmp_path):
     with pytest.raises(UserError, match="something is here already"):
         export(runs["towers"], exports["towers"])
     (tmp_path / "empty").mkdir()

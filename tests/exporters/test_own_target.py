@@ -1,4 +1,4 @@
-"""A target in a user's own file is exported to, refused where it does not fit, and checked, without a change to the package."""
+"""An export target in a user's own file works without a change to the package."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fastvlp.model.saving import load_model
 TARGET = Path(__file__).with_name("numpy_target.py")
 
 
-def test_the_command_writes_what_the_users_target_says(runs, tmp_path, capsys):
+def test_the_command_exports_to_the_users_target(runs, tmp_path, capsys):
     argv = ["--import", str(TARGET), "export", str(runs["towers"]), str(tmp_path / "out"), "--to", "numpy"]
     assert main(argv) == 0
     assert "arrays.npz" in capsys.readouterr().out
@@ -51,7 +51,7 @@ def test_a_run_that_does_not_fit_is_refused(runs, tmp_path):
 
 
 @pytest.mark.parametrize("differences", [{"words": 0.1}, {"words": float("nan")}])
-def test_what_differs_from_the_run_is_not_kept(runs, tmp_path, monkeypatch, differences: Mapping[str, float]):
+def test_an_export_that_differs_from_the_run_is_removed(runs, tmp_path, monkeypatch, differences: Mapping[str, float]):
     target = import_file(TARGET).NumpyExport
     monkeypatch.setattr(target, "differences", lambda self, source, folder: differences)
     with pytest.raises(UserError, match="words by"):
@@ -59,7 +59,7 @@ def test_what_differs_from_the_run_is_not_kept(runs, tmp_path, monkeypatch, diff
     assert [*tmp_path.iterdir()] == []
 
 
-def test_a_file_that_is_named_but_not_written_is_missed(runs, tmp_path, monkeypatch):
+def test_a_missing_file_is_reported(runs, tmp_path, monkeypatch):
     target = import_file(TARGET).NumpyExport
     monkeypatch.setattr(target, "files", (*target.files, "notes.txt"))
     with pytest.raises(UserError, match=r"notes\.txt"):

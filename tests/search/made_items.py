@@ -1,4 +1,4 @@
-"""Made items, and a process that adds some until it is killed."""
+"""Made items, and a process that adds items until it is killed."""
 
 from __future__ import annotations
 

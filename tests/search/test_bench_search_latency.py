@@ -1,4 +1,4 @@
-"""The arms of the benchmark find the same, and what they are timed on is what they say."""
+"""The arms of bench/search_latency.py find the same items."""
 
 import importlib
 import json
@@ -34,7 +34,7 @@ def rows_of(bench, tmp_path, monkeypatch):
     return rows_of
 
 
-def test_arms_agree_on_made_vectors(bench, rows_of, capsys):
+def test_all_arms_find_the_same_items(bench, rows_of, capsys):
     options = {"vectors": 600, "width": 32, "queries": 20, "candidates": 300, "bits": 64, "batch": 200}
     rows = rows_of(**options, arms=[arm for arm in bench.ARMS if arm != "http"])
     assert {"exact", "chroma", "ours", "hash_random", "hash_learned"} <= {*rows}
@@ -47,7 +47,7 @@ def test_arms_agree_on_made_vectors(bench, rows_of, capsys):
 
 
 @pytest.mark.slow
-def test_the_service_finds_in_what_was_built_what_its_index_finds(rows_of, capsys):
+def test_the_service_finds_what_its_index_finds(rows_of, capsys):
     limit = {"engine": 300}
     rows = rows_of(vectors=500, width=32, queries=15, arms=("http", "engine", "exact"), batch=100, limit=limit)
     assert {name: row["vectors"] for name, row in rows.items()} == dict.fromkeys(rows, 300) | {"exact": 500}
@@ -57,7 +57,7 @@ def test_the_service_finds_in_what_was_built_what_its_index_finds(rows_of, capsy
     assert f"{over:.2f} ms above the model's" in capsys.readouterr().out
 
 
-def test_made_queries_lie_in_a_cone_of_their_own(bench):
+def test_made_queries_have_a_mean_of_their_own(bench):
     image, text = bench.made(4000, 32, 1, "image"), bench.made(4000, 32, 2, "text")
     assert np.allclose(np.linalg.norm(image, axis=1), 1, atol=1e-5)
     apart = np.linalg.norm(image.mean(0) - text.mean(0))

@@ -1,4 +1,4 @@
-"""Vectors of shards: each of its own record, whatever was dropped, however often the run was stopped, on any ranks."""
+"""Vectors of shards belong to their records, with damaged records, stopped runs and several ranks."""
 
 import json
 import os
@@ -34,7 +34,7 @@ def files(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def test_rows_are_the_embedder_s_own(arguments, embedder, shards, pictures, world):
+def test_rows_equal_the_embedders(arguments, embedder, shards, pictures, world):
     counts = embed(arguments, captions=("captions", "captions_zh"), batch_size=2)
     assert counts == (arguments["out"], 12, 48, [])
     parts = [read_part(path) for path in open_embedded(arguments["out"]).parts]
@@ -54,14 +54,14 @@ def test_rows_are_the_embedder_s_own(arguments, embedder, shards, pictures, worl
     }
 
 
-def test_captions_of_joined_fields_are_stored_apart(arguments, shards):
+def test_captions_of_joined_fields_are_stored_separately(arguments, shards):
     embed(arguments, captions=("captions+captions_zh",))
     info = shards.info(7)
     stored = read_part(next(path for path in open_embedded(arguments["out"]).parts if "00001" in path.name)).infos[2]
     assert stored["caption"] == info["captions"][0] and stored["caption_zh"] == info["captions_zh"][0]
 
 
-def test_damaged_records_are_named_and_leave_the_others_in_place(arguments, embedder, pictures, tmp_path):
+def test_damaged_records_are_named_and_left_out(arguments, embedder, pictures, tmp_path):
     with ShardWriter(tmp_path / "damaged") as writer:
         for i, picture in enumerate(pictures[:6]):
             writer.write(Record(key=f"r{i}", images=(picture[:99] if i in (1, 4) else picture,), info={"label": i}))
@@ -79,7 +79,7 @@ def test_damaged_records_are_named_and_leave_the_others_in_place(arguments, embe
     assert np.allclose(middle.image, embedder.images(pictures[2:4]), atol=1e-6)
 
 
-def test_parts_that_are_there_are_not_made_again(arguments):
+def test_existing_parts_are_not_written_again(arguments):
     embed(arguments)
     whole = files(arguments["out"])
     (arguments["out"] / "00001.safetensors").unlink()
@@ -90,7 +90,7 @@ def test_parts_that_are_there_are_not_made_again(arguments):
 
 
 @pytest.mark.parametrize("change", ["captions", "precision", "export", "data"])
-def test_another_run_s_parts_are_not_continued(arguments, exports, world, change):
+def test_parts_of_another_run_are_refused(arguments, exports, world, change):
     embed(arguments)
     other = {
         "captions": {"captions": ("captions_zh",)},
@@ -102,7 +102,7 @@ def test_another_run_s_parts_are_not_continued(arguments, exports, world, change
         embed(arguments, **other)
 
 
-def test_what_is_not_whole_is_not_opened(arguments):
+def test_missing_and_damaged_parts_are_refused(arguments):
     embed(arguments)
     (arguments["out"] / "00002.safetensors").unlink()
     with pytest.raises(UserError, match="1 of 3 parts are not there yet"):
@@ -114,7 +114,7 @@ def test_what_is_not_whole_is_not_opened(arguments):
         open_embedded(arguments["out"].parent)
 
 
-def test_a_folder_of_other_safetensors_is_left_alone(arguments, exports):
+def test_a_folder_with_other_safetensors_is_refused(arguments, exports):
     with pytest.raises(UserError, match="did not write"):
         embed(arguments, out=exports["all"])
     assert not (exports["all"] / "embedded.json").exists()
@@ -125,7 +125,7 @@ def command(arguments):
     return ["embed", *places, "--per-part", str(arguments["per_part"]), "--threads", "1"]
 
 
-def test_a_killed_run_goes_on_to_what_an_unbroken_one_writes(arguments, world, tmp_path):
+def test_a_killed_run_continues_to_the_same_files(arguments, world, tmp_path):
     arguments |= {"data": world / "train", "per_part": 1}
     out = arguments["out"]
     with subprocess.Popen([sys.executable, "-m", "fastvlp", *command(arguments)], stdout=subprocess.DEVNULL) as child:
@@ -142,7 +142,7 @@ def test_a_killed_run_goes_on_to_what_an_unbroken_one_writes(arguments, world, t
 
 
 @pytest.mark.slow
-def test_ranks_share_the_parts_and_write_what_one_would(arguments, tmp_path):
+def test_two_ranks_write_what_one_would(arguments, tmp_path):
     embed(arguments)
     shared = arguments | {"out": tmp_path / "shared"}
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "fastvlp"]

@@ -1,4 +1,4 @@
-"""A folder of vectors that is searched as it lies."""
+"""The index engine of embedded vectors: codes:FOLDER."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def index(folder):
     return open_index(f"codes:{folder}")
 
 
-def test_what_is_found_is_what_the_product_ranks_first(index, folder):
+def test_search_ranks_as_the_exact_product_does(index, folder):
     parts = [read_part(path) for path in open_embedded(folder).parts]
     vectors, ids = np.concatenate([part.image for part in parts]), [id for part in parts for id in part.ids]
     infos = [info for part in parts for info in part.infos]
@@ -47,7 +47,7 @@ def test_what_is_found_is_what_the_product_ranks_first(index, folder):
     assert isinstance(item, Item) and item.id == ids[7] and np.array_equal(item.vector, vectors[7])
 
 
-def test_filters_are_of_equal_or_listed_values(index, folder):
+def test_filters_take_a_value_or_a_list_of_values(index, folder):
     part = read_part(open_embedded(folder).parts[0])
     name, value = next(iter(part.infos[1].items()))
     hits = index.search(part.image[:1], 12, {name: [value, "another"]})[0]
@@ -55,7 +55,7 @@ def test_filters_are_of_equal_or_listed_values(index, folder):
     assert index.search(part.image[:1], 12, {name: "nothing"}) == [[]]
 
 
-def test_the_vectors_stay_on_the_disk_and_are_written_once(index, folder):
+def test_vectors_are_written_to_disk_once(index, folder):
     made = (folder / VECTORS).stat()
     assert isinstance(index.get([index.search(np.eye(1, 16), 1)[0][0].id])[0].vector, np.ndarray)
     assert (folder / VECTORS).stat().st_mtime_ns == made.st_mtime_ns and open_index(f"codes:{folder}").count() == 12
@@ -64,7 +64,7 @@ def test_the_vectors_stay_on_the_disk_and_are_written_once(index, folder):
         CodesIndex(f"codes:{folder}")
 
 
-def test_what_it_cannot_do_is_said(index, folder, tmp_path):
+def test_changes_and_wrong_folders_are_refused(index, folder, tmp_path):
     for change in (lambda: index.add(["a"], np.eye(1, 16), [{}]), lambda: index.delete(["a"])):
         with pytest.raises(UserError, match="vlp index build"):
             change()
@@ -76,7 +76,7 @@ def test_what_it_cannot_do_is_said(index, folder, tmp_path):
         open_index(str(folder))
 
 
-def test_pictures_are_read_from_the_shards_while_those_are_there(index, folder, world, tmp_path):
+def test_pictures_are_read_from_the_shards(index, folder, world, tmp_path):
     kept = pictures_of(f"codes:{folder}")
     for hit in index.search(np.eye(1, 16), 12)[0]:
         (place,) = (i for i, key in enumerate(Shards(world / "test").keys) if key == hit.id)
@@ -93,22 +93,22 @@ def test_pictures_are_read_from_the_shards_while_those_are_there(index, folder, 
     assert kept.get(hit.id) is None and pictures_of(f"codes:{folder}") is None
 
 
-def test_it_is_served_with_its_pictures_and_an_addition_changes_none(index, folder, exports, pictures, tmp_path):
-    def asked(kept):
-        app = create_app(Embedder.load(exports["towers"], "cpu"), index, pictures=kept)
+def test_the_service_shows_pictures_and_refuses_additions(index, folder, exports, pictures, tmp_path):
+    def shown_picture(store):
+        app = create_app(Embedder.load(exports["towers"], "cpu"), index, pictures=store)
         with TestClient(app, raise_server_exceptions=False) as client:
             first = client.get("/v1/items").json()["results"][0]
             added = client.post("/v1/items", data={"id": first["id"]}, files={"image": pictures[0]})
             assert added.status_code == 400 and "vlp index build" in added.text
             return client.get(first["image"])
 
-    assert asked(pictures_of(f"codes:{folder}")).headers["content-type"] == "image/webp"
-    assert asked(pictures_of(f"codes:{folder}", tmp_path / "own")).status_code == 404
+    assert shown_picture(pictures_of(f"codes:{folder}")).headers["content-type"] == "image/webp"
+    assert shown_picture(pictures_of(f"codes:{folder}", tmp_path / "own")).status_code == 404
     assert not (tmp_path / "own").exists()
 
 
-def test_it_is_searched_from_the_command_line(folder, exports, capsys):
+def test_codes_are_searched_from_the_command_line(folder, exports, capsys):
     argv = ["index", "search", f"codes:{folder}", "--export", str(exports["towers"])]
     assert main([*argv, "--text", "一个红色圆", "--k", "2"]) == 0
-    said = capsys.readouterr().out
-    assert sum(id in said for part in open_embedded(folder).parts for id in read_part(part).ids) == 2
+    output = capsys.readouterr().out
+    assert sum(id in output for part in open_embedded(folder).parts for id in read_part(part).ids) == 2

@@ -1,4 +1,4 @@
-"""What an embedder says equals what the run's own model says, whatever shares a batch; hostile input is named."""
+"""An embedder computes what the run's model computes, for any batch; bad input is named."""
 
 import io
 import json
@@ -23,7 +23,7 @@ from fastvlp.tasks.task_evaluation import load_task
 TEXTS = ["a red circle", "红色的圆形", "", "a blue square left of a small green triangle", "x" * 500, "a red circle"]
 
 
-def test_vectors_equal_those_that_the_run_is_evaluated_by(embedder, runs, world, pictures):
+def test_vectors_equal_those_of_evaluation(embedder, runs, world, pictures):
     loaded = open_run(runs["towers"]).loaded
     images = embed_images(loaded, Shards(world / "test"))
     assert np.allclose(embedder.images(pictures), images.numpy(), atol=1e-6)
@@ -38,24 +38,24 @@ def test_languages_are_those_of_the_captions(embedder, monkeypatch):
         assert embedder.languages == languages
 
 
-def test_a_vector_does_not_depend_on_what_shares_its_batch(embedder, pictures):
+def test_vectors_do_not_depend_on_the_batch(embedder, pictures):
     assert np.allclose(embedder.images(pictures)[3:4], embedder.images(pictures[3:4]), atol=1e-6)
     assert np.allclose(embedder.texts(TEXTS)[3:4], embedder.texts(TEXTS[3:4]), atol=1e-6)
     assert embedder.images([]).shape == embedder.texts([]).shape == (0, embedder.width)
 
 
-def test_an_opened_picture_reads_as_its_bytes(embedder, pictures):
+def test_an_opened_picture_equals_its_bytes(embedder, pictures):
     opened = [Image.open(io.BytesIO(data)) for data in pictures]
     assert np.allclose(embedder.images(opened), embedder.images(pictures), atol=1e-6)
 
 
 def test_texts_are_cleaned_as_captions_are(embedder):
-    told = embedder.texts(["a red\x00 circle\ud800", "  a red circle\n"])
-    assert np.array_equal(told[0], told[1])
+    vectors = embedder.texts(["a red\x00 circle\ud800", "  a red circle\n"])
+    assert np.array_equal(vectors[0], vectors[1])
     assert embedder.lengths(["", "a " * 5000]) == [2, 40]
 
 
-def test_an_unreadable_picture_is_named_by_its_place(embedder, pictures):
+def test_an_unreadable_picture_is_named_by_its_index(embedder, pictures):
     with pytest.raises(Unreadable, match=r"picture 2: .*damaged or truncated") as caught:
         embedder.images([*pictures[:2], pictures[0][:200], b"junk"])
     assert caught.value.index == 2
@@ -73,7 +73,7 @@ def test_a_picture_with_too_many_pixels_is_not_decoded(exports, opened):
         embedder.images([Image.open(file) if opened else file.getvalue()])
 
 
-def test_what_a_model_can_do_is_known_and_the_rest_refused(exports, embedder, pictures):
+def test_abilities_are_known_and_others_refused(exports, embedder, pictures):
     assert {name: sorted(Embedder.load(folder).can) for name, folder in exports.items()} == {
         "all": ["caption", "embed", "match"],
         "towers": ["embed"],
@@ -83,7 +83,7 @@ def test_what_a_model_can_do_is_known_and_the_rest_refused(exports, embedder, pi
         embedder.caption(pictures[:1])
 
 
-def test_match_scores_and_captions_are_the_run_s_own(exports, runs, world, pictures):
+def test_match_scores_and_captions_equal_the_runs(exports, runs, world, pictures):
     embedder = Embedder.load(exports["all"])
     loaded, saved, _ = open_run(runs["all"])
     image = embedder.pixels(pictures[:3])
@@ -95,18 +95,18 @@ def test_match_scores_and_captions_are_the_run_s_own(exports, runs, world, pictu
     assert embedder.match([], []).shape == (0,) and embedder.caption([]) == []
 
 
-def test_answers_are_the_tuned_run_s_own(exports, runs, pictures):
+def test_answers_equal_the_fine_tuned_runs(exports, runs, pictures):
     embedder = Embedder.load(exports["vqa"])
     tuned = load_task(runs["vqa"])
     objective, data = tuned.objective, tuned.data
     questions = ["what colour is the circle?", "how many squares are there?"]
-    found = embedder.answer(pictures[:2], questions)
-    assert set(found) <= {*data.answers} and len(found) == 2
+    answers = embedder.answer(pictures[:2], questions)
+    assert set(answers) <= {*data.answers} and len(answers) == 2
     ids, length = embedder.tokenizer.encode(questions, 50)
     states = embedder.model.encode_image(embedder.pixels(pictures[:2]))
     summary = embedder.model.summarise(states, ids, length, reading="full")
     scores = objective.head(torch.tanh(objective.pool(summary)))
-    assert found == [data.answers[i] for i in scores.argmax(1)]
+    assert answers == [data.answers[i] for i in scores.argmax(1)]
 
 
 def test_loading_imports_no_training_code(exports, tmp_path):
@@ -131,7 +131,7 @@ def test_damaged_exports_are_refused(exports, runs, tmp_path):
         Embedder.load(folder)
 
 
-def test_the_fingerprint_is_of_weights_config_and_tokenizer(exports, tmp_path, embedder):
+def test_the_fingerprint_depends_on_weights_config_and_tokenizer(exports, tmp_path, embedder):
     assert Embedder.load(exports["towers"]).fingerprint == embedder.fingerprint
     folder = shutil.copytree(exports["towers"], tmp_path / "changed")
     (folder / "card.json").write_text("{}")

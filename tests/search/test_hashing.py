@@ -1,4 +1,4 @@
-"""Codes keep angles, distances are counted right, and candidates hold what an exact search finds."""
+"""Codes keep angles, and their candidates contain what an exact search finds."""
 
 import numpy as np
 import pytest
@@ -28,19 +28,19 @@ def structured(number, seed, shift=0.0):
     return unit(latent @ axes + 0.3 * draw.normal(size=(number, WIDTH)) + 5 * cone + 5 * shift * other)
 
 
-def recall(found, query, vectors, k=10):
+def recall(indices, query, vectors, k=10):
     exact = np.argsort(-(query @ vectors.T), axis=1)[:, :k]
-    return np.mean([len({*row} & {*best}) / k for row, best in zip(found, exact)])
+    return np.mean([len({*row} & {*best}) / k for row, best in zip(indices, exact)])
 
 
 @pytest.mark.parametrize("bits", [1, 63, 64, 65, 200])
-def test_distances_are_the_bits_that_differ(bits):
+def test_distances_count_differing_bits(bits):
     draw = np.random.default_rng(bits)
     one, many = draw.random(bits) > 0.5, draw.random((50, bits)) > 0.5
     assert np.array_equal(hamming(pack(one[None])[:, 0], pack(many)), (one != many).sum(1))
 
 
-def test_the_share_of_bits_that_differ_is_the_angle():
+def test_the_share_of_differing_bits_estimates_the_angle():
     x = unit(np.random.default_rng(0).normal(size=(200, WIDTH)))
     code = encode(random_projection(WIDTH, 64 * 64), x)
     angles = np.arccos(np.clip(x[0] @ x[1:].T, -1, 1)) / np.pi
@@ -49,7 +49,7 @@ def test_the_share_of_bits_that_differ_is_the_angle():
 
 
 @pytest.mark.parametrize("bits", [16, 64, 96])
-def test_projections_are_orthonormal_in_blocks_and_the_same_each_time(bits):
+def test_projections_are_orthonormal_in_blocks_and_deterministic(bits):
     x = structured(500, seed=1)
     for make in (lambda: random_projection(WIDTH, bits), lambda: learned_projection(x, bits, rounds=3)):
         projection = make()
@@ -59,7 +59,7 @@ def test_projections_are_orthonormal_in_blocks_and_the_same_each_time(bits):
             assert np.allclose(block.T @ block, np.eye(block.shape[1]), atol=1e-5)
 
 
-def test_learning_brings_rows_nearer_to_the_corners_round_by_round():
+def test_each_round_of_learning_reduces_the_error():
     x = structured(2000, seed=1)
     centred = x - x.mean(0)
     errors = []
@@ -69,14 +69,14 @@ def test_learning_brings_rows_nearer_to_the_corners_round_by_round():
     assert errors == sorted(errors, reverse=True) and errors[0] > errors[-1] * 1.005
 
 
-def test_the_closest_are_the_smallest_and_the_first_of_equals():
+def test_closest_returns_the_smallest_distances():
     distance = np.array([3, 1, 2, 1, 2, 2, 9], np.uint16)
     assert sorted(closest(distance, 3)) == [1, 2, 3] and sorted(closest(distance, 4)) == [1, 2, 3, 4]
     assert sorted(closest(distance, 70)) == [*range(7)]
 
 
 @pytest.mark.parametrize("kind", ["random", "learned"])
-def test_candidates_hold_the_exact_best(kind):
+def test_candidates_contain_the_exact_results(kind):
     """A fiftieth of the vectors as candidates, at a sixteenth of their memory: recall@10 of at least 0.98."""
     vectors, query = structured(20_000, seed=1), structured(100, seed=2)
     bits = 128
@@ -94,7 +94,7 @@ def test_candidates_hold_the_exact_best(kind):
     assert recall(search.search(query[:5], 10, candidates=20_000)[0], query[:5], vectors) == 1
 
 
-def test_few_learned_bits_are_worth_more_than_random_ones():
+def test_few_learned_bits_recall_more_than_random_ones():
     vectors, query = structured(20_000, seed=1), structured(100, seed=2)
     projections = random_projection(WIDTH, 32, mean_E=vectors.mean(0)), learned_projection(vectors, 32)
     random, learned = (
@@ -103,7 +103,7 @@ def test_few_learned_bits_are_worth_more_than_random_ones():
     assert learned > random + 0.02
 
 
-def test_queries_of_another_kind_are_centred_on_their_own_mean():
+def test_centring_queries_on_their_own_mean_recalls_more():
     vectors, query = structured(20_000, seed=1), structured(200, seed=2, shift=0.7)
     projection = random_projection(WIDTH, 64, mean_E=vectors.mean(0))
     own, items = (
@@ -113,7 +113,7 @@ def test_queries_of_another_kind_are_centred_on_their_own_mean():
     assert own > items + 0.02
 
 
-def test_only_those_looked_among_are_found():
+def test_search_among_some_items():
     vectors, query = structured(500, seed=1), structured(5, seed=2)
     search, among = HashSearch(vectors, random_projection(WIDTH, 64)), np.arange(500) % 7 == 3
     places, scores = search.search(query, 10, 500, among_N=among)
@@ -124,7 +124,7 @@ def test_only_those_looked_among_are_found():
     assert search.search(query, 10, among_N=np.zeros(500, bool))[0].shape == (5, 0)
 
 
-def test_vectors_may_stay_on_the_disk_at_half_size(tmp_path):
+def test_vectors_can_be_on_disk_in_half_precision(tmp_path):
     vectors, query = structured(3000, seed=1), structured(5, seed=2)
     vectors.astype(np.float16).tofile(tmp_path / "vectors")
     stored = np.memmap(tmp_path / "vectors", np.float16, mode="r").reshape(-1, WIDTH)

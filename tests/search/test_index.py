@@ -1,4 +1,4 @@
-"""One set of demands on every engine: a folder, a Chroma server on loopback, PostgreSQL where there is one, and the engine
+"""The same tests for every index engine: a folder, a Chroma server on loopback, PostgreSQL where there is one, and the engine
 of a user's own file (numpy_engine.py)."""
 
 import os
@@ -90,7 +90,7 @@ def fill(index, number=50):
     return vectors
 
 
-def test_search_gives_the_nearest_with_their_cosines(index):
+def test_search_returns_the_nearest_items_with_cosines(index):
     vectors = fill(index)
     query = made_vectors(3, seed=1)
     exact = query @ vectors.T
@@ -102,7 +102,7 @@ def test_search_gives_the_nearest_with_their_cosines(index):
     assert index.search(made_vectors(0), 5) == [] and index.count() == 50
 
 
-def test_pages_continue_where_the_last_one_ended(index):
+def test_pages_continue_each_other(index):
     fill(index)
     query = made_vectors(1, seed=1)
     whole = index.search(query, 20)[0]
@@ -122,23 +122,23 @@ def test_pages_continue_where_the_last_one_ended(index):
         ({"name": "红色'\"; drop table"}, {50}),
     ],
 )
-def test_filters_are_of_equal_or_listed_values(index, where, wanted):
+def test_filters_take_a_value_or_a_list_of_values(index, where, wanted):
     fill(index)
     index.add(["odd one"], made_vectors(1, seed=9), [{"name": "红色'\"; drop table"}])
     hits = index.search(made_vectors(1, seed=1), 10, where)[0]
     assert {hit.info.get("n", 50) for hit in hits} == wanted
 
 
-def test_an_item_that_is_added_again_is_replaced_whole(index):
+def test_adding_an_item_again_replaces_it(index):
     vectors = fill(index)
     index.add(["i1", "new"], vectors[[7, 8]], [{"other": "x"}, {}])
-    found = index.get(["new", "i1", "nobody", "i1"])
-    assert [(item.id, item.info) for item in found] == [("new", {}), ("i1", {"other": "x"})]
-    assert np.allclose(found[1].vector, vectors[7], atol=1e-6) and found[1].vector.dtype == np.float32
+    items = index.get(["new", "i1", "nobody", "i1"])
+    assert [(item.id, item.info) for item in items] == [("new", {}), ("i1", {"other": "x"})]
+    assert np.allclose(items[1].vector, vectors[7], atol=1e-6) and items[1].vector.dtype == np.float32
     assert index.count() == 51
 
 
-def test_what_is_deleted_is_not_found_and_counted_once(index):
+def test_deleted_items_are_gone_and_counted_once(index):
     vectors = fill(index)
     assert index.delete(["i1", "i2", "i1", "nobody"]) == 2
     assert index.delete(["i1"]) == 0 and index.count() == 48
@@ -168,14 +168,14 @@ def test_another_model_is_refused(uri):
     open_index(uri, replace(STAMP, model="renamed"), create=True).close()
 
 
-def test_an_index_that_is_not_there_is_not_made_by_asking(uri, tmp_path):
+def test_opening_does_not_create_an_index(uri, tmp_path):
     with pytest.raises(UserError, match="no index here"):
         open_index(uri, STAMP)
     assert not (tmp_path / "index").exists()
 
 
 @pytest.mark.parametrize(
-    ("ids", "vectors", "infos", "said"),
+    ("ids", "vectors", "infos", "words"),
     [
         (["a"], np.zeros((1, 8), np.float32), [{}], r"rows of 16 numbers"),
         (["a"], np.full((1, 16), np.nan), [{}], "not finite"),
@@ -190,8 +190,8 @@ def test_an_index_that_is_not_there_is_not_made_by_asking(uri, tmp_path):
         (["a"], made_vectors(1), [{"$and": 1}], "does not begin with"),
     ],
 )
-def test_what_no_engine_can_hold_is_refused_whole(index, ids, vectors, infos, said):
-    with pytest.raises(UserError, match=said):
+def test_items_that_an_index_cannot_hold_are_refused(index, ids, vectors, infos, words):
+    with pytest.raises(UserError, match=words):
         index.add(ids, vectors, infos)
     assert index.count() == 0
 
@@ -199,7 +199,7 @@ def test_what_no_engine_can_hold_is_refused_whole(index, ids, vectors, infos, sa
 @pytest.mark.parametrize(
     ("k", "offset", "where"), [(0, 0, None), (1, -1, None), (10**9, 0, None), (1, 0, {"$or": 1}), (1, 0, {"a": [None]})]
 )
-def test_what_cannot_be_asked_is_refused(index, k, offset, where):
+def test_impossible_searches_are_refused(index, k, offset, where):
     with pytest.raises(UserError):
         index.search(made_vectors(1), k, where, offset)
 
@@ -225,20 +225,20 @@ def kill_while_adding(uri, batches, size=20):
                 break
         time.sleep(0.007)  # into the next batch
         child.kill()
-        # What it said before it died counts too.
-        said = [int(line) for line in child.stdout if line.strip().isdigit()]
-    return max([acknowledged, *said]) + 1
+        # What it printed before it died counts too.
+        printed = [int(line) for line in child.stdout if line.strip().isdigit()]
+    return max([acknowledged, *printed]) + 1
 
 
-def test_nothing_acknowledged_is_lost_when_the_writer_is_killed(uri):
+def test_killing_the_writer_loses_no_acknowledged_item(uri):
     open_index(uri, STAMP, create=True).close()
     batches = kill_while_adding(uri, batches=3)
     with_all = open_index(uri, STAMP)
     ids = [f"i{i}" for i in range(20 * batches)]
-    found = with_all.get(ids)
-    assert [item.id for item in found] == ids
+    items = with_all.get(ids)
+    assert [item.id for item in items] == ids
     assert all(
-        item.info == {"n": i} and np.allclose(item.vector, vector_of(i), atol=1e-6) for i, item in enumerate(found)
+        item.info == {"n": i} and np.allclose(item.vector, vector_of(i), atol=1e-6) for i, item in enumerate(items)
     )
     last = 20 * batches - 1
     assert with_all.search(vector_of(last)[None], 1)[0][0].id == f"i{last}"
@@ -251,7 +251,7 @@ def test_nothing_acknowledged_is_lost_when_the_writer_is_killed(uri):
     with_all.close()
 
 
-def test_a_folder_has_one_writer_and_readers_see_what_it_wrote(tmp_path):
+def test_a_folder_has_one_writer_whose_items_readers_see(tmp_path):
     uri = str(tmp_path / "index")
     reader = open_index(uri, STAMP, create=True)
     command = [sys.executable, "-m", "tests.search.made_items", uri, "20"]
@@ -267,7 +267,7 @@ def test_a_folder_has_one_writer_and_readers_see_what_it_wrote(tmp_path):
     reader.close()
 
 
-def test_a_folder_is_moved_as_it_is(tmp_path):
+def test_a_folder_can_be_moved(tmp_path):
     index = open_index(str(tmp_path / "index"), STAMP, create=True)
     vectors = fill(index)
     index.close()
@@ -277,7 +277,7 @@ def test_a_folder_is_moved_as_it_is(tmp_path):
 
 
 @pytest.mark.parametrize("width", [2000, 2048])
-def test_postgresql_ranks_wide_vectors_by_its_graph(postgres, width, monkeypatch):
+def test_postgresql_uses_its_graph_for_wide_vectors(postgres, width, monkeypatch):
     uri = f"{postgres}#t{uuid.uuid4().hex[:16]}"
     drawn = np.random.default_rng(0).normal(size=(30, width)).astype(np.float32)
     vectors = drawn / np.linalg.norm(drawn, axis=1, keepdims=True)
@@ -288,16 +288,16 @@ def test_postgresql_ranks_wide_vectors_by_its_graph(postgres, width, monkeypatch
     hits = again.search(vectors[[4]], 30)[0]
     assert [hit.id for hit in hits] == [f"i{i}" for i in np.argsort(-(vectors @ vectors[4]))]
     assert np.allclose([hit.score for hit in hits], np.sort(vectors @ vectors[4])[::-1], atol=1e-5)
-    asked, execute = [], again._connection.execute
-    monkeypatch.setattr(again._connection, "execute", lambda *query: (asked.append(query), execute(*query))[1])
+    queries, execute = [], again._connection.execute
+    monkeypatch.setattr(again._connection, "execute", lambda *query: (queries.append(query), execute(*query))[1])
     again.search(vectors[[4]], 5)
     execute("SET enable_seqscan = off")  # which is what the planner would do for thirty rows
-    plan = str(execute(f"EXPLAIN {asked[0][0]}", asked[0][1]).fetchall())
+    plan = str(execute(f"EXPLAIN {queries[0][0]}", queries[0][1]).fetchall())
     assert "Index Scan using" in plan and "vector_idx" in plan and "Sort" not in plan
     again.close()
 
 
-def test_postgresql_is_asked_before_anything_is_made(postgres):
+def test_postgresql_is_checked_before_tables_are_made(postgres):
     import psycopg
 
     name = f"t{uuid.uuid4().hex[:16]}"
@@ -314,7 +314,7 @@ def test_postgresql_is_asked_before_anything_is_made(postgres):
     open_index(empty, STAMP, create=True).close()
 
 
-def test_a_damaged_folder_and_a_server_that_is_away_are_said(tmp_path):
+def test_damaged_folders_and_missing_servers_are_reported(tmp_path):
     (tmp_path / "chroma.sqlite3").write_bytes(b"no database" * 100)
     with pytest.raises(UserError, match="damaged"):
         open_index(str(tmp_path), STAMP)
@@ -324,16 +324,16 @@ def test_a_damaged_folder_and_a_server_that_is_away_are_said(tmp_path):
         open_index("ftp://somewhere/x", STAMP)
 
 
-def test_pictures_are_in_the_folder_of_the_index_or_where_told(tmp_path):
+def test_the_folder_of_pictures_is_the_indexs_or_a_given_one(tmp_path):
     assert pictures_of("http://127.0.0.1/x") is None
     assert pictures_of("http://127.0.0.1/x", tmp_path).folder == tmp_path
     assert pictures_of(str(tmp_path)).folder == tmp_path / "pictures"
 
 
-def test_an_index_loads_no_embedder_and_reports_to_nobody(tmp_path):
+def test_opening_an_index_loads_no_model_and_connects_to_nothing(tmp_path):
     code = f"""
 import socket, sys
-def refuse(*_): raise SystemExit("a connection was asked for")
+def refuse(*_): raise SystemExit("a connection was opened")
 socket.socket.connect = refuse
 from tests.search.made_items import STAMP, made_vectors
 from fastvlp.search.engines.interface import open_index

@@ -1,4 +1,4 @@
-"""From vectors to an index and back: what is searched for is found, pictures are kept, and a second build changes nothing."""
+"""Building an index and searching it: items are found, pictures are stored, and building again changes nothing."""
 
 import shutil
 from collections.abc import Mapping
@@ -44,7 +44,7 @@ def build(arguments: Mapping[str, Any], **changes: Any) -> Built:
     return build_index(options.pop("index"), options.pop("embedded", None), **options)
 
 
-def test_images_are_found_by_their_own_pictures(arguments, exports, shards, pictures, tmp_path):
+def test_a_picture_finds_itself(arguments, exports, shards, pictures, tmp_path):
     assert build(arguments) == (arguments["index"], 12, [])
     (tmp_path / "query.png").write_bytes(pictures[4])
     best = search_index(arguments["index"], export=exports["towers"], image=tmp_path / "query.png", k=3)[0]
@@ -54,14 +54,14 @@ def test_images_are_found_by_their_own_pictures(arguments, exports, shards, pict
     assert kept is not None and all(kept.get(key) for key in shards.keys)
 
 
-def test_text_and_image_together_ask_for_the_middle(exports, embedder, pictures, tmp_path):
+def test_text_and_image_together_search_by_their_mean(exports, embedder, pictures, tmp_path):
     (tmp_path / "query.png").write_bytes(pictures[4])
     text, image = embedder.texts(["a red circle"])[0], embedder.images(pictures[4:5])[0]
     both = indexing.query_vector(embedder, "a red circle", tmp_path / "query.png")
     assert np.allclose(both[0], (text + image) / np.linalg.norm(text + image), atol=1e-5)
 
 
-def test_building_again_adds_nothing_and_mends_what_changed(arguments, monkeypatch):
+def test_building_again_adds_only_what_changed(arguments, monkeypatch):
     build(arguments)
     added = []
 
@@ -80,7 +80,7 @@ def test_building_again_adds_nothing_and_mends_what_changed(arguments, monkeypat
     assert build(arguments).images == 12 and added == [[one.id]]
 
 
-def test_a_picture_is_the_one_whose_vector_is_kept(from_export, pictures, tmp_path):
+def test_pictures_change_together_with_vectors(from_export, pictures, tmp_path):
     """Built again over records of the same keys with other pictures."""
     for name, shown in (("old/made/data", pictures[0]), ("new/made/data", pictures[1])):
         with ShardWriter(tmp_path / name) as writer:
@@ -98,7 +98,7 @@ def test_a_picture_is_the_one_whose_vector_is_kept(from_export, pictures, tmp_pa
     assert kept.get("r") is None and kept.get("same") == thumbnail(pictures[2])
 
 
-def test_what_damaged_shards_lost_is_named(arguments, from_export, pictures, tmp_path):
+def test_records_lost_in_damaged_shards_are_named(arguments, from_export, pictures, tmp_path):
     with ShardWriter(tmp_path / "data") as writer:
         for i, shown in enumerate([pictures[0], pictures[1][:99], pictures[2]]):
             writer.write(Record(key=f"r{i}", images=(shown,), info={}))
@@ -117,7 +117,7 @@ def test_what_damaged_shards_lost_is_named(arguments, from_export, pictures, tmp
         build(from_vectors)
 
 
-def test_data_sets_share_an_index_by_prefixes(arguments, from_export, world):
+def test_prefixes_let_data_sets_share_an_index(arguments, from_export, world):
     build(arguments, prefix="test/")
     assert build(from_export, data=str(world / "val"), prefix="val/").images == 16
     index = open_index(arguments["index"])
@@ -125,7 +125,7 @@ def test_data_sets_share_an_index_by_prefixes(arguments, from_export, world):
     index.close()
 
 
-def test_filters_on_the_command_line_take_a_number_for_either(from_export, pictures, tmp_path, capsys):
+def test_numbers_on_the_command_line_match_texts_and_numbers(from_export, pictures, tmp_path, capsys):
     with ShardWriter(tmp_path / "labelled") as writer:
         for i, picture in enumerate(pictures[:4]):
             writer.write(Record(key=f"r{i}", images=(picture,), info={"label": i if i < 2 else f"{i}"}))
@@ -143,18 +143,18 @@ def test_filters_on_the_command_line_take_a_number_for_either(from_export, pictu
     assert main(["index", "search", index, "--export", export, "--text", "a", "--where", "label"]) == 2
 
 
-def test_another_model_s_vectors_are_refused(arguments, exports):
+def test_an_index_of_another_model_is_refused(arguments, exports):
     build(arguments)
     with pytest.raises(UserError, match="vectors of another model, towers"):
         search_index(arguments["index"], export=exports["all"], text="a red circle")
 
 
-def test_an_index_by_url_needs_a_folder_for_pictures(arguments):
+def test_an_index_on_a_server_needs_a_folder_for_pictures(arguments):
     with pytest.raises(UserError, match="`pictures`"):
         build(arguments, index="http://127.0.0.1:9/x")
 
 
-def test_pictures_of_other_shards_are_not_taken_for_them(arguments, world, tmp_path):
+def test_pictures_of_other_shards_are_not_stored(arguments, world, tmp_path):
     data = shutil.copytree(world / "val", tmp_path / "moved")
     built = build(arguments, data=str(data))
     assert built.images == len(built.dropped) == 12 and "another record in its place" in built.dropped[0].reason

@@ -1,4 +1,4 @@
-"""An engine in a user's own file builds, searches and serves, without a change to the package."""
+"""An index engine in a user's own file works without a change to the package."""
 
 from __future__ import annotations
 

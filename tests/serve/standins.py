@@ -1,4 +1,4 @@
-"""A model without weights and an index without an engine: what they give is a hash of what they get."""
+"""A model without weights, whose results are hashes of its inputs, and an index in memory."""
 
 from __future__ import annotations
 
@@ -84,12 +84,12 @@ class StandinEmbedder:
 
     def texts(self, texts: Sequence[str]) -> np.ndarray:
         self._seen(texts)
-        found = []
+        vectors = []
         for text in texts:
             words = [self.chinese.get(word, word) for word in text.split()] or [""]
             total = np.sum([hashed(word.encode(), self.width) for word in words], axis=0)
-            found.append(total / np.linalg.norm(total))
-        return np.stack(found)
+            vectors.append(total / np.linalg.norm(total))
+        return np.stack(vectors)
 
     def lengths(self, texts: Sequence[str]) -> list[int]:
         return [2 + len(text.split()) for text in texts]
@@ -126,12 +126,14 @@ class StandinIndex:
     def search(
         self, vectors: np.ndarray, k: int, where: Mapping[str, Any] | None = None, offset: int = 0
     ) -> list[list[Hit]]:
-        asked = check_where(where)
+        choices = check_where(where)
         kept = [
-            item for item in self.items.values() if all(item.info.get(name) in some for name, some in asked.items())
+            item
+            for item in self.items.values()
+            if all(item.info.get(name) in values for name, values in choices.items())
         ]
-        found = [[Hit(item.id, float(vector @ item.vector), item.info) for item in kept] for vector in vectors]
-        return [sorted(row, key=lambda hit: -hit.score)[offset : offset + k] for row in found]
+        hits = [[Hit(item.id, float(vector @ item.vector), item.info) for item in kept] for vector in vectors]
+        return [sorted(row, key=lambda hit: -hit.score)[offset : offset + k] for row in hits]
 
     def count(self) -> int:
         return len(self.items)
@@ -160,13 +162,13 @@ def listening(app: Any) -> Iterator[str]:
         thread.join(20)
 
 
-def opened(folder: Path, embedder: StandinEmbedder | None = None, **said: Any) -> TestClient:
+def opened(folder: Path, embedder: StandinEmbedder | None = None, **options: Any) -> TestClient:
     """A client of a service of these, whose 500 is an answer."""
     app = create_app(
         embedder or StandinEmbedder(),
-        said.pop("index", StandinIndex()),
+        options.pop("index", StandinIndex()),
         pictures=PictureFolder(folder / "pictures"),
-        **said,
+        **options,
     )
     return TestClient(app, raise_server_exceptions=False)
 

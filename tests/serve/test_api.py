@@ -1,4 +1,4 @@
-"""What the service answers: the right things, and the right refusals."""
+"""Answers of the HTTP API, and its errors."""
 
 from __future__ import annotations
 
@@ -39,15 +39,16 @@ def client(tmp_path: Path) -> Iterator[TestClient]:
         yield client
 
 
-def found(client: TestClient, **asked: Any) -> list[str]:
-    answer = client.post("/v1/search", json=asked)
+def search(client: TestClient, **body: Any) -> list[str]:
+    """Ids of the results."""
+    answer = client.post("/v1/search", json=body)
     assert answer.status_code == 200, answer.text
     return [hit["id"] for hit in answer.json()["results"]]
 
 
 def test_embeddings_have_openais_shape(client: TestClient):
-    asked = {"input": ["red", {"image": b64(shade("red", 0))}, "green"], "model": "standin"}
-    answer = client.post("/v1/embeddings", json=asked).json()
+    body = {"input": ["red", {"image": b64(shade("red", 0))}, "green"], "model": "standin"}
+    answer = client.post("/v1/embeddings", json=body).json()
     assert answer["object"] == "list" and answer["model"] == "standin" and answer["fingerprint"] == "f" * 32
     assert [row["index"] for row in answer["data"]] == [0, 1, 2]
     vectors = np.array([row["embedding"] for row in answer["data"]], np.float32)
@@ -61,46 +62,46 @@ def test_embeddings_have_openais_shape(client: TestClient):
     np.testing.assert_array_equal(np.frombuffer(base64.b64decode(one), "<f4"), vectors[0])
 
 
-def test_a_form_says_the_same_as_json(client: TestClient):
+def test_a_form_equals_json(client: TestClient):
     data = shade("blue", 1)
     json = client.post("/v1/embeddings", json={"input": ["red", {"image": f"data:image/png;base64,{b64(data)}"}]})
     form = client.post("/v1/embeddings", files=[("input", (None, "red")), ("image", ("x.png", data))])
     assert form.json() == json.json()
-    asked = {"text": "red", "limit": "2", "where": '{"shade": 1}'}
-    searched = client.post("/v1/search", data=asked, files={"image": data}).json()
+    body = {"text": "red", "limit": "2", "where": '{"shade": 1}'}
+    searched = client.post("/v1/search", data=body, files={"image": data}).json()
     same = client.post("/v1/search", json={"text": "red", "limit": 2, "where": {"shade": 1}, "image": b64(data)}).json()
     assert searched["results"] == same["results"] != []
 
 
 def test_search_by_text_picture_both_and_item(client: TestClient):
-    assert {*found(client, text="红色", limit=3)} == {"red/0", "red/1", "red/2"}
-    assert found(client, image=b64(shade("green", 2)), limit=1) == ["green/2"]
-    assert {id.split("/")[0] for id in found(client, text="red", image=b64(shade("blue", 0)), limit=6)} == {
+    assert {*search(client, text="红色", limit=3)} == {"red/0", "red/1", "red/2"}
+    assert search(client, image=b64(shade("green", 2)), limit=1) == ["green/2"]
+    assert {id.split("/")[0] for id in search(client, text="red", image=b64(shade("blue", 0)), limit=6)} == {
         "red",
         "blue",
     }
-    by_item = found(client, id="blue/1", limit=2)
+    by_item = search(client, id="blue/1", limit=2)
     assert by_item == ["blue/0", "blue/2"] or by_item == ["blue/2", "blue/0"], "all but itself"
     refused(client.post("/v1/search", json={"id": "nobody"}), 404, "nobody")
 
 
 def test_search_filters_and_pages(client: TestClient):
-    everything = found(client, text="red", limit=12)
+    everything = search(client, text="red", limit=12)
     answer, pages = {"next_offset": 0}, []
     while (offset := answer["next_offset"]) is not None:
         answer = client.post("/v1/search", json={"text": "red", "limit": 5, "offset": offset}).json()
         pages.append([hit["id"] for hit in answer["results"]])
     assert [len(page) for page in pages] == [5, 5, 2] and [*chain(*pages)] == everything
     without = [id for id in everything if id != "red/1"]
-    paged = found(client, id="red/1", limit=6) + found(client, id="red/1", limit=6, offset=6)
+    paged = search(client, id="red/1", limit=6) + search(client, id="red/1", limit=6, offset=6)
     assert sorted(paged) == sorted(without) and len(paged) == 11
-    assert {*found(client, text="red", where={"shade": 2})} == {f"{colour}/2" for colour in COLOURS}
-    assert found(client, text="red", where={"shade": 2, "caption": "blue picture"}) == ["blue/2"]
-    assert {*found(client, text="red", where={"shade": [0, 9]})} == {f"{colour}/0" for colour in COLOURS}
-    assert found(client, text="red", where={"shade": 9}) == []
+    assert {*search(client, text="red", where={"shade": 2})} == {f"{colour}/2" for colour in COLOURS}
+    assert search(client, text="red", where={"shade": 2, "caption": "blue picture"}) == ["blue/2"]
+    assert {*search(client, text="red", where={"shade": [0, 9]})} == {f"{colour}/0" for colour in COLOURS}
+    assert search(client, text="red", where={"shade": 9}) == []
 
 
-def test_rerank_reads_the_best_once_more(tmp_path: Path):
+def test_rerank_scores_the_best_results_again(tmp_path: Path):
     class Contrary(StandinEmbedder):
         def match(self, pictures: Any, texts: Any) -> np.ndarray:
             return -super().match(pictures, texts)
@@ -108,12 +109,12 @@ def test_rerank_reads_the_best_once_more(tmp_path: Path):
     with opened(tmp_path, Contrary()) as client:
         for id, colour in (("a", "red"), ("b", "blue"), ("c", "green")):
             client.post("/v1/items", data={"id": id}, files={"image": shade(colour, 0)})
-        plain = found(client, text="red")
+        plain = search(client, text="red")
         answer = client.post("/v1/search", json={"text": "red", "rerank": 2}).json()["results"]
         assert plain[0] == "a"
         assert [hit["id"] for hit in answer] == [plain[1], "a", plain[2]]
         assert [hit.get("match") for hit in answer] == [0.0, -1.0, None]
-        assert found(client, text="red", rerank=2, offset=1, limit=1) == ["a"]
+        assert search(client, text="red", rerank=2, offset=1, limit=1) == ["a"]
         refused(client.post("/v1/search", json={"id": "a", "rerank": 2}), 400, "text")
 
 
@@ -126,7 +127,7 @@ def test_pairs_are_scored(client: TestClient):
     assert [score["match"] for score in client.post("/v1/score", files=form).json()["scores"]] == [0.0, 1.0]
 
 
-def test_health_tells_the_languages_of_the_model(tmp_path: Path):
+def test_health_has_the_languages_of_the_model(tmp_path: Path):
     embedder = StandinEmbedder()
     for languages in (["en"], ["en", "zh"], []):
         embedder.languages = languages
@@ -147,7 +148,7 @@ def test_captions_and_answers(client: TestClient):
     assert answer.json()["answer"] == "blue"
 
 
-def test_what_the_model_cannot_is_said(tmp_path: Path):
+def test_missing_abilities_are_refused(tmp_path: Path):
     with opened(tmp_path, StandinEmbedder(can=("embed",))) as client:
         image = b64(shade("red", 0))
         refused(client.post("/v1/caption", json={"image": image}), 404, "cannot caption")
@@ -162,7 +163,7 @@ def test_what_the_model_cannot_is_said(tmp_path: Path):
         assert client.get("/health").json()["items"] == 0
 
 
-def test_items_come_and_go(client: TestClient):
+def test_items_are_added_read_and_deleted(client: TestClient):
     data = picture((9, 9, 9), side=900, format="JPEG")
     added = client.post("/v1/items", files={"image": data}).json()
     assert client.get("/health").json()["items"] == 13
@@ -174,8 +175,8 @@ def test_items_come_and_go(client: TestClient):
     assert client.delete(f"/v1/items/{added['id']}").json() == {"id": added["id"], "deleted": True}
     refused(client.delete(f"/v1/items/{added['id']}"), 404, "no item")
     refused(client.get(added["image"]), 404, "no picture")
-    told = client.get("/v1/items/red%2F1").json()
-    assert told == {"id": "red/1", "info": {"shade": 1, "caption": "red picture"}, "image": "/v1/pictures/red%2F1"}
+    item = client.get("/v1/items/red%2F1").json()
+    assert item == {"id": "red/1", "info": {"shade": 1, "caption": "red picture"}, "image": "/v1/pictures/red%2F1"}
     refused(client.get("/v1/items/nobody"), 404, "no item")
     assert len(client.get("/v1/items?limit=5").json()["results"]) == 5
 
@@ -202,7 +203,7 @@ BAD = {
     "half a surrogate": ({"content": b'{"input": "\\ud800"}', "headers": JSON}, 400, ""),
     "deep JSON": ({"content": b"[" * 100_000, "headers": JSON}, 400, ""),
     "an empty body": ({"content": b""}, 400, "JSON"),
-    "nothing asked": ({"json": {}}, 400, "input"),
+    "no field": ({"json": {}}, 400, "input"),
     "an empty list": ({"json": {"input": []}}, 400, "input"),
     "an empty text": ({"json": {"input": ""}}, 400, "input"),
     "a misspelt field": ({"json": {"input": "a", "imput": 1}}, 400, "imput"),
@@ -237,13 +238,13 @@ BAD = {
 
 @pytest.mark.parametrize("case", BAD)
 def test_bad_requests_are_refused(case: str, tmp_path: Path):
-    asked, status, words = BAD[case]
+    body, status, words = BAD[case]
     with opened(tmp_path, limits=Limits(body_mb=2, pixels=10**6)) as client:
-        refused(client.post("/v1/embeddings", **asked), status, words)
+        refused(client.post("/v1/embeddings", **body), status, words)
 
 
 @pytest.mark.parametrize(
-    "asked",
+    "body",
     [
         {},
         {"text": "a", "limit": 0},
@@ -260,12 +261,12 @@ def test_bad_requests_are_refused(case: str, tmp_path: Path):
         {"text": "a", "rerank": 10**6},
     ],
 )
-def test_bad_searches_are_refused(client: TestClient, asked: dict[str, Any]):
-    answer = client.post("/v1/search", json=asked)
+def test_bad_searches_are_refused(client: TestClient, body: dict[str, Any]):
+    answer = client.post("/v1/search", json=body)
     assert answer.status_code == 400 and "Value error" not in answer.text
 
 
-def test_paths_lead_nowhere(client: TestClient):
+def test_paths_outside_the_page_are_not_found(client: TestClient):
     for path in (
         "/page/../api.py",
         "/page/%2e%2e/api.py",
@@ -275,7 +276,7 @@ def test_paths_lead_nowhere(client: TestClient):
         assert client.get(path).status_code == 404, path
 
 
-def test_keys_are_asked_for(tmp_path: Path):
+def test_keys_are_required(tmp_path: Path):
     with opened(tmp_path, keys=("first-key", "second-key")) as client:
         assert client.get("/openapi.json").json()["security"] == [{"key": []}]
         for path in ("/", "/health", "/docs", "/page/swagger/swagger-ui.css", "/page/app.js"):
@@ -297,7 +298,7 @@ def test_keys_are_asked_for(tmp_path: Path):
         create_app(StandinEmbedder(), keys=("schlüssel",))
 
 
-def test_pages_of_other_sites_may_not_ask(tmp_path: Path):
+def test_pages_of_other_sites_are_refused(tmp_path: Path):
     origin = {"origin": "https://elsewhere.example"}
     with opened(tmp_path) as client:
         refused(client.post("/v1/items", files={"image": shade("red", 0)}, headers=origin), 403, "elsewhere")
@@ -337,7 +338,7 @@ def test_requests_share_batches_and_one_thread(tmp_path: Path):
         assert "fastvlp_resident_memory_bytes" in text
 
 
-def test_searches_of_a_moment_share_a_call():
+def test_waiting_searches_share_a_call():
     class Counting(StandinIndex):
         def search(self, vectors: np.ndarray, k: int, where: Any = None, offset: int = 0) -> Any:
             calls.append(len(vectors))
@@ -349,16 +350,16 @@ def test_searches_of_a_moment_share_a_call():
     index = Counting()
     rows = np.stack([hashed(bytes([i]), 16) for i in range(6)])
     index.add([*"abcdef"], rows, [{"even": i % 2 == 0} for i in range(6)])
-    asked = [(rows[i], 1 + i % 2, {"even": True} if i == 4 else {}) for i in range(6)]
-    found = search_together(index, asked)
-    assert calls == [2, 3, 1] and [len(hits) for hits in found] == [1, 2, 1, 2, 1, 2]
-    assert [hits[0].id for hits in found] == [*"abcdef"]
+    searches = [(rows[i], 1 + i % 2, {"even": True} if i == 4 else {}) for i in range(6)]
+    results = search_together(index, searches)
+    assert calls == [2, 3, 1] and [len(hits) for hits in results] == [1, 2, 1, 2, 1, 2]
+    assert [hits[0].id for hits in results] == [*"abcdef"]
     with pytest.raises(InputError, match="no such field") as bad:
-        search_together(index, [*asked, (rows[0], 1, {"broken": 1})])
+        search_together(index, [*searches, (rows[0], 1, {"broken": 1})])
     assert bad.value.row == 6
 
 
-def test_a_busy_service_says_when_to_come_back(tmp_path: Path):
+def test_a_busy_service_says_when_to_try_again(tmp_path: Path):
     embedder = StandinEmbedder()
     embedder.gate.clear()
     with opened(tmp_path, embedder, limits=Limits(waiting=2, seconds=0.3, window_ms=0)) as client:

@@ -1,5 +1,4 @@
-"""Requests made from the service's own OpenAPI document, half right and half wrong: never a 5xx, always a message.
-And clients that are slow or leave."""
+"""Generated requests, from the OpenAPI document and of random bytes, never give a 5xx; and clients that are slow or leave."""
 
 from __future__ import annotations
 
@@ -59,7 +58,7 @@ def document(address: str) -> Any:
 
 @given(st.data())
 @settings(max_examples=300, deadline=None, suppress_health_check=[*HealthCheck])
-def test_what_is_answered_is_what_the_document_says(document: Any, data: st.DataObject):
+def test_answers_follow_the_openapi_document(document: Any, data: st.DataObject):
     """Requests that it allows and requests that it forbids: never a 5xx, a status and a body that it names."""
     operations = [operation.ok() for operation in document.get_all_operations()]
     operation = data.draw(st.sampled_from(operations))
@@ -90,7 +89,7 @@ def test_no_path_is_answered_with_5xx(client: TestClient, id: str, method: str):
     assert client.get("/v1/items", params={"limit": id, "seed": id}).status_code < 500
 
 
-def test_slow_senders_are_cut_off_and_who_leaves_is_forgotten(tmp_path: Path):
+def test_slow_senders_are_cut_off_and_left_requests_dropped(tmp_path: Path):
     embedder = StandinEmbedder()
     app = create_app(embedder, StandinIndex(), limits=Limits(seconds=1.5, window_ms=0))
     service = app.state.service

@@ -1,4 +1,4 @@
-"""Batches form, of one length, in one thread; what waits is bounded, and a bad input spoils nobody else's."""
+"""Batches form by length in one thread, the queue is limited, and a bad input fails alone."""
 
 from __future__ import annotations
 
@@ -73,38 +73,38 @@ def together(*requests: Sequence[int], budget: int = 100, max_waiting: int = 100
         batcher.close()
 
 
-def test_requests_that_wait_together_are_one_batch_in_one_thread():
+def test_waiting_requests_share_a_batch_in_one_thread():
     answers, model = together([1], [2, 3], [4])
     assert answers == [[2], [4, 6], [8]]
     assert model.batches == [[0], [1, 2, 3, 4]]
     assert len(model.threads) == 1
 
 
-def test_a_budget_splits_batches_in_the_order_they_came():
+def test_a_budget_splits_batches_in_order():
     answers, model = together([1, 2, 3], [4, 5], budget=2)
     assert answers == [[2, 4, 6], [8, 10]]
     assert model.batches == [[0], [1, 2], [3, 4], [5]]
 
 
-def test_a_bad_input_is_named_and_spoils_nobody_elses():
+def test_a_bad_input_fails_alone():
     answers, model = together([1], [2, 13], [3])
     assert answers[0] == [2] and answers[2] == [6]
     assert isinstance(answers[1], InputError) and answers[1].row == 1 and answers[1].reason == "unlucky"
     assert model.batches[1:] == [[1, 2, 13, 3], [1, 2, 3]]
 
 
-def test_an_error_of_the_model_reaches_all_of_its_batch_and_the_thread_goes_on():
+def test_an_error_of_the_model_reaches_all_requests_of_its_batch():
     answers, _ = together([1], [-1])
     assert [type(answer) for answer in answers] == [RuntimeError, RuntimeError]
 
 
-def test_what_waits_is_bounded():
+def test_the_number_of_waiting_inputs_is_limited():
     answers, _ = together([1, 2], [3], [4], max_waiting=3)
     assert answers[:2] == [[2, 4], [6]]
     assert isinstance(answers[2], Refusal) and answers[2].status == 503 and answers[2].retry_s
 
 
-def test_who_leaves_takes_back_what_has_not_begun():
+def test_a_cancelled_request_is_not_run():
     async def play() -> None:
         first = await started(model, batcher)
         gone = asyncio.create_task(batcher.submit("a", [1]))
@@ -124,7 +124,7 @@ def test_who_leaves_takes_back_what_has_not_begun():
     assert model.batches == [[0], [2]]
 
 
-def test_a_window_gathers_requests_of_a_moment():
+def test_a_window_gathers_requests():
     async def play() -> list[Any]:
         await crowded(model, batcher)
         return await asyncio.gather(*(batcher.submit("a", [i]) for i in range(4)))
@@ -178,7 +178,7 @@ def test_lanes_do_not_mix_and_the_oldest_goes_first():
     assert model.batches == [[0], [1, 3], [2]]
 
 
-def test_closing_refuses_what_waits():
+def test_closing_refuses_waiting_requests():
     async def play() -> Any:
         await started(model, batcher)
         waits = asyncio.create_task(batcher.submit("a", [1]))

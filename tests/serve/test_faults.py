@@ -1,4 +1,4 @@
-"""What goes wrong around the model: an engine that fails, a full disk, hostile headers, odd ids."""
+"""Failures around the model: a failing engine, a full disk, bad headers, odd ids."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ class Away(StandinIndex):
     def count(self) -> int:
         raise EngineError("/home/me/index: disk full")
 
-    def search(self, *asked: Any, **said: Any) -> Any:
+    def search(self, *arguments: Any, **options: Any) -> Any:
         raise EngineError("/home/me/index: disk full")
 
 
-def test_an_engine_that_fails_is_said_and_its_place_is_not(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+def test_a_failing_engine_is_reported_without_its_path(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     with opened(tmp_path, index=Away()) as client:
         answer = client.post("/v1/search", json={"text": "red"})
         refused(answer, 503, "the index")
@@ -42,7 +42,7 @@ def test_an_engine_that_fails_is_said_and_its_place_is_not(tmp_path: Path, caplo
     assert "/home/me/index: disk full" in caplog.text
 
 
-def test_a_damaged_folder_and_a_full_disk_are_no_fault_of_who_asks(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+def test_a_damaged_folder_and_a_full_disk_give_503(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     pytest.importorskip("chromadb", reason="chromadb is not installed: pip install -e '.[serve]'")
     index = open_index(str(tmp_path / "index"), STAMP, create=True)
     index.add(["a"], made_vectors(1), [{}])
@@ -64,7 +64,7 @@ def test_a_damaged_folder_and_a_full_disk_are_no_fault_of_who_asks(tmp_path: Pat
     other.close()
 
 
-def test_the_model_is_well_while_its_engine_is_away_or_busy(tmp_path: Path):
+def test_the_model_answers_while_its_engine_fails_or_is_busy(tmp_path: Path):
     class Busy(StandinIndex):
         def count(self) -> int:
             busy.wait(20)
@@ -74,14 +74,14 @@ def test_the_model_is_well_while_its_engine_is_away_or_busy(tmp_path: Path):
     for index in (Away(), Busy()):
         busy.clear()
         with opened(tmp_path, index=index) as client:
-            told = client.get("/health")
-            assert told.status_code == 200 and told.json()["status"] == "ok" and told.json()["items"] is None
+            health = client.get("/health")
+            assert health.status_code == 200 and health.json()["status"] == "ok" and health.json()["items"] is None
             text = client.get("/metrics")
             assert text.status_code == 200 and "fastvlp_waiting 0" in text.text and "fastvlp_items" not in text.text
             busy.set()
 
 
-def test_pictures_larger_than_allowed_are_those_that_were_sent(exports: dict[str, Path]):
+def test_too_large_pictures_are_refused_by_their_sent_size(exports: dict[str, Path]):
     """The model's own size is none of the sender's business."""
     embedder = Embedder.load(exports["all"], "cpu")
     with TestClient(create_app(embedder, limits=Limits(pixels=100)), raise_server_exceptions=False) as client:
@@ -91,7 +91,7 @@ def test_pictures_larger_than_allowed_are_those_that_were_sent(exports: dict[str
         refused(client.post("/v1/caption", json={"image": b64(shade("red", 0))}), 400, "100 allowed")
 
 
-def test_later_pages_are_not_read_again(tmp_path: Path):
+def test_later_pages_are_not_reranked(tmp_path: Path):
     class Counting(StandinEmbedder):
         def match(self, pixels: Any, texts: Sequence[str]) -> np.ndarray:
             read.append(len(texts))
@@ -102,24 +102,24 @@ def test_later_pages_are_not_read_again(tmp_path: Path):
         for i in range(6):
             client.post("/v1/items", data={"id": f"i{i}"}, files={"image": shade("red", i)})
         plain = client.post("/v1/search", json={"text": "red"}).json()["results"]
-        asked = {"text": "red", "rerank": 4, "limit": 2}
-        pages = [client.post("/v1/search", json=asked | {"offset": at}).json()["results"] for at in (0, 2, 4)]
+        body = {"text": "red", "rerank": 4, "limit": 2}
+        pages = [client.post("/v1/search", json=body | {"offset": at}).json()["results"] for at in (0, 2, 4)]
         assert sum(read) == 8 and {hit["id"] for page in pages for hit in page} == {f"i{i}" for i in range(6)}
         assert pages[2] == plain[4:]
 
 
-def test_scores_need_a_model_that_has_some(tmp_path: Path):
+def test_scores_need_a_model_that_embeds_or_matches(tmp_path: Path):
     image = b64(shade("red", 0))
     with opened(tmp_path, StandinEmbedder(can=("match",))) as client:
-        asked = {"pairs": [{"text": "red " * 1000, "image": image}]}
-        refused(client.post("/v1/score", json=asked), 400, "4000 characters")
-        asked = {"pairs": [{"text": "red", "image": image}]}
-        assert client.post("/v1/score", json=asked).json()["scores"] == [{"match": 1.0}]
+        body = {"pairs": [{"text": "red " * 1000, "image": image}]}
+        refused(client.post("/v1/score", json=body), 400, "4000 characters")
+        body = {"pairs": [{"text": "red", "image": image}]}
+        assert client.post("/v1/score", json=body).json()["scores"] == [{"match": 1.0}]
     with opened(tmp_path, StandinEmbedder(can=("answer",))) as client:
-        refused(client.post("/v1/score", json=asked), 404, "cannot match; it can answer")
+        refused(client.post("/v1/score", json=body), 404, "cannot match; it can answer")
 
 
-def test_an_id_may_end_in_anything(tmp_path: Path):
+def test_ids_may_end_in_anything(tmp_path: Path):
     with opened(tmp_path) as client:
         for id in ("a", "a/image", "pictures/a", "a/image/image"):
             added = client.post("/v1/items", data={"id": id}, files={"image": shade("red", len(id))}).json()
@@ -131,7 +131,7 @@ def test_an_id_may_end_in_anything(tmp_path: Path):
 
 
 @pytest.mark.parametrize("origin", ["http://[", "null", "testserver", "http://[::1]:99999999", "://"])
-def test_a_malformed_origin_is_another(tmp_path: Path, origin: str):
+def test_malformed_origins_are_refused(tmp_path: Path, origin: str):
     with opened(tmp_path) as client:
         refused(client.post("/v1/embeddings", json={"input": "a"}, headers={"origin": origin}), 403, "may not use")
 
@@ -142,7 +142,7 @@ def test_all_sites_may_be_allowed(tmp_path: Path):
         assert answer.is_success and answer.headers["access-control-allow-origin"] == "*"
 
 
-def test_a_cookie_is_kept_by_who_has_no_token_to_send_again(tmp_path: Path):
+def test_a_cookie_is_renewed_without_a_token(tmp_path: Path):
     with opened(tmp_path, keys=("a key; with=signs",)) as client:
         assert client.post("/session", headers={"authorization": "Bearer a key; with=signs"}).is_success
         for headers in ({}, {"authorization": "Basic other"}):
@@ -150,7 +150,7 @@ def test_a_cookie_is_kept_by_who_has_no_token_to_send_again(tmp_path: Path):
             assert client.get("/v1/items").is_success
 
 
-def test_each_piece_of_a_body_is_weighed_once():
+def test_the_size_of_a_body_is_counted_in_linear_time():
     class Piece(bytes):
         def __len__(self) -> int:
             nonlocal weighed

@@ -81,7 +81,7 @@ def page(browser: Any, address: str) -> Iterator[Any]:
     assert not wrong
 
 
-def found(page: Any, first: str) -> list[str]:
+def captions_of(page: Any, first: str) -> list[str]:
     """The captions of the results, when the first begins like this."""
     expect(page.locator("#grid li:first-child .score")).to_be_visible()
     expect(page.locator("#grid li:first-child .caption")).to_have_text(re.compile(f"^{first}"))
@@ -92,21 +92,21 @@ def test_typing_searches_in_english_and_chinese(page: Any):
     assert "A few of 120 pictures" in page.text_content("#status")
     page.keyboard.press("/")
     page.keyboard.type("blue")
-    assert all(caption.startswith("blue") for caption in found(page, "blue")[:24])
+    assert all(caption.startswith("blue") for caption in captions_of(page, "blue")[:24])
     assert float(page.text_content(".tile .score >> nth=0")) > 0.9
     assert page.url.endswith("/?q=blue")
     page.fill("#text", "绿色")
     page.keyboard.press("Enter")
-    found(page, "green")
+    captions_of(page, "green")
     page.go_back()
-    found(page, "blue")
+    captions_of(page, "blue")
     assert page.input_value("#text") == "blue"
     page.reload()
-    found(page, "blue")
+    captions_of(page, "blue")
 
 
 @pytest.mark.parametrize(
-    ("languages", "told", "hint"),
+    ("languages", "intro", "hint"),
     [
         (["en"], "Type in English,", "Describe a picture"),
         (["zh"], "Type in Chinese,", "用中文描述图片"),
@@ -114,26 +114,26 @@ def test_typing_searches_in_english_and_chinese(page: Any):
         ([], "Type words,", "Describe a picture"),
     ],
 )
-def test_the_page_asks_for_the_languages_of_the_model(page: Any, languages: list[str], told: str, hint: str):
+def test_the_page_asks_for_the_languages_of_the_model(page: Any, languages: list[str], intro: str, hint: str):
     page.route("**/health", lambda route: route.fulfill(json=route.fetch().json() | {"languages": languages}))
     page.reload()
-    expect(page.locator("#intro")).to_contain_text(told)
+    expect(page.locator("#intro")).to_contain_text(intro)
     assert page.get_attribute("#text", "placeholder") == hint
-    asked = page.get_attribute("#asked", "placeholder")
-    assert ("图里有什么" in asked, "what is in it?" in asked) == ("zh" in languages, languages != ["zh"])
+    placeholder = page.get_attribute("#asked", "placeholder")
+    assert ("图里有什么" in placeholder, "what is in it?" in placeholder) == ("zh" in languages, languages != ["zh"])
 
 
-def test_nothing_is_searched_while_a_word_is_composed(page: Any):
-    asked: list[bytes] = []
-    page.on("request", lambda sent: asked.append(sent.post_data_buffer) if "/v1/search" in sent.url else None)
+def test_no_search_while_an_input_method_composes(page: Any):
+    bodies: list[bytes] = []
+    page.on("request", lambda sent: bodies.append(sent.post_data_buffer) if "/v1/search" in sent.url else None)
     page.focus("#text")
     keyboard = page.context.new_cdp_session(page)
     keyboard.send("Input.imeSetComposition", {"text": "hong", "selectionStart": 4, "selectionEnd": 4})
     page.wait_for_timeout(600)
-    assert page.input_value("#text") == "hong" and not asked
+    assert page.input_value("#text") == "hong" and not bodies
     keyboard.send("Input.insertText", {"text": "红色"})
-    found(page, "red")
-    assert all("红色".encode() in body for body in asked)
+    captions_of(page, "red")
+    assert all("红色".encode() in body for body in bodies)
 
 
 DROP = """([data, type]) => {
@@ -159,7 +159,7 @@ def test_a_picture_searches(page: Any, how: str, tmp_path: Path):
             page.evaluate(DROP, [data, "dragover"])
             assert page.is_visible("#drop")
         page.evaluate(DROP, [data, how])
-    assert found(page, "green")[0] == "green number 3"
+    assert captions_of(page, "green")[0] == "green number 3"
     assert page.is_visible("#panel") and page.is_visible("#chip") and not page.is_visible("#drop")
     expect(page.locator("#said")).to_contain_text("a green picture")
     page.keyboard.press("Escape")
@@ -169,12 +169,12 @@ def test_a_picture_searches(page: Any, how: str, tmp_path: Path):
 
 def test_a_click_searches_by_a_result_and_the_model_answers(page: Any):
     page.fill("#text", "red")
-    found(page, "red")
+    captions_of(page, "red")
     page.click(".tile >> text='red number 4'")
     page.wait_for_selector("#panel")
     assert not page.input_value("#text") and "red number 4" in page.text_content("#captions")
     assert "红色 第 4" in page.text_content("#captions") and "made" in page.text_content("#info")
-    found(page, "red")
+    captions_of(page, "red")
     assert "red number 4" not in page.locator(".tile .caption").all_text_contents()
     expect(page.locator("#said")).to_contain_text("a red picture")
     page.reload()
@@ -186,7 +186,7 @@ def test_a_click_searches_by_a_result_and_the_model_answers(page: Any):
     page.keyboard.press("Enter")
     expect(page.locator("#status")).to_contain_text("and like this picture")
     page.click("#chip button")
-    found(page, "blue")
+    captions_of(page, "blue")
     assert not page.is_visible("#panel")
 
 
@@ -194,7 +194,7 @@ def test_everything_works_by_keyboard(page: Any):
     page.keyboard.press("/")
     page.keyboard.type("white")
     page.keyboard.press("Enter")
-    captions = found(page, "white")
+    captions = captions_of(page, "white")
     page.keyboard.press("ArrowDown")
     focused = "document.activeElement.querySelector('.caption')?.textContent"
     assert page.evaluate(focused) == captions[0]
@@ -217,7 +217,7 @@ def test_everything_works_by_keyboard(page: Any):
 
 def test_more_is_loaded_as_one_scrolls(page: Any):
     page.fill("#text", "red")
-    found(page, "red")
+    captions_of(page, "red")
     for _ in range(40):
         page.mouse.wheel(0, 4000)
         page.wait_for_timeout(100)
@@ -235,7 +235,7 @@ def test_empty_and_failed_searches_say_so(page: Any, address: str):
     assert "does not answer" in page.text_content("#problem") and page.locator(".waiting").count() == 0
     page.unroute("**/v1/search")
     page.click("#problem button")
-    found(page, "red")
+    captions_of(page, "red")
     assert not page.is_visible("#problem")
     page.fill("#text", "a" * 2000)
     page.route("**/v1/search", lambda route: route.fulfill(json={"results": [], "next_offset": None}))
@@ -249,15 +249,15 @@ def test_the_report_is_one_click_away(page: Any):
 
 
 def test_the_interface_can_be_read_and_tried(page: Any, address: str):
-    told: list[str] = []
-    page.on("console", lambda message: told.append(message.text) if message.type == "error" else None)
+    errors: list[str] = []
+    page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
     page.goto(f"{address}/docs")
     expect(page.locator(".opblock-summary-path", has_text="/v1/embeddings")).to_be_visible()
     page.click(".opblock-summary-path >> text=/health")
     page.click("text=Try it out")
     page.click("text=Execute")
     expect(page.locator(".live-responses-table tbody .response-col_status")).to_contain_text("200")
-    assert told == []
+    assert errors == []
 
 
 def test_everything_has_a_name(page: Any):
@@ -269,7 +269,7 @@ def test_everything_has_a_name(page: Any):
 
 
 @pytest.mark.parametrize("width", [320, 390, 768])
-def test_narrow_screens_and_the_dark(browser: Any, address: str, width: int):
+def test_narrow_screens_and_dark_mode(browser: Any, address: str, width: int):
     papers = []
     for scheme in ("light", "dark"):
         context = browser.new_context(viewport={"width": width, "height": 800}, color_scheme=scheme, has_touch=True)
@@ -288,17 +288,17 @@ def test_narrow_screens_and_the_dark(browser: Any, address: str, width: int):
     assert papers[0] != papers[1]
 
 
-def test_a_key_is_asked_for_once(browser: Any, parts: dict[str, Any]):
+def test_the_page_asks_for_a_key_once(browser: Any, parts: dict[str, Any]):
     with listening(create_app(**parts, keys=("sesame",))) as address:
         context = browser.new_context()
         page = context.new_page()
         page.goto(address)
         page.wait_for_selector("#key[open]")
-        for said, there in (("wrong", "That is not a key"), ("sesame", None)):
-            page.fill("#token", said)
+        for key, message in (("wrong", "That is not a key"), ("sesame", None)):
+            page.fill("#token", key)
             page.keyboard.press("Enter")
-            if there:
-                page.wait_for_selector(f"text={there}")
+            if message:
+                page.wait_for_selector(f"text={message}")
         page.wait_for_selector(".tile img.here")
         page.reload()
         page.wait_for_selector(".tile img.here")

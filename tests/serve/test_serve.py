@@ -1,4 +1,4 @@
-"""The whole way with a trained model and a real index: export, index, serve, ask."""
+"""The service with a trained model and a real index."""
 
 from __future__ import annotations
 
@@ -46,20 +46,20 @@ def hits(answer: Any) -> list[str]:
     return [hit["id"] for hit in answer.json()["results"]]
 
 
-def test_what_is_served_is_what_the_model_and_the_index_say(client, exports, world):
+def test_the_service_answers_as_the_model_and_the_index_do(client, exports, world):
     shards, embedder = Shards(world / "test"), Embedder.load(exports["all"], "cpu")
     picture = shards.read(3).images[0]
     text = shards.info(3)["captions"][0]
-    asked = {"input": [text, {"image": base64.b64encode(picture).decode()}]}
-    rows = [row["embedding"] for row in client.post("/v1/embeddings", json=asked).json()["data"]]
+    body = {"input": [text, {"image": base64.b64encode(picture).decode()}]}
+    rows = [row["embedding"] for row in client.post("/v1/embeddings", json=body).json()["data"]]
     expected = np.concatenate([embedder.texts([text]), embedder.images([picture])])
     np.testing.assert_allclose(rows, expected, atol=1e-5)
-    found = client.post("/v1/search", files={"image": picture}).json()["results"]
-    assert found[0]["id"] == shards.key(3) and found[0]["score"] == pytest.approx(1, abs=1e-4)
-    assert found[0]["info"]["caption"] == text and client.get(found[0]["image"]).status_code == 200
-    assert len(found) == 12
-    said = client.post("/v1/caption", files={"image": picture}).json()["caption"]
-    assert said == embedder.caption([picture])[0]
+    results = client.post("/v1/search", files={"image": picture}).json()["results"]
+    assert results[0]["id"] == shards.key(3) and results[0]["score"] == pytest.approx(1, abs=1e-4)
+    assert results[0]["info"]["caption"] == text and client.get(results[0]["image"]).status_code == 200
+    assert len(results) == 12
+    caption = client.post("/v1/caption", files={"image": picture}).json()["caption"]
+    assert caption == embedder.caption([picture])[0]
     score = client.post("/v1/score", files={"image": picture}, data={"text": text}).json()["scores"][0]
     assert score["similarity"] == pytest.approx(float(expected[0] @ expected[1]), abs=1e-5)
     assert score["match"] == pytest.approx(float(embedder.match([picture], [text])[0]), abs=1e-4)
@@ -80,13 +80,13 @@ def test_items_are_added_found_and_deleted(client, world):
 
 
 @pytest.mark.slow
-def test_the_command_serves_until_it_is_told_to_stop(exports, index):
+def test_the_command_serves_until_sigterm(exports, index):
     command = [sys.executable, "-m", "fastvlp", "serve", str(exports["all"]), "--index", index, "--port", "0"]
     served = subprocess.Popen([*command, "--api-key", "sesame", "--pixels", "100"], stdout=subprocess.PIPE, text=True)
     try:
         assert served.stdout is not None
-        address, _, told = served.stdout.readline().partition("  ")
-        assert "all, 12 items" in told
+        address, _, description = served.stdout.readline().partition("  ")
+        assert "all, 12 items" in description
         with httpx.Client(base_url=address, headers={"authorization": "Bearer sesame"}) as client:
             assert client.get("/").status_code == 200
             assert len(hits(client.post("/v1/search", json={"text": "a red circle"}))) == 12
@@ -98,14 +98,14 @@ def test_the_command_serves_until_it_is_told_to_stop(exports, index):
         served.kill()
 
 
-def test_what_cannot_be_served_is_said(exports, index, tmp_path, capsys):
+def test_what_cannot_be_served_is_reported(exports, index, tmp_path, capsys):
     towers = str(exports["towers"])
-    for told, words in (
+    for arguments, words in (
         ([str(tmp_path)], "not an export"),
         ([towers, "--index", index], "another model"),
         ([towers, "--index", str(tmp_path / "none")], "none"),
         ([towers, "--host", "no.such.host.invalid"], "cannot listen"),
         ([towers, "--api-key", "schlüssel"], "--api-key"),
     ):
-        assert main(["serve", *told, "--port", "0"]) == 2
+        assert main(["serve", *arguments, "--port", "0"]) == 2
         assert words in capsys.readouterr().err
