@@ -1,0 +1,49 @@
+"""The Python of the README works as it stands, on a few made pictures."""
+
+from __future__ import annotations
+
+import csv
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+TEXT = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
+def test_the_ten_lines_of_python(tmp_path: Path) -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
+    assert "steps=1000" in code
+    (tmp_path / "new").mkdir()
+    with (tmp_path / "my_pairs.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["image", "caption"])
+        for i in range(24):
+            Image.new("RGB", (120, 120), (10 * i, 0, 0)).save(tmp_path / f"{i}.png")
+            writer.writerow([f"{i}.png", f"a red square of brightness {i}"])
+    for i in range(3):
+        Image.new("RGB", (90, 60), (0, 60 * i, 0)).save(tmp_path / f"new/{i}.jpg")
+    done = subprocess.run(
+        [sys.executable, "-c", code.replace("steps=1000", "steps=2")],
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=250,
+    )
+    assert done.returncode == 0, done.stderr
+    # Two texts, three images.
+    assert re.search(r"\[\[[^\]]+\]\s*\[[^\]]+\]\]", done.stdout)
+    rows = re.findall(r"\[([^\[\]]+)\]", done.stdout[done.stdout.rindex("[[") :])
+    assert [len(row.split()) for row in rows] == [3, 3]
+
+
+def test_every_link_leads_somewhere() -> None:
+    root = Path(__file__).parent.parent
+    links = [link for link in re.findall(r"\]\(([^)]+)\)", TEXT) if not link.startswith("http")]
+    assert links and all((root / link).exists() for link in links)
