@@ -213,7 +213,7 @@ def stack(config: LayerConfig, depth: int, *, attend: bool = True, cross: bool =
 def initial_std(width: int) -> float:
     """Standard deviation of new weights: 0.02 at BERT's width of 768, and larger for a narrower model, so that sums of `width`
     terms have the same variance. At width 96 a fixed 0.02 took 2.5 times the steps to the same loss (docs/log.md,
-    2026-11-21)."""
+    entry 2)."""
     return 0.02 * (768 / width) ** 0.5
 
 

@@ -4,7 +4,7 @@ a queue of earlier ones, so that a small batch has many negatives.
     vlp data demo
     vlp pretrain brivl_demo
 
-A first look (docs/log.md, 2026-11-21): 200 steps, one seed: R@10 of 23 % among 256 pairs, both ways (chance: 4).
+A first look (docs/log.md, entry 11): 200 steps, one seed: R@10 of 23 % among 256 pairs, both ways (chance: 4).
 """
 
 from fastvlp.data.pairs import PairData

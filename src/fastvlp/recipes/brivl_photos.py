@@ -5,7 +5,7 @@
     vlp pretrain brivl_photos --objectives.moco.mode batch+queue     # BriVL 2: other pairs of the batch are negatives too
 
 brivl_zh reads Chinese captions, brivl_caption learns to write them, moco_photos has plain heads. In nine minutes it
-had a third of clip_photos' recall (docs/log.md, 2026-11-21): queues are for batches that cannot be large.
+had a third of clip_photos' recall (docs/log.md, entry 13): queues are for batches that cannot be large.
 """
 
 from fastvlp.data.augment import AugmentConfig

@@ -4,7 +4,7 @@
     vlp pretrain brivl_zh
 
 Smaller and in three minutes: 1.2 % retrieval recall, where clip_photos on the same Chinese captions had
-2.9 (docs/log.md, 2026-11-21).
+2.9 (docs/log.md, entry 13).
 """
 
 from dataclasses import replace

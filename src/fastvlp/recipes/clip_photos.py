@@ -5,7 +5,7 @@
     vlp pretrain clip_photos --accumulate 8       # a batch eight times as large, exactly, in the same memory
 
 siglip_photos differs in the objective; flip_photos masks half of each image and doubles the batch. For the six
-at equal time see docs/log.md, 2026-11-21.
+at equal time see docs/log.md, entry 13.
 """
 
 from fastvlp.data.pairs import PairData

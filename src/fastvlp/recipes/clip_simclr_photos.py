@@ -5,7 +5,7 @@ image beside its caption, three images encoded a pair.
     vlp pretrain clip_simclr_photos
     vlp pretrain clip_simclr_photos --objectives.simclr.keep 0.5      # half of each view's patches
 
-At equal time it cost more than it brought: 4.3 % retrieval recall beside clip_photos' 6.4 (docs/log.md, 2026-11-21).
+At equal time it cost more than it brought: 4.3 % retrieval recall beside clip_photos' 6.4 (docs/log.md, entry 13).
 """
 
 from dataclasses import replace

@@ -4,7 +4,7 @@
     vlp pretrain flip_clip_flm
 
 One run gives a model that writes and answers, and one that finds. Smaller and in nine minutes of one
-CPU core: 5.1 % retrieval recall (clip_photos 6.4) and 45.4 % of cloze words (docs/log.md, 2026-11-21).
+CPU core: 5.1 % retrieval recall (clip_photos 6.4) and 45.4 % of cloze words (docs/log.md, entry 13).
 """
 
 from dataclasses import replace

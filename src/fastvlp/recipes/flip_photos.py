@@ -7,7 +7,7 @@
 Images are mirrored at random, as by the released code: where captions tell left from right, `--augment.flip 0`.
 clip_photos and siglip_photos read whole images. In nine minutes of
 one CPU core, smaller and on 6,000 photographs, it had the best retrieval recall of
-all: 8.4 %, and clip_photos 6.4 % (docs/log.md, 2026-11-21).
+all: 8.4 %, and clip_photos 6.4 % (docs/log.md, entry 13).
 """
 
 from dataclasses import replace

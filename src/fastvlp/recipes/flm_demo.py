@@ -4,7 +4,7 @@ vlp data demo
 vlp pretrain flm_demo
 
 Five minutes on a core of an AMD EPYC at --model.image.patch 6 --data.group 8192, 3 seeds, then 600 steps on questions: VQA 42.1
-+- 0.8 %, ar_demo 38.8 +- 0.5 %, prefixlm_demo 37.8 +- 0.7 %, mlm_demo 37.1 +- 0.6 % (docs/log.md).
++- 0.8 %, ar_demo 38.8 +- 0.5 %, prefixlm_demo 37.8 +- 0.7 %, mlm_demo 37.1 +- 0.6 % (docs/log.md, entry 14).
 """
 
 from fastvlp.data.pairs import PairData

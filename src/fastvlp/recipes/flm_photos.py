@@ -4,7 +4,7 @@
     vlp pretrain flm_photos
     vlp pretrain flm_photos --data.captions captions_zh --name flm_zh     # the same images with Chinese captions
 
-mlm_photos, ar_photos and prefixlm_photos differ in the objective alone. Result (docs/log.md, 2026-11-21): 6,000 photographs, 20
+mlm_photos, ar_photos and prefixlm_photos differ in the objective alone. Result (docs/log.md, entry 6): 6,000 photographs, 20
 minutes of one busy CPU core, one seed: cloze 43.7 % (MLM 37.9, AR 34.3, PrefixLM 32.2), CIDEr 0.122 (0.103, 0.092, 0.092).
 """
 

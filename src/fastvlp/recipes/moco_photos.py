@@ -4,7 +4,7 @@
     vlp compare moco_photos clip_photos --set data.batch_size=16 --budget 20m --out queue_or_batch
 
 The second has the same towers, with the other 15 pairs of the step as negatives. Smaller and in four
-minutes it was the better: recall 2.9 beside 1.2 % (docs/log.md, 2026-11-21).
+minutes it was the better: recall 2.9 beside 1.2 % (docs/log.md, entry 13).
 """
 
 from dataclasses import replace

@@ -4,7 +4,7 @@
     vlp pretrain siglip_photos
 
 5.2 % retrieval recall beside clip_photos' 6.4 and flip_photos' 8.4, smaller and in nine minutes of one CPU core
-(docs/log.md, 2026-11-21).
+(docs/log.md, entry 13).
 """
 
 from dataclasses import replace

@@ -6,7 +6,7 @@ vlp data demo
 vlp pretrain uniter_demo
 
 4,800 steps (about 5 minutes of one CPU core), validation: matching 0.08 (0.70 at the start), masked words 0.83 (6.0), masked
-classes 1.61 (3.4), features 0.78. What that is worth to nine tasks is in docs/log.md (2026-11-21).
+classes 1.61 (3.4), features 0.78. What that is worth to nine tasks is in docs/log.md, entry 19.
 """
 
 from fastvlp.data.pairs import PairData
@@ -40,7 +40,7 @@ def uniter_demo() -> TrainConfig:
         # The shares of the paper's pretraining on all its data.
         mix={"itm": 6, "mlm": 8, "mrfr": 4, "mrc_kl": 4},
         # At 2e-3 the stream learns to overlook the regions before it can use them: their place vectors become all alike, and
-        # what is fine-tuned from it never sees them again (docs/log.md, 2026-11-21).
+        # what is fine-tuned from it never sees them again (docs/log.md, entry 16).
         optim=OptimConfig(lr=7e-4, cross_multiplier=1, head_multiplier=3),
         budget_s=300,
         vocab=500,

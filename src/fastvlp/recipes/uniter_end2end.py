@@ -8,7 +8,7 @@ Where the data has boxes: `--data.regions.grid None`, and records without any ar
 it through the tower's attention; they take a share of the steps as in UNITER, but words and matching are what teaches.
 
 Smaller and for 1,000 s of one CPU core (790 steps of 64), masked words are at 4.8 in validation and matching is at chance
-(0.69): far too short to be of use to a task (docs/log.md, 2026-11-21).
+(0.69): far too short to be of use to a task (docs/log.md, entry 18).
 """
 
 from fastvlp.data.pairs import PairData
