@@ -24,7 +24,7 @@ from fastvlp.objectives.objective import Loss
 from fastvlp.tasks.heads import HeadConfig, HeadObjective, image_states, target_of
 from fastvlp.tasks.interface import Task
 from fastvlp.tasks.item_data import ItemData
-from fastvlp.tasks.items import batches_in_order, read_items
+from fastvlp.tasks.items import read_items
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,10 +79,9 @@ class YesNoTask(Task):
     """How much more a yes counts than a no."""
 
     @classmethod
-    @torch.no_grad()
     def score(cls, tuned, split, options):
         model, right = tuned.saved.model, []
-        for batch in batches_in_order(tuned.items(split), tuned.data.batch_size, "cpu"):
+        for batch in tuned.batches(split):
             logits = tuned.objective.logits(model, image_states(model, batch), batch)[:, 0]
             right += (logits.sigmoid() >= options.threshold).eq(target_of(batch) > 0.5).tolist()
         return {"accuracy": sum(right) / len(right), "count": float(len(right))}

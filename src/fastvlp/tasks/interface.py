@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from typing import Any, ClassVar, NamedTuple, TypeVar, get_type_hints
@@ -11,6 +11,7 @@ from typing import Any, ClassVar, NamedTuple, TypeVar, get_type_hints
 import cattrs
 from cattrs.errors import BaseValidationError, CattrsError
 
+from fastvlp.batch import Batch
 from fastvlp.data.pairs import PairData, Rows, Split
 from fastvlp.data.records.schema import usable_captions
 from fastvlp.errors import UserError
@@ -19,7 +20,7 @@ from fastvlp.model.model import Reading
 from fastvlp.model.saving import Saved
 from fastvlp.objectives.objective import Objective, ObjectiveConfig
 from fastvlp.tasks.item_data import ItemData, TaskData, no_split
-from fastvlp.tasks.items import ItemMaker
+from fastvlp.tasks.items import ItemMaker, batches_in_order
 from fastvlp.tasks.pretrained import Pretrained
 
 T = TypeVar("T")
@@ -66,6 +67,11 @@ class FineTuned(NamedTuple):
         a record that cannot be used."""
         data: ItemData = self.data
         return data.evaluation_items(split, self.saved.tokenizer, self.saved.model.config.image.size)
+
+    def batches(self, split: Split) -> Iterator[Batch]:
+        """Batches of the items of a split, each once and in order, on the model's device. Raises UserError as `items`."""
+        device = next(self.saved.model.parameters()).device
+        return batches_in_order(self.items(split), self.data.batch_size, device)
 
     def rows(self, split: Split) -> Rows:
         """The rows of a split, to be scored; raises UserError as `items`."""
@@ -127,7 +133,8 @@ class Task(abc.ABC):
     @classmethod
     @abc.abstractmethod
     def score(cls, tuned: FineTuned, split: Split, options: Any) -> dict[str, Any]:
-        """Scores of the weights on a split, floats by name; anything else is saved beside them. `options`: a `scoring`."""
+        """Scores of the weights on a split, floats by name; anything else is saved beside them. The model and the objective are
+        in evaluation mode, without gradients. `options`: a `scoring`."""
 
     @classmethod
     def zero_shot(cls, pretrained: Pretrained) -> tuple[Objective, TaskData] | None:

@@ -14,6 +14,7 @@ from fastvlp.data import splits
 from fastvlp.data.pairs import Data, readable_infos
 from fastvlp.data.records.shards import Shards
 from fastvlp.errors import UserError
+from fastvlp.eval.mode import evaluating
 from fastvlp.model.saved_run import read_saved_run
 from fastvlp.model.saving import load_model
 from fastvlp.objectives.saved_objectives import load_objective
@@ -73,7 +74,8 @@ def score_split(tuned: FineTuned, place: str, *, device: str, options: Any, spli
     # A split may have any name, and data has three. Nothing is chosen by test.
     tuned = tuned._replace(data=replace(tuned.data, test=place))
     about = {"weights": tuned.saved.weights.name, "step": tuned.saved.info.get("step"), "data": place}
-    return about | tuned.task.score(tuned, "test", options)
+    with evaluating(tuned.saved.model, tuned.objective):
+        return about | tuned.task.score(tuned, "test", options)
 
 
 def why_not_scored(task: type[Task], place: str, data: Data) -> str | None:
