@@ -88,3 +88,21 @@ def randomised(model: nn.Module, seed: int = 0) -> nn.Module:
 def save(model: nn.Module, folder: Path) -> Path:
     model.save_pretrained(folder)  # type: ignore[operator]
     return folder
+
+
+PAIR = {"clip": hf.CLIPModel, "siglip": hf.SiglipModel, "chinese_clip": hf.ChineseCLIPModel}
+
+
+def pair_models() -> dict[str, nn.Module]:
+    """Models of two encoders with a joint space, by name."""
+    text = {name: x for name, x in BERT.items() if name != "vocab_size"}
+    clip_text = {**CLIP_TEXT, "hidden_size": 48, "num_attention_heads": 3}
+    vision = {**VIT, "num_hidden_layers": 2}
+    siglip_text = {**text, "vocab_size": 99, "pad_token_id": 1, "bos_token_id": 2, "eos_token_id": 1}
+    return {
+        "clip": hf.CLIPModel(hf.CLIPConfig(text_config=clip_text, vision_config=vision, projection_dim=24)),
+        "siglip": hf.SiglipModel(hf.SiglipConfig(text_config=siglip_text, vision_config=vision)),
+        "chinese_clip": hf.ChineseCLIPModel(
+            hf.ChineseCLIPConfig(text_config={**text, "vocab_size": 99}, vision_config=vision, projection_dim=24)
+        ),
+    }

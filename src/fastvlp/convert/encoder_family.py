@@ -1,0 +1,154 @@
+"""Families of public encoders, in the layout of transformers, whose weights fit an encoder of ours exactly.
+
+A family reads sizes, activation and epsilon from a model's config.json. What is not stated there has the value that
+transformers gives it.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from fastvlp.convert.weight_map import WeightMap, Weights, apply_map, layer_numbers
+from fastvlp.data.records.transform import Fit
+from fastvlp.errors import UserError
+from fastvlp.model.encoders.text_transformer import TextTransformerConfig
+from fastvlp.model.encoders.vit import ViTConfig
+from fastvlp.model.joint_space import HeadConfig, TextMask
+from fastvlp.model.layers import Activation, LayerConfig
+
+# Activations by their names in transformers.
+ACTIVATIONS: Mapping[str, Activation] = {
+    "gelu": "gelu",
+    "gelu_python": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "quick_gelu": "quick_gelu",
+    "relu": "relu",
+}
+RGB = tuple[float, float, float]
+HALF: RGB = (0.5, 0.5, 0.5)
+CLIP_MEAN: RGB = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD: RGB = (0.26862954, 0.26130258, 0.27577711)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextReading:
+    """How a public text encoder makes one vector of a text: fields of `EmbedConfig`."""
+
+    head: HeadConfig
+    mask: TextMask
+    start: bool = True
+    length: int | None = None
+    pad: int | None = None
+
+
+class EncoderFamily(abc.ABC):
+    """What image and text families have in common."""
+
+    model_types: ClassVar[Collection[str]]
+    """`model_type` in config.json of such models, or of the part of a larger model."""
+    anchor: ClassVar[str]
+    """Name of a tensor that all have; what comes before it in a file is the prefix of all names."""
+    defaults: ClassVar[Mapping[str, Any]]
+    """What transformers takes where config.json does not state it."""
+
+    def given(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """The config of the encoder with the defaults filled in."""
+        return {**self.defaults, **{key: value for key, value in config.items() if value is not None}}
+
+    def own_weights(self, weights: Weights) -> dict[str, Tensor]:
+        """The encoder's tensors without their prefix. Raises UserError where there are none."""
+        prefixes = {name.removesuffix(self.anchor) for name in weights if name.endswith(self.anchor)}
+        if len(prefixes) != 1:
+            raise UserError(f"has {len(prefixes)} tensors called {self.anchor}, where one encoder has one")
+        (prefix,) = prefixes
+        return {name.removeprefix(prefix): x for name, x in weights.items() if name.startswith(prefix)}
+
+    def mapped(self, weights: Weights, names: WeightMap, layers: str, depth: int) -> dict[str, Tensor]:
+        """Our parameters. `layers` is the prefix of the layers, of which those from `depth` on are left out. Raises UserError
+        where a tensor is missing or left over."""
+        own = self.own_weights(weights)
+        further = tuple(f"{layers}{i}." for i in layer_numbers(own, layers) if i >= depth)
+        used = {name for parts in names.sources.values() for name in parts}
+        # Without a prefix the heads of other tasks, and the projections, are among the encoder's tensors.
+        parts = {name.partition(".")[0] for name in used}
+        foreign = tuple(name for name in own if name.partition(".")[0] not in parts)
+        unused = (*names.unused, *further, *foreign)
+        whole = WeightMap(sources=names.sources, unused=unused, flattened=names.flattened)
+        return apply_map(own, whole, layout=f"{', '.join(sorted(self.model_types))} of transformers")
+
+
+class ImageFamily(EncoderFamily):
+    """Vision models whose weights fit our vision transformer."""
+
+    mean: ClassVar[RGB]
+    std: ClassVar[RGB]
+    fit: ClassVar[Fit]
+    """How an image becomes a square, and its mean and std, where the model has no preprocessor_config.json."""
+
+    @abc.abstractmethod
+    def config(self, config: Mapping[str, Any]) -> ViTConfig | None:
+        """The encoder of a config.json; None where it has something that ours lacks."""
+
+    @abc.abstractmethod
+    def head(self, config: Mapping[str, Any]) -> HeadConfig:
+        """How transformers makes one vector of an image's states."""
+
+    @abc.abstractmethod
+    def encoder(self, weights: Weights, depth: int) -> dict[str, Tensor]:
+        """Parameters of the encoder with its first `depth` layers, by their names in ours."""
+
+    def projection(self, weights: Weights) -> dict[str, Tensor]:
+        """Parameters of the head, by their names in ours, where the model has a joint space."""
+        return {}
+
+
+class TextFamily(EncoderFamily):
+    """Text encoders whose weights fit our text transformer."""
+
+    @abc.abstractmethod
+    def config(self, config: Mapping[str, Any]) -> TextTransformerConfig | None:
+        """The encoder of a config.json; None where it has something that ours lacks."""
+
+    @abc.abstractmethod
+    def reading(self, config: Mapping[str, Any]) -> TextReading:
+        """How transformers makes one vector of a text."""
+
+    @abc.abstractmethod
+    def encoder(self, weights: Weights, depth: int) -> dict[str, Tensor]:
+        """Parameters of the encoder with its first `depth` layers, by their names in ours."""
+
+    def projection(self, weights: Weights) -> dict[str, Tensor]:
+        """Parameters of the head, by their names in ours, where the model has a joint space."""
+        return {}
+
+    def types(self, weights: Weights) -> Tensor | None:
+        """Vectors of the token types, of which the positions of `encoder` have the first one added."""
+        return None
+
+
+def layer_config(given: Mapping[str, Any], *, dropout: str, **fields: Any) -> LayerConfig | None:
+    """The layers of a config.json; None for an activation that ours lacks. `dropout` names its key."""
+    activation = ACTIVATIONS.get(given["hidden_act"])
+    if activation is None:
+        return None
+    return LayerConfig(
+        width=given["hidden_size"],
+        heads=given["num_attention_heads"],
+        hidden=given["intermediate_size"],
+        eps=given["layer_norm_eps"],
+        activation=activation,
+        dropout=given[dropout],
+        **fields,
+    )
+
+
+def square(given: Mapping[str, Any]) -> bool:
+    """Whether images and patches are square and have three colours."""
+    return all(isinstance(given[key], int) for key in ("image_size", "patch_size")) and given["num_channels"] == 3

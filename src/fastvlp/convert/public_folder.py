@@ -1,0 +1,136 @@
+"""The folder of a public model: one on this machine, or a repository of the Hugging Face hub, fetched file by file."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from fastvlp.convert.weight_files import read_weights
+from fastvlp.errors import UserError, install
+
+# Files with weights, in the order in which they are looked for. An index lists the files of a model in several parts.
+WEIGHTS = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+# What a tokenizer may be kept in.
+TOKENIZERS = (
+    "tokenizer.json",
+    "vocab.txt",
+    "vocab.json",
+    "sentencepiece.bpe.model",
+    "spiece.model",
+    "spm.model",
+    "tokenizer.model",
+)
+
+
+def open_public(source: str | Path) -> PublicFolder:
+    """The folder of a public model. `source` is its path, or the name of a repository of the hub, such as
+    openai/clip-vit-base-patch32 or bert-base-chinese. Raises UserError where it is neither."""
+    path = Path(source)
+    if path.is_dir():
+        return PublicFolder(str(source), path)
+    if path.exists():
+        raise UserError(f"{source}: a file; name the folder of the model, with config.json and the weights")
+    if str(source).count("/") > 1 or str(source).startswith((".", "/", "~")):
+        raise UserError(f"{source}: no such folder")
+    return PublicFolder(str(source), None)
+
+
+@dataclass(frozen=True)
+class PublicFolder:
+    """A folder of a public model. `local` is None where it is on the hub."""
+
+    source: str
+    local: Path | None
+
+    def find(self, name: str) -> Path | None:
+        """The path of a file on this machine; None where the model has no such file. Raises UserError where the hub cannot be
+        asked."""
+        if self.local is not None:
+            path = self.local / name
+            return path if path.is_file() else None
+        return _fetch(self.source, name)
+
+    def file(self, *names: str) -> Path:
+        """The path of the first of these files that there is. Raises UserError where there is none."""
+        for name in names:
+            if (path := self.find(name)) is not None:
+                return path
+        raise UserError(f"{self.source}: it has no {' or '.join(names)}; name the folder of a whole model")
+
+    def json(self, name: str) -> dict[str, Any] | None:
+        """An object; None where there is no such file. Raises UserError where it is damaged."""
+        path = self.find(name)
+        if path is None:
+            return None
+        try:
+            value = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path}: damaged ({error}); copy the folder again") from error
+        if not isinstance(value, dict):
+            raise UserError(f"{path}: holds no object; copy the folder again")
+        return value
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """Its config.json. Raises UserError where it has none, or is no model of transformers."""
+        if self.local is not None and (self.local / "model.json").is_file():
+            raise UserError(f"{self.source}: a run of fastvlp, not a public model; start from it with `init`")
+        config = self.json("config.json")
+        if config is None or "model_type" not in config:
+            what = "it has no config.json" if config is None else "its config.json names no model_type"
+            raise UserError(
+                f"{self.source}: {what}; name the folder of a model of transformers, or make one of another layout a run's "
+                f"folder with `vlp convert`"
+            )
+        return config
+
+    def weights(self) -> dict[str, Tensor]:
+        """All tensors by name, in fp32 where they are floating-point. Raises UserError where a file is missing or damaged."""
+        first = self.file(*WEIGHTS)
+        files = [first]
+        if first.suffix == ".json":
+            index = self.json(first.name) or {}
+            files = [self.file(name) for name in sorted(set(index.get("weight_map", {}).values()))]
+        tensors = {name: x for path in files for name, x in read_weights(path).items()}
+        return {name: x.float() if x.is_floating_point() else x for name, x in tensors.items()}
+
+    def whole(self) -> Path:
+        """The folder itself, of which every file that there is has been fetched but weights."""
+        if self.local is not None:
+            return self.local
+        names = ("config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt")
+        found = [path for name in (*names, *TOKENIZERS) if (path := self.find(name)) is not None]
+        return found[0].parent
+
+
+def _fetch(source: str, name: str) -> Path | None:
+    offline = (
+        f"where the hub cannot be reached, copy the model's files there (`hf download {source}`) and name their folder"
+    )
+    try:
+        from huggingface_hub import hf_hub_download, try_to_load_from_cache
+        from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+    except ImportError:
+        raise UserError(f"{source}: no such folder; to fetch it from the hub, {install('towers')}") from None
+    try:
+        return Path(hf_hub_download(source, name))
+    except LocalEntryNotFoundError as error:
+        # Without a connection: another file of the model in the cache says that it has no such file.
+        if isinstance(try_to_load_from_cache(source, "config.json"), str):
+            return None
+        raise UserError(f"{source}: no such folder, and the hub does not answer; {offline}") from error
+    except EntryNotFoundError:
+        return None
+    except Exception as error:  # the client passes on the errors of several libraries
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise UserError(f"{source}: no such folder, and the hub gives no {name} ({reason}); {offline}") from error
