@@ -23,13 +23,13 @@ def folder(tmp_path: Path) -> Path:
 def test_import_then_inspect(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = folder / "out"
     assert main(["data", "import", str(folder / "in"), "--out", str(out), "--val", "0.3", "--max-side", "30"]) == 0
-    said = capsys.readouterr().out
-    assert "dropped 1" in said and "not an image" in said
+    shown = capsys.readouterr().out
+    assert "dropped 1" in shown and "not an image" in shown
     assert sum(len(Shards(out / split)) for split in ("train", "val")) == 9
     assert json.loads((out / "dropped.jsonl").read_text())["key"] == "9"
     assert main(["data", "inspect", str(out)]) == 0
-    said = capsys.readouterr().out
-    assert "captions, words" in said and "contact-sheet.png" in said
+    shown = capsys.readouterr().out
+    assert "captions, words" in shown and "contact-sheet.png" in shown
     assert Image.open(out / "contact-sheet.png").width > 1000
 
 
@@ -40,9 +40,10 @@ def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert len(Shards(tmp_path / "w/train")) == 4
 
 
-def test_what_the_user_can_mend_is_one_line_and_exit_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_users_mistake_is_one_line_and_exit_code_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["data", "import", str(tmp_path / "none.csv"), "--out", str(tmp_path / "o")]) == 2
-    assert capsys.readouterr().err == f"error: {tmp_path}/none.csv: no such file or folder\n"
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {tmp_path}/none.csv: ") and error.count("\n") == 1
     assert main(["data", "inspect", str(tmp_path / "none")]) == 2
     assert "no shards" in capsys.readouterr().err
 
@@ -67,7 +68,7 @@ def test_an_option_of_another_format_is_named_with_the_paths_own(
 
 
 @pytest.mark.parametrize(
-    ("argv", "said"),
+    ("argv", "message"),
     [
         (["dta", "inspect", "x"], "dta: no command of `vlp`; did you mean data?"),
         (["xyz"], "xyz: no command of `vlp`; there are data, pretrain"),
@@ -82,10 +83,10 @@ def test_an_option_of_another_format_is_named_with_the_paths_own(
     ],
 )
 def test_a_misspelt_command_is_named_with_the_nearest(
-    argv: list[str], said: str, capsys: pytest.CaptureFixture[str]
+    argv: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(argv) == 2
-    assert capsys.readouterr().err.startswith(f"error: {said}")
+    assert capsys.readouterr().err.startswith(f"error: {message}")
 
 
 def test_a_run_may_be_called_much_like_a_command(

@@ -157,10 +157,10 @@ def test_no_row_is_left_alone(sizes, wanted):
     assert avoid_single_row(sizes) == wanted
 
 
-def test_what_takes_its_negatives_from_the_batch_meets_the_end_of_a_bucket():
+def test_the_last_batch_of_a_bucket_has_negatives():
     """Nine rows of ten tokens in batches of at most four: 4, 4 and 1 would be an error of ITM, not of the data."""
-    lengths, told = Lengths(torch.full((9,), 10), torch.arange(10)), Grouping(group=9, max_tokens=40, multiple=2)
-    made = Loader(9, make, batch_size=1, seed=0, grouping=told, lengths=lambda: lengths)
+    lengths, grouping = Lengths(torch.full((9,), 10), torch.arange(10)), Grouping(group=9, max_tokens=40, multiple=2)
+    made = Loader(9, make, batch_size=1, seed=0, grouping=grouping, lengths=lambda: lengths)
     batches = made.batches()
     assert sorted(len(next(batches)[0]) for _ in range(3)) == [2, 3, 4]
 
@@ -171,8 +171,8 @@ def test_the_released_running_maximum_leaves_more_than_half_of_the_budget_unused
     shares = {}
     lengths = uniter_lengths(40_000)
     for reset in (False, True):
-        told = Grouping(group=8192, max_tokens=max_tokens, reset_longest=reset)
-        made = Loader(40_000, make, batch_size=1, seed=0, grouping=told, lengths=lambda: lengths)
+        grouping = Grouping(group=8192, max_tokens=max_tokens, reset_longest=reset)
+        made = Loader(40_000, make, batch_size=1, seed=0, grouping=grouping, lengths=lambda: lengths)
         batches = int(made.plan.epoch())
         shares[reset] = int(lengths.tokens_T.sum()) / batches / max_tokens, padding(made, batches)
     assert shares[False] == (pytest.approx(fill, abs=0.015), pytest.approx(0.01, abs=0.005))
@@ -222,9 +222,11 @@ def test_lengths_of_pairs_are_those_of_their_batches(world, captions):
     assert shown > 0.98
 
 
-@pytest.mark.parametrize("told", [{"most": 3}, {"whole": True}, {"grid": 2}])
-def test_regions_fill_a_row_too(world, told):
-    data = PairData(train=str(world / "train"), batch_size=16, max_tokens=90, regions=RegionSource(**told), cache=False)
+@pytest.mark.parametrize("options", [{"most": 3}, {"whole": True}, {"grid": 2}])
+def test_regions_fill_a_row_too(world, options):
+    data = PairData(
+        train=str(world / "train"), batch_size=16, max_tokens=90, regions=RegionSource(**options), cache=False
+    )
     rows = data.rows("train", Tokenizer.train(data.texts()), made_config().image.size, strict=False)
     lengths = rows.lengths()
     made = Loader(300, rows.make, batch_size=16, seed=0, grouping=data.grouping, lengths=lambda: lengths)
@@ -244,10 +246,10 @@ def test_a_record_without_a_caption_is_dropped_when_its_batch_is_made(tmp_path):
     assert lengths(torch.arange(3), torch.arange(3)).tolist() == [5, 2, 2]
 
 
-@pytest.mark.parametrize("told", [{"group": 64}, {"max_tokens": 200}, {"max_tokens": 200, "fill": "official"}])
-def test_a_grouped_run_resumes_as_it_would_have_gone_on(world, tmp_path, told):
+@pytest.mark.parametrize("options", [{"group": 64}, {"max_tokens": 200}, {"max_tokens": 200, "fill": "official"}])
+def test_a_resumed_grouped_run_equals_a_straight_one(world, tmp_path, options):
     run = made_run(world, tmp_path / "straight", "mlm", batch_size=8)
-    run = replace(run, data=replace(run.data, **told), accumulate=2)
+    run = replace(run, data=replace(run.data, **options), accumulate=2)
     straight = train(run)
     half = replace(run, out=str(tmp_path / "half"))
     state = start(half)
@@ -256,7 +258,7 @@ def test_a_grouped_run_resumes_as_it_would_have_gone_on(world, tmp_path, told):
     save(state)
     state.tokenizer.save(half.folder / "tokenizer.json")
     assert_equal(weights(train(half, resume=True)), weights(straight))
-    assert straight.pairs == 6 * 16 or "max_tokens" in told
+    assert straight.pairs == 6 * 16 or "max_tokens" in options
 
 
 # --- mistakes --------------------------------------------------------------------------------------------------------
@@ -270,12 +272,12 @@ def test_a_row_above_the_budget_is_refused_before_training(workers):
     assert [len(batch) for batch, _ in loader(Grouping(max_tokens=20)).once()] == [4] * 25 + [3]
 
 
-@pytest.mark.parametrize("told", [{"group": 0}, {"max_tokens": -1}, {"fill": "official"}])
-def test_what_cannot_be_grouped_is_refused(told):
+@pytest.mark.parametrize("options", [{"group": 0}, {"max_tokens": -1}, {"fill": "official"}])
+def test_options_that_cannot_be_grouped_by_are_refused(options):
     with pytest.raises(UserError, match=r"data\.(group|fill)"):
-        PairData(train="nowhere", batch_size=1, **told)
+        PairData(train="nowhere", batch_size=1, **options)
 
 
-def test_data_that_does_not_tell_its_lengths_cannot_be_grouped():
+def test_data_without_lengths_cannot_be_grouped():
     with pytest.raises(UserError, match=r"leave out `data\.group` and `data\.max_tokens`"):
         Loader(5, make, batch_size=1, seed=0, grouping=FIXED)

@@ -22,7 +22,7 @@ GOOD = {
 }
 
 
-def test_what_is_right_has_no_fault() -> None:
+def test_correct_fields_have_no_fault() -> None:
     assert fault(GOOD) is None and fault({}) is None
 
 
@@ -62,7 +62,7 @@ def test_a_label_is_true_or_false(label: object) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "told", "said"),
+    ("name", "entry", "reason"),
     [
         ("expressions", {"text": "e", "object": 2}, "object 2 is no place among 2 objects"),
         ("expressions_zh", {"text": "e", "object": "cat"}, "object 'cat' is no place among 2 objects"),
@@ -74,11 +74,11 @@ def test_a_label_is_true_or_false(label: object) -> None:
         ("choices", {"question": "q"}, "field choices is not a list of objects with question and answers"),
     ],
 )
-def test_what_points_at_nothing_is_named(name: str, told: dict, said: str) -> None:
-    wrong = fault({"objects": GOOD["objects"], name: [told]})
-    assert wrong and wrong.startswith(f"field {name}") and said in wrong
+def test_pointers_and_labels_are_checked(name: str, entry: dict, reason: str) -> None:
+    wrong = fault({"objects": GOOD["objects"], name: [entry]})
+    assert wrong and wrong.startswith(f"field {name}") and reason in wrong
 
 
-@pytest.mark.parametrize("told", [0.9, [], [0.9], [[0.9, "1"]], [[math.nan]], [[0.1, 0.2]]])
-def test_confidences_fall(told: object) -> None:
-    assert (fault({"confidences": told}) or "").startswith("field confidences")
+@pytest.mark.parametrize("confidences", [0.9, [], [0.9], [[0.9, "1"]], [[math.nan]], [[0.1, 0.2]]])
+def test_confidences_fall(confidences: object) -> None:
+    assert (fault({"confidences": confidences}) or "").startswith("field confidences")

@@ -147,14 +147,14 @@ def test_held_out_shares_are_steady_and_keep_groups_together(tmp_path: Path) -> 
     assert all(len(found) == 1 for found in splits.values())
 
 
-def test_equal_keys_are_told_apart(tmp_path: Path) -> None:
+def test_equal_keys_are_made_different(tmp_path: Path) -> None:
     run(tmp_path, [row("a.b.png", "x"), row("a_b.png", "y")], {n: picture() for n in ("a.b.png", "a_b.png")})
     assert Shards(tmp_path / "out/train").keys == ["a_b", "a_b_2"]
 
 
-def test_what_cannot_be_imported_says_so(tmp_path: Path) -> None:
-    said = rf"no usable record among 2 \(first: in/none\): 2x image file is missing in {tmp_path}$"
-    with pytest.raises(UserError, match=said):
+def test_an_import_that_cannot_work_is_refused(tmp_path: Path) -> None:
+    message = rf"no usable record among 2 \(first: in/none\): 2x image file is missing in {tmp_path}$"
+    with pytest.raises(UserError, match=message):
         run(tmp_path, [row("in/none.png", "x"), row("in/b.png", "x")], {})
     with pytest.raises(UserError, match=f"`images` {tmp_path}/nowhere: no such folder"):
         import_data(source(tmp_path, [row("a.png", "x")], {}), tmp_path / "out", images=tmp_path / "nowhere")
@@ -164,8 +164,8 @@ def test_what_cannot_be_imported_says_so(tmp_path: Path) -> None:
     run(tmp_path, [row("a.png", "x")], {"a.png": picture()})
     with pytest.raises(UserError, match=r"out/train: already holds shards; remove"):
         run(tmp_path, [row("a.png", "x")], {"a.png": picture()})
-    for wrong, said in (({"val": 0.5, "test": 0.5}, "`val` 0.5 and `test` 0.5"), ({"max_side": -1}, "`max_side`")):
-        with pytest.raises(UserError, match=said):
+    for wrong, named in (({"val": 0.5, "test": 0.5}, "`val` 0.5 and `test` 0.5"), ({"max_side": -1}, "`max_side`")):
+        with pytest.raises(UserError, match=named):
             run(tmp_path, [row("a.png", "x")], {"a.png": picture()}, **wrong)
 
 

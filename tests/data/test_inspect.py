@@ -55,10 +55,10 @@ def test_counts_sizes_lengths_and_names(folder: Path) -> None:
 
 
 def test_every_field_of_texts_is_measured(tmp_path: Path) -> None:
-    said = {"questions": ("question", "answers", {"a": 1.0}), "statements": ("text", "label", True)}
+    fields = {"questions": ("question", "answers", {"a": 1.0}), "statements": ("text", "label", True)}
     info: dict[str, object] = {"captions_de": ["eine Katze", 3], "captions_by": "someone"}
-    for name, (text, told, value) in said.items():
-        info |= {name: [{text: "one two", told: value}], f"{name}_zh": [{text: "一二三", told: value}]}
+    for name, (text, other, value) in fields.items():
+        info |= {name: [{text: "one two", other: value}], f"{name}_zh": [{text: "一二三", other: value}]}
     with ShardWriter(tmp_path / "s") as writer:
         writer.write(Record(key="r", images=(jpeg(),), info=info))
     (report,) = inspect_data(tmp_path / "s").splits
@@ -129,15 +129,15 @@ def test_stored_regions_that_evaluation_would_refuse_are_named(tmp_path: Path) -
         "cut": ([sure], (good[:-40],)),
         "second": ([sure, sure], (good, good[:9])),
         "fewer": ([[0.9]], (good,)),
-        "untold": (None, (good,)),
+        "unnamed": (None, (good,)),
         "lost": ([sure], ()),
         "one": ([sure, sure], (good,)),
         "empty": ([sure], (empty,)),
     }
     with ShardWriter(tmp_path / "s") as writer:
-        for key, (told, parts) in records.items():
+        for key, (confidences, parts) in records.items():
             images = (jpeg(),) * (2 if key in ("pair", "second", "one") else 1)
-            info = {} if told is None else {"confidences": told}
+            info = {} if confidences is None else {"confidences": confidences}
             writer.write(Record(key=key, images=images, info=info, detected=parts))
     (report,) = inspect_data(tmp_path / "s").splits
     assert report.records == 3

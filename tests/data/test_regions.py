@@ -86,18 +86,18 @@ def test_a_record_without_a_region_is_dropped_or_shown_whole(info, whole):
 
 
 @pytest.mark.parametrize("box", [[0, 0, 1], [0, 0, math.nan, 1], [5, 0, 1, 1], ["0", 0, 1, 1], None])
-def test_a_bad_box_spoils_its_record(box):
+def test_a_record_with_a_bad_box_is_an_error(box):
     with pytest.raises(RecordError, match=r"field objects: box .* is not four numbers"):
         read(RegionSource(), thing(0, 0, 9, 9), {"class": "cat", "box": box})
 
 
 @pytest.mark.parametrize("objects", [3, None, ["cat"], [{"box": [0, 0, 1, 1]}]])
-def test_objects_are_objects(objects):
+def test_objects_must_be_a_list_of_objects(objects):
     with pytest.raises(RecordError, match="field objects is not a list of objects with class and box"):
         read_regions(RegionSource(), "r", {"objects": objects}, WIDE, SQUASH)
 
 
-def test_of_a_pair_the_first_image_is_read():
+def test_the_first_image_of_a_pair_is_read():
     found = read(RegionSource(), thing(0, 0, 10, 10, image=1), thing(0, 0, 50, 25, image=0))
     assert close(found.box_R4, [[0, 0, 0.5, 0.5]])
 
@@ -111,9 +111,9 @@ def test_a_grid_goes_down_its_columns_and_ends_with_the_whole():
 
 def test_class_shares_are_the_records_over_the_named_classes():
     source = RegionSource(classes=("cat", "dog", "bird"), whole=True)
-    told = {"cat": 0.6, "dog": 0.2, "plane": 0.2}
+    shares = {"cat": 0.6, "dog": 0.2, "plane": 0.2}
     objects = [
-        thing(0, 0, 9, 9, class_distribution=told),
+        thing(0, 0, 9, 9, class_distribution=shares),
         thing(200, 0, 210, 9, name="bird"),
         thing(0, 0, 9, 9, name="dog"),
         thing(0, 0, 9, 9, name="plane"),
@@ -175,8 +175,8 @@ def png(i: int) -> bytes:
 
 def split(folder, objects) -> Shards:
     with ShardWriter(folder) as writer:
-        for i, told in enumerate(objects):
-            writer.write(Record(key=f"p{i}", images=(png(i),), info={"captions": ["a cat"], "objects": told}))
+        for i, boxes in enumerate(objects):
+            writer.write(Record(key=f"p{i}", images=(png(i),), info={"captions": ["a cat"], "objects": boxes}))
     return Shards(folder)
 
 
@@ -288,7 +288,7 @@ def test_stored_boxes_turn_as_objects_do(turn):
     assert torch.allclose(read_stored(RegionSource(stored=True), at=at).box_R4, as_objects.box_R4, atol=1e-6)
 
 
-def test_a_batch_of_stored_regions_is_padded_and_tells_nothing_of_classes_that_are_missing():
+def test_a_batch_of_stored_regions_is_padded_with_zero_shares_where_classes_are_missing():
     source = RegionSource(stored=True)
     found = [read_stored(source), read_stored(source, found_by_a_detector(2, classes=False), confidences=[0.9, 0.8])]
     regions = pad_regions(found)
@@ -319,7 +319,7 @@ np.savez(HOSTILE, norm_bb=np.array([{}], dtype=object), features=np.zeros((1, 2)
         ({"confidences": [[0.5]]}, (pack(found_by_a_detector()),), "5 regions are stored, and confidences are not as"),
     ],
 )
-def test_what_is_stored_wrongly_spoils_its_record(info, stored_with_it, reason):
+def test_a_record_with_bad_stored_regions_is_an_error(info, stored_with_it, reason):
     with pytest.raises(RecordError, match=reason):
         read_regions(RegionSource(stored=True), "r", info, WIDE, SQUASH, stored_with_it)
 

@@ -51,9 +51,9 @@ def arrays(seed: int = 0, conf: tuple[float, ...] = CONF) -> Arrays:
     return {name: x.astype(np.float16) for name, x in made.items()} | {"conf": np.array(conf, np.float16)}
 
 
-def npz(told: Arrays, **options: Any) -> bytes:
+def npz(content: Arrays, **options: Any) -> bytes:
     file = io.BytesIO()
-    np.savez_compressed(file, **told, **options)
+    np.savez_compressed(file, **content, **options)
     return file.getvalue()
 
 
@@ -62,9 +62,9 @@ def packed(x: np.ndarray) -> dict[bytes, Any]:
     return {b"nd": True, b"type": x.dtype.str, b"kind": b"", b"shape": list(x.shape), b"data": x.tobytes()}
 
 
-def msgpacked(told: Arrays) -> bytes:
+def msgpacked(content: Arrays) -> bytes:
     msgpack = pytest.importorskip("msgpack")
-    return msgpack.packb({name: packed(x) for name, x in told.items()}, use_bin_type=True)
+    return msgpack.packb({name: packed(x) for name, x in content.items()}, use_bin_type=True)
 
 
 def write_lmdb(path: Path, entries: dict[str, bytes], *, keys: bool = True) -> Path:
@@ -131,7 +131,7 @@ def test_regions_go_from_uniters_layouts_to_what_training_reads(tmp_path: Path, 
 
 
 @LAYOUTS
-def test_what_has_no_regions_is_dropped_by_name(tmp_path: Path, layout: str) -> None:
+def test_a_record_without_regions_is_dropped_by_name(tmp_path: Path, layout: str) -> None:
     path = store(tmp_path, layout)
     assert reason(path, record("val2014/COCO_val2014_000000000043")) == "its regions: no entry of its name"
     gone = Dropped(key="x", reason="image file is missing")
@@ -154,7 +154,7 @@ def test_an_entry_has_its_images_name_maybe_with_the_sets(tmp_path: Path, entry:
     assert isinstance(found, Record) and len(found.detected) == 1
 
 
-def test_a_name_that_fits_two_sets_is_not_guessed_and_one_can_be_told(tmp_path: Path) -> None:
+def test_a_name_that_fits_two_sets_is_not_guessed_and_can_be_given(tmp_path: Path) -> None:
     path = write_npz(tmp_path / "f", {f"{name}_01.npz": npz(arrays(k)) for k, name in enumerate(("coco", "vg"))})
     assert reason(path, record("1")) == "its regions: several entries of its name"
     (found,) = features.add_regions(iter([record("1", features="vg_01.npz")]), path)
@@ -180,36 +180,36 @@ def test_a_fixed_number_of_regions_is_fixed(tmp_path: Path) -> None:
 
 
 def test_without_confidences_the_order_stands(tmp_path: Path) -> None:
-    told = arrays()
-    del told["conf"], told["soft_labels"]
-    (found,) = features.add_regions(iter([record("a")]), write_npz(tmp_path / "f", {"a.npz": npz(told)}))
+    content = arrays()
+    del content["conf"], content["soft_labels"]
+    (found,) = features.add_regions(iter([record("a")]), write_npz(tmp_path / "f", {"a.npz": npz(content)}))
     assert isinstance(found, Record) and found.info["confidences"] == [[1.0] * 3]
     regions = read_regions(
         RegionSource(stored=True), "a", found.info, StoredShape(9, 9, 1), Transform(size=8), found.detected
     )
-    assert torch.equal(regions.feature_RF, torch.from_numpy(told["features"])) and regions.classes_RC is None
+    assert torch.equal(regions.feature_RF, torch.from_numpy(content["features"])) and regions.classes_RC is None
 
 
 @pytest.mark.parametrize(
-    ("told", "said"),
+    ("changed", "message"),
     [
         ({"conf": np.zeros(2, np.float16)}, "conf is one finite number a region, 3 in all"),
         ({"conf": np.full(3, np.nan)}, "conf is one finite number a region, 3 in all"),
         ({"features": np.zeros((2, 6), np.float16)}, "each array is a table of floats with 3 rows"),
     ],
 )
-def test_broken_regions_are_named(tmp_path: Path, told: Arrays, said: str) -> None:
-    path = write_npz(tmp_path / "f", {"a.npz": npz(arrays() | told), "cut.npz": npz(arrays())[:-40]})
-    assert said in reason(path, record("a"))
+def test_broken_regions_are_named(tmp_path: Path, changed: Arrays, message: str) -> None:
+    path = write_npz(tmp_path / "f", {"a.npz": npz(arrays() | changed), "cut.npz": npz(arrays())[:-40]})
+    assert message in reason(path, record("a"))
     assert "not readable as npz" in reason(path, record("cut"))
 
 
 @pytest.mark.parametrize("layout", ["npz", "packed", "msgpack"])
 def test_no_flipped_byte_escapes(layout: str) -> None:
     """What is left of an entry can be read, or is named: one rotten file is no reason to end an import."""
-    told = arrays()
+    content = arrays()
     read = features.read_msgpack if layout == "msgpack" else read_npz
-    data = {"npz": npz, "packed": lambda told: pack(check_arrays(told)), "msgpack": msgpacked}[layout](told)
+    data = {"npz": npz, "packed": lambda content: pack(check_arrays(content)), "msgpack": msgpacked}[layout](content)
     named = 0
     for i, mask in itertools.product(range(len(data)), (0x01, 0xFF)):
         try:
@@ -229,14 +229,14 @@ def test_nothing_that_is_stored_is_executed(tmp_path: Path, monkeypatch: pytest.
     msgpack = pytest.importorskip("msgpack")
     pickled = {b"nd": True, b"type": "|O", b"kind": b"O", b"shape": [1], b"data": pickle.dumps([Evil()])}
     rest = {name: packed(x) for name, x in arrays().items()}
-    told = {
+    entries = {
         "a.npz": msgpack.packb({**rest, "features": pickled}),
         "b.npz": msgpack.packb({**rest, "more": pickled}),
         "c.npz": npz(arrays() | {"features": np.array([Evil()], dtype=object)}),
         "d.npz": b"\xc1",
         "e.npz": msgpack.packb([1]),
     }
-    path = write_lmdb(tmp_path / "db", told)
+    path = write_lmdb(tmp_path / "db", entries)
     assert "each array is a table of floats" in reason(path, record("a"))
     (fine,) = features.add_regions(iter([record("b")]), path)
     assert isinstance(fine, Record)
@@ -259,7 +259,7 @@ def test_an_lmdb_is_opened_once_in_a_process_and_again_after_a_fork(tmp_path: Pa
         assert pool.apply(in_a_child, (path,)) == 4
 
 
-def test_what_is_no_store_is_refused_with_the_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_folder_or_file_is_refused_with_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for path in (tmp_path, tmp_path / "none"):
         with pytest.raises(UserError, match=r"neither an LMDB \(data\.mdb\) nor a folder of npz files"):
             features.open_store(path)
@@ -301,7 +301,7 @@ def test_uniter_pretrains_on_what_was_imported(tmp_path: Path) -> None:
     assert rows_of is not None and rows_of.lengths().tokens_T.tolist() == [4 + 3, 4 + 3]
     batch, _ = rows_of.make([Row(i, hash64(0, 0, i)) for i in range(2)])
     objectives = {"mrfr": MRFRConfig(rate=0.9), "mrc": MRCConfig(classes=5, rate=0.9)}
-    built = {name: told.build(config, tokenizer) for name, told in objectives.items()}
+    built = {name: config_of.build(config, tokenizer) for name, config_of in objectives.items()}
     pretraining = Pretraining(VLModel(config), built)
     losses = pretraining(batch)
     assert losses.keys() == {"mrfr/masked", "mrc/masked"}

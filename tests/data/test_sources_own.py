@@ -17,7 +17,7 @@ from fastvlp.errors import UserError
 from fastvlp.extensions import import_file
 
 OWN = '''
-"""Cards: a line an image, `path | caption`, in a file that ends in .cards."""
+"""Postcards: a line an image, `path | caption`, in a file that ends in .postcards."""
 
 from dataclasses import dataclass
 
@@ -26,11 +26,11 @@ from fastvlp.data.sources.interface import Match, Source
 
 
 @dataclass(frozen=True, kw_only=True)
-class CardSource(Source):
-    """Cards."""
+class PostcardSource(Source):
+    """Postcards."""
 
-    name = "cards"
-    summary = "a .cards file: `path | caption`, a line an image"
+    name = "postcards"
+    summary = "a .postcards file: `path | caption`, a line an image"
 
     separator: str = "|"
     """Character between path and caption."""
@@ -41,7 +41,7 @@ class CardSource(Source):
 
     @classmethod
     def match(cls, path):
-        return Match.SUFFIX if path.suffix == ".cards" else Match.NONE
+        return Match.SUFFIX if path.suffix == ".postcards" else Match.NONE
 
     def read(self, path):
         for line in path.read_text().splitlines()[self.skip :]:
@@ -59,13 +59,13 @@ class CardSource(Source):
 def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """The user's file. Afterwards its format is unknown again."""
     monkeypatch.setattr(sys, "path", [*sys.path])
-    path = tmp_path / f"cards_{tmp_path.name}.py"
+    path = tmp_path / f"postcards_{tmp_path.name}.py"
     path.write_text(OWN)
     Image.new("RGB", (8, 8), "red").save(tmp_path / "a.png")
-    (tmp_path / "x.cards").write_text("# cards\na.png ; a red card\nnone.png ; another\n")
+    (tmp_path / "x.postcards").write_text("# postcards\na.png ; a red card\nnone.png ; another\n")
     yield path
     if module := sys.modules.pop(path.stem, None):
-        module.CardSource.__abstractmethods__ = frozenset({"read"})  # an abstract class is no format
+        module.PostcardSource.__abstractmethods__ = frozenset({"read"})  # an abstract class is no format
 
 
 def test_a_path_of_an_own_format_is_recognised_and_its_options_are_read(
@@ -73,7 +73,7 @@ def test_a_path_of_an_own_format_is_recognised_and_its_options_are_read(
 ) -> None:
     out = own.parent / "photos"
     options = ["--skip", "1", "--separator=;", "--shout"]
-    words = ["--import", str(own), "data", "import", *options, str(own.parent / "x.cards"), "--out", str(out)]
+    words = ["--import", str(own), "data", "import", *options, str(own.parent / "x.postcards"), "--out", str(out)]
     assert main(words) == 0
     assert "train 1" in capsys.readouterr().out
     (record,) = Shards(out / "train")
@@ -83,34 +83,34 @@ def test_a_path_of_an_own_format_is_recognised_and_its_options_are_read(
 def test_help_has_the_options_of_the_paths_format(own: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--import", str(own), "data", "import"]
     with pytest.raises(SystemExit) as stop:
-        main([*words, str(own.parent / "x.cards"), "--help"])
+        main([*words, str(own.parent / "x.postcards"), "--help"])
     shown = capsys.readouterr().out
     assert stop.value.code == 0 and "--separator" in shown and "Character between path and caption" in shown
     assert "--max-side" in shown and "--image-column" not in shown
     with pytest.raises(SystemExit):
         main([*words, "--help"])
     shown = capsys.readouterr().out
-    assert "  cards " in shown and "--separator" in shown and "  table " in shown
+    assert "  postcards " in shown and "--separator" in shown and "  table " in shown
 
 
 def test_an_unknown_option_is_named_with_the_format(own: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["--import", str(own), "data", "import", str(own.parent / "x.cards"), "--out", str(own.parent / "o")]
+    words = ["--import", str(own), "data", "import", str(own.parent / "x.postcards"), "--out", str(own.parent / "o")]
     assert main([*words, "--image-column", "image"]) == 2
-    said = capsys.readouterr().err
-    assert "--image-column is no option of the format cards" in said and "--separator" in said
+    error = capsys.readouterr().err
+    assert "--image-column is no option of the format postcards" in error and "--separator" in error
 
 
 def test_in_python_options_are_keywords(own: Path) -> None:
     import_file(own)
-    cards = own.parent / "x.cards"
-    done = import_data(cards, own.parent / "o", split="val", skip=1, separator=";")
+    file = own.parent / "x.postcards"
+    done = import_data(file, own.parent / "o", split="val", skip=1, separator=";")
     assert done.written == {"val": 1} and [drop.key for drop in done.dropped] == ["none.png"]
-    with pytest.raises(UserError, match="`separators` is no option of the format cards; it has `separator`"):
-        import_data(cards, own.parent / "o", separators=";")
+    with pytest.raises(UserError, match="`separators` is no option of the format postcards; it has `separator`"):
+        import_data(file, own.parent / "o", separators=";")
 
 
 def test_two_formats_of_one_name_are_an_error(own: Path) -> None:
-    own.write_text(OWN.replace('"cards"', '"table"'))
+    own.write_text(OWN.replace('"postcards"', '"table"'))
     import_file(own)
     with pytest.raises(UserError, match="several formats are called table"):
         formats()

@@ -25,9 +25,9 @@ def picture(path: Path, colour: str = "red") -> bytes:
     return file.getvalue()
 
 
-def write(path: Path, told: Any, *, lines: bool = False) -> Path:
+def write(path: Path, content: Any, *, lines: bool = False) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("\n".join(map(json.dumps, told)) if lines else json.dumps(told), encoding="utf-8")
+    path.write_text("\n".join(map(json.dumps, content)) if lines else json.dumps(content), encoding="utf-8")
     return path
 
 
@@ -48,9 +48,9 @@ def coco_folder(tmp_path: Path) -> Path:
     captions = [{"image_id": 9, "id": 1, "caption": "A bowl."}, {"image_id": 9, "id": 2, "caption": "Food"}]
     write(tmp_path / "annotations/captions_train2017.json", {"images": COCO_IMAGES, "annotations": captions})
     boxes = [BOX, {**BOX, "id": 8, "category_id": 1, "iscrowd": 1}]
-    told = {"images": COCO_IMAGES[:1], "annotations": boxes, "categories": CATEGORIES}
-    write(tmp_path / "annotations/instances_train2017.json", told)
-    write(tmp_path / "annotations/instances_val2017.json", {**told, "annotations": boxes[:1]})
+    content = {"images": COCO_IMAGES[:1], "annotations": boxes, "categories": CATEGORIES}
+    write(tmp_path / "annotations/instances_train2017.json", content)
+    write(tmp_path / "annotations/instances_val2017.json", {**content, "annotations": boxes[:1]})
     picture(tmp_path / "train2017/000000000009.jpg")
     picture(tmp_path / "val2017/000000000009.jpg", "blue")
     return tmp_path
@@ -81,8 +81,8 @@ def test_karpathys_splits(tmp_path: Path) -> None:
         {"filename": "1000092795.jpg", "split": "test", "imgid": 0},
         {"filename": "../out.jpg", "split": "test"},
     ]
-    told = {"images": [{**row, "sentences": [{"raw": "A cat.", "tokens": ["a", "cat"]}]} for row in rows]}
-    path = write(tmp_path / "dataset_coco.json", told)
+    content = {"images": [{**row, "sentences": [{"raw": "A cat.", "tokens": ["a", "cat"]}]} for row in rows]}
+    path = write(tmp_path / "dataset_coco.json", content)
     picture(tmp_path / "val2014/COCO_val2014_000000000042.jpg")
     picture(tmp_path / "1000092795.jpg")
     assert find_format(path).name == find_format(tmp_path).name == "karpathy"
@@ -110,7 +110,7 @@ def test_vqa(tmp_path: Path) -> None:
     record = records["val2014/COCO_val2014_000000000042"]
     assert record.images == (image,) and record.info["split"] == "val"
     first, second = record.info["questions"]
-    # Six of ten people said 2, as digit or word; two are worth 0.6 each.
+    # Six of ten people answered 2, as digit or word; two are worth 0.6 each.
     assert first == {
         "question": "How many cats?",
         "answers": pytest.approx({"2": 1.0, "few": 0.6, "3": 0.6}),
@@ -147,8 +147,8 @@ def test_nlvr2(tmp_path: Path) -> None:
 
 def test_snli_ve(tmp_path: Path) -> None:
     def row(label: str, n: int) -> dict[str, Any]:
-        told = {"Flickr30K_ID": "4705552913", "sentence1": "A caption.", "sentence2": f"H {n}.", "gold_label": label}
-        return {**told, "pairID": f"4705552913.jpg#{n}"}
+        content = {"Flickr30K_ID": "4705552913", "sentence1": "A caption.", "sentence2": f"H {n}.", "gold_label": label}
+        return {**content, "pairID": f"4705552913.jpg#{n}"}
 
     labels = ("contradiction", "neutral", "-", "entailment")
     path = write(tmp_path / "snli_ve_dev.jsonl", [row(label, n) for n, label in enumerate(labels)], lines=True)
@@ -167,22 +167,22 @@ def test_snli_ve(tmp_path: Path) -> None:
 
 
 def ref(split: str, place: int, *sentences: str) -> dict[str, Any]:
-    said = [{"sent": sentence, "raw": sentence.upper(), "sent_id": i} for i, sentence in enumerate(sentences)]
-    return {"ref_id": place, "image_id": 9, "ann_id": place, "split": split, "sentences": said}
+    entries = [{"sent": sentence, "raw": sentence.upper(), "sent_id": i} for i, sentence in enumerate(sentences)]
+    return {"ref_id": place, "image_id": 9, "ann_id": place, "split": split, "sentences": entries}
 
 
 @pytest.fixture
 def refcoco_folder(tmp_path: Path) -> Path:
     boxes = [BOX, {**BOX, "id": 8, "category_id": 1}, {**BOX, "id": 5, "image_id": 25}]
-    told = {"images": COCO_IMAGES, "annotations": boxes, "categories": CATEGORIES}
-    write(tmp_path / "instances.json", told)
+    content = {"images": COCO_IMAGES, "annotations": boxes, "categories": CATEGORIES}
+    write(tmp_path / "instances.json", content)
     picture(tmp_path / "000000000009.jpg")
     return tmp_path
 
 
 def test_refcoco(refcoco_folder: Path) -> None:
-    told = [ref("train", 8, "the man", "person on the left"), ref("testA", 7, "bowl"), ref("train", 7, "his bowl")]
-    path = write(refcoco_folder / "refs(unc).json", told)
+    content = [ref("train", 8, "the man", "person on the left"), ref("testA", 7, "bowl"), ref("train", 7, "his bowl")]
+    path = write(refcoco_folder / "refs(unc).json", content)
     assert find_format(path).name == find_format(refcoco_folder).name == "refcoco"
     records, dropped = read(refcoco_folder, "refcoco")
     assert not dropped and records.keys() == {"train/000000000009", "testA/000000000009"}
@@ -194,7 +194,7 @@ def test_refcoco(refcoco_folder: Path) -> None:
         {"text": "his bowl", "object": 0, "ref_id": 7},
     ]
     assert info["split"] == "train" and info["coco_id"] == 9
-    write(refcoco_folder / "refs(google).json", told)
+    write(refcoco_folder / "refs(google).json", content)
     with pytest.raises(UserError, match=r"refs\(google\)\.json, refs\(unc\)\.json split the same images"):
         read(refcoco_folder, "refcoco")
     assert len(read(path, "refcoco")[0]) == 2
@@ -205,10 +205,10 @@ def test_a_pickle_of_expressions_is_not_opened_and_its_remedy_works(
 ) -> None:
     (refcoco_folder / "refs(unc).p").write_bytes(pickle.dumps([ref("val", 7, "bowl")]))
     assert find_format(refcoco_folder / "refs(unc).p").name == "refcoco"
-    with pytest.raises(UserError, match=r"a pickle, whose loading runs whatever is in it") as told:
+    with pytest.raises(UserError, match=r"a pickle, whose loading runs whatever is in it") as error:
         read(refcoco_folder, "refcoco")
     monkeypatch.chdir(refcoco_folder)
-    exec(str(told.value).partition('python -c "')[2].removesuffix('"'))
+    exec(str(error.value).partition('python -c "')[2].removesuffix('"'))
     assert read(refcoco_folder, "refcoco")[0].keys() == {"val/000000000009"}
 
 
@@ -262,14 +262,15 @@ def test_a_folder_without_the_formats_files_is_refused_with_what_it_should_hold(
 
 
 def test_files_of_another_form_are_named(coco_folder: Path) -> None:
-    for name, said in (("[]", "not in the form of COCO's annotations"), ("{", "not JSON")):
-        (coco_folder / "annotations/captions_train2017.json").write_text(name)
-        with pytest.raises(UserError, match=rf"captions_train2017\.json: {said}"):
+    for content, message in (("[]", "not in the form of COCO's annotations"), ("{", "not JSON")):
+        (coco_folder / "annotations/captions_train2017.json").write_text(content)
+        with pytest.raises(UserError, match=rf"captions_train2017\.json: {message}"):
             read(coco_folder, "coco")
 
 
 def test_the_command_knows_every_format(coco_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert len(formats()) == 12 and len(PUBLISHED) == 7
+    builtin = [source for source in formats().values() if source.__module__.startswith("fastvlp.")]
+    assert len(builtin) == 12 and len(PUBLISHED) == 7
     for name, source in formats().items():
         assert f"  {name} " in formats_help() and source.summary in formats_help()
     assert main(["data", "import", str(coco_folder), "--out", str(coco_folder / "out")]) == 0

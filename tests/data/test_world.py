@@ -97,25 +97,25 @@ def test_an_expression_means_one_thing_alone(scenes):
     counts = Counter()
     for record in scenes["train"] + scenes["test"]:
         things = record.info["objects"]
-        for told in record.info["expressions"]:
-            assert meant(told["text"], things) == [things[told["object"]]], told
-            counts[len(parse(told["text"])[1])] += 1
+        for expression in record.info["expressions"]:
+            assert meant(expression["text"], things) == [things[expression["object"]]], expression
+            counts[len(parse(expression["text"])[1])] += 1
         counts["things"] += len(things)
         assert [e["object"] for e in record.info["expressions_zh"]] == [e["object"] for e in record.info["expressions"]]
     assert counts[1] + counts[2] > 0.85 * counts["things"] and counts[2] > 0.15 * counts["things"]
 
 
-def test_entailments_are_the_statements_and_what_no_picture_settles(scenes):
+def test_entailments_are_the_statements_and_neutral_ones(scenes):
     counts = Counter()
     for record in scenes["train"] + scenes["test"]:
-        for told in record.info["entailments"]:
-            counts[told["label"]] += 1
-            if told["label"] == "neutral":
-                assert re.search("heavier|drawn before|older|made of paper|on the back of the picture", told["text"])
-                phrases = parse(told["text"])[1]
+        for entry in record.info["entailments"]:
+            counts[entry["label"]] += 1
+            if entry["label"] == "neutral":
+                assert re.search("heavier|drawn before|older|made of paper|on the back of the picture", entry["text"])
+                phrases = parse(entry["text"])[1]
                 assert all(phrase[0] != "the" or only(phrase, record.info["objects"]) for phrase in phrases)
             else:
-                assert truth(told["text"], record.info["objects"]) == (told["label"] == "entailment")
+                assert truth(entry["text"], record.info["objects"]) == (entry["label"] == "entailment")
     assert set(counts) == {"entailment", "contradiction", "neutral"} and min(counts.values()) > 0.3 * counts.total()
 
 
@@ -123,14 +123,14 @@ def test_of_four_answers_and_reasons_one_is_right(scenes):
     places, count = Counter(), 0
     for record in scenes["train"] + scenes["test"]:
         things = record.info["objects"]
-        for told, zh in zip(record.info["choices"], record.info["choices_zh"], strict=True):
-            assert len(set(told["answers"])) == len(set(told["rationales"])) == 4
-            assert told["answers"][told["right"]] == answer(told["question"], things), told
-            asked = only(parse(told["question"].replace("?", ""))[1][0], things)
-            right = [reason_holds(text, things) and reason_names(text, asked) for text in told["rationales"]]
-            assert right == [k == told["right_rationale"] for k in range(4)], told
-            assert all(zh[key] == told[key] for key in ("right", "right_rationale"))
-            places[told["right"]] += 1
+        for choice, zh in zip(record.info["choices"], record.info["choices_zh"], strict=True):
+            assert len(set(choice["answers"])) == len(set(choice["rationales"])) == 4
+            assert choice["answers"][choice["right"]] == answer(choice["question"], things), choice
+            asked = only(parse(choice["question"].replace("?", ""))[1][0], things)
+            right = [reason_holds(text, things) and reason_names(text, asked) for text in choice["rationales"]]
+            assert right == [k == choice["right_rationale"] for k in range(4)], choice
+            assert all(zh[key] == choice[key] for key in ("right", "right_rationale"))
+            places[choice["right"]] += 1
             count += 1
     assert count > 600 and all(0.2 * count < n < 0.3 * count for n in places.values())
 
@@ -145,7 +145,7 @@ def reason_names(text, thing):
     return fits(parse(text)[1][0], thing)
 
 
-def test_pairs_are_true_and_their_text_alone_tells_nothing():
+def test_statements_of_pairs_are_true_and_their_text_alone_does_not_give_the_label():
     labels = defaultdict(list)
     for i in range(300):
         record = pair_record(CONFIG, "train", i)
@@ -156,7 +156,7 @@ def test_pairs_are_true_and_their_text_alone_tells_nothing():
     assert all(sorted(pair) == [False, True] for pair in labels.values())
 
 
-def test_no_answer_is_a_strong_guess(scenes):
+def test_the_most_frequent_answer_is_a_weak_guess(scenes):
     highest = {
         "colour": 0.2,
         "shape": 0.2,
@@ -199,14 +199,14 @@ def test_words_hardly_give_statements_away(scenes):
 
 
 def texts(records, suffix=""):
-    """All that is said in the records; `suffix` "_zh" for Chinese."""
+    """All texts of the records; `suffix` "_zh" for Chinese."""
     for record in records:
         yield from record.info.get(f"captions{suffix}", ())
         yield from (asked["question"] for asked in record.info.get(f"questions{suffix}", ()))
         for field in ("statements", "expressions", "entailments"):
             yield from (claim["text"] for claim in record.info.get(f"{field}{suffix}", ()))
-        for told in record.info.get(f"choices{suffix}", ()):
-            yield from (told["question"], *told["rationales"])
+        for choice in record.info.get(f"choices{suffix}", ()):
+            yield from (choice["question"], *choice["rationales"])
 
 
 def named(texts):
@@ -231,7 +231,7 @@ def test_held_out_combinations_are_never_seen_or_named_in_training(scenes):
     assert all(combinations(record) & held_out for record in scenes["test"])
 
 
-def test_chinese_says_the_same(scenes):
+def test_chinese_texts_have_the_same_meaning(scenes):
     for record in scenes["val"]:
         info = record.info
         assert len(set(info["captions_zh"])) == 5
@@ -282,9 +282,9 @@ def test_records_depend_on_seed_split_and_index_only():
     # Pinned, so that scores of different checkouts are scores on the same corpus; a change is a new _FORMAT.
     parts = [make(CONFIG, "test", 3).info for make in (scene_record, pair_record, single_record)]
     second = ("expressions", "entailments", "choices")
-    # The third edition: what a detector gave.
-    parts = [{name: told for name, told in part.items() if name != "confidences"} for part in parts]
-    first = [{name: told for name, told in part.items() if not name.startswith(second)} for part in parts]
+    # The third edition: a detector's confidences.
+    parts = [{name: value for name, value in part.items() if name != "confidences"} for part in parts]
+    first = [{name: value for name, value in part.items() if not name.startswith(second)} for part in parts]
     assert hashlib.sha256(json.dumps(first).encode()).hexdigest()[:16] == "17ce7d842d331179"
     assert hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16] == "e25deb8fe5d99192"
 
@@ -313,7 +313,7 @@ def test_writing_twice_changes_nothing_and_a_foreign_folder_is_left_alone(tmp_pa
         write_world(tmp_path / "mine", CONFIG, **few)
 
 
-def test_bad_requests_are_explained():
+def test_a_bad_config_split_or_index_is_refused():
     with pytest.raises(UserError, match="16 pixels"):
         WorldConfig(size=8)
     with pytest.raises(UserError, match="train, val, test"):

@@ -34,10 +34,10 @@ def test_a_region_names_its_objects_class_and_its_feature_colour_and_shape():
     feature, names = [], []
     for record in seen + RECORDS:
         for found, objects, near in sides(record):
-            told = [objects[i]["class"] for i in near.argmax(1).tolist()]
-            assert [CLASS_NAMES[i] for i in found.classes_RC.argmax(1)] == told
+            classes = [objects[i]["class"] for i in near.argmax(1).tolist()]
+            assert [CLASS_NAMES[i] for i in found.classes_RC.argmax(1)] == classes
             feature.append(found.feature_RF.astype(np.float64))
-            names += told
+            names += classes
     x, words = np.concatenate(feature), np.array([name.split() for name in names])
     train = len([o for record in seen for o in record.info["objects"]])
     for part in (0, 1):
