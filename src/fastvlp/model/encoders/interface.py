@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fastvlp.errors import UserError
+from fastvlp.model.encoders.layer_names import LayerNames, find_layers
 from fastvlp.model.keep import random_keep
 from fastvlp.model.layers import KeyValue
 
@@ -108,6 +109,10 @@ class ImageEncoder(nn.Module, abc.ABC):
     def forward(self, image: Tensor, keep_BK: Tensor | None = None) -> Tensor:
         """Encodes images, uint8 [B 3 H W] -> [B prefix+N D], or [B prefix+K D] of the cells in `keep_BK` alone, in their
         order. `keep_BK` is None where the config cannot drop patches."""
+
+    def layer_names(self) -> LayerNames:
+        """Its parts in the order in which they compute: to train the last layers alone, or each at a rate of its own."""
+        return find_layers(self)
 
     def resized(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The saved weights of the same encoder for another image size, made to fit this one. Here: as they are."""
@@ -204,6 +209,10 @@ class TextEncoder(nn.Module, abc.ABC):
     @abc.abstractmethod
     def step(self, ids_B1: Tensor, position_B1: Tensor, past: list[KeyValue]) -> Tensor:
         """The last state of one more token of each row, read left to right -> [B 1 D]. `past` grows in place."""
+
+    def layer_names(self) -> LayerNames:
+        """Its parts in the order in which they compute: to train the last layers alone, or each at a rate of its own."""
+        return find_layers(self)
 
     def resized(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The saved weights of the same encoder with other positions, made to fit this one. Here: as they are."""

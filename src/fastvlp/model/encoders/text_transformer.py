@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastvlp.model.encoders.interface import TextEncoder, TextEncoderConfig
+from fastvlp.model.encoders.layer_names import LayerNames, layers_in
 from fastvlp.model.layers import KeyValue, LayerConfig, initialise, stack
 
 
@@ -107,6 +108,9 @@ class TextTransformer(TextEncoder):
         for block, own in zip(self.blocks, past, strict=True):
             x = block(x, past=own)
         return self.last_norm(x)
+
+    def layer_names(self) -> LayerNames:
+        return layers_in(self, "blocks")
 
     def resized(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if "position" not in {name.partition(".")[0] for name in state}:

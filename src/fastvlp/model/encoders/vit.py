@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fastvlp.errors import UserError
 from fastvlp.model.encoders.interface import ImageEncoder, ImageEncoderConfig
+from fastvlp.model.encoders.layer_names import LayerNames, layers_in
 from fastvlp.model.layers import LayerConfig, initialise, stack
 
 
@@ -132,6 +133,9 @@ class ViT(ImageEncoder):
         for block in self.blocks:
             x = block(x)
         return self.norm(x)
+
+    def layer_names(self) -> LayerNames:
+        return layers_in(self, "blocks")
 
     def resized(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if "position" not in state:
