@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastvlp.batch import Regions
 from fastvlp.errors import UserError
 from fastvlp.model import masks
 from fastvlp.model.absent import Absent
-from fastvlp.model.encoders.interface import ImageEncoder, ImageEncoderConfig, TextEncoderConfig
+from fastvlp.model.encoders.interface import ImageEncoder, ImageEncoderConfig, TextEncoder, TextEncoderConfig
+from fastvlp.model.freezing import Freezable
 from fastvlp.model.fusion import Fusion, FusionConfig, LMHead, Reconstructor, ReconstructorConfig
 from fastvlp.model.joint_space import Embed, EmbedConfig
 from fastvlp.model.layers import KeyValue, initialise_as_mae
@@ -123,7 +124,7 @@ def reverse_text(x_BL: Tensor, length_B: Tensor) -> Tensor:
     return x_BL.gather(1, source if x_BL.dim() == 2 else source[..., None].expand_as(x_BL))
 
 
-class VLModel(nn.Module):
+class VLModel(Freezable):
     """A vision-language model. Raises UserError for a config whose parts do not fit together.
 
     Parts that the config leaves out are `Absent`: reading one raises a UserError that names the field to set.
@@ -160,6 +161,11 @@ class VLModel(nn.Module):
             own = part.resized({key.removeprefix(start): x for key, x in state.items() if key.startswith(start)})
             state = {**state, **{start + key: x for key, x in own.items()}}
         return dict(state)
+
+    def encoders(self) -> dict[str, ImageEncoder | TextEncoder]:
+        """The encoders that the model has, by the name of their part."""
+        named: dict[str, ImageEncoder | TextEncoder] = {"image": self.image, "text": self.text}
+        return {name: encoder for name, encoder in named.items() if not isinstance(encoder, Absent)}
 
     @property
     def causal_head(self) -> LMHead:

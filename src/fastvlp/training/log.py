@@ -111,14 +111,22 @@ class RunLog:
             self.say(line)
 
     def event(
-        self, kind: str, *, step: int, elapsed: float, losses: Mapping[str, float] | None = None, **fields: Any
+        self,
+        kind: str,
+        *,
+        step: int,
+        elapsed: float,
+        losses: Mapping[str, float] | None = None,
+        text: str | None = None,
+        **fields: Any,
     ) -> None:
         """A line on anything but training: validation, inherited weights, a dropped record. The file has every name of a
-        list, people are told how many."""
+        list, people are told how many. `text` is for people in place of the fields."""
         if self.active:
             told = _flat(losses or {}) | fields
             self._record(kind, step, {"elapsed": elapsed} | told)
-            self.say("  ".join([f"step {step}", kind, *(f"{name} {_short(value)}" for name, value in told.items())]))
+            shown = text or "  ".join([kind, *(f"{name} {_short(value)}" for name, value in told.items())])
+            self.say(f"step {step}  {shown}")
 
     def say(self, text: str) -> None:
         if self.active and not self.quiet:

@@ -29,6 +29,7 @@ from fastvlp.training.pretraining import Pretraining, augmented, draw_task
 from fastvlp.training.schedule import rate_factor
 from fastvlp.training.speed import row_width, step_flops
 from fastvlp.training.state import TrainConfig, TrainState, save, save_config, save_weights, start
+from fastvlp.training.trained_parts import part_sizes, sizes_line
 
 __all__ = ["StepReport", "TrainConfig", "TrainState", "start", "steps", "train", "validate"]
 
@@ -289,6 +290,9 @@ def tell_start(state: TrainState, log: RunLog) -> None:
     """What came of the weights to start from, what the training data lacks, and whether it fills a step."""
     if state.inherited is not None:
         log.event("inherited", step=0, elapsed=0.0, source=state.run.init, **asdict(state.inherited))
+    sizes = part_sizes(state.model, state.pretraining.objectives)
+    parts = {name: size._asdict() for name, size in sizes.items()}
+    log.event("parameters", step=0, elapsed=0.0, text=sizes_line(sizes), parts=parts)
     tell_dropped(state, state.dropped, log)
     run, records = state.run, state.train.count
     rows = run.data.batch_size * run.accumulate * dist.world()

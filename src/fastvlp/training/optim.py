@@ -12,6 +12,7 @@ from torch import nn
 from fastvlp.errors import UserError
 from fastvlp.training.pretraining import Pretraining
 from fastvlp.training.schedule import Decay
+from fastvlp.training.trained_parts import layer_rates
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,12 +33,16 @@ class OptimConfig:
     head_multiplier: float = 5.0
     warmup: float = 0.05
     decay: Decay = "linear"
+    layer_decay: float = 1.0
+    """Share of the next layer's rate that each layer of an encoder learns at, down to its embeddings; 1: all alike."""
 
     def __post_init__(self) -> None:
         if self.lr <= 0:
             raise ValueError(f"lr must be above 0, not {self.lr}")
         if not 0 <= self.warmup < 1:
             raise ValueError(f"warmup is a share of the run, from 0 to below 1, not {self.warmup}")
+        if not 0 < self.layer_decay <= 1:
+            raise UserError(f"`optim.layer_decay` is a share of the rate, above 0 and up to 1, not {self.layer_decay}")
 
 
 def scaled_rate(base: float, batch: int) -> float:
@@ -67,7 +72,8 @@ def parameter_groups(pretraining: Pretraining, config: OptimConfig) -> list[dict
     model = pretraining.model
     cross: list[nn.Module] = [model.fusion, *([model.reconstructor] if model.reconstructor else [])]
     heads = [head for head in (model.head, model.forward_head, model.reverse_head) if head is not None]
-    multiplier = {id(p): config.cross_multiplier for p in _parameters(cross)}
+    multiplier = layer_rates(model, config.layer_decay) if config.layer_decay < 1 else {}
+    multiplier |= {id(p): config.cross_multiplier for p in _parameters(cross)}
     multiplier |= {id(p): config.head_multiplier for p in _parameters([*heads, pretraining.objectives])}
     still = spared(pretraining, config)
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -34,6 +34,7 @@ from fastvlp.random import hash64
 from fastvlp.training.checkpoint import load_checkpoint, save_checkpoint
 from fastvlp.training.optim import OptimConfig, adamw
 from fastvlp.training.pretraining import Pretraining
+from fastvlp.training.trained_parts import LastLayers, freeze
 
 # A resumed run may change these; anything else would make it another run.
 FREE = {
@@ -73,6 +74,8 @@ class TrainConfig:
     keep: float = 1.0
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     freeze: tuple[str, ...] = ()
+    train_last: LastLayers = field(default_factory=LastLayers)
+    """Train the last layers of an encoder alone."""
     seed: int = 0
     precision: Literal["fp32", "bf16"] = "bf16"
     compile: bool = False
@@ -259,21 +262,10 @@ def make_pretraining(run: TrainConfig, tokenizer: Tokenizer) -> tuple[Pretrainin
         source = load_model(run.init)
         inherited = inherit(model, source.model.state_dict(), source.weights)
         inherit_objectives(objectives, source.objectives, inherited)
-    freeze(model, run.freeze)
+    freeze(model, run.freeze, run.train_last)
     for objective in objectives.values():
         objective.begin(model)
     return Pretraining(model, objectives, run.keep), inherited
-
-
-def freeze(model: VLModel, parts: Iterable[str]) -> None:
-    """A part is a parameter's name, or that of a module that holds some. Raises UserError where there is no such part."""
-    for part in parts:
-        found = [parameter for name, parameter in model.named_parameters() if f"{name}.".startswith(f"{part}.")]
-        if not found:
-            own = ", ".join(dict.fromkeys(name.split(".")[0] for name, _ in model.named_parameters()))
-            raise UserError(f"freeze: the model has no {part}; it has {own}, and in them parts such as text.blocks.0")
-        for parameter in found:
-            parameter.requires_grad_(False)
 
 
 def compile_blocks(module: nn.Module) -> None:

@@ -146,7 +146,7 @@ class TransformersText(TextEncoder):
         if self._masks_checked or self.word_table.device.type == "meta":
             return
         self._masks_checked = True
-        training = self.training
+        modes = [(module, module.training) for module in self.modules()]
         self.eval()
         ids = torch.arange(4, device=self.word_table.device).clamp(max=self.config.vocab - 1)
         ids_24, position = torch.stack([ids, ids.roll(-2)]), torch.arange(4, device=ids.device)
@@ -156,7 +156,8 @@ class TransformersText(TextEncoder):
             honoured = torch.allclose(first, second, atol=1e-4)
         except (RuntimeError, ValueError):
             honoured = False
-        self.train(training)
+        for module, training in modes:
+            module.training = training
         if not honoured:
             self._masks_checked = False
             raise UserError(
