@@ -58,8 +58,8 @@ def test_the_service_finds_what_its_index_finds(rows_of, capsys):
 
 
 def test_made_queries_have_a_mean_of_their_own(bench):
-    image, text = bench.made(4000, 32, 1, "image"), bench.made(4000, 32, 2, "text")
+    image, text = bench.random_vectors(4000, 32, 1, "image"), bench.random_vectors(4000, 32, 2, "text")
     assert np.allclose(np.linalg.norm(image, axis=1), 1, atol=1e-5)
     apart = np.linalg.norm(image.mean(0) - text.mean(0))
     assert apart > 5 * np.linalg.norm(image[:2000].mean(0) - image[2000:].mean(0))
-    assert np.array_equal(image, bench.made(4000, 32, 1, "image"))
+    assert np.array_equal(image, bench.random_vectors(4000, 32, 1, "image"))
