@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import tempfile
 from itertools import count
 from pathlib import Path
 
@@ -10,8 +11,12 @@ import numpy as np
 
 from fastvlp.extensions import import_file
 from fastvlp.search.engines.interface import Stamp, open_index
+from tests.test_contributing import FILES
 
-import_file(Path(__file__).with_name("numpy_engine.py"))
+# The engine of CONTRIBUTING.md, in a file of its own.
+OWN_ENGINE = Path(tempfile.mkdtemp()) / "numpy_index.py"
+OWN_ENGINE.write_text(FILES["numpy_index.py"], encoding="utf-8")
+import_file(OWN_ENGINE)
 WIDTH = 16
 STAMP = Stamp(fingerprint="f" * 32, width=WIDTH, model="made")
 

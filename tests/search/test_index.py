@@ -1,5 +1,5 @@
 """The same tests for every index engine: a folder, a Chroma server on loopback, PostgreSQL where there is one, and the engine
-of a user's own file (numpy_engine.py)."""
+of CONTRIBUTING.md."""
 
 import os
 import shutil

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,8 +14,9 @@ from fastvlp.cli import main
 from fastvlp.data.records.shards import Shards
 from fastvlp.errors import UserError
 from fastvlp.search.engines.interface import IndexEngine, engine_of, engines, open_index
+from tests.search.made_items import OWN_ENGINE
 
-ENGINE = str(Path(__file__).with_name("numpy_engine.py"))
+ENGINE = str(OWN_ENGINE)
 
 
 def test_the_commands_build_and_search_an_index_of_the_users_engine(exports, world, tmp_path, capsys):
