@@ -9,23 +9,27 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-ENTRIES = [
-    int(n) for n in re.findall(r"^## (\d+)\. ", (ROOT / "docs/log.md").read_text(encoding="utf-8"), re.MULTILINE)
-]
+LOG = (ROOT / "docs/log.md").read_text(encoding="utf-8")
+
+
+def entry_numbers() -> list[int]:
+    return [int(number) for number in re.findall(r"^## (\d+)\. ", LOG, re.MULTILINE)]
 
 
 def test_entries_of_the_log_are_numbered_without_a_gap_newest_first():
-    assert ENTRIES == list(range(len(ENTRIES), 0, -1)) and len(ENTRIES) >= 19
+    entries = entry_numbers()
+    assert len(entries) >= 19
+    assert entries == list(range(len(entries), 0, -1))
 
 
 def test_every_entry_has_an_anchor_and_every_reference_an_entry():
-    log = (ROOT / "docs/log.md").read_text(encoding="utf-8")
-    assert [int(n) for n in re.findall(r'<a id="entry-(\d+)"></a>\n## \1\. ', log)] == ENTRIES
+    entries = entry_numbers()
+    assert [int(number) for number in re.findall(r'<a id="entry-(\d+)"></a>\n## \1\. ', LOG)] == entries
     sources = [*DOCUMENTS, *(ROOT / "src").rglob("*.py"), *(ROOT / "bench").rglob("*.py")]
     for file in sources:
         text = file.read_text(encoding="utf-8")
         references = re.findall(r"\bentry[ -](\d+)|docs/log\.md,\s+entry\s+(\d+)", text)
-        assert {int(a or b) for a, b in references} <= {*ENTRIES}, file
+        assert {int(a or b) for a, b in references} <= {*entries}, file
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
