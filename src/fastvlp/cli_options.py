@@ -36,12 +36,14 @@ def parse_function(name: str, target: Callable[..., Any], argv: Sequence[str]) -
     return call_tyro(name, target, bind, argv)
 
 
-def call_tyro(name: str, target: Callable[..., Any], bind: Callable[..., Run], argv: Sequence[str]) -> Run:
+def call_tyro(
+    name: str, target: Callable[..., Any], bind: Callable[..., Run], argv: Sequence[str], about: str = ""
+) -> Run:
     return tyro.cli(
         bind,
         args=argv,
         prog=f"vlp {name}",
-        description=(getdoc(target) or "").partition("\n\nArgs:")[0],
+        description="\n\n".join(filter(None, [(getdoc(target) or "").partition("\n\nArgs:")[0], about])),
         config=(tyro.conf.OmitArgPrefixes,),
     )
 
@@ -52,15 +54,17 @@ def parse_with_groups(
     argv: Sequence[str],
     bind: Callable[..., Run],
     groups: Mapping[str, type],
+    about: str = "",
 ) -> Run:
     """As `parse`, for a function whose further options (`**options`) are the fields of dataclasses: `groups`, by the name
-    under which `bind` gets an instance. `bind` takes what was parsed, and returns the call to run."""
+    under which `bind` gets an instance. `bind` takes what was parsed, and returns the call to run. `about` follows the
+    function's description in the help."""
     own = {group: Annotated[cls, arg(name="")] for group, cls in groups.items()}
     parameters = [p for p in signature(target).parameters.values() if p.kind != p.VAR_KEYWORD and p.name not in groups]
     parameters += [Parameter(group, Parameter.KEYWORD_ONLY) for group in groups]
     bind.__doc__, bind.__annotations__ = target.__doc__, {**get_type_hints(target, include_extras=True), **own}
     bind.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
-    return call_tyro(name, target, bind, argv)
+    return call_tyro(name, target, bind, argv, about)
 
 
 def parse_pretrain(argv: Sequence[str]) -> Run:
@@ -137,7 +141,8 @@ def parse_finetune(argv: Sequence[str]) -> Run:
     def bind(*, task: Any, **options: Any) -> Run:
         return functools.partial(finetune, task, **options)
 
-    return parse_with_groups(f"finetune {argv[0]}", finetune, argv[1:], bind, {"task": task_named(argv[0])})
+    task = task_named(argv[0])
+    return parse_with_groups(f"finetune {argv[0]}", finetune, argv[1:], bind, {"task": task}, getdoc(task) or "")
 
 
 def task_options() -> list[str]:

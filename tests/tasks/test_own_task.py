@@ -4,12 +4,15 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import fields
+from inspect import signature
 
 import pytest
 
 from fastvlp.cli import main
 from fastvlp.data.records.shards import Shards
 from fastvlp.errors import UserError
+from fastvlp.tasks.finetune import finetune
 from fastvlp.tasks.interface import make_task, task_named, tasks
 from fastvlp.tasks.task_evaluation import evaluate_task
 from tests.tasks.tuning import planned, tune
@@ -154,10 +157,5 @@ def test_an_option_of_another_task_is_an_error(runs, world, capsys):
 
 
 def test_own_options_do_not_hide_those_that_all_tasks_have():
-    from dataclasses import fields
-    from inspect import signature
-
-    from fastvlp.tasks.finetune import finetune
-
     shared = {*signature(finetune).parameters}
     assert not [f"{task.name}: {field.name}" for task in tasks() for field in fields(task) if field.name in shared]

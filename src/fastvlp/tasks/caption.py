@@ -126,7 +126,10 @@ class Decoding:
 
 @dataclass(frozen=True, kw_only=True)
 class CaptionTask(Task):
-    """Write a caption."""
+    """Write a caption of an image.
+
+    The text is always read causally.
+    """
 
     name = "caption"
     data = CaptionData

@@ -53,14 +53,14 @@ def finetune(
     Args:
         task: Name of the task, or the task with its options.
         source: Folder of the pretrained run.
-        data: Folder whose folders are the splits: train, val or dev, test or test1; for nlvr2 first pairs-train and so on.
+        data: Folder whose folders are the splits: train, val or dev, test or test1.
         steps: Training steps.
         batch_size: Texts of a step, on each rank; pairs of images count once.
         lr: Learning rate of the towers; other parts train at a multiple. By default the task's own.
-        reading: How the model reads the text; by default as in its pretraining. Captions are always read causally.
+        reading: How the model reads the text; by default as in its pretraining.
         field: Field of the records with the questions, statements or captions, such as questions_zh.
         fit: How an image becomes a square; by default as in pretraining, but squash, not crop, where texts are of all of it.
-        max_length: Tokens of a text after which it is cut; by default as in pretraining, and at least 50 (vcr: 224).
+        max_length: Tokens of a text after which it is cut; by default as in pretraining, or longer if the task needs it.
         name: Name of the new run; by default that of the pretrained one and the task.
         out: Folder of the new run; by default runs/NAME.
         seed: Seed of all that is drawn.

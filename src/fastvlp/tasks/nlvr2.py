@@ -103,7 +103,10 @@ def side_by_side(feature_BRF: Tensor, regions: Regions) -> tuple[Tensor, Regions
 
 @dataclass(frozen=True, kw_only=True)
 class NLVR2Task(Task):
-    """Is a statement true of a pair of images?"""
+    """Is a statement true of a pair of images?
+
+    Of the splits called pairs-train and train the first that is there is read, and so on.
+    """
 
     name = "nlvr2"
     data = NLVR2Data

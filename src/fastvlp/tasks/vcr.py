@@ -172,7 +172,10 @@ def _share(right: list[bool]) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class VCRTask(VCROptions, Task):
-    """Which answer to a question is right, and which rationale for it?"""
+    """Which answer to a question is right, and which rationale for it?
+
+    Question, answer and rationale are one text, which is cut after 224 tokens unless `max_length` is given.
+    """
 
     name = "vcr"
     data = VCRData
