@@ -6,7 +6,11 @@ import pytest
 
 from fastvlp.cli import main
 from fastvlp.config import show, to_json
+from fastvlp.data.tokenize import Tokenizer
 from fastvlp.errors import UserError
+from fastvlp.model.model import VLModel
+from fastvlp.model.saving import save_model
+from fastvlp.model.sizes import with_tokenizer
 from fastvlp.recipes import names, recipe
 from fastvlp.training.state import check
 
@@ -69,12 +73,15 @@ def test_a_length_given_alone_is_the_runs(monkeypatch, recipe, options, length):
     assert [(run.steps, run.budget_s) for run in runs] == [length]
 
 
-@pytest.mark.parametrize("options", [["--from", "runs/a"], ["--from=runs/a"], ["--init", "runs/a"]])
-def test_a_run_starts_from_another(monkeypatch, options):
+@pytest.mark.parametrize("option", ["--from", "--from=", "--init"])
+def test_a_run_starts_from_another(monkeypatch, tmp_path, option):
     runs = []
     monkeypatch.setattr("fastvlp.training.loop.train", lambda run, *_, **__: runs.append(run))
+    tokenizer, model = Tokenizer.train(["a red box"] * 2, vocab_size=60), recipe("flm_demo").model
+    save_model(tmp_path, VLModel(with_tokenizer(model, tokenizer)), tokenizer, {})
+    options = [option + str(tmp_path)] if option.endswith("=") else [option, str(tmp_path)]
     assert main(["pretrain", "flm_demo", *options]) == 0
-    assert [run.init for run in runs] == ["runs/a"]
+    assert [(run.init, run.model) for run in runs] == [(str(tmp_path), model)]
 
 
 @pytest.mark.parametrize(

@@ -72,6 +72,7 @@ def parse_pretrain(argv: Sequence[str]) -> Run:
     from fastvlp.model.named_sizes import named_sizes
     from fastvlp.recipes import names, recipe
     from fastvlp.training import loop
+    from fastvlp.training.starting_point import starting_from
     from fastvlp.training.state import TrainConfig
 
     if not argv or argv[0].startswith("-"):
@@ -84,8 +85,9 @@ def parse_pretrain(argv: Sequence[str]) -> Run:
     Overrides = make_dataclass("Overrides", [("run", Annotated[TrainConfig, arg(name="")]), ("resume", again, False)])
 
     run, args = with_size(recipe(argv[0]), argv[1:])
-    # As in `vlp finetune --from`; the field cannot be called that.
-    args = ["--init" + word[6:] if word.partition("=")[0] == "--from" else word for word in args]
+    folder, args = take_option(args, "--from")
+    if folder is not None:
+        run = starting_from(run, folder)
     parsed = tyro.cli(
         Overrides,
         default=Overrides(run),
@@ -101,14 +103,20 @@ def with_size(run: TrainConfig, argv: Sequence[str]) -> tuple[TrainConfig, list[
     """The run with a model of the size that `--model SIZE` names, and the other words (`--model.image.patch 6` is one)."""
     from fastvlp.model.named_sizes import named_size
 
-    args = list(argv)
-    for i, word in enumerate(args):
-        option, equals, name = word.partition("=")
-        if option == "--model":
-            end = i + 1 if equals else i + 2
-            size = name if equals else "".join(args[i + 1 : end])
-            return replace(run, model=named_size(size, like=run.model)), args[:i] + args[end:]
-    return run, args
+    size, args = take_option(argv, "--model")
+    return (run if size is None else replace(run, model=named_size(size, like=run.model))), args
+
+
+def take_option(argv: Sequence[str], name: str) -> tuple[str | None, list[str]]:
+    """The value of an option (None where it is not given; the last one where it is given twice), and the other words."""
+    value, others, words = None, list[str](), iter(argv)
+    for word in words:
+        option, equals, after = word.partition("=")
+        if option == name:
+            value = after if equals else next(words, "")
+        else:
+            others.append(word)
+    return value, others
 
 
 def run_fields() -> list[str]:

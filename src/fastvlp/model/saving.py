@@ -32,7 +32,18 @@ FORMAT = 1
 Which = Literal["best", "last"]
 OBJECTIVES = "objectives."
 # Modules that a model may lack; every model has all others.
-OPTIONAL = ("fusion.", "head.", "reconstructor.", "forward_head.", "reverse_head.", "embed.", "single.")
+OPTIONAL = (
+    "image.",
+    "text.",
+    "fusion.",
+    "head.",
+    "reconstructor.",
+    "forward_head.",
+    "reverse_head.",
+    "embed.image.",
+    "embed.text.",
+    "single.",
+)
 
 # Parts whose class varies, and the class of those that were saved before its name was.
 ENCODERS = "fastvlp.model.encoders"
@@ -136,6 +147,11 @@ def load_model(folder: str | Path, which: Which = "best") -> Saved:
     model = VLModel(config)
     load_exactly(model, tensors, path)
     return Saved(model.eval(), Tokenizer.load(folder / "tokenizer.json"), info | own_info, objectives, path)
+
+
+def read_config(folder: str | Path) -> ModelConfig:
+    """The config of a saved model, without its weights. Raises UserError as `load_model` does."""
+    return _read_description(Path(folder) / "model.json")[0]
 
 
 def load_exactly(module: nn.Module, state: Mapping[str, Tensor], source: str | Path) -> None:

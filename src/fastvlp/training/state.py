@@ -23,9 +23,18 @@ from fastvlp.data.tokenize import Tokenizer
 from fastvlp.dist import pick_device
 from fastvlp.errors import UserError
 from fastvlp.files import write_whole
+from fastvlp.model.inherited_config import inheritable_weights
 from fastvlp.model.layers import Block
 from fastvlp.model.model import ModelConfig, VLModel
-from fastvlp.model.saving import Inheritance, inherit, inherit_objectives, load_exactly, load_model, save_model
+from fastvlp.model.saving import (
+    Inheritance,
+    inherit,
+    inherit_objectives,
+    load_exactly,
+    load_model,
+    read_config,
+    save_model,
+)
 from fastvlp.model.sizes import with_tokenizer
 from fastvlp.objectives.objective import Ability, Objective, ObjectiveConfig
 from fastvlp.objectives.saved_objectives import describe
@@ -260,7 +269,7 @@ def make_pretraining(run: TrainConfig, tokenizer: Tokenizer) -> tuple[Pretrainin
     objectives = {name: told.build(config, tokenizer) for name, told in run.objectives.items()}
     if run.init is not None:
         source = load_model(run.init)
-        inherited = inherit(model, source.model.state_dict(), source.weights)
+        inherited = inherit(model, inheritable_weights(source, config), source.weights)
         inherit_objectives(objectives, source.objectives, inherited)
     freeze(model, run.freeze, run.train_last)
     for objective in objectives.values():
@@ -283,7 +292,7 @@ def find_tokenizer(run: TrainConfig, resume: bool) -> Tokenizer:
         return Tokenizer.load(own)
     if run.tokenizer is not None:
         return Tokenizer.load(run.tokenizer)
-    if run.init is not None:
+    if run.init is not None and read_config(run.init).text.present:
         return Tokenizer.load(Path(run.init) / "tokenizer.json")
     return Tokenizer.train(run.data.texts(), "wordpiece", vocab_size=run.vocab)
 

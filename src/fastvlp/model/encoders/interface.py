@@ -36,6 +36,8 @@ class ImageEncoderConfig(abc.ABC):
 
     can_drop_patches: ClassVar[bool] = False
     """Whether the module can encode some cells of the map alone (`keep_BK`), at the cost of those."""
+    present: ClassVar[bool] = True
+    """Whether it encodes images, and is no stand-in of a model without an image encoder."""
 
     # For type checkers alone: a property here would hide a field of its name that has no default.
     if TYPE_CHECKING:
@@ -138,6 +140,9 @@ class TextEncoderConfig(abc.ABC):
     """Id of </s>, which ends each text."""
     mask: int = 0
     """Id of the token that stands for a hidden word."""
+
+    present: ClassVar[bool] = True
+    """Whether it encodes texts, and is no stand-in of a model without a text encoder."""
 
     if TYPE_CHECKING:
 

@@ -1,0 +1,162 @@
+"""The config of a run's model that starts from a saved one: the parts that a recipe names, with the saved model's encoders."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, TypeVar
+
+from torch import Tensor
+
+from fastvlp.config import Json, to_json
+from fastvlp.errors import UserError
+from fastvlp.model.encoders.interface import ImageEncoderConfig, TextEncoderConfig
+from fastvlp.model.fusion import FusionConfig, ReconstructorConfig
+from fastvlp.model.joint_space import EmbedConfig, HeadConfig
+from fastvlp.model.layers import LayerConfig
+from fastvlp.model.model import ModelConfig
+from fastvlp.model.saving import Saved
+from fastvlp.model.single_stream import SingleConfig
+
+T = TypeVar("T")
+# Fields that may differ between a run and the weights it starts from: positions are resized, pixels prepared as in the
+# weights' training, the vocabulary is the tokenizer's, and dropout is training's.
+FREE = {"size", "mean", "std", "positions", "vocab", "pad", "bos", "eos", "mask", "dropout"}
+# Fields of a joint space that say how the text encoder reads a text.
+READING = ("text_mask", "text_special", "text_start", "text_length")
+
+
+def inherited_config(saved: ModelConfig, like: ModelConfig) -> ModelConfig:
+    """The model of a recipe, `like`, for a run that starts from a saved model.
+
+    Where the recipe's encoder computes the same as the saved one, it stays as it is, at its own image size and number of
+    positions. Any other encoder is replaced by the saved one. So it is with the fusion layers, the reconstructor, the joint
+    space and the single stream that the recipe has. Those of them that the saved model lacks get the width of its encoders.
+    Raises UserError where the recipe has a single stream over words and regions and the saved model has none.
+    """
+    image, text = _image(saved.image, like.image), _text(saved.text, like.text)
+    if like.single is not None:
+        return replace(like, image=image, text=text, single=_single(saved.single, like.single, image))
+    if saved.single is not None:
+        raise UserError(
+            "the saved model is one stream over words and regions, and the recipe has an encoder of texts; take a recipe of "
+            "such a stream (uniter_demo, uniter_base), or other weights"
+        )
+    # Never a part of another width: its weights would be wrong or could not be loaded.
+    fusion = _kept(saved.fusion, like.fusion) if saved.text.present else like.fusion
+    reconstructor = _kept(saved.reconstructor, like.reconstructor) if saved.text.present else like.reconstructor
+    config = replace(like, image=image, text=text)
+    return replace(
+        config,
+        fusion=None if fusion is None else replace(fusion, layer=with_width(fusion.layer, text.width)),
+        reconstructor=_reconstructor(reconstructor, fusion, text),
+        embed=_joint_space(saved, config),
+    )
+
+
+def inheritable_weights(saved: Saved, config: ModelConfig) -> dict[str, Tensor]:
+    """The weights of a saved model that a model of `config` may inherit: neither those that were never trained, nor a head of
+    the joint space that reads otherwise than that of `config`."""
+    own, new = saved.model.config.embed, config.embed
+    left_out = list(saved.info.get("untrained", ()))
+    if own is not None and new is not None:
+        heads = {"embed.image.": (own.image, new.image), "embed.text.": (own.text, new.text)}
+        left_out += [
+            name for name, (old, head) in heads.items() if own.width != new.width or not same_weights(old, head)
+        ]
+    state = saved.model.state_dict()
+    return {name: x for name, x in state.items() if not name.startswith(tuple(left_out) or ("\0",))}
+
+
+def with_width(layer: LayerConfig, width: int) -> LayerConfig:
+    """A layer of the same kind for states of another width, with heads of at most 64 numbers and an MLP as many times wider."""
+    if layer.width == width:
+        return layer
+    heads = next(n for n in range(-(-width // 64), width + 1) if width % n == 0)
+    return replace(layer, width=width, heads=heads, hidden=width * layer.hidden // layer.width)
+
+
+def same_weights(one: Any, other: Any) -> bool:
+    """Whether weights of one config mean the same in the other: they differ in nothing but `FREE` fields."""
+    return _stripped(to_json(one)) == _stripped(to_json(other))
+
+
+def _stripped(value: Json) -> Json:
+    if isinstance(value, dict):
+        return {name: _stripped(inner) for name, inner in value.items() if name not in FREE}
+    return value
+
+
+def _kept(saved: T | None, like: T | None) -> T | None:
+    """The recipe's part where it computes the same as the saved one, else the saved one; None where the recipe has none."""
+    return saved if saved is not None and like is not None and not same_weights(saved, like) else like
+
+
+def _image(saved: ImageEncoderConfig, like: ImageEncoderConfig) -> ImageEncoderConfig:
+    if not saved.present:
+        return like
+    return replace(like, mean=saved.mean, std=saved.std) if same_weights(saved, like) else saved
+
+
+def _text(saved: TextEncoderConfig, like: TextEncoderConfig) -> TextEncoderConfig:
+    return like if not saved.present or same_weights(saved, like) else saved
+
+
+def _single(saved: SingleConfig | None, like: SingleConfig, image: ImageEncoderConfig) -> SingleConfig:
+    if saved is None:
+        raise UserError(
+            "the recipe has one stream over words and regions, and the saved model has none; take another recipe, or weights "
+            "of such a stream: `vlp convert BERT OUT --layout uniter_start` makes some of BERT"
+        )
+    single = saved if not same_weights(saved, like) else like
+    regions = single.regions
+    return replace(single, regions=regions if regions.pool is None else replace(regions, feature=image.width))
+
+
+def _reconstructor(
+    part: ReconstructorConfig | None, fusion: FusionConfig | None, text: TextEncoderConfig
+) -> ReconstructorConfig | None:
+    if part is None or fusion is None:
+        return None
+    bottom, top = min(part.bottom, text.depth), min(part.top, fusion.depth)
+    return replace(part, bottom=bottom, top=top, layer=with_width(part.layer, text.width))
+
+
+def _joint_space(saved: ModelConfig, config: ModelConfig) -> EmbedConfig | None:
+    """The recipe's joint space on the encoders of `config`: a saved head in place of each of the recipe's that reads the same
+    kind of states, and texts read as the saved text encoder was trained to read them."""
+    if config.embed is None:
+        return None
+    like, own = _fitted(config.embed, config), saved.embed
+    if own is None:
+        return like
+    fields: dict[str, Any] = {}
+    if saved.image.present and _reads_alike(own.image, like.image):
+        fields["image"] = own.image
+    if saved.text.present and _reads_alike(own.text, like.text):
+        fields["text"] = own.text
+    if fields and saved.image.present and saved.text.present:
+        fields["width"] = own.width
+    if saved.text.present:
+        fields |= {name: getattr(own, name) for name in READING}
+    made = replace(like, **fields)
+    return like if same_weights(made, like) else made
+
+
+def _fitted(like: EmbedConfig, config: ModelConfig) -> EmbedConfig:
+    """The recipe's heads on other encoders."""
+    image, text, prefix = like.image, like.text, config.image.prefix
+    if image.pool in ("first", "patches") and not prefix:
+        image = replace(image, pool="mean")
+    if image.layer is not None and image.regions is None:
+        image = replace(image, layer=with_width(image.layer, config.image.width))
+    if text.layer is not None:
+        text = replace(text, layer=with_width(text.layer, config.text.width))
+    text = replace(text, norm=not config.text.final_norm, eps=config.text.norm_eps)
+    length = None if like.text_length is None else min(like.text_length, config.text.positions)
+    return replace(like, image=image, text=text, text_length=length)
+
+
+def _reads_alike(one: HeadConfig, other: HeadConfig) -> bool:
+    """Whether both heads read states as they are, or both regions of the same source, through as many layers or none."""
+    grids = [None if head.regions is None else (head.regions.grid,) for head in (one, other)]
+    return grids[0] == grids[1] and bool(one.depth) == bool(other.depth)
