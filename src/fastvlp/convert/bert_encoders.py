@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from fastvlp.convert.bert_layers import roberta_encoder, with_type_in_positions
+from fastvlp.convert.clip_encoders import projection_width
 from fastvlp.convert.encoder_family import TextFamily, TextReading, layer_config
 from fastvlp.convert.weight_map import WeightMap, Weights
 from fastvlp.model.encoders.text_transformer import TextTransformerConfig
@@ -86,6 +87,9 @@ class RoBERTas(BERTs):
 
 class ChineseCLIPTexts(BERTs):
     model_types = ("chinese_clip_text_model",)
+
+    def joint(self, config: Mapping[str, Any], whole: Mapping[str, Any]) -> int | None:
+        return projection_width(whole)
 
     def reading(self, config: Mapping[str, Any]) -> TextReading:
         return TextReading(head=HeadConfig(pool="first"), mask="full")

@@ -70,6 +70,9 @@ class CLIPImages(ImageFamily):
             norm_eps=layer.eps,
         )
 
+    def joint(self, config: Mapping[str, Any], whole: Mapping[str, Any]) -> int | None:
+        return projection_width(whole)
+
     def head(self, config: Mapping[str, Any]) -> HeadConfig:
         return HeadConfig(pool="first")
 
@@ -120,6 +123,9 @@ class CLIPTexts(TextFamily):
             last_norm=True,
         )
 
+    def joint(self, config: Mapping[str, Any], whole: Mapping[str, Any]) -> int | None:
+        return projection_width(whole)
+
     def reading(self, config: Mapping[str, Any]) -> TextReading:
         return TextReading(head=HeadConfig(pool="last"), mask="causal")
 
@@ -129,6 +135,11 @@ class CLIPTexts(TextFamily):
     def projection(self, weights: Weights) -> dict[str, Tensor]:
         matrix = weights.get("text_projection.weight")
         return {} if matrix is None else {"out.weight": matrix}
+
+
+def projection_width(whole: Mapping[str, Any]) -> int | None:
+    """Width of the joint space of a model of two encoders; None for one encoder."""
+    return whole.get("projection_dim", 512) if "text_config" in whole else None
 
 
 def text_map(depth: int) -> WeightMap:

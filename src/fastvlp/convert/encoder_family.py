@@ -62,6 +62,10 @@ class EncoderFamily(abc.ABC):
         """The config of the encoder with the defaults filled in."""
         return {**self.defaults, **{key: value for key, value in config.items() if value is not None}}
 
+    def joint(self, config: Mapping[str, Any], whole: Mapping[str, Any]) -> int | None:
+        """Width of the joint space that `projection` leads to, by the config of the encoder and of the model that it is in."""
+        return None
+
     def own_weights(self, weights: Weights) -> dict[str, Tensor]:
         """The encoder's tensors without their prefix. Raises UserError where there are none."""
         prefixes = {name.removesuffix(self.anchor) for name in weights if name.endswith(self.anchor)}

@@ -37,6 +37,8 @@ class PublicImages:
     preprocessing: Preprocessing
     head: HeadConfig
     """How its states become one vector."""
+    joint: int | None = None
+    """Width of the joint space that `projection` leads to; None where there is none."""
     weights: Callable[[], dict[str, Tensor]]
     """Reads the parameters of the module that `config` builds at the size that the model was published with."""
     projection: Callable[[], dict[str, Tensor]]
@@ -51,6 +53,8 @@ class PublicTexts:
     config: TextEncoderConfig
     reading: TextReading
     """How its states become one vector."""
+    joint: int | None = None
+    """Width of the joint space that `projection` leads to; None where there is none."""
     weights: Callable[[], dict[str, Tensor]]
     """Reads the parameters of the module that `config` builds with the vocabulary and positions of the published model."""
     projection: Callable[[], dict[str, Tensor]]
@@ -86,6 +90,7 @@ def read_images(source: str, *, layers: int | None = None, ours: bool = True) ->
         config=replace(own, depth=depth, size=size, mean=known.mean, std=known.std),
         preprocessing=known,
         head=family.head(config),
+        joint=family.joint(config, folder.config),
         weights=lambda: _named(folder, lambda: family.encoder(weights(), depth)),
         projection=lambda: _named(folder, lambda: family.projection(weights())),
     )
@@ -106,6 +111,7 @@ def read_texts(source: str, *, layers: int | None = None, ours: bool = True) -> 
         folder=folder,
         config=own.with_depth(depth),
         reading=replace(reading, head=_pooled_as_stated(folder, reading.head)),
+        joint=family.joint(config, folder.config),
         weights=lambda: _named(folder, lambda: family.encoder(weights(), depth)),
         projection=lambda: _named(folder, lambda: family.projection(weights())),
         types=lambda: _named(folder, lambda: family.types(weights())),
@@ -177,7 +183,7 @@ def _transformers_images(folder: PublicFolder, config: dict[str, Any], layers: i
     own = architecture.get("image_size")
     size = known.size or (own if isinstance(own, int) else 224)
     encoder = TransformersImageConfig(size=size, mean=known.mean, std=known.std, architecture=architecture)
-    unused = encoder.measured.unused
+    unused = _named(folder, lambda: encoder.measured.unused)
     return PublicImages(
         folder=folder,
         config=encoder,
@@ -191,8 +197,8 @@ def _transformers_images(folder: PublicFolder, config: dict[str, Any], layers: i
 def _transformers_texts(folder: PublicFolder, config: dict[str, Any], layers: int | None) -> PublicTexts:
     architecture = _cut_architecture(folder, config, layers)
     given = model_config(architecture)
-    if not hasattr(given, "vocab_size"):
-        raise UserError(f"{folder.source}: a {given.model_type}, which reads no text")
+    if not hasattr(given, "vocab_size") or given.is_encoder_decoder:
+        raise UserError(f"{folder.source}: a {given.model_type}, which is no text encoder")
     plain = TransformersTextConfig(
         positions=getattr(given, "max_position_embeddings", None) or 512,
         vocab=given.vocab_size,

@@ -48,6 +48,10 @@ class SigLIPImages(ImageFamily):
             norm_eps=layer.eps,
         )
 
+    def joint(self, config: Mapping[str, Any], whole: Mapping[str, Any]) -> int | None:
+        given = self.given(config)
+        return given["hidden_size"] if given["vision_use_head"] else None
+
     def head(self, config: Mapping[str, Any]) -> HeadConfig:
         given = self.given(config)
         if not given["vision_use_head"]:
@@ -119,6 +123,10 @@ class SigLIPTexts(TextFamily):
             learn_pad=True,
             last_norm=True,
         )
+
+    def joint(self, config: Mapping[str, Any], whole: Mapping[str, Any]) -> int | None:
+        given = self.given(config)
+        return given.get("projection_size", given["hidden_size"])
 
     def reading(self, config: Mapping[str, Any]) -> TextReading:
         given = self.given(config)
