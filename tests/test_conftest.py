@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -24,7 +25,10 @@ def test_a_failure_is_printed_before_the_next_test_runs_and_only_once(tmp_path, 
     (tmp_path / "conftest.py").write_text(conftest, encoding="utf-8")
     (tmp_path / "test_two.py").write_text(TESTS, encoding="utf-8")
     command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", *options, "test_two.py"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    # conftest.py names a plugin, which is found from the folder above the tests.
+    paths = [str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1, done.stderr
     failure, second = "assert 'first' == 'wrong'", done.stdout.rindex("test_second")
     assert done.stdout.index(failure) < second and done.stdout.index("printed by the first") < second
