@@ -34,8 +34,9 @@ from fastvlp.data.pairs import PairData
 from fastvlp.data.tokenize import Tokenizer
 from fastvlp.model.layers import LayerConfig, stack
 from fastvlp.model.model import VLModel
+from fastvlp.objectives.objective import combine
+from fastvlp.training.flops import gradient_flops
 from fastvlp.training.pretraining import Pretraining
-from fastvlp.training.speed import step_flops
 
 OUT = RESULTS / "batch_padding.jsonl"
 
@@ -203,16 +204,20 @@ def captions(o: Options) -> list[dict]:
     words = SimpleNamespace(starts_word=torch.ones(o.vocab, dtype=torch.bool))
     trainings = {name: Pretraining(model, {name: part.build(config, words)}) for name, part in OBJECTIVES.items()}
     rows, steps = [], data_rows.count // o.batch
+    counted: dict[tuple[str, int, int], int] = {}
     for arm, grouping in (("random", None), ("grouped", data.grouping)):
         loader = Loader(
             data_rows.count, data_rows.make, batch_size=o.batch, seed=o.seed, grouping=grouping, lengths=lambda: lengths
         )
         flops, real, padded = dict.fromkeys(trainings, 0.0), 0, 0
         for s in range(steps):
-            batch = batch_without_pixels(loader, lengths, s)
+            batch = batch_of_one_word(loader, lengths, s, config.image.size)
             real, padded = real + int(batch.length.sum()), padded + batch.ids.numel()
             for name, training in trainings.items():
-                flops[name] += flops_of(training, batch)
+                shape = (name, *batch.ids.shape)
+                if shape not in counted:
+                    counted[shape] = gradient_flops(training, lambda of=training, batch=batch: combine(of(batch)))
+                flops[name] += counted[shape]
         row = {"arm": arm, "padding": 1 - real / padded, "tokens_per_row": real / steps / o.batch}
         row |= {f"{name}_gflops_per_row": n / 1e9 / steps / o.batch for name, n in flops.items()}
         rows.append(row | {f"{name}_over_ar": flops[name] / flops["ar"] for name in trainings if name != "ar"})
@@ -221,18 +226,13 @@ def captions(o: Options) -> list[dict]:
     return rows
 
 
-def flops_of(training: Pretraining, batch: Batch) -> float:
-    targets = {term: count.item() for term, count in training.counts(batch).items()}
-    return step_flops(training, [(len(batch), batch.ids.shape[1])], targets).training
-
-
-def batch_without_pixels(loader: Loader, lengths: Lengths, s: int) -> Batch:
-    """Batch s of the loader, with one word everywhere: the number of targets depends on lengths and seeds alone."""
+def batch_of_one_word(loader: Loader, lengths: Lengths, s: int, side: int) -> Batch:
+    """Batch s of the loader, with one word everywhere and black images: what a step costs depends on lengths and seeds."""
     rows = loader.rows(s)
     seed = torch.tensor([row.seed for row in rows])
     length = lengths(torch.tensor([row.index for row in rows]), seed)
     ids = torch.full((len(rows), int(length.max())), 4)
-    return Batch(image=torch.empty(len(rows), 0), ids=ids, length=length, seed=seed)
+    return Batch(image=torch.zeros(len(rows), 3, side, side, dtype=torch.uint8), ids=ids, length=length, seed=seed)
 
 
 def show(title: str, rows: list[dict], numbers: dict[str, str]) -> None:

@@ -50,9 +50,10 @@ from fastvlp.model.joint_space import unit as normalised
 from fastvlp.model.sizes import flip_b16, flip_l16, flip_small, flip_tiny
 from fastvlp.objectives.contrastive import info_nce, sigmoid_loss
 from fastvlp.objectives.objective import combine
+from fastvlp.training.flops import gradient_flops
 from fastvlp.training.gradient_cache import cache_gradients
+from fastvlp.training.hardware import peak_flops
 from fastvlp.training.pretraining import Pretraining
-from fastvlp.training.speed import peak_flops, step_flops
 
 SIZES = {"tiny": flip_tiny, "small": flip_small, "b16": flip_b16, "l16": flip_l16}
 GIGA = 1e9
@@ -115,12 +116,15 @@ class Largest(Towers):
 def masking(o: Masking) -> list[Row]:
     config = with_vocabulary_and_layers(SIZES[o.size](), o.vocab, o.layers)
     training, optimiser = build_training(o, config)
+    counted: dict[tuple[str, int], int] = {}
 
     def run(number: int, name: str) -> Row:
         training.keep = float(name)
         batch = random_batch(o, config, o.batch, number)
-        flops = step_flops(training, [(o.batch, batch.ids.shape[1])], {}).training
-        return step(o, lambda: combine(training(batch)), optimiser) | {"flops": flops}
+        shape = (name, batch.ids.shape[1])
+        if shape not in counted:
+            counted[shape] = gradient_flops(training, lambda: combine(training(batch)))
+        return step(o, lambda: combine(training(batch)), optimiser) | {"flops": counted[shape]}
 
     results = in_turn([str(keep) for keep in o.keep], o.repetitions, run)
     whole, peak, rows = results[str(o.keep[0])], peak_flops(o.device, o.precision), []

@@ -16,8 +16,7 @@ from torch import Tensor
 
 from fastvlp.batch import Batch
 from fastvlp.model.layers import Block, CrossAttention, SelfAttention
-from fastvlp.model.model import ModelConfig, VLModel
-from fastvlp.training.speed import Flops, head_flops, image_flops, reconstructor_flops, text_flops
+from fastvlp.model.model import VLModel
 
 HIDDEN = -10000.0
 Kernel = Literal["written_out", "fused"]
@@ -150,15 +149,3 @@ class PlainFLM:
             score = score if mask is None else score + mask
             x = F.dropout(score.softmax(-1), drop) @ value
         return x.transpose(1, 2).flatten(2)
-
-
-def plain_flops(config: ModelConfig, rows: int, length: int) -> Flops:
-    """Of one forward pass: each stream pays for the image's keys, every position for the vocabulary."""
-    stream = text_flops(config, rows, config.image.tokens, rows, length)
-    return (
-        image_flops(config.image, rows)
-        + stream
-        + stream
-        + reconstructor_flops(config, rows, length, length)
-        + head_flops(config, rows * (3 * length - 5))
-    )

@@ -22,11 +22,11 @@ from typing import Literal
 
 import torch
 import tyro
-from flm_released_layout import PlainFLM, padded, plain_flops
+from flm_released_layout import PlainFLM, padded
 from records import stamp
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastvlp.batch import Batch
 from fastvlp.model.model import ModelConfig, VLModel
@@ -36,8 +36,9 @@ from fastvlp.objectives.flm import FLMConfig, official_flm
 from fastvlp.objectives.mlm import MLMConfig
 from fastvlp.objectives.objective import combine
 from fastvlp.objectives.prefixlm import PrefixLMConfig
+from fastvlp.training.flops import gradient_flops
+from fastvlp.training.hardware import adamw_bytes, peak_flops, peak_memory
 from fastvlp.training.pretraining import Pretraining
-from fastvlp.training.speed import adamw_bytes, peak_flops, peak_memory, step_flops
 
 OBJECTIVES = {"flm": FLMConfig(), "mlm": MLMConfig(), "ar": ARConfig(), "prefixlm": PrefixLMConfig()}
 PLAIN = {"flm_plain": "written_out", "flm_plain_fused_attention": "fused"}
@@ -113,17 +114,28 @@ def made_arm(name: str, o: Options, model: VLModel) -> Arm:
             parts = plain.losses(padded(batch, o.plain_length, config.text.pad)).values()
             return sum(parts, start=torch.zeros((), device=o.device)) / 3
 
-        return Arm(loss, lambda batch: plain_flops(config, o.batch, o.plain_length).training)
+        return Arm(loss, counted(model, loss))
     if name not in OBJECTIVES:
         raise SystemExit(f"no arm {name!r}; there are {', '.join((*OBJECTIVES, *PLAIN))}")
     told = SimpleNamespace(starts_word=torch.ones(o.vocab, dtype=torch.bool))
     pretraining = Pretraining(model, {name: OBJECTIVES[name].build(config, told)}).to(o.device)
 
-    def flops(batch: Batch) -> float:
-        counts = {term: count.item() for term, count in pretraining.counts(batch).items()}
-        return step_flops(pretraining, [(len(batch), batch.ids.shape[1])], counts).training
+    def loss(batch: Batch) -> Tensor:
+        return combine(pretraining(batch))
 
-    return Arm(lambda batch: combine(pretraining(batch)), flops)
+    return Arm(loss, counted(pretraining, loss))
+
+
+def counted(module: nn.Module, loss: Callable[[Batch], Tensor]) -> Callable[[Batch], float]:
+    """FLOPs of a step, each shape of batches counted once."""
+    known: dict[torch.Size, float] = {}
+
+    def flops(batch: Batch) -> float:
+        if batch.ids.shape not in known:
+            known[batch.ids.shape] = gradient_flops(module, lambda: loss(batch))
+        return known[batch.ids.shape]
+
+    return flops
 
 
 def check(o: Options) -> float:

@@ -30,7 +30,7 @@ from fastvlp.batch import Batch
 from fastvlp.model.model import ModelConfig
 from fastvlp.model.sizes import clip_b16, clip_b32, clip_l14, clip_small
 from fastvlp.objectives.objective import combine
-from fastvlp.training.speed import step_flops
+from fastvlp.training.flops import gradient_flops
 
 SIZES = {"small": clip_small, "b32": clip_b32, "b16": clip_b16, "l14": clip_l14}
 
@@ -115,11 +115,16 @@ def open_clip_step(o: OpenCLIPStep) -> list[Row]:
         training.keep = keep
         return lambda: combine(training(batch))
 
+    counted: dict[tuple[float, int, int], int] = {}
+
     def run(number: int, name: str) -> Row:
         arm, _, keep = name.partition(" keep ")
         batch = random_batch(o, config, o.batch, number, None if arm == "trimmed" else o.length)
         seconds = step(o, loss_of(arm, float(keep), batch), optimisers[arm])
-        return seconds | {"flops": step_flops(training, [(o.batch, batch.ids.shape[1])], {}).training}
+        shape = (training.keep, *batch.ids.shape)
+        if shape not in counted:
+            counted[shape] = gradient_flops(training, lambda: combine(training(batch)))
+        return seconds | {"flops": counted[shape]}
 
     results = in_turn([f"{arm} keep {keep}" for keep in o.keep for arm in optimisers], o.repetitions, run)
     rows = []

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from torch.utils import _pytree
 
 from fastvlp.data.augment import AugmentConfig
@@ -17,9 +20,9 @@ from fastvlp.objectives.clip import CLIPConfig
 from fastvlp.objectives.objective import combine
 from fastvlp.objectives.siglip import SigLIPConfig
 from fastvlp.recipes import recipe
+from fastvlp.training.flops import Flops
 from fastvlp.training.loop import TrainConfig, start, steps, train
 from fastvlp.training.pretraining import Pretraining
-from fastvlp.training.speed import image_flops, tower_flops
 from tests.made import SPECIALS, VOCAB, made_batch, made_tokenizer
 from tests.training.runs import assert_equal, made_pairs, made_run, weights
 
@@ -68,10 +71,23 @@ def test_costs(size, text, half, quarter):
     beside the whole image."""
     config = FLIP[size]()
     assert config.embed.positions(34) == 32
-    words = tower_flops(config.text, 1, 32).forward
-    whole, *masked = (image_flops(config.image, 1, keep).forward for keep in (1.0, 0.5, 0.25))
+    with torch.device("meta"):
+        image, encoder = torch.empty(1, 3, config.image.size, config.image.size), config.image.build()
+        words = forward_flops(lambda: config.text.build()(torch.zeros(1, 32, dtype=torch.int64), torch.arange(32)))
+    kept = (config.image.random_patches(torch.zeros(1, dtype=torch.int64), keep) for keep in (1.0, 0.5, 0.25))
+    whole, *masked = (forward_flops(lambda keep_BK=rows: encoder(image, to_meta(keep_BK))) for rows in kept)
     assert round(words / whole, 3) == text
     assert [round((part + words) / (whole + words), 2) for part in masked] == [half, quarter]
+
+
+def to_meta(keep_BK: Tensor | None) -> Tensor | None:
+    return None if keep_BK is None else keep_BK.to("meta")
+
+
+def forward_flops(compute: Callable[[], Any]) -> int:
+    with torch.no_grad(), Flops() as flops:
+        compute()
+    return flops.total
 
 
 def flip_pretraining(keep: float = 1.0) -> Pretraining:

@@ -18,8 +18,8 @@ from fastvlp.model.sizes import single_over_patches
 from fastvlp.objectives.mlm import MLMConfig
 from fastvlp.objectives.region import MRFRConfig
 from fastvlp.recipes.uniter_end2end import uniter_end2end
+from fastvlp.training.flops import Flops
 from fastvlp.training.pretraining import Pretraining
-from fastvlp.training.speed import image_flops, step_flops
 from tests.made import made_config, made_tokenizer
 from tests.made_single import region_batch, single_config
 
@@ -121,12 +121,15 @@ def test_boxes_and_whole_images_are_needed():
 def test_there_is_an_image_encoder_only_where_regions_are_pooled():
     with_tower, without = VLModel(pooling_config()), VLModel(pooling_config(None))
     assert not [name for name in without.state_dict() if name.startswith("image.")]
-    flops = []
-    for model in (with_tower, without):
-        objective = MLMConfig().build(model.config, made_tokenizer())
-        flops.append(step_flops(Pretraining(model, {"mlm": objective}), [(8, 20)], {}))
-    assert flops[0].image == image_flops(with_tower.config.image, 8).image > flops[1].image == 0
-    assert flops[0].text == flops[1].text
+    batch = gridded(replace(made(), image=made().image.float()), 2)
+    with torch.no_grad(), Flops() as both:
+        with_tower.encode_image(batch.image, regions=batch.regions)
+    with torch.no_grad(), Flops() as tower:
+        with_tower.image(batch.image)
+    features = torch.zeros(3, 5, WIDTH)
+    with torch.no_grad(), Flops() as none:
+        without.encode_image(batch.image, regions=replace(batch.regions, feature=features))
+    assert both.total >= tower.total > 0 == none.total
 
 
 def test_the_recipe_trains_all_of_its_model():

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastvlp.model.fusion import LMHead
+from fastvlp.objectives.recompute import recomputing
 
 # Above this many logits (64 Mi numbers) the vocabulary is read chunk by chunk and its logits are made again in the
 # backward pass: a third more multiplications, but never T x V numbers in memory.
@@ -66,7 +67,8 @@ class _ChunkedTokenLoss(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight_VD, dtype=torch.promote_types(weight_VD.dtype, torch.float32))
         grad_bias = torch.zeros_like(bias_V, dtype=torch.promote_types(weight_VD.dtype, torch.float32))
         for part in torch.arange(len(target_T), device=hidden_TD.device).split(ctx.rows):
-            logits = at_least_fp32(F.linear(hidden_TD[part], weight_VD, bias_V))
+            with recomputing():
+                logits = at_least_fp32(F.linear(hidden_TD[part], weight_VD, bias_V))
             share = (logits - normaliser_T[part, None]).exp_()
             share[torch.arange(len(part), device=share.device), target_T[part]] -= 1
             share *= grad_T[part, None]

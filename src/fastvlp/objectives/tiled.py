@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastvlp.objectives.losses import WHOLE_LOGITS
+from fastvlp.objectives.recompute import recomputing
 
 # The same on a CPU, whose cache holds a tile while it is normalised: on one core the softmax loss of 4096 pairs (E = 256)
 # was 5 to 17 % faster in tiles than whole in three runs, those of 1024 and 2048 up to a fifth slower.
@@ -53,7 +54,8 @@ class _Tiled(torch.autograd.Function):
         parts = zip(*(x.split(ctx.rows) for x in (query_BE, *row_tensors, *grads_B, grad_query_BE)))
         with torch.autocast(query_BE.device.type, enabled=False):
             for query, without, folded, grad, grad_query in parts:
-                logits = _logits(query, key_ME, bias, without)
+                with recomputing():
+                    logits = _logits(query, key_ME, bias, without)
                 share = logits.sigmoid_() if ctx.fold == "softplus" else logits.sub_(folded[:, None]).exp_()
                 share.mul_(grad[:, None]).scatter_(1, without, 0)
                 grad_query.copy_(share @ key_ME)

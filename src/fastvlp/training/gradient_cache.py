@@ -8,7 +8,7 @@ towers, of the temperature, and under random masking, whose draws are functions 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fastvlp.batch import Batch
 from fastvlp.objectives.objective import Loss, combine
+from fastvlp.training.flops import FlopCounter, Shape
 from fastvlp.training.pretraining import Pretraining, RowGrads
 
 
@@ -31,9 +32,12 @@ def cache_gradients(
     micro: Sequence[Batch],
     counts: Mapping[str, Tensor],
     seeded: Callable[[int], AbstractContextManager],
+    flops: FlopCounter | None = None,
 ) -> Cached:
     """Scores all micro-batches of this rank together. `seeded(i)`: the context, dropout's seed included, in which
-    micro-batch i runs, the same as in the pass with gradients."""
+    micro-batch i runs, the same as in the pass with gradients. `flops` counts all but the embedding, which that pass
+    computes again."""
+    counting = flops.counting if flops is not None else lambda shape: nullcontext()
     objectives = pretraining.pairs()
     embedded: dict[str, list[tuple[Tensor, ...]]] = {name: [] for name in objectives}
     constants: dict[str, list[tuple[Tensor, ...]]] = {name: [] for name in objectives}
@@ -43,19 +47,21 @@ def cache_gradients(
             for name, objective in objectives.items():
                 embedded[name].append(objective.embed(pretraining.model, image_BKD, batch))
             for name, objective in objectives.items():
-                constants[name].append(objective.constants(pretraining.model, batch))
+                with counting(Shape.of(f"{name}/constants", batch)):
+                    constants[name].append(objective.constants(pretraining.model, batch))
 
     losses: dict[str, Loss] = {}
     grads: list[dict[str, RowGrads]] = [{} for _ in micro]
     for name, objective in objectives.items():
         rows = [torch.cat(parts).requires_grad_() for parts in zip(*embedded[name])]
-        told = objective.score(*rows, *(torch.cat(parts) for parts in zip(*constants[name])))
-        terms = {f"{name}/{term}": loss for term, loss in told.items()}
         learned = [p for p in objective.parameters() if p.requires_grad]
-        found = torch.autograd.grad(combine(terms, counts), [*rows, *learned], materialize_grads=True)
-        split = zip(*(g.split([len(batch) for batch in micro]) for g in found[: len(rows)]))
-        # What the objective learns is told to one micro-batch alone.
-        own = (found[len(rows) :], *((None,) * len(learned) for _ in micro[1:]))
+        with counting(Shape(f"{name}/score", len(rows[0]))):
+            scored = objective.score(*rows, *(torch.cat(parts) for parts in zip(*constants[name])))
+            terms = {f"{name}/{term}": loss for term, loss in scored.items()}
+            gradient = torch.autograd.grad(combine(terms, counts), [*rows, *learned], materialize_grads=True)
+        split = zip(*(g.split([len(batch) for batch in micro]) for g in gradient[: len(rows)]))
+        # The gradient of what the objective learns goes to one micro-batch alone.
+        own = (gradient[len(rows) :], *((None,) * len(learned) for _ in micro[1:]))
         for i, (parts, parameters) in enumerate(zip(split, own)):
             grads[i][name] = RowGrads(parts, parameters)
         losses |= {term: Loss(loss.total.detach(), loss.count, loss.weight) for term, loss in terms.items()}

@@ -19,7 +19,7 @@ from rich.text import Text
 from fastvlp import dist
 from fastvlp.errors import UserError, install
 from fastvlp.files import write_whole
-from fastvlp.training.speed import peak_flops, peak_memory
+from fastvlp.training.hardware import peak_flops, peak_memory
 
 if TYPE_CHECKING:
     from fastvlp.training.loop import StepReport

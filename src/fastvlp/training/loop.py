@@ -22,12 +22,12 @@ from fastvlp.config import show
 from fastvlp.errors import UserError
 from fastvlp.objectives.objective import Loss, combine
 from fastvlp.random import hash64
+from fastvlp.training.flops import Shape
 from fastvlp.training.gradient_cache import cache_gradients
 from fastvlp.training.log import RunLog
 from fastvlp.training.optim import set_rate
 from fastvlp.training.pretraining import Pretraining, augmented, draw_task
 from fastvlp.training.schedule import rate_factor
-from fastvlp.training.speed import row_width, step_flops
 from fastvlp.training.state import TrainConfig, TrainState, save, save_config, save_weights, start
 from fastvlp.training.trained_parts import part_sizes, sizes_line
 
@@ -56,7 +56,7 @@ class StepReport:
 
 def steps(state: TrainState) -> Iterator[StepReport]:
     """Trains one step each time it is asked for one, until the run is over or told to stop."""
-    run, wrapped = state.run, state.wrapped
+    run = state.run
     parameters = [p for group in state.optimiser.param_groups for p in group["params"]]
     batches = state.train.batches(start=state.step * run.accumulate)
     state.pretraining.train()
@@ -67,21 +67,8 @@ def steps(state: TrainState) -> Iterator[StepReport]:
         micro = [augmented(batch, run.augment) for batch in micro]
         state.pretraining.task = draw_task(run.mix, run.seed, state.step)
         set_rate(state.optimiser, rate_factor(state.midway, run.optim.warmup, run.optim.decay))
-        counts = global_counts(state.pretraining, micro)
-        shares = {name: torch.zeros((), device=state.device) for name in ("loss", *counts)}
-        seeded = partial(seeded_autocast, state)
-        couples = run.accumulate > 1 and state.pretraining.pairs()
-        cached = cache_gradients(state.pretraining, micro, counts, seeded) if couples else None
-        if cached is not None:
-            add_shares(shares, cached.losses, counts)
-        for i, batch in enumerate(micro):
-            # Ranks average their gradients once a step, with the last micro-batch.
-            with nullcontext() if i == len(micro) - 1 else no_sync(wrapped):
-                with seeded(i):
-                    losses = wrapped(batch, cached.grads[i] if cached is not None else None)
-                # The mean over ranks of world * loss is the sum that the global counts ask for.
-                (combine(losses, counts) * dist.world()).backward()
-            add_shares(shares, losses, counts)
+        state.flops.begin_step()
+        counts, shares = backward(state, micro)
 
         norm = clip_grad_norm_(parameters, run.optim.clip or math.inf)
         totals = dist.all_reduce_sum(torch.stack([*shares.values(), norm.new_tensor(sum(map(len, micro)))]))
@@ -111,13 +98,36 @@ def steps(state: TrainState) -> Iterator[StepReport]:
             tokens=round(sum(targets)),
             seconds=seconds,
             data_wait=data_wait,
-            flops=flops(state.pretraining, micro, dict(zip(counts, targets))),
+            flops=state.flops.step,
             grad_norm=grad_norm,
             skipped=skipped,
             dropped=dict(list(state.dropped.items())[known:]),
         )
         count_bad(state, report)
         yield report
+
+
+def backward(state: TrainState, micro: list[Batch]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Leaves the gradients of a step in the parameters. Returns the targets of each loss in the whole step, and this rank's
+    share of what is minimised (`loss`) and of each loss's mean."""
+    pretraining, wrapped = state.pretraining, state.wrapped
+    counts = global_counts(pretraining, micro)
+    shares = {name: torch.zeros((), device=state.device) for name in ("loss", *counts)}
+    seeded = partial(seeded_autocast, state)
+    couples = len(micro) > 1 and pretraining.pairs()
+    cached = cache_gradients(pretraining, micro, counts, seeded, state.flops) if couples else None
+    if cached is not None:
+        add_shares(shares, cached.losses, counts)
+    for i, batch in enumerate(micro):
+        # Ranks average their gradients once a step, with the last micro-batch.
+        last = nullcontext() if i == len(micro) - 1 else no_sync(wrapped)
+        with last, state.flops.counting(Shape.of(pretraining.task or "", batch)):
+            with seeded(i):
+                losses = wrapped(batch, cached.grads[i] if cached is not None else None)
+            # The mean over ranks of world * loss is the sum that the global counts ask for.
+            (combine(losses, counts) * dist.world()).backward()
+        add_shares(shares, losses, counts)
+    return counts, shares
 
 
 def next_batch(state: TrainState, batches: Iterator[tuple[Batch, list[Dropped]]]) -> Batch:
@@ -155,14 +165,6 @@ def global_counts(pretraining: Pretraining, micro: list[Batch]) -> dict[str, Ten
     parts = [pretraining.counts(batch) for batch in micro]
     summed = torch.stack([torch.stack([part[name] for part in parts]).sum() for name in parts[0]])
     return dict(zip(parts[0], dist.all_reduce_sum(summed)))
-
-
-def flops(pretraining: Pretraining, micro: list[Batch], targets: dict[str, float]) -> float:
-    """Of this rank's micro-batches, which are taken to ask for an equal share of the step's targets."""
-    shapes = [(len(batch), row_width(pretraining.model.config, batch)) for batch in micro]
-    shares = {name: n / dist.world() for name, n in targets.items()}
-    regions = max((batch.regions.box.shape[1] for batch in micro if batch.regions is not None), default=0)
-    return step_flops(pretraining, shapes, shares, regions).training
 
 
 def agree(state: TrainState, known: int, seconds: float) -> float:

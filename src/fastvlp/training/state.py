@@ -41,6 +41,7 @@ from fastvlp.objectives.saved_objectives import describe
 from fastvlp.provenance import about
 from fastvlp.random import hash64
 from fastvlp.training.checkpoint import load_checkpoint, save_checkpoint
+from fastvlp.training.flops import FlopCounter
 from fastvlp.training.optim import OptimConfig, adamw
 from fastvlp.training.pretraining import Pretraining
 from fastvlp.training.trained_parts import LastLayers, freeze
@@ -180,6 +181,7 @@ class TrainState:
     best: float = math.inf
     inherited: Inheritance | None = None
     length_was: str | None = None
+    flops: FlopCounter = field(default_factory=FlopCounter)
     told: int | None = None
     stop: int | None = None
 
@@ -237,6 +239,7 @@ def start(run: TrainConfig, resume: bool = False) -> TrainState:
         val=None if held_out is None else make_loader(run, held_out),
         dropped={part.key: part.reason for part in rows.damage},
         inherited=inherited,
+        flops=FlopCounter(model.config.image.tokens),
     )
     if resume and (run.folder / "last.pt").exists():
         restore(state)
