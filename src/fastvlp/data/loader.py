@@ -122,7 +122,7 @@ class Loader:
         """Index and seed, int64 [N], of the rows at these places in the endless sequence of epochs."""
         epoch_N = place_N // self.count
         index_N = torch.empty_like(place_N)
-        for epoch in epoch_N.unique().tolist():
+        for epoch in sorted({*epoch_N.tolist()}):
             here_N = epoch_N == epoch
             index_N[here_N] = self._order(epoch)[place_N[here_N] % self.count]
         return index_N, hash64_rows(self.seed, epoch_N, index_N)
@@ -164,7 +164,7 @@ class Loader:
             yield (_pinned(batch) if self.pin else batch), dropped
 
 
-class _Batches(Dataset):
+class _Batches(Dataset[Made | UserError]):
     """Makes the batch of planned rows. A UserError is returned: a DataLoader would turn it into the text of a traceback."""
 
     def __init__(self, make: Callable[[list[Row]], Made]):
@@ -183,7 +183,8 @@ class _Batches(Dataset):
 
 
 def _pinned(batch: Batch) -> Batch:
-    return _pytree.tree_map_only(Tensor, lambda t: t.pin_memory(), batch)
+    pinned: Batch = _pytree.tree_map_only(Tensor, lambda t: t.pin_memory(), batch)
+    return pinned
 
 
 def _as_is(made: Any) -> Any:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 import simplejpeg
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from fastvlp.batch import Example, Record
@@ -110,7 +110,7 @@ def stored_shape(data: bytes) -> StoredShape:
 def orientation(image: Image.Image) -> int:
     """EXIF's orientation, 1 to 8; 1 is upright."""
     try:
-        return image.getexif().get(ORIENTATION, 1)
+        return int(image.getexif().get(ORIENTATION, 1))
     except Exception:  # a good picture with broken EXIF is common on the web
         return 1
 
@@ -131,7 +131,7 @@ def _rgb(image: Image.Image) -> Image.Image:
 
 
 def _reason(error: Exception) -> str:
-    if isinstance(error, Image.UnidentifiedImageError):
+    if isinstance(error, UnidentifiedImageError):
         return f"not an image of a known format ({', '.join(_FORMATS)})"
     if isinstance(error, (ValueError, Image.DecompressionBombError)):
         return str(error)

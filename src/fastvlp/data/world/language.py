@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from random import Random
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from fastvlp.data.world.scene import Look
 
@@ -41,7 +41,7 @@ class Phrase(NamedTuple):
 
 
 Argument = Phrase | str | tuple[Phrase, ...]
-Meaning = tuple  # (form, *arguments), hashable
+Meaning = tuple[Any, ...]  # (form, *arguments), hashable
 
 
 @dataclass(frozen=True, kw_only=True)
