@@ -265,7 +265,7 @@ def test_what_cannot_be_converted_is_named_and_nothing_is_written(tmp_path: Path
     (tmp_path / "bad.safetensors").write_bytes(b"no")
     torch.save(weights | {"new.weight": torch.zeros(1)}, tmp_path / "more.pt")
     torch.save({name: x for name, x in weights.items() if "pooler" not in name}, tmp_path / "less.pt")
-    torch.save({"model": weights, "epoch": 1}, tmp_path / "nested.pt")
+    torch.save({"parts": {"model": weights}, "epoch": 1}, tmp_path / "nested.pt")
     made_tokenizer(tmp_path / "other.json", BERT, 50)
     for family, file, expected in (
         ("uniter", "absent.pt", "no such file"),
@@ -301,6 +301,6 @@ class Opened:
 
 def test_nothing_in_a_file_is_executed(tmp_path: Path, capsys):
     torch.save({"weight": Opened()}, tmp_path / "bad.pt")
-    with pytest.raises(UserError, match=r"bad\.pt: not readable as weights"):
+    with pytest.raises(UserError, match=r"bad\.pt: holds more than named tensors"):
         read_weights(tmp_path / "bad.pt")
     assert "executed" not in capsys.readouterr().out

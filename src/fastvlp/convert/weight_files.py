@@ -1,14 +1,31 @@
-"""Files with the weights of public models: where they are, and their tensors."""
+"""Files with the weights of public models: where they are, and what they hold."""
 
 from __future__ import annotations
 
+import pickle
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from fastvlp.convert.archives import is_torchscript, read_archive
 from fastvlp.errors import UserError, install
+
+
+class Contents(NamedTuple):
+    """What a file of weights holds.
+
+    Attributes:
+        tensors: by name.
+        other: what else it holds at its top, such as the hyperparameters that Lightning saves.
+    """
+
+    tensors: dict[str, Tensor]
+    other: dict[str, Any]
 
 
 def find_file(source: str, name: str) -> Path:
@@ -35,29 +52,70 @@ def find_file(source: str, name: str) -> Path:
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """The tensors of a .safetensors file or of a PyTorch file, by name.
+    """The tensors of a .safetensors file or of a PyTorch file, by name; raises UserError as `read_contents`."""
+    return read_contents(path).tensors
 
-    A PyTorch file is read with weights_only, so that nothing in it is executed. Its tensors may be under `state_dict`
-    (open_clip, Lightning) or `learnable` (BriVL), and the `module.` of a parallel wrapper is removed from their names.
-    Raises UserError where there is no such file, where it is damaged, or where it holds anything else.
+
+def read_contents(path: Path) -> Contents:
+    """What a .safetensors file or a PyTorch file holds.
+
+    Nothing in a PyTorch file is executed. Its tensors may be under `state_dict` (open_clip, Lightning), `model` (MAE, timm) or
+    `learnable` (BriVL), and the `module.` of a parallel wrapper is removed from their names. Raises UserError where there is no
+    such file, where it is damaged, or where it holds no named tensors.
     """
     if not path.is_file():
         raise UserError(f"{path}: no such file; name a .safetensors file or a PyTorch file")
     try:
         if path.suffix == ".safetensors":
-            return load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
+            return Contents(load_file(path), {})
+        whole = _load(path)
     except Exception as error:  # a damaged pickle fails in any way
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise UserError(
             f"{path}: not readable as weights ({reason}); copy it again, or give a .safetensors file or a state dict"
         ) from error
-    if isinstance(state, dict):
-        # BriVL's files hold its `learnable` part alone.
-        learnable = state.get("learnable")
-        state = {f"learnable.{k}": x for k, x in learnable.items()} if isinstance(learnable, dict) else state
-        state = state.get("state_dict", state)
-    if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(x, Tensor) for k, x in state.items()):
+    state, other = _state(whole)
+    if not state or not _all_tensors(state):
         raise UserError(f"{path}: holds more than named tensors; give a .safetensors file or a plain state dict")
     wrapped = all(name.startswith("module.") for name in state)
-    return {name.removeprefix("module.") if wrapped else name: x for name, x in state.items()}
+    return Contents({name.removeprefix("module.") if wrapped else name: x for name, x in state.items()}, other)
+
+
+def _load(path: Path) -> Any:
+    if is_torchscript(path):
+        return read_archive(path)
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError) as error:
+        try:
+            return read_archive(path)
+        except Exception:
+            raise error from None
+
+
+def _state(whole: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The state dict within a checkpoint, and the rest of it."""
+    if not isinstance(whole, dict):
+        return {}, {}
+    if _all_tensors(whole):
+        return whole, {}
+    for name in ("learnable", "state_dict", "model"):
+        inner = whole.get(name)
+        if isinstance(inner, dict) and _all_tensors(inner):
+            # BriVL's files hold its `learnable` part alone.
+            prefix = "learnable." if name == "learnable" else ""
+            return {prefix + key: x for key, x in inner.items()}, {k: x for k, x in whole.items() if k != name}
+    return {}, whole
+
+
+def _all_tensors(state: Mapping[Any, Any]) -> bool:
+    return all(isinstance(name, str) and isinstance(x, Tensor) for name, x in state.items())
+
+
+def tensor_names(path: Path) -> list[str]:
+    """Names of the tensors of a .safetensors file, without reading them. Raises UserError where it is damaged."""
+    try:
+        with safe_open(path, "pt") as file:
+            return list(file.keys())
+    except Exception as error:  # the library raises its own errors and those of the system
+        raise UserError(f"{path}: not readable as weights ({error}); copy it again") from error
