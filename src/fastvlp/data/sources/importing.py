@@ -69,9 +69,6 @@ def import_data(
 ) -> Imported:
     """Import what you have into shards. Every image is decoded once; what is broken is dropped and named.
 
-    Raises UserError, and writes nothing, where no record is usable, where a split of the source holds shards already, and
-    where the disk is full.
-
     Args:
         source: What to import, a file or a folder in one of the formats.
         out: Folder to write; each split becomes a folder of shards in it, OUT/SPLIT/00000.tar and so on.
@@ -86,6 +83,10 @@ def import_data(
             image's name.
         progress: Show a bar, where stderr is a terminal.
         options: Options of the source's format.
+
+    Raises:
+        UserError: where no record is usable, where a split of the source holds shards already, where the disk is full, or
+            for an option that the format does not have. Then nothing is written.
     """
     source, out = Path(source), Path(out)
     if not (val >= 0 and test >= 0 and val + test < 1):

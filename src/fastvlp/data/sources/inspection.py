@@ -70,13 +70,16 @@ def inspect_data(
 ) -> Inspection:
     """Count what is in a folder of shards, name every record that cannot be read, and draw a contact sheet.
 
-    Reads every record and decodes every image. Raises UserError where there are no shards.
+    Reads every record and decodes every image.
 
     Args:
         folder: A split, or a folder of splits.
         sheet: PNG to draw 24 records into, drawn evenly from the splits; by default contact-sheet.png in the folder.
         tokenizer: A tokenizer.json, to count tokens as well.
         progress: Show a bar, where stderr is a terminal.
+
+    Raises:
+        UserError: where there are no shards.
     """
     folder, counter = Path(folder), Tokenizer.load(tokenizer) if tokenizer else None
     splits = sorted(sub for sub in folder.iterdir() if any(sub.glob("*.tar"))) if folder.is_dir() else []

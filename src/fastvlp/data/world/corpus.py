@@ -316,8 +316,7 @@ def write_world(
     """Write the embedded corpus: rendered scenes with captions, questions and statements.
 
     The splits are folders of shards: train, val, test; pairs-train, pairs-val, pairs-test; singles-train, singles-test.
-    `corpus.json` beside them describes them. The same corpus already there is left as it is. Raises UserError where the
-    folder holds something else.
+    `corpus.json` beside them describes them. The same corpus already there is left as it is.
 
     Args:
         out: Folder to write.
@@ -328,6 +327,9 @@ def write_world(
         pairs: Pairs of scenes with statements about both, to train on; a quarter as many each to validate and test on.
         singles: Pictures of one object, for zero-shot classification, in training and as many in the test.
         progress: Show a bar, where stderr is a terminal.
+
+    Raises:
+        UserError: where the folder holds something else.
     """
     out = Path(out)
     parts = list(_folders(train, val, test, pairs, singles))
