@@ -21,7 +21,7 @@ from typing import Literal
 
 import torch
 import tyro
-from objective_step_time import OBJECTIVES, Clock, made_config
+from objective_step_time import OBJECTIVES, Clock, model_config
 from records import RESULTS, append, stamp
 from rich.console import Console
 from rich.table import Table
@@ -195,7 +195,7 @@ def captions(o: Options) -> list[dict]:
     assert o.captions is not None
     data = PairData(train=o.captions, batch_size=o.batch, captions=o.field, group=o.group)
     tokenizer = Tokenizer.train(data.texts(), vocab_size=o.vocab)
-    config = made_config(o)
+    config = model_config(o)
     data_rows = data.rows("train", tokenizer, config.image.size, strict=False)
     assert data_rows is not None and data_rows.lengths is not None
     lengths = data_rows.lengths()

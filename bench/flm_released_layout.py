@@ -1,9 +1,9 @@
-"""Free language modeling laid out as the released code does (TencentARC/FLM bd8b19d), as something to be faster than.
+"""FLM laid out as in the released code (TencentARC/FLM bd8b19d), to compare speed with, for objective_step_time.py.
 
-Written from a description of that code, over the very modules of a VLModel, so that both versions have the same weights:
-text always padded to one length, the two directions one after the other, each with keys and values of the image of its
-own, additive masks, a query at every position, the vocabulary on every position of all three streams, and a plain
-cross-entropy that skips padding.
+It is written from a description of that code and uses the modules of a VLModel, so that both versions have the same weights.
+Text is always padded to one length. The two directions run one after the other, each with its own keys and values of the
+image, with additive masks and a query at every position. The vocabulary head is applied to every position of all three
+streams, followed by a plain cross-entropy that ignores padding.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def additive(visible: Tensor, like: Tensor) -> Tensor:
 
 
 def stream_masks(length_B: Tensor, L: int) -> tuple[Tensor, Tensor]:
-    """Visible columns of the forward and the reverse stream: [B 1 L L]. <s> sees all and is seen by itself alone."""
+    """Visible columns of the forward and the reverse stream, [B 1 L L] each. <s> sees all and is seen by itself alone."""
     row, column = torch.arange(L, device=length_B.device)[:, None], torch.arange(L, device=length_B.device)
     real = column < length_B[:, None, None]
     first = (row == 0) & real
@@ -45,7 +45,7 @@ def stream_masks(length_B: Tensor, L: int) -> tuple[Tensor, Tensor]:
 
 
 def corruption_mask(length_B: Tensor, L: int) -> Tensor:
-    """What each query sees of [forward | reverse] where its span is its own token: [B 1 L 2L]."""
+    """The columns of [forward | reverse] that each query sees, where its span is its own token: [B 1 L 2L]."""
     row, column = torch.arange(L, device=length_B.device)[:, None], torch.arange(L, device=length_B.device)
     real = column < length_B[:, None, None]
     left = real & (((column >= 1) & (column < row)) | (row == 0))
@@ -54,14 +54,14 @@ def corruption_mask(length_B: Tensor, L: int) -> Tensor:
 
 
 class PlainFLM:
-    """`kernel`: attention written out as the released code has it, or the fused one, to tell layout from kernel."""
+    """kernel: attention written out as in the released code, or PyTorch's fused one, to separate layout from kernel."""
 
     def __init__(self, model: VLModel, kernel: Kernel = "written_out"):
         assert model.reconstructor is not None and model.forward_head is None
         self.model, self.kernel = model, kernel
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
-        """Mean cross-entropies of `batch`, which is already padded."""
+        """The mean cross-entropies of a batch that is already padded."""
         model, ids, length = self.model, batch.ids, batch.length
         image = model.encode_image(batch.image)
         memory = model.fusion.image_memory(image, None)

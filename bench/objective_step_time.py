@@ -1,15 +1,15 @@
-"""Step time and memory of FLM, MLM, AR and PrefixLM on one device beside the FLOPs that they must cost, and FLM
-against the layout of the released code.
+"""Measure step time and memory of FLM, MLM, AR and PrefixLM, compared with their FLOPs and with FLM's released layout.
 
     python bench/objective_step_time.py --size small --vocab 8000
+    python bench/objective_step_time.py --size base --batch 64 --vocab 50265 --device cuda      # the published size
 
-All arms share one model and take turns, step by step, on the same batches; a ratio is the median of the ratios of
-neighbouring steps, so that a noisy machine is noisy for all. Results are appended to bench/results/objective_step_time.jsonl.
+All arms share one model and take turns, step by step, on the same random batches. A ratio is the median of the ratios of
+neighbouring steps, so that other work on the machine affects all arms alike. The first command takes about five minutes on
+one core. Rows are appended to bench/results/objective_step_time.jsonl.
 """
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import statistics
 import time
@@ -23,7 +23,7 @@ from typing import Literal
 import torch
 import tyro
 from flm_released_layout import PlainFLM, padded
-from records import stamp
+from records import RESULTS, append, stamp
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -42,32 +42,44 @@ from fastvlp.training.pretraining import Pretraining
 
 OBJECTIVES = {"flm": FLMConfig(), "mlm": MLMConfig(), "ar": ARConfig(), "prefixlm": PrefixLMConfig()}
 PLAIN = {"flm_plain": "written_out", "flm_plain_fused_attention": "fused"}
-RESULTS = Path(__file__).parent / "results" / "objective_step_time.jsonl"
+OUT = RESULTS / "objective_step_time.jsonl"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """size: of the model; `base` is the paper's, with `layers` text, fusion and twice as many image layers where given.
-    plain_length: what the plain version pads every text to. check: compares its losses with ours before timing."""
-
     size: Literal["tiny", "small", "base"] = "small"
+    """Size of the model; `base` is the published one."""
     image: int | None = None
+    """Side of the images in pixels, instead of the size's own."""
     layers: int | None = None
+    """Layers of the text encoder and of fusion, instead of the size's own; the image encoder has twice as many."""
     vocab: int = 8000
+    """Tokens in the vocabulary."""
     batch: int = 32
+    """Pairs in a step."""
     repetitions: int = 10
+    """Timed steps of each arm."""
     arms: tuple[str, ...] = (*OBJECTIVES, *PLAIN)
+    """What to measure. `flm_plain` is FLM in the released layout, in the second variant with fused attention."""
     plain_length: int = 50
+    """Tokens that the released layout pads every text to."""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
+    """Device to measure."""
     precision: Literal["fp32", "bf16"] = "bf16"
+    """bf16: under autocast, with weights in fp32."""
     threads: int = 1
+    """CPU threads."""
     seed: int = 0
+    """Seed of weights and batches."""
     memory: bool = True
+    """Measure peak memory too, each arm in a process of its own."""
     check: bool = True
-    out: Path = RESULTS
+    """Compare the released layout's losses with this library's before anything is timed."""
+    out: Path = OUT
+    """File that rows are appended to."""
 
 
-def made_config(o: Options) -> ModelConfig:
+def model_config(o: Options) -> ModelConfig:
     make = {"tiny": tiny, "small": small, "base": flm_base}[o.size]
     config = make() if o.image is None else make(size=o.image)
     special = SimpleNamespace(vocab_size=o.vocab, pad=1, bos=0, eos=2, mask=3)
@@ -84,8 +96,8 @@ def made_config(o: Options) -> ModelConfig:
     )
 
 
-def made_batch(o: Options, config: ModelConfig, number: int) -> Batch:
-    """Captions of about 13 tokens, 5 to 25, as COCO's are; trimmed to the batch's longest."""
+def random_batch(o: Options, config: ModelConfig, number: int) -> Batch:
+    """Random images, and captions of 5 to 25 tokens, 13 on average, as in COCO; as wide as the batch's longest."""
     random = torch.Generator().manual_seed(o.seed * 1000 + number)
     length = (2 + torch.poisson(torch.full((o.batch,), 11.0), generator=random).long()).clamp(5, 25)
     L = int(length.max())
@@ -101,11 +113,13 @@ def made_batch(o: Options, config: ModelConfig, number: int) -> Batch:
 
 @dataclass(frozen=True)
 class Arm:
+    """Functions of a batch: the loss, and the FLOPs of a training step."""
+
     loss: Callable[[Batch], Tensor]
     flops: Callable[[Batch], float]
 
 
-def made_arm(name: str, o: Options, model: VLModel) -> Arm:
+def build_arm(name: str, o: Options, model: VLModel) -> Arm:
     config = model.config
     if name in PLAIN:
         plain = PlainFLM(model, PLAIN[name])
@@ -117,8 +131,9 @@ def made_arm(name: str, o: Options, model: VLModel) -> Arm:
         return Arm(loss, counted(model, loss))
     if name not in OBJECTIVES:
         raise SystemExit(f"no arm {name!r}; there are {', '.join((*OBJECTIVES, *PLAIN))}")
-    told = SimpleNamespace(starts_word=torch.ones(o.vocab, dtype=torch.bool))
-    pretraining = Pretraining(model, {name: OBJECTIVES[name].build(config, told)}).to(o.device)
+    # All that objectives read of a tokenizer.
+    words = SimpleNamespace(starts_word=torch.ones(o.vocab, dtype=torch.bool))
+    pretraining = Pretraining(model, {name: OBJECTIVES[name].build(config, words)}).to(o.device)
 
     def loss(batch: Batch) -> Tensor:
         return combine(pretraining(batch))
@@ -127,7 +142,7 @@ def made_arm(name: str, o: Options, model: VLModel) -> Arm:
 
 
 def counted(module: nn.Module, loss: Callable[[Batch], Tensor]) -> Callable[[Batch], float]:
-    """FLOPs of a step, each shape of batches counted once."""
+    """A function that returns the FLOPs of a step, and counts each shape of batches once."""
     known: dict[torch.Size, float] = {}
 
     def flops(batch: Batch) -> float:
@@ -139,24 +154,26 @@ def counted(module: nn.Module, loss: Callable[[Batch], Tensor]) -> Callable[[Bat
 
 
 def check(o: Options) -> float:
-    """Largest relative difference between the plain version's losses and ours, on the same weights; stops where there
-    is one. Ours is one column wider than the longest text: the released reverse loss asks the first padding too."""
+    """The largest relative difference between the losses in the released layout and this library's, on the same weights.
+
+    This library gets one column more than the longest text, since the released reverse loss has a target on the first
+    padding. Raises SystemExit where the losses differ."""
     torch.manual_seed(o.seed)
-    model = VLModel(made_config(o)).to(o.device).eval()
-    batch = made_batch(o, model.config, 0)
+    model = VLModel(model_config(o)).to(o.device).eval()
+    batch = random_batch(o, model.config, 0)
     ours = padded(batch, batch.ids.shape[1] + 1, model.config.text.pad)
     objective = official_flm().build(model.config, SimpleNamespace())
     with torch.no_grad():
         expected = PlainFLM(model).losses(padded(batch, o.plain_length, model.config.text.pad))
-        found = objective(model, model.encode_image(ours.image), ours)
-    difference = max(abs((found[name].total / found[name].count / expected[name]).item() - 1) for name in expected)
+        losses = objective(model, model.encode_image(ours.image), ours)
+    difference = max(abs((losses[name].total / losses[name].count / expected[name]).item() - 1) for name in expected)
     if difference > 1e-4:
-        raise SystemExit(f"the plain version and ours differ by {difference:.1e}: their times are not comparable")
+        raise SystemExit(f"the released layout's losses differ by {difference:.1e} from ours: times are not comparable")
     return difference
 
 
 class Clock:
-    """Seconds of the device since it was made: CPU seconds and wall seconds."""
+    """Measures CPU seconds and wall seconds since it was created; a GPU finishes its work first."""
 
     def __init__(self, device: str):
         self.cuda = torch.device(device).type == "cuda"
@@ -173,14 +190,14 @@ class Clock:
 
 
 def step(o: Options, arm: Arm, optimiser: torch.optim.Optimizer, batch: Batch) -> dict[str, float]:
-    """Seconds of one step, and of its forward and backward pass alone."""
+    """Runs one step; returns its seconds, and those of its forward and backward pass alone."""
     clock = Clock(o.device)
-    kind = torch.device(o.device).type
-    with torch.autocast(kind, torch.bfloat16) if o.precision == "bf16" else nullcontext():
+    device_type = torch.device(o.device).type
+    with torch.autocast(device_type, torch.bfloat16) if o.precision == "bf16" else nullcontext():
         loss = arm.loss(batch)
     loss.backward()
     gradient = clock.read()
-    # Parameters that this arm did not use have no gradient, and AdamW passes them by.
+    # Parameters that this arm does not use have no gradient, and AdamW skips them.
     optimiser.step()
     optimiser.zero_grad()
     return clock.read() | {f"gradient_{name}": seconds for name, seconds in gradient.items()}
@@ -189,37 +206,37 @@ def step(o: Options, arm: Arm, optimiser: torch.optim.Optimizer, batch: Batch) -
 def prepared(o: Options, names: tuple[str, ...]) -> tuple[VLModel, torch.optim.Optimizer, dict[str, Arm]]:
     torch.set_num_threads(o.threads)
     torch.manual_seed(o.seed)
-    model = VLModel(made_config(o)).to(o.device).train()
+    model = VLModel(model_config(o)).to(o.device).train()
     optimiser = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
-    return model, optimiser, {name: made_arm(name, o, model) for name in names}
+    return model, optimiser, {name: build_arm(name, o, model) for name in names}
 
 
-def measure_memory(o: Options, name: str, told: multiprocessing.SimpleQueue) -> None:
-    """Peak of one arm in a process of its own: a CPU process cannot forget an earlier peak."""
+def measure_memory(o: Options, name: str, results: multiprocessing.SimpleQueue) -> None:
+    """Puts (peak bytes, trained parameters) of one arm. Runs in a process of its own, since a process cannot reset its peak."""
     model, optimiser, arms = prepared(o, (name,))
     for number in range(2):
-        step(o, arms[name], optimiser, made_batch(o, model.config, number))
-    told.put((peak_memory(o.device), sum(p.numel() for p in optimiser.state)))
+        step(o, arms[name], optimiser, random_batch(o, model.config, number))
+    results.put((peak_memory(o.device), sum(p.numel() for p in optimiser.state)))
 
 
 def memory_of(o: Options, name: str) -> tuple[int, int]:
-    """(peak bytes, parameters that the arm trains)."""
+    """Peak bytes, and the number of parameters that the arm trains."""
     context = multiprocessing.get_context("spawn")
-    told = context.SimpleQueue()
-    child = context.Process(target=measure_memory, args=(o, name, told))
+    results = context.SimpleQueue()
+    child = context.Process(target=measure_memory, args=(o, name, results))
     child.start()
     child.join()
     if child.exitcode:
         raise SystemExit(f"{name}: the process that measures its memory failed")
-    return told.get()
+    return results.get()
 
 
 def time_arms(o: Options) -> dict[str, list[dict[str, float]]]:
-    """Each arm's steps, one of each in turn, the order turned round every time; the first two are not counted."""
+    """Each arm's steps, taken in turn and in alternating order; the first two of each arm are a warm-up."""
     model, optimiser, arms = prepared(o, o.arms)
     steps: dict[str, list[dict[str, float]]] = {name: [] for name in arms}
     for number in range(-2 if o.repetitions > 1 else 0, o.repetitions):
-        batch = made_batch(o, model.config, max(0, number))
+        batch = random_batch(o, model.config, max(0, number))
         for name in list(arms)[:: 1 if number % 2 else -1]:
             seconds = step(o, arms[name], optimiser, batch)
             if number >= 0:
@@ -227,16 +244,16 @@ def time_arms(o: Options) -> dict[str, list[dict[str, float]]]:
     return steps
 
 
-def summarised(o: Options, steps: dict[str, list[dict[str, float]]]) -> list[dict]:
+def summary(o: Options, steps: dict[str, list[dict[str, float]]]) -> list[dict]:
     base = "mlm" if "mlm" in steps else next(iter(steps))
     key = "cpu_s" if torch.device(o.device).type == "cpu" else "wall_s"
     rows = []
-    for name, taken in steps.items():
+    for name, own in steps.items():
         row: dict = {"arm": name}
-        row |= {field: statistics.median(one[field] for one in taken) for field in taken[0]}
+        row |= {field: statistics.median(one[field] for one in own) for field in own[0]}
         row["base"], row["clock"] = base, key
         for field in (key, f"gradient_{key}", "flops"):
-            ratios = [one[field] / other[field] for one, other in zip(taken, steps[base])]
+            ratios = [one[field] / other[field] for one, other in zip(own, steps[base])]
             row[f"{field}_ratio"] = statistics.median(ratios)
         peak = peak_flops(o.device, o.precision)
         row["flops_per_s"] = row["flops"] / row[key]
@@ -251,7 +268,7 @@ def summarised(o: Options, steps: dict[str, list[dict[str, float]]]) -> list[dic
 def show(o: Options, rows: list[dict]) -> None:
     key, base = rows[0]["clock"], rows[0]["base"]
     table = Table(title=f"{o.size}, batch {o.batch}, vocabulary {o.vocab}, {o.device}, {o.precision}")
-    for title in ("arm", "step ms", f"time/{base}", "FLOPs", "over", "GFLOP", "GFLOP/s", "peak MB"):
+    for title in ("arm", "step ms", f"time/{base}", f"FLOPs/{base}", "time/FLOPs", "GFLOP", "GFLOP/s", "peak MB"):
         table.add_column(title, justify="left" if title == "arm" else "right")
     for row in rows:
         times, floor = row[f"{key}_ratio"], row["flops_ratio"]
@@ -277,13 +294,10 @@ def show(o: Options, rows: list[dict]) -> None:
 def main(o: Options) -> None:
     torch.set_num_threads(o.threads)
     common = stamp(o.device, "objective_step_time.py") | ({"plain_difference": check(o)} if o.check else {})
-    rows = summarised(o, time_arms(o))
+    rows = summary(o, time_arms(o))
     show(o, rows)
     options = {name: value for name, value in asdict(o).items() if name not in ("arms", "out")}
-    o.out.parent.mkdir(parents=True, exist_ok=True)
-    with o.out.open("a", encoding="utf-8") as file:
-        for row in rows:
-            file.write(json.dumps(common | options | row) + "\n")
+    append(o.out, [common | options | row for row in rows])
 
 
 if __name__ == "__main__":
