@@ -41,6 +41,8 @@ from tyro.conf import Positional
 UNCOMPARED = {
     "time", "elapsed", "left", "memory", "mfu", "data_wait", "pairs_per_s", "tokens_per_s", "flops_per_s", "source"
 }  # fmt: skip
+# Lines about steps; others say what the run started from.
+COMPARED_KINDS = {"train", "validation", "dropped"}
 # An option that has another name in one of the checkouts: {name here: names to try instead, in turn}.
 RENAMED: dict[str, tuple[str, ...]] = {}
 
@@ -205,6 +207,7 @@ def slug(name: str) -> str:
 
 
 def first_difference(old: Sequence[dict[str, Any]], new: Sequence[dict[str, Any]]) -> str | None:
+    old, new = ([line for line in lines if line["kind"] in COMPARED_KINDS] for lines in (old, new))
     for a, b in zip(old, new):
         for name in [*a, *(b.keys() - a.keys())]:
             if a.get(name) != b.get(name):
