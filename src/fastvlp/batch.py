@@ -95,7 +95,8 @@ class Batch:
     """Rows of images beside texts, the same for every objective: masking and other corruption happen on the device.
 
     Attributes:
-        image: uint8 [B 3 H W], normalised on the device; a float tensor counts as already normalised.
+        image: uint8 [B 3 H W], normalised on the device; a float tensor counts as already normalised. Or [B S D], states of
+            the images by an encoder that the run keeps as it is, computed before (`data/state_store.py`).
         ids: int64 [B L], `<s> words </s>` padded on the right to the longest of this batch.
         length: int64 [B], real tokens of each row, `<s>` and `</s>` included; it stands for an attention mask.
         seed: int64 [B], one random number a row. Everything random about the row is a hash of it, so that it does not depend

@@ -21,6 +21,8 @@ from fastvlp.data.records.schema import clean_text, usable_captions
 from fastvlp.data.records.shards import RecordError, Shards
 from fastvlp.data.records.transform import Fit, Transform
 from fastvlp.data.regions import ImageRegions, RegionSource, pad_regions, region_count
+from fastvlp.data.states_file import StatesFile
+from fastvlp.data.stored_images import ImageStore
 from fastvlp.data.tokenize import Tokenizer
 from fastvlp.errors import UserError
 from fastvlp.random import hash64
@@ -43,6 +45,12 @@ class Rows:
     make: Callable[[list[Row]], tuple[Batch, list[Dropped]]]
     damage: tuple[Dropped, ...] = ()
     lengths: Callable[[], Lengths] | None = None
+
+
+class Stored(NamedTuple):
+    """Where the states of frozen encoders are."""
+
+    images: ImageStore | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,9 +89,15 @@ class Data(abc.ABC):
         return Grouping(**given, max_tokens=self.max_tokens, reset_longest=self.fill != "official")
 
     @abc.abstractmethod
-    def rows(self, split: Split, tokenizer: Tokenizer, size: int, *, strict: bool) -> Rows | None:
-        """Rows with images of `size` x `size` pixels; None where there is no such split. `strict` raises where a record
-        is unreadable (evaluation); otherwise the record is dropped and named (training)."""
+    def rows(
+        self, split: Split, tokenizer: Tokenizer, size: int, *, strict: bool, stored: Stored | None = None
+    ) -> Rows | None:
+        """Rows with images of `size` x `size` pixels; None where there is no such split.
+
+        Args:
+            strict: raises where a record is unreadable (evaluation); otherwise it is dropped and named (training).
+            stored: states of frozen encoders that are read in place of pixels. It is given where there are some.
+        """
 
     @abc.abstractmethod
     def texts(self) -> Iterator[str]:
@@ -110,19 +124,23 @@ class PairData(Data):
     regions: RegionSource | None = None
     """Regions of each image that come along."""
 
-    def rows(self, split: Split, tokenizer: Tokenizer, size: int, *, strict: bool) -> Rows | None:
+    def rows(
+        self, split: Split, tokenizer: Tokenizer, size: int, *, strict: bool, stored: Stored | None = None
+    ) -> Rows | None:
         folder = {"train": self.train, "val": self.val, "test": self.test}[split]
         if folder is None:
             return None
         shards = Shards(folder)
+        transform = Transform(size=size, mode=self.fit)
         make = PairMaker(
             shards,
-            Transform(size=size, mode=self.fit),
+            transform,
             tokenizer,
             captions=self.captions,
             max_length=self.max_length,
             regions=self.regions,
             cache=self.cache,
+            states=stored.images.open(shards, transform) if stored and stored.images else None,
             strict=strict,
         )
         regions = partial(region_count, self.regions)
@@ -147,7 +165,7 @@ class PairData(Data):
 
 
 class Pair(NamedTuple):
-    """An image as the model sees it, its text, the row's seed, and the image's regions where it has any."""
+    """An image as the model sees it (or its stored states), its text, the row's seed, and the image's regions, if any."""
 
     image: Tensor
     text: str
@@ -161,7 +179,7 @@ class PairMaker:
     Args:
         captions: the field of `info` that holds a list of captions (or one).
         max_length: tokens of a row, <s> and </s> included; longer captions are cut.
-        regions, cache, strict: as `RecordReader` takes them.
+        regions, cache, states, strict: as `RecordReader` takes them.
     """
 
     def __init__(
@@ -174,9 +192,10 @@ class PairMaker:
         max_length: int,
         regions: RegionSource | None = None,
         cache: bool = False,
+        states: StatesFile | None = None,
         strict: bool = False,
     ):
-        self.reader = RecordReader(shards, transform, regions=regions, cache=cache, strict=strict)
+        self.reader = RecordReader(shards, transform, regions=regions, cache=cache, states=states, strict=strict)
         self.tokenizer = tokenizer
         self.captions = captions
         self.max_length = max_length

@@ -15,6 +15,7 @@ from fastvlp.data.records.decode import MAX_PIXELS, StoredShape, decode, stored_
 from fastvlp.data.records.shards import RecordError, Shards
 from fastvlp.data.records.transform import Transform
 from fastvlp.data.regions import ImageRegions, RegionSource, read_regions, visible_boxes
+from fastvlp.data.states_file import StatesFile
 from fastvlp.errors import UserError
 
 T = TypeVar("T")
@@ -31,6 +32,7 @@ class RecordReader:
             another number of images is an error.
         regions: parts of each image that come along; None: no regions.
         cache: keep the decoded images in memory, 3 * size**2 bytes each. Not for `all`, whose number is not known.
+        states: stored states of these images, which are read in place of their pixels.
         max_pixels: an image with more pixels is an error; its header is enough to see that.
         strict: raise UserError where a record cannot be used (evaluation), instead of dropping and naming it (training).
 
@@ -45,6 +47,7 @@ class RecordReader:
         images: int | Literal["first", "all"] = "first",
         regions: RegionSource | None = None,
         cache: bool = False,
+        states: StatesFile | None = None,
         max_pixels: int = MAX_PIXELS,
         strict: bool = False,
     ):
@@ -56,8 +59,9 @@ class RecordReader:
         self.regions = regions
         self.max_pixels = max_pixels
         self.strict = strict
-        self.cache: ImageCache | None = None
-        if cache:
+        self.states = states
+        self.cache: ImageCache | StatesFile | None = states
+        if cache and states is None:
             if images == "all":
                 raise ValueError("a cache needs a fixed number of images for each record")
             self.cache = ImageCache(len(shards) * (1 if images == "first" else images), transform.size)
@@ -109,16 +113,18 @@ class RecordView:
 
     @cached_property
     def images(self) -> list[Tensor]:
-        """The images in use, uint8 [3 size size] each."""
+        """The images in use, uint8 [3 size size] each; with stored states these, [S D] each."""
         reader, cache = self._reader, self._reader.cache
+        if isinstance(reader.images, int) and (count := reader.shards.image_count(self._i)) != reader.images:
+            raise RecordError(self.key, f"has {count} images, {reader.images} needed")
         if cache is not None and self._is_cached:
             return [cache.image(place) for place in self._places]
         record = Record(key=self.key, images=self.encoded, info=self.info)
-        if isinstance(reader.images, int) and len(record.images) != reader.images:
-            raise RecordError(record.key, f"has {len(record.images)} images, {reader.images} needed")
         images = list(decode(record, reader.transform, max_pixels=reader.max_pixels).images)
         images = images[:1] if reader.images == "first" else images
-        if cache is not None:
+        if reader.states is not None:
+            raise RecordError(record.key, f"could not be read when {reader.states.path} was made; delete that file")
+        if isinstance(cache, ImageCache):
             for place, image, shape in zip(self._places, images, self.shapes):
                 cache.put(place, image, shape)
         return images

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from fastvlp.data.pairs import Data, PairData, Rows, Split
+from fastvlp.data.pairs import Data, PairData, Rows, Split, Stored
 from fastvlp.data.records.shards import Shards
 from fastvlp.data.records.transform import Transform
 from fastvlp.data.regions import RegionSource
@@ -47,16 +47,18 @@ class ItemData(Data, abc.ABC):
         """Images of a record."""
         return 1
 
-    def items(self, split: Split, tokenizer: Tokenizer, size: int, *, strict: bool) -> ItemMaker | None:
-        """Items with images of `size` x `size` pixels; None where there is no such split. `strict` as in `rows`."""
+    def items(
+        self, split: Split, tokenizer: Tokenizer, size: int, *, strict: bool, stored: Stored | None = None
+    ) -> ItemMaker | None:
+        """Items with images of `size` x `size` pixels; None where there is no such split. `strict`, `stored`: as in `rows`."""
         if folder_of(self, split) is None:
             return None
         shards = split_shards(self, split)
-        items = self.read(shards)
+        items, transform = self.read(shards), Transform(size=size, mode=self.fit)
         return ItemMaker(
             shards,
             [item for item in items if self.used_in_training(item)] if split == "train" else items,
-            Transform(size=size, mode=self.fit),
+            transform,
             tokenizer,
             images=self.images,
             target=self.target,
@@ -64,16 +66,21 @@ class ItemData(Data, abc.ABC):
             cache=self.cache,
             strict=strict,
             regions=self.regions,
+            states=stored.images.open(shards, transform, self.images) if stored and stored.images else None,
         )
 
-    def rows(self, split: Split, tokenizer: Tokenizer, size: int, *, strict: bool) -> Rows | None:
-        items = self.items(split, tokenizer, size, strict=strict)
+    def rows(
+        self, split: Split, tokenizer: Tokenizer, size: int, *, strict: bool, stored: Stored | None = None
+    ) -> Rows | None:
+        items = self.items(split, tokenizer, size, strict=strict, stored=stored)
         return None if items is None else Rows(len(items.items), items, tuple(items.shards.damage))
 
-    def evaluation_items(self, split: Split, tokenizer: Tokenizer, size: int) -> ItemMaker:
+    def evaluation_items(
+        self, split: Split, tokenizer: Tokenizer, size: int, stored: Stored | None = None
+    ) -> ItemMaker:
         """Items to be scored, none left out. Raises UserError where there is no such split or, when its batch is made, for a
         record that cannot be used."""
-        items = self.items(split, tokenizer, size, strict=True)
+        items = self.items(split, tokenizer, size, strict=True, stored=stored)
         if items is None:
             raise no_split(split)
         return items

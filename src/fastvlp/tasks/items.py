@@ -17,6 +17,7 @@ from fastvlp.data.records.schema import clean_text
 from fastvlp.data.records.shards import RecordError, Shards
 from fastvlp.data.records.transform import Transform
 from fastvlp.data.regions import ImageRegions, RegionSource, pad_regions
+from fastvlp.data.states_file import StatesFile
 from fastvlp.data.tokenize import Tokenizer
 from fastvlp.errors import UserError
 from fastvlp.random import hash64
@@ -103,6 +104,7 @@ class ItemMaker:
         cache: keep the transformed images in memory.
         strict: raise UserError for an item that cannot be used (evaluation), instead of dropping it by name (training).
         regions: where the parts of each image come from, for a model that reads some.
+        states: stored states of the images, which are read in place of their pixels.
     """
 
     def __init__(
@@ -118,8 +120,11 @@ class ItemMaker:
         cache: bool,
         strict: bool,
         regions: RegionSource | None = None,
+        states: StatesFile | None = None,
     ):
-        self.reader = RecordReader(shards, transform, images=images, regions=regions, cache=cache, strict=strict)
+        self.reader = RecordReader(
+            shards, transform, images=images, regions=regions, cache=cache, states=states, strict=strict
+        )
         self.shards, self.items, self.transform, self.tokenizer = shards, items, transform, tokenizer
         self.images, self.target, self.max_length = images, target, max_length
 

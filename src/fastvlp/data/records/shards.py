@@ -9,6 +9,7 @@ places; it is built when it is missing or older than its tar.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
 import json
 import os
@@ -174,6 +175,22 @@ class Shards:
         return int(self._starts[-1])
 
     @property
+    def fingerprint(self) -> str:
+        """A hash of what identifies the tars without reading them: names, sizes and times, and what is where in them. A URL
+        has no times that stay."""
+        digest = hashlib.sha256()
+        for tar, index in zip(self._tars, self._indexes):
+            digest.update(f"{Path(tar).name} {index.size} {index.mtime_ns} {len(index.keys)}\n".encode())
+            digest.update("\n".join(index.keys).encode())
+            digest.update(b"".join(part.tobytes() for part in (index.first, index.offset, index.length)))
+        return digest.hexdigest()
+
+    @property
+    def folder(self) -> Path | None:
+        """The folder of the tars on this machine; None of a URL."""
+        return Path(self._tars[0]).parent if self._local else None
+
+    @property
     def keys(self) -> list[str]:
         """The keys of all readable records."""
         return [key for index in self._indexes for key in index.keys]
@@ -193,6 +210,11 @@ class Shards:
         if not images:
             raise RecordError(index.keys[r], f"no image in {tar}")
         return images
+
+    def image_count(self, i: int) -> int:
+        """How many images the record has, without reading them."""
+        _, index, r = self._place(i)
+        return sum(kind == "image" for kind, _, _ in index.members(r))
 
     def detected(self, i: int) -> tuple[bytes, ...]:
         """The npz with a detector's regions of each image; empty where there are none. The images are not read."""

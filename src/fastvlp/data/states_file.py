@@ -1,0 +1,289 @@
+"""A file of states that an encoder has computed: entries of S states each, read through memory mapping.
+
+It is in safetensors' format, so that other tools read it too:
+
+    states       float16 or float32 [R D]: the states of all entries, one entry after the other
+    first        int64 [N + 1]: entry i is states[first[i] : first[i + 1]]
+    image_shape  int32 [N 3]: height, width and EXIF orientation of the stored image of each entry (zeros for texts)
+    checksum     uint32 [N]: CRC-32 of the states and the shape of each entry
+    filled       uint8 [N]: 1 where an entry was computed, 0 where its image cannot be read
+
+`metadata["about"]` says, as JSON, what the states depend on: the encoder, the preprocessing, the shards.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastvlp.data.records.decode import StoredShape
+from fastvlp.errors import UserError
+
+try:
+    import fcntl
+except ImportError:  # Windows, where nothing keeps a second process from writing
+    fcntl = None  # type: ignore[assignment]
+
+StateType = Literal["fp16", "fp32"]
+Name = Literal["states", "first", "image_shape", "checksum", "filled"]
+DTYPES = {"F16": "<f2", "F32": "<f4", "I64": "<i8", "I32": "<i4", "U32": "<u4", "U8": "u1"}
+CODES: Mapping[StateType, str] = {"fp16": "F16", "fp32": "F32"}
+# Of a header; safetensors allows as much.
+MOST_BYTES = 100_000_000
+
+
+class DamagedStatesError(Exception):
+    """A file that is not what it was when it was written, or no file of states."""
+
+
+class Table(NamedTuple):
+    """Where a table lies in the file."""
+
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    offset: int
+
+    @property
+    def end(self) -> int:
+        return self.offset + self.dtype.itemsize * int(np.prod(self.shape))
+
+
+class Entries(NamedTuple):
+    """The entries of a file before they are computed: how many states each has [N], of which width and type, and what they
+    depend on."""
+
+    lengths: Sequence[int]
+    width: int
+    dtype: StateType
+    about: Mapping[str, Any]
+
+    def header(self) -> bytes:
+        count, rows = len(self.lengths), int(np.sum(self.lengths))
+        shapes = {
+            "states": (CODES[self.dtype], (rows, self.width)),
+            "first": ("I64", (count + 1,)),
+            "image_shape": ("I32", (count, 3)),
+            "checksum": ("U32", (count,)),
+            "filled": ("U8", (count,)),
+        }
+        fields: dict[str, Any] = {"__metadata__": {"about": json.dumps(self.about, sort_keys=True)}}
+        offset = 0
+        for name, (code, shape) in shapes.items():
+            end = offset + np.dtype(DTYPES[code]).itemsize * int(np.prod(shape))
+            fields[name] = {"dtype": code, "shape": list(shape), "data_offsets": [offset, end]}
+            offset = end
+        text = json.dumps(fields).encode()
+        text += b" " * (-len(text) % 64 + 56)
+        return len(text).to_bytes(8, "little") + text
+
+    @property
+    def size(self) -> int:
+        """Bytes of the file."""
+        header = self.header()
+        return max(table.end for table in read_header(header)[0].values())
+
+
+def read_header(data: bytes) -> tuple[dict[str, Table], dict[str, Any]]:
+    """The tables of a file, given its beginning, and what its states depend on. Raises DamagedStatesError."""
+    try:
+        fields = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+        about = json.loads(fields.pop("__metadata__")["about"])
+        start = 8 + int.from_bytes(data[:8], "little")
+        tables = {
+            name: Table(np.dtype(DTYPES[t["dtype"]]), tuple(map(int, t["shape"])), start + int(t["data_offsets"][0]))
+            for name, t in fields.items()
+        }
+        if missing := {"states", "first", "image_shape", "checksum", "filled"} - {*tables}:
+            raise DamagedStatesError(f"it lacks {', '.join(sorted(missing))}")
+        return tables, about
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        raise DamagedStatesError("its header cannot be read") from error
+
+
+def checksum(states: np.ndarray, image_shape: np.ndarray) -> int:
+    """Of one entry."""
+    return zlib.crc32(image_shape.tobytes(), zlib.crc32(states.tobytes()))
+
+
+class StatesFile:
+    """The entries of a finished file. Picklable; safe to use after a fork.
+
+    Raises DamagedStatesError where the file is shorter than its header says, or no such file.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        try:
+            with path.open("rb") as file:
+                length = int.from_bytes(file.read(8), "little")
+                if length > MOST_BYTES:
+                    raise DamagedStatesError("its header cannot be read")
+                file.seek(0)
+                self._tables, self.about = read_header(file.read(8 + length))
+                size = os.fstat(file.fileno()).st_size
+        except OSError as error:
+            raise DamagedStatesError(error.strerror or str(error)) from error
+        if size != max(table.end for table in self._tables.values()):
+            raise DamagedStatesError(f"it has {size} bytes, and its header says otherwise")
+        self._states, self._first = self._table("states"), self._table("first")
+        self._shape, self._checksum, self._filled = (self._table(n) for n in ("image_shape", "checksum", "filled"))
+        self._checked = np.zeros(len(self), dtype=bool)
+        if self._first[0] or self._first[-1] != len(self._states) or (np.diff(self._first) < 0).any():
+            raise DamagedStatesError("its entries are not where its header says")
+
+    def _table(self, name: Name) -> np.ndarray:
+        table = self._tables[name]
+        # Copied when it is written to, which nobody does: torch warns of arrays that cannot be written.
+        return np.memmap(self.path, table.dtype, "c", table.offset, table.shape)
+
+    def __len__(self) -> int:
+        return len(self._filled)
+
+    def __contains__(self, i: int) -> bool:
+        return bool(self._filled[i])
+
+    def image(self, i: int) -> Tensor:
+        """The states of entry i, [S D]. Raises UserError where its checksum is not that of its bytes; it is tested when the
+        entry is first read."""
+        states = self._states[int(self._first[i]) : int(self._first[i + 1])]
+        if not self._checked[i]:
+            if checksum(states, self._shape[i]) != self._checksum[i]:
+                raise UserError(
+                    f"{self.path}: damaged, entry {i} is not what was written; delete the file, and its states are computed "
+                    "again"
+                )
+            self._checked[i] = True
+        return torch.from_numpy(np.array(states))
+
+    def shape(self, i: int) -> StoredShape:
+        """How the image of entry i is stored."""
+        return StoredShape(*self._shape[i].tolist())
+
+    def lengths(self) -> np.ndarray:
+        """States of each entry, int64 [N]."""
+        return np.diff(self._first)
+
+    def __reduce__(self) -> tuple[type[StatesFile], tuple[Path]]:
+        return StatesFile, (self.path,)
+
+
+class StatesWriter:
+    """Fills the entries of a file that gets its name when it is complete. Its part of before an interruption is kept: what
+    was computed then is not missing.
+
+    Raises OSError where there is no room.
+    """
+
+    def __init__(self, file: int, entries: Entries):
+        self._file, header = file, entries.header()
+        self._tables, _ = read_header(header)
+        self.first = np.concatenate([[0], np.cumsum(np.asarray(entries.lengths, np.int64))])
+        size = max(table.end for table in self._tables.values())
+        if os.pread(file, len(header), 0) != header or os.fstat(file).st_size != size:
+            os.ftruncate(file, 0)
+            # A full disk is noticed now, and not after hours of computing.
+            reserve(file, size)
+            os.pwrite(file, self.first.astype("<i8").tobytes(), self._tables["first"].offset)
+            os.pwrite(file, header, 0)
+
+    def missing(self) -> list[int]:
+        """The entries that are still to be computed."""
+        filled = self._read("filled", 0, len(self.first) - 1)
+        return [i for i, done in enumerate(filled) if not (done and self._is_whole(i))]
+
+    def put(self, i: int, states: np.ndarray, image_shape: Sequence[int] = (0, 0, 0)) -> None:
+        """Entry i: [S D]."""
+        shape = np.asarray(image_shape, np.int32)
+        states = np.ascontiguousarray(states, self._tables["states"].dtype)
+        self._write("states", int(self.first[i]), states)
+        self._write("image_shape", i, shape)
+        self._write("checksum", i, np.asarray(checksum(states, shape), np.uint32))
+        self._write("filled", i, np.asarray(1, np.uint8))
+
+    def _is_whole(self, i: int) -> bool:
+        states = self._read("states", int(self.first[i]), int(self.first[i + 1]))
+        shape = self._read("image_shape", i, i + 1)[0]
+        return checksum(states, shape) == self._read("checksum", i, i + 1)[0]
+
+    def _row(self, name: Name) -> tuple[np.dtype, tuple[int, ...], int, int]:
+        dtype, shape, offset = self._tables[name]
+        return dtype, shape[1:], offset, dtype.itemsize * int(np.prod(shape[1:]))
+
+    def _read(self, name: Name, first: int, end: int) -> np.ndarray:
+        dtype, shape, offset, size = self._row(name)
+        data = os.pread(self._file, (end - first) * size, offset + first * size)
+        return np.frombuffer(data, dtype).reshape(end - first, *shape)
+
+    def _write(self, name: Name, first: int, rows: np.ndarray) -> None:
+        *_, offset, size = self._row(name)
+        data = memoryview(rows.tobytes())
+        at = offset + first * size
+        while data:
+            written = os.pwrite(self._file, data, at)
+            data, at = data[written:], at + written
+
+
+def reserve(file: int, size: int) -> None:
+    """Makes room for `size` bytes."""
+    if hasattr(os, "posix_fallocate") and size:
+        os.posix_fallocate(file, 0, size)
+    else:
+        os.ftruncate(file, size)
+
+
+@contextmanager
+def open_part(path: Path, wait: Callable[[], None]) -> Iterator[int | None]:
+    """The file beside `path` to write to, open and locked against other processes; None where another process has completed
+    `path` meanwhile. `wait` is called where that is waited for. The block renames it with `complete`."""
+    part = part_of(path)
+    part.parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        file = os.open(part, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            _lock(file, wait)
+            if path.exists():
+                if _is_same(file, part):
+                    part.unlink()
+                yield None
+                return
+            # The process that had it may have completed or removed it before it let go of it.
+            if _is_same(file, part):
+                yield file
+                return
+        finally:
+            os.close(file)
+
+
+def complete(file: int, path: Path) -> None:
+    """Gives a part that is full its name."""
+    os.fsync(file)
+    part_of(path).replace(path)
+
+
+def part_of(path: Path) -> Path:
+    return path.with_name(f"{path.name}.part")
+
+
+def _lock(file: int, wait: Callable[[], None]) -> None:
+    if fcntl is None:
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        wait()
+        fcntl.flock(file, fcntl.LOCK_EX)
+
+
+def _is_same(file: int, path: Path) -> bool:
+    with suppress(FileNotFoundError):
+        return os.path.samestat(os.fstat(file), path.stat())
+    return False
