@@ -21,6 +21,7 @@ from fastvlp.data.records.schema import clean_text, usable_captions
 from fastvlp.data.records.shards import RecordError, Shards
 from fastvlp.data.records.transform import Fit, Transform
 from fastvlp.data.regions import ImageRegions, RegionSource, pad_regions, region_count
+from fastvlp.data.state_store import StoreNote
 from fastvlp.data.states_file import StatesFile
 from fastvlp.data.stored_images import ImageStore
 from fastvlp.data.tokenize import Tokenizer
@@ -51,6 +52,11 @@ class Stored(NamedTuple):
     """Where the states of frozen encoders are."""
 
     images: ImageStore | None = None
+
+    @property
+    def notes(self) -> list[StoreNote]:
+        """What was done about the states of the splits that were read."""
+        return [] if self.images is None else self.images.store.notes
 
 
 @dataclass(frozen=True, kw_only=True)

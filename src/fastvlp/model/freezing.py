@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 from torch import nn
 
@@ -33,3 +34,15 @@ class Freezable(nn.Module):
         """Whether the module `part` has parameters and learns none of them."""
         parameters = [*self.get_submodule(part).parameters()]
         return bool(parameters) and not any(parameter.requires_grad for parameter in parameters)
+
+
+@contextmanager
+def evaluation_mode(module: nn.Module) -> Iterator[None]:
+    """Without dropout; afterwards each part is back in the mode it was in."""
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, training in modes:
+            part.training = training

@@ -169,6 +169,21 @@ class Head(nn.Module):
                 x = block(x, mask=mask)
         return self.pooled(x, seen_BS)
 
+    @property
+    def condenses(self) -> bool:
+        """Whether it makes the same vector of fewer states than an encoder gives."""
+        plain = self.regions is None and not self.blocks and self.attention is None
+        return plain and (self.pool in ("first", "last", "end") or isinstance(self.norm, nn.Identity))
+
+    def condensed(self, state_BSD: Tensor, length_B: Tensor | None = None) -> Tensor:
+        """The fewest states that a head that `condenses` makes the same vector of: one, [B 1 D], or two where all but the
+        first count. They are all real."""
+        seen_BS = (
+            None if length_B is None else torch.arange(state_BSD.shape[1], device=length_B.device) < length_B[:, None]
+        )
+        x_B1D = self.pooled(state_BSD, seen_BS)[:, None]
+        return torch.cat([state_BSD[:, :1], x_B1D], 1) if self.pool == "patches" else x_B1D
+
     def pooled(self, state_BSD: Tensor, seen_BS: Tensor | None) -> Tensor:
         """One vector of all states -> [B D]. `seen_BS`: which states are no padding; None means all."""
         if self.attention is not None:

@@ -180,12 +180,16 @@ class VLModel(Freezable):
     def encode_image(self, image: Tensor, keep_BK: Tensor | None = None, regions: Regions | None = None) -> Tensor:
         """States of images, uint8 [B 3 H W] -> [B K D]; a single stream reads features of regions instead: [B R F].
 
-        `keep_BK`: the patches to encode; None means all. Raises UserError where they cannot be left out.
+        Args:
+            image: the images, or their stored states [B K D], which are not encoded again.
+            keep_BK: the patches to encode; None means all.
+
+        Raises UserError where patches cannot be left out.
         """
         if keep_BK is not None:
             self.config.image.check_can_drop()
         if self.config.single is None:
-            return self.image(image, keep_BK)
+            return self._encoded(image, keep_BK)
         if keep_BK is not None:
             raise UserError("patches cannot be left out where a single stream reads regions; set `keep` to 1")
         source = self.config.single.regions
@@ -193,7 +197,10 @@ class VLModel(Freezable):
             return region_features(source, image, regions)
         pool = RegionPool(samples=source.pool, place="exact")
         weight_BRN = box_weights(require_regions(regions).box, self.config.image.grid, pool)
-        return pool_regions(self.image(image), weight_BRN, self.config.image)
+        return pool_regions(self._encoded(image), weight_BRN, self.config.image)
+
+    def _encoded(self, image: Tensor, keep_BK: Tensor | None = None) -> Tensor:
+        return image.to(self.image.mean.dtype) if image.ndim == 3 else self.image(image, keep_BK)
 
     def read_regions(
         self,

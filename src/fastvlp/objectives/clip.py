@@ -39,6 +39,8 @@ class CLIPConfig(PairsConfig):
 
 
 class CLIP(PairObjective):
+    image_use = "embedding"
+
     def __init__(self, config: CLIPConfig):
         super().__init__()
         self.config = config

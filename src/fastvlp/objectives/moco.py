@@ -111,6 +111,8 @@ class MoCo(PairObjective):
             self.register_buffer(name, unit(nn.init.normal_(torch.empty(config.queue, width))))
         self.register_buffer("written", torch.zeros((), dtype=torch.int64))
         self.latest: tuple[Tensor, Tensor] | None = None
+        # Of some patches alone there are no stored states.
+        self.image_use = "embedding" if config.key_keep == 1 else "pixels"
 
     def begin(self, model: VLModel) -> None:
         self.slow = momentum_copy(model)

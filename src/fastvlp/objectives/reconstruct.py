@@ -59,6 +59,7 @@ class Reconstruct(Objective):
     """An image's loss is the mean over its dropped patches, so that the count is one of images."""
 
     position: Tensor
+    image_use = "pixels"
 
     def __init__(self, config: ReconstructConfig, model: ModelConfig):
         super().__init__()

@@ -34,6 +34,8 @@ class SigLIPConfig(PairsConfig):
 
 
 class SigLIP(PairObjective):
+    image_use = "embedding"
+
     def __init__(self, config: SigLIPConfig):
         super().__init__()
         self.config = config

@@ -57,6 +57,7 @@ class SimCLRConfig(ObjectiveConfig):
 
 class SimCLR(PairObjective):
     abilities = frozenset()
+    image_use = "pixels"
 
     def __init__(self, config: SimCLRConfig, width: int):
         super().__init__()

@@ -295,6 +295,9 @@ def tell_start(state: TrainState, log: RunLog) -> None:
     sizes = part_sizes(state.model, state.pretraining.objectives)
     parts = {name: size._asdict() for name, size in sizes.items()}
     log.event("parameters", step=0, elapsed=0.0, text=sizes_line(sizes), parts=parts)
+    for note in state.stored.notes if state.stored is not None else ():
+        facts = note._replace(path=str(note.path or ""))._asdict()
+        log.event("states", step=0, elapsed=0.0, text=str(note), **facts)
     tell_dropped(state, state.dropped, log)
     run, records = state.run, state.train.count
     rows = run.data.batch_size * run.accumulate * dist.world()

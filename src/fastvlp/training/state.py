@@ -18,7 +18,8 @@ from fastvlp.batch import Batch
 from fastvlp.config import differences, to_json
 from fastvlp.data.augment import AugmentConfig
 from fastvlp.data.loader import Loader, Row
-from fastvlp.data.pairs import Data, Rows
+from fastvlp.data.pairs import Data, Rows, Stored
+from fastvlp.data.state_store import StatesConfig
 from fastvlp.data.tokenize import Tokenizer
 from fastvlp.dist import pick_device
 from fastvlp.errors import UserError
@@ -44,12 +45,14 @@ from fastvlp.training.checkpoint import load_checkpoint, save_checkpoint
 from fastvlp.training.flops import FlopCounter
 from fastvlp.training.optim import OptimConfig, adamw
 from fastvlp.training.pretraining import Pretraining
+from fastvlp.training.stored_inputs import stored_inputs
 from fastvlp.training.trained_parts import LastLayers, freeze
 
 # A resumed run may change these; anything else would make it another run.
 FREE = {
     "name", "out", "steps", "budget_s", "log_every", "validate_every", "checkpoint_every", "max_bad_steps", "init",
     "compile", "device", "tensorboard", "threads", "tokenizer", "data.workers", "data.cache", "data.test",
+    "states.folder",
 }  # fmt: skip
 
 
@@ -86,6 +89,8 @@ class TrainConfig:
     freeze: tuple[str, ...] = ()
     train_last: LastLayers = field(default_factory=LastLayers)
     """Train the last layers of an encoder alone."""
+    states: StatesConfig = field(default_factory=StatesConfig)
+    """Store the states of encoders that the run keeps as they are."""
     seed: int = 0
     precision: Literal["fp32", "bf16"] = "bf16"
     compile: bool = False
@@ -158,7 +163,8 @@ class TrainState:
     """Where a run stands. `wrapped` is `pretraining`, maybe under DDP. `elapsed`: seconds of training, agreed by all
     ranks. `pairs` and `tokens` (targets of all losses) count all ranks. `dropped`: unreadable records and what damaged
     shards lack, key -> reason. `bad_steps` in a row were skipped, `skipped` in all. `best`: lowest validation loss so
-    far. `inherited`: what `run.init` gave. `length_was`: of a resumed run, when it was saved. `told`: the signal that this
+    far. `inherited`: what `run.init` gave. `stored`: where states of frozen encoders are. `length_was`: of a resumed run,
+    when it was saved. `told`: the signal that this
     process got; `stop`: the one that all ranks stop for."""
 
     run: TrainConfig
@@ -180,6 +186,7 @@ class TrainState:
     skipped: int = 0
     best: float = math.inf
     inherited: Inheritance | None = None
+    stored: Stored | None = None
     length_was: str | None = None
     flops: FlopCounter = field(default_factory=FlopCounter)
     told: int | None = None
@@ -220,12 +227,18 @@ def start(run: TrainConfig, resume: bool = False) -> TrainState:
     ema = None
     if run.ema is not None:
         ema = AveragedModel(pretraining, multi_avg_fn=get_ema_multi_avg_fn(run.ema))
-    rows = run.data.rows("train", tokenizer, size, strict=False)
+    saved = saved_state(run) if resume and (run.folder / "last.pt").exists() else None
+    if saved is not None:
+        load_exactly(pretraining, saved["pretraining"], run.folder / "last.pt")
+    # After the weights: stored states are those of one encoder.
+    stored = stored_inputs(run, pretraining)
+    given: dict[str, Any] = {} if stored is None else {"stored": stored}
+    rows = run.data.rows("train", tokenizer, size, strict=False, **given)
     if rows is None:
         raise UserError(f"{run.name}: the data has no training split")
     for objective in cast(Mapping[str, Objective], pretraining.objectives).values():
         objective.check(samples(rows))
-    held_out = run.data.rows("val", tokenizer, size, strict=True)
+    held_out = run.data.rows("val", tokenizer, size, strict=True, **given)
     state = TrainState(
         run=run,
         device=device,
@@ -239,10 +252,11 @@ def start(run: TrainConfig, resume: bool = False) -> TrainState:
         val=None if held_out is None else make_loader(run, held_out),
         dropped={part.key: part.reason for part in rows.damage},
         inherited=inherited,
+        stored=stored,
         flops=FlopCounter(model.config.image.tokens),
     )
-    if resume and (run.folder / "last.pt").exists():
-        restore(state)
+    if saved is not None:
+        restore(state, saved)
     if run.compile:
         compile_blocks(pretraining)
     if dist.world() > 1:
@@ -367,25 +381,35 @@ def inherited_abilities(state: TrainState) -> list[Ability]:
     return ["embed"] if came else []
 
 
-def restore(state: TrainState) -> None:
-    """Brings a fresh state to where its last checkpoint stood. Raises UserError where that is of another run."""
-    path = state.run.folder / "last.pt"
-    told = load_checkpoint(path)
-    if missing := {"run", "rows", "ranks", "pretraining", "optimiser", "ema", "dropped", *COUNTERS} - set(told):
+def saved_state(run: TrainConfig) -> dict[str, Any]:
+    """The last checkpoint of a run. Raises UserError where it is of another one."""
+    path = run.folder / "last.pt"
+    saved = load_checkpoint(path)
+    if missing := {"run", "rows", "ranks", "pretraining", "optimiser", "ema", "dropped", *COUNTERS} - set(saved):
         raise UserError(f"{path}: not a checkpoint of a run, it lacks {', '.join(sorted(missing))}")
-    changed = {k: v for k, v in differences(told["run"], to_json(state.run)).items() if k not in FREE}
-    here = {"ranks": dist.world(), "rows": state.train.count}
-    changed |= {name: (told[name], now) for name, now in here.items() if told[name] != now}
+    changed = {k: v for k, v in differences(saved["run"], to_json(run)).items() if k not in FREE}
+    refuse(path, changed | ({} if saved["ranks"] == dist.world() else {"ranks": (saved["ranks"], dist.world())}))
+    return saved
+
+
+def refuse(path: Path, changed: Mapping[str, tuple[Any, Any]]) -> None:
+    """Raises UserError where the run that saved a checkpoint was another one; `changed`: then and now, by name."""
     if changed:
         fields = "; ".join(f"{name}: {old} then, {new} now" for name, (old, new) in changed.items())
         raise UserError(
             f"{path}: saved by another run ({fields}); resume with the same values, or choose another folder with --out"
         )
-    load_exactly(state.pretraining, told["pretraining"], path)
+
+
+def restore(state: TrainState, saved: Mapping[str, Any]) -> None:
+    """Brings a fresh state, whose weights are loaded, to where the checkpoint stood. Raises UserError where its data had
+    other rows."""
+    path, rows = state.run.folder / "last.pt", state.train.count
+    refuse(path, {} if saved["rows"] == rows else {"rows": (saved["rows"], rows)})
     if state.ema is not None:
-        load_exactly(state.ema, told["ema"], path)
-    state.optimiser.load_state_dict(told["optimiser"])
-    state.dropped = told["dropped"] | state.dropped
-    state.length_was = replace(state.run, **{name: told["run"][name] for name in ("steps", "budget_s")}).length
+        load_exactly(state.ema, saved["ema"], path)
+    state.optimiser.load_state_dict(saved["optimiser"])
+    state.dropped = saved["dropped"] | state.dropped
+    state.length_was = replace(state.run, **{name: saved["run"][name] for name in ("steps", "budget_s")}).length
     for name in COUNTERS:
-        setattr(state, name, told[name])
+        setattr(state, name, saved[name])

@@ -18,6 +18,7 @@ from fastvlp.errors import UserError
 from fastvlp.model.encoders.interface import TextEncoder, TextEncoderConfig
 from fastvlp.model.encoders.text_transformer import with_positions
 from fastvlp.model.encoders.transformers_models import architecture_of, build_model, model_config
+from fastvlp.model.freezing import evaluation_mode
 from fastvlp.model.layers import KeyValue
 
 
@@ -146,18 +147,15 @@ class TransformersText(TextEncoder):
         if self._masks_checked or self.word_table.device.type == "meta":
             return
         self._masks_checked = True
-        modes = [(module, module.training) for module in self.modules()]
-        self.eval()
         ids = torch.arange(4, device=self.word_table.device).clamp(max=self.config.vocab - 1)
         ids_24, position = torch.stack([ids, ids.roll(-2)]), torch.arange(4, device=ids.device)
         ids_24[1, :2] = ids_24[0, :2]
         try:
-            first, second = self.states(ids_24, position, causal=True)[-1][:, :2]
+            with evaluation_mode(self):
+                first, second = self.states(ids_24, position, causal=True)[-1][:, :2]
             honoured = torch.allclose(first, second, atol=1e-4)
         except (RuntimeError, ValueError):
             honoured = False
-        for module, training in modes:
-            module.training = training
         if not honoured:
             self._masks_checked = False
             raise UserError(
