@@ -13,6 +13,7 @@ import torch
 
 from fastvlp import dist
 from fastvlp.data.records.shards import ShardWriter
+from fastvlp.data.state_store import StatesConfig
 from fastvlp.model.saving import load_model
 from fastvlp.objectives.moco import MoCoConfig
 from fastvlp.training.checkpoint import load_checkpoint
@@ -62,6 +63,11 @@ def folder(tmp_path_factory) -> Path:
     odd["freeze"] = ("text.word",)
     train(made_run(pairs, folder / "one" / "queue", "moco", batch_size=12, **odd))
     runs.append(made_run(pairs, folder / "two" / "queue", "moco", batch_size=6, **odd))
+    frozen = {"freeze": ("image",), "states": StatesConfig(store="always"), "steps": 3, "threads": 1}
+    train(made_run(pairs, folder / "one" / "stored", "clip", batch_size=12, **frozen))
+    # Of their own, so that the ranks compute the states: one of them does.
+    again = made_pairs(folder / "again")
+    runs.append(made_run(again, folder / "two" / "stored", "clip", batch_size=6, **frozen))
     bad = [replace(r, images=(b"",)) if i % 3 == 0 else r for i, r in enumerate(made_records(12))]
     with ShardWriter(folder / "bad" / "train") as writer:
         for record in bad:
@@ -73,7 +79,7 @@ def folder(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("names", COMBINATIONS, ids="-".join)
+@pytest.mark.parametrize("names", [*COMBINATIONS, ("stored",)], ids="-".join)
 def test_one_rank_equals_two(folder, names):
     one, two = (load_model(folder / count / "-".join(names), "last") for count in ("one", "two"))
     assert one.info["pairs"] == two.info["pairs"] == 36
