@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import tempfile
 from itertools import count
@@ -11,11 +12,13 @@ import numpy as np
 
 from fastvlp.extensions import import_file
 from fastvlp.search.engines.interface import Stamp, open_index
-from tests.test_contributing import FILES
 
 # The engine of CONTRIBUTING.md, in a file of its own.
 OWN_ENGINE = Path(tempfile.mkdtemp()) / "numpy_index.py"
-OWN_ENGINE.write_text(FILES["numpy_index.py"], encoding="utf-8")
+TEXT = (Path(__file__).parents[2] / "CONTRIBUTING.md").read_text(encoding="utf-8")
+OWN_ENGINE.write_text(
+    re.findall(r"`numpy_index\.py`[^`]*?\n\n```python\n(.*?)```", TEXT, re.DOTALL)[0], encoding="utf-8"
+)
 import_file(OWN_ENGINE)
 WIDTH = 16
 STAMP = Stamp(fingerprint="f" * 32, width=WIDTH, model="made")
