@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastvlp.batch import Batch
-from fastvlp.data.pairs import Fit, Split
+from fastvlp.data.pairs import Split
 from fastvlp.data.records.schema import LABELS, entailment_fault
 from fastvlp.data.records.shards import Shards
+from fastvlp.data.records.transform import Fit
 from fastvlp.data.tokenize import Tokenizer
 from fastvlp.eval.classification import mean_by
 from fastvlp.eval.mode import evaluating

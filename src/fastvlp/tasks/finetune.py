@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from fastvlp import dist
-from fastvlp.data.pairs import Fit
+from fastvlp.data.records.transform import Fit
 from fastvlp.data.splits import find_splits
 from fastvlp.errors import UserError
 from fastvlp.model.model import ModelConfig, Reading

@@ -10,7 +10,7 @@ from fastvlp.model.model import Cache, VLModel
 
 def next_scores(model: VLModel, ids_B: Tensor, cache: Cache) -> Tensor:
     """Log-probabilities of the token after `ids` -> [B V]; padding, <s> and the mask have none."""
-    logits = model.causal_head(model.step(ids_B, cache)).float()
+    logits: Tensor = model.causal_head(model.step(ids_B, cache)).float()
     text = model.config.text
     logits[:, [text.pad, text.bos, text.mask]] = float("-inf")
     return logits.log_softmax(-1)

@@ -76,7 +76,8 @@ class HeadObjective(Objective, abc.ABC):
     def logits(self, model: VLModel, image_BKD: Tensor, batch: Batch) -> Tensor:
         """Logits of the items -> [items outputs]; an item has `images` consecutive rows of the batch."""
         pooled = self.pooled(model, image_BKD, batch.ids, batch.length, batch.regions, batch.slot)
-        return self.head(pooled.unflatten(0, (-1, self.images)).flatten(1)).float()
+        logits: Tensor = self.head(pooled.reshape(-1, self.images * pooled.shape[1]))
+        return logits.float()
 
 
 def check_reading(reading: Reading, model: ModelConfig, images: int = 1) -> None:

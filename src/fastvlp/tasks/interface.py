@@ -75,7 +75,7 @@ class FineTuned(NamedTuple):
 
     def rows(self, split: Split) -> Rows:
         """The rows of a split, to be scored; raises UserError as `items`."""
-        rows = self.data.rows(split, self.saved.tokenizer, self.saved.model.config.image.size, strict=True)
+        rows: Rows | None = self.data.rows(split, self.saved.tokenizer, self.saved.model.config.image.size, strict=True)
         if rows is None:
             raise no_split(split)
         return rows
@@ -123,8 +123,9 @@ class Task(abc.ABC):
     def objective(self, data: Any, pretrained: Pretrained, reading: Reading | None) -> ObjectiveConfig:
         """The objective that is trained: by default a `config` with the task's options, that reads texts as in pretraining.
         `reading`: how the user wants texts to be read; None leaves the choice to the task."""
-        config: Any = self.config
-        return config(reading=reading or pretrained.reading, bos=pretrained.bos, **self.options())
+        make: Any = self.config
+        config: ObjectiveConfig = make(reading=reading or pretrained.reading, bos=pretrained.bos, **self.options())
+        return config
 
     def options(self) -> dict[str, Any]:
         """The chosen options, by name."""

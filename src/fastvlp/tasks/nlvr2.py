@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from fastvlp.batch import Batch, Regions
-from fastvlp.data.pairs import Fit, Split
+from fastvlp.data.pairs import Split
+from fastvlp.data.records.transform import Fit
 from fastvlp.data.tokenize import Tokenizer
 from fastvlp.errors import UserError
 from fastvlp.model.model import ModelConfig, Reading, VLModel
@@ -84,18 +85,20 @@ class NLVR2(Truth):
         if self.form == "triplet":
             feature, regions, slot = side_by_side(image_BKD, regions)
             joint = model.read_regions(feature, regions, ids[::2], length[::2], slot_B=slot)
-            return self.head(joint.pooled).float()
+            logits: Tensor = self.head(joint.pooled)
+            return logits.float()
         joint = model.read_regions(image_BKD, regions, ids, length, slot_B=batch.slot)
         state_BSD = torch.cat([joint.text, joint.region], 1)
         word_BL = torch.arange(ids.shape[1], device=ids.device) < length[:, None]
         real_BS = torch.cat([word_BL, regions.mask], 1)
-        return self.head(state_BSD[::2], real_BS[::2], state_BSD[1::2], real_BS[1::2]).float()
+        logits = self.head(state_BSD[::2], real_BS[::2], state_BSD[1::2], real_BS[1::2])
+        return logits.float()
 
 
 def side_by_side(feature_BRF: Tensor, regions: Regions) -> tuple[Tensor, Regions, Tensor]:
     """Turns the two rows of a pair of images into one row with the regions of both: features, regions, and the image of each
     region."""
-    feature, box = (x.unflatten(0, (-1, 2)).flatten(1, 2) for x in (feature_BRF, regions.box))
+    feature, box = (x.reshape(-1, 2 * x.shape[1], x.shape[2]) for x in (feature_BRF, regions.box))
     slot = torch.arange(2, device=box.device).repeat_interleave(regions.box.shape[1]).expand(box.shape[:2])
     # Padding lies between the regions of both; it has no area, so that the mask leaves it out.
     return feature, Regions(box=box, count=torch.full_like(regions.count[::2], box.shape[1])), slot

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
-from fastvlp.data.pairs import Fit
+from fastvlp.data.records.transform import Fit
 from fastvlp.data.regions import RegionSource
 from fastvlp.model.model import Bos, Reading
 from fastvlp.model.saved_run import read_saved_run
@@ -41,7 +41,8 @@ class Pretrained(NamedTuple):
     @property
     def reading(self) -> Reading:
         """How the model read texts in pretraining."""
-        return self.saved.info.get("reading", "full")
+        reading: Reading = self.saved.info.get("reading", "full")
+        return reading
 
     @property
     def bos(self) -> Bos:

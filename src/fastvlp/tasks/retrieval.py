@@ -194,7 +194,7 @@ def score_all(tuned: FineTuned, split: Split, texts: Sequence[str]) -> Tensor:
     model, objective, data, rows = tuned.saved.model, tuned.objective, tuned.data, tuned.rows(split)
     device = next(model.parameters()).device
     ids_TL, length_T = (part.to(device) for part in tuned.saved.tokenizer.encode(list(texts), data.max_length))
-    parts = length_T.argsort().split(ROWS)
+    parts = torch.split(length_T.argsort(), ROWS)
     score_IT = torch.empty(rows.count, len(texts))
     first = 0
     with evaluating(model, objective):

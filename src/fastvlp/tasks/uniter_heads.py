@@ -31,13 +31,14 @@ def region_head(width: int, layers: Literal[1, 2] = 1) -> nn.Module:
 
 def region_scores(score: nn.Module, region_BRD: Tensor, region_BR: Tensor) -> Tensor:
     """How well each region fits the text -> [B R]; padding has -1e4. `score`: a `region_head`."""
-    return score(region_BRD)[..., 0].masked_fill(~region_BR, -1e4)
+    score_BR: Tensor = score(region_BRD)[..., 0]
+    return score_BR.masked_fill(~region_BR, -1e4)
 
 
 def rank_loss(score_GS: Tensor, margin: float = 0.2) -> Tensor:
     """max(0, margin + sigmoid(wrong) - sigmoid(right)) -> [G S-1]. Each group has the right pair first, then wrong ones."""
-    right, wrong = torch.sigmoid(score_GS).split([1, score_GS.shape[1] - 1], 1)
-    return F.relu(margin + wrong - right)
+    probability_GS = torch.sigmoid(score_GS)
+    return F.relu(margin + probability_GS[:, 1:] - probability_GS[:, :1])
 
 
 class PairAttention(nn.Module):
@@ -58,10 +59,12 @@ class PairAttention(nn.Module):
         read = attend(own, attend.keys(other), mask[:, None, None])
         x = self.drop(F.relu(self.join(torch.cat([read, own], -1))))
         weight = F.relu(self.weigh(x))[..., 0].masked_fill(~own_real, -1e4).softmax(1)
-        return (self.drop(weight)[:, None] @ x)[:, 0]
+        pooled: Tensor = self.drop(weight)[:, None] @ x
+        return pooled[:, 0]
 
     def forward(self, left_BSD: Tensor, left_BS: Tensor, right_BSD: Tensor, right_BS: Tensor) -> Tensor:
         """States of words and regions of both sequences, and which of them are no padding -> logits (false, true) [B 2]."""
         left = self._pooled(left_BSD, left_BS, self.to_right, right_BSD, right_BS)
         right = self._pooled(right_BSD, right_BS, self.to_left, left_BSD, left_BS)
-        return self.out(torch.cat([left, right], -1))
+        logits: Tensor = self.out(torch.cat([left, right], -1))
+        return logits

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from fastvlp.batch import Regions
-from fastvlp.data.pairs import Fit, Split
+from fastvlp.data.pairs import Split
 from fastvlp.data.records.schema import clean_text
 from fastvlp.data.records.shards import Shards
+from fastvlp.data.records.transform import Fit
 from fastvlp.data.tokenize import Tokenizer
 from fastvlp.errors import UserError
 from fastvlp.eval.mode import evaluating
