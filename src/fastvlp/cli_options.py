@@ -88,6 +88,7 @@ def parse_pretrain(argv: Sequence[str]) -> Run:
     folder, args = take_option(args, "--from")
     if folder is not None:
         run = starting_from(run, folder)
+    run, args = with_encoders(run, args)
     parsed = tyro.cli(
         Overrides,
         default=Overrides(run),
@@ -97,6 +98,27 @@ def parse_pretrain(argv: Sequence[str]) -> Run:
         config=(tyro.conf.AvoidSubcommands,),
     )
     return functools.partial(loop.train, one_length(parsed.run, args), parsed.resume, verbose=True)
+
+
+def with_encoders(run: TrainConfig, argv: Sequence[str]) -> tuple[TrainConfig, list[str]]:
+    """The run with the public encoders that `--image` and `--text` name, and the other words, which may change what they bring
+    along, such as `--model.image.size`."""
+    from fastvlp.training.public_start import with_public_encoders
+
+    names: dict[str, Any] = {"image": run.image, "text": run.text}
+    layers: dict[str, Any] = {"image_layers": run.image_layers, "text_layers": run.text_layers}
+    args = list(argv)
+    for name in names:
+        value, args = take_option(args, f"--{name}")
+        names[name] = names[name] if value is None else None if value == "None" else value
+    for name in layers:
+        value, args = take_option(args, f"--{name.replace('_', '-')}")
+        if value is not None and value != "None" and not value.isdecimal():
+            raise UserError(f"`{name}` is a number of layers, not {value}")
+        layers[name] = layers[name] if value is None else None if value == "None" else int(value)
+    if not any(names.values()):
+        return replace(run, **names, **layers), args
+    return with_public_encoders(run, **names, **layers), args
 
 
 def with_size(run: TrainConfig, argv: Sequence[str]) -> tuple[TrainConfig, list[str]]:

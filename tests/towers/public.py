@@ -7,7 +7,11 @@ from typing import Any
 
 import torch
 import transformers as hf
+from tokenizers import Tokenizer as RawTokenizer
+from tokenizers import models, pre_tokenizers
 from torch import nn
+
+from fastvlp.data.tokenize import Tokenizer
 
 VIT: dict[str, Any] = {
     "hidden_size": 32,
@@ -106,3 +110,59 @@ def pair_models() -> dict[str, nn.Module]:
             hf.ChineseCLIPConfig(text_config={**text, "vocab_size": 99}, vision_config=vision, projection_dim=24)
         ),
     }
+
+
+TEXTS = [
+    "a red circle left of a blue square",
+    "two small green triangles above a large yellow star",
+    "the picture shows a white cross and three purple rings",
+]
+
+
+def write_tokenizer(kind: str, folder: Path) -> int:
+    """A tokenizer.json like that of BERT (wordpiece), RoBERTa (bpe), CLIP or SigLIP, and how many tokens it has."""
+    if kind in ("wordpiece", "bpe"):
+        tokenizer = Tokenizer.train(TEXTS * 3, kind, vocab_size=300)
+        tokenizer.save(folder / "tokenizer.json")
+        return tokenizer.vocab_size
+    words = sorted({word for text in TEXTS for word in text.split()})
+    special = {"clip": ["<|startoftext|>", "<|endoftext|>"], "siglip": ["<pad>", "</s>"]}[kind]
+    vocabulary = ["[UNK]", *words, *special] if kind == "clip" else [*special, "[UNK]", *words]
+    raw = RawTokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token="[UNK]"))
+    raw.pre_tokenizer = pre_tokenizers.Whitespace()
+    raw.add_special_tokens(special)
+    raw.save(str(folder / "tokenizer.json"))
+    return len(vocabulary)
+
+
+def write_public(name: str, folder: Path) -> str:
+    """The folder of a small random public model: weights, config, tokenizer and preprocessing."""
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(0)
+    if name in ("resnet", "efficientnet", "vit", "dinov2", "convnext"):
+        save(image_models()[name], folder)
+        hf.ConvNextImageProcessorPil(size={"shortest_edge": 64}).save_pretrained(folder)
+        return str(folder)
+    kind = {"clip": "clip", "siglip": "siglip", "bert": "wordpiece", "chinese_clip": "wordpiece"}.get(name, "bpe")
+    size = write_tokenizer(kind, folder)
+    vision = {**VIT, "num_hidden_layers": 2}
+    if name == "clip":
+        clip_text = {**CLIP_TEXT, "vocab_size": size, "bos_token_id": size - 2, "eos_token_id": size - 1}
+        config = hf.CLIPConfig(text_config={**clip_text, "hidden_size": 48}, vision_config=vision, projection_dim=24)
+        hf.CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size=32).save_pretrained(folder)
+        save(hf.CLIPModel(config), folder)
+    elif name == "siglip":
+        siglip_text = {**BERT, "vocab_size": size, "pad_token_id": 1, "eos_token_id": 1, "bos_token_id": 1}
+        hf.SiglipImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(folder)
+        save(hf.SiglipModel(hf.SiglipConfig(text_config=siglip_text, vision_config=vision)), folder)
+    elif name == "bert":
+        save(hf.BertModel(hf.BertConfig(**{**BERT, "vocab_size": size})), folder)
+    else:
+        kinds = {
+            "roberta": (hf.RobertaModel, hf.RobertaConfig),
+            "xlm-roberta": (hf.XLMRobertaModel, hf.XLMRobertaConfig),
+            "mpnet": (hf.MPNetModel, hf.MPNetConfig),
+        }
+        model, config = kinds[name]
+        save(model(config(**{**ROBERTA, "vocab_size": size})), folder)
+    return str(folder)

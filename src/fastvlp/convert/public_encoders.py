@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from fastvlp.convert.encoder_family import EncoderFamily, ImageFamily, TextFamily, TextReading
 from fastvlp.convert.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing, read_preprocessing
 from fastvlp.convert.public_folder import TOKENIZERS, WEIGHTS, PublicFolder, open_public
-from fastvlp.convert.weight_map import Weights
 from fastvlp.data.tokenize import Tokenizer
 from fastvlp.errors import UserError
 from fastvlp.extensions import variants
@@ -22,6 +21,7 @@ from fastvlp.model.encoders.transformers_image import TransformersImageConfig
 from fastvlp.model.encoders.transformers_models import architecture_of, model_config, transformers
 from fastvlp.model.encoders.transformers_text import TransformersTextConfig
 from fastvlp.model.joint_space import HeadConfig
+from fastvlp.model.layers import LayerConfig
 
 F = TypeVar("F", bound=EncoderFamily)
 # Parts of a two-encoder model by the names that transformers gives them.
@@ -61,9 +61,11 @@ class PublicTexts:
     """Reads the parameters of a `Head` of a joint space; empty where the model has none."""
     types: Callable[[], Tensor | None]
     """Reads the vectors of the token types, of which the first one is in the positions; None where there are none."""
+    layer: LayerConfig | None = None
+    """Shape of its layers, where a single stream over words and regions can be made of them."""
 
 
-def read_images(source: str, *, layers: int | None = None, ours: bool = True) -> PublicImages:
+def read_images(source: str | PublicFolder, *, layers: int | None = None, ours: bool = True) -> PublicImages:
     """The image encoder of a public model. Weights are read when they are needed.
 
     Args:
@@ -83,7 +85,6 @@ def read_images(source: str, *, layers: int | None = None, ours: bool = True) ->
         folder, Preprocessing(size=None, fit=family.fit, mean=family.mean, std=family.std, stated=False)
     )
     depth = cut_depth(own.depth, layers, folder)
-    weights = _once(folder.weights)
     size = known.size if known.size is not None and known.size % own.patch == 0 else own.size
     return PublicImages(
         folder=folder,
@@ -91,12 +92,12 @@ def read_images(source: str, *, layers: int | None = None, ours: bool = True) ->
         preprocessing=known,
         head=family.head(config),
         joint=family.joint(config, folder.config),
-        weights=lambda: _named(folder, lambda: family.encoder(weights(), depth)),
-        projection=lambda: _named(folder, lambda: family.projection(weights())),
+        weights=lambda: _named(folder, lambda: family.encoder(folder.weights, depth)),
+        projection=lambda: _named(folder, lambda: family.projection(folder.weights)),
     )
 
 
-def read_texts(source: str, *, layers: int | None = None, ours: bool = True) -> PublicTexts:
+def read_texts(source: str | PublicFolder, *, layers: int | None = None, ours: bool = True) -> PublicTexts:
     """The text encoder of a public model; arguments and errors as of `read_images`."""
     folder = open_public(source)
     config = part_config(folder, TEXT)
@@ -105,16 +106,16 @@ def read_texts(source: str, *, layers: int | None = None, ours: bool = True) -> 
     if family is None or own is None:
         return _transformers_texts(folder, config, layers)
     depth = cut_depth(own.depth, layers, folder)
-    weights = _once(folder.weights)
     reading = family.reading(config)
     return PublicTexts(
         folder=folder,
         config=own.with_depth(depth),
+        layer=own.layer,
         reading=replace(reading, head=_pooled_as_stated(folder, reading.head)),
         joint=family.joint(config, folder.config),
-        weights=lambda: _named(folder, lambda: family.encoder(weights(), depth)),
-        projection=lambda: _named(folder, lambda: family.projection(weights())),
-        types=lambda: _named(folder, lambda: family.types(weights())),
+        weights=lambda: _named(folder, lambda: family.encoder(folder.weights, depth)),
+        projection=lambda: _named(folder, lambda: family.projection(folder.weights)),
+        types=lambda: _named(folder, lambda: family.types(folder.weights)),
     )
 
 
@@ -279,15 +280,3 @@ def _named(folder: PublicFolder, read: Callable[[], T]) -> T:
         raise UserError(f"{folder.source}: {error}") from error
     except KeyError as error:
         raise UserError(f"{folder.source}: its weights have no {error.args[0]}") from error
-
-
-def _once(read: Callable[[], Weights]) -> Callable[[], Weights]:
-    """`read`, called at most once."""
-    kept: list[Weights] = []
-
-    def reader() -> Weights:
-        if not kept:
-            kept.append(read())
-        return kept[0]
-
-    return reader

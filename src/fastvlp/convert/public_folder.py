@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -32,9 +31,11 @@ TOKENIZERS = (
 )
 
 
-def open_public(source: str | Path) -> PublicFolder:
+def open_public(source: str | Path | PublicFolder) -> PublicFolder:
     """The folder of a public model. `source` is its path, or the name of a repository of the hub, such as
     openai/clip-vit-base-patch32 or bert-base-chinese. Raises UserError where it is neither."""
+    if isinstance(source, PublicFolder):
+        return source
     path = Path(source)
     if path.is_dir():
         return PublicFolder(str(source), path)
@@ -45,12 +46,11 @@ def open_public(source: str | Path) -> PublicFolder:
     return PublicFolder(str(source), None)
 
 
-@dataclass(frozen=True)
 class PublicFolder:
     """A folder of a public model. `local` is None where it is on the hub."""
 
-    source: str
-    local: Path | None
+    def __init__(self, source: str, local: Path | None):
+        self.source, self.local = source, local
 
     def find(self, name: str) -> Path | None:
         """The path of a file on this machine; None where the model has no such file. Raises UserError where the hub cannot be
@@ -94,8 +94,10 @@ class PublicFolder:
             )
         return config
 
+    @cached_property
     def weights(self) -> dict[str, Tensor]:
-        """All tensors by name, in fp32 where they are floating-point. Raises UserError where a file is missing or damaged."""
+        """All tensors by name, in fp32 where they are floating-point; read when they are first needed. Raises UserError where
+        a file is missing or damaged."""
         first = self.file(*WEIGHTS)
         files = [first]
         if first.suffix == ".json":

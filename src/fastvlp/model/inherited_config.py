@@ -22,7 +22,7 @@ T = TypeVar("T")
 # weights' training, the vocabulary is the tokenizer's, and dropout is training's.
 FREE = {"size", "mean", "std", "positions", "vocab", "pad", "bos", "eos", "mask", "dropout"}
 # Fields of a joint space that say how the text encoder reads a text.
-READING = ("text_mask", "text_special", "text_start", "text_length")
+READING = ("text_mask", "text_special", "text_start", "text_length", "text_pad")
 
 
 def inherited_config(saved: ModelConfig, like: ModelConfig) -> ModelConfig:

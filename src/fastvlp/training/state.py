@@ -16,6 +16,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from fastvlp import dist
 from fastvlp.batch import Batch
 from fastvlp.config import differences, to_json
+from fastvlp.convert.public_encoders import PublicImages, PublicTexts
 from fastvlp.data.augment import AugmentConfig
 from fastvlp.data.loader import Loader, Row
 from fastvlp.data.pairs import Data, Rows, Stored
@@ -45,6 +46,7 @@ from fastvlp.training.checkpoint import load_checkpoint, save_checkpoint
 from fastvlp.training.flops import FlopCounter
 from fastvlp.training.optim import OptimConfig, adamw
 from fastvlp.training.pretraining import Pretraining
+from fastvlp.training.public_start import completed, load_encoders, public_tokenizer, read_encoders
 from fastvlp.training.stored_inputs import stored_inputs
 from fastvlp.training.trained_parts import LastLayers, freeze
 
@@ -100,6 +102,15 @@ class TrainConfig:
     checkpoint_every: int | None = None
     max_bad_steps: int = 10
     init: str | None = None
+    image: str | None = None
+    """Public image encoder to start from, in place of the model's: the folder of a model in the layout of transformers, or its
+    name on the Hugging Face hub."""
+    image_layers: int | None = None
+    """How many of its first layers to take; None for all."""
+    text: str | None = None
+    """Public text encoder to start from, in place of the model's, with its tokenizer."""
+    text_layers: int | None = None
+    """How many of its first layers to take; None for all."""
     device: str = "auto"
     tensorboard: bool = False
     threads: int | None = None
@@ -216,12 +227,14 @@ class TrainState:
 
 def start(run: TrainConfig, resume: bool = False) -> TrainState:
     """Everything that the loop needs; from the run's last checkpoint with `resume`, where there is one."""
+    images, texts = read_encoders(run)
+    run = completed(run, images, texts)
     check(run)
     if run.threads:
         torch.set_num_threads(run.threads)
     device = pick_device(run.device)
-    tokenizer = find_tokenizer(run, resume)
-    pretraining, inherited = make_pretraining(run, tokenizer)
+    tokenizer = find_tokenizer(run, resume, texts)
+    pretraining, inherited = make_pretraining(run, tokenizer, images, texts)
     pretraining.to(device)
     model, size = pretraining.model, pretraining.model.config.image.size
     ema = None
@@ -278,7 +291,9 @@ def samples(rows: Rows, most: int = 1000) -> Iterator[Batch]:
             yield batch
 
 
-def make_pretraining(run: TrainConfig, tokenizer: Tokenizer) -> tuple[Pretraining, Inheritance | None]:
+def make_pretraining(
+    run: TrainConfig, tokenizer: Tokenizer, images: PublicImages | None = None, texts: PublicTexts | None = None
+) -> tuple[Pretraining, Inheritance | None]:
     """What a run begins with: weights drawn from its seed, and those that it inherits."""
     config, inherited = with_tokenizer(run.model, tokenizer), None
     torch.manual_seed(hash64(run.seed))
@@ -288,6 +303,8 @@ def make_pretraining(run: TrainConfig, tokenizer: Tokenizer) -> tuple[Pretrainin
         source = load_model(run.init)
         inherited = inherit(model, inheritable_weights(source, config), source.weights)
         inherit_objectives(objectives, source.objectives, inherited)
+    if images is not None or texts is not None:
+        inherited = load_encoders(model, objectives, images, texts)
     freeze(model, run.freeze, run.train_last)
     for objective in objectives.values():
         objective.begin(model)
@@ -302,11 +319,14 @@ def compile_blocks(module: nn.Module) -> None:
             part.compile()
 
 
-def find_tokenizer(run: TrainConfig, resume: bool) -> Tokenizer:
-    """The resumed run's own, the one named, that of the weights to start from, or one trained on the data's texts."""
+def find_tokenizer(run: TrainConfig, resume: bool, texts: PublicTexts | None = None) -> Tokenizer:
+    """The resumed run's own, that of a public text encoder, the one named, that of the weights to start from, or one trained
+    on the data's texts."""
     own = run.folder / "tokenizer.json"
     if resume and own.exists():
         return Tokenizer.load(own)
+    if texts is not None:
+        return public_tokenizer(texts, run.tokenizer)
     if run.tokenizer is not None:
         return Tokenizer.load(run.tokenizer)
     if run.init is not None and read_config(run.init).text.present:

@@ -51,7 +51,7 @@ class TextTransformerConfig(TextEncoderConfig):
         self.layer.check("model.text.layer")
 
     def with_depth(self, depth: int) -> TextTransformerConfig:
-        return replace(self, depth=depth)
+        return replace(self, depth=depth, last_norm=self.last_norm and depth > 0)
 
     def build(self) -> TextTransformer:
         return TextTransformer(self)

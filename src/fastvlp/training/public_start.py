@@ -1,0 +1,149 @@
+"""A run that starts from public encoders: a recipe with these encoders, their preprocessing, tokenizer and weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from fastvlp.convert.public_encoders import PublicImages, PublicTexts, read_images, read_texts, read_tokenizer
+from fastvlp.convert.public_folder import open_public
+from fastvlp.convert.public_model import pair_scale, public_weights, with_encoders
+from fastvlp.data.tokenize import Tokenizer
+from fastvlp.errors import UserError
+from fastvlp.model.inherited_config import same_weights
+from fastvlp.model.model import ModelConfig, VLModel
+from fastvlp.model.saving import Inheritance, inherit_objectives
+
+if TYPE_CHECKING:
+    from fastvlp.training.state import TrainConfig
+
+
+def with_public_encoders(
+    run: TrainConfig,
+    *,
+    image: str | None = None,
+    image_layers: int | None = None,
+    text: str | None = None,
+    text_layers: int | None = None,
+) -> TrainConfig:
+    """A run with public encoders in place of its own, whose weights are loaded when it starts.
+
+    The image encoder brings its image size and preprocessing, the text encoder its tokenizer. What joins the encoders is the
+    run's, at their widths; where both come from one model with a joint space, it is the model's.
+
+    Args:
+        run: A recipe's run.
+        image: Folder of a model in the layout of transformers, or its name on the Hugging Face hub.
+        image_layers: How many of its first layers to take; None for all.
+        text: The same, of the text encoder.
+        text_layers: How many of its first layers to take; None for all.
+
+    Raises:
+        UserError: There is no such model, or the run's model cannot be made of it.
+    """
+    run = replace(run, image=image, image_layers=image_layers, text=text, text_layers=text_layers)
+    return _adapted(run, *read_encoders(run))
+
+
+def _adapted(run: TrainConfig, images: PublicImages | None, texts: PublicTexts | None) -> TrainConfig:
+    model, data = with_encoders(run.model, images, texts), run.data
+    fields: dict[str, Any] = {}
+    # Where regions are read, the whole image must be seen.
+    reads_regions = model.single is not None or (model.embed is not None and model.embed.image.regions is not None)
+    if images is not None and not reads_regions and getattr(data, "regions", None) is None:
+        fields["fit"] = images.preprocessing.fit
+    if _fixed_length(model):
+        fields["max_length"] = min(data.max_length, model.longest_text)
+    return replace(run, model=model, data=replace(data, **fields))
+
+
+def _fixed_length(model: ModelConfig) -> bool:
+    """Whether its joint space reads texts that are padded to one length, which was trained (SigLIP)."""
+    return model.embed is not None and model.embed.text_length is not None
+
+
+def read_encoders(run: TrainConfig) -> tuple[PublicImages | None, PublicTexts | None]:
+    """The public encoders that a run names; their weights are read later. Raises UserError as `read_images` does, and where
+    the run starts from a saved model too."""
+    if run.init is not None and (run.image or run.text):
+        raise UserError(
+            f"{run.name}: it starts from the saved model `init` and from public encoders; give one of the two alone"
+        )
+    folders = {source: open_public(source) for source in (run.image, run.text) if source}
+    images = read_images(folders[run.image], layers=run.image_layers) if run.image else None
+    texts = read_texts(folders[run.text], layers=run.text_layers) if run.text else None
+    return images, texts
+
+
+def completed(run: TrainConfig, images: PublicImages | None, texts: PublicTexts | None) -> TrainConfig:
+    """The run with the public encoders that it names, and with positions for its longest texts. A run that has the encoders
+    already, maybe at another image size, stays as it is otherwise."""
+    wanted = with_encoders(run.model, images, texts)
+    if not (same_weights(wanted.image, run.model.image) and same_weights(wanted.text, run.model.text)):
+        run = _adapted(run, images, texts)
+    model = run.model
+    more = run.data.max_length - model.longest_text
+    if texts is not None and more > 0 and not _fixed_length(model):
+        model = replace(model, text=replace(model.text, positions=model.text.positions + more))
+    return replace(run, model=model)
+
+
+def public_tokenizer(texts: PublicTexts, path: str | None) -> Tokenizer:
+    """The tokenizer of a public text encoder, or the one in the file that is named. Raises UserError where it has none, or the
+    file is of another vocabulary."""
+    tokenizer = read_tokenizer(texts.folder, path)
+    known = tokenizer.vocab_size - len(tokenizer.added)
+    if known > texts.config.vocab:
+        raise UserError(
+            f"{path or texts.folder.source}: a tokenizer of {known} tokens, and the text encoder knows {texts.config.vocab}; "
+            "name the tokenizer.json that the encoder was trained with (`tokenizer`)"
+        )
+    return tokenizer
+
+
+def load_encoders(
+    model: VLModel, objectives: Mapping[str, nn.Module], images: PublicImages | None, texts: PublicTexts | None
+) -> Inheritance:
+    """Loads the weights of public encoders into a model that is made for them, and what objectives share with them.
+
+    Positions are resized, and the vocabulary gets the model's size. Projections are loaded where they have the model's shape.
+    Raises UserError where weights are missing or have another shape.
+    """
+    source = " and ".join(dict.fromkeys(part.folder.source for part in (images, texts) if part is not None))
+    state, own, result = public_weights(model.config, images, texts), model.state_dict(), Inheritance()
+    fitted = _with_vocabulary(model, model.resized(state)) if texts is not None else model.resized(state)
+    heads = {name: f"embed.{name}." for name in ("image", "text")}
+    for name, value in own.items():
+        if name not in fitted or (name.startswith(tuple(heads.values())) and fitted[name].shape != value.shape):
+            result.fresh.append(name)
+            continue
+        if fitted[name].shape != value.shape:
+            raise UserError(
+                f"{source}: {name} has shape {list(fitted[name].shape)}, the model wants {list(value.shape)}; leave the "
+                "fields of `model.image` and `model.text` that give widths and layers as the public encoders have them"
+            )
+        (result.loaded if fitted[name] is state[name] else result.resized).append(name)
+    result.dropped.extend(name for name in fitted if name not in own)
+    expected = [f"{part}." for part, given in (("image", images), ("text", texts)) if given is not None]
+    if missing := [name for name in result.fresh if name.startswith(tuple(expected) or ("\0",))]:
+        raise UserError(f"{source}: has no weights for {', '.join(missing[:3])}")
+    model.load_state_dict(own | {name: fitted[name] for name in (*result.loaded, *result.resized)})
+    joint = {f"embed.{part}.out.weight" for part in heads} <= {*result.loaded}
+    scale = pair_scale(images, texts) if joint else {}
+    inherit_objectives(objectives, {f"{name}.{key}": x for name in objectives for key, x in scale.items()}, result)
+    return result
+
+
+def _with_vocabulary(model: VLModel, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The state with as many rows in the table of words as the model has. New rows are drawn around the mean of the others."""
+    names = [name for name, parameter in model.named_parameters() if parameter is model.text.word_table]
+    name, rows = names[0], len(model.text.word_table)
+    table = state[name]
+    if len(table) == rows:
+        return state
+    new = table.mean(0) + table.std(0) * torch.randn(max(0, rows - len(table)), table.shape[1])
+    return {**state, name: torch.cat([table, new])[:rows]}
