@@ -313,7 +313,7 @@ def test_time_left_is_reported_where_there_is_no_terminal(pairs, monkeypatch, ca
     said = capsys.readouterr().err
     assert "computing the states of 24 images once" in said and "minutes left" in said
     (note,) = states.store.notes
-    assert note.count == 24 and note.seconds > 0 and note.size == note.path.stat().st_size
+    assert note.entries == 24 and note.seconds > 0 and note.size == note.path.stat().st_size
 
 
 def test_an_empty_text_has_no_states_and_is_whole(tmp_path):

@@ -222,7 +222,7 @@ def test_the_start_says_what_is_stored(pairs, tmp_path):
     train(run)
     lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     stored = [line for line in lines if line["kind"] == "states"]
-    assert [line["count"] for line in stored] == [24, 6]
+    assert [line["entries"] for line in stored] == [24, 6]
     assert all(Path(line["path"]).stat().st_size == line["size"] and line["seconds"] > 0 for line in stored)
 
 

@@ -64,7 +64,7 @@ class StoreNote(NamedTuple):
         what: `images` or `texts`.
         data: the shards.
         path: the file; None where states are not stored.
-        count: images or texts.
+        entries: images or texts.
         size: bytes of the file.
         seconds: what computing them took; 0 where they were there already.
         reason: why they are not stored.
@@ -73,7 +73,7 @@ class StoreNote(NamedTuple):
     what: str
     data: str
     path: Path | None = None
-    count: int = 0
+    entries: int = 0
     size: int = 0
     seconds: float = 0.0
     reason: str = ""
@@ -82,7 +82,7 @@ class StoreNote(NamedTuple):
         if self.path is None:
             return f"{self.data}: states of {self.what} are computed at each step: {self.reason}"
         how = f"computed in {self.seconds:.0f} s" if self.seconds else "computed before"
-        return f"{self.data}: states of {self.count} {self.what} are read from {self.path} ({self.size / 1e9:.2g} GB, {how})"
+        return f"{self.data}: states of {self.entries} {self.what} are read from {self.path} ({self.size / 1e9:.2g} GB, {how})"
 
 
 class NotStoredError(Exception):

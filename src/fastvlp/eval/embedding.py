@@ -14,6 +14,7 @@ from fastvlp.data.streams import with_progress
 from fastvlp.errors import UserError
 from fastvlp.eval.encoding import LoadedModel
 from fastvlp.eval.split_reading import Images, image_batches
+from fastvlp.model.frozen_states import ImageUse
 from fastvlp.model.joint_space import unit
 from fastvlp.model.model import VLModel
 from fastvlp.random import hash64_rows, uniform
@@ -86,8 +87,11 @@ def image_features(model: VLModel, images: Images, features: Features = "pooled"
 def embed_images(loaded: LoadedModel, shards: Shards) -> Tensor:
     """Unit vectors [I E] of the first image of every record."""
     parts = []
+    # A model with fusion layers was trained on all states, which are stored already.
+    use: ImageUse = "embedding" if loaded.model.config.fusion is None else "states"
+    use = use if loaded.keep == loaded.views == 1 else "pixels"
     with loaded.inference():
-        for rows, images in image_batches(shards, loaded):
+        for rows, images in image_batches(shards, loaded, use=use):
             seed_B = hash64_rows(0, torch.arange(rows.start, rows.stop)).to(loaded.device)
             parts.append(embed_views(loaded.model, images.to(loaded.device), seed_B, loaded.keep, loaded.views))
     return torch.cat(parts)

@@ -12,10 +12,12 @@ import torch
 
 from fastvlp.data.records.transform import Fit
 from fastvlp.data.regions import RegionSource
+from fastvlp.data.state_store import StatesConfig
 from fastvlp.data.tokenize import Tokenizer
 from fastvlp.dist import Precision, pick_device
 from fastvlp.errors import UserError
 from fastvlp.eval.mode import evaluating
+from fastvlp.model.frozen_states import states_config
 from fastvlp.model.model import VLModel
 from fastvlp.model.saved_run import read_saved_run
 from fastvlp.model.saving import Saved, load_model
@@ -66,6 +68,7 @@ class LoadedModel:
 
     Attributes:
         regions: where the boxes come from, for a model that reads boxes.
+        states: how states of the image encoder are stored; None where images are encoded each time.
         keep: share of the patches in a view of an image.
         views: views of an image.
         show: whether progress bars are printed.
@@ -77,6 +80,7 @@ class LoadedModel:
     max_length: int = 50
     fit: Fit = "crop"
     regions: RegionSource | None = None
+    states: StatesConfig | None = None
     precision: Precision = "fp32"
     keep: float = 1.0
     views: int = 1
@@ -119,6 +123,7 @@ def open_run(run: str | Path, encoding: Encoding = AS_IN_TRAINING) -> OpenedRun:
         max_length=min(encoding.max_length or data.max_length, saved.model.config.longest_text),
         fit=encoding.fit or data.fit,
         regions=data.regions,
+        states=states_config(saved, trained),
         precision=encoding.precision or trained.precision,
         keep=encoding.keep if isinstance(encoding, MaskedEncoding) else 1.0,
         views=encoding.views if isinstance(encoding, MaskedEncoding) else 1,

@@ -21,10 +21,11 @@ from fastvlp.data.splits import is_folder, place_in
 from fastvlp.data.streams import in_threads, with_progress
 from fastvlp.errors import UserError
 from fastvlp.eval.encoding import LoadedModel
+from fastvlp.model.frozen_states import ImageUse, image_store
 
 
 class Images(NamedTuple):
-    """Images, uint8 [B 3 H W], and their regions if the model reads boxes."""
+    """Images, uint8 [B 3 H W] or their stored states [B S D], and their regions if the model reads boxes."""
 
     image: Tensor
     regions: Regions | None
@@ -44,15 +45,22 @@ def open_split(data: str, split: str) -> Shards:
         raise UserError(f"`split` {split}: the data has no folder of this name; {error}") from error
 
 
-def image_batches(shards: Shards, loaded: LoadedModel, description: str = "images") -> Iterator[tuple[slice, Images]]:
-    """The first image of every record, in order; decoded on all CPU cores, ahead of their use.
+def image_batches(
+    shards: Shards, loaded: LoadedModel, description: str = "images", use: ImageUse = "states"
+) -> Iterator[tuple[slice, Images]]:
+    """The first image of every record, in order; decoded on all CPU cores, ahead of their use. `use`: what is read of them;
+    the states of an encoder that training kept as it was are stored, and then read in place of pixels.
 
     Yields the range of records of each batch, and their images. Raises UserError for an image that cannot be read.
     """
     config = loaded.model.config
     transform = Transform(size=config.image.size, mode=loaded.fit)
     source = loaded.regions if config.embed is not None and config.embed.reads_boxes else None
-    records = RecordReader(shards, transform, regions=source, strict=True)
+    states = None
+    if loaded.states is not None and use != "pixels":
+        store = image_store(loaded.model, loaded.states, precision=loaded.precision, use=use)
+        states = store.open(shards, transform)
+    records = RecordReader(shards, transform, regions=source, states=states, strict=True)
 
     def read(i: int) -> tuple[Tensor, list[ImageRegions]] | Dropped:
         record = records.record(i)

@@ -11,11 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from fastvlp.config import to_json
+from fastvlp.data.pairs import Stored
 from fastvlp.data.state_store import StatesConfig, StateStore
 from fastvlp.data.stored_images import ImageStore
 from fastvlp.dist import Precision
 from fastvlp.model.freezing import evaluation_mode
 from fastvlp.model.model import VLModel
+from fastvlp.model.saved_run import SavedRun
+from fastvlp.model.saving import Saved
 
 # What is read of an image: its vector in the joint space alone, the states of the encoder, or its pixels.
 ImageUse = Literal["embedding", "states", "pixels"]
@@ -57,3 +60,22 @@ def image_store(
     }
     store = StateStore(what="images", about=about, width=image.width, config=config, reads=reads)
     return ImageStore(store=store, encode=encode, states=states)
+
+
+def frozen_encoders(model: VLModel) -> list[str]:
+    """The encoders that learn nothing, by the name of their part; saved with the weights under `frozen`."""
+    return [name for name in model.encoders() if model.is_frozen(name)]
+
+
+def states_config(saved: Saved, run: SavedRun) -> StatesConfig | None:
+    """How states of a run's image encoder are stored; None where it was trained, or the run stored none."""
+    frozen = "image" in saved.info.get("frozen", [])
+    return run.states if frozen and run.states.store != "never" else None
+
+
+def stored_of_run(saved: Saved, run: SavedRun, use: ImageUse) -> Stored | None:
+    """Where the states of a run's encoders are, which evaluations read as training did."""
+    config = states_config(saved, run)
+    if config is None or use == "pixels":
+        return None
+    return Stored(images=image_store(saved.model, config, precision=run.precision, use=use))

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 from fastvlp.config import from_json
 from fastvlp.data.records.transform import Fit
 from fastvlp.data.regions import RegionSource
+from fastvlp.data.state_store import StatesConfig
 from fastvlp.dist import Precision
 from fastvlp.errors import UserError
 
@@ -51,13 +52,14 @@ class SavedData:
 
 @dataclass(frozen=True, kw_only=True)
 class SavedRun:
-    """`data_json`: the whole data config, of whatever type."""
+    """`data_json`: the whole data config, of whatever type. `states`: what became of the states of frozen encoders."""
 
     path: Path
     name: str | None = None
     precision: Precision = "fp32"
     data: SavedData = field(default_factory=SavedData)
     data_json: Mapping[str, Any] = field(default_factory=dict)
+    states: StatesConfig = field(default_factory=StatesConfig)
 
     def data_as(self, cls: type[T]) -> T:
         """The data config as the type that the run had. Raises UserError where it is of another type."""
@@ -73,7 +75,7 @@ def read_saved_run(folder: str | Path) -> SavedRun:
         raise UserError(f"{path}: damaged, data is {data!r}; copy the folder again")
     names = {field.name for field in fields(SavedData)} - {"stated"}
     stated = {name: value for name, value in data.items() if name in names and value is not None}
-    head = {name: config[name] for name in ("name", "precision") if config.get(name) is not None}
+    head = {name: config[name] for name in ("name", "precision", "states") if config.get(name) is not None}
     return from_json(
         SavedRun,
         head | {"path": str(path), "data": stated | {"stated": list(stated)}, "data_json": data},

@@ -12,7 +12,7 @@ import cattrs
 from cattrs.errors import BaseValidationError, CattrsError
 
 from fastvlp.batch import Batch
-from fastvlp.data.pairs import PairData, Rows, Split
+from fastvlp.data.pairs import PairData, Rows, Split, Stored
 from fastvlp.data.records.schema import usable_captions
 from fastvlp.errors import UserError
 from fastvlp.extensions import variants
@@ -55,18 +55,20 @@ class FineTuned(NamedTuple):
         saved: the model, its tokenizer, and what was saved with them.
         objective: the task's objective, with its trained parameters.
         data: the data that it was trained on, or another with the same fields.
+        stored: where states of its frozen encoders are, which are read in place of pixels.
     """
 
     task: type[Task]
     saved: Saved
     objective: Any
     data: Any
+    stored: Stored | None = None
 
     def items(self, split: Split) -> ItemMaker:
         """The items of a split, to be scored. Raises UserError where there is no such split or, when its batch is made, for
         a record that cannot be used."""
         data: ItemData = self.data
-        return data.evaluation_items(split, self.saved.tokenizer, self.saved.model.config.image.size)
+        return data.evaluation_items(split, self.saved.tokenizer, self.saved.model.config.image.size, self.stored)
 
     def batches(self, split: Split) -> Iterator[Batch]:
         """Batches of the items of a split, each once and in order, on the model's device. Raises UserError as `items`."""
@@ -75,7 +77,8 @@ class FineTuned(NamedTuple):
 
     def rows(self, split: Split) -> Rows:
         """The rows of a split, to be scored; raises UserError as `items`."""
-        rows: Rows | None = self.data.rows(split, self.saved.tokenizer, self.saved.model.config.image.size, strict=True)
+        size, given = self.saved.model.config.image.size, {} if self.stored is None else {"stored": self.stored}
+        rows: Rows | None = self.data.rows(split, self.saved.tokenizer, size, strict=True, **given)
         if rows is None:
             raise no_split(split)
         return rows

@@ -15,6 +15,7 @@ from fastvlp.data.pairs import Data, readable_infos
 from fastvlp.data.records.shards import Shards
 from fastvlp.errors import UserError
 from fastvlp.eval.mode import evaluating
+from fastvlp.model.frozen_states import stored_of_run
 from fastvlp.model.saved_run import read_saved_run
 from fastvlp.model.saving import load_model
 from fastvlp.objectives.saved_objectives import load_objective
@@ -106,7 +107,8 @@ def load_task(folder: str | Path) -> FineTuned:
             f"`vlp --import FILE.py ...` or `fastvlp.extensions.import_file`"
         )
     task = named[name]
-    return FineTuned(task, saved, load_objective(saved, name), read_saved_run(folder).data_as(task.data))
+    run, objective = read_saved_run(folder), load_objective(saved, name)
+    return FineTuned(task, saved, objective, run.data_as(task.data), stored_of_run(saved, run, objective.image_use))
 
 
 def load_zero_shot(folder: str, data: str | None, name: str | None = None) -> FineTuned:

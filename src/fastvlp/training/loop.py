@@ -296,7 +296,7 @@ def tell_start(state: TrainState, log: RunLog) -> None:
     parts = {name: size._asdict() for name, size in sizes.items()}
     log.event("parameters", step=0, elapsed=0.0, text=sizes_line(sizes), parts=parts)
     for note in state.stored.notes if state.stored is not None else ():
-        facts = note._replace(path=str(note.path or ""))._asdict()
+        facts = {**note._asdict(), "path": str(note.path or "")}
         log.event("states", step=0, elapsed=0.0, text=str(note), **facts)
     tell_dropped(state, state.dropped, log)
     run, records = state.run, state.train.count

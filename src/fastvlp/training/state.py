@@ -25,6 +25,7 @@ from fastvlp.data.tokenize import Tokenizer
 from fastvlp.dist import pick_device
 from fastvlp.errors import UserError
 from fastvlp.files import write_whole
+from fastvlp.model.frozen_states import frozen_encoders
 from fastvlp.model.inherited_config import inheritable_weights
 from fastvlp.model.layers import Block
 from fastvlp.model.model import ModelConfig, VLModel
@@ -389,6 +390,7 @@ def save_weights(state: TrainState, name: str, **more: Any) -> None:
         "step": state.step,
         "elapsed_s": round(state.elapsed, 3),
         "pairs": state.pairs,
+        "frozen": frozen_encoders(module.model),
         **describe(state.run.objectives, objectives, inherited_abilities(state)),
     }
     kept = {f"{own}.{key}": value for own, objective in objectives.items() for key, value in objective.kept().items()}
