@@ -38,6 +38,7 @@ def finetune(
     field: str | None = None,
     fit: Fit | None = None,
     max_length: int | None = None,
+    freeze: tuple[str, ...] = (),
     name: str | None = None,
     out: str | None = None,
     seed: int = 0,
@@ -61,6 +62,7 @@ def finetune(
         field: Field of the records with the questions, statements or captions, such as questions_zh.
         fit: How an image becomes a square; by default as in pretraining, but squash, not crop, where texts are of all of it.
         max_length: Tokens of a text after which it is cut; by default as in pretraining, or longer if the task needs it.
+        freeze: Parts of the model that stay as they are, such as image, text.word or text.blocks.0.
         name: Name of the new run; by default that of the pretrained one and the task.
         out: Folder of the new run; by default runs/NAME.
         seed: Seed of all that is drawn.
@@ -78,7 +80,7 @@ def finetune(
     if resume:
         fit, max_length = earlier_input(Path(out or f"runs/{run_name}"), fit, max_length)
     task_data = data_for(chosen, start, data, field, fit, max_length, batch_size=batch_size, workers=workers)
-    machine: dict[str, Any] = {"device": device, "precision": precision, "threads": threads}
+    machine: dict[str, Any] = {"device": device, "precision": precision, "threads": threads, "freeze": freeze}
     objective = chosen.objective(task_data, start, reading)
     run = run_for(chosen, start, task_data, objective, lr, steps, name=run_name, out=out, seed=seed, **machine)
     return train_and_score(run, type(chosen), resume)
