@@ -86,15 +86,15 @@ class _Source(NamedTuple):
 
 def build_index(
     index: IndexAddress,
-    embedded: Path | None = None,
+    embedded: str | Path | None = None,
     /,
     *,
-    export: str | None = None,
-    data: str | None = None,
+    export: str | Path | None = None,
+    data: str | Path | None = None,
     captions: Sequence[str] | None = None,
     batch_size: int = 256,
     images: Literal["keep", "none"] = "keep",
-    pictures: Path | None = None,
+    pictures: str | Path | None = None,
     prefix: str = "",
     device: str = "auto",
     precision: Precision = "fp32",
@@ -128,7 +128,7 @@ def build_index(
     if (embedded is None) == (export is None) or (export is not None and data is None):
         raise UserError("give a folder that `vlp embed` wrote, or `export` and `data`: one of the two")
     if embedded is not None:
-        source = _embedded_source(embedded, data, read_shards=images == "keep")
+        source = _embedded_source(Path(embedded), data, read_shards=images == "keep")
     else:
         embedder = Embedder.load(str(export), device, precision, threads)
         source = _embedding_source(embedder, str(data), captions or [embedder.captions], batch_size)
@@ -157,7 +157,7 @@ def _add_part(
     return dropped
 
 
-def _embedded_source(folder: Path, data: str | None, read_shards: bool) -> _Source:
+def _embedded_source(folder: Path, data: str | Path | None, read_shards: bool) -> _Source:
     embedded = open_embedded(folder)
     shards = Shards(data or embedded.data) if read_shards else None
     paths = with_progress(embedded.parts, lambda: len(embedded.parts), "parts", show=True)
@@ -210,7 +210,7 @@ def search_index(
     *,
     export: str | Path,
     text: str | None = None,
-    image: Path | None = None,
+    image: str | Path | None = None,
     where: Conditions = None,
     k: int = 10,
     device: str = "auto",
@@ -243,11 +243,11 @@ def search_index(
         return engine.search(query_vector(embedder, text, image), k, where)[0]
 
 
-def query_vector(embedder: Embedder, text: str | None, image: Path | None) -> np.ndarray:
+def query_vector(embedder: Embedder, text: str | None, image: str | Path | None) -> np.ndarray:
     """Returns one unit row [1 E]: of the text, of the image, or between them where both are given."""
     rows = [] if text is None else [embedder.texts([text])[0]]
     try:
-        rows += [] if image is None else [embedder.images([image.read_bytes()])[0]]
+        rows += [] if image is None else [embedder.images([Path(image).read_bytes()])[0]]
     except (OSError, Unreadable) as error:
         reason = error.reason if isinstance(error, Unreadable) else error.strerror
         raise UserError(f"{image}: cannot be read ({reason}); give a JPEG, PNG or WebP") from error

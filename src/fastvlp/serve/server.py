@@ -24,12 +24,12 @@ def serve(
     *,
     index: IndexAddress | None = None,
     create: bool = False,
-    pictures: Path | None = None,
+    pictures: str | Path | None = None,
     host: str = "127.0.0.1",
     port: int = 8000,
     api_key: Sequence[str] = (),
     allow_origin: Sequence[str] = (),
-    report: Path | None = None,
+    report: str | Path | None = None,
     limits: Limits = Limits(),  # noqa: B008 (frozen)
     device: str = "auto",
     precision: Precision = "fp32",
@@ -66,7 +66,7 @@ def serve(
         embedder = Embedder.load(export, device, precision, threads)
         engine = None if index is None else open_index(index, embedder.stamp, create)
         store = None if index is None else pictures_of(index, pictures)
-        report = report or Path(export) / "report.html"
+        report = Path(report or Path(export) / "report.html")
         run(embedder, engine, store, listening, limits, keys, allow_origin, report if report.is_file() else None)
 
 
