@@ -72,19 +72,11 @@ def nodes(*kinds: type) -> Iterator[tuple[Path, Any]]:
         yield from ((path, node) for node in ast.walk(tree) if isinstance(node, kinds))
 
 
-def runtime_imports(path: Path) -> set[str]:
-    """Modules of the package that `path` imports when it is loaded or when its functions run, not for type checkers."""
+def imports(path: Path) -> set[str]:
+    """Modules of the package that `path` imports: when it is loaded, when its functions run, or for type checkers."""
     tree, names = TREES[path], {module_name(other) for other in TREES}
-    typing_only = {
-        id(inner)
-        for node in ast.walk(tree)
-        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
-        for inner in ast.walk(node)
-    }
     imported = set()
     for node in ast.walk(tree):
-        if id(node) in typing_only:
-            continue
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "fastvlp":
             base = (node.module or "").removeprefix("fastvlp").removeprefix(".")
             for alias in node.names:
@@ -103,14 +95,14 @@ def test_imports_go_one_way() -> None:
     wrong = [
         f"{module_name(path)} imports {other}"
         for path in TREES
-        for other in runtime_imports(path)
+        for other in imports(path)
         if level(other) > level(module_name(path) if path != SOURCE / "__init__.py" else "__init__")
     ]
     assert not wrong, "\n".join(wrong)
 
 
 def test_no_modules_import_each_other() -> None:
-    graph = {module_name(path): runtime_imports(path) - {module_name(path)} for path in TREES}
+    graph = {module_name(path): imports(path) - {module_name(path)} for path in TREES}
     try:
         TopologicalSorter(graph).prepare()
     except CycleError as error:

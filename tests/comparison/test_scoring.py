@@ -13,11 +13,12 @@ from PIL import Image
 
 from fastvlp.cli import main
 from fastvlp.comparison.metrics.cloze_accuracy import own_cloze_method
-from fastvlp.comparison.metrics.interface import Metric, Score, ScoringOptions, metric_types
+from fastvlp.comparison.metrics.interface import Metric, Score, metric_types
 from fastvlp.comparison.results import Comparison
 from fastvlp.comparison.samples import data_url
 from fastvlp.comparison.scored_data import question_data, spread_evenly
 from fastvlp.comparison.scoring import MetricScorer
+from fastvlp.comparison.scoring_options import ScoringOptions
 from fastvlp.data.pairs import PairData
 from fastvlp.data.world.corpus import WorldConfig, write_world
 from fastvlp.errors import UserError

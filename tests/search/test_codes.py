@@ -16,8 +16,8 @@ from fastvlp.search.bulk import embed_shards
 from fastvlp.search.embedded import PLAN, open_embedded, read_part
 from fastvlp.search.embedder import Embedder
 from fastvlp.search.engines.codes import VECTORS, CodesIndex
-from fastvlp.search.engines.interface import Item, Stamp, open_index
-from fastvlp.search.pictures import pictures_of, thumbnail
+from fastvlp.search.engines.interface import Item, Stamp, open_index, pictures_of
+from fastvlp.search.pictures import thumbnail
 from fastvlp.serve.api import create_app
 
 

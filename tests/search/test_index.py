@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 
 from fastvlp.errors import UserError
-from fastvlp.search.engines.interface import EngineError, open_index
-from fastvlp.search.pictures import pictures_of
+from fastvlp.search.checks import EngineError
+from fastvlp.search.engines.interface import open_index, pictures_of
 from tests.search.made_items import STAMP, made_vectors, vector_of
 
 pytest.importorskip("chromadb", reason="chromadb is not installed: pip install -e '.[serve]'")

@@ -13,9 +13,9 @@ from fastvlp.data.records.shards import Shards, ShardWriter
 from fastvlp.errors import UserError
 from fastvlp.search import indexing
 from fastvlp.search.bulk import embed_shards
-from fastvlp.search.engines.interface import open_index
+from fastvlp.search.engines.interface import open_index, pictures_of
 from fastvlp.search.indexing import Built, build_index, parse_conditions, search_index
-from fastvlp.search.pictures import pictures_of, thumbnail
+from fastvlp.search.pictures import thumbnail
 
 pytest.importorskip("chromadb", reason="chromadb is not installed: pip install -e '.[serve]'")
 

@@ -14,8 +14,9 @@ import pytest
 from starlette.testclient import TestClient
 from starlette.types import Message
 
+from fastvlp.search.checks import EngineError
 from fastvlp.search.embedder import Embedder
-from fastvlp.search.engines.interface import EngineError, open_index
+from fastvlp.search.engines.interface import open_index
 from fastvlp.serve.api import create_app
 from fastvlp.serve.guard import Guard
 from fastvlp.serve.limits import Limits

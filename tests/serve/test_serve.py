@@ -18,9 +18,8 @@ from starlette.testclient import TestClient
 from fastvlp.cli import main
 from fastvlp.data.records.shards import Shards
 from fastvlp.search.embedder import Embedder
-from fastvlp.search.engines.interface import open_index
+from fastvlp.search.engines.interface import open_index, pictures_of
 from fastvlp.search.indexing import build_index
-from fastvlp.search.pictures import pictures_of
 from fastvlp.serve.api import create_app
 
 pytest.importorskip("chromadb", reason="chromadb is not installed: pip install -e '.[serve]'")

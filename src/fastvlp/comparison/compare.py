@@ -12,10 +12,10 @@ from tyro.conf import UseAppendAction, arg
 from tyro.constructors import PrimitiveConstructorSpec
 
 from fastvlp import dist
-from fastvlp.comparison.metrics.interface import ScoringOptions
 from fastvlp.comparison.progress import ProgressDisplay
 from fastvlp.comparison.results import Comparison
 from fastvlp.comparison.scoring import MetricScorer
+from fastvlp.comparison.scoring_options import ScoringOptions
 from fastvlp.comparison.settings import check_arms, duration, with_settings
 from fastvlp.comparison.turns import Plan, run_comparison
 from fastvlp.data.tokenize import Tokenizer

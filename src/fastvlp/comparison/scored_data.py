@@ -7,7 +7,7 @@ from itertools import islice
 from typing import Any, cast
 
 from fastvlp.batch import Batch
-from fastvlp.comparison.metrics.interface import ScoringOptions
+from fastvlp.comparison.scoring_options import ScoringOptions
 from fastvlp.data.loader import Loader
 from fastvlp.data.pairs import Data, PairData, Split, readable_infos
 from fastvlp.data.records.shards import Shards

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from fastvlp.comparison.metrics.interface import ScoringOptions, metric_types
+from fastvlp.comparison.metrics.interface import metric_types
 from fastvlp.comparison.results import Sample
 from fastvlp.comparison.samples import make_samples
+from fastvlp.comparison.scoring_options import ScoringOptions
 from fastvlp.comparison.short_finetuning import ShortFinetuning
 from fastvlp.training.loop import TrainState
 

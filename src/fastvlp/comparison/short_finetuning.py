@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from fastvlp.batch import Batch
-from fastvlp.comparison.metrics.interface import ScoringOptions
 from fastvlp.comparison.scored_data import caption_data, question_data, spread_evenly, validation_pairs
+from fastvlp.comparison.scoring_options import ScoringOptions
 from fastvlp.data.loader import Loader
 from fastvlp.data.pairs import Data, Rows
 from fastvlp.eval.mode import evaluating

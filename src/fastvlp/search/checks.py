@@ -18,6 +18,10 @@ DEEPEST = 10_000
 FIELD = "a field holds a text, a finite number, true or false, and its name does not begin with $, # or chroma:"
 
 
+class EngineError(UserError):
+    """The engine does not answer, fails, or cannot write. Who asks over HTTP can do nothing about it."""
+
+
 def check_rows(vectors: np.ndarray, width: int) -> np.ndarray:
     """Returns vectors as float32 [n width]. Raises UserError for another shape, and for numbers that are not finite."""
     rows = np.ascontiguousarray(vectors, dtype=np.float32)

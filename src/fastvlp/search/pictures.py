@@ -14,7 +14,7 @@ from fastvlp.data.records.shards import Shards
 from fastvlp.data.records.transform import Transform
 from fastvlp.errors import UserError
 from fastvlp.files import write_whole
-from fastvlp.search.engines.interface import EngineError, engine_of
+from fastvlp.search.checks import EngineError
 
 SIDE = 320
 
@@ -90,12 +90,6 @@ def shard_pictures(data: str | Path) -> ShardPictures | None:
         return ShardPictures(Shards(data))
     except (UserError, OSError, ImportError):
         return None
-
-
-def pictures_of(uri: str, folder: str | Path | None = None) -> PictureStore | None:
-    """Returns the pictures of an index's items: those in `folder` where it is given, else where the index's engine has them;
-    None where it has no place for them."""
-    return engine_of(uri).pictures(uri) if folder is None else PictureFolder(folder)
 
 
 def thumbnail(data: bytes, side: int = SIDE, max_pixels: int = MAX_PIXELS) -> bytes:

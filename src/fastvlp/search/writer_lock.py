@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from fastvlp.search.engines.interface import EngineError
+from fastvlp.search.checks import EngineError
 
 try:
     import fcntl

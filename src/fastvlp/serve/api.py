@@ -20,8 +20,9 @@ from starlette.responses import FileResponse, Response
 from starlette.staticfiles import StaticFiles
 
 from fastvlp.errors import UserError
+from fastvlp.search.checks import EngineError
 from fastvlp.search.embedder import Embedder
-from fastvlp.search.engines.interface import EngineError, IndexEngine
+from fastvlp.search.engines.interface import IndexEngine
 from fastvlp.search.pictures import PictureStore
 from fastvlp.serve import messages
 from fastvlp.serve.guard import Guard, error_response

@@ -10,9 +10,9 @@ from pathlib import Path
 from fastvlp.dist import Precision
 from fastvlp.errors import UserError, install
 from fastvlp.search.embedder import Embedder
-from fastvlp.search.engines.interface import IndexEngine, open_index
+from fastvlp.search.engines.interface import IndexEngine, open_index, pictures_of
 from fastvlp.search.indexing import IndexAddress
-from fastvlp.search.pictures import PictureStore, pictures_of
+from fastvlp.search.pictures import PictureStore
 from fastvlp.serve.limits import Limits
 
 KEY_VARIABLE = "FASTVLP_API_KEY"

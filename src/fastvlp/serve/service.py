@@ -16,9 +16,9 @@ from torch import Tensor
 
 from fastvlp.data.streams import blocks
 from fastvlp.errors import UserError
-from fastvlp.search.checks import Where
+from fastvlp.search.checks import EngineError, Where
 from fastvlp.search.embedder import Embedder, Unreadable
-from fastvlp.search.engines.interface import EngineError, Hit, IndexEngine, Item
+from fastvlp.search.engines.interface import Hit, IndexEngine, Item
 from fastvlp.search.pictures import PictureStore, thumbnail
 from fastvlp.serve.batcher import Batcher, InputError, Lane
 from fastvlp.serve.limits import Limits, Refusal, bad_request

@@ -16,8 +16,8 @@ import numpy as np
 
 from fastvlp.data.streams import blocks
 from fastvlp.errors import UserError, install
-from fastvlp.search.checks import Scalar
-from fastvlp.search.engines.interface import EngineError, Hit, IndexEngine, Item, Stamp, checked_stamp
+from fastvlp.search.checks import EngineError, Scalar
+from fastvlp.search.engines.interface import Hit, IndexEngine, Item, Stamp, checked_stamp
 from fastvlp.search.writer_lock import WriterLock
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 
@@ -27,9 +27,7 @@ from fastvlp.search.checks import (
     check_where,
     storable_ids,
 )
-
-if TYPE_CHECKING:
-    from fastvlp.search.pictures import PictureStore
+from fastvlp.search.pictures import PictureFolder, PictureStore
 
 PACKAGE = "fastvlp.search.engines"
 FORMAT = 1
@@ -66,10 +64,6 @@ class Item(NamedTuple):
     id: str
     vector: np.ndarray
     info: dict[str, Scalar]
-
-
-class EngineError(UserError):
-    """The engine does not answer, fails, or cannot write. Who asks over HTTP can do nothing about it."""
 
 
 class IndexEngine(ABC):
@@ -252,3 +246,9 @@ def open_index(uri: str, stamp: Stamp | None = None, create: bool = False) -> In
     if create and stamp is None:
         raise ValueError("`create` needs the `stamp` of the model that the index will be of")
     return engine_of(uri)(uri, stamp, create)
+
+
+def pictures_of(uri: str, folder: str | Path | None = None) -> PictureStore | None:
+    """Returns the pictures of an index's items: those in `folder` where it is given, else where the index's engine has them;
+    None where it has no place for them."""
+    return engine_of(uri).pictures(uri) if folder is None else PictureFolder(folder)

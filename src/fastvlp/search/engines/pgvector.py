@@ -16,8 +16,8 @@ from urllib.parse import urldefrag
 import numpy as np
 
 from fastvlp.errors import UserError, install
-from fastvlp.search.checks import Scalar
-from fastvlp.search.engines.interface import EngineError, Hit, IndexEngine, Item, Stamp, checked_stamp
+from fastvlp.search.checks import EngineError, Scalar
+from fastvlp.search.engines.interface import Hit, IndexEngine, Item, Stamp, checked_stamp
 
 TABLE = re.compile(r"[a-z_][a-z0-9_]{0,49}")
 # Candidates of the graph (HNSW) for each search; it goes on where a filter leaves too few, to at most so many rows.
