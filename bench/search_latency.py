@@ -24,6 +24,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import queue
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -192,9 +193,9 @@ def additions(arm: str, o: Options, data: Data) -> Iterator[tuple[np.ndarray, li
     count, began, worked = len(data.vectors), time.perf_counter(), time.process_time()
     every = max(10_000, count // 20)
     for first in range(0, count, o.batch):
-        rows = np.array(data.vectors[first : first + o.batch])
-        done = first + len(rows)
-        yield rows, [str(i) for i in range(first, done)]
+        vectors = np.array(data.vectors[first : first + o.batch])
+        done = first + len(vectors)
+        yield vectors, [str(i) for i in range(first, done)]
         if done // every > first // every:
             passed, cpu = time.perf_counter() - began, time.process_time() - worked
             each = f"{1e4 * passed / done:.1f} s ({1e4 * cpu / done:.1f} s of CPU) each 10,000"
@@ -226,13 +227,13 @@ def engine(o: Options, data: Data) -> dict[str, dict]:
     collection = client.create_collection("items", embedding_function=None, configuration={"hnsw": GRAPH})
     index = our_index(data)
     build_s, memory = {"chroma": 0.0, "ours": 0.0}, {"chroma": 0, "ours": 0}
-    for turn, (rows, ids) in enumerate(additions("chroma and ours", o, data)):
+    for turn, (vectors, ids) in enumerate(additions("chroma and ours", o, data)):
         for name in ("chroma", "ours") if turn % 2 else ("ours", "chroma"):
             before, began = resident(), time.perf_counter()
             if name == "chroma":
-                collection.upsert(ids=ids, embeddings=rows, metadatas=infos(ids))
+                collection.upsert(ids=ids, embeddings=vectors, metadatas=infos(ids))
             else:
-                index.add(ids, rows, infos(ids))
+                index.add(ids, vectors, infos(ids))
             build_s[name] += time.perf_counter() - began
             memory[name] += resident() - before
 
@@ -256,8 +257,8 @@ def http(o: Options, data: Data) -> dict[str, dict]:
     torch.set_num_threads(o.threads)
     embedder, index = Embedder.load(data.folder / "export", "cpu"), our_index(data)
     if index.count() == 0:  # otherwise the arm engine has filled it
-        for rows, ids in additions("http", o, data):
-            index.add(ids, rows, infos(ids))
+        for vectors, ids in additions("http", o, data):
+            index.add(ids, vectors, infos(ids))
     queries = embedder.texts(data.texts)
     vector = dict(zip(data.texts, queries))
 
@@ -320,8 +321,8 @@ def faiss_hnsw(o: Options, data: Data) -> dict[str, dict]:
     before, began = resident(), time.perf_counter()
     index = faiss.IndexHNSWFlat(data.vectors.shape[1], 24, faiss.METRIC_INNER_PRODUCT)
     index.hnsw.efConstruction, index.hnsw.efSearch = 128, 128
-    for rows, _ in additions("faiss", o, data):
-        index.add(rows)
+    for vectors, _ in additions("faiss", o, data):
+        index.add(vectors)
     build_s, memory = time.perf_counter() - began, resident() - before
     rows = timed({"faiss": lambda query: index.search(query[None], K)[1][0].tolist()}, data.queries)
     return {"faiss": rows["faiss"] | {"build_s": build_s, "memory_bytes": memory}}
@@ -358,7 +359,7 @@ def in_own_process(o: Options, arm: Arm, folder: Path) -> dict[str, dict]:
         try:
             rows = results.get(timeout=1)
             break
-        except multiprocessing.queues.Empty:
+        except queue.Empty:
             if child.exitcode is not None:
                 raise SystemExit(f"arm {arm} ended with {child.exitcode}") from None
     child.join()
