@@ -82,6 +82,8 @@ def read_encoders(run: TrainConfig) -> tuple[PublicImages | None, PublicTexts | 
 def completed(run: TrainConfig, images: PublicImages | None, texts: PublicTexts | None) -> TrainConfig:
     """The run with the public encoders that it names, and with positions for its longest texts. A run that has the encoders
     already, maybe at another image size, stays as it is otherwise."""
+    if images is None and texts is None:
+        return run
     wanted = with_encoders(run.model, images, texts)
     if not (same_weights(wanted.image, run.model.image) and same_weights(wanted.text, run.model.text)):
         run = _adapted(run, images, texts)
