@@ -110,7 +110,7 @@ COMMANDS: Mapping[str, Command] = {
     ),
     "evaluate probe": command("Logistic regression on frozen features.", "eval.probe:evaluate_probe", show_evaluation),
     "compare": command("Train recipes for the same time, and report.", "comparison.compare:compare", show_comparison),
-    "convert": command("Read a released checkpoint.", "convert.checkpoints:convert", show_converted),
+    "convert": command("Make a folder like a run's of a public model.", "convert.checkpoints:convert", show_converted),
     "towers": command("Start from CLIP's and RoBERTa's towers.", "convert.towers:start_from_towers", show_towers),
     "export": command("Write a model that stands alone.", "exporters.export:export", show_exported),
     "embed": command("Turn shards into vectors.", "search.bulk:embed_shards", show_counts),

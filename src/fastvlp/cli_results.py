@@ -50,8 +50,9 @@ def show_comparison(comparison: Comparison) -> None:
 
 
 def show_converted(done: Converted) -> None:
-    untrained = f"; untrained: {', '.join(part.rstrip('.') for part in done.untrained)}" if done.untrained else ""
-    print(f"{done.folder}: {done.parameters / 1e6:.1f} M parameters{untrained}")
+    more = {"untrained": [part.rstrip(".") for part in done.untrained], "absent encoder": done.absent}
+    notes = "".join(f"; {name}: {', '.join(parts)}" for name, parts in more.items() if parts)
+    print(f"{done.folder}: {done.layout}, {done.parameters / 1e6:.1f} M parameters{notes}")
 
 
 def show_towers(model: VLModel) -> None:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from fastvlp.convert.interface import Layout, Release
-from fastvlp.convert.uniter import DATA, WORD_AND_MATCH, uniter_encoder
-from fastvlp.convert.weight_map import WeightMap, Weights, apply_map, layer_numbers
-from fastvlp.model import sizes
-from fastvlp.model.layers import Activation
+from fastvlp.convert.checkpoint_source import Checkpoint
+from fastvlp.convert.interface import Layout, Release, Stated
+from fastvlp.convert.uniter import DATA, WORD_AND_MATCH, uniter_config, uniter_encoder
+from fastvlp.convert.weight_map import WeightMap, Weights, apply_map
 from fastvlp.objectives.mlm import MLMConfig
 
 # Parts of UNITER that BERT lacks.
@@ -32,14 +31,22 @@ def from_bert(weights: Weights, depth: int) -> dict[str, Tensor]:
     return apply_map(renamed, WeightMap(sources=sources, unused=unused), layout="BERT")
 
 
-class BERTLayout(Layout):
-    name = "bert"
+class UNITERStartLayout(Layout):
+    name = "uniter_start"
+    summary = "BERT with its heads, made a single stream over words and regions; never recognised, always named"
+    options = ("heads",)
 
-    def read(self, weights: Weights, activation: Activation | None = None) -> Release:
-        depth = len(layer_numbers(weights, "bert.encoder.layer."))
+    @classmethod
+    def recognises(cls, source: Checkpoint) -> bool:
+        # BERT is a text encoder to most.
+        return False
+
+    def read(self, source: Checkpoint, stated: Stated) -> Release:
+        config = uniter_config(source, stated, "bert.")
+        assert config.single is not None
         return Release(
-            config=sizes.uniter(width=weights["bert.pooler.dense.bias"].shape[0], depth=depth),
-            weights=from_bert(weights, depth),
+            config=config,
+            weights=from_bert(source.weights, config.single.depth),
             data=DATA,
             objectives={"mlm": MLMConfig(mask_rate=0.15, whole_word=False)},
             untrained=UNTRAINED,

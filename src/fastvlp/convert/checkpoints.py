@@ -1,30 +1,35 @@
-"""A public checkpoint becomes a folder like a run's: weights, tokenizer, and the config that its training would have saved.
-
-Sizes are read off the tensors. What these do not tell, such as the number of heads, is the published models'.
-"""
+"""A public checkpoint becomes a folder like a run's: weights, tokenizer, and the config that its training would have saved."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any
 
+import tokenizers
 import torch
 from torch import Tensor
+from tyro.conf import arg
 
-from fastvlp.convert.interface import Layout, Release
-from fastvlp.convert.weight_files import read_weights
+from fastvlp.convert.checkpoint_source import Checkpoint, open_checkpoint, read_answers
+from fastvlp.convert.interface import Layout, Release, Stated
+from fastvlp.convert.public_encoders import read_tokenizer
 from fastvlp.data.tokenize import Tokenizer
 from fastvlp.errors import UserError
 from fastvlp.extensions import variants
 from fastvlp.files import whole_folder, write_whole
 from fastvlp.model.layers import Activation
-from fastvlp.model.model import VLModel
+from fastvlp.model.model import ModelConfig, VLModel
 from fastvlp.model.saving import load_exactly, save_model
 from fastvlp.model.sizes import with_tokenizer
 from fastvlp.objectives.saved_objectives import describe
+
+# Where layouts are: those of fine-tuned models are beside their tasks.
+PACKAGES = ("fastvlp.convert", "fastvlp.tasks")
+WORDS = "text.word.weight"
 
 
 @dataclass(frozen=True)
@@ -32,87 +37,178 @@ class Converted:
     """What `convert` wrote."""
 
     folder: Path
+    layout: str
+    """Name of the layout that the source has."""
     parameters: int
     """How many numbers the model has."""
     untrained: tuple[str, ...]
-    """Prefixes of the parameters that the checkpoint lacks; they are drawn from seed 0."""
+    """Prefixes of the parameters that the source lacks; they are drawn from seed 0."""
+    absent: tuple[str, ...] = ()
+    """Encoders that the model lacks: image or text."""
 
 
 def convert(
-    layout: str,
-    checkpoint: Path,
+    source: Annotated[str, arg(metavar="SOURCE")],
     out: Path,
     /,
     *,
+    layout: str = "auto",
     tokenizer: Path | None = None,
-    activation: Literal["gelu", "quick_gelu"] | None = None,
+    config: Path | None = None,
+    activation: Activation | None = None,
+    heads: tuple[int, ...] = (),
+    answers: Path | None = None,
+    task: str | None = None,
 ) -> Converted:
-    """Make a folder like a run's of a public checkpoint. `vlp pretrain --from`, `vlp finetune --from`, `vlp evaluate` and
+    """Make a folder like a run's of a public model. `vlp pretrain RECIPE --from`, `vlp finetune --from`, `vlp evaluate` and
     `vlp export` read it, each as far as the model allows.
 
     Args:
-        layout: Whose files are laid out like the checkpoint. uniter: as pretrained, base or large. bert: a start for UNITER,
-            whose regions are untrained. open_clip: both encoders; OpenAI's too. flip: its parameters, names joined by "/", as
-            .safetensors. brivl: text encoder and heads; the image encoder is untrained. flm: as pretrained.
-        checkpoint: A .safetensors file or a PyTorch file; nothing in it is executed.
+        source: Folder of a model, a file of weights, or a repository of the Hugging Face hub, such as
+            openai/clip-vit-base-patch32. Nothing in a file is executed.
         out: Folder to write.
-        tokenizer: The checkpoint's own tokenizer.json; by default the one beside it.
-        activation: Of open_clip, whose files do not tell: quick_gelu for weights of OpenAI, which is the default where the
-            file is OpenAI's own; otherwise gelu.
+        layout: Whose models are laid out like the source; auto recognises it by config.json, open_clip_config.json, or the
+            names of the tensors.
+        tokenizer: The model's own tokenizer.json; by default the one beside its weights.
+        config: Its config where no config.json is beside the weights: that of transformers, a file of open_clip's
+            model_configs, UNITER's config, or BriVL's .yml.
+        activation: Of the layers, where no config says.
+        heads: Attention heads where no config says: of the image and the text encoder, or of the only stack of layers.
+        answers: The answers of a model that was fine-tuned to answer questions, in the order of its outputs: a JSON list, or an
+            object from answers to numbers.
+        task: Of a fine-tuned model with the heads of several tasks, the one to evaluate.
 
     Raises:
-        UserError: A file is missing or damaged, laid out otherwise, or of another tokenizer, or `out` exists.
+        UserError: The source is none that is known, is damaged or lacks tensors; its tokenizer lacks a token that the model
+            needs; an option is missing; the hub does not answer; or `out` exists.
     """
-    kind = find_layout(layout)
-    if activation is not None and activation not in kind.activations:
-        allowed = f"one of {', '.join(kind.activations)}" if kind.activations else "known already; leave it out"
-        raise UserError(f"`activation` of {layout} is {allowed}")
+    stated = Stated(activation=activation, heads=tuple(heads), answers=read_answers(answers), task=task)
     with whole_folder(out) as part:
-        release = read_release(kind, checkpoint, activation)
-        path = tokenizer or checkpoint.with_name("tokenizer.json")
-        words = Tokenizer.load(path, complete=kind.completes_vocabulary)
+        checkpoint = open_checkpoint(source, config)
+        kind = find_layout(checkpoint, layout)
+        if further := sorted(stated.given - {*kind.options}):
+            raise UserError(
+                f"{source}: {kind.name} needs no {', '.join(f'`{name}`' for name in further)}; leave it out"
+            )
+        release = read_release(kind, checkpoint, stated)
+        words = words_of(checkpoint, release, tokenizer)
         torch.manual_seed(0)
-        model = VLModel(with_tokenizer(release.config, words))
-        load_exactly(model, completed(release, model, kind.completes_vocabulary), checkpoint)
-        objectives = {name: config.build(model.config, words) for name, config in release.objectives.items()}
-        info = {"name": out.name, "step": 0, **describe(release.objectives, objectives)}
+        model = VLModel(config_of(release, words))
+        load_exactly(model, completed(release, model), source)
+        objectives = {name: made.build(model.config, words) for name, made in release.objectives.items()}
+        info: dict[str, Any] = {"name": out.name, "step": 0, "untrained": list(release.untrained)}
+        if objectives:
+            info |= {"task": next(iter(objectives)), **describe(release.objectives, objectives)}
         save_model(part, model, words, info, objectives=release.objective_weights)
-        config = {"name": out.name, "data": release.data, "objectives": info["objectives"]}
-        write_whole(part / "config.json", json.dumps(config, indent=2).encode())
-    return Converted(out, sum(p.numel() for p in model.parameters()), release.untrained)
+        run = {"name": out.name, "data": release.data, "objectives": info.get("objectives", {})}
+        write_whole(part / "config.json", json.dumps(run, indent=2).encode())
+    present = {"image": model.config.image.present, "text": model.config.text.present}
+    absent = tuple(name for name, there in present.items() if not there)
+    return Converted(out, kind.name, sum(p.numel() for p in model.parameters()), release.untrained, absent)
 
 
-def find_layout(name: str) -> Layout:
-    """The layout of that name, also one of a user's own file. Raises UserError with the nearest names."""
-    known = {kind.name: kind for kind in variants(Layout, __package__)}
-    if name not in known:
-        near = get_close_matches(name, known, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(sorted(known))}"
-        raise UserError(f"{name}: no such layout of checkpoints; {hint}")
-    return known[name]()
+def layouts() -> dict[str, type[Layout]]:
+    """All layouts by name, those of a user's own files too."""
+    return {kind.name: kind for package in PACKAGES for kind in variants(Layout, package)}
 
 
-def completed(release: Release, model: VLModel, new_words: bool) -> dict[str, Tensor]:
-    """The weights of a release with those of `model` where it has none; with `new_words` for tokens too that the tokenizer
-    has besides the checkpoint's, padding and mask."""
-    own = model.state_dict()
-    state = {name: x for name, x in own.items() if name.startswith(release.untrained or ("\0",))} | release.weights
-    name = "text.word.weight"
-    table, rows = state[name], own[name]
-    if new_words and 0 < len(rows) - len(table) <= 2:
-        state[name] = torch.cat([table, rows[len(table) :]])
-    return state
+def find_layout(source: Checkpoint, name: str) -> Layout:
+    """The layout of that name; with `auto`, the one that recognises the source. Raises UserError where there is none, or where
+    several do."""
+    known = layouts()
+    if name != "auto":
+        if name not in known:
+            near = get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(sorted(known))}"
+            raise UserError(f"`layout` {name}: no such layout of checkpoints; {hint}")
+        return known[name]()
+    found = [kind for kind in known.values() if kind.recognises(source)]
+    if len(found) == 1:
+        return found[0]()
+    if found:
+        names = ", ".join(kind.name for kind in found)
+        raise UserError(f"{source.source}: laid out like several ({names}); choose its `layout`")
+    listed = "; ".join(f"{kind.name}: {kind.summary}" for kind in known.values())
+    raise UserError(f"{source.source}: {unknown(source)}. Choose its `layout` where it is one of these. {listed}")
 
 
-def read_release(layout: Layout, path: Path, activation: Activation | None) -> Release:
-    """The checkpoint in a file. Raises UserError where it is not laid out so."""
-    weights, wrong = read_weights(path), f"{path}: not laid out as {layout.name}"
-    remedy = "name the layout that it has, and the file as it was released"
+def unknown(source: Checkpoint) -> str:
+    """What a source is, that no layout recognises."""
+    if source.model_type is not None:
+        return f"a {source.model_type} of transformers, of which no model is made here"
+    few = ", ".join(sorted(source.names)[:3])
+    return f"no public model that is known here: no config.json or open_clip_config.json says what it is, nor do {few}"
+
+
+def read_release(layout: Layout, source: Checkpoint, stated: Stated) -> Release:
+    """The checkpoint as a model. Raises UserError where it is not laid out so."""
+    wrong = f"{source.source}: not laid out as {layout.name}"
+    remedy = "name the `layout` that it has, and the files as they were released"
     try:
-        return layout.read(weights, activation)
+        return layout.read(source, stated)
     except UserError as error:
-        raise UserError(f"{path}: {error}") from error
+        known = str(error).startswith(source.source)
+        raise error if known else UserError(f"{source.source}: {error}") from error
     except KeyError as error:
         raise UserError(f"{wrong}: it has no {error.args[0]}; {remedy}") from error
     except (ValueError, IndexError, RuntimeError) as error:
         raise UserError(f"{wrong}: {error}; {remedy}") from error
+
+
+def words_of(source: Checkpoint, release: Release, path: Path | None) -> Tokenizer:
+    """The tokenizer of a checkpoint; one of special tokens alone where it has no text encoder.
+
+    Raises UserError where there is none, where it is of another vocabulary, or where it lacks a token that the model needs.
+    """
+    if not release.config.text.present:
+        return Tokenizer(tokenizers.Tokenizer(tokenizers.models.WordLevel({"[UNK]": 0}, "[UNK]")), complete=True)
+    words = read_tokenizer(source, None if path is None else str(path))
+    words = words if release.renew_words is None else release.renew_words(words)
+    place, rows = path or source.source, vocabulary_of(release)
+    if lacking := sorted(release.needs & {*words.added}):
+        raise UserError(
+            f"{place}: the tokenizer has no {' or '.join(lacking)} token, which the model needs; name the tokenizer.json that "
+            "it was trained with (`tokenizer`)"
+        )
+    own = words.vocab_size - len(words.added)
+    # A model's own tokenizer may have fewer words than its table, which is often rounded up.
+    if rows is not None and (own > rows or (path is not None and own != rows)):
+        raise UserError(
+            f"{place}: a tokenizer of {own} tokens, and the model knows {rows}; use the tokenizer it was trained with"
+        )
+    if release.ends_in_largest and words.eos != own - 1:
+        raise UserError(
+            f"{place}: the model summarises a text at its largest token, and </s> of this tokenizer ({words.eos} of {own}) is "
+            "not the largest; use the tokenizer it was trained with, or name the `config` that says how it reads a text"
+        )
+    return words
+
+
+def vocabulary_of(release: Release) -> int | None:
+    """Rows of the checkpoint's table of words; None where its text encoder has its own names for it."""
+    table = release.weights.get(WORDS)
+    return None if table is None else len(table)
+
+
+def config_of(release: Release, words: Tokenizer) -> ModelConfig:
+    """The model with the special tokens of its tokenizer and room for the checkpoint's vocabulary."""
+    config = with_tokenizer(release.config, words)
+    rows = vocabulary_of(release) or release.config.text.vocab
+    return replace(config, text=replace(config.text, vocab=max(words.vocab_size, rows)))
+
+
+def completed(release: Release, model: VLModel) -> dict[str, Tensor]:
+    """The weights of a release with those of `model` where it has none, and for tokens that its vocabulary lacks."""
+    own = model.state_dict()
+    state = {name: x for name, x in own.items() if name.startswith(release.untrained or ("\0",))} | dict(
+        release.weights
+    )
+    for name in vocabulary_tables(own):
+        if name in state and len(state[name]) < len(own[name]):
+            state[name] = torch.cat([state[name], own[name][len(state[name]) :]])
+    return state
+
+
+def vocabulary_tables(names: Sequence[str] | dict[str, Tensor]) -> list[str]:
+    """Parameters with a row for each word of the vocabulary."""
+    return [name for name in names if name == WORDS or ".vocabulary." in name or name == "single.words.bias"]

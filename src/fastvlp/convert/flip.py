@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from math import isqrt
 
 from torch import Tensor
 
-from fastvlp.convert.interface import Layout, Release
+from fastvlp.convert.checkpoint_source import Checkpoint
+from fastvlp.convert.interface import Layout, Release, Stated
+from fastvlp.convert.published_shapes import head_counts
 from fastvlp.convert.weight_map import Sources, WeightMap, Weights, apply_map, layer_numbers
 from fastvlp.model import sizes
-from fastvlp.model.layers import Activation
+from fastvlp.model.encoders.text_transformer import TextTransformerConfig
+from fastvlp.model.encoders.vit import ViTConfig
+from fastvlp.model.model import ModelConfig
 from fastvlp.objectives.clip import CLIPConfig
 
 IMAGE_LAYERS, TEXT_LAYERS = (f"{part}_encoder/Transformer/encoderblock_" for part in ("img", "txt"))
@@ -77,24 +82,55 @@ def from_flip(weights: Weights) -> dict[str, Tensor]:
     return apply_map(from_flax(weights), flip_map(*depths), layout="FLIP")
 
 
+# Table 9 of the paper: B/16, L/16 and H/14.
+IMAGE_HEADS = {(768, 12): 12, (1024, 24): 16, (1280, 32): 16}
+TEXT_HEADS = {(512, 12): 8, (768, 12): 12, (1024, 24): 16}
+
+
+def flip_config(weights: Weights, stated: Stated) -> ModelConfig:
+    """The model of the tensors."""
+    patch, _, _, width = weights["img_encoder/embedding/kernel"].shape
+    length, text_width = weights["txt_encoder/posembed_encoder/pos_embedding"].shape[-2:]
+    depth, text_depth = (len(layer_numbers(weights, prefix)) for prefix in (IMAGE_LAYERS, TEXT_LAYERS))
+    known = {"image": IMAGE_HEADS.get((width, depth)), "text": TEXT_HEADS.get((text_width, text_depth))}
+    heads, text_heads = head_counts(stated, known)
+    config = sizes.flip(
+        sizes.Tower(depth, width, heads),
+        sizes.Tower(text_depth, text_width, text_heads),
+        width=weights["img_mlp1/kernel"].shape[1],
+        size=isqrt(weights["img_encoder/posembed_encoder/pos_embedding"].shape[-2]) * patch,
+        patch=patch,
+        length=length,
+    )
+    hidden, text_hidden = (
+        weights[f"{prefix}00/MlpBlock_0/Dense_0/kernel"].shape[1] for prefix in (IMAGE_LAYERS, TEXT_LAYERS)
+    )
+    assert isinstance(config.image, ViTConfig) and isinstance(config.text, TextTransformerConfig)
+    return replace(
+        config,
+        image=replace(config.image, layer=replace(config.image.layer, hidden=hidden)),
+        text=replace(config.text, layer=replace(config.text.layer, hidden=text_hidden)),
+    )
+
+
 class FLIPLayout(Layout):
     name = "flip"
+    summary = "FLIP's parameters in flax's layout, names joined by /, as .safetensors"
+    options = ("heads",)
 
-    def read(self, weights: Weights, activation: Activation | None = None) -> Release:
-        patch, _, _, width = weights["img_encoder/embedding/kernel"].shape
-        length, text_width = weights["txt_encoder/posembed_encoder/pos_embedding"].shape[-2:]
-        config = sizes.flip(
-            sizes.Tower.published(len(layer_numbers(weights, IMAGE_LAYERS)), width),
-            sizes.Tower.published(len(layer_numbers(weights, TEXT_LAYERS)), text_width),
-            width=weights["img_mlp1/kernel"].shape[1],
-            size=isqrt(weights["img_encoder/posembed_encoder/pos_embedding"].shape[-2]) * patch,
-            patch=patch,
-            length=length,
-        )
+    @classmethod
+    def recognises(cls, source: Checkpoint) -> bool:
+        return "img_encoder/embedding/kernel" in source.names
+
+    def read(self, source: Checkpoint, stated: Stated) -> Release:
+        weights = source.weights
+        config = flip_config(weights, stated)
         return Release(
             config=config,
             weights=from_flip(weights),
-            data={"max_length": config.longest_text},
+            data={"max_length": config.longest_text, "fit": "crop", "captions": "captions"},
             objectives={"clip": CLIPConfig(bound="clip")},
             objective_weights={"clip.log_scale": weights["logit_scale"].float().reshape(())},
+            # Padding is seen, and <s> and </s> are left out.
+            needs=frozenset({"pad"}),
         )

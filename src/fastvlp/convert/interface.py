@@ -1,18 +1,22 @@
-"""What a layout of public checkpoints is: it reads the tensors of a file and says what model they are of."""
+"""What a layout of public checkpoints is: it recognises one, reads its tensors, and says what model they are of."""
 
 from __future__ import annotations
 
 import abc
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
-from fastvlp.convert.weight_map import Weights
+from fastvlp.convert.checkpoint_source import Checkpoint
+from fastvlp.data.tokenize import Tokenizer
 from fastvlp.model.layers import Activation
 from fastvlp.model.model import ModelConfig
 from fastvlp.objectives.objective import ObjectiveConfig
+
+# Special tokens that a model reads: padding too, where its layers see it.
+Role = Literal["pad", "bos", "eos", "mask"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,29 +25,58 @@ class Release:
 
     config: ModelConfig
     """Complete but for the vocabulary, which the tokenizer gives."""
-    weights: dict[str, Tensor]
+    weights: Mapping[str, Tensor]
     """Every parameter of such a model but those in `untrained`."""
-    data: dict[str, Any]
+    data: Mapping[str, Any]
     """How it reads images and texts: fields of a run's `data` as config.json has them."""
-    objectives: dict[str, ObjectiveConfig] = field(default_factory=dict)
-    """What it was pretrained with, by name."""
-    objective_weights: dict[str, Tensor] = field(default_factory=dict)
+    objectives: Mapping[str, ObjectiveConfig] = field(default_factory=dict)
+    """What it was trained with, by name; of a fine-tuned model, first its task."""
+    objective_weights: Mapping[str, Tensor] = field(default_factory=dict)
     """Parameters of these objectives that the file has, by `<name>.<parameter>`."""
     untrained: tuple[str, ...] = ()
     """Prefixes of parameters that the file lacks."""
+    needs: frozenset[Role] = frozenset({"pad", "bos", "eos", "mask"})
+    """Special tokens that the tokenizer must have. Any other is added where it lacks one, with a new vector."""
+    renew_words: Callable[[Tokenizer], Tokenizer] | None = None
+    """Makes the tokenizer of what is released of it; None where it is the released one."""
+    ends_in_largest: bool = False
+    """Whether a text is summarised at its largest id, so that </s> must be the last word of the vocabulary."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stated:
+    """What the user says of a checkpoint where its files do not tell."""
+
+    activation: Activation | None = None
+    heads: tuple[int, ...] = ()
+    answers: tuple[str, ...] = ()
+    task: str | None = None
+
+    @property
+    def given(self) -> set[str]:
+        """Names of what is said."""
+        return {name for name in ("activation", "heads", "answers", "task") if getattr(self, name)}
 
 
 class Layout(abc.ABC):
-    """A family of public checkpoints whose files are laid out alike. A subclass is listed by `vlp convert`."""
+    """A family of public checkpoints whose files are laid out alike. A subclass is found by `vlp convert`."""
 
     name: ClassVar[str]
     """What `vlp convert` calls it."""
-    activations: ClassVar[Collection[Activation]] = ()
-    """Activations that such models may have, where the file does not tell which."""
-    completes_vocabulary: ClassVar[bool] = False
-    """Whether the tokenizer lacks padding and a mask, which are then added, with new vectors."""
+    summary: ClassVar[str]
+    """What such files are, for help and errors."""
+    options: ClassVar[Collection[str]] = ()
+    """Fields of `Stated` that it may need."""
+
+    @classmethod
+    @abc.abstractmethod
+    def recognises(cls, source: Checkpoint) -> bool:
+        """Whether the checkpoint is of this layout. Tensors are not read for it, but their names may be."""
 
     @abc.abstractmethod
-    def read(self, weights: Weights, activation: Activation | None = None) -> Release:
-        """The model that `weights` are of: its size is read off the tensors. Raises UserError, KeyError or ValueError where
-        they are laid out otherwise. `activation`: one of `activations`, or None where the user names none."""
+    def read(self, source: Checkpoint, stated: Stated) -> Release:
+        """The model that a checkpoint is of.
+
+        Raises UserError, KeyError, ValueError or IndexError where it is laid out otherwise, and UserError where neither the
+        files nor the user say what is needed.
+        """

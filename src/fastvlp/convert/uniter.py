@@ -2,23 +2,34 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from fastvlp.config import to_json
 from fastvlp.convert.bert_layers import bert_layer
-from fastvlp.convert.interface import Layout, Release
+from fastvlp.convert.checkpoint_source import Checkpoint
+from fastvlp.convert.interface import Layout, Release, Stated
+from fastvlp.convert.published_shapes import BERT, activation_of, head_counts
 from fastvlp.convert.weight_map import WeightMap, Weights, apply_map, layer_numbers, weight_and_bias
 from fastvlp.data.regions import RegionSource
 from fastvlp.errors import UserError
 from fastvlp.model import sizes
-from fastvlp.model.layers import Activation
+from fastvlp.model.encoders.text_transformer import TextTransformerConfig
+from fastvlp.model.encoders.vit import ViTConfig
+from fastvlp.model.model import ModelConfig
 from fastvlp.objectives.mlm import MLMConfig
 from fastvlp.objectives.region import MRCConfig, MRFRConfig
 from fastvlp.objectives.wra import WRAConfig
 
 # As many regions as the released extraction kept; a crop would leave some out.
-DATA = {"regions": to_json(RegionSource(stored=True, most=100)), "max_length": 62, "fit": "squash"}
+DATA = {
+    "regions": to_json(RegionSource(stored=True, most=100)),
+    "max_length": 62,
+    "fit": "squash",
+    "captions": "captions",
+}
 # Second copies in the file of tensors that are one here: the word table, and the image projection.
 TIED = {
     "cls.predictions.decoder.weight": "uniter.embeddings.word_embeddings.weight",
@@ -94,18 +105,52 @@ def uniter_heads(weights: Weights) -> dict[str, dict[str, Tensor]]:
     return {name: {ours: weights[theirs] for ours, (theirs,) in sources.items()} for name, sources in HEADS.items()}
 
 
+def uniter_config(source: Checkpoint, stated: Stated, prefix: str) -> ModelConfig:
+    """The model of UNITER's or BERT's tensors, whose names begin with `prefix`."""
+    weights, settings = source.weights, source.settings
+    words = weights[f"{prefix}embeddings.word_embeddings.weight"]
+    width, depth = words.shape[1], len(layer_numbers(weights, f"{prefix}encoder.layer."))
+    known = settings.get("num_attention_heads") or BERT.get((width, depth))
+    (heads,) = head_counts(stated, {"the layers": known})
+    regions = weights.get(f"{prefix}img_embeddings.img_linear.weight")
+    config = sizes.uniter(width=width, depth=depth, feature=2048 if regions is None else regions.shape[1])
+    image, text = config.image, config.text
+    assert config.single is not None and isinstance(image, ViTConfig) and isinstance(text, TextTransformerConfig)
+    layer = replace(
+        config.single.layer,
+        heads=heads,
+        hidden=len(weights[f"{prefix}encoder.layer.0.intermediate.dense.weight"]),
+        activation=activation_of(settings.get("hidden_act", "gelu"), stated),
+    )
+    positions = len(weights[f"{prefix}embeddings.position_embeddings.weight"])
+    types = len(weights[f"{prefix}embeddings.token_type_embeddings.weight"])
+    return replace(
+        config,
+        image=replace(image, layer=layer),
+        text=replace(text, layer=layer, positions=positions),
+        single=replace(config.single, layer=layer, types=types),
+    )
+
+
 class UNITERLayout(Layout):
     name = "uniter"
+    summary = "UNITER as pretrained by its code"
+    options = ("heads",)
 
-    def read(self, weights: Weights, activation: Activation | None = None) -> Release:
-        depth, heads = len(layer_numbers(weights, "uniter.encoder.layer.")), uniter_heads(weights)
-        width, feature = weights["uniter.img_embeddings.img_linear.weight"].shape
+    @classmethod
+    def recognises(cls, source: Checkpoint) -> bool:
+        return "uniter.embeddings.word_embeddings.weight" in source.names
+
+    def read(self, source: Checkpoint, stated: Stated) -> Release:
+        weights = source.weights
+        config, heads = uniter_config(source, stated, "uniter."), uniter_heads(weights)
+        assert config.single is not None
         objective_weights = {
             f"{name}.{key}": x for name, head in (("mrfr", "mrfr"), ("mrc_kl", "mrc")) for key, x in heads[head].items()
         }
         return Release(
-            config=sizes.uniter(width=width, depth=depth, feature=feature),
-            weights=from_uniter(weights, depth),
+            config=config,
+            weights=from_uniter(weights, config.single.depth),
             data=DATA,
             objectives={
                 "itm": WRAConfig(),

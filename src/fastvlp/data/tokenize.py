@@ -132,6 +132,23 @@ class Tokenizer:
         return self._inner.id_to_token(i) or ""
 
 
+def with_new_ends(words: Tokenizer) -> Tokenizer:
+    """The tokenizer with <bos> and <eos> in the roles of <s> and </s>; they are added at its end where it lacks them. The old
+    ones keep their ids, by other names. FLM's released code writes captions so."""
+    spec = json.loads(words._inner.to_str())
+    bos, eos = words.token(words.bos), words.token(words.eos)
+    names = {bos: f"[unused {bos}]", eos: f"[unused {eos}]", "<bos>": bos, "<eos>": eos}
+    for token in spec["added_tokens"]:
+        token["content"] = names.get(token["content"], token["content"])
+    vocab = spec["model"]["vocab"]
+    spec["model"]["vocab"] = {names.get(token, token): i for token, i in vocab.items()}
+    # It puts the old ones around a text.
+    spec["post_processor"] = None
+    inner = tokenizers.Tokenizer.from_str(json.dumps(spec))
+    inner.add_special_tokens([bos, eos])
+    return Tokenizer(inner, "tokenizer")
+
+
 def _special(inner: tokenizers.Tokenizer, role: str, source: str) -> int:
     for name in _ROLES[role]:
         if (token := inner.token_to_id(name)) is not None:

@@ -34,7 +34,9 @@ class HeadConfig:
     norm: bool = False
     """Whether a layer norm comes first, for encoders that end without one."""
     hidden: int | None = None
-    """Width of a layer with ReLU before the projection; None: the projection alone."""
+    """Width of a hidden layer before the projection; None: the projection alone."""
+    hidden_activation: Literal["relu", "tanh"] = "relu"
+    """Of the hidden layer: relu (BriVL), or tanh (BERT's pooler)."""
     bias: bool = False
     """Whether the projection has a bias."""
     eps: float = 1e-5
@@ -144,6 +146,7 @@ class Head(nn.Module):
         self.attention = AttentionPooling(config.layer) if config.pool == "attention" and config.layer else None
         hidden = config.hidden
         self.hidden = nn.Linear(inner, hidden) if hidden else None
+        self.activation = torch.tanh if config.hidden_activation == "tanh" else F.relu
         self.out = nn.Linear(hidden or inner, joint, bias=config.bias)
         initialise(self, inner)
 
@@ -152,7 +155,7 @@ class Head(nn.Module):
         a head without a grid of its own reads."""
         x = self.summary(state_BSD, length_B, regions)
         if self.hidden is not None:
-            x = F.relu(self.hidden(x))
+            x = self.activation(self.hidden(x))
         return unit(self.out(x))
 
     def summary(self, state_BSD: Tensor, length_B: Tensor | None = None, regions: Regions | None = None) -> Tensor:

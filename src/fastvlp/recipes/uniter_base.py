@@ -2,7 +2,7 @@
 a detector's regions, 8 GPUs, 200,000 steps of 6 x 10,240 tokens on each.
 
     vlp data import PAIRS --features REGIONS --images blank --out detected --val 0.01
-    vlp convert bert bert-base-cased/model.safetensors bert_base
+    vlp convert bert-base-cased bert_base --layout uniter_start
     torchrun --nproc-per-node 8 --no-python vlp pretrain uniter_base
 
 Fewer ranks: raise --accumulate in proportion. `fill` is the released code's, which leaves more than half of the budget unused

@@ -92,6 +92,8 @@ def why_not_scored(task: type[Task], place: str, data: Data) -> str | None:
 
 def split_folder(tuned: FineTuned, split: str, data: str | None) -> str:
     """Folder of a split in `data` or, without it, of the run's own data or beside its splits."""
+    if data is None and not tuned.data.train:
+        raise UserError("a converted model has no data of its own; name the `data` to score it on")
     own = getattr(tuned.data, split) if data is None and split in splits.SPLITS else None
     return own or splits.find_split(data or splits.parent(tuned.data.train), split, tuned.task.split_prefixes)
 

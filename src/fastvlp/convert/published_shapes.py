@@ -1,0 +1,49 @@
+"""What tensors do not tell of layers: heads and activation, from a config, from the user, or from a published model's size."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from fastvlp.convert.encoder_family import ACTIVATIONS
+from fastvlp.convert.interface import Stated
+from fastvlp.errors import UserError
+from fastvlp.model.layers import Activation
+
+# (width, layers) -> attention heads, where a project has published one model of that shape.
+Published = Mapping[tuple[int, int], int]
+BERT: Published = {(768, 12): 12, (1024, 24): 16}
+
+
+def head_counts(stated: Stated, known: Mapping[str, int | None]) -> list[int]:
+    """Attention heads of each stack of layers: what is known of it, else what the user states.
+
+    Args:
+        known: by the name of each stack; None where no config says and no published model has its shape.
+
+    Raises UserError where neither tells.
+    """
+    if stated.heads:
+        if len(stated.heads) != len(known):
+            raise UserError(f"`heads` has {len(stated.heads)} numbers; it is one each of {', '.join(known)}")
+        return [*stated.heads]
+    unknown = [name for name, heads in known.items() if heads is None]
+    if unknown:
+        raise UserError(
+            f"nothing here tells the number of attention heads of {' and '.join(unknown)}: give `heads`, one number each of "
+            f"{', '.join(known)}, or the `config` of the checkpoint"
+        )
+    return [heads for heads in known.values() if heads is not None]
+
+
+def activation_of(name: str | None, stated: Stated) -> Activation:
+    """The activation that a config calls `name`, else the one that the user states. Raises UserError where neither tells, or
+    where it is another than ours have."""
+    if stated.activation is not None:
+        return stated.activation
+    if name is None:
+        raise UserError(
+            "nothing here tells the activation of the layers: give `activation`, or the `config` of the checkpoint"
+        )
+    if name not in ACTIVATIONS:
+        raise UserError(f"its activation is {name}; there are {', '.join(sorted(set(ACTIVATIONS.values())))}")
+    return ACTIVATIONS[name]
