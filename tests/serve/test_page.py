@@ -119,7 +119,7 @@ def test_the_page_asks_for_the_languages_of_the_model(page: Any, languages: list
     page.reload()
     expect(page.locator("#intro")).to_contain_text(intro)
     assert page.get_attribute("#text", "placeholder") == hint
-    placeholder = page.get_attribute("#asked", "placeholder")
+    placeholder = page.get_attribute("#question-text", "placeholder")
     assert ("图里有什么" in placeholder, "what is in it?" in placeholder) == ("zh" in languages, languages != ["zh"])
 
 
@@ -161,7 +161,7 @@ def test_a_picture_searches(page: Any, how: str, tmp_path: Path):
         page.evaluate(DROP, [data, how])
     assert captions_of(page, "green")[0] == "green number 3"
     assert page.is_visible("#panel") and page.is_visible("#chip") and not page.is_visible("#drop")
-    expect(page.locator("#said")).to_contain_text("a green picture")
+    expect(page.locator("#reply")).to_contain_text("a green picture")
     page.keyboard.press("Escape")
     page.wait_for_selector("#intro")
     assert not page.is_visible("#panel")
@@ -176,10 +176,10 @@ def test_a_click_searches_by_a_result_and_the_model_answers(page: Any):
     assert "红色 第 4" in page.text_content("#captions") and "made" in page.text_content("#info")
     captions_of(page, "red")
     assert "red number 4" not in page.locator(".tile .caption").all_text_contents()
-    expect(page.locator("#said")).to_contain_text("a red picture")
+    expect(page.locator("#reply")).to_contain_text("a red picture")
     page.reload()
     expect(page.locator("#captions")).to_contain_text("red number 4")
-    page.fill("#asked", "which colour?")
+    page.fill("#question-text", "which colour?")
     page.keyboard.press("Enter")
     expect(page.locator("#answers dd")).to_have_text("red")
     page.fill("#text", "blue")
@@ -262,7 +262,7 @@ def test_the_interface_can_be_read_and_tried(page: Any, address: str):
 
 def test_everything_has_a_name(page: Any):
     page.click(".tile >> nth=0")
-    page.wait_for_selector("#asked")
+    page.wait_for_selector("#question-text")
     named = "part.ariaLabel || part.textContent.trim() || part.labels?.length || part.getAttribute('alt') !== null"
     parts = "[...document.querySelectorAll('button, input:not([hidden]), a, img')]"
     assert page.evaluate(f"{parts}.filter((part) => !({named})).map((part) => part.outerHTML)") == []
@@ -278,7 +278,7 @@ def test_narrow_screens_and_dark_mode(browser: Any, address: str, width: int):
         page.wait_for_selector(".tile")
         assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
         page.tap(".tile >> nth=0")
-        page.wait_for_selector("#asked")
+        page.wait_for_selector("#question-text")
         assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
         assert page.evaluate(
             "document.getElementById('panel').scrollWidth <= document.getElementById('panel').clientWidth"

@@ -115,13 +115,13 @@ class Service:
     async def caption(self, pixels: Tensor) -> str:
         """Captions a picture."""
         self.require("caption")
-        return (await self.batcher.submit("caption", [pixels]))[0]
+        return str((await self.batcher.submit("caption", [pixels]))[0])
 
     async def answer(self, pixels: Tensor, question: str) -> str:
         """Answers a question about a picture."""
         self.require("answer")
         self.check_characters([question])
-        return (await self.batcher.submit("answer", [(pixels, question)]))[0]
+        return str((await self.batcher.submit("answer", [(pixels, question)]))[0])
 
     async def match(self, pixels: Sequence[Tensor], texts: Sequence[str]) -> list[float]:
         """Scores how well each picture fits its text."""
@@ -137,14 +137,16 @@ class Service:
 
     async def call_index(self, call: Callable[[IndexEngine], T]) -> T:
         """Runs a function of the index in the index's thread."""
-        return (await self._engine.submit("index", [call]))[0]
+        result: T = (await self._engine.submit("index", [call]))[0]
+        return result
 
     async def search(self, vector: np.ndarray, k: int, where: Where | None = None) -> list[Hit]:
         """Finds the `k` items that are nearest to a vector [E], best first."""
         try:
-            return (await self._engine.submit("search", [(vector, k, where or {})]))[0]
+            hits: list[Hit] = (await self._engine.submit("search", [(vector, k, where or {})]))[0]
         except InputError as bad:
             raise bad_request(bad.reason) from bad
+        return hits
 
     async def item(self, id: str) -> Item:
         """Reads an item. Refuses one that the index does not have."""

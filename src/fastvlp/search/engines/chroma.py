@@ -184,7 +184,7 @@ class ChromaIndex(IndexEngine):
     def count(self) -> int:
         self._refresh()
         with self._engine_errors():
-            return self._collection.count()
+            return int(self._collection.count())
 
     def _get(self, ids: Sequence[str]) -> Iterable[Item]:
         self._refresh()

@@ -129,7 +129,7 @@ class PgIndex(IndexEngine):
 
     def count(self) -> int:
         with self._engine_errors():
-            return self._one(f"SELECT count(*) FROM {self._table}")
+            return int(self._one(f"SELECT count(*) FROM {self._table}"))
 
     def _get(self, ids: Sequence[str]) -> Iterable[Item]:
         with self._engine_errors():

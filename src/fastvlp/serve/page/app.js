@@ -1,12 +1,12 @@
-// The search page. What is searched for stands in the address, so that Back, reload and a sent link work; a dropped picture
-// cannot be sent, and is kept in memory under a number.
+// The search page. The address of the page has the search, so that Back, reload and links work. A dropped picture cannot be in
+// an address; it is kept in memory under a number.
 
 const PAGE = 24;
 const by = (id) => document.getElementById(id);
 const [text, grid, panel, status, problem] = ["text", "grid", "panel", "status", "problem"].map(by);
 const dropped = new Map();
 let service = { can: [], languages: [], items: 0 };
-let asked = {}; // text, id, picture (a number in `dropped`)
+let current = {}; // the search that is shown: text, id, picture (a number in `dropped`)
 let next = null; // offset of the next page, or null
 let running = null; // AbortController of the search that is under way
 let typing = 0;
@@ -25,13 +25,13 @@ async function ask(path, fields = null, signal = undefined) {
     if (error.name === "AbortError") throw error;
     throw new Failed("The service does not answer. Is it still running?");
   }
-  const told = await answer.json().catch(() => null);
+  const body = await answer.json().catch(() => null);
   if (answer.status === 401) openKey();
-  if (!answer.ok) throw new Failed(told?.error?.message ?? `The service answered ${answer.status}.`);
-  return told;
+  if (!answer.ok) throw new Failed(body?.error?.message ?? `The service answered ${answer.status}.`);
+  return body;
 }
 
-// ---- what is searched for
+// ---- the search
 
 function fromAddress() {
   const query = new URLSearchParams(location.search);
@@ -50,8 +50,8 @@ function go(to, { replace = false } = {}) {
 }
 
 async function show(to) {
-  const samePicture = to.id === asked.id && to.picture === asked.picture;
-  asked = to;
+  const samePicture = to.id === current.id && to.picture === current.picture;
+  current = to;
   if (text.value.trim() !== to.text) text.value = to.text;
   document.title = to.text ? `${to.text} · picture search` : "Picture search";
   const home = !to.text && !to.id && !to.picture;
@@ -66,7 +66,7 @@ const fields = (to) => ({ text: to.text, id: to.id, image: dropped.get(to.pictur
 async function search() {
   next = 0;
   grid.replaceChildren(...Array.from({ length: 12 }, waiting));
-  say("");
+  setStatus("");
   await more(true);
 }
 
@@ -75,15 +75,15 @@ async function more(first = false) {
   running?.abort();
   const own = (running = new AbortController());
   await loading(async () => {
-    const found = await ask("/v1/search", { ...fields(asked), offset: next, limit: PAGE }, own.signal);
+    const page = await ask("/v1/search", { ...fields(current), offset: next, limit: PAGE }, own.signal);
     if (first) grid.replaceChildren();
-    next = found.next_offset;
-    grid.append(...found.results.map(tile));
+    next = page.next_offset;
+    grid.append(...page.results.map(tile));
     if (grid.firstElementChild && first) grid.querySelector(".tile").tabIndex = 0;
-    tell();
+    showCount();
   }, own);
   if (running === own) running = null;
-  // A tall screen shows the end at once: the observer saw it before this page came.
+  // On a tall screen the end is in view at once, and the observer saw it before these results came.
   if (running === null && next !== null && problem.hidden && atEnd()) more();
 }
 
@@ -97,7 +97,7 @@ async function sample() {
     grid.replaceChildren(...results.map(tile));
     if (results.length) grid.querySelector(".tile").tabIndex = 0;
     examples(results);
-    say(results.length ? `A few of ${total()} pictures` : "The index is empty: add pictures to it first.");
+    setStatus(results.length ? `A few of ${total()} pictures` : "The index is empty: add pictures to it first.");
   }, own);
   if (running === own) running = null;
 }
@@ -113,7 +113,7 @@ async function loading(work, own) {
     grid.querySelectorAll(".waiting").forEach((cell) => cell.remove());
     problem.firstElementChild.textContent = error instanceof Failed ? error.message : `The page failed: ${error.message}`;
     problem.hidden = false;
-    say("");
+    setStatus("");
   } finally {
     if (running === own) {
       document.body.classList.remove("busy");
@@ -122,7 +122,7 @@ async function loading(work, own) {
   }
 }
 
-// ---- what is found
+// ---- results
 
 function make(kind, className = "", content = "") {
   const element = document.createElement(kind);
@@ -158,7 +158,7 @@ function tile(hit) {
   image.src = hit.image;
   photo.append(image);
   button.ariaLabel = caption;
-  if (asked.text || asked.id || asked.picture) {
+  if (current.text || current.id || current.picture) {
     const score = make("span", "score", hit.score.toFixed(2));
     score.title = `cosine ${hit.score.toFixed(4)}`;
     photo.append(score);
@@ -177,23 +177,23 @@ function tile(hit) {
   return cell;
 }
 
-// A busy index does not say how many it has.
+// A busy index does not answer how many items it has.
 const total = () => service.items?.toLocaleString() ?? "all";
-const say = (words) => (status.textContent = words);
+const setStatus = (words) => (status.textContent = words);
 
-function tell() {
+function showCount() {
   const count = grid.querySelectorAll(".tile").length;
-  if (!count) return say("Nothing found.");
+  if (!count) return setStatus("Nothing found.");
   const parts = [`${count} of ${total()} pictures`];
-  if (asked.text) parts.push("for ", make("b", "", asked.text));
-  if (asked.id || asked.picture) parts.push(asked.text ? "and like this picture" : "like this picture");
+  if (current.text) parts.push("for ", make("b", "", current.text));
+  if (current.id || current.picture) parts.push(current.text ? "and like this picture" : "like this picture");
   status.replaceChildren(...parts.flatMap((part, i) => (i && typeof part === "string" ? [" ", part] : [part])));
 }
 
 function examples(results) {
-  const told = results.flatMap((hit) => captions(hit.info).map((caption) => caption.replace(/[\s.。]+$/, "")));
+  const all = results.flatMap((hit) => captions(hit.info).map((caption) => caption.replace(/[\s.。]+$/, "")));
   const chinese = (caption) => /\p{Script=Han}/u.test(caption);
-  const short = told.filter((caption) => caption.length < 44);
+  const short = all.filter((caption) => caption.length < 44);
   const picked = [...new Set([...short.filter((c) => !chinese(c)).slice(0, 3), ...short.filter(chinese).slice(0, 2)])];
   by("examples").replaceChildren(
     ...picked.map((caption) => {
@@ -205,7 +205,7 @@ function examples(results) {
   );
 }
 
-// ---- the picture that is searched by
+// ---- the picture of the search
 
 const known = new Map(); // items that were shown, by id
 
@@ -217,7 +217,7 @@ async function showPanel(to) {
   const chip = by("chip");
   chip.hidden = !present;
   for (const part of ["captions", "answers", "info"]) by(part).replaceChildren();
-  by("said").hidden = true;
+  by("reply").hidden = true;
   by("question").hidden = !(present && service.can.includes("answer"));
   if (!present) return;
   const shown = by("shown");
@@ -225,29 +225,29 @@ async function showPanel(to) {
   shown.src = chip.firstElementChild.src = source;
   const path = `/v1/items/${encodeURIComponent(to.id)}`;
   const { info } = !to.id ? { info: {} } : (known.get(to.id) ?? (await ask(path).catch(() => ({ info: {} }))));
-  if (asked.id !== to.id || asked.picture !== to.picture) return;
-  const told = captions(info);
-  shown.alt = told[0] ?? to.id ?? "the picture that you gave";
-  by("captions").replaceChildren(...told.map((caption, i) => make("p", i ? "other" : "", caption)));
+  if (current.id !== to.id || current.picture !== to.picture) return;
+  const texts = captions(info);
+  shown.alt = texts[0] ?? to.id ?? "the picture that you gave";
+  by("captions").replaceChildren(...texts.map((caption, i) => make("p", i ? "other" : "", caption)));
   for (const [name, value] of Object.entries(to.id ? { id: to.id, ...info } : {}))
     if (!name.startsWith("caption")) by("info").append(make("dt", "", name), make("dd", "", String(value)));
   if (!service.can.includes("caption")) return;
   const { caption } = await ask("/v1/caption", { id: to.id, image: dropped.get(to.picture) }).catch(() => ({}));
-  if (!caption || asked.id !== to.id || asked.picture !== to.picture) return;
-  by("said").replaceChildren(make("small", "", "The model says"), caption);
-  by("said").hidden = false;
+  if (!caption || current.id !== to.id || current.picture !== to.picture) return;
+  by("reply").replaceChildren(make("small", "", "The model says"), caption);
+  by("reply").hidden = false;
 }
 
 by("question").onsubmit = async (event) => {
   event.preventDefault();
-  const question = by("asked").value.trim();
+  const question = by("question-text").value.trim();
   if (!question) return;
   const [term, answer] = [make("dt", "", question), make("dd", "", "…")];
   by("answers").prepend(term, answer);
-  by("asked").value = "";
-  const { id, picture } = asked;
+  by("question-text").value = "";
+  const { id, picture } = current;
   answer.textContent = await ask("/v1/answer", { id, image: dropped.get(picture), question }).then(
-    (told) => told.answer,
+    (body) => body.answer,
     (error) => error.message,
   );
 };
@@ -259,7 +259,7 @@ async function searchBy(file) {
   go({ text: "", id: null, picture: number });
 }
 
-// A photograph of a phone is many times what a model reads; it is sent again for every page of results.
+// A photograph has many times the pixels that a model reads, and is sent again for every page of results.
 async function smaller(file) {
   if (file.size < 1e6) return file;
   const image = await createImageBitmap(file).catch(() => null);
@@ -274,23 +274,23 @@ async function smaller(file) {
 
 const typed = (replace) => {
   clearTimeout(typing);
-  const said = text.value.trim();
-  if (said !== asked.text) go({ ...asked, text: said }, { replace });
+  const words = text.value.trim();
+  if (words !== current.text) go({ ...current, text: words }, { replace });
 };
 
 by("search").onsubmit = (event) => {
   event.preventDefault();
   typed(false);
 };
-// While a Chinese word is being composed the field holds Latin letters that nobody means.
+// While an input method composes a Chinese word, the field holds Latin letters, which are not searched for.
 text.oninput = (event) => {
   clearTimeout(typing);
-  if (!event.isComposing) typing = setTimeout(typed, 350, Boolean(asked.text));
+  if (!event.isComposing) typing = setTimeout(typed, 350, Boolean(current.text));
 };
 text.addEventListener("compositionstart", () => clearTimeout(typing));
-text.addEventListener("compositionend", () => (typing = setTimeout(typed, 350, Boolean(asked.text))));
+text.addEventListener("compositionend", () => (typing = setTimeout(typed, 350, Boolean(current.text))));
 by("chip").lastElementChild.onclick = () => {
-  go({ ...asked, id: null, picture: null });
+  go({ ...current, id: null, picture: null });
   text.focus();
 };
 by("pick").onclick = () => by("file").click();
@@ -329,10 +329,10 @@ document.addEventListener("keydown", (event) => {
     text.select();
   } else if (event.key === "Escape") {
     event.preventDefault();
-    if (event.target === by("asked")) by("asked").blur();
-    else if (event.target === text && text.value) go({ ...asked, text: (text.value = "") });
-    else if (asked.id || asked.picture) go({ ...asked, id: null, picture: null });
-    else if (asked.text) go({ text: "", id: null, picture: null });
+    if (event.target === by("question-text")) by("question-text").blur();
+    else if (event.target === text && text.value) go({ ...current, text: (text.value = "") });
+    else if (current.id || current.picture) go({ ...current, id: null, picture: null });
+    else if (current.text) go({ text: "", id: null, picture: null });
   } else if (event.target === text && event.key === "ArrowDown") {
     event.preventDefault();
     grid.querySelector(".tile")?.focus();
@@ -376,7 +376,7 @@ const atEnd = () => by("end").getBoundingClientRect().top < innerHeight + 600;
 new IntersectionObserver(([entry]) => entry.isIntersecting && more(), { rootMargin: "600px" }).observe(by("end"));
 addEventListener("popstate", () => show(fromAddress()));
 
-// By the languages of the captions that the model was trained on.
+// By the languages of the captions in training.
 const HINTS = {
   en: ["Type in English", "Describe a picture", "what is in it?"],
   zh: ["Type in Chinese", "用中文描述图片", "图里有什么？"],
@@ -384,8 +384,8 @@ const HINTS = {
 };
 
 function hint(languages) {
-  const told = HINTS[languages.join()];
-  if (told) [by("language").textContent, text.placeholder, by("asked").placeholder] = told;
+  const hints = HINTS[languages.join()];
+  if (hints) [by("language").textContent, text.placeholder, by("question-text").placeholder] = hints;
 }
 
 async function start() {
@@ -393,7 +393,7 @@ async function start() {
   hint(service.languages);
   by("report").hidden = !service.report;
   if (service.key) return openKey();
-  asked = {};
+  current = {};
   show(fromAddress());
 }
 start();
