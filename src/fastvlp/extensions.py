@@ -6,14 +6,16 @@ import importlib
 import inspect
 import pkgutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from fastvlp.errors import UserError
 
 T = TypeVar("T")
+# Folders of the user's files that were imported.
+_folders: set[Path] = set()
 
 
 def import_file(path: str | Path) -> ModuleType:
@@ -32,7 +34,26 @@ def import_file(path: str | Path) -> ModuleType:
     loaded = Path(module.__file__ or "").resolve()
     if loaded != path.resolve():
         raise UserError(f"{path}: another module is called {path.stem} ({loaded}); rename the file")
+    _folders.add(loaded.parent)
     return module
+
+
+def user_function(name: str) -> Callable[..., Any]:
+    """The function that a saved file calls `FILE:FUNCTION`, in a file of the user's that was imported before, or in one beside
+    it that it imports.
+
+    Raises UserError where there is none.
+    """
+    file, _, function = name.partition(":")
+    module = sys.modules.get(file)
+    own = Path(getattr(module, "__file__", None) or "/").resolve().parent in _folders
+    found = getattr(module, function, None) if own else None
+    if not inspect.isfunction(found) or found.__module__ != file:
+        raise UserError(
+            f"{name}: no file {file}.py with a function {function} was imported. Import your file first: "
+            f"`vlp --import {file}.py ...`, or fastvlp.extensions.import_file in Python"
+        )
+    return found
 
 
 def variants(base: type[T], package: str | None = None) -> list[type[T]]:

@@ -109,14 +109,22 @@ def public_tokenizer(texts: PublicTexts, path: str | None) -> Tokenizer:
 
 def load_encoders(
     model: VLModel, objectives: Mapping[str, nn.Module], images: PublicImages | None, texts: PublicTexts | None
-) -> Inheritance:
-    """Loads the weights of public encoders into a model that is made for them, and what objectives share with them.
+) -> Inheritance | None:
+    """Loads the weights of public encoders into a model that is made for them, and what objectives share with them; those of
+    an image encoder that names its own (`starting_weights`) too. None where there are neither.
 
     Positions are resized, and the vocabulary gets the model's size. Projections are loaded where they have the model's shape.
     Raises UserError where weights are missing or have another shape.
     """
-    source = " and ".join(dict.fromkeys(part.folder.source for part in (images, texts) if part is not None))
+    named = None if images is not None else model.config.image.starting_weights()
+    if images is None and texts is None and named is None:
+        return None
+    source = (
+        " and ".join(dict.fromkeys(part.folder.source for part in (images, texts) if part is not None))
+        or "`model.image`"
+    )
     state, own, result = public_weights(model.config, images, texts), model.state_dict(), Inheritance()
+    state |= {f"image.{name}": x for name, x in (named or {}).items()}
     fitted = _with_vocabulary(model, model.resized(state)) if texts is not None else model.resized(state)
     heads = {name: f"embed.{name}." for name in ("image", "text")}
     for name, value in own.items():
@@ -130,7 +138,7 @@ def load_encoders(
             )
         (result.loaded if fitted[name] is state[name] else result.resized).append(name)
     result.dropped.extend(name for name in fitted if name not in own)
-    expected = [f"{part}." for part, given in (("image", images), ("text", texts)) if given is not None]
+    expected = [f"{part}." for part, given in (("image", images or named), ("text", texts)) if given is not None]
     if missing := [name for name in result.fresh if name.startswith(tuple(expected) or ("\0",))]:
         raise UserError(f"{source}: has no weights for {', '.join(missing[:3])}")
     model.load_state_dict(own | {name: fitted[name] for name in (*result.loaded, *result.resized)})

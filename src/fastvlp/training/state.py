@@ -304,7 +304,7 @@ def make_pretraining(
         source = load_model(run.init)
         inherited = inherit(model, inheritable_weights(source, config), source.weights)
         inherit_objectives(objectives, source.objectives, inherited)
-    if images is not None or texts is not None:
+    else:
         inherited = load_encoders(model, objectives, images, texts)
     freeze(model, run.freeze, run.train_last)
     for objective in objectives.values():

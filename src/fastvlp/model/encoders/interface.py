@@ -66,6 +66,10 @@ class ImageEncoderConfig(abc.ABC):
     def build(self) -> ImageEncoder:
         """A module with new weights."""
 
+    def starting_weights(self) -> Mapping[str, Tensor] | None:
+        """The state dict of the module that a run starts from where it names no other weights; None: new weights."""
+        return None
+
     def check(self) -> None:
         """Raises UserError where fields do not fit together."""
         if self.size < 1:

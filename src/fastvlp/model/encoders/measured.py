@@ -52,3 +52,17 @@ def measure(module: nn.Module, image: Tensor, output: Any, patch: int | None, na
     states.float().sum().backward()
     unused = frozenset(key for key, parameter in module.named_parameters() if parameter.grad is None)
     return Measured(width, prefix, grid, unused)
+
+
+def leave_unused(module: nn.Module, measured: Measured) -> None:
+    """Trains no parameter that the states do not depend on, such as a head or a mask token: DDP would wait for its gradient."""
+    for name, parameter in module.named_parameters():
+        if name in measured.unused:
+            parameter.requires_grad_(False)
+
+
+def keep_statistics(module: nn.Module) -> None:
+    """Batch norms compute with the statistics that they have, also in training."""
+    for part in module.modules():
+        if isinstance(part, nn.modules.batchnorm._BatchNorm):
+            part.eval()

@@ -15,7 +15,7 @@ from tyro.conf import Fixed
 
 from fastvlp.errors import UserError
 from fastvlp.model.encoders.interface import ImageEncoder, ImageEncoderConfig
-from fastvlp.model.encoders.measured import Measured, as_states, measure
+from fastvlp.model.encoders.measured import Measured, as_states, keep_statistics, leave_unused, measure
 from fastvlp.model.encoders.transformers_models import build_model
 
 
@@ -56,7 +56,7 @@ class TransformersImageConfig(ImageEncoderConfig):
 def _measured(architecture: str, size: int) -> Measured:
     given = json.loads(architecture)
     name = f"{given.get('model_type')} at {size} pixels"
-    with torch.device("meta"):
+    with torch.inference_mode(False), torch.enable_grad(), torch.device("meta"):
         image = torch.empty(1, 3, size, size)
         try:
             model = build_model(given)
@@ -84,18 +84,12 @@ class TransformersImage(ImageEncoder):
         super().__init__(config)
         self.config = config
         self.model = build_model(config.architecture)
-        unused = config.measured.unused
-        for name, parameter in self.model.named_parameters():
-            # Heads and mask tokens, which get no gradient: DDP would wait for one.
-            if name in unused:
-                parameter.requires_grad_(False)
+        leave_unused(self.model, config.measured)
 
     def train(self, mode: bool = True) -> TransformersImage:
         super().train(mode)
         if self.config.fixed_statistics:
-            for module in self.model.modules():
-                if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                    module.eval()
+            keep_statistics(self.model)
         return self
 
     def forward(self, image: Tensor, keep_BK: Tensor | None = None) -> Tensor:
