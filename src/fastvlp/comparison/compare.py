@@ -84,7 +84,7 @@ def compare(
     if (plan.out / "results.json").exists():
         raise UserError(f"{plan.out}: holds a comparison already; choose another folder with `out`, or delete it")
     device = dist.pick_device(next(iter(arms.values())).device)
-    arms = with_tokenizers(with_budget(arms, plan), plan.out)
+    arms = with_tokenizers(with_precision(with_budget(arms, plan)), plan.out)
     with ProgressDisplay(list(arms), budget_s=plan.budget_s, seeds=seeds, scorings=len(plan.shares)) as display:
         comparison = run_comparison(
             plan,
@@ -100,6 +100,14 @@ def compare(
             f"what was measured is in {plan.out / 'report.html'}"
         )
     return comparison
+
+
+def with_precision(arms: Mapping[str, TrainConfig]) -> dict[str, TrainConfig]:
+    """The configs with the number type that `auto` means on their devices, so that the report says it."""
+    devices = {name: dist.pick_device(run.device) for name, run in arms.items()}
+    return {
+        name: replace(run, precision=dist.pick_precision(run.precision, devices[name])) for name, run in arms.items()
+    }
 
 
 def named_arms(recipes: Sequence[str | Path | TrainConfig], settings: Sequence[str]) -> dict[str, TrainConfig]:

@@ -14,7 +14,7 @@ from fastvlp.data.records.transform import Fit
 from fastvlp.data.regions import RegionSource
 from fastvlp.data.state_store import StatesConfig
 from fastvlp.data.tokenize import Tokenizer
-from fastvlp.dist import Precision, pick_device
+from fastvlp.dist import Precision, PrecisionChoice, pick_device, pick_precision
 from fastvlp.errors import UserError
 from fastvlp.eval.mode import evaluating
 from fastvlp.model.frozen_states import states_config
@@ -33,8 +33,8 @@ class Encoding:
     """Most tokens of a text, its start and end included; the rest of a longer text is cut off."""
     fit: Fit | None = None
     """How an image becomes a square: by cropping, by squashing, or with bars at its edges."""
-    precision: Precision | None = None
-    """Number type in which the model computes."""
+    precision: PrecisionChoice = "auto"
+    """Number type in which the model computes: fp32, bf16, or `auto`: bf16 if training had it and the device is fast at it."""
     device: str = "auto"
     """Device such as cpu or cuda:1; `auto` takes a GPU if there is one."""
     threads: int | None = None
@@ -116,15 +116,16 @@ def open_run(run: str | Path, encoding: Encoding = AS_IN_TRAINING) -> OpenedRun:
     saved = load_model(run)
     trained = read_saved_run(run)
     data = trained.data
+    device = pick_device(encoding.device)
     loaded = LoadedModel(
-        model=saved.model.to(pick_device(encoding.device)),
+        model=saved.model.to(device),
         tokenizer=saved.tokenizer,
         batch_size=encoding.batch_size,
         max_length=min(encoding.max_length or data.max_length, saved.model.config.longest_text),
         fit=encoding.fit or data.fit,
         regions=data.regions,
         states=states_config(saved, trained),
-        precision=encoding.precision or trained.precision,
+        precision=pick_precision(encoding.precision, device, trained.precision),
         keep=encoding.keep if isinstance(encoding, MaskedEncoding) else 1.0,
         views=encoding.views if isinstance(encoding, MaskedEncoding) else 1,
         show=True,

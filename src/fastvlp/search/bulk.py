@@ -20,7 +20,7 @@ from fastvlp.data.reader import RecordReader
 from fastvlp.data.records.schema import usable_captions
 from fastvlp.data.records.shards import RecordError, Shards
 from fastvlp.data.streams import in_threads, with_progress
-from fastvlp.dist import Precision
+from fastvlp.dist import PrecisionChoice
 from fastvlp.errors import UserError
 from fastvlp.files import write_whole
 from fastvlp.provenance import data_name
@@ -67,7 +67,7 @@ def embed_shards(
     batch_size: int = 256,
     per_part: int = 1000,
     device: str = "auto",
-    precision: Precision = "fp32",
+    precision: PrecisionChoice = "auto",
     threads: int | None = None,
 ) -> Counts | None:
     """Turn shards into unit vectors of their images and captions.
@@ -83,7 +83,8 @@ def embed_shards(
         batch_size: Pictures of one pass through the model.
         per_part: Records of a file.
         device: auto, cpu, cuda or cuda:N.
-        precision: In which the model computes; vectors are stored in fp32.
+        precision: In which the model computes: fp32, bf16, or auto: bf16 if it was trained so and the device is fast at it.
+            Vectors are stored in fp32.
         threads: Processor threads of PyTorch; by default all cores.
 
     Returns:

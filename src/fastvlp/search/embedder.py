@@ -23,7 +23,7 @@ from fastvlp.data.records.schema import clean_text
 from fastvlp.data.records.shards import RecordError
 from fastvlp.data.records.transform import Transform
 from fastvlp.data.streams import blocks, in_threads
-from fastvlp.dist import Precision, pick_device
+from fastvlp.dist import Precision, PrecisionChoice, pick_device, pick_precision
 from fastvlp.errors import UserError
 from fastvlp.eval.pair_scores import pair_score
 from fastvlp.model.saved_run import SavedData, read_json, read_saved_run
@@ -123,14 +123,15 @@ class Embedder:
 
     @classmethod
     def load(
-        cls, folder: str | Path, device: str = "auto", precision: Precision = "fp32", threads: int | None = None
+        cls, folder: str | Path, device: str = "auto", precision: PrecisionChoice = "auto", threads: int | None = None
     ) -> Embedder:
         """Loads what `vlp export` wrote.
 
         Args:
             folder: The export.
             device: auto, cpu, cuda or cuda:N.
-            precision: In which the model computes; results are in fp32.
+            precision: In which the model computes: fp32, bf16, or auto: bf16 if it was trained so and the device is fast at it.
+                Results are in fp32.
             threads: Processor threads of PyTorch, in this process; by default all cores.
 
         Raises:
@@ -142,13 +143,15 @@ class Embedder:
         if not (folder / "card.json").is_file():
             raise UserError(f"{folder}: not an export, it has no card.json; make one with `vlp export RUN {folder}`")
         saved = load_model(folder)
-        saved.model.to(pick_device(device))
-        reading, card = read_saved_run(folder).data, read_json(folder / "card.json")
+        place = pick_device(device)
+        saved.model.to(place)
+        run, card = read_saved_run(folder), read_json(folder / "card.json")
+        reading = run.data
         if missing := {"fit", "max_length", "captions"} - reading.stated:
             raise UserError(
                 f"{folder}: a damaged export, config.json lacks {', '.join(sorted(missing))}; export the run again"
             )
-        return cls(saved, reading, card, fingerprint(folder), precision)
+        return cls(saved, reading, card, fingerprint(folder), pick_precision(precision, place, run.precision))
 
     @property
     def device(self) -> torch.device:

@@ -15,7 +15,7 @@ from tyro.constructors import PrimitiveConstructorSpec
 from fastvlp.batch import Dropped
 from fastvlp.data.records.shards import RecordError, Shards
 from fastvlp.data.streams import in_threads, with_progress
-from fastvlp.dist import Precision
+from fastvlp.dist import PrecisionChoice
 from fastvlp.errors import UserError
 from fastvlp.search.bulk import embed_spans
 from fastvlp.search.checks import Scalar, Where
@@ -97,7 +97,7 @@ def build_index(
     pictures: str | Path | None = None,
     prefix: str = "",
     device: str = "auto",
-    precision: Precision = "fp32",
+    precision: PrecisionChoice = "auto",
     threads: int | None = None,
 ) -> Built:
     """Add the images of shards to an index, which is made where there is none.
@@ -116,7 +116,8 @@ def build_index(
         pictures: Folder for them; by default `pictures` in the index's own folder. An index on a server has none: give one.
         prefix: Put before the records' keys to make ids, so that several data sets fit into one index.
         device: auto, cpu, cuda or cuda:N.
-        precision: In which the model computes; vectors are stored in fp32.
+        precision: In which the model computes: fp32, bf16, or auto: bf16 if it was trained so and the device is fast at it.
+            Vectors are stored in fp32.
         threads: Processor threads of PyTorch; by default all cores.
 
     Raises:
@@ -214,7 +215,7 @@ def search_index(
     where: Conditions = None,
     k: int = 10,
     device: str = "auto",
-    precision: Precision = "fp32",
+    precision: PrecisionChoice = "auto",
     threads: int | None = None,
 ) -> list[Hit]:
     """Find the images of an index by a text, by an image, or by both at once.
@@ -227,7 +228,7 @@ def search_index(
         where: Fields that the images must have, such as label=cat.
         k: How many images to find.
         device: auto, cpu, cuda or cuda:N.
-        precision: In which the model computes.
+        precision: In which the model computes: fp32, bf16, or auto: bf16 if it was trained so and the device is fast at it.
         threads: Processor threads of PyTorch; by default all cores.
 
     Returns:

@@ -7,7 +7,7 @@ import socket
 from collections.abc import Sequence
 from pathlib import Path
 
-from fastvlp.dist import Precision
+from fastvlp.dist import PrecisionChoice
 from fastvlp.errors import UserError, install
 from fastvlp.search.embedder import Embedder
 from fastvlp.search.engines.interface import IndexEngine, open_index, pictures_of
@@ -32,7 +32,7 @@ def serve(
     report: str | Path | None = None,
     limits: Limits = Limits(),  # noqa: B008 (frozen)
     device: str = "auto",
-    precision: Precision = "fp32",
+    precision: PrecisionChoice = "auto",
     threads: int | None = None,
 ) -> None:
     """Serve a model over HTTP, until it is stopped.
@@ -53,7 +53,7 @@ def serve(
         report: HTML of the run's report, shown at /report; by default report.html in the export, where there is one.
         limits: What a request may ask for.
         device: auto, cpu, cuda or cuda:N.
-        precision: In which the model computes.
+        precision: In which the model computes: fp32, bf16, or auto: bf16 if it was trained so and the device is fast at it.
         threads: Processor threads of PyTorch; by default all cores.
 
     Raises:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import tyro
 
 from fastvlp import dist
 from fastvlp.data.records.transform import Fit
 from fastvlp.data.splits import find_splits
+from fastvlp.dist import PrecisionChoice
 from fastvlp.errors import UserError
 from fastvlp.model.model import ModelConfig, Reading
 from fastvlp.model.saved_run import read_saved_run
@@ -44,7 +45,7 @@ def finetune(
     seed: int = 0,
     workers: int = 0,
     device: str = "auto",
-    precision: Literal["fp32", "bf16"] = "bf16",
+    precision: PrecisionChoice = "auto",
     threads: int | None = None,
     resume: bool = False,
     **options: Any,
@@ -68,7 +69,7 @@ def finetune(
         seed: Seed of all that is drawn.
         workers: Processes that load data; 0 loads it in a thread.
         device: Such as cpu or cuda:1; auto is a GPU where there is one.
-        precision: Number type of the forward pass.
+        precision: Number type of matrix products: fp32, bf16, or auto: bf16 where the device is fast at it.
         threads: Threads of the CPU; by default torch's choice.
         resume: Continue from the last checkpoint.
         **options: The task's own options.

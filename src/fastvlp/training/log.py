@@ -67,7 +67,7 @@ class RunLog:
         run = state.run
         self.active = dist.is_main()
         self.path, self.device = run.folder / "log.jsonl", state.device
-        self.peak = peak_flops(state.device, run.precision)
+        self.peak = peak_flops(state.device, state.precision)
         self.quiet, self.console = quiet, console or Console()
         self._window, self._seconds_a_step = _Window(), 0.0
         self._live: Live | None = None

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,7 @@ from fastvlp.batch import Batch, Dropped
 from fastvlp.config import show
 from fastvlp.errors import UserError
 from fastvlp.objectives.objective import Loss, combine
+from fastvlp.provenance import device_name
 from fastvlp.random import hash64
 from fastvlp.training.flops import Shape
 from fastvlp.training.gradient_cache import cache_gradients
@@ -156,7 +158,7 @@ def no_sync(wrapped: nn.Module) -> AbstractContextManager:
 
 
 def autocast(state: TrainState) -> torch.autocast:
-    return torch.autocast(state.device.type, torch.bfloat16, enabled=state.run.precision == "bf16")
+    return torch.autocast(state.device.type, torch.bfloat16, enabled=state.precision == "bf16")
 
 
 def global_counts(pretraining: Pretraining, micro: list[Batch]) -> dict[str, Tensor]:
@@ -196,7 +198,7 @@ def count_bad(state: TrainState, report: StepReport) -> None:
         cause = f"weights are not finite already ({broken[0]}): start from other weights"
     else:
         cause = f"the learning rate {state.run.optim.lr:g} is too high: lower --optim.lr, or lengthen --optim.warmup"
-        cause += ", or train with --precision fp32" if state.run.precision != "fp32" else ""
+        cause += ", or train with --precision fp32" if state.precision != "fp32" else ""
     raise UserError(f"step {report.step}: {state.bad_steps} steps in a row were skipped, {what}; likely {cause}")
 
 
@@ -263,6 +265,8 @@ def train(run: TrainConfig, resume: bool = False, *, verbose: bool = False) -> T
                 log.say(show(whole))
             if state.length_was not in (None, run.length):
                 log.say(f"{run.folder}: length was {state.length_was}, now {run.length}")
+            where: dict[str, Any] = {"device": device_name(state.device), "precision": state.precision}
+            log.event("start", step=state.step, elapsed=state.elapsed, **where)
             if state.step == 0:
                 if resume:
                     log.say(f"{run.folder}: no checkpoint here to resume from, the run starts anew")

@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -22,13 +22,14 @@ from fastvlp.data.loader import Loader, Row
 from fastvlp.data.pairs import Data, Rows, Stored
 from fastvlp.data.state_store import StatesConfig
 from fastvlp.data.tokenize import Tokenizer
-from fastvlp.dist import pick_device
+from fastvlp.dist import Precision, PrecisionChoice, pick_device, pick_precision
 from fastvlp.errors import UserError
 from fastvlp.files import write_whole
 from fastvlp.model.frozen_states import frozen_encoders
 from fastvlp.model.inherited_config import inheritable_weights
 from fastvlp.model.layers import Block
 from fastvlp.model.model import ModelConfig, VLModel
+from fastvlp.model.saved_run import read_saved_run
 from fastvlp.model.saving import (
     Inheritance,
     inherit,
@@ -95,7 +96,7 @@ class TrainConfig:
     states: StatesConfig = field(default_factory=StatesConfig)
     """Store the states of encoders that the run keeps as they are."""
     seed: int = 0
-    precision: Literal["fp32", "bf16"] = "bf16"
+    precision: PrecisionChoice = "auto"
     compile: bool = False
     ema: float | None = None
     log_every: int = 20
@@ -205,6 +206,10 @@ class TrainState:
     stop: int | None = None
 
     @property
+    def precision(self) -> Precision:
+        return pick_precision(self.run.precision, self.device)
+
+    @property
     def progress(self) -> float:
         """0 at the start, 1 at the end."""
         if self.run.steps is not None:
@@ -234,6 +239,7 @@ def start(run: TrainConfig, resume: bool = False) -> TrainState:
     if run.threads:
         torch.set_num_threads(run.threads)
     device = pick_device(run.device)
+    run = replace(run, precision=run_precision(run, device, resume))
     tokenizer = find_tokenizer(run, resume, texts)
     pretraining, inherited = make_pretraining(run, tokenizer, images, texts)
     pretraining.to(device)
@@ -282,6 +288,13 @@ def start(run: TrainConfig, resume: bool = False) -> TrainState:
             broadcast_buffers=False,
         )
     return state
+
+
+def run_precision(run: TrainConfig, device: torch.device, resume: bool) -> Precision:
+    """Of `auto`, what the device computes fast; a resumed run goes on as it began."""
+    if resume and run.precision == "auto" and (run.folder / "last.pt").exists():
+        return read_saved_run(run.folder).precision
+    return pick_precision(run.precision, device)
 
 
 def samples(rows: Rows, most: int = 1000) -> Iterator[Batch]:
@@ -373,7 +386,8 @@ def save_config(state: TrainState) -> TrainConfig:
     whole = replace(state.run, model=state.model.config)
     if dist.is_main():
         write_whole(whole.folder / "config.json", json.dumps(to_json(whole), indent=2).encode())
-        write_whole(whole.folder / "about.json", json.dumps(about(state.device), indent=2).encode())
+        origin = about(state.device) | {"precision": state.precision}
+        write_whole(whole.folder / "about.json", json.dumps(origin, indent=2).encode())
     return whole
 
 

@@ -40,7 +40,7 @@ class TowerRecall(Metric):
             max_length=data.max_length,
             fit=data.fit,
             regions=region_source(data),
-            precision=state.run.precision,
+            precision=state.precision,
         )
         recall = retrieval_scores(*embed_split(loaded, shards, read_captions(shards, caption_field(data))))
         return {score.name: recall[score.name] for score in self.scores}
