@@ -17,7 +17,7 @@ from fastvlp.search.embedded import PLAN, open_embedded, read_part
 from fastvlp.search.embedder import Embedder
 from fastvlp.search.engines.codes import VECTORS, CodesIndex
 from fastvlp.search.engines.interface import Item, Stamp, open_index, pictures_of
-from fastvlp.search.pictures import thumbnail
+from fastvlp.search.thumbnails import thumbnail
 from fastvlp.serve.api import create_app
 
 

@@ -15,7 +15,7 @@ from fastvlp.search import indexing
 from fastvlp.search.bulk import embed_shards
 from fastvlp.search.engines.interface import open_index, pictures_of
 from fastvlp.search.indexing import Built, build_index, parse_conditions, search_index
-from fastvlp.search.pictures import thumbnail
+from fastvlp.search.thumbnails import thumbnail
 
 pytest.importorskip("chromadb", reason="chromadb is not installed: pip install -e '.[serve]'")
 

@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from fastvlp.search.pictures import PictureFolder, thumbnail
+from fastvlp.search.pictures import PictureFolder
+from fastvlp.search.thumbnails import thumbnail
 from fastvlp.serve.api import create_app
 from tests.serve.standins import StandinEmbedder, StandinIndex, listening, shade
 

@@ -22,7 +22,8 @@ from fastvlp.search.checks import Scalar, Where
 from fastvlp.search.embedded import DROPPED, Part, open_embedded, read_dropped, read_part
 from fastvlp.search.embedder import Embedder, Unreadable, mean_direction
 from fastvlp.search.engines.interface import Hit, IndexEngine, Stamp, addresses, open_index, pictures_of
-from fastvlp.search.pictures import PictureStore, thumbnail
+from fastvlp.search.pictures import PictureStore
+from fastvlp.search.thumbnails import thumbnail
 
 # Records that are embedded and added at a time.
 SPAN = 1000

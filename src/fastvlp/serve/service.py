@@ -19,7 +19,8 @@ from fastvlp.errors import UserError
 from fastvlp.search.checks import EngineError, Where
 from fastvlp.search.embedder import Embedder, Unreadable
 from fastvlp.search.engines.interface import Hit, IndexEngine, Item
-from fastvlp.search.pictures import PictureStore, thumbnail
+from fastvlp.search.pictures import PictureStore
+from fastvlp.search.thumbnails import thumbnail
 from fastvlp.serve.batcher import Batcher, InputError, Lane
 from fastvlp.serve.limits import Limits, Refusal, bad_request
 from fastvlp.serve.monitoring import Metrics

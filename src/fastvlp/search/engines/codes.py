@@ -62,7 +62,7 @@ class CodesIndex(IndexEngine):
     @classmethod
     def pictures(cls, uri: str) -> PictureStore | None:
         from fastvlp.search.embedded import open_embedded
-        from fastvlp.search.pictures import shard_pictures
+        from fastvlp.search.thumbnails import shard_pictures
 
         return shard_pictures(open_embedded(_folder(uri)).data)
 
