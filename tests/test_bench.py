@@ -1,4 +1,4 @@
-"""The benchmarks run, and what they compare computes the same."""
+"""The benchmarks run, the versions that they compare compute the same, and the recorded recipes are committed."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def run(*options: str, script: str = "objective_step_time.py") -> subprocess.Com
 
 
 @pytest.mark.skipif(not BENCH.exists(), reason="installed without its benchmarks")
-def test_objectives_are_timed_beside_their_floor(tmp_path):
+def test_objectives_are_timed_and_their_flops_counted(tmp_path):
     out = tmp_path / "objectives.jsonl"
     size = ("--size", "tiny", "--image", "32", "--vocab", "300", "--batch", "4", "--repetitions", "1")
     done = run(*size, "--device", "cpu", "--arms", "mlm", "flm_plain", "--out", str(out))
@@ -46,13 +46,13 @@ def test_objectives_are_timed_beside_their_floor(tmp_path):
 
 
 @pytest.mark.skipif(not BENCH.exists(), reason="installed without its benchmarks")
-def test_an_unknown_arm_is_answered_with_those_there_are():
+def test_an_unknown_arm_is_refused_with_a_list_of_the_known_ones():
     done = run("--size", "tiny", "--image", "32", "--vocab", "300", "--no-check", "--arms", "flmm")
     assert done.returncode and "no arm 'flmm'; there are flm, mlm" in done.stderr
 
 
 @pytest.mark.skipif(not BENCH.exists(), reason="installed without its benchmarks")
-def test_batches_of_one_length_are_timed_beside_batches_as_they_come(tmp_path):
+def test_batches_of_similar_length_are_compared_with_random_order(tmp_path):
     out = tmp_path / "batching.jsonl"
     size = ("--rows", "4000", "--max-tokens", "512", "--width", "64", "--depth", "1", "--repetitions", "1")
     done = run(*size, "--device", "cpu", "--out", str(out), script="batch_padding.py")
@@ -65,10 +65,10 @@ def test_batches_of_one_length_are_timed_beside_batches_as_they_come(tmp_path):
 
 
 @pytest.mark.skipif(not BENCH.exists(), reason="installed without its benchmarks")
-def test_what_grouping_saves_each_objective_is_counted(tmp_path):
+def test_the_flops_that_grouping_saves_are_counted(tmp_path):
     out = tmp_path / "batching.jsonl"
-    told = ("--captions", str(made_pairs(tmp_path) / "train"), "--size", "tiny", "--image", "32", "--batch", "4")
-    done = run(*told, "--out", str(out), script="batch_padding.py")
+    options = ("--captions", str(made_pairs(tmp_path) / "train"), "--size", "tiny", "--image", "32", "--batch", "4")
+    done = run(*options, "--out", str(out), script="batch_padding.py")
     assert done.returncode == 0, done.stderr
     random, grouped = (json.loads(line) for line in out.read_text().splitlines())
     assert grouped["padding"] < random["padding"] and 1 < grouped["flm_over_ar"] < random["flm_over_ar"]
@@ -77,7 +77,7 @@ def test_what_grouping_saves_each_objective_is_counted(tmp_path):
 
 @pytest.fixture
 def bench(monkeypatch):
-    """A module of the benchmarks, in this process."""
+    """A function that imports a module of the benchmarks into this process."""
     if not BENCH.exists():
         pytest.skip("installed without its benchmarks")
     monkeypatch.syspath_prepend(BENCH.parent)
@@ -90,7 +90,7 @@ def rows_of(out: Path) -> dict[str, dict]:
     return {row["arm"]: row for row in rows}
 
 
-def test_masking_is_timed_beside_its_ceiling(tmp_path):
+def test_the_gain_of_masking_is_compared_with_counted_flops(tmp_path):
     out = tmp_path / "masking.jsonl"
     size = ("masking", "--size", "tiny", "--layers", "1", "--vocab", "90", "--batch", "4", "--repetitions", "1")
     done = run(
@@ -105,10 +105,10 @@ def test_masking_is_timed_beside_its_ceiling(tmp_path):
     assert quarter["command"].startswith("python bench/contrastive_time_and_memory.py masking --size tiny")
 
 
-def test_bytes_of_losses_are_counted_and_tiles_keep_what_vectors_take(bench, tmp_path):
+def test_bytes_of_losses_are_counted_and_tiles_keep_no_more_than_vectors(bench, tmp_path):
     contrastive, out = bench("contrastive_time_and_memory"), tmp_path / "loss.jsonl"
-    told = {"least": 4096, "most": 0, "counted": 4096, "width": 32, "device": "cpu", "out": out}
-    contrastive.main("loss", contrastive.Losses(**told))
+    options = {"least": 4096, "most": 0, "counted": 4096, "width": 32, "device": "cpu", "out": out}
+    contrastive.main("loss", contrastive.Losses(**options))
     rows, logits, vectors = rows_of(out), 4 * 4096**2, 4 * 4096 * 32
     assert rows["softmax whole"]["kept_bytes"] == pytest.approx(2 * logits, rel=0.1)
     assert rows["sigmoid whole"]["kept_bytes"] == pytest.approx(logits, rel=0.1)
@@ -119,27 +119,27 @@ def test_bytes_of_losses_are_counted_and_tiles_keep_what_vectors_take(bench, tmp
 
 def test_cached_gradients_fit_more_rows_into_the_same_memory(bench, tmp_path):
     contrastive, out = bench("contrastive_time_and_memory"), tmp_path / "largest.jsonl"
-    told = {"size": "tiny", "layers": 1, "vocab": 90, "memory_gb": 0.012, "micro": 16, "device": "cpu", "out": out}
-    contrastive.main("largest", contrastive.Largest(keep=(0.5,), **told))
+    options = {"size": "tiny", "layers": 1, "vocab": 90, "memory_gb": 0.012, "micro": 16, "device": "cpu", "out": out}
+    contrastive.main("largest", contrastive.Largest(keep=(0.5,), **options))
     rows = rows_of(out)
     once, cached = rows["one batch, keep 0.5"]["largest"], rows["cached gradients, keep 0.5"]["largest"]
     assert 0 < once < cached / 5 and once % 8 == 0 and cached % 16 == 0
 
 
-@pytest.mark.parametrize(("most", "found"), [(1000, 1000 // 8 * 8), (7, 0), (8, 8), (12, 8)])
-def test_the_search_ends_at_the_most_that_fits(bench, most, found):
+@pytest.mark.parametrize(("limit", "largest"), [(1000, 1000 // 8 * 8), (7, 0), (8, 8), (12, 8)])
+def test_the_search_ends_at_the_largest_batch_that_fits(bench, limit, largest):
     sizes = []
 
-    def taken(B: int) -> float:
+    def memory_of(B: int) -> float:
         sizes.append(B)
         return 1e6 + 500 * B if B < 2000 else float("inf")
 
-    got = bench("contrastive_time_and_memory").search(taken, 1e6 + 500 * most, 8)
-    assert found * 31 / 32 <= got <= found and all(B % 8 == 0 for B in sizes) and len(sizes) < 8
+    result = bench("contrastive_time_and_memory").search(memory_of, 1e6 + 500 * limit, 8)
+    assert largest * 31 / 32 <= result <= largest and all(B % 8 == 0 for B in sizes) and len(sizes) < 8
 
 
 @pytest.mark.parametrize("fake", [False, True])
-def test_held_bytes_are_those_of_living_storages(bench, fake):
+def test_counted_bytes_are_those_of_living_storages(bench, fake):
     with FakeTensorMode(allow_non_fake_inputs=True) if fake else torch.enable_grad():
         x, index = torch.ones(1000, requires_grad=True), torch.zeros(1000)
         with bench("counted_bytes").CountedBytes() as memory:
@@ -150,22 +150,24 @@ def test_held_bytes_are_those_of_living_storages(bench, fake):
             assert memory.now == memory.peak == 4000 + 4
             total.backward()
             del y, part, total
-            assert memory.now == 4000 and 8004 <= memory.peak <= 16004  # the gradient; with what it took to find it
+            assert (
+                memory.now == 4000 and 8004 <= memory.peak <= 16004
+            )  # the gradient; and the peak while it is computed
         assert x.grad is not None
 
 
-def test_a_rival_that_is_absent_is_left_out_by_name(bench, tmp_path, monkeypatch, capsys):
+def test_open_clip_is_left_out_with_a_message_where_it_is_absent(bench, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "open_clip", None)
     contrastive, out = bench("contrastive_time_and_memory"), tmp_path / "beside.jsonl"
-    told = {"size": "small", "layers": 1, "vocab": 90, "batch": 2, "repetitions": 1, "device": "cpu", "out": out}
-    contrastive.main("open-clip", contrastive.OpenCLIPStep(keep=(0.5,), **told))
+    options = {"size": "small", "layers": 1, "vocab": 90, "batch": 2, "repetitions": 1, "device": "cpu", "out": out}
+    contrastive.main("open-clip", contrastive.OpenCLIPStep(keep=(0.5,), **options))
     assert "open_clip is absent" in capsys.readouterr().out
     rows = rows_of(out)
     assert [*rows] == ["padded keep 0.5", "trimmed keep 0.5"] and rows["padded keep 0.5"]["open_clip"] is None
     assert rows["padded keep 0.5"]["flops"] > rows["trimmed keep 0.5"]["flops"]
 
 
-# Where the recorded run took its data, its tokenizer and its length from is the comparison's.
+# The comparison set these, not the recipe.
 OWN_OF_COMPARISON = {"out", "tokenizer", "budget_s", "test"}
 
 
@@ -187,3 +189,19 @@ def test_every_recipe_of_the_benchmarks_is_whole():
     for file in files:
         run = recipe(str(file))
         assert run.objectives and (run.steps is None) != (run.budget_s is None), file
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (BENCH.parents[1] / ".git").exists(), reason="needs a checkout")
+def test_a_checkout_has_the_same_losses_as_itself_and_a_difference_is_found(bench, tmp_path):
+    root = str(BENCH.parents[1])
+    done = run(root, root, "--steps", "2", "--runs", "prefixlm_demo", "--work", str(tmp_path), script="same_losses.py")
+    assert done.returncode == 0, done.stdout + done.stderr
+    (kept,) = tmp_path.glob("*/logs/*.json")
+    lines = json.loads(kept.read_text())
+    assert [line["step"] for line in lines if line["kind"] == "train"] == [1, 2]
+    changed = json.loads(kept.read_text())
+    changed[-1]["loss"] += 1e-9
+    same_losses = bench("same_losses")
+    assert same_losses.first_difference(lines, json.loads(kept.read_text())) is None
+    assert same_losses.first_difference(lines, changed).startswith("step 2, validation, loss")
