@@ -31,7 +31,7 @@ def cache_gradients(
     pretraining: Pretraining,
     micro: Sequence[Batch],
     counts: Mapping[str, Tensor],
-    seeded: Callable[[int], AbstractContextManager],
+    seeded: Callable[[int], AbstractContextManager[None]],
     flops: FlopCounter | None = None,
 ) -> Cached:
     """Scores all micro-batches of this rank together. `seeded(i)`: the context, dropout's seed included, in which

@@ -153,7 +153,7 @@ def add_shares(shares: dict[str, Tensor], losses: Mapping[str, Loss], counts: Ma
         shares[name] += losses[name].total.detach() / counts[name].clamp(min=1)
 
 
-def no_sync(wrapped: nn.Module) -> AbstractContextManager:
+def no_sync(wrapped: nn.Module) -> AbstractContextManager[None]:
     return wrapped.no_sync() if isinstance(wrapped, DistributedDataParallel) else nullcontext()
 
 

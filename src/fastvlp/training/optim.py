@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -66,7 +66,7 @@ def flip_optim(batch: int, *, base: float = 4e-6, warmup: float = 0.004) -> Opti
     )
 
 
-def parameter_groups(pretraining: Pretraining, config: OptimConfig) -> list[dict]:
+def parameter_groups(pretraining: Pretraining, config: OptimConfig) -> list[dict[str, Any]]:
     """Groups by the module that owns a parameter; each group's `base_lr` is what the schedule scales. What is frozen is in
     none."""
     model = pretraining.model

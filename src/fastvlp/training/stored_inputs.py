@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, cast
 from fastvlp import dist
 from fastvlp.data.augment import AugmentConfig
 from fastvlp.data.pairs import Stored
+from fastvlp.dist import Precision
 from fastvlp.errors import UserError
 from fastvlp.model.frozen_states import image_store
 from fastvlp.objectives.objective import Objective
@@ -31,7 +32,7 @@ def stored_inputs(run: TrainConfig, pretraining: Pretraining) -> Stored | None:
     images = image_store(
         pretraining.model,
         run.states,
-        precision=run.precision,
+        precision=cast(Precision, run.precision),  # `start` has resolved `auto`
         use="embedding" if embeds else "states",
         reads=rows_read(run),
     )
