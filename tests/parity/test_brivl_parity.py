@@ -12,56 +12,31 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastvlp.batch import Batch, Regions
-from fastvlp.convert.brivl import IMAGE, TEXT, from_brivl
+from fastvlp.convert.brivl import IMAGE, TEXT, BriVLLayout, from_brivl
+from fastvlp.convert.checkpoint_source import Checkpoint
+from fastvlp.convert.interface import Release, Stated
 from fastvlp.errors import UserError
-from fastvlp.model.encoders.text_transformer import TextTransformerConfig
-from fastvlp.model.encoders.vit import ViTConfig
-from fastvlp.model.joint_space import EmbedConfig, HeadConfig
-from fastvlp.model.layers import LayerConfig
-from fastvlp.model.model import ModelConfig, VLModel
+from fastvlp.model.model import VLModel
 from fastvlp.model.region_pooling import RegionPool, box_weights
 from fastvlp.objectives.moco import MoCo, MoCoConfig, albef
 from fastvlp.objectives.objective import combine
 from tests.golden import assert_close, load
 
 
-def config(c: dict) -> ModelConfig:
-    """The golden towers: the map of the image is given, and its tower is a stand-in that never runs."""
-    width, text_width, joint = c["IMG_FEATURE_DIM"], c["TEXT_FEATURE_DIM"], c["IMG_FEATURE_DIM"]
-    attend = {"hidden": 2048, "norm": "post", "activation": "relu"}
-    head = {"pool": "mean", "hidden": joint, "bias": True}
-    bert = LayerConfig(width=text_width, heads=c["TEXT_TRANSFORMER_HEAD"], hidden=c["bert_ffn"], norm="post", eps=1e-12)
-    return ModelConfig(
-        image=ViTConfig(
-            size=c["map"],
-            patch=1,
-            depth=0,
-            layer=LayerConfig(width=width, heads=1, hidden=1),
-            class_token=False,
-        ),
-        text=TextTransformerConfig(positions=16, depth=c["bert_layers"], layer=bert, vocab=c["vocab"], embed_eps=1e-12),
-        embed=EmbedConfig(
-            width=joint,
-            image=HeadConfig(
-                **head,
-                regions=RegionPool(samples=c["GRID_SIZE"]),
-                depth=c["IMG_TRANSFORMER_LAYER"],
-                layer=LayerConfig(width=width, heads=c["IMG_TRANSFORMER_HEAD"], **attend),
-            ),
-            text=HeadConfig(
-                **head,
-                depth=c["TEXT_TRANSFORMER_LAYER"],
-                layer=LayerConfig(width=text_width, heads=c["TEXT_TRANSFORMER_HEAD"], **attend),
-            ),
-            text_mask="none",
-        ),
-    )
+def released(weights: dict[str, Tensor], c: dict) -> Release:
+    """What the converter makes of the release's tensors and config. The map of the image is given: no encoder makes it."""
+    source = Checkpoint("brivl", None, stated={"MODEL": c})
+    source.__dict__.update(weights=weights, names=frozenset(weights))
+    # BERT's number of heads is in its own config, of another release.
+    return BriVLLayout().read(source, Stated(heads=(c["IMG_TRANSFORMER_HEAD"], c["TEXT_TRANSFORMER_HEAD"], 4)))
 
 
 def loaded() -> tuple:
     c, tol, weights, known = load("brivl_towers")
-    model = VLModel(config(c)).eval()
-    model.load_state_dict(model.state_dict() | from_brivl(weights))
+    release = released(weights, c)
+    text = replace(release.config.text, vocab=c["vocab"])
+    model = VLModel(replace(release.config, text=text)).eval()
+    model.load_state_dict(dict(release.weights))
     regions = Regions(box=known["in.image_boxs"] / c["IMG_SIZE"], count=known["in.maskImages"].sum(1).long())
     return model, regions, c, tol, known
 

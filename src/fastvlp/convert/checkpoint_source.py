@@ -27,7 +27,7 @@ def open_checkpoint(source: str, config: Path | None = None) -> Checkpoint:
     stated = None if config is None else read_config_file(config)
     if (path / "model.json").is_file():
         raise UserError(
-            f"{source}: a run or an export of fastvlp already; `vlp pretrain RECIPE --from {source}` starts from it"
+            f"{source}: a run or an export of fastvlp already; start a run from it with `vlp pretrain RECIPE --from FOLDER`"
         )
     if path.is_file():
         return Checkpoint(source, path.parent, file=path, stated=stated)

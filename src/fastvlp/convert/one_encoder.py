@@ -7,7 +7,7 @@ from fastvlp.convert.encoder_family import ImageFamily, TextFamily, TextReading
 from fastvlp.convert.interface import Layout, Release, Stated
 from fastvlp.convert.public_encoders import find_family, read_images, read_texts
 from fastvlp.convert.public_model import public_weights
-from fastvlp.convert.two_encoders import joined, tokens_read
+from fastvlp.convert.two_encoders import has_parts, joined, tokens_read
 from fastvlp.errors import UserError
 from fastvlp.model.encoders.absent_encoders import AbsentImagesConfig, AbsentTextsConfig
 from fastvlp.model.encoders.transformers_models import transformers
@@ -32,7 +32,7 @@ class ImageEncoderLayout(Layout):
 
     @classmethod
     def recognises(cls, source: Checkpoint) -> bool:
-        if source.model_type is None:
+        if source.model_type is None or has_parts(source):
             return False
         family = find_family(ImageFamily, source.settings)
         return family is not None or _mapped(source.model_type, "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES")
@@ -58,7 +58,7 @@ class TextEncoderLayout(Layout):
 
     @classmethod
     def recognises(cls, source: Checkpoint) -> bool:
-        if source.model_type is None:
+        if source.model_type is None or has_parts(source):
             return False
         family = find_family(TextFamily, source.settings)
         return family is not None or _mapped(source.model_type, "MODEL_FOR_MASKED_LM_MAPPING_NAMES")

@@ -24,6 +24,11 @@ from fastvlp.objectives.siglip import SigLIPConfig
 PAIR = "vision-text-dual-encoder"
 
 
+def has_parts(source: Checkpoint) -> bool:
+    """Whether a config describes an image and a text encoder."""
+    return all(part in source.settings or f"{part}_dict" in source.settings for part in (IMAGE, TEXT))
+
+
 def joined(
     image: ImageEncoderConfig, text: TextEncoderConfig, head: HeadConfig, reading: TextReading, width: int
 ) -> ModelConfig:
@@ -69,9 +74,7 @@ class TwoEncodersLayout(Layout):
 
     @classmethod
     def recognises(cls, source: Checkpoint) -> bool:
-        settings = source.settings
-        both = all(part in settings or f"{part}_dict" in settings for part in (IMAGE, TEXT))
-        return source.model_type is not None and source.model_type != PAIR and both
+        return source.model_type is not None and source.model_type != PAIR and has_parts(source)
 
     def read(self, source: Checkpoint, stated: Stated) -> Release:
         images, texts = read_images(source), read_texts(source)

@@ -231,11 +231,12 @@ class Embed(nn.Module):
             ids, length = ids[:, 1:], length - 1
         if config.text_length is not None:
             more = config.text_length - ids.shape[1]
+            cut_B1 = length[:, None] > config.text_length
             ids, length = F.pad(ids, (0, more), value=text.pad), length.clamp(max=config.text_length)
             position = torch.arange(ids.shape[1], device=ids.device)
             if config.text_pad is not None:
                 ids = ids.masked_fill(position >= length[:, None], config.text_pad)
             if config.text_special:
                 # A text that is cut still ends in </s>, which may be the pooled state.
-                ids = ids.masked_fill(position == length[:, None] - 1, text.eos)
+                ids = ids.masked_fill(cut_B1 & (position == length[:, None] - 1), text.eos)
         return ids, length

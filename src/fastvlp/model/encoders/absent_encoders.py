@@ -29,6 +29,7 @@ class AbsentImagesConfig(ImageEncoderConfig):
     """Cells a side of the map that they read."""
 
     present: ClassVar[bool] = False
+    """It stands for an encoder that is not there."""
 
     def build(self) -> AbsentImages:
         return AbsentImages(self)
@@ -49,6 +50,7 @@ class AbsentTextsConfig(TextEncoderConfig):
     """Layers that it would have."""
 
     present: ClassVar[bool] = False
+    """It stands for an encoder that is not there."""
 
     def build(self) -> AbsentTexts:
         return AbsentTexts()
