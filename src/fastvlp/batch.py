@@ -7,7 +7,7 @@ V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -35,12 +35,14 @@ class Record:
             label: name of a class.
             confidences: for each image the detector's confidence in each region, falling.
         detected: the npz with a detector's regions of each image (`data/records/detections.py`), or nothing.
+        file: path of its first image in a source; a shard does not store it.
     """
 
     key: str
     images: tuple[bytes, ...]
     info: Mapping[str, Any]
     detected: tuple[bytes, ...] = ()
+    file: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,10 +56,16 @@ class Example:
 
 @dataclass(frozen=True, kw_only=True)
 class Dropped:
-    """The name of a record that cannot be used, and the reason. Such records are counted and reported, never replaced."""
+    """The name of a record that cannot be used, and the reason. Such records are counted and reported, never replaced.
+
+    Attributes:
+        key: of the record, or the line that it is in, as `pairs.csv:7`.
+        file: path of its first image in a source, where it has one.
+    """
 
     key: str
     reason: str
+    file: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True, kw_only=True)

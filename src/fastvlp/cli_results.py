@@ -101,6 +101,9 @@ def show_imported(imported: Imported) -> None:
         print(f"dropped {len(imported.dropped)}, by name in {imported.out / 'dropped.jsonl'}:")
         for reason, count in imported.reasons.most_common():
             print(f"  {count} {reason}")
+    for text, count in imported.notes.most_common():
+        example = imported.examples[text]
+        print(f"note: {text} ({count}{f', as {example}' if example else ''})")
 
 
 def show_inspection(inspection: Inspection) -> None:

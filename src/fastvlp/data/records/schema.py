@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Mapping
 from itertools import pairwise
@@ -52,6 +53,23 @@ def fault(info: Mapping[str, Any]) -> str | None:
     if "confidences" in info and (wrong := confidences_fault(info["confidences"])):
         return wrong
     return next(filter(None, (list_fault(info, name) for name in LISTS_OF_OBJECTS)), None)
+
+
+def is_absent(value: Any) -> bool:
+    """Whether a value says nothing. 0, 0.0 and false say something: the first class of many sets is 0."""
+    return value is None or value == "" or value == [] or value == {}
+
+
+def unstorable(info: Mapping[str, Any]) -> str | None:
+    """The first field that no shard can hold as JSON, with the reason; None where all can be stored."""
+    for name, value in info.items():
+        try:
+            json.dumps({name: value}, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            return f"field {_short(name)} holds half of a character (a lone surrogate), which is no text"
+        except (TypeError, ValueError, RecursionError) as error:
+            return f"field {_short(name)} cannot be stored as JSON ({error})"
+    return None
 
 
 def list_fault(info: Mapping[str, Any], name: str) -> str | None:

@@ -24,6 +24,7 @@ import numpy as np
 from fsspec.implementations.local import LocalFileSystem
 
 from fastvlp.batch import Dropped, Record
+from fastvlp.data.records.captions import caption_texts, merge_captions
 from fastvlp.data.records.tar_index import TarIndex, scan
 from fastvlp.errors import UserError
 from fastvlp.files import write_whole
@@ -231,9 +232,8 @@ class Shards:
                 info = _parse(self._bytes(tar, at, n), index.keys[r])
             elif kind == "txt":
                 caption = _text(self._bytes(tar, at, n), index.keys[r], "txt")
-        if caption is not None:
-            info.setdefault("captions", [caption])
-        return info
+        text = [] if caption is None else caption_texts(caption)
+        return merge_captions(info, text if "captions" not in info else None) if text or "caption" in info else info
 
     def __iter__(self) -> Iterator[Record]:
         return (self.read(i) for i in range(len(self)))
@@ -313,6 +313,8 @@ def _members(record: Record) -> list[tuple[str, bytes]]:
 
 
 def _suffix(data: bytes) -> str:
+    if data[4:12] in (b"ftypavif", b"ftypavis"):
+        return "avif"
     if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
         return "webp"
     return next((suffix for magic, suffix in _MAGIC if data.startswith(magic)), "img")

@@ -5,16 +5,20 @@ from __future__ import annotations
 import json
 import re
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import asdict, dataclass
+from itertools import groupby
 from typing import IO
 
 import numpy as np
 
 from fastvlp.batch import Dropped
+from fastvlp.data.records.captions import CAPTION_SUFFIXES
 
-_VERSION = 2
-_IMAGE = re.compile(r"(?:(\d+)\.)?(?:jpe?g|png|webp|gif|bmp|tiff?|ppm|img)")
+_VERSION = 3
+_IMAGE = re.compile(r"(?:(\d+)\.)?(?:jpe?g|png|webp|gif|bmp|tiff?|ppm|avif|hei[cf]|img)")
+# Suffixes of the texts of a record.
+TEXT_SUFFIXES = frozenset({"json", "cls", *CAPTION_SUFFIXES})
 _DETECTED = re.compile(r"(?:(\d+)\.)?npz")
 
 
@@ -89,10 +93,10 @@ def scan(file: IO[bytes], name: str, size: int, mtime_ns: int) -> TarIndex:
         keys.append(key)
         first.append(len(flat))
 
+    places = [(member.name, member.offset_data, member.size) for member in _members(file, name, size, damage)]
     current: str | None = None
     members: list[tuple[int, int, int, int]] = []
-    for member in _members(file, name, size, damage):
-        key, suffix = split_name(member.name)
+    for (key, suffix), (_, offset, length) in zip(split_names([place[0] for place in places]), places):
         sort = _kind(suffix)
         if sort is None:
             continue
@@ -100,7 +104,7 @@ def scan(file: IO[bytes], name: str, size: int, mtime_ns: int) -> TarIndex:
             if current is not None:
                 close(current, members)
             current, members = key, []
-        members.append((*sort, member.offset_data, member.size))
+        members.append((*sort, offset, length))
     # A cut may have taken members of the last record, which then would pass for a record without text.
     if current is not None:
         if damage:
@@ -120,12 +124,36 @@ def scan(file: IO[bytes], name: str, size: int, mtime_ns: int) -> TarIndex:
     )
 
 
-def split_name(name: str) -> tuple[str, str]:
-    """Key and suffix of a member by WebDataset's rule: the key ends at the first dot of the base name. A leading ./ is
-    dropped."""
-    folder, _, base = name.removeprefix("./").rpartition("/")
-    stem, _, suffix = base.partition(".")
-    return (f"{folder}/{stem}" if folder else stem), suffix.lower()
+def split_names(names: Sequence[str]) -> list[tuple[str, str]]:
+    """Key and suffix of each member of a tar, in the order of the tar.
+
+    A key ends before the last extension where that is a text's (`a/22.05.txt` is of `a/22.05`). Every other member belongs to
+    the longest such key that its name begins with (`22.05.png` to 22.05; `7.1.jpg`, beside `7.json`, to 7 as its second image),
+    or where there is none ends at the first dot of its base name, which is WebDataset's rule. A leading ./ is dropped.
+    """
+    split: list[tuple[str, str]] = []
+    for _, run in groupby((name.removeprefix("./").rpartition("/")[::2] for name in names), _first_dot):
+        members = list(run)
+        keys = {base.rpartition(".")[0] for _, base in members if base.rpartition(".")[2].lower() in TEXT_SUFFIXES}
+        for folder, base in members:
+            stem, suffix = _split_base(base, keys)
+            split.append((f"{folder}/{stem}" if folder else stem, suffix.lower()))
+    return split
+
+
+def _first_dot(place: tuple[str, str]) -> tuple[str, str]:
+    folder, base = place
+    return folder, base.partition(".")[0]
+
+
+def _split_base(base: str, keys: Set[str]) -> tuple[str, str]:
+    """Key and suffix of a base name, given the keys of the texts beside it."""
+    stem = base
+    while "." in stem:
+        stem = stem.rpartition(".")[0]
+        if stem in keys:
+            return stem, base[len(stem) + 1 :]
+    return base.partition(".")[::2]
 
 
 def _kind(suffix: str) -> tuple[int, int] | None:

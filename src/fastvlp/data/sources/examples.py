@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fastvlp.batch import Dropped, Record
-from fastvlp.data.sources.interface import Match, Source
+from fastvlp.data.sources.interface import Item, Match, Source
 from fastvlp.data.sources.nlvr import BOX_ORDERS, statement_info
 from fastvlp.data.sources.source_files import read_json_lines, to_corners
 from fastvlp.errors import UserError
@@ -36,7 +36,7 @@ class ExamplesSource(Source):
     def match(cls, path: Path) -> Match:
         return Match.NAMES if (path / ROWS).is_file() and (path / IMAGES).is_file() else Match.NONE
 
-    def read(self, path: Path) -> Iterator[Record | Dropped]:
+    def read(self, path: Path) -> Iterator[Item]:
         """Yields one record an image."""
         try:
             archive = zipfile.ZipFile(path / IMAGES)
@@ -44,11 +44,14 @@ class ExamplesSource(Source):
             raise UserError(f"{path / IMAGES}: cannot be read as a zip ({error})") from None
         with archive:
             for number, row in enumerate(read_json_lines(path / ROWS), 1):
+                if isinstance(row, Dropped):
+                    yield row
+                    continue
                 for item in _images(str(row.get("image", f"row-{number}")), row):
                     yield item if isinstance(item, Dropped) else _record(archive, item)
 
     def count(self, path: Path) -> int:
-        return sum(len(_images("", row)) for row in read_json_lines(path / ROWS))
+        return sum(1 if isinstance(row, Dropped) else len(_images("", row)) for row in read_json_lines(path / ROWS))
 
 
 class _Image(NamedTuple):

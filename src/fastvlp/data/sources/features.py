@@ -16,6 +16,7 @@ import numpy as np
 
 from fastvlp.batch import Dropped, Record
 from fastvlp.data.records.detections import Detections, check_arrays, pack, read_npz
+from fastvlp.data.sources.interface import Item
 from fastvlp.errors import UserError, install
 
 
@@ -32,7 +33,7 @@ class FeatureStore:
     read: Callable[[str], Mapping[str, Any]]
 
 
-def add_regions(items: Iterator[Record | Dropped], path: Path) -> Iterator[Record | Dropped]:
+def add_regions(items: Iterator[Item], path: Path) -> Iterator[Item]:
     """Yields the records with the regions of their images; a record whose regions are missing or broken is dropped by name.
 
     An entry belongs to an image if its name is the image's: without `.npz`, in small letters, and with or without the name of
@@ -42,13 +43,13 @@ def add_regions(items: Iterator[Record | Dropped], path: Path) -> Iterator[Recor
     store = open_store(path)
     entries = _entries_by_name(store.names)
     for item in items:
-        if isinstance(item, Dropped):
+        if not isinstance(item, Record):
             yield item
             continue
         try:
             images = [by_confidence(store.read(_entry(entries, name))) for name in _image_names(item)]
         except (ValueError, OSError) as error:
-            yield Dropped(key=item.key, reason=f"its regions: {error}")
+            yield Dropped(key=item.key, reason=f"its regions: {error}", file=item.file)
             continue
         info = {**item.info, "confidences": [confidences for _, confidences in images]}
         yield replace(item, info=info, detected=tuple(pack(regions) for regions, _ in images))

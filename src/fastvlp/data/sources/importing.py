@@ -18,11 +18,13 @@ from PIL import Image
 
 from fastvlp.batch import Dropped, Record
 from fastvlp.data.records.decode import ORIENTATION, decode, orientation, read_pixels
-from fastvlp.data.records.schema import LISTS_OF_OBJECTS, LISTS_OF_TEXT, fault
+from fastvlp.data.records.schema import LISTS_OF_OBJECTS, LISTS_OF_TEXT, fault, is_absent, unstorable
 from fastvlp.data.records.shards import RecordError, ShardWriter
 from fastvlp.data.records.transform import Transform
 from fastvlp.data.sources import find_format, make_source
 from fastvlp.data.sources.features import add_regions
+from fastvlp.data.sources.interface import Item, Note
+from fastvlp.data.sources.split_names import split_note, usual_split
 from fastvlp.data.streams import in_threads, with_progress
 from fastvlp.errors import UserError
 from fastvlp.files import write_whole
@@ -40,11 +42,19 @@ class Imported:
         out: the folder.
         written: number of records of each split.
         dropped: what could not be used, by name, with the reason; `out/dropped.jsonl` has it too.
+        notes: how often something that is no record was left out or changed, by its text.
+        examples: the first thing of each note.
     """
 
     out: Path
     written: Counter[str] = field(default_factory=Counter)
     dropped: list[Dropped] = field(default_factory=list)
+    notes: Counter[str] = field(default_factory=Counter)
+    examples: dict[str, str] = field(default_factory=dict)
+
+    def add_note(self, note: Note) -> None:
+        self.notes[note.text] += 1
+        self.examples.setdefault(note.text, note.example)
 
     @property
     def reasons(self) -> Counter[str]:
@@ -105,7 +115,7 @@ def import_data(
 def _write(
     source: Path,
     out: Path,
-    items: Iterable[Record | Dropped],
+    items: Iterable[Item],
     split_of: Callable[[Record], str],
     per_shard: int,
 ) -> Imported:
@@ -114,24 +124,42 @@ def _write(
     with ExitStack() as stack:
         writers: dict[str, ShardWriter] = {}
         for item in items:
-            if isinstance(item, Dropped):
-                imported.dropped.append(item)
+            if isinstance(item, Note):
+                imported.add_note(item)
                 continue
-            split = split_of(item)
+            split = (
+                split_of(item)
+                if isinstance(item, Record)
+                else Dropped(key=item.key, reason=item.reason, file=item.file)
+            )
+            if isinstance(split, Dropped):
+                imported.dropped.append(split)
+                continue
             if split not in writers:
                 writers[split] = stack.enter_context(ShardWriter(out / split, per_shard))
             writers[split].write(replace(item, key=_unique_key(item.key, keys)))
             imported.written[split] += 1
+            if note := split_note(item.info.get("split"), split):
+                imported.add_note(note)
         if not imported.written:
-            first = f" (first: {imported.dropped[0].key})" if imported.dropped else ""
+            first = f" (first: {_shown(imported.dropped[0].key)})" if imported.dropped else ""
             reasons = "; ".join(f"{count}x {reason}" for reason, count in imported.reasons.most_common(5))
             raise UserError(
                 f"{source}: no usable record among {len(imported.dropped)}{first}: {reasons or 'the source is empty'}"
             )
-    lines = [json.dumps({"key": d.key, "reason": d.reason}, ensure_ascii=False) + "\n" for d in imported.dropped]
-    path = out / "dropped.jsonl"
-    write_whole(path, (path.read_bytes() if path.exists() else b"") + "".join(lines).encode())
+    _add_dropped(out / "dropped.jsonl", imported.dropped)
     return imported
+
+
+def _add_dropped(path: Path, dropped: Iterable[Dropped]) -> None:
+    entries = ({"key": d.key, "reason": d.reason} | ({"file": d.file} if d.file else {}) for d in dropped)
+    lines = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries)
+    # A lone surrogate, which UTF-8 has no form for, stays what it is in JSON: \ud83d.
+    write_whole(path, (path.read_bytes() if path.exists() else b"") + lines.encode("utf-8", "backslashreplace"))
+
+
+def _shown(name: str) -> str:
+    return name[:80].encode("utf-8", "backslashreplace").decode()
 
 
 def _unique_key(key: str, taken: set[str]) -> str:
@@ -145,37 +173,48 @@ def _unique_key(key: str, taken: set[str]) -> str:
     return unique
 
 
-def _split(record: Record, split: str, val: float, test: float) -> str:
-    """The split that the record names, or the one that the hash of its group or key falls into."""
+def _split(record: Record, split: str, val: float, test: float) -> str | Dropped:
+    """The split that the record names, or the one that the hash of its group or key falls into; Dropped where the name cannot
+    be a folder's."""
     named = record.info.get("split")
-    if isinstance(named, str) and named:
-        if not _SPLIT_NAME.fullmatch(named):
-            raise UserError(f"record {record.key}: its split {named!r} cannot be a folder's name; rename it")
-        return named
-    if not val and not test:
-        return split
-    digest = hashlib.blake2b(str(record.info.get("group", record.key)).encode(), digest_size=8).digest()
+    if isinstance(named, bool) or not isinstance(named, str | int | None):
+        return Dropped(key=record.key, reason=f"split {str(named)[:40]!r} is no name", file=record.file)
+    named = "" if named is None else usual_split(str(named))
+    if named and not _SPLIT_NAME.fullmatch(named):
+        reason = f"split {named[:40]!r} cannot be a folder's name; rename it"
+        return Dropped(key=record.key, reason=reason, file=record.file)
+    if named or not (val or test):
+        return named or split
+    group = record.info.get("group", record.key)
+    digest = hashlib.blake2b(str(group).encode("utf-8", "replace"), digest_size=8).digest()
     place = int.from_bytes(digest) / 2**64
     return "test" if place < test else "val" if place < test + val else split
 
 
-def _prepare(item: Record | Dropped, max_side: int) -> Record | Dropped:
+def _prepare(item: Item, max_side: int) -> Item:
     """The record as it is stored; Dropped where a field or an image has a fault."""
-    if isinstance(item, Dropped):
+    if not isinstance(item, Record):
         return item
+    try:
+        return _checked(item, max_side)
+    except RecordError as error:
+        return Dropped(key=item.key, reason=error.reason, file=item.file)
+    # Whatever a record holds, it never ends an import.
+    except Exception as error:
+        return Dropped(key=item.key, reason=f"cannot be used ({type(error).__name__}: {error})", file=item.file)
+
+
+def _checked(item: Record, max_side: int) -> Record:
+    """`_prepare`. Raises RecordError with what is wrong."""
     info = dict(item.info)
     for name in LISTS_OF_TEXT:
         if isinstance(info.get(name), list):
             info[name] = [text.strip() for text in info[name] if isinstance(text, str) and text.strip()]
-    wrong = fault(info)
-    if wrong:
-        return Dropped(key=item.key, reason=wrong)
-    if not any(info.get(name) for name in (*LISTS_OF_TEXT, *LISTS_OF_OBJECTS, "label")):
-        return Dropped(key=item.key, reason="no caption, question, statement, object or label")
-    try:
-        decode(item, CHECK)
-    except RecordError as error:
-        return error.dropped
+    if wrong := fault(info) or unstorable(info):
+        raise RecordError(item.key, wrong)
+    if not any(info.get(name) for name in (*LISTS_OF_TEXT, *LISTS_OF_OBJECTS)) and is_absent(info.get("label")):
+        raise RecordError(item.key, "no caption, question, statement, object or label")
+    decode(item, CHECK)
     if not max_side:
         return replace(item, info=info)
     images, scales = zip(*(shrink(image, max_side) for image in item.images))

@@ -32,6 +32,24 @@ class Match(IntEnum):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Note:
+    """Something of a source that an import leaves out or changes, and that is no record: a column, a member of a tar, a file.
+    Notes of one text are counted together.
+
+    Attributes:
+        text: what happened, without the name of the single thing.
+        example: the thing it happened to.
+    """
+
+    text: str
+    example: str = ""
+
+
+# What a format yields.
+Item = Record | Dropped | Note
+
+
+@dataclass(frozen=True, kw_only=True)
 class Source(abc.ABC):
     """A format that can be imported, with its options.
 
@@ -52,9 +70,9 @@ class Source(abc.ABC):
         """How surely an existing file or folder has this format. Looks at names, and reads no file."""
 
     @abc.abstractmethod
-    def read(self, path: Path) -> Iterator[Record | Dropped]:
-        """Yields the records at `path`, and the names of those that cannot be read, with the reason. Raises UserError for a
-        file that cannot be read at all.
+    def read(self, path: Path) -> Iterator[Item]:
+        """Yields the records at `path`, the names of those that cannot be read, with the reason, and notes of whatever else is
+        left out. One bad record never ends the reading; UserError is for a file that cannot be read at all.
 
         `info["split"]`, where a record has it, is the split it goes to; records with the same `info["group"]` always go to
         the same split.
@@ -94,14 +112,14 @@ class AnnotationSource(ImagePathSource):
         """The files of annotations at `path`, which may be one of them; empty where there are none."""
 
     @abc.abstractmethod
-    def records(self, path: Path) -> Iterator[Record | Dropped]:
+    def records(self, path: Path) -> Iterator[Item]:
         """`read`, where there are files."""
 
     @classmethod
     def match(cls, path: Path) -> Match:
         return Match.NAMES if path.is_dir() and cls.files(path) else Match.NONE
 
-    def read(self, path: Path) -> Iterator[Record | Dropped]:
+    def read(self, path: Path) -> Iterator[Item]:
         if not self.files(path):
             raise UserError(f"{path}: nothing of the format {self.name} is here, which is {self.summary}")
         return self.records(path)

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from fastvlp.batch import Dropped, Record
-from fastvlp.data.sources.interface import AnnotationSource, Match
-from fastvlp.data.sources.source_files import expect_form, image_record, read_json
+from fastvlp.data.sources.interface import AnnotationSource, Item, Match
+from fastvlp.data.sources.source_files import each_row, expect_form, image_record, read_json
+from fastvlp.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,13 +28,17 @@ class KarpathySource(AnnotationSource):
     def match(cls, path: Path) -> Match:
         return Match.NAMES if path.match("dataset_*.json") and path.is_file() else super().match(path)
 
-    def records(self, path: Path) -> Iterator[Record | Dropped]:
+    def records(self, path: Path) -> Iterator[Item]:
         """Yields one record an image. `restval`, COCO's validation images that are in no test, are trained on. An image is in
         the folder that its `filepath` names, if it names one."""
         for file in self.files(path):
             content = read_json(file)
+            rows: list[tuple[str, dict[str, Any]]] = []
             with expect_form(file, "Karpathy's splits"):
-                rows = [_image(row) for row in content["images"]]
+                images = content["images"]
+                yield from each_row(images, f"{file.name}: image", lambda row, rows=rows: rows.append(_image(row)))
+            if images and not rows:
+                raise UserError(f"{file}: not in the form of Karpathy's splits; if it is in another, name its `format`")
             for name, info in rows:
                 key = str(PurePosixPath(name).with_suffix(""))
                 yield image_record(key, info, self.image_folder(file.parent), name)

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from fastvlp.batch import Dropped, Record
-from fastvlp.data.sources.interface import Match, Source
-from fastvlp.data.sources.source_files import read_image, read_json_lines
+from fastvlp.data.sources.interface import Item, Match, Source
+from fastvlp.data.sources.source_files import number_of_lines, read_image, read_json_lines
 from fastvlp.errors import UserError
 
 SPLITS = ("train", "dev", "test")
@@ -31,18 +31,21 @@ class NLVRSource(Source):
     def match(cls, path: Path) -> Match:
         return Match.NAMES if _split_files(path) else Match.NONE
 
-    def read(self, path: Path) -> Iterator[Record | Dropped]:
+    def read(self, path: Path) -> Iterator[Item]:
         """Yields six records an example, keyed `{split}-{n}-{m}-{k}`; the records of example n share their `group`."""
         files = _split_files(path)
         if not files:
             raise UserError(f"{path}: no train/train.json, dev/dev.json or test/test.json, the official layout of NLVR")
         for split, file in files.items():
             for row in read_json_lines(file):
-                yield from _records(path / split, split, row)
+                if isinstance(row, Dropped):
+                    yield row
+                else:
+                    yield from _records(path / split, split, row)
 
     def count(self, path: Path) -> int:
         """Counts rows; one without a sentence yields one item instead of six."""
-        return sum(len(BOX_ORDERS) for file in _split_files(path).values() for _ in read_json_lines(file))
+        return len(BOX_ORDERS) * sum(map(number_of_lines, _split_files(path).values()))
 
 
 def statement_info(name: str, k: int, text: str, label: bool, boxes: Any) -> dict[str, Any]:

@@ -9,9 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastvlp.batch import Dropped, Record
-from fastvlp.data.sources.interface import AnnotationSource, Match
-from fastvlp.data.sources.source_files import expect_form, image_record, read_json_lines
+from fastvlp.data.sources.interface import AnnotationSource, Item, Match
+from fastvlp.data.sources.source_files import each_row, image_record, read_json_lines
 
 SPLITS = ("train", "dev", "test1", "test2")
 
@@ -36,19 +35,25 @@ class NLVR2Source(AnnotationSource):
         test = path.is_dir() and any(file.stem == "test1" for file in cls.files(path))
         return Match.NAMES if test else Match.NONE
 
-    def records(self, path: Path) -> Iterator[Record | Dropped]:
+    def records(self, path: Path) -> Iterator[Item]:
         """Yields one record a pair of images, keyed `{split}-{set}-{pair}`, with its statements; the pairs of a set share
         their `group`."""
         for file in self.files(path):
             split = file.stem
             pairs: dict[str, dict[str, Any]] = defaultdict(lambda: {"statements": []})
             folders: dict[str, str] = {}
-            with expect_form(file, "NLVR2"):
-                for row in read_json_lines(file):
-                    pair = row["identifier"].rpartition("-")[0]
-                    label = {"true": True, "false": False}[str(row["label"]).lower()]
-                    pairs[pair]["statements"].append({"text": row["sentence"], "label": label})
-                    folders[pair] = f"{split}/{row['directory']}" if "directory" in row else split
+
+            def add(
+                row: dict[str, Any], split: str = split, pairs: Any = pairs, folders: dict[str, str] = folders
+            ) -> None:
+                pair = row["identifier"].rpartition("-")[0]
+                label = {"true": True, "false": False}[str(row["label"]).lower()]
+                statement = {"text": row["sentence"], "label": label}
+                folder = f"{split}/{row['directory']}" if "directory" in row else split
+                pairs[pair]["statements"].append(statement)
+                folders[pair] = folder
+
+            yield from each_row(read_json_lines(file), file.name, add)
             for pair, info in pairs.items():
                 info |= {"group": pair.rpartition("-")[0], "split": split}
                 names = (f"{folders[pair]}/{pair}-img{k}.png" for k in (0, 1))

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastvlp.batch import Dropped, Record
+from fastvlp.batch import Dropped
 from fastvlp.data.sources.coco import instance
-from fastvlp.data.sources.interface import AnnotationSource, Match
-from fastvlp.data.sources.source_files import expect_form, image_record, read_json
+from fastvlp.data.sources.interface import AnnotationSource, Item, Match
+from fastvlp.data.sources.source_files import each_row, expect_form, image_record, read_json
 from fastvlp.errors import UserError
 
 FORM = "the RefCOCO family"
@@ -33,7 +33,7 @@ class RefCOCOSource(AnnotationSource):
     def match(cls, path: Path) -> Match:
         return Match.NAMES if path.match("refs(*).*") and path.is_file() else super().match(path)
 
-    def records(self, path: Path) -> Iterator[Record | Dropped]:
+    def records(self, path: Path) -> Iterator[Item]:
         """Yields one record an image and split, keyed `{split}/{file}`: the objects that COCO marks in it, and the
         expressions."""
         file = self.expression_file(path)
@@ -42,17 +42,26 @@ class RefCOCOSource(AnnotationSource):
             classes = {category["id"]: category["name"] for category in instances["categories"]}
             file_of = {image["id"]: image["file_name"] for image in instances["images"]}
             objects: dict[Any, dict[Any, dict[str, Any]]] = defaultdict(dict)
-            for item in instances["annotations"]:
-                objects[item["image_id"]][item["id"]] = instance(item, classes)
+            annotations = instances["annotations"]
+
+        def add_object(item: dict[str, Any]) -> None:
+            objects[item["image_id"]][item["id"]] = instance(item, classes)
+
+        yield from each_row(annotations, "instances.json: annotation", add_object)
         by_image: dict[tuple[str, Any], list[dict[str, Any]]] = defaultdict(list)
-        with expect_form(file, FORM):
-            for ref in refs:
-                place = [*objects[ref["image_id"]]].index(ref["ann_id"])
-                by_image[ref["split"], ref["image_id"]] += [
-                    {"text": sentence["sent"], "object": place, "ref_id": ref["ref_id"]}
-                    for sentence in ref["sentences"]
-                ]
+
+        def add_expressions(ref: dict[str, Any]) -> None:
+            place = [*objects[ref["image_id"]]].index(ref["ann_id"])
+            expressions = [
+                {"text": sentence["sent"], "object": place, "ref_id": ref["ref_id"]} for sentence in ref["sentences"]
+            ]
+            by_image[ref["split"], ref["image_id"]] += expressions
+
+        yield from each_row(refs, f"{file.name}: expression", add_expressions)
         for (split, image), expressions in by_image.items():
+            if image not in file_of:
+                yield Dropped(key=f"{split}/{image}", reason="image is not listed in instances.json")
+                continue
             name = file_of[image]
             info = {"objects": [*objects[image].values()], "expressions": expressions, "split": split, "coco_id": image}
             yield image_record(f"{split}/{Path(name).stem}", info, self.image_folder(file.parent), name)

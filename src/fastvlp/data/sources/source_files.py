@@ -4,18 +4,28 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import os
+import re
+import unicodedata
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 from PIL import Image
 
 from fastvlp.batch import Dropped, Record
+from fastvlp.data.sources.interface import Note
 from fastvlp.errors import UserError
 
-IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
+IMAGE_SUFFIXES = frozenset(
+    {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
+    | {".avif", ".heic", ".heif"}
+)
+_URL = re.compile(r"(?:https?|ftp|s3|gs|hf)://", re.IGNORECASE)
+URL_REASON = "its image is a URL; download the images first (`img2dataset`), then import the folder of tars"
 
 
 @lru_cache
@@ -27,26 +37,111 @@ def blank_image() -> bytes:
 
 
 def read_image(root: Path | None, name: str, key: str) -> bytes | Dropped:
-    """The bytes of `root/name`. Dropped, called `key`, where it is missing and where the path, links followed, leaves `root`.
-    A blank image where `root` is None."""
+    """The bytes of the image that a source calls `name`, in the folder `root`; links are followed. Dropped, called `key`, where
+    it is missing, and where the path itself leaves `root`. A blank image where `root` is None.
+
+    A name with backslashes, in another Unicode form, with %20, or in small instead of capital letters is found too.
+    """
     if root is None:
         return blank_image()
+    if is_url(name):
+        return Dropped(key=key, reason=URL_REASON, file=name)
     try:
-        path = (root / name).resolve()
-        if not path.is_relative_to(root.resolve()):
-            return Dropped(key=key, reason="image path leaves the source folder (`images` can name another one)")
+        path = find_image(root, name)
+        if path is None:
+            return Dropped(
+                key=key, reason="image path leaves the source folder (`images` can name another one)", file=name
+            )
         return path.read_bytes()
     except FileNotFoundError:
-        return Dropped(key=key, reason=f"image file is missing in {root.resolve()}")
+        return Dropped(key=key, reason=f"image file is missing in {root.resolve()}", file=name)
     except (OSError, ValueError) as error:
-        return Dropped(key=key, reason=f"image file cannot be read ({type(error).__name__})")
+        return Dropped(key=key, reason=f"image file cannot be read ({type(error).__name__})", file=name)
+
+
+def is_url(name: str) -> bool:
+    """Whether an image's name is an address on the web or in a cloud."""
+    return bool(_URL.match(name.strip()))
+
+
+def find_image(root: Path, name: str) -> Path | None:
+    """The path of `name` in `root`, whether or not it is there; None where the name leads out of `root`."""
+    top = _absolute(root)
+    for spelling in dict.fromkeys((name, name.replace("\\", "/"), unquote(name), unquote(name.replace("\\", "/")))):
+        path = _absolute(top / spelling)
+        if not path.is_relative_to(top):
+            # A folder may also be given through a link.
+            real = (top / spelling).resolve()
+            if not real.is_relative_to(top.resolve()):
+                return None
+            path = real
+        if path.exists():
+            return path
+        if (similar := _similar_path(top, path)) is not None:
+            return similar
+    return _absolute(top / name)
+
+
+def _absolute(path: Path) -> Path:
+    """The path without `..`, links not followed."""
+    return Path(os.path.abspath(path))  # noqa: PTH100 (`resolve` follows links)
+
+
+def _similar_path(top: Path, path: Path) -> Path | None:
+    """The one path below `top` whose names differ from those of `path` only in Unicode form or in capital letters."""
+    place = top
+    for part in path.relative_to(top).parts:
+        if not (place / part).exists():
+            names = _names_by_plain(str(place), place.stat().st_mtime_ns if place.is_dir() else 0).get(_plain(part), [])
+            if len(names) != 1:
+                return None
+            part = names[0]
+        place = place / part
+    return place
+
+
+@lru_cache(maxsize=256)
+def _names_by_plain(folder: str, mtime_ns: int) -> dict[str, list[str]]:
+    names: dict[str, list[str]] = {}
+    with suppress(OSError):
+        for file in Path(folder).iterdir():
+            names.setdefault(_plain(file.name), []).append(file.name)
+    return names
+
+
+def _plain(name: str) -> str:
+    return unicodedata.normalize("NFC", name).casefold()
+
+
+def walk_files(folder: Path, notes: list[Note] | None = None) -> list[Path]:
+    """All files below a folder in the order of their names. Links are followed; a link to a folder that it is in itself is left
+    out, with a note."""
+    files: list[Path] = []
+    notes = [] if notes is None else notes
+    above: dict[Path, frozenset[tuple[int, int]]] = {folder: frozenset()}
+
+    def unreadable(error: OSError) -> None:
+        notes.append(Note(text=f"folders that cannot be read ({error.strerror})", example=str(error.filename)))
+
+    for name, folders, names in os.walk(folder, onerror=unreadable, followlinks=True):
+        place = Path(name)
+        stat = place.stat()
+        own, ancestors = (stat.st_dev, stat.st_ino), above.pop(place)
+        if own in ancestors:
+            folders.clear()
+            notes.append(Note(text="links that lead back to a folder they are in are not followed", example=name))
+            continue
+        above |= {place / inner: ancestors | {own} for inner in folders}
+        files += [place / file for file in names]
+    return sorted(files)
 
 
 def image_record(key: str, info: Mapping[str, Any], root: Path | None, *names: str) -> Record | Dropped:
     """A record with the images `names` in the folder `root`; Dropped, as of `read_image`, where one cannot be read."""
     images = [read_image(root, name, key) for name in names]
     dropped = next((image for image in images if isinstance(image, Dropped)), None)
-    return dropped or Record(key=key, images=tuple(image for image in images if isinstance(image, bytes)), info=info)
+    images = tuple(image for image in images if isinstance(image, bytes))
+    return dropped or Record(key=key, images=images, info=info, file=names[0])
 
 
 def read_text(path: Path) -> str:
@@ -69,23 +164,55 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path}: not JSON ({error}); copy the file again") from None
 
 
-def read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """One JSON object a line; blank lines are skipped. Raises UserError with file and line where there is anything else."""
+def read_json_lines(path: Path) -> Iterator[dict[str, Any] | Dropped]:
+    """One JSON object a line; blank lines are skipped. A line that is anything else is Dropped, called by file and line."""
     try:
-        with path.open(encoding="utf-8-sig") as file:
+        with path.open("rb") as file:
             for number, line in enumerate(file, 1):
-                if not line.strip():
+                place = f"{path.name}:{number}"
+                try:
+                    text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+                    if not text.strip():
+                        continue
+                    row = json.loads(text)
+                except UnicodeDecodeError:
+                    yield Dropped(key=place, reason="line is not UTF-8; convert the file with `iconv -t UTF-8`")
                     continue
-                row = json.loads(line)
-                if not isinstance(row, dict):
-                    raise UserError(f"{path}:{number}: expected a JSON object, found {type(row).__name__}")
-                yield row
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}:{number}: not JSON ({error.msg}); one JSON object a line is expected") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{path}: not UTF-8; convert it with `iconv -t UTF-8`") from None
+                except (ValueError, RecursionError) as error:
+                    yield Dropped(key=place, reason=f"line is not JSON ({getattr(error, 'msg', type(error).__name__)})")
+                    continue
+                is_object = isinstance(row, dict)
+                yield row if is_object else Dropped(key=place, reason="line is JSON and not an object {...}")
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
+
+
+def number_of_lines(path: Path) -> int:
+    """How many lines of a file are not blank."""
+    with path.open("rb") as file:
+        return sum(1 for line in file if line.strip())
+
+
+# What reading a row of another form raises.
+FORM_ERRORS = (KeyError, IndexError, TypeError, ValueError, AttributeError)
+
+
+def form_fault(error: Exception) -> str:
+    """Why a row is dropped, from one of FORM_ERRORS."""
+    return f"row is not in the format's form ({type(error).__name__}: {str(error)[:80]})"
+
+
+def each_row(rows: Iterable[Any], name: str, read: Callable[[Any], None]) -> Iterator[Dropped]:
+    """Calls `read` with every row, and yields those that are no rows or for which it raises, called `name` and their number (or
+    by their line)."""
+    for number, row in enumerate(rows, 1):
+        if isinstance(row, Dropped):
+            yield row
+            continue
+        try:
+            read(row)
+        except FORM_ERRORS as error:
+            yield Dropped(key=f"{name}:{number}", reason=form_fault(error))
 
 
 @contextmanager
@@ -93,7 +220,7 @@ def expect_form(path: Path, form: str) -> Iterator[None]:
     """Turns errors that only a file of another form can cause into a UserError that says so."""
     try:
         yield
-    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+    except FORM_ERRORS as error:
         raise UserError(
             f"{path}: not in the form of {form} ({type(error).__name__}: {error}); if it is in another, name its `format`"
         ) from None

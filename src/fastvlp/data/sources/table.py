@@ -1,138 +1,118 @@
-"""Tables of pairs: csv, tsv, jsonl or parquet with one column of image paths and one of captions."""
+"""Tables of pairs: csv, tsv, jsonl, a JSON list or parquet with a column of image paths and one or several of captions."""
 
 from __future__ import annotations
 
-import csv
-import io
-from collections.abc import Iterator, Sequence
+import json
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
-from fastvlp.batch import Dropped, Record
-from fastvlp.data.sources.interface import ImagePathSource, Match
-from fastvlp.data.sources.source_files import read_image, read_json_lines, read_text
-from fastvlp.errors import UserError, install
+from fastvlp.batch import Dropped
+from fastvlp.data.sources.columnar import read_parquet
+from fastvlp.data.sources.delimited import Header, Row, looks_like_image, read_delimited
+from fastvlp.data.sources.interface import Match, Note
+from fastvlp.data.sources.row_fields import IMAGE_COLUMNS, USUAL_COLUMNS, find_columns
+from fastvlp.data.sources.row_source import RowSource, Table
+from fastvlp.data.sources.source_files import read_json, read_json_lines
+from fastvlp.errors import UserError
 
-SUFFIXES = frozenset({".csv", ".tsv", ".jsonl", ".parquet"})
-IMAGE_COLUMNS = ("image", "file", "filepath", "file_name", "filename", "image_path", "path")
-CAPTION_COLUMNS = ("caption", "captions", "text", "title", "sentence")
-CHINESE_COLUMNS = ("caption_zh", "captions_zh")
-CELL_LIMIT = 1 << 24  # csv's own limit of 128 KiB a cell is below the longest captions
-
-Row = dict[str, Any]
+SUFFIXES = frozenset({".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet", ".token"})
+# Flickr8k and Flickr30k: `1.jpg#0<tab>caption`, and csv with another ending.
+FLICKR = re.compile(r".*\.token(\.txt)?|captions\.txt|results(_\d+)?\.csv", re.IGNORECASE)
+# Shards as on the hub: `train-00000-of-00002.parquet`, `train/0000.parquet`.
+_SHARD = re.compile(r"(.+?)-\d{5}-of-\d{5}(-[0-9a-f]+)?")
 
 
 @dataclass(frozen=True, kw_only=True)
-class TableSource(ImagePathSource):
-    """Rows with an image and a caption.
-
-    Rows of one image path are one record, with the captions of all, English and Chinese (`caption_zh`); other columns are
-    those of its first row. Image paths must stay inside the folder that they start from. A parquet cell may hold the image
-    itself: bytes, or {bytes, path} as the `datasets` library writes it.
-    """
+class TableSource(RowSource):
+    """A table in a file, or parquet files in a folder, which are one source: their names say of which split they are."""
 
     name = "table"
-    summary = "a csv, tsv, jsonl or parquet file with a column of image paths and one of captions"
+    summary = "a csv, tsv, json, jsonl or parquet file (or folder of parquet) with columns of image paths and captions"
 
-    image_column: str = ""
-    """Column of image paths; by default one with a usual name."""
-    caption_column: str = ""
-    """Column of captions; by default one with a usual name."""
+    separator: str = ""
+    """Between the cells of a csv or tsv; by default found by its first line."""
+    header: Header = "auto"
+    """Whether the first line of a csv or tsv names the columns."""
 
     @classmethod
     def match(cls, path: Path) -> Match:
-        return Match.SUFFIX if path.suffix.lower() in SUFFIXES and path.is_file() else Match.NONE
+        if path.is_dir():
+            return Match.SUFFIX if _shards(path) else Match.NONE
+        return Match.SUFFIX if path.suffix.lower() in SUFFIXES or FLICKR.fullmatch(path.name) else Match.NONE
 
-    def read(self, path: Path) -> Iterator[Record | Dropped]:
-        """Yields one record an image."""
-        root = self.image_folder(path.parent)
-        for name, info, stored in self._images(path):
-            if not name:
-                yield Dropped(key="row without an image path", reason="row names no image")
-                continue
-            key = str(PurePosixPath(name.replace("\\", "/")).with_suffix(""))
-            image = stored if stored is not None else read_image(root, name, key)
-            yield image if isinstance(image, Dropped) else Record(key=key, images=(image,), info=info)
-
-    def count(self, path: Path) -> int:
-        return sum(1 for _ in self._images(path))
-
-    def _images(self, path: Path) -> Iterator[tuple[str, Row, bytes | None]]:
-        """(image path, info, image where the table holds it); rows of one path are one item."""
-        by_name: dict[str, Row] = {}
-        image_column = caption_column = ""
-        for number, row in enumerate(_rows(path)):
-            if number == 0:
-                image_column = _column(path, row, "image_column", self.image_column, IMAGE_COLUMNS)
-                caption_column = _column(path, row, "caption_column", self.caption_column, CAPTION_COLUMNS)
-            cell = row.pop(image_column, None)
-            texts = {"captions": _texts(row.pop(caption_column, None))}
-            chinese = [text for name in CHINESE_COLUMNS for text in _texts(row.pop(name, None))]
-            if any(map(str.strip, chinese)):
-                texts["captions_zh"] = chinese
-            row.pop("captions", None)  # beside another caption column
-            info = {name: value for name, value in row.items() if isinstance(value, str | int | float | list | dict)}
-            if isinstance(cell, bytes | dict):
-                stored = cell if isinstance(cell, bytes) else cell.get("bytes")
-                yield f"{path.stem}-{number:07d}", {**info, **texts}, stored if isinstance(stored, bytes) else b""
-                continue
-            name = str(cell).strip() if cell is not None else ""
-            first = by_name.setdefault(name, info)
-            for field, captions in texts.items():
-                first.setdefault(field, []).extend(captions)
-        yield from ((name, info, None) for name, info in by_name.items())
-
-
-def _texts(cell: Any) -> list[str]:
-    return [text for text in (cell if isinstance(cell, list) else [cell]) if isinstance(text, str)]
-
-
-def _column(path: Path, row: Row, option: str, given: str, usual: Sequence[str]) -> str:
-    """The column given, or the first with a usual name."""
-    columns = [name for name in ((given,) if given else usual) if name in row]
-    if not columns:
-        raise UserError(
-            f"{path}: no {option.replace('_', ' ')} {repr(given) if given else 'with a usual name'}; "
-            f"its columns are {', '.join(map(str, row))}; name one with `{option}`"
-        )
-    return columns[0]
-
-
-def _rows(path: Path) -> Iterator[Row]:
-    match path.suffix.lower():
-        case ".csv" | ".tsv":
-            return _delimited(path, "\t" if path.suffix.lower() == ".tsv" else ",")
-        case ".jsonl":
-            return read_json_lines(path)
-        case ".parquet":
-            return _parquet(path)
-    raise UserError(f"{path}: a table ends in {', '.join(sorted(SUFFIXES))}")
-
-
-def _delimited(path: Path, delimiter: str) -> Iterator[Row]:
-    csv.field_size_limit(CELL_LIMIT)
-    reader = csv.DictReader(io.StringIO(read_text(path), newline=""), delimiter=delimiter, strict=True)
-    try:
-        for row in reader:
-            if None in row:
-                raise UserError(
-                    f"{path}:{reader.line_num}: more cells than columns; quote a cell that holds a separator"
+    def tables(self, path: Path) -> Iterator[Table]:
+        for file in _shards(path) if path.is_dir() else [path]:
+            split = _split_of(file, path)
+            suffix = file.suffix.lower()
+            if suffix in (".csv", ".tsv", ".txt", ".token"):
+                yield Table(
+                    path=file, rows=read_delimited(file, self.separator, self.header, USUAL_COLUMNS), split=split
                 )
-            yield row
-    except csv.Error as error:
-        raise UserError(f"{path}:{reader.line_num}: {error}") from None
+            elif suffix in (".jsonl", ".ndjson"):
+                yield Table(path=file, rows=_lines(file), split=split, columns_fixed=False)
+            elif suffix == ".json":
+                yield Table(path=file, rows=_json_rows(file), split=split, columns_fixed=False)
+            elif suffix == ".parquet":
+                rows, names = read_parquet(file)
+                yield Table(path=file, rows=rows, split=split, class_names=names)
+            else:
+                raise UserError(f"{file}: a table ends in {', '.join(sorted(SUFFIXES))}")
 
 
-def _parquet(path: Path) -> Iterator[Row]:
+def _shards(folder: Path) -> list[Path]:
+    """The parquet files in a folder or its sub-folders."""
+    files = sorted(folder.glob("*.parquet")) or sorted((*folder.glob("*/*.parquet"), *folder.glob("*/*/*.parquet")))
+    return [file for file in files if file.stem != "metadata"]
+
+
+def _split_of(file: Path, path: Path) -> str:
+    """The split that a shard's name or folder says it is of; empty where it says none."""
+    if match := _SHARD.fullmatch(file.stem):
+        return match[1]
+    if file == path or file.suffix.lower() != ".parquet":
+        return ""
+    if file.parent != path:
+        return file.parent.name
+    return file.stem if file.stem.lower() in ("train", "val", "valid", "validation", "dev", "test") else ""
+
+
+def _lines(path: Path) -> Iterator[Row | Dropped | Note]:
+    for number, row in enumerate(read_json_lines(path), 1):
+        yield row if isinstance(row, Dropped) else Row(f"{path.name}:{number}", row)
+
+
+def _json_rows(path: Path) -> Iterator[Row | Dropped | Note]:
+    """The rows of a JSON file: a list, a list inside an object, {image: captions}, or JSON lines."""
     try:
-        import pyarrow as pa
-        from pyarrow import parquet
-    except ImportError:
-        raise UserError(f"{path}: reading parquet needs pyarrow; {install('parquet')}") from None
-    try:
-        with parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=256):
-                yield from batch.to_pylist()
-    except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{path}: not readable as parquet ({error})") from None
+        content = read_json(path)
+    except UserError:
+        first = next(iter(read_json_lines(path)), None)
+        if first is None or isinstance(first, Dropped):
+            raise
+        yield from _lines(path)
+        return
+    for number, row in enumerate(_rows_of(path, content), 1):
+        place = f"{path.name}: row {number}"
+        yield Row(place, row) if isinstance(row, dict) else Dropped(key=place, reason="row is no object {...}")
+
+
+def _rows_of(path: Path, content: Any) -> list[Any]:
+    if isinstance(content, list):
+        return content
+    if isinstance(content, Mapping):
+        if content and all(looks_like_image(name) for name in content):
+            return [{"image": name, **_as_cells(value)} for name, value in content.items()]
+        if find_columns(content, IMAGE_COLUMNS) and not isinstance(content.get("images"), list):
+            return [dict(content)]
+        for rows in content.values():
+            if isinstance(rows, list) and rows and isinstance(rows[0], dict) and find_columns(rows[0], IMAGE_COLUMNS):
+                return rows
+    raise UserError(f"{path}: holds no list of rows such as {json.dumps([{'image': '1.jpg', 'caption': 'a dog'}])}")
+
+
+def _as_cells(value: Any) -> dict[str, Any]:
+    """What a file says of an image by its name: fields, or captions."""
+    return dict(value) if isinstance(value, Mapping) else {"caption": value}

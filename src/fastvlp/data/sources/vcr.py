@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastvlp.batch import Dropped, Record
-from fastvlp.data.sources.interface import AnnotationSource, Match
-from fastvlp.data.sources.source_files import expect_form, image_record, read_json, read_json_lines
+from fastvlp.batch import Dropped
+from fastvlp.data.sources.interface import AnnotationSource, Item, Match
+from fastvlp.data.sources.source_files import each_row, expect_form, image_record, read_json, read_json_lines
 from fastvlp.errors import UserError
 
 SPLITS = ("train", "val", "test")
@@ -36,17 +36,20 @@ class VCRSource(AnnotationSource):
         # Other sets have a train.jsonl too.
         return Match.NAMES if (path / IMAGES).is_dir() and cls.files(path) else Match.NONE
 
-    def records(self, path: Path) -> Iterator[Record | Dropped]:
+    def records(self, path: Path) -> Iterator[Item]:
         """Yields one record an image, keyed by its path. The boxes of people and things are objects; a text calls them by
         class and number, as `person 1`."""
         for file in self.files(path):
             root = self.image_folder(file.parent / IMAGES)
             by_image: dict[str, list[dict[str, Any]]] = defaultdict(list)
             boxes: dict[str, tuple[str, list[str]]] = {}
-            with expect_form(file, "VCR"):
-                for row in read_json_lines(file):
-                    by_image[row["img_fn"]].append(_choice(row))
-                    boxes[row["img_fn"]] = row["metadata_fn"], row["objects"]
+
+            def add(row: dict[str, Any], by_image: Any = by_image, boxes: Any = boxes) -> None:
+                name, choice, place = row["img_fn"], _choice(row), (row["metadata_fn"], row["objects"])
+                by_image[name].append(choice)
+                boxes[name] = place
+
+            yield from each_row(read_json_lines(file), file.name, add)
             for name, choices in by_image.items():
                 key = name.removesuffix(".jpg")
                 try:

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastvlp.batch import Dropped, Record
+from fastvlp.batch import Dropped
 from fastvlp.data.answers import normalise_answer, soft_scores
 from fastvlp.data.sources.coco import split_of
-from fastvlp.data.sources.interface import AnnotationSource
-from fastvlp.data.sources.source_files import expect_form, image_record, read_json
+from fastvlp.data.sources.interface import AnnotationSource, Item
+from fastvlp.data.sources.source_files import each_row, expect_form, image_record, read_json
 
 FORM = "VQA's questions and annotations"
 
@@ -30,18 +30,28 @@ class VQASource(AnnotationSource):
     def files(cls, path: Path) -> Sequence[Path]:
         return list(question_files(path).values())
 
-    def records(self, path: Path) -> Iterator[Record | Dropped]:
+    def records(self, path: Path) -> Iterator[Item]:
         """Yields one record an image, with all its questions; those of a test set have no answers. An answer's score is its
         accuracy by the official rule, which is 0.3 for each of ten people who gave it, 1 at most."""
         for name, file in question_files(path).items():
-            content, answers = read_json(file), scored_answers(file)
+            content = read_json(file)
+            answers, dropped = scored_answers(file)
+            yield from dropped
             by_image: dict[int, list[dict[str, Any]]] = defaultdict(list)
+
+            def add(item: dict[str, Any], answers: Any = answers, by_image: Any = by_image) -> None:
+                number = item["question_id"]
+                question = {
+                    "question": item["question"],
+                    "answers": {},
+                    **answers.get(number, {}),
+                    "question_id": number,
+                }
+                by_image[int(item["image_id"])].append(question)
+
             with expect_form(file, FORM):
-                for item in content["questions"]:
-                    number = item["question_id"]
-                    by_image[int(item["image_id"])].append(
-                        {"question": item["question"], "answers": {}, **answers.get(number, {}), "question_id": number}
-                    )
+                questions = content["questions"]
+            yield from each_row(questions, f"{file.name}: question", add)
             folder = re.sub("-dev", "", name)  # the images of test-dev2015 are some of test2015's
             for image, questions in by_image.items():
                 stem = f"COCO_{folder}_{image:012d}"
@@ -57,17 +67,19 @@ def question_files(path: Path) -> dict[str, Path]:
     return files
 
 
-def scored_answers(questions: Path) -> dict[int, dict[str, Any]]:
-    """{question_id: its scored answers and kind}, from the annotations beside a file of questions."""
+def scored_answers(questions: Path) -> tuple[dict[int, dict[str, Any]], list[Dropped]]:
+    """{question_id: its scored answers and kind}, from the annotations beside a file of questions, and those of another
+    form."""
     file = questions.with_name(questions.name.replace("OpenEnded_", "").replace("_questions.", "_annotations."))
     if not file.is_file():
-        return {}
+        return {}, []
     content = read_json(file)
     with expect_form(file, FORM):
-        return {
-            item["question_id"]: {
-                "answers": soft_scores([normalise_answer(answer["answer"]) for answer in item["answers"]]),
-                "kind": item["answer_type"],
-            }
-            for item in content["annotations"]
-        }
+        annotations = content["annotations"]
+    scored: dict[int, dict[str, Any]] = {}
+
+    def add(item: dict[str, Any]) -> None:
+        answers = soft_scores([normalise_answer(answer["answer"]) for answer in item["answers"]])
+        scored[item["question_id"]] = {"answers": answers, "kind": item["answer_type"]}
+
+    return scored, list(each_row(annotations, f"{file.name}: annotation", add))

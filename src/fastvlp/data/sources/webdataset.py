@@ -1,20 +1,34 @@
-"""WebDataset tars: members that share a name up to its first dot are one record (image, .txt, .json)."""
+"""WebDataset tars: the members of a tar that share a name are one record (images, captions in a text or JSON, a class)."""
 
 from __future__ import annotations
 
 import json
 import tarfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from fastvlp.batch import Dropped, Record
-from fastvlp.data.records.tar_index import split_name
-from fastvlp.data.sources.interface import Match, Source
-from fastvlp.data.sources.source_files import IMAGE_SUFFIXES
+from fastvlp.data.records.captions import CAPTION_SUFFIXES, caption_texts, merge_captions
+from fastvlp.data.records.tar_index import split_names
+from fastvlp.data.sources.interface import Item, Match, Note, Source
+from fastvlp.data.sources.source_files import IMAGE_SUFFIXES, walk_files
+from fastvlp.errors import UserError
 
-TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
+TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
+# Names of the classes, a line each, beside tars whose `.cls` are numbers (CLIP_benchmark).
+CLASS_FILES = ("classnames.txt", "classes.txt")
+APART = "members of one record lie apart in its tar; sort them by name before you train on the tar itself"
+
+
+@dataclass
+class _Members:
+    """The members of one record by suffix."""
+
+    key: str
+    last: int
+    members: dict[str, tarfile.TarInfo] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,64 +36,158 @@ class WebDatasetSource(Source):
     """A tar, or the tars in a folder."""
 
     name = "webdataset"
-    summary = "a tar, or a folder of tars: image with .txt or .json"
+    summary = "a tar, or a folder of tars: image with .txt, .json or .cls"
 
     @classmethod
     def match(cls, path: Path) -> Match:
         return Match.SUFFIX if _tars(path) else Match.NONE
 
-    def read(self, path: Path) -> Iterator[Record | Dropped]:
+    def read(self, path: Path) -> Iterator[Item]:
         """Yields the records of all tars; the unreadable rest of a damaged tar is one Dropped."""
-        for file in [path] if path.is_file() else _tars(path):
-            key, members = "", dict[str, bytes]()
-            try:
-                with tarfile.open(file, "r|*") as tar:
-                    for member in tar:
-                        if not member.isfile():
-                            continue
-                        name, suffix = split_name(member.name)
-                        if name != key and members:
-                            yield _record(key, members)
-                            members = {}
-                        stream = tar.extractfile(member)
-                        key = name
-                        members[suffix] = stream.read() if stream else b""
-            except (tarfile.TarError, EOFError, OSError) as error:
-                # The record that was being read may lack members, so it is dropped with the damage.
-                yield Dropped(key=f"{file.name}: after {key or 'its start'}", reason=f"tar is cut or damaged ({error})")
-            else:
-                if members:
-                    yield _record(key, members)
+        for file in _tars(path):
+            inner = file.relative_to(path).parts[:-1] if path.is_dir() else ()
+            split = {"split": inner[0]} if inner else {}
+            classes = _class_names(file.parent)
+            for item in _read_tar(file, classes):
+                yield (
+                    Record(key=item.key, images=item.images, info=split | item.info)
+                    if isinstance(item, Record)
+                    else item
+                )
 
 
 def _tars(path: Path) -> list[Path]:
-    """The tar itself, or those directly in a folder, by name."""
-    files = [path] if path.is_file() else sorted(path.iterdir())
-    return [file for file in files if file.name.endswith(TAR_SUFFIXES)]
+    """The tar itself, or those in a folder, by name; those in its sub-folders where it has none itself."""
+    if path.is_file():
+        return [path] if path.name.lower().endswith(TAR_SUFFIXES) else []
+    for files in (path.iterdir(), walk_files(path)):
+        if tars := sorted(file for file in files if file.name.lower().endswith(TAR_SUFFIXES)):
+            return tars
+    return []
 
 
-def _record(key: str, members: dict[str, bytes]) -> Record | Dropped:
-    images = tuple(members[suffix] for suffix in sorted(members, key=_order) if _is_image(suffix))
-    if not images:
-        return Dropped(key=key, reason=f"no image among its members ({', '.join(sorted(members))})")
+def _class_names(folder: Path) -> list[str]:
+    """The names of the classes, in a file in the folder of a tar or the one above; empty where there is none."""
+    for file in (place / name for place in (folder, folder.parent) for name in CLASS_FILES):
+        if file.is_file():
+            return file.read_text(encoding="utf-8-sig", errors="replace").splitlines()
+    return []
+
+
+def _read_tar(file: Path, classes: list[str]) -> Iterator[Item]:
+    found: list[tarfile.TarInfo] = []
+    error: Exception | None = None
     try:
-        info: dict[str, Any] = json.loads(members.get("json", b"{}"))
-        if not isinstance(info, dict):
-            return Dropped(key=key, reason="its .json is not an object")
-        captions = [info.pop("caption")] if "caption" in info and "captions" not in info else []
-        if "txt" in members:
-            captions = [members["txt"].decode("utf-8")]
+        tar = tarfile.open(file, "r:*")  # noqa: SIM115 (closed below)
+    except (tarfile.TarError, EOFError, OSError) as wrong:
+        yield Dropped(key=f"{file.name}: after its start", reason=f"tar is cut or damaged ({wrong})")
+        return
+    with tar:
+        try:
+            for member in tar:
+                if member.isfile():
+                    found.append(member)
+                elif not member.isdir():
+                    yield Note(text=f"{file.name}: links and devices in a tar are not read", example=member.name)
+        except (tarfile.TarError, EOFError, OSError) as wrong:
+            error = wrong
+        records, apart = _group(found)
+        for number, record in enumerate(records):
+            # A cut may have taken members of the last record, which is dropped with the damage.
+            if error is not None and number == len(records) - 1:
+                break
+            try:
+                content = {suffix: _content(tar, member) for suffix, member in record.members.items()}
+            except (tarfile.TarError, EOFError, OSError, UserError) as wrong:
+                error = wrong
+                break
+            yield from _record(record.key, content, classes)
+        if apart:
+            yield Note(text=APART, example=f"{file.name}: {apart}")
+    if error is not None:
+        last = records[number].key if records else "its start"
+        yield Dropped(key=f"{file.name}: after {last}", reason=f"tar is cut or damaged ({error})")
+
+
+def _group(found: list[tarfile.TarInfo]) -> tuple[list[_Members], str]:
+    """The records of a tar in order, and the key of one whose members do not follow each other, where there is any."""
+    records: list[_Members] = []
+    latest: dict[str, _Members] = {}
+    apart = ""
+    for number, ((key, suffix), member) in enumerate(zip(split_names([member.name for member in found]), found)):
+        record = latest.get(key)
+        if record is None or suffix in record.members:
+            record = latest[key] = _Members(key, number)
+            records.append(record)
+        elif record.last != number - 1:
+            apart = apart or key
+        record.members[suffix] = member
+        record.last = number
+    return records, apart
+
+
+def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    stream = tar.extractfile(member)
+    data = stream.read() if stream else b""
+    if len(data) != member.size:
+        raise UserError(f"cut in the middle of {member.name}")
+    return data
+
+
+def _record(key: str, members: dict[str, bytes], classes: list[str]) -> Iterator[Item]:
+    """The record, and notes of the members that are no part of it."""
+    images = [suffix for suffix in sorted(members, key=_order) if _is_image(suffix)]
+    named = [suffix for suffix in sorted(members) if f".{suffix.rpartition('.')[2]}" in IMAGE_SUFFIXES]
+    # Where no image has the record's own name, those with a name of their own are its images (left, right).
+    images = images or named
+    texts = [suffix for suffix in members if suffix in ("json", "cls", *CAPTION_SUFFIXES)]
+    for suffix in sorted(members.keys() - {*images, *texts}):
+        yield Note(text=f"members ending in .{suffix} are not read", example=f"{key}.{suffix}")
+    file = f"{key}.{images[0]}" if images else ""
+    if not images:
+        yield Dropped(key=key, reason=f"no image among its members ({', '.join(sorted(members))})")
+        return
+    try:
+        info = _info(members, classes)
     except UnicodeDecodeError:
-        return Dropped(key=key, reason="its text is not UTF-8")
-    except ValueError:
-        return Dropped(key=key, reason="its .json is not JSON")
-    return Record(key=key, images=images, info={**info, "captions": captions} if captions else info)
+        yield Dropped(key=key, reason="its text is not UTF-8", file=file)
+    except RecursionError:
+        yield Dropped(key=key, reason="its .json is nested too deeply", file=file)
+    except ValueError as error:
+        yield Dropped(key=key, reason=str(error), file=file)
+    else:
+        yield Record(key=key, images=tuple(members[suffix] for suffix in images), info=info, file=file)
+
+
+def _info(members: dict[str, bytes], classes: list[str]) -> dict[str, Any]:
+    """The fields of a record: those of its .json, its captions and its class. Raises ValueError saying what is wrong."""
+    info: Any = {}
+    if "json" in members:
+        text = members["json"].decode("utf-8-sig")
+        try:
+            info = json.loads(text)
+        except ValueError:
+            raise ValueError("its .json is not JSON") from None
+        if isinstance(info, list | str):
+            # A list of captions, or of objects with one each.
+            info = {"captions": caption_texts(info)}
+        if not isinstance(info, dict):
+            raise ValueError("its .json is not an object")
+    texts = [
+        text for suffix in CAPTION_SUFFIXES for text in caption_texts(members.get(suffix, b"").decode("utf-8-sig"))
+    ]
+    info = merge_captions(info, texts)
+    if "cls" in members:
+        label = members["cls"].decode("utf-8-sig").strip()
+        number = int(label) if label.isdecimal() else None
+        info["label"] = label if number is None else classes[number] if number < len(classes) else number
+    return info
 
 
 def _is_image(suffix: str) -> bool:
     """Whether a member's suffix is that of an image: `jpg`, or `1.jpg` for a second image."""
     position, dot, extension = suffix.rpartition(".")
-    return "." + extension in IMAGE_SUFFIXES and (not dot or position.isdecimal())
+    return (f".{extension}" in IMAGE_SUFFIXES or extension == "img") and (not dot or position.isdecimal())
 
 
 def _order(suffix: str) -> tuple[int, str]:
