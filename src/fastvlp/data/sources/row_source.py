@@ -263,7 +263,11 @@ def url_error(path: Path, columns: Sequence[str], options: RowSource) -> UserErr
         "output_folder": "downloaded",
     }
     command = " ".join(["img2dataset", *(f"--{name} {value}" for name, value in values.items())])
-    first = f"Its first line names no columns: write one above, with {' and '.join(columns)}. " if headless(path, url) else ""
+    first = (
+        f"Its first line names no columns: write one above, with {' and '.join(columns)}. "
+        if headless(path, url)
+        else ""
+    )
     return UserError(
         f"{path}: its images are URLs, and an import downloads none. {first}Download them with `{command}`, then import the "
         f"folder `downloaded`"
