@@ -105,7 +105,7 @@ def special_ids(text) -> dict[str, int]:
 
 
 @pytest.mark.parametrize("name", ["clip", "siglip"])
-def test_both_encoders_of_a_model_bring_its_joint_space(name, folder, tmp_path):
+def test_both_encoders_of_a_model_bring_its_joint_space(name, folder, tmp_path, capsys):
     """Before its first step the run's model gives the public model's vectors."""
     import transformers as hf
 
@@ -133,7 +133,9 @@ def test_both_encoders_of_a_model_bring_its_joint_space(name, folder, tmp_path):
     assert (vectors - theirs_text / theirs_text.norm(dim=-1, keepdim=True)).abs().max() <= 1e-5
     scale = saved.learned({"clip": "clip", "siglip": "siglip"}[name])
     assert torch.allclose(scale["log_scale"], theirs.logit_scale.reshape(()), atol=1e-5)
-    inherited = logged(tmp_path, "inherited")
+    inherited, said = logged(tmp_path, "inherited"), capsys.readouterr().out
+    for words in (f"starts from {source}: loaded image ", "resized text.word.weight", "tokens added: ", "mask"):
+        assert words in said
     assert inherited["fresh"] == [] and "text.word.weight" in inherited["resized"]
 
 

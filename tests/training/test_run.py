@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import os
+import re
 import shutil
 import signal
 from dataclasses import replace
@@ -284,7 +285,9 @@ def test_inherited_weights_are_told_once(pairs, tmp_path, capsys):
     every = {name.removeprefix("model.") for name, _ in state.pretraining.named_parameters()}
     assert set(told["loaded"] + told["fresh"]) == every
     assert any(name.startswith("objectives.itm.") for name in told["fresh"]) and not told["resized"]
-    assert f"inherited  source {tmp_path / 'a'}  loaded {len(told['loaded'])}  resized 0" in capsys.readouterr().out
+    summary = state.inherited.summary()
+    assert f"{tmp_path / 'a'}: {summary}" in capsys.readouterr().out
+    assert sum(map(int, re.findall(r"\d+", summary.partition(";")[0]))) == len(told["loaded"])
 
 
 def test_a_cut_shard_is_told_once_at_the_start(tmp_path):

@@ -295,7 +295,17 @@ def train(run: TrainConfig, resume: bool = False, *, verbose: bool = False) -> T
 def tell_start(state: TrainState, log: RunLog) -> None:
     """What came of the weights to start from, what the training data lacks, and whether it fills a step."""
     if state.inherited is not None:
-        log.event("inherited", step=0, elapsed=0.0, source=state.run.init, **asdict(state.inherited))
+        sources = dict.fromkeys(filter(None, (state.run.init, state.run.image, state.run.text)))
+        source, added = " and ".join(sources) or None, list(state.tokenizer.added)
+        words = f"; tokens added: {', '.join(added)}" if added else ""
+        log.event(
+            "inherited",
+            step=0,
+            elapsed=0.0,
+            text=f"starts from {source or 'the weights of its encoder'}: {state.inherited.summary()}{words}",
+            source=source,
+            **asdict(state.inherited),
+        )
     sizes = part_sizes(state.model, state.pretraining.objectives)
     parts = {name: size._asdict() for name, size in sizes.items()}
     log.event("parameters", step=0, elapsed=0.0, text=sizes_line(sizes), parts=parts)
