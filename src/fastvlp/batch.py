@@ -112,6 +112,7 @@ class Batch:
         slot: int64 [B] or None: the number of the image in its pair (NLVR2: 0 or 1); None means 0.
         target: float [B A] or int64 [B], the right answers of a task's rows; None in pretraining.
         regions: regions of each image, where the data has them (`RegionSource`).
+        text: states [B S D] of the texts by a text encoder that the run keeps as it is, computed before; None: from `ids`.
         plain: the images before augmentation, for objectives that draw views of their own; None where it is `image`.
     """
 
@@ -123,6 +124,7 @@ class Batch:
     target: Tensor | None = None
     regions: Regions | None = None
     plain: Tensor | None = None
+    text: Tensor | None = None
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> Batch:
         return _pytree.tree_map_only(Tensor, lambda t: t.to(device, non_blocking=non_blocking), self)

@@ -24,7 +24,7 @@ from fastvlp.data.reader import RecordReader
 from fastvlp.data.records.shards import RecordError, Shards, ShardWriter
 from fastvlp.data.records.transform import Transform
 from fastvlp.data.state_store import StatesConfig, StateStore
-from fastvlp.data.states_file import StatesFile, part_of
+from fastvlp.data.states_file import EntryShape, StatesFile, part_of
 from fastvlp.data.stored_images import ImageStore
 from fastvlp.data.tokenize import Tokenizer
 from fastvlp.errors import UserError
@@ -328,7 +328,8 @@ def test_an_empty_text_has_no_states_and_is_whole(tmp_path):
         return (Computed(i, parts[i]) for i in entries)
 
     texts = StateStore(what="texts", about={}, width=WIDTH, config=StatesConfig(store="always", dtype="fp32"))
-    states = texts.open(shards, {}, lambda: lengths, compute)
+    states = texts.open(shards, {}, lambda: EntryShape(lengths, [0, 2, 2, 3]), compute)
     assert np.array_equal(states.lengths(), lengths)
+    assert [[*states.of_record(i)] for i in range(3)] == [[0, 1], [], [2]]
     for i, part in enumerate(parts):
-        assert torch.equal(states.image(i), part)
+        assert torch.equal(states.entry(i), part)

@@ -16,12 +16,14 @@ from fastvlp.data.regions import RegionSource
 from fastvlp.data.state_store import StatesConfig
 from fastvlp.data.states_file import StatesFile
 from fastvlp.errors import UserError
+from fastvlp.model.encoders.text_transformer import TextTransformer
 from fastvlp.model.encoders.vit import ViT
 from fastvlp.model.joint_space import Head, HeadConfig
 from fastvlp.model.layers import LayerConfig
 from fastvlp.model.region_pooling import RegionPool
 from fastvlp.model.sizes import single_over_patches
 from fastvlp.objectives.ar import ARConfig
+from fastvlp.objectives.clip import CLIPConfig
 from fastvlp.objectives.itm import ITMConfig
 from fastvlp.objectives.moco import MoCoConfig
 from fastvlp.objectives.region import MRFRConfig
@@ -99,6 +101,72 @@ def test_losses_are_those_of_encoding_at_each_step(name, tmp_path):
     assert losses(run, FP32) == encoded
     for stored, exact in zip(losses(run, FP16), encoded, strict=True):
         assert stored == pytest.approx(exact, rel=5e-3)
+
+
+def text_head(run: TrainConfig, **changes) -> TrainConfig:
+    """`depth` or `pool` are of the head, the rest of the joint space."""
+    layer = LayerConfig(width=32, heads=4, hidden=64)
+    own = {name: changes.pop(name) for name in ("depth", "pool", "norm") if name in changes}
+    head = replace(run.model.embed.text, layer=layer if {"depth", "pool"} & {*own} else None, **own)
+    return replace(run, model=replace(run.model, embed=replace(run.model.embed, text=head, **changes)))
+
+
+TEXTS = {
+    "last": {},
+    "first": {"pool": "first", "text_mask": "full"},
+    "mean": {"pool": "mean", "norm": False},
+    "mean of normed": {"pool": "mean"},
+    "words alone": {"pool": "mean", "norm": False, "text_special": False, "text_mask": "full"},
+    "padding seen": {"pool": "end", "text_mask": "none", "text_length": 12, "text_start": False},
+    "layers": {"pool": "mean", "depth": 1, "text_mask": "full"},
+    "attention": {"pool": "attention", "text_mask": "full"},
+}
+
+
+@pytest.mark.parametrize("objective", ["clip", "moco"])
+@pytest.mark.parametrize("reading", TEXTS)
+def test_losses_on_stored_texts_are_those_of_encoding_at_each_step(pairs, tmp_path, objective, reading):
+    """Texts are encoded in other batches, so that the last bits differ."""
+    run = text_head(made_run(pairs, tmp_path / "run", objective), **TEXTS[reading])
+    run = replace(run, freeze=("image", "text"))
+    encoded = losses(run, NEVER)
+    for states, tolerance in ((FP32, 1e-5), (FP16, 5e-3)):
+        for stored, exact in zip(losses(run, states), encoded, strict=True):
+            assert stored == pytest.approx(exact, rel=tolerance)
+    condensed = reading not in ("mean of normed", "layers", "attention")
+    (texts, _) = (
+        StatesFile(note.path) for note in start(replace(run, states=FP16)).stored.notes if note.what == "texts"
+    )
+    assert len(texts) == 48 and (set(texts.lengths()) == {1}) == condensed
+
+
+def test_a_frozen_text_encoder_alone_is_stored(pairs, tmp_path, monkeypatch):
+    run = replace(made_run(pairs, tmp_path / "run", "clip"), freeze=("text",), states=FP16)
+    state = start(run)
+    assert [note.what for note in state.stored.notes] == ["texts", "texts"]
+    monkeypatch.setattr(TextTransformer, "states", None)
+    list(steps(state))
+    validate(state)
+
+
+def test_other_tokens_make_another_file(pairs, tmp_path):
+    run = replace(made_run(pairs, tmp_path / "run", "clip"), freeze=("text",), states=FP16)
+    runs = [
+        run,
+        replace(run, vocab=50),
+        replace(run, data=replace(run.data, max_length=10)),
+        text_head(run, text_mask="full"),
+    ]
+    assert len({start(one).stored.notes[0].path for one in runs}) == 4
+
+
+def test_texts_that_are_read_beside_images_are_not_stored(pairs, tmp_path):
+    run = replace(made_run(pairs, tmp_path / "run", "mlm"), freeze=("image", "text"), states=FP16)
+    assert {note.what for note in start(run).stored.notes} == {"images"}
+    clip = replace(made_run(pairs, tmp_path / "run", "clip"), freeze=("text",))
+    assert start(text_head(clip, text_mask="none")).stored is None
+    masked = {"clip": CLIPConfig(text_keep=0.5)}
+    assert start(replace(text_head(clip, text_length=12), objectives=masked)).stored is None
 
 
 class Counted(torch.nn.Module):
@@ -193,8 +261,8 @@ def test_two_halves_are_a_whole(pairs, tmp_path):
 @pytest.mark.parametrize(
     ("objective", "changes", "reason"),
     [
-        ("clip", {"freeze": ()}, "the image encoder is trained"),
-        ("clip", {"freeze": ("image.blocks",)}, "the image encoder is trained"),
+        ("clip", {"freeze": ()}, "no encoder is frozen"),
+        ("clip", {"freeze": ("image.blocks",)}, "no encoder is frozen"),
         ("clip", {"keep": 0.5}, "leaves out other patches"),
         ("clip", {"augment": AugmentConfig(flip=0.5)}, "`augment` changes"),
         ("simclr", {}, "simclr reads their pixels"),

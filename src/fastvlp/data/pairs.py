@@ -12,6 +12,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from fastvlp.batch import Batch, Dropped
 from fastvlp.data.batching import Grouping, Lengths
@@ -24,6 +25,7 @@ from fastvlp.data.regions import ImageRegions, RegionSource, pad_regions, region
 from fastvlp.data.state_store import StoreNote
 from fastvlp.data.states_file import StatesFile
 from fastvlp.data.stored_images import ImageStore
+from fastvlp.data.stored_texts import TextStore
 from fastvlp.data.tokenize import Tokenizer
 from fastvlp.errors import UserError
 from fastvlp.random import hash64
@@ -52,11 +54,12 @@ class Stored(NamedTuple):
     """Where the states of frozen encoders are."""
 
     images: ImageStore | None = None
+    texts: TextStore | None = None
 
     @property
     def notes(self) -> list[StoreNote]:
         """What was done about the states of the splits that were read."""
-        return [] if self.images is None else self.images.store.notes
+        return [note for part in (self.images, self.texts) if part is not None for note in part.store.notes]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,11 +150,17 @@ class PairData(Data):
             regions=self.regions,
             cache=self.cache,
             states=stored.images.open(shards, transform) if stored and stored.images else None,
+            texts=self._stored_texts(stored, shards, tokenizer),
             strict=strict,
         )
         regions = partial(region_count, self.regions)
         lengths = partial(caption_lengths, shards, tokenizer, self.captions, self.max_length, regions)
         return Rows(len(shards), make, tuple(shards.damage), lengths)
+
+    def _stored_texts(self, stored: Stored | None, shards: Shards, tokenizer: Tokenizer) -> StatesFile | None:
+        if stored is None or stored.texts is None:
+            return None
+        return stored.texts.open(shards, tokenizer, self.captions, self.max_length)
 
     def texts(self) -> Iterator[str]:
         """Captions, and questions and statements in the same languages."""
@@ -177,6 +186,7 @@ class Pair(NamedTuple):
     text: str
     seed: int
     regions: list[ImageRegions]
+    text_states: Tensor | None = None
 
 
 class PairMaker:
@@ -186,6 +196,7 @@ class PairMaker:
         captions: the field of `info` that holds a list of captions (or one).
         max_length: tokens of a row, <s> and </s> included; longer captions are cut.
         regions, cache, states, strict: as `RecordReader` takes them.
+        texts: stored states of all captions, which come along.
     """
 
     def __init__(
@@ -199,8 +210,10 @@ class PairMaker:
         regions: RegionSource | None = None,
         cache: bool = False,
         states: StatesFile | None = None,
+        texts: StatesFile | None = None,
         strict: bool = False,
     ):
+        self.texts = texts
         self.reader = RecordReader(shards, transform, regions=regions, cache=cache, states=states, strict=strict)
         self.tokenizer = tokenizer
         self.captions = captions
@@ -212,12 +225,14 @@ class PairMaker:
         size = self.reader.transform.size
         images = [pair.image for pair in pairs]
         regions = [regions for pair in pairs for regions in pair.regions]
+        texts = [pair.text_states for pair in pairs if pair.text_states is not None]
         batch = Batch(
             image=torch.stack(images) if images else torch.empty(0, 3, size, size, dtype=torch.uint8),
             ids=ids,
             length=length,
             seed=torch.tensor([pair.seed for pair in pairs], dtype=torch.int64),
             regions=pad_regions(regions) if regions else None,
+            text=pad_sequence(texts, batch_first=True) if texts else None,
         )
         return batch, dropped
 
@@ -229,8 +244,9 @@ class PairMaker:
             fields = ", ".join(sorted(record.info)) or "none"
             raise RecordError(record.key, f"no usable caption in {self.captions!r} (fields: {fields})")
         # Hashed once more: the row's seed itself goes to the objective.
-        text = captions[hash64(row.seed) % len(captions)]
-        return Pair(record.images[0], text, row.seed, record.regions)
+        k = hash64(row.seed) % len(captions)
+        states = None if self.texts is None else self.texts.entry(self.texts.of_record(row.index)[k])
+        return Pair(record.images[0], captions[k], row.seed, record.regions, states)
 
 
 def readable_infos(shards: Shards) -> Iterator[dict[str, Any]]:

@@ -22,6 +22,7 @@ from fastvlp.data.records.shards import Shards
 from fastvlp.data.states_file import (
     DamagedStatesError,
     Entries,
+    EntryShape,
     StatesFile,
     StatesWriter,
     StateType,
@@ -113,7 +114,7 @@ class StateStore:
         self,
         shards: Shards,
         about: Mapping[str, Any],
-        lengths: Callable[[], Sequence[int]],
+        shape: Callable[[], EntryShape],
         compute: Callable[[Sequence[int]], Iterator[Computed]],
     ) -> StatesFile | None:
         """The states of a split, computed now where they are not there yet. None where the config leaves it to chance and
@@ -121,7 +122,7 @@ class StateStore:
 
         Args:
             about: what else they depend on, such as the size of the images.
-            lengths: states of each entry.
+            shape: how many states each entry has.
             compute: yields the states of these entries, in any order, and nothing for one that cannot be read.
 
         Raises UserError where they must be stored and cannot be.
@@ -132,7 +133,7 @@ class StateStore:
             path = self._path(shards, whole)
             stored, seconds = self._existing(path, whole, compute), 0.0
             if stored is None:
-                entries = Entries(lengths(), self.width, self.config.dtype, whole)
+                entries = Entries(shape(), self.width, self.config.dtype, whole)
                 self._check(path, entries)
                 began = time.perf_counter()
                 stored = self._compute(path, entries, compute, shards.url)
@@ -166,7 +167,7 @@ class StateStore:
                 raise DamagedStatesError("it is of other states")
             first = next((i for i in range(len(stored)) if i in stored), None)
             now = None if first is None else next(compute([first]), None)
-            if first is not None and (now is None or _differ(stored.image(first), now.states)):
+            if first is not None and (now is None or _differ(stored.entry(first), now.states)):
                 raise DamagedStatesError("the encoder gives other states now: its code or a library has changed")
         except (DamagedStatesError, UserError) as error:
             say(f"{path}: {error}; its states are computed again")
@@ -176,7 +177,7 @@ class StateStore:
 
     def _check(self, path: Path, entries: Entries) -> None:
         """Raises NotStoredError where it is not worth the space, or there is none."""
-        if self.config.store == "auto" and self.reads is not None and self.reads < 2 * len(entries.lengths):
+        if self.config.store == "auto" and self.reads is not None and self.reads < 2 * len(entries.shape.lengths):
             raise NotStoredError(f"the run reads few of the {self.what} twice")
         place = next(folder for folder in (path.parent, *path.parents) if folder.exists())
         if not os.access(place, os.W_OK):
@@ -195,11 +196,11 @@ class StateStore:
             if file is not None:
                 writer = StatesWriter(file, entries)
                 missing = writer.missing()
-                begun = len(entries.lengths) - len(missing)
-                say(
-                    f"{data}: computing the states of {len(entries.lengths)} {self.what} once, {entries.size / 1e9:.2g} GB in "
-                    f"{path}" + (f"; {begun} were computed before an interruption" if begun else "")
+                count, size = len(entries.shape.lengths), f"{entries.size / 1e9:.2g} GB"
+                before = (
+                    f"; {count - len(missing)} were computed before an interruption" if len(missing) < count else ""
                 )
+                say(f"{data}: computing the states of {count} {self.what} once, {size} in {path}{before}")
                 for one in with_reports(compute(missing), len(missing), f"states of {self.what}"):
                     writer.put(one.entry, as_stored(one, self.config, self.what), one.image_shape)
                 complete(file, path)

@@ -7,6 +7,7 @@ It is in safetensors' format, so that other tools read it too:
     image_shape  int32 [N 3]: height, width and EXIF orientation of the stored image of each entry (zeros for texts)
     checksum     uint32 [N]: CRC-32 of the states and the shape of each entry
     filled       uint8 [N]: 1 where an entry was computed, 0 where its image cannot be read
+    records      int64 [M + 1]: record i has entries records[i] to records[i + 1]; of texts alone, of which a record has some
 
 `metadata["about"]` says, as JSON, what the states depend on: the encoder, the preprocessing, the shards.
 """
@@ -34,7 +35,7 @@ except ImportError:  # Windows, where nothing keeps a second process from writin
     fcntl = None  # type: ignore[assignment]
 
 StateType = Literal["fp16", "fp32"]
-Name = Literal["states", "first", "image_shape", "checksum", "filled"]
+Name = Literal["states", "first", "image_shape", "checksum", "filled", "records"]
 DTYPES = {"F16": "<f2", "F32": "<f4", "I64": "<i8", "I32": "<i4", "U32": "<u4", "U8": "u1"}
 CODES: Mapping[StateType, str] = {"fp16": "F16", "fp32": "F32"}
 # Of a header; safetensors allows as much.
@@ -57,24 +58,32 @@ class Table(NamedTuple):
         return self.offset + self.dtype.itemsize * int(np.prod(self.shape))
 
 
-class Entries(NamedTuple):
-    """The entries of a file before they are computed: how many states each has [N], of which width and type, and what they
-    depend on."""
+class EntryShape(NamedTuple):
+    """How many states each entry has [N], and which entries are of which record [M + 1], where records have some."""
 
     lengths: Sequence[int]
+    records: Sequence[int] | None = None
+
+
+class Entries(NamedTuple):
+    """The entries of a file before they are computed: their shape, width and type, and what they depend on."""
+
+    shape: EntryShape
     width: int
     dtype: StateType
     about: Mapping[str, Any]
 
     def header(self) -> bytes:
-        count, rows = len(self.lengths), int(np.sum(self.lengths))
-        shapes = {
+        count, rows = len(self.shape.lengths), int(np.sum(self.shape.lengths))
+        shapes: dict[str, tuple[str, tuple[int, ...]]] = {
             "states": (CODES[self.dtype], (rows, self.width)),
             "first": ("I64", (count + 1,)),
             "image_shape": ("I32", (count, 3)),
             "checksum": ("U32", (count,)),
             "filled": ("U8", (count,)),
         }
+        if self.shape.records is not None:
+            shapes["records"] = ("I64", (len(self.shape.records),))
         fields: dict[str, Any] = {"__metadata__": {"about": json.dumps(self.about, sort_keys=True)}}
         offset = 0
         for name, (code, shape) in shapes.items():
@@ -136,6 +145,7 @@ class StatesFile:
             raise DamagedStatesError(f"it has {size} bytes, and its header says otherwise")
         self._states, self._first = self._table("states"), self._table("first")
         self._shape, self._checksum, self._filled = (self._table(n) for n in ("image_shape", "checksum", "filled"))
+        self._records = self._table("records") if "records" in self._tables else np.arange(len(self) + 1)
         self._checked = np.zeros(len(self), dtype=bool)
         if self._first[0] or self._first[-1] != len(self._states) or (np.diff(self._first) < 0).any():
             raise DamagedStatesError("its entries are not where its header says")
@@ -152,6 +162,10 @@ class StatesFile:
         return bool(self._filled[i])
 
     def image(self, i: int) -> Tensor:
+        """The states of an image, in place of its pixels."""
+        return self.entry(i)
+
+    def entry(self, i: int) -> Tensor:
         """The states of entry i, [S D]. Raises UserError where its checksum is not that of its bytes; it is tested when the
         entry is first read."""
         states = self._states[int(self._first[i]) : int(self._first[i + 1])]
@@ -172,6 +186,10 @@ class StatesFile:
         """States of each entry, int64 [N]."""
         return np.diff(self._first)
 
+    def of_record(self, i: int) -> range:
+        """The entries of record i, of a file of texts."""
+        return range(int(self._records[i]), int(self._records[i + 1]))
+
     def __reduce__(self) -> tuple[type[StatesFile], tuple[Path]]:
         return StatesFile, (self.path,)
 
@@ -186,14 +204,16 @@ class StatesWriter:
     def __init__(self, file: int, entries: Entries):
         self._file, header = file, entries.header()
         self._tables, _ = read_header(header)
-        self.first = np.concatenate([[0], np.cumsum(np.asarray(entries.lengths, np.int64))])
+        self.first = np.concatenate([[0], np.cumsum(np.asarray(entries.shape.lengths, np.int64))])
         size = max(table.end for table in self._tables.values())
         if os.pread(file, len(header), 0) != header or os.fstat(file).st_size != size:
             os.ftruncate(file, 0)
             # A full disk is noticed now, and not after hours of computing.
             reserve(file, size)
-            os.pwrite(file, self.first.astype("<i8").tobytes(), self._tables["first"].offset)
-            os.pwrite(file, header, 0)
+            self._write("first", 0, self.first.astype("<i8"))
+            if entries.shape.records is not None:
+                self._write("records", 0, np.asarray(entries.shape.records, "<i8"))
+            write_at(file, header, 0)
 
     def missing(self) -> list[int]:
         """The entries that are still to be computed."""
@@ -225,11 +245,14 @@ class StatesWriter:
 
     def _write(self, name: Name, first: int, rows: np.ndarray) -> None:
         *_, offset, size = self._row(name)
-        data = memoryview(rows.tobytes())
-        at = offset + first * size
-        while data:
-            written = os.pwrite(self._file, data, at)
-            data, at = data[written:], at + written
+        write_at(self._file, rows.tobytes(), offset + first * size)
+
+
+def write_at(file: int, data: bytes, at: int) -> None:
+    rest = memoryview(data)
+    while rest:
+        written = os.pwrite(file, rest, at)
+        rest, at = rest[written:], at + written
 
 
 def reserve(file: int, size: int) -> None:

@@ -14,7 +14,7 @@ from fastvlp.data.reader import RecordReader
 from fastvlp.data.records.shards import RecordError, Shards
 from fastvlp.data.records.transform import Transform
 from fastvlp.data.state_store import Computed, StateStore
-from fastvlp.data.states_file import StatesFile
+from fastvlp.data.states_file import EntryShape, StatesFile
 from fastvlp.data.streams import in_threads
 
 # Images that are encoded at a time.
@@ -58,4 +58,4 @@ class ImageStore:
                 yield from (one._replace(states=own) for one, own in zip(rows, states))
 
         about = {"transform": asdict(transform), "images": number}
-        return self.store.open(shards, about, lambda: [self.states] * (number * len(shards)), compute)
+        return self.store.open(shards, about, lambda: EntryShape([self.states] * (number * len(shards))), compute)

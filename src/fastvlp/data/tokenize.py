@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections import Counter
@@ -106,6 +107,11 @@ class Tokenizer:
 
     def save(self, path: str | Path) -> None:
         write_whole(Path(path), self._inner.to_str(pretty=True).encode())
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of all that decides the ids of a text."""
+        return hashlib.sha256(self._inner.to_str().encode()).hexdigest()
 
     def encode(self, texts: list[str], max_length: int) -> tuple[Tensor, Tensor]:
         """Returns ids int64 [B L], `<s> words </s>` padded on the right to the longest, and length int64 [B].

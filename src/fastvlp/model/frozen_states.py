@@ -14,6 +14,7 @@ from fastvlp.config import to_json
 from fastvlp.data.pairs import Stored
 from fastvlp.data.state_store import StatesConfig, StateStore
 from fastvlp.data.stored_images import ImageStore
+from fastvlp.data.stored_texts import TextStore
 from fastvlp.dist import Precision
 from fastvlp.model.freezing import evaluation_mode
 from fastvlp.model.model import VLModel
@@ -22,6 +23,8 @@ from fastvlp.model.saving import Saved
 
 # What is read of an image: its vector in the joint space alone, the states of the encoder, or its pixels.
 ImageUse = Literal["embedding", "states", "pixels"]
+# What is read of a text: its vector in the joint space alone, or its words.
+TextUse = Literal["embedding", "words"]
 
 
 def fingerprint(config: Any, encoder: nn.Module) -> str:
@@ -60,6 +63,40 @@ def image_store(
     }
     store = StateStore(what="images", about=about, width=image.width, config=config, reads=reads)
     return ImageStore(store=store, encode=encode, states=states)
+
+
+def text_store(model: VLModel, config: StatesConfig, *, precision: Precision, reads: float | None = None) -> TextStore:
+    """Where the states of texts are that the head of the joint space reads; as few of them as it makes the same vector of."""
+    embed, text = model.embed.config, model.config.text
+    head = model.embed.text if model.embed.text.condenses else None
+
+    def real(ids_BL: Tensor, length_B: Tensor) -> list[int]:
+        if head is not None:
+            return [1 if head.pool != "patches" else 2] * len(ids_BL)
+        # Where padding is seen, its states are read too.
+        words = model.embed.words(ids_BL, length_B, text)[1].tolist()
+        return [embed.text_length or length for length in words]
+
+    @torch.no_grad()
+    def encode(ids_BL: Tensor, length_B: Tensor) -> list[Tensor]:
+        device = model.text.word_table.device
+        bf16 = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+        with evaluation_mode(model.text), bf16:
+            state_BLD, words_B = model.text_states(ids_BL.to(device), length_B.to(device))
+        states = (state_BLD.float() if head is None else head.condensed(state_BLD.float(), words_B)).cpu()
+        return [own[:n] for own, n in zip(states, real(ids_BL, length_B), strict=True)]
+
+    reading = {
+        name: to_json(getattr(embed, name)) for name in ("text_mask", "text_special", "text_start", "text_length")
+    }
+    about = {
+        "encoder": fingerprint(text, model.text),
+        "precision": precision,
+        "reading": {**reading, "text_pad": embed.text_pad},
+        "states": "all" if head is None else head.pool,
+    }
+    store = StateStore(what="texts", about=about, width=text.width, config=config, reads=reads)
+    return TextStore(store=store, encode=encode, states=real)
 
 
 def frozen_encoders(model: VLModel) -> list[str]:

@@ -231,9 +231,22 @@ class VLModel(Freezable):
         which some heads read."""
         return self.embed.image(image_BKD, regions=regions)
 
-    def embed_text(self, ids_BL: Tensor, length_B: Tensor, keep_BK: Tensor | None = None) -> Tensor:
-        """Unit vectors of texts in the joint space, fp32 [B E]. `keep_BK`: sorted positions that are encoded (FLIP's text
-        masking); the others cost nothing."""
+    def embed_text(
+        self, ids_BL: Tensor, length_B: Tensor, keep_BK: Tensor | None = None, stored_BSD: Tensor | None = None
+    ) -> Tensor:
+        """Unit vectors of texts in the joint space, fp32 [B E].
+
+        Args:
+            keep_BK: sorted positions that are encoded (FLIP's text masking); the others cost nothing.
+            stored_BSD: stored states of the texts (`text_states`), which are not encoded again.
+        """
+        if stored_BSD is None:
+            return self.embed.text(*self.text_states(ids_BL, length_B, keep_BK))
+        _, length = self.embed.words(ids_BL, length_B, self.config.text)
+        return self.embed.text(stored_BSD.to(self.text.word_table.dtype), length.clamp(max=stored_BSD.shape[1]))
+
+    def text_states(self, ids_BL: Tensor, length_B: Tensor, keep_BK: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The states of texts that the head of the joint space reads [B L D], and how many of each row are real [B]."""
         config = self.embed.config
         ids, length = self.embed.words(ids_BL, length_B, self.config.text)
         position = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
@@ -241,8 +254,7 @@ class VLModel(Freezable):
             ids, position = ids.gather(1, keep_BK), keep_BK
             length = (keep_BK < length[:, None]).sum(1)
         full = masks.full(length, ids.shape[1]) if config.text_mask == "full" else None
-        x = self.text(ids, position, mask=full, causal=config.text_mask == "causal")
-        return self.embed.text(x, length)
+        return self.text(ids, position, mask=full, causal=config.text_mask == "causal"), length
 
     def read(
         self,

@@ -44,6 +44,7 @@ class CLIP(PairObjective):
     def __init__(self, config: CLIPConfig):
         super().__init__()
         self.config = config
+        self.text_use = config.text_use
         self.log_scale = nn.Parameter(torch.tensor(-math.log(config.temperature)))
 
     def counts(self, batch: Batch) -> dict[str, Tensor]:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastvlp.batch import Batch
 from fastvlp.errors import UserError
+from fastvlp.model.frozen_states import TextUse
 from fastvlp.model.keep import TextPolicy, keep_count, keep_text
 from fastvlp.model.model import ModelConfig, VLModel
 from fastvlp.objectives.objective import ObjectiveConfig
@@ -27,6 +28,11 @@ class PairsConfig(ObjectiveConfig, abc.ABC):
         if not 0 < self.text_keep <= 1:
             raise ValueError(f"text_keep is a share of the text, above 0 and up to 1, not {self.text_keep}")
 
+    @property
+    def text_use(self) -> TextUse:
+        """Of some words alone there are no stored states."""
+        return "embedding" if self.text_keep == 1 else "words"
+
     def check(self, model: ModelConfig) -> None:
         """Raises UserError where the share would be one of a length that differs from batch to batch."""
         if self.text_keep < 1 and (model.embed is None or model.embed.text_length is None):
@@ -40,4 +46,6 @@ def embed_pair(model: VLModel, image_BKD: Tensor, batch: Batch, told: PairsConfi
         ids, length = model.embed.words(batch.ids, batch.length, model.config.text)
         L = ids.shape[1]
         keep_BK = keep_text(batch.seed, length, L, keep_count(L, told.text_keep), told.text_policy)
-    return model.embed_image(image_BKD, batch.regions), model.embed_text(batch.ids, batch.length, keep_BK)
+    stored = batch.text if keep_BK is None else None
+    text_BE = model.embed_text(batch.ids, batch.length, keep_BK, stored)
+    return model.embed_image(image_BKD, batch.regions), text_BE

@@ -105,6 +105,7 @@ class MoCo(PairObjective):
     def __init__(self, config: MoCoConfig, width: int):
         super().__init__()
         self.config = config
+        self.text_use = config.text_use
         self.temperature = nn.Parameter(torch.tensor(config.temperature), requires_grad=config.temperature_learned)
         for name in ("image_queue", "text_queue"):
             # Drawn as weights are, from the run's seed: the same on every rank.

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fastvlp import dist
 from fastvlp.batch import Batch, register_dataclass_node
 from fastvlp.errors import UserError
-from fastvlp.model.frozen_states import ImageUse
+from fastvlp.model.frozen_states import ImageUse, TextUse
 from fastvlp.model.model import Bos, ModelConfig, Reading, VLModel
 
 if TYPE_CHECKING:
@@ -59,12 +59,14 @@ class Objective(nn.Module, abc.ABC):
         abilities: what a model trained by it can do. They are saved with the weights.
         image_use: the least that it reads of a batch's images: their vectors in the joint space (`embed_image`), the states
             that it gets, or their pixels. States of a frozen encoder are stored, pixels are decoded at each step.
+        text_use: the least that it reads of the texts: their vectors in the joint space (`embed_text`), or their words.
     """
 
     reading: Reading = "full"
     bos: Bos | None = None
     abilities: frozenset[Ability] = frozenset()
     image_use: ImageUse = "states"
+    text_use: TextUse = "words"
 
     @abc.abstractmethod
     def forward(self, model: VLModel, image_BKD: Tensor, batch: Batch) -> dict[str, Loss]:

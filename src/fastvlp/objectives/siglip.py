@@ -39,6 +39,7 @@ class SigLIP(PairObjective):
     def __init__(self, config: SigLIPConfig):
         super().__init__()
         self.config = config
+        self.text_use = config.text_use
         self.log_scale = nn.Parameter(torch.tensor(math.log(config.scale)))
         self.bias = nn.Parameter(torch.tensor(config.bias))
 

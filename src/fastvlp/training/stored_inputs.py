@@ -1,16 +1,15 @@
-"""Whether a run reads stored states of its frozen encoders in place of pixels."""
+"""Whether a run reads stored states of its frozen encoders in place of pixels and words."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from fastvlp import dist
 from fastvlp.data.augment import AugmentConfig
 from fastvlp.data.pairs import Stored
-from fastvlp.dist import Precision
 from fastvlp.errors import UserError
-from fastvlp.model.frozen_states import image_store
+from fastvlp.model.frozen_states import ImageUse, frozen_encoders, image_store, text_store
 from fastvlp.objectives.objective import Objective
 from fastvlp.training.pretraining import Pretraining
 
@@ -21,22 +20,26 @@ if TYPE_CHECKING:
 def stored_inputs(run: TrainConfig, pretraining: Pretraining) -> Stored | None:
     """Where the states are that the run reads, as its weights stand. None where it encodes at each step.
 
-    Raises UserError where the run says that states are always stored, and they cannot be used.
+    Raises UserError where the run says that states are always stored, and those of a frozen encoder cannot be used.
     """
-    reason = why_not_stored(run, pretraining)
-    if reason is not None:
-        if run.states.store == "always":
-            raise UserError(f"`states.store` is always, and states cannot be stored: {reason}")
+    model, config = pretraining.model, run.states
+    if config.store == "never":
         return None
+    frozen = frozen_encoders(model)
+    if config.store == "always" and not frozen:
+        raise UserError("`states.store` is always, and no encoder is frozen; name image in `freeze`, or text, or both")
+    reasons = {"image": why_no_images(run, pretraining), "text": why_no_texts(pretraining)}
+    # Texts that are read beside images have no states of their own to store.
+    if config.store == "always" and "image" in frozen and reasons["image"] is not None:
+        raise UserError(f"`states.store` is always, and states of the images cannot be stored: {reasons['image']}")
+    about: dict[str, Any] = {"precision": run.precision, "reads": rows_read(run)}
     embeds = all(objective.image_use == "embedding" for objective in objectives_of(pretraining).values())
-    images = image_store(
-        pretraining.model,
-        run.states,
-        precision=cast(Precision, run.precision),  # `start` has resolved `auto`
-        use="embedding" if embeds else "states",
-        reads=rows_read(run),
+    use: ImageUse = "embedding" if embeds else "states"
+    stored = Stored(
+        images=image_store(model, config, use=use, **about) if reasons["image"] is None else None,
+        texts=text_store(model, config, **about) if reasons["text"] is None else None,
     )
-    return Stored(images=images)
+    return None if stored == Stored() else stored
 
 
 def objectives_of(pretraining: Pretraining) -> Mapping[str, Objective]:
@@ -44,14 +47,10 @@ def objectives_of(pretraining: Pretraining) -> Mapping[str, Objective]:
     return cast(Mapping[str, Objective], pretraining.objectives)
 
 
-def why_not_stored(run: TrainConfig, pretraining: Pretraining) -> str | None:
-    """Why the images are encoded at each step; None where they need not be."""
-    if run.states.store == "never":
-        return "`states.store` is never"
-    if "image" not in pretraining.model.encoders():
-        return "the model has no image encoder"
-    if not pretraining.model.is_frozen("image"):
-        return "the image encoder is trained, as `freeze` does not name image"
+def why_no_images(run: TrainConfig, pretraining: Pretraining) -> str | None:
+    """Why images are encoded at each step; None where their stored states are read."""
+    if "image" not in frozen_encoders(pretraining.model):
+        return "the image encoder is trained"
     if run.keep < 1:
         return f"`keep` {run.keep} leaves out other patches each time"
     if run.augment != AugmentConfig():
@@ -59,6 +58,19 @@ def why_not_stored(run: TrainConfig, pretraining: Pretraining) -> str | None:
     for name, objective in objectives_of(pretraining).items():
         if objective.image_use == "pixels":
             return f"the objective {name} reads their pixels"
+    return None
+
+
+def why_no_texts(pretraining: Pretraining) -> str | None:
+    """Why texts are encoded at each step; None where their stored states are read."""
+    model = pretraining.model
+    if "text" not in frozen_encoders(model):
+        return "the text encoder is trained"
+    if all(objective.text_use == "words" for objective in objectives_of(pretraining).values()):
+        return "no objective reads texts by themselves"
+    embed = model.embed.config
+    if embed.text_mask == "none" and embed.text_length is None:
+        return "words see the padding of the batch (`model.embed.text_mask` none)"
     return None
 
 
