@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -162,11 +163,12 @@ def test_other_tokens_make_another_file(pairs, tmp_path):
 
 def test_texts_that_are_read_beside_images_are_not_stored(pairs, tmp_path):
     run = replace(made_run(pairs, tmp_path / "run", "mlm"), freeze=("image", "text"), states=FP16)
-    assert {note.what for note in start(run).stored.notes} == {"images"}
+    texts, *images = start(run).stored.notes
+    assert texts.what == "texts" and not texts.path and {note.what for note in images} == {"images"}
     clip = replace(made_run(pairs, tmp_path / "run", "clip"), freeze=("text",))
-    assert start(text_head(clip, text_mask="none")).stored is None
+    assert start(text_head(clip, text_mask="none")).stored.texts is None
     masked = {"clip": CLIPConfig(text_keep=0.5)}
-    assert start(replace(text_head(clip, text_length=12), objectives=masked)).stored is None
+    assert start(replace(text_head(clip, text_length=12), objectives=masked)).stored.texts is None
 
 
 class Counted(torch.nn.Module):
@@ -271,7 +273,11 @@ def test_two_halves_are_a_whole(pairs, tmp_path):
 )
 def test_where_pixels_are_needed_no_states_are_stored(pairs, tmp_path, objective, changes, reason):
     run = replace(made_run(pairs, tmp_path / "run", objective), **{"freeze": ("image",), **changes})
-    assert start(run).stored is None
+    stored = start(run).stored
+    if run.freeze == ("image",):
+        assert stored.images is stored.texts is None and re.search(reason, str(*stored.notes))
+    else:
+        assert stored is None
     with pytest.raises(UserError, match=f"`states.store` is always.*{reason}"):
         start(replace(run, states=FP16))
     assert not [*pairs.rglob("states-*")]

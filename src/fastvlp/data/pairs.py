@@ -51,15 +51,17 @@ class Rows:
 
 
 class Stored(NamedTuple):
-    """Where the states of frozen encoders are."""
+    """Where the states of frozen encoders are, and of which they are not stored."""
 
     images: ImageStore | None = None
     texts: TextStore | None = None
+    skipped: tuple[StoreNote, ...] = ()
 
     @property
     def notes(self) -> list[StoreNote]:
         """What was done about the states of the splits that were read."""
-        return [note for part in (self.images, self.texts) if part is not None for note in part.store.notes]
+        opened = [note for part in (self.images, self.texts) if part is not None for note in part.store.notes]
+        return [*self.skipped, *opened]
 
 
 @dataclass(frozen=True, kw_only=True)

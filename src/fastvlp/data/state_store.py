@@ -63,7 +63,7 @@ class StoreNote(NamedTuple):
 
     Attributes:
         what: `images` or `texts`.
-        data: the shards.
+        data: the shards; empty where it is the same of all.
         path: the file; None where states are not stored.
         entries: images or texts.
         size: bytes of the file.
@@ -81,7 +81,8 @@ class StoreNote(NamedTuple):
 
     def __str__(self) -> str:
         if self.path is None:
-            return f"{self.data}: states of {self.what} are computed at each step: {self.reason}"
+            place = f"{self.data}: " if self.data else ""
+            return f"{place}states of {self.what} by the frozen encoder are computed at each step: {self.reason}"
         how = f"computed in {self.seconds:.0f} s" if self.seconds else "computed before"
         return f"{self.data}: states of {self.entries} {self.what} are read from {self.path} ({self.size / 1e9:.2g} GB, {how})"
 

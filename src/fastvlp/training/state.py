@@ -49,7 +49,7 @@ from fastvlp.training.flops import FlopCounter
 from fastvlp.training.optim import OptimConfig, adamw
 from fastvlp.training.pretraining import Pretraining
 from fastvlp.training.public_start import completed, load_encoders, public_tokenizer, read_encoders
-from fastvlp.training.stored_inputs import stored_inputs
+from fastvlp.training.stored_inputs import rows_read, stored_inputs
 from fastvlp.training.trained_parts import LastLayers, freeze
 
 # A resumed run may change these; anything else would make it another run.
@@ -251,8 +251,9 @@ def start(run: TrainConfig, resume: bool = False) -> TrainState:
     if saved is not None:
         load_exactly(pretraining, saved["pretraining"], run.folder / "last.pt")
     # After the weights: stored states are those of one encoder.
-    stored = stored_inputs(run, pretraining)
-    given: dict[str, Any] = {} if stored is None else {"stored": stored}
+    reads = rows_read(run.data, run.steps, run.accumulate)
+    stored = stored_inputs(pretraining, run.states, augment=run.augment, precision=run.precision, reads=reads)
+    given: dict[str, Any] = {"stored": stored} if stored is not None and (stored.images or stored.texts) else {}
     rows = run.data.rows("train", tokenizer, size, strict=False, **given)
     if rows is None:
         raise UserError(f"{run.name}: the data has no training split")

@@ -3,43 +3,56 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, cast
+from typing import cast
 
 from fastvlp import dist
 from fastvlp.data.augment import AugmentConfig
-from fastvlp.data.pairs import Stored
+from fastvlp.data.pairs import Data, Stored
+from fastvlp.data.state_store import StatesConfig, StoreNote
+from fastvlp.dist import Precision
 from fastvlp.errors import UserError
 from fastvlp.model.frozen_states import ImageUse, frozen_encoders, image_store, text_store
 from fastvlp.objectives.objective import Objective
 from fastvlp.training.pretraining import Pretraining
 
-if TYPE_CHECKING:
-    from fastvlp.training.state import TrainConfig
 
+def stored_inputs(
+    pretraining: Pretraining,
+    config: StatesConfig,
+    *,
+    augment: AugmentConfig,
+    precision: Precision,
+    reads: float | None,
+) -> Stored | None:
+    """Where the states are that a run reads, as its weights stand. None where it has no frozen encoder, or stores nothing.
 
-def stored_inputs(run: TrainConfig, pretraining: Pretraining) -> Stored | None:
-    """Where the states are that the run reads, as its weights stand. None where it encodes at each step.
+    Args:
+        augment: what training does to the images.
+        precision: in which the encoders run.
+        reads: rows that the run reads in all; None where nobody knows.
 
     Raises UserError where the run says that states are always stored, and those of a frozen encoder cannot be used.
     """
-    model, config = pretraining.model, run.states
+    model = pretraining.model
     if config.store == "never":
         return None
     frozen = frozen_encoders(model)
     if config.store == "always" and not frozen:
         raise UserError("`states.store` is always, and no encoder is frozen; name image in `freeze`, or text, or both")
-    reasons = {"image": why_no_images(run, pretraining), "text": why_no_texts(pretraining)}
+    reasons = {"image": why_no_images(pretraining, augment), "text": why_no_texts(pretraining)}
     # Texts that are read beside images have no states of their own to store.
     if config.store == "always" and "image" in frozen and reasons["image"] is not None:
         raise UserError(f"`states.store` is always, and states of the images cannot be stored: {reasons['image']}")
-    about: dict[str, Any] = {"precision": run.precision, "reads": rows_read(run)}
     embeds = all(objective.image_use == "embedding" for objective in objectives_of(pretraining).values())
     use: ImageUse = "embedding" if embeds else "states"
     stored = Stored(
-        images=image_store(model, config, use=use, **about) if reasons["image"] is None else None,
-        texts=text_store(model, config, **about) if reasons["text"] is None else None,
+        images=image_store(model, config, use=use, precision=precision, reads=reads)
+        if reasons["image"] is None
+        else None,
+        texts=text_store(model, config, precision=precision, reads=reads) if reasons["text"] is None else None,
     )
-    return None if stored == Stored() else stored
+    skipped = [StoreNote(f"{part}s", "", reason=reason) for part in frozen if (reason := reasons[part]) is not None]
+    return stored._replace(skipped=tuple(skipped)) if frozen else None
 
 
 def objectives_of(pretraining: Pretraining) -> Mapping[str, Objective]:
@@ -47,13 +60,13 @@ def objectives_of(pretraining: Pretraining) -> Mapping[str, Objective]:
     return cast(Mapping[str, Objective], pretraining.objectives)
 
 
-def why_no_images(run: TrainConfig, pretraining: Pretraining) -> str | None:
+def why_no_images(pretraining: Pretraining, augment: AugmentConfig) -> str | None:
     """Why images are encoded at each step; None where their stored states are read."""
     if "image" not in frozen_encoders(pretraining.model):
         return "the image encoder is trained"
-    if run.keep < 1:
-        return f"`keep` {run.keep} leaves out other patches each time"
-    if run.augment != AugmentConfig():
+    if pretraining.keep < 1:
+        return f"`keep` {pretraining.keep} leaves out other patches each time"
+    if augment != AugmentConfig():
         return "`augment` changes the images each time"
     for name, objective in objectives_of(pretraining).items():
         if objective.image_use == "pixels":
@@ -74,8 +87,8 @@ def why_no_texts(pretraining: Pretraining) -> str | None:
     return None
 
 
-def rows_read(run: TrainConfig) -> float | None:
-    """Rows that the run reads in all; None where nobody knows."""
-    if run.steps is None or run.data.max_tokens is not None:
+def rows_read(data: Data, steps: int | None, accumulate: int) -> float | None:
+    """Rows that a run reads in all; None where nobody knows."""
+    if steps is None or data.max_tokens is not None:
         return None
-    return run.steps * run.accumulate * run.data.batch_size * dist.world()
+    return steps * accumulate * data.batch_size * dist.world()
