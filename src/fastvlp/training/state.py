@@ -239,7 +239,8 @@ def start(run: TrainConfig, resume: bool = False) -> TrainState:
     if run.threads:
         torch.set_num_threads(run.threads)
     device = pick_device(run.device)
-    run = replace(run, precision=run_precision(run, device, resume))
+    precision = run_precision(run, device, resume)
+    run = replace(run, precision=precision)
     tokenizer = find_tokenizer(run, resume, texts)
     pretraining, inherited = make_pretraining(run, tokenizer, images, texts)
     pretraining.to(device)
@@ -252,7 +253,7 @@ def start(run: TrainConfig, resume: bool = False) -> TrainState:
         load_exactly(pretraining, saved["pretraining"], run.folder / "last.pt")
     # After the weights: stored states are those of one encoder.
     reads = rows_read(run.data, run.steps, run.accumulate)
-    stored = stored_inputs(pretraining, run.states, augment=run.augment, precision=run.precision, reads=reads)
+    stored = stored_inputs(pretraining, run.states, augment=run.augment, precision=precision, reads=reads)
     given: dict[str, Any] = {"stored": stored} if stored is not None and (stored.images or stored.texts) else {}
     rows = run.data.rows("train", tokenizer, size, strict=False, **given)
     if rows is None:
