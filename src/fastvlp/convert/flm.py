@@ -124,6 +124,11 @@ def flm_settings(source: Checkpoint) -> Mapping[str, Any]:
     return settings if isinstance(settings, dict) else {}
 
 
+def is_captioner(source: Checkpoint) -> bool:
+    """Whether the checkpoint writes captions between two tokens that were added for them."""
+    return bool(flm_settings(source).get("add_new_bos_token"))
+
+
 def flm_config(source: Checkpoint, stated: Stated) -> ModelConfig:
     """The model of the tensors."""
     weights, settings = source.weights, flm_settings(source)
@@ -174,7 +179,8 @@ class FLMLayout(Layout):
 
     @classmethod
     def recognises(cls, source: Checkpoint) -> bool:
-        return source.names >= FLM and not any(name.startswith(TASK_HEADS) for name in source.names)
+        tuned = any(name.startswith(TASK_HEADS) for name in source.names)
+        return source.names >= FLM and not tuned and not is_captioner(source)
 
     def read(self, source: Checkpoint, stated: Stated) -> Release:
         weights, config = source.weights, flm_config(source, stated)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastvlp.config import to_json
 from fastvlp.convert.checkpoint_source import Checkpoint
-from fastvlp.convert.flm import FLM, TASK_HEADS, flm_config, flm_settings, from_flm
+from fastvlp.convert.flm import FLM, TASK_HEADS, flm_config, flm_settings, from_flm, is_captioner
 from fastvlp.convert.interface import Layout, Release, Stated
 from fastvlp.convert.weight_map import WeightMap, Weights, apply_map, weight_and_bias
 from fastvlp.data.tokenize import with_new_ends
@@ -26,11 +26,6 @@ from fastvlp.tasks.vqa import VQAConfig, VQAData
 HEADS = dict(zip(("vqa", "nlvr2", "retrieval"), TASK_HEADS, strict=True))
 CAPTION = "caption"
 READING: dict[str, Any] = {"reading": "flm", "bos": "official"}
-
-
-def is_captioner(source: Checkpoint) -> bool:
-    """Whether the checkpoint writes captions between two tokens that were added for them."""
-    return bool(flm_settings(source).get("add_new_bos_token"))
 
 
 def head_weights(weights: Weights, task: str) -> dict[str, Tensor]:
