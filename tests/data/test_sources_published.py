@@ -270,7 +270,7 @@ def test_files_of_another_form_are_named(coco_folder: Path) -> None:
 
 def test_the_command_knows_every_format(coco_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     builtin = [source for source in formats().values() if source.__module__.startswith("fastvlp.")]
-    assert len(builtin) == 12 and len(PUBLISHED) == 7
+    assert len(builtin) == 16 and len(PUBLISHED) == 8
     for name, source in formats().items():
         assert f"  {name} " in formats_help() and source.summary in formats_help()
     assert main(["data", "import", str(coco_folder), "--out", str(coco_folder / "out")]) == 0

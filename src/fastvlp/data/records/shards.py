@@ -64,8 +64,11 @@ class ShardWriter:
     give the same bytes.
     """
 
-    def __init__(self, folder: str | Path, per_shard: int = 1000):
+    def __init__(self, folder: str | Path, per_shard: int = 1000, *, append: bool = False):
+        """`append` adds further tars to those that are there."""
         self.folder = Path(folder)
+        self.append = append
+        self._first = 0
         self.per_shard = per_shard
         self.count = 0
         self._parts: list[Path] = []
@@ -75,8 +78,12 @@ class ShardWriter:
     def __enter__(self) -> ShardWriter:
         with _explain_write_errors(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
-            if any(self.folder.glob("*.tar")):
-                raise UserError(f"{self.folder}: already holds shards; remove them, or choose another split or folder")
+            there = sorted(self.folder.glob("*.tar"))
+            if there and not self.append:
+                raise UserError(
+                    f"{self.folder}: already holds shards; remove them, choose another split or folder, or `append` to them"
+                )
+            self._first = 1 + max((int(tar.stem) for tar in there if tar.stem.isdecimal()), default=-1)
             for stale in self.folder.glob("*.tar.tmp"):
                 stale.unlink()
         return self
@@ -100,7 +107,7 @@ class ShardWriter:
 
     def _next_tar(self) -> None:
         self._close_tar()
-        part = self.folder / f"{len(self._parts):05d}.tar.tmp"
+        part = self.folder / f"{self._first + len(self._parts):05d}.tar.tmp"
         self._parts.append(part)
         self._keys.clear()
         with _explain_write_errors(part):

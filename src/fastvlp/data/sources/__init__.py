@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import MISSING, fields
 from difflib import get_close_matches
+from glob import glob
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -46,8 +48,7 @@ def find_format(path: Path, format: str = "auto") -> type[Source]:
             f"`format` {format}: no such format; {hint} One of your own is in a file that is imported first, with "
             f"`vlp --import FILE.py ...` or `fastvlp.extensions.import_file`"
         )
-    if not path.exists():
-        raise UserError(f"{path}: no such file or folder")
+    path = matching_paths(path)[0]
     if format != "auto":
         return known[format]
     surest, sources = _surest(path)
@@ -62,6 +63,18 @@ def find_format(path: Path, format: str = "auto") -> type[Source]:
         names = " and of ".join(source.name for source in sources)
         raise UserError(f"{path}: holds files of {names}; name the `format` to read")
     return sources[0]
+
+
+def matching_paths(path: Path) -> list[Path]:
+    """The path, or where it is a pattern such as `data/train-*.parquet`, all that match it, by name. Raises UserError where
+    there is none."""
+    if path.exists():
+        return [path]
+    if paths := [Path(name) for name in sorted(glob(str(path), recursive=True))]:  # noqa: PTH207 (of any path)
+        return paths
+    if re.match(r"[a-z0-9]+:/", str(path)):
+        raise UserError(f"{path}: a URL; download it, then import the file")
+    raise UserError(f"{path}: no such file or folder")
 
 
 def option_types(*sources: type[Source]) -> dict[str, Any]:

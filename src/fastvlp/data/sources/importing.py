@@ -7,10 +7,11 @@ import io
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,11 @@ from PIL import Image
 from fastvlp.batch import Dropped, Record
 from fastvlp.data.records.decode import ORIENTATION, decode, orientation, read_pixels
 from fastvlp.data.records.schema import LISTS_OF_OBJECTS, LISTS_OF_TEXT, fault, is_absent, unstorable
-from fastvlp.data.records.shards import RecordError, ShardWriter
+from fastvlp.data.records.shards import RecordError, Shards, ShardWriter
 from fastvlp.data.records.transform import Transform
-from fastvlp.data.sources import find_format, make_source
+from fastvlp.data.sources import find_format, make_source, matching_paths
 from fastvlp.data.sources.features import add_regions
-from fastvlp.data.sources.interface import Item, Note
+from fastvlp.data.sources.interface import Item, Note, Source
 from fastvlp.data.sources.split_names import split_note, usual_split
 from fastvlp.data.streams import in_threads, with_progress
 from fastvlp.errors import UserError
@@ -74,6 +75,7 @@ def import_data(
     max_side: int = 0,
     per_shard: int = 1000,
     features: Path | None = None,
+    append: bool = False,
     progress: bool = True,
     **options: Any,
 ) -> Imported:
@@ -91,6 +93,7 @@ def import_data(
         per_shard: Records in a tar.
         features: A detector's regions in UNITER's layout, a folder of npz files or an LMDB: each record gets those of its
             image's name.
+        append: Add to splits that hold shards already, in further tars; records that are there already are left out.
         progress: Show a bar, where stderr is a terminal.
         options: Options of the source's format.
 
@@ -104,12 +107,18 @@ def import_data(
     if max_side < 0 or per_shard < 1:
         raise UserError("`max_side` is 0 or a number of pixels, `per_shard` at least 1")
     reader = make_source(find_format(source, format), options)
-    items = reader.read(source)
+    paths = matching_paths(source)
+    items: Iterator[Item] = chain.from_iterable(map(reader.read, paths))
     if features is not None:
         items = add_regions(items, Path(features))
     prepared = in_threads(partial(_prepare, max_side=max_side), items)
-    shown = with_progress(prepared, partial(reader.count, source), source.name, progress)
-    return _write(source, out, shown, partial(_split, split=split, val=val, test=test), per_shard)
+    shown = with_progress(prepared, partial(_count, reader, paths), source.name, progress)
+    return _write(source, out, shown, partial(_split, split=split, val=val, test=test), per_shard, append)
+
+
+def _count(reader: Source, paths: Sequence[Path]) -> int | None:
+    counts = [reader.count(path) for path in paths]
+    return None if None in counts else sum(filter(None, counts))
 
 
 def _write(
@@ -118,11 +127,13 @@ def _write(
     items: Iterable[Item],
     split_of: Callable[[Record], str],
     per_shard: int,
+    append: bool,
 ) -> Imported:
     """Writes the records, and adds to `out/dropped.jsonl`."""
     imported, keys = Imported(out=out), set[str]()
     with ExitStack() as stack:
         writers: dict[str, ShardWriter] = {}
+        there: dict[str, _StoredRecords | None] = {}
         for item in items:
             if isinstance(item, Note):
                 imported.add_note(item)
@@ -136,12 +147,17 @@ def _write(
                 imported.dropped.append(split)
                 continue
             if split not in writers:
-                writers[split] = stack.enter_context(ShardWriter(out / split, per_shard))
+                writers[split] = stack.enter_context(ShardWriter(out / split, per_shard, append=append))
+                there[split] = _StoredRecords(out / split) if append else None
+                keys |= there[split].keys if there[split] else set()
+            if (stored := there[split]) and stored.holds(item):
+                imported.dropped.append(Dropped(key=item.key, reason="is in the split already", file=item.file))
+                continue
             writers[split].write(replace(item, key=_unique_key(item.key, keys)))
             imported.written[split] += 1
             if note := split_note(item.info.get("split"), split):
                 imported.add_note(note)
-        if not imported.written:
+        if not imported.written and not append:
             first = f" (first: {_shown(imported.dropped[0].key)})" if imported.dropped else ""
             reasons = "; ".join(f"{count}x {reason}" for reason, count in imported.reasons.most_common(5))
             raise UserError(
@@ -162,9 +178,31 @@ def _shown(name: str) -> str:
     return name[:80].encode("utf-8", "backslashreplace").decode()
 
 
+class _StoredRecords:
+    """The records that a split holds already, to which an import appends."""
+
+    def __init__(self, folder: Path):
+        self._shards = Shards(folder) if any(folder.glob("*.tar")) else None
+        self._place = {} if self._shards is None else {key: i for i, key in enumerate(self._shards.keys)}
+        self.keys = self._place.keys()
+
+    def holds(self, record: Record) -> bool:
+        """Whether the same record is there, with the same images and fields."""
+        i = self._place.get(_storable_key(record.key))
+        if i is None or self._shards is None:
+            return False
+        same = self._shards.images(i) == record.images
+        return same and self._shards.info(i) == json.loads(json.dumps(record.info))
+
+
+def _storable_key(key: str) -> str:
+    """A key as a tar can hold it, where it ends at the first dot."""
+    return re.sub(r"[^\w\-/ ]", "_", key).strip("/ ") or "_"
+
+
 def _unique_key(key: str, taken: set[str]) -> str:
-    """A key as a tar can hold it, where it ends at the first dot, made different from all before it."""
-    key = re.sub(r"[^\w\-/ ]", "_", key).strip("/ ") or "_"
+    """A key as a tar can hold it, made different from all before it."""
+    key = _storable_key(key)
     unique, n = key, 1
     while unique in taken:
         n += 1

@@ -22,11 +22,11 @@ class KarpathySource(AnnotationSource):
 
     @classmethod
     def files(cls, path: Path) -> Sequence[Path]:
-        return [path] if path.is_file() else sorted(path.glob("dataset_*.json"))
+        return [path] if path.is_file() else sorted(filter(_is_own, path.glob("dataset_*.json")))
 
     @classmethod
     def match(cls, path: Path) -> Match:
-        return Match.NAMES if path.match("dataset_*.json") and path.is_file() else super().match(path)
+        return Match.NAMES if path.match("dataset_*.json") and path.is_file() and _is_own(path) else super().match(path)
 
     def records(self, path: Path) -> Iterator[Item]:
         """Yields one record an image. `restval`, COCO's validation images that are in no test, are trained on. An image is in
@@ -42,6 +42,11 @@ class KarpathySource(AnnotationSource):
             for name, info in rows:
                 key = str(PurePosixPath(name).with_suffix(""))
                 yield image_record(key, info, self.image_folder(file.parent), name)
+
+
+def _is_own(file: Path) -> bool:
+    """Whether a file is none of those that the `datasets` library calls `dataset_*.json`."""
+    return file.name not in ("dataset_info.json", "dataset_infos.json", "dataset_dict.json")
 
 
 def _image(row: dict[str, Any]) -> tuple[str, dict[str, Any]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import tarfile
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,11 +49,7 @@ class WebDatasetSource(Source):
             split = {"split": inner[0]} if inner else {}
             classes = _class_names(file.parent)
             for item in _read_tar(file, classes):
-                yield (
-                    Record(key=item.key, images=item.images, info=split | item.info)
-                    if isinstance(item, Record)
-                    else item
-                )
+                yield (replace(item, info={**split, **item.info}) if isinstance(item, Record) else item)
 
 
 def _tars(path: Path) -> list[Path]:
