@@ -22,10 +22,8 @@ from fastvlp.data.records.schema import clean_text, usable_captions
 from fastvlp.data.records.shards import RecordError, Shards
 from fastvlp.data.records.transform import Fit, Transform
 from fastvlp.data.regions import ImageRegions, RegionSource, pad_regions, region_count
-from fastvlp.data.state_store import StoreNote
 from fastvlp.data.states_file import StatesFile
-from fastvlp.data.stored_images import ImageStore
-from fastvlp.data.stored_texts import TextStore
+from fastvlp.data.stores import Stored
 from fastvlp.data.tokenize import Tokenizer
 from fastvlp.errors import UserError
 from fastvlp.random import hash64
@@ -48,20 +46,6 @@ class Rows:
     make: Callable[[list[Row]], tuple[Batch, list[Dropped]]]
     damage: tuple[Dropped, ...] = ()
     lengths: Callable[[], Lengths] | None = None
-
-
-class Stored(NamedTuple):
-    """Where the states of frozen encoders are, and of which they are not stored."""
-
-    images: ImageStore | None = None
-    texts: TextStore | None = None
-    skipped: tuple[StoreNote, ...] = ()
-
-    @property
-    def notes(self) -> list[StoreNote]:
-        """What was done about the states of the splits that were read."""
-        opened = [note for part in (self.images, self.texts) if part is not None for note in part.store.notes]
-        return [*self.skipped, *opened]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from fastvlp.config import to_json
-from fastvlp.data.pairs import Stored
 from fastvlp.data.state_store import StatesConfig, StateStore
 from fastvlp.data.stored_images import ImageStore
 from fastvlp.data.stored_texts import TextStore
+from fastvlp.data.stores import Stored
 from fastvlp.dist import Precision
 from fastvlp.model.freezing import evaluation_mode
 from fastvlp.model.model import VLModel

@@ -12,8 +12,9 @@ import cattrs
 from cattrs.errors import BaseValidationError, CattrsError
 
 from fastvlp.batch import Batch
-from fastvlp.data.pairs import PairData, Rows, Split, Stored
+from fastvlp.data.pairs import PairData, Rows, Split
 from fastvlp.data.records.schema import usable_captions
+from fastvlp.data.stores import Stored
 from fastvlp.errors import UserError
 from fastvlp.extensions import variants
 from fastvlp.model.model import Reading

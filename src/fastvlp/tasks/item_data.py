@@ -8,10 +8,11 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from fastvlp.data.pairs import Data, PairData, Rows, Split, Stored
+from fastvlp.data.pairs import Data, PairData, Rows, Split
 from fastvlp.data.records.shards import Shards
 from fastvlp.data.records.transform import Transform
 from fastvlp.data.regions import RegionSource
+from fastvlp.data.stores import Stored
 from fastvlp.data.tokenize import Tokenizer
 from fastvlp.errors import UserError
 from fastvlp.tasks.items import Item, ItemMaker

@@ -19,8 +19,9 @@ from fastvlp.config import differences, to_json
 from fastvlp.convert.public_encoders import PublicImages, PublicTexts
 from fastvlp.data.augment import AugmentConfig
 from fastvlp.data.loader import Loader, Row
-from fastvlp.data.pairs import Data, Rows, Stored
+from fastvlp.data.pairs import Data, Rows
 from fastvlp.data.state_store import StatesConfig
+from fastvlp.data.stores import Stored
 from fastvlp.data.tokenize import Tokenizer
 from fastvlp.dist import Precision, PrecisionChoice, pick_device, pick_precision
 from fastvlp.errors import UserError

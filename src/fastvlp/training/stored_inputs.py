@@ -7,8 +7,9 @@ from typing import cast
 
 from fastvlp import dist
 from fastvlp.data.augment import AugmentConfig
-from fastvlp.data.pairs import Data, Stored
+from fastvlp.data.pairs import Data
 from fastvlp.data.state_store import StatesConfig, StoreNote
+from fastvlp.data.stores import Stored
 from fastvlp.dist import Precision
 from fastvlp.errors import UserError
 from fastvlp.model.frozen_states import ImageUse, frozen_encoders, image_store, text_store
