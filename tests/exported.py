@@ -13,7 +13,7 @@ import pytest
 if TYPE_CHECKING:
     from fastvlp.data.records.shards import Shards
     from fastvlp.search.embedder import Embedder
-    from fastvlp.training.state import TrainConfig
+    from fastvlp.training.train_config import TrainConfig
 
 
 @pytest.fixture(scope="session")
@@ -46,7 +46,7 @@ def run_configs(world: Path, folder: Path) -> list[TrainConfig]:
     from fastvlp.objectives.itm import ITMConfig
     from fastvlp.tasks.vqa import VQAConfig, VQAData, frequent_answers
     from fastvlp.training.optim import OptimConfig
-    from fastvlp.training.state import TrainConfig
+    from fastvlp.training.train_config import TrainConfig
 
     model = tiny(size=32, patch=8)
     everything = TrainConfig(

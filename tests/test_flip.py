@@ -21,8 +21,9 @@ from fastvlp.objectives.objective import combine
 from fastvlp.objectives.siglip import SigLIPConfig
 from fastvlp.recipes import recipe
 from fastvlp.training.flops import Flops
-from fastvlp.training.loop import TrainConfig, start, steps, train
+from fastvlp.training.loop import start, steps, train
 from fastvlp.training.pretraining import Pretraining
+from fastvlp.training.train_config import TrainConfig
 from tests.made import SPECIALS, VOCAB, made_batch, made_tokenizer
 from tests.training.runs import assert_equal, made_pairs, made_run, weights
 

@@ -215,7 +215,7 @@ def test_the_library_names_parameters_and_only_the_command_line_names_options() 
 
 
 def test_every_option_of_a_run_has_help() -> None:
-    from fastvlp.training.state import TrainConfig
+    from fastvlp.training.train_config import TrainConfig
 
     wrong: list[str] = []
     done: set[type] = set()

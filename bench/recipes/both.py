@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from flip50 import flip50
 
-from fastvlp.training.loop import TrainConfig
+from fastvlp.training.train_config import TrainConfig
 
 
 def both() -> TrainConfig:

@@ -9,7 +9,7 @@ from clip import LAYER, clip
 
 from fastvlp.model.sizes import region_heads
 from fastvlp.objectives.moco import MoCoConfig
-from fastvlp.training.loop import TrainConfig
+from fastvlp.training.train_config import TrainConfig
 
 
 def brivl() -> TrainConfig:

@@ -13,8 +13,8 @@ from fastvlp.model.joint_space import EmbedConfig, HeadConfig
 from fastvlp.model.layers import LayerConfig
 from fastvlp.model.model import ModelConfig
 from fastvlp.objectives.clip import CLIPConfig
-from fastvlp.training.loop import TrainConfig
 from fastvlp.training.optim import OptimConfig
+from fastvlp.training.train_config import TrainConfig
 
 LAYER = LayerConfig(width=128, heads=4, hidden=512)
 

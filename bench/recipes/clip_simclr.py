@@ -6,7 +6,7 @@ from clip import clip
 
 from fastvlp.data.augment import AugmentConfig
 from fastvlp.objectives.simclr import NATURAL, SimCLRConfig
-from fastvlp.training.loop import TrainConfig
+from fastvlp.training.train_config import TrainConfig
 
 
 def clip_simclr() -> TrainConfig:

@@ -5,7 +5,7 @@ from dataclasses import replace
 from flip50 import flip50
 
 from fastvlp.data.augment import AugmentConfig
-from fastvlp.training.loop import TrainConfig
+from fastvlp.training.train_config import TrainConfig
 
 
 def flip50_crop() -> TrainConfig:

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from clip import clip
 
-from fastvlp.training.loop import TrainConfig
+from fastvlp.training.train_config import TrainConfig
 
 
 def flip75() -> TrainConfig:

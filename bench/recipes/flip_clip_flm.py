@@ -10,7 +10,7 @@ from clip import LAYER, clip
 from fastvlp.model.fusion import FusionConfig, ReconstructorConfig
 from fastvlp.objectives.clip import CLIPConfig
 from fastvlp.objectives.flm import FLMConfig
-from fastvlp.training.loop import TrainConfig
+from fastvlp.training.train_config import TrainConfig
 
 
 def flip_clip_flm() -> TrainConfig:

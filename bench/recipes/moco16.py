@@ -5,7 +5,7 @@ from dataclasses import replace
 from clip16 import clip16
 
 from fastvlp.objectives.moco import MoCoConfig
-from fastvlp.training.loop import TrainConfig
+from fastvlp.training.train_config import TrainConfig
 
 
 def moco16() -> TrainConfig:

@@ -5,7 +5,7 @@ from dataclasses import replace
 from clip import clip
 
 from fastvlp.objectives.siglip import SigLIPConfig
-from fastvlp.training.loop import TrainConfig
+from fastvlp.training.train_config import TrainConfig
 
 
 def siglip() -> TrainConfig:

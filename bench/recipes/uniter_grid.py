@@ -13,7 +13,7 @@ from flip_clip_flm import flip_clip_flm
 
 from fastvlp.model.sizes import single_over_patches
 from fastvlp.recipes.uniter_end2end import uniter_end2end
-from fastvlp.training.loop import TrainConfig
+from fastvlp.training.train_config import TrainConfig
 
 
 def uniter_grid() -> TrainConfig:

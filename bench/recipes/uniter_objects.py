@@ -11,7 +11,7 @@ from dataclasses import replace
 from fastvlp.data.regions import RegionSource
 from fastvlp.model.sizes import tiny_single
 from fastvlp.recipes.uniter_demo import uniter_demo
-from fastvlp.training.loop import TrainConfig
+from fastvlp.training.train_config import TrainConfig
 
 
 def uniter_objects() -> TrainConfig:

@@ -76,7 +76,7 @@ if TYPE_CHECKING:
     from fastvlp.tasks.interface import Task as Task
     from fastvlp.training.loop import train as train
     from fastvlp.training.optim import OptimConfig as OptimConfig
-    from fastvlp.training.state import TrainConfig as TrainConfig
+    from fastvlp.training.train_config import TrainConfig as TrainConfig
 
 _HOME = {
     "ARConfig": "objectives.ar",
@@ -115,7 +115,7 @@ _HOME = {
     "TextEncoder": "model.encoders.interface",
     "TextEncoderConfig": "model.encoders.interface",
     "Tokenizer": "data.tokenize",
-    "TrainConfig": "training.state",
+    "TrainConfig": "training.train_config",
     "Transform": "data.records.transform",
     "UserError": "errors",
     "VLModel": "model.model",

@@ -20,7 +20,7 @@ from tyro.conf import arg
 from fastvlp.errors import UserError
 
 if TYPE_CHECKING:
-    from fastvlp.training.state import TrainConfig
+    from fastvlp.training.train_config import TrainConfig
 
 # A parsed command, ready to run.
 Run = Callable[[], Any]
@@ -73,7 +73,7 @@ def parse_pretrain(argv: Sequence[str]) -> Run:
     from fastvlp.recipes import names, recipe
     from fastvlp.training import loop
     from fastvlp.training.starting_point import starting_from
-    from fastvlp.training.state import TrainConfig
+    from fastvlp.training.train_config import TrainConfig
 
     if not argv or argv[0].startswith("-"):
         print(f"usage: vlp pretrain RECIPE [options]\n\nRECIPE is your own file, or one of {', '.join(names())}.")
@@ -97,7 +97,7 @@ def parse_pretrain(argv: Sequence[str]) -> Run:
         description=f"{getdoc(TrainConfig)}\n\n`--model SIZE` replaces the model's size: {', '.join(named_sizes())}.",
         config=(tyro.conf.AvoidSubcommands,),
     )
-    return functools.partial(loop.train, one_length(parsed.run, args), parsed.resume, verbose=True)
+    return functools.partial(loop.train, one_length(parsed.run, args), resume=parsed.resume, verbose=True)
 
 
 def with_encoders(run: TrainConfig, argv: Sequence[str]) -> tuple[TrainConfig, list[str]]:
@@ -142,9 +142,9 @@ def take_option(argv: Sequence[str], name: str) -> tuple[str | None, list[str]]:
 
 
 def run_fields() -> list[str]:
-    from fastvlp.training.state import TrainConfig
+    from fastvlp.training.train_config import TrainConfig
 
-    return [field.name for field in fields(TrainConfig)]
+    return [*(field.name for field in fields(TrainConfig)), "resume"]
 
 
 def one_length(run: TrainConfig, argv: Sequence[str]) -> TrainConfig:

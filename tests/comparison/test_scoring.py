@@ -33,8 +33,10 @@ from fastvlp.objectives.mlm import MLMConfig
 from fastvlp.objectives.objective import ObjectiveConfig
 from fastvlp.objectives.prefixlm import PrefixLMConfig
 from fastvlp.tasks.items import Item
-from fastvlp.training.loop import TrainConfig, TrainState, start, steps
+from fastvlp.training.loop import start, steps
 from fastvlp.training.optim import OptimConfig
+from fastvlp.training.state import TrainState
+from fastvlp.training.train_config import TrainConfig
 
 OPTIONS = ScoringOptions(probe_steps=2, probe_batch=4, probe_items=20, cloze_items=4, caption_items=2, pictures=2)
 
@@ -167,7 +169,7 @@ from fastvlp.data.pairs import PairData
 from fastvlp.model.sizes import tiny
 from fastvlp.objectives.{module} import {config}
 from fastvlp.training.optim import OptimConfig
-from fastvlp.training.loop import TrainConfig
+from fastvlp.training.train_config import TrainConfig
 
 def {name}():
     return TrainConfig(name="x", data=PairData(train="?", val="?", batch_size=4), model=tiny(), vocab=200,

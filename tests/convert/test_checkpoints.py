@@ -33,7 +33,7 @@ from fastvlp.objectives.objective import ObjectiveConfig
 from fastvlp.recipes import recipe
 from fastvlp.search.embedder import Embedder
 from fastvlp.tasks.pretrained import Preprocessing, preprocessing_of
-from fastvlp.training.state import make_pretraining
+from fastvlp.training.start import make_pretraining
 
 BERT = ("[PAD]", "[CLS]", "[SEP]", "[MASK]", "[UNK]")
 CLIP = ("<|startoftext|>", "<|endoftext|>")

@@ -22,8 +22,8 @@ from fastvlp.data.tokenize import Tokenizer
 from fastvlp.data.world.corpus import WorldConfig, scene_record
 from fastvlp.errors import UserError
 from fastvlp.random import hash64
+from fastvlp.training.checkpoint import save
 from fastvlp.training.loop import start, steps, train
-from fastvlp.training.state import save
 from tests.made import made_config
 from tests.training.runs import assert_equal, made_run, weights
 

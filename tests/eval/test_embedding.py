@@ -22,7 +22,7 @@ from fastvlp.model.sizes import brivl_tiny
 from fastvlp.objectives.moco import MoCoConfig
 from fastvlp.training.loop import train
 from fastvlp.training.optim import OptimConfig
-from fastvlp.training.state import TrainConfig
+from fastvlp.training.train_config import TrainConfig
 
 
 @pytest.fixture

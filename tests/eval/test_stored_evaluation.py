@@ -22,7 +22,7 @@ from fastvlp.objectives.flm import FLMConfig
 from fastvlp.objectives.itm import ITMConfig
 from fastvlp.training.loop import train
 from fastvlp.training.optim import OptimConfig
-from fastvlp.training.state import TrainConfig
+from fastvlp.training.train_config import TrainConfig
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from fastvlp.model.named_sizes import named_size, named_sizes
 from fastvlp.model.sizes import flip_small, flm_base, tiny, two_towers
 from fastvlp.recipes import recipe
 from fastvlp.training import loop
-from fastvlp.training.state import TrainConfig
+from fastvlp.training.train_config import TrainConfig
 
 
 @pytest.mark.parametrize("name", named_sizes())

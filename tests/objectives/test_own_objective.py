@@ -25,7 +25,8 @@ from fastvlp.objectives.saved_objectives import abilities, learned_abilities, lo
 from fastvlp.search.embedder import Embedder
 from fastvlp.training.loop import train
 from fastvlp.training.optim import OptimConfig
-from fastvlp.training.state import TrainConfig, start
+from fastvlp.training.start import start
+from fastvlp.training.train_config import TrainConfig
 from tests.made import made_batch
 
 FILE = '''

@@ -13,7 +13,7 @@ from fastvlp.objectives.mlm import MLMConfig
 from fastvlp.objectives.wra import WRAConfig
 from fastvlp.training.loop import train
 from fastvlp.training.optim import OptimConfig
-from fastvlp.training.state import TrainConfig
+from fastvlp.training.train_config import TrainConfig
 
 
 @pytest.fixture(scope="session")

@@ -20,7 +20,7 @@ from fastvlp.tasks.task_evaluation import evaluate_task, load_task, load_zero_sh
 from fastvlp.training.loop import train
 from fastvlp.training.optim import OptimConfig
 from fastvlp.training.pretraining import Pretraining
-from fastvlp.training.state import TrainConfig
+from fastvlp.training.train_config import TrainConfig
 from tests.made import made_batch, made_model, made_tokenizer
 from tests.made_single import region_batch, row_of, single_model
 from tests.tasks.tuning import tune

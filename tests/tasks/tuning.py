@@ -8,7 +8,7 @@ from unittest.mock import patch
 
 from fastvlp.tasks.finetune import finetune
 from fastvlp.tasks.task_scores import TaskScores
-from fastvlp.training.state import TrainConfig
+from fastvlp.training.train_config import TrainConfig
 
 
 def tune(task: Any, source: Path, data: Path, out: Path, **options: Any) -> TaskScores:

@@ -22,8 +22,9 @@ from fastvlp.objectives.objective import ObjectiveConfig
 from fastvlp.objectives.prefixlm import PrefixLMConfig
 from fastvlp.objectives.siglip import SigLIPConfig
 from fastvlp.objectives.simclr import SimCLRConfig
-from fastvlp.training.loop import TrainConfig, TrainState
 from fastvlp.training.optim import OptimConfig
+from fastvlp.training.state import TrainState
+from fastvlp.training.train_config import TrainConfig
 from tests.made import made_config
 
 WORDS = ["red", "blue", "green", "small", "large", "round", "left", "right", "above", "near", "far", "bright", "two"]

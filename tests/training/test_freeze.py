@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from fastvlp.errors import UserError
 from fastvlp.eval.mode import evaluating
 from fastvlp.model.encoders.interface import ImageEncoder, ImageEncoderConfig
-from fastvlp.training.loop import TrainConfig, start, steps, train
+from fastvlp.training.loop import start, steps, train
 from fastvlp.training.optim import OptimConfig, parameter_groups
+from fastvlp.training.train_config import TrainConfig
 from fastvlp.training.trained_parts import LastLayers
 from tests.training.runs import made_pairs, made_run, weights
 

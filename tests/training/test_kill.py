@@ -88,4 +88,4 @@ def test_sigterm_ends_a_process_with_143_and_a_checkpoint(folder):
     wait_for(folder / "run/last.pt", process)
     process.send_signal(signal.SIGTERM)
     said, _ = process.communicate(timeout=30)
-    assert process.returncode == 143 and "--resume continues from there" in said
+    assert process.returncode == 143 and "--resume" in said

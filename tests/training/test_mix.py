@@ -9,9 +9,10 @@ import pytest
 
 from fastvlp.errors import UserError
 from fastvlp.recipes import recipe
+from fastvlp.training.checkpoint import save
 from fastvlp.training.loop import start, steps, train, validate
-from fastvlp.training.pretraining import draw_task
-from fastvlp.training.state import check, save
+from fastvlp.training.pretraining import draw_objective
+from fastvlp.training.train_config import check
 from tests.training.runs import assert_equal, made_pairs, made_run, weights
 
 MIX = {"flm": 6.0, "mlm": 8.0, "prefixlm": 4.0}
@@ -23,12 +24,12 @@ def pairs(tmp_path_factory):
 
 
 def test_shares():
-    told = Counter(draw_task(MIX, 5, step) for step in range(6000))
+    told = Counter(draw_objective(MIX, 5, step) for step in range(6000))
     assert {name: count / 6000 for name, count in told.items()} == {
         name: pytest.approx(share / 18, abs=0.02) for name, share in MIX.items()
     }
-    assert [draw_task(MIX, 5, s) for s in range(50)] != [draw_task(MIX, 6, s) for s in range(50)]
-    assert draw_task(None, 5, 0) is None
+    assert [draw_objective(MIX, 5, s) for s in range(50)] != [draw_objective(MIX, 6, s) for s in range(50)]
+    assert draw_objective(None, 5, 0) is None
 
 
 def test_a_step_runs_the_drawn_objective_and_validation_all(pairs, tmp_path):
@@ -38,8 +39,8 @@ def test_a_step_runs_the_drawn_objective_and_validation_all(pairs, tmp_path):
     drawn = []
     for step, report in enumerate(steps(state)):
         (name,) = {term.split("/")[0] for term in report.losses if term != "loss"}
-        assert name == draw_task(MIX, run.seed, step)
-        assert report.flops > 0 and report.tokens > 0 and state.pretraining.task == name
+        assert name == draw_objective(MIX, run.seed, step)
+        assert report.flops > 0 and report.tokens > 0 and state.pretraining.active == name
         drawn.append(name)
     assert set(drawn) == set(MIX)
     assert validate(state).keys() > {"flm/forward", "mlm/masked", "prefixlm/next"}
@@ -47,7 +48,7 @@ def test_a_step_runs_the_drawn_objective_and_validation_all(pairs, tmp_path):
 
 def test_a_step_of_a_mix_is_a_step_of_its_objective_alone(pairs, tmp_path):
     mixed = start(made_run(pairs, tmp_path, "mlm", "prefixlm", mix={"mlm": 1.0, "prefixlm": 1.0}, steps=1))
-    alone = start(made_run(pairs, tmp_path, str(draw_task(mixed.run.mix, 0, 0)), steps=1))
+    alone = start(made_run(pairs, tmp_path, str(draw_objective(mixed.run.mix, 0, 0)), steps=1))
     next(steps(mixed))
     next(steps(alone))
     assert_equal(weights(mixed), weights(alone))
@@ -66,7 +67,7 @@ def test_a_resumed_mix_equals_a_straight_one(pairs, tmp_path):
 
 @pytest.mark.parametrize("mix", [{"mlm": 1.0}, {**MIX, "itm": 1.0}, {**MIX, "mlm": 0.0}, {}])
 def test_a_mix_names_each_objective(pairs, tmp_path, mix):
-    with pytest.raises(UserError, match="mix gives each of flm, mlm, prefixlm"):
+    with pytest.raises(UserError, match=r"`mix` .*flm, mlm, prefixlm"):
         check(made_run(pairs, tmp_path, mix=mix))
 
 

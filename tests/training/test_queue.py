@@ -10,8 +10,8 @@ import torch
 
 from fastvlp.model.saving import load_model
 from fastvlp.objectives.moco import MoCoConfig
+from fastvlp.training.checkpoint import save
 from fastvlp.training.loop import start, steps, train, validate
-from fastvlp.training.state import save
 from tests.training.runs import assert_equal, made_pairs, made_run, weights
 
 QUEUE = ("image_queue", "text_queue", "written")

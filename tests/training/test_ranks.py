@@ -17,7 +17,8 @@ from fastvlp.data.state_store import StatesConfig
 from fastvlp.model.saving import load_model
 from fastvlp.objectives.moco import MoCoConfig
 from fastvlp.training.checkpoint import load_checkpoint
-from fastvlp.training.loop import TrainConfig, train
+from fastvlp.training.loop import train
+from fastvlp.training.train_config import TrainConfig
 from tests.training.runs import OBJECTIVES, TOKENS, assert_equal, made_pairs, made_records, made_run
 
 # Those that couple rows are accumulated through cached gradients, beside others and alone.

@@ -53,10 +53,11 @@ def saved(folder: Path, config: ModelConfig, tokenizer: Tokenizer, **info) -> Pa
 
 
 def started(recipe: str, folder: Path, pairs: Path, out: Path, *more: str) -> tuple[dict, ModelConfig]:
-    """The first line of a run's log, and its model."""
+    """What a run's log says of its weights, and its model."""
     places = ["--data.train", f"{pairs}/train", "--data.val", "None", "--out", str(out)]
     assert main(["pretrain", recipe, "--from", str(folder), *SHORT, *places, *more]) == 0
-    return json.loads((out / "log.jsonl").read_text().splitlines()[0]), load_model(out).model.config
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return next(line for line in lines if line["kind"] == "inherited"), load_model(out).model.config
 
 
 @pytest.mark.parametrize("name", ["clip_photos", "flm_photos", "brivl_photos"])

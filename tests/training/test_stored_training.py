@@ -29,8 +29,9 @@ from fastvlp.objectives.itm import ITMConfig
 from fastvlp.objectives.moco import MoCoConfig
 from fastvlp.objectives.region import MRFRConfig
 from fastvlp.objectives.wra import WRAConfig
-from fastvlp.training.loop import TrainConfig, start, steps, train, validate
-from fastvlp.training.state import save
+from fastvlp.training.checkpoint import save
+from fastvlp.training.loop import start, steps, train, validate
+from fastvlp.training.train_config import TrainConfig
 from fastvlp.training.trained_parts import LastLayers
 from tests.training.runs import OBJECTIVES, assert_equal, made_pairs, made_records, made_run, weights
 

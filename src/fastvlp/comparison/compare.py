@@ -22,7 +22,7 @@ from fastvlp.data.tokenize import Tokenizer
 from fastvlp.errors import UserError
 from fastvlp.provenance import about
 from fastvlp.recipes import names, recipe
-from fastvlp.training.state import TrainConfig
+from fastvlp.training.train_config import TrainConfig
 
 SCORING = ScoringOptions()
 # On the command line all words before the first option are recipes.

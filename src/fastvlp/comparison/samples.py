@@ -16,7 +16,7 @@ from fastvlp.comparison.scored_data import reference_captions, split_folder, val
 from fastvlp.comparison.short_finetuning import ShortFinetuning
 from fastvlp.data.records.schema import answers_fault
 from fastvlp.data.records.shards import Shards
-from fastvlp.training.loop import TrainState
+from fastvlp.training.state import TrainState
 
 # Largest side in pixels of a picture that is shown without loss: JPEG would smear a drawing of few pixels.
 DRAWING = 64

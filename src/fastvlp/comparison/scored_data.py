@@ -17,7 +17,8 @@ from fastvlp.errors import UserError
 from fastvlp.tasks.caption import CaptionData
 from fastvlp.tasks.items import Item
 from fastvlp.tasks.vqa import VQAData, frequent_answers
-from fastvlp.training.loop import TrainConfig, TrainState
+from fastvlp.training.state import TrainState
+from fastvlp.training.train_config import TrainConfig
 
 
 def validation_pairs(state: TrainState, options: ScoringOptions, count: int) -> Iterator[Batch]:

@@ -9,7 +9,7 @@ from fastvlp.comparison.results import Sample
 from fastvlp.comparison.samples import make_samples
 from fastvlp.comparison.scoring_options import ScoringOptions
 from fastvlp.comparison.short_finetuning import ShortFinetuning
-from fastvlp.training.loop import TrainState
+from fastvlp.training.state import TrainState
 
 
 class MetricScorer:

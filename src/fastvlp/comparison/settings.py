@@ -12,7 +12,7 @@ import tyro
 
 from fastvlp.config import flatten, to_json
 from fastvlp.errors import UserError
-from fastvlp.training.state import TrainConfig
+from fastvlp.training.train_config import TrainConfig
 
 # How the values that are written in lower case elsewhere are written for tyro.
 WORDS = {"none": "None", "true": "True", "false": "False"}

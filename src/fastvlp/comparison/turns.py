@@ -20,8 +20,10 @@ from fastvlp.comparison.report import write_report
 from fastvlp.comparison.results import ArmRun, Comparison, LossPoint, Measurement, Sample, TrainingCost
 from fastvlp.config import to_json
 from fastvlp.errors import UserError
-from fastvlp.training.loop import StepReport, TrainConfig, TrainState, start, steps
-from fastvlp.training.state import save_config, save_weights
+from fastvlp.training.checkpoint import save_config, save_weights
+from fastvlp.training.loop import start, steps
+from fastvlp.training.state import StepReport, TrainState
+from fastvlp.training.train_config import TrainConfig
 
 # Points of each training-loss curve.
 CURVE_POINTS = 120

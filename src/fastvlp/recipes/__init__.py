@@ -9,7 +9,7 @@ from pathlib import Path
 
 from fastvlp.errors import UserError
 from fastvlp.extensions import import_file
-from fastvlp.training.loop import TrainConfig
+from fastvlp.training.train_config import TrainConfig
 
 
 def names() -> list[str]:

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from fastvlp.objectives.ar import ARConfig
 from fastvlp.recipes.flm_photos import flm_photos
-from fastvlp.training.loop import TrainConfig
+from fastvlp.training.train_config import TrainConfig
 
 
 def ar_photos() -> TrainConfig:

@@ -11,7 +11,7 @@ from dataclasses import replace
 from fastvlp.model.sizes import brivl_small, small
 from fastvlp.objectives.ar import ARConfig
 from fastvlp.recipes.brivl_photos import brivl_photos
-from fastvlp.training.loop import TrainConfig
+from fastvlp.training.train_config import TrainConfig
 
 
 def brivl_caption() -> TrainConfig:

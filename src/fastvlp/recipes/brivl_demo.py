@@ -11,8 +11,8 @@ from fastvlp.data.pairs import PairData
 from fastvlp.data.regions import RegionSource
 from fastvlp.model.sizes import brivl_tiny
 from fastvlp.objectives.moco import MoCoConfig
-from fastvlp.training.loop import TrainConfig
 from fastvlp.training.optim import OptimConfig
+from fastvlp.training.train_config import TrainConfig
 
 
 def brivl_demo() -> TrainConfig:

@@ -12,8 +12,8 @@ from fastvlp.data.augment import AugmentConfig
 from fastvlp.data.pairs import PairData
 from fastvlp.model.sizes import brivl_small
 from fastvlp.objectives.moco import MoCoConfig
-from fastvlp.training.loop import TrainConfig
 from fastvlp.training.optim import OptimConfig
+from fastvlp.training.train_config import TrainConfig
 
 
 def brivl_photos() -> TrainConfig:

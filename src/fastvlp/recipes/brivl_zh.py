@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from fastvlp.data.pairs import PairData
 from fastvlp.recipes.brivl_photos import brivl_photos
-from fastvlp.training.loop import TrainConfig
+from fastvlp.training.train_config import TrainConfig
 
 
 def brivl_zh() -> TrainConfig:

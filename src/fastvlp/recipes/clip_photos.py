@@ -11,8 +11,8 @@ at equal time see docs/log.md, entry 13.
 from fastvlp.data.pairs import PairData
 from fastvlp.model.sizes import clip_small
 from fastvlp.objectives.clip import CLIPConfig
-from fastvlp.training.loop import TrainConfig
 from fastvlp.training.optim import OptimConfig
+from fastvlp.training.train_config import TrainConfig
 
 
 def clip_photos() -> TrainConfig:

@@ -11,7 +11,7 @@ from dataclasses import replace
 from fastvlp.data.augment import AugmentConfig
 from fastvlp.objectives.simclr import SimCLRConfig
 from fastvlp.recipes.flip_demo import flip_demo
-from fastvlp.training.loop import TrainConfig
+from fastvlp.training.train_config import TrainConfig
 
 
 def clip_simclr_demo() -> TrainConfig:

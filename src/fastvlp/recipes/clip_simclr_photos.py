@@ -13,7 +13,7 @@ from dataclasses import replace
 from fastvlp.data.augment import AugmentConfig
 from fastvlp.objectives.simclr import NATURAL, SimCLRConfig
 from fastvlp.recipes.clip_photos import clip_photos
-from fastvlp.training.loop import TrainConfig
+from fastvlp.training.train_config import TrainConfig
 
 
 def clip_simclr_photos() -> TrainConfig:

@@ -8,7 +8,7 @@ Positions are resized to the finer grid. The rate, a tenth, is ours. Not measure
 from dataclasses import replace
 
 from fastvlp.recipes.clip_photos import clip_photos
-from fastvlp.training.loop import TrainConfig
+from fastvlp.training.train_config import TrainConfig
 
 
 def clipa_full() -> TrainConfig:

@@ -12,7 +12,7 @@ from dataclasses import replace
 from fastvlp.model.sizes import joint_space
 from fastvlp.objectives.clip import CLIPConfig
 from fastvlp.recipes.flm_photos import flm_photos
-from fastvlp.training.loop import TrainConfig
+from fastvlp.training.train_config import TrainConfig
 
 
 def flip_clip_flm() -> TrainConfig:

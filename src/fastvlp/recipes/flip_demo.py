@@ -11,8 +11,8 @@ from dataclasses import replace
 from fastvlp.data.pairs import PairData
 from fastvlp.model.sizes import flip_tiny
 from fastvlp.objectives.clip import CLIPConfig
-from fastvlp.training.loop import TrainConfig
 from fastvlp.training.optim import flip_optim
+from fastvlp.training.train_config import TrainConfig
 
 
 def flip_demo() -> TrainConfig:

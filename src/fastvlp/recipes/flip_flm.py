@@ -9,7 +9,7 @@ Not measured yet.
 from dataclasses import replace
 
 from fastvlp.recipes.flm_photos import flm_photos
-from fastvlp.training.loop import TrainConfig
+from fastvlp.training.train_config import TrainConfig
 
 
 def flip_flm() -> TrainConfig:

@@ -16,8 +16,8 @@ from fastvlp.data.augment import AugmentConfig
 from fastvlp.data.pairs import PairData
 from fastvlp.model.sizes import flip_small
 from fastvlp.objectives.clip import CLIPConfig
-from fastvlp.training.loop import TrainConfig
 from fastvlp.training.optim import flip_optim
+from fastvlp.training.train_config import TrainConfig
 
 
 def flip_photos() -> TrainConfig:

@@ -9,7 +9,7 @@ twentieth of flip_photos' time. Not measured yet.
 from dataclasses import replace
 
 from fastvlp.recipes.flip_photos import flip_photos
-from fastvlp.training.loop import TrainConfig
+from fastvlp.training.train_config import TrainConfig
 
 
 def flip_tune() -> TrainConfig:

@@ -10,8 +10,8 @@ The rates assume trained towers. Fewer ranks: raise --accumulate in proportion. 
 from fastvlp.data.pairs import PairData
 from fastvlp.model import sizes
 from fastvlp.objectives.flm import FLMConfig
-from fastvlp.training.loop import TrainConfig
 from fastvlp.training.optim import OptimConfig
+from fastvlp.training.train_config import TrainConfig
 
 
 def flm_base() -> TrainConfig:

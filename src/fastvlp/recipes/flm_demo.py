@@ -10,8 +10,8 @@ Five minutes on a core of an AMD EPYC at --model.image.patch 6 --data.group 8192
 from fastvlp.data.pairs import PairData
 from fastvlp.model.sizes import tiny
 from fastvlp.objectives.flm import FLMConfig
-from fastvlp.training.loop import TrainConfig
 from fastvlp.training.optim import OptimConfig
+from fastvlp.training.train_config import TrainConfig
 
 
 def flm_demo() -> TrainConfig:

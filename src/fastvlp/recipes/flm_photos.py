@@ -11,8 +11,8 @@ minutes of one busy CPU core, one seed: cloze 43.7 % (MLM 37.9, AR 34.3, PrefixL
 from fastvlp.data.pairs import PairData
 from fastvlp.model.sizes import small
 from fastvlp.objectives.flm import FLMConfig
-from fastvlp.training.loop import TrainConfig
 from fastvlp.training.optim import OptimConfig
+from fastvlp.training.train_config import TrainConfig
 
 
 def flm_photos() -> TrainConfig:

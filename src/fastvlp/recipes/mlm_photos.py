@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from fastvlp.objectives.mlm import MLMConfig
 from fastvlp.recipes.flm_photos import flm_photos
-from fastvlp.training.loop import TrainConfig
+from fastvlp.training.train_config import TrainConfig
 
 
 def mlm_photos() -> TrainConfig:

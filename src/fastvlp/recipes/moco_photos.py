@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from fastvlp.objectives.moco import MoCoConfig
 from fastvlp.recipes.clip_photos import clip_photos
-from fastvlp.training.loop import TrainConfig
+from fastvlp.training.train_config import TrainConfig
 
 
 def moco_photos() -> TrainConfig:

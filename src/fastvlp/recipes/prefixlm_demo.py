@@ -9,7 +9,7 @@ from dataclasses import replace
 from fastvlp.model.sizes import tiny
 from fastvlp.objectives.prefixlm import PrefixLMConfig
 from fastvlp.recipes.flm_demo import flm_demo
-from fastvlp.training.loop import TrainConfig
+from fastvlp.training.train_config import TrainConfig
 
 
 def prefixlm_demo() -> TrainConfig:

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from fastvlp.objectives.siglip import SigLIPConfig
 from fastvlp.recipes.clip_photos import clip_photos
-from fastvlp.training.loop import TrainConfig
+from fastvlp.training.train_config import TrainConfig
 
 
 def siglip_photos() -> TrainConfig:

@@ -20,8 +20,8 @@ from fastvlp.model import sizes
 from fastvlp.objectives.mlm import MLMConfig
 from fastvlp.objectives.region import MRCConfig, MRFRConfig
 from fastvlp.objectives.wra import WRAConfig
-from fastvlp.training.loop import TrainConfig
 from fastvlp.training.optim import OptimConfig
+from fastvlp.training.train_config import TrainConfig
 
 
 def uniter_base() -> TrainConfig:

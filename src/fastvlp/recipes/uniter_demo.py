@@ -17,8 +17,8 @@ from fastvlp.model.sizes import tiny_single
 from fastvlp.objectives.mlm import MLMConfig
 from fastvlp.objectives.region import MRCConfig, MRFRConfig
 from fastvlp.objectives.wra import WRAConfig
-from fastvlp.training.loop import TrainConfig
 from fastvlp.training.optim import OptimConfig
+from fastvlp.training.train_config import TrainConfig
 
 
 def uniter_demo() -> TrainConfig:

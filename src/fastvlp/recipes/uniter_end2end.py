@@ -17,8 +17,8 @@ from fastvlp.model.sizes import single_over_patches, small
 from fastvlp.objectives.mlm import MLMConfig
 from fastvlp.objectives.region import MRFRConfig
 from fastvlp.objectives.wra import WRAConfig
-from fastvlp.training.loop import TrainConfig
 from fastvlp.training.optim import OptimConfig
+from fastvlp.training.train_config import TrainConfig
 
 
 def uniter_end2end() -> TrainConfig:

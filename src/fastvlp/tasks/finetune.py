@@ -23,7 +23,7 @@ from fastvlp.tasks.task_evaluation import load_task, score_split, why_not_scored
 from fastvlp.tasks.task_scores import TaskScores, new_scores_path, save_scores
 from fastvlp.training.loop import train
 from fastvlp.training.optim import OptimConfig
-from fastvlp.training.state import TrainConfig
+from fastvlp.training.train_config import TrainConfig
 
 
 def finetune(
@@ -169,7 +169,7 @@ def train_and_score(run: TrainConfig, task: type[Task], resume: bool) -> TaskSco
     if reasons.get("val"):
         raise UserError(f"{reasons['val']}, and val chooses the weights; remove the folder, or import answers with it")
     with dist.process_group():
-        train(run, resume)
+        train(run, resume=resume)
         if not dist.is_main():
             return None
         scores: dict[str, dict[str, Any]] = {}

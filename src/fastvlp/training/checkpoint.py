@@ -1,16 +1,35 @@
-"""The whole state of a run in one file, written whole or not at all."""
+"""What a run writes into its folder: its whole state in one file, the weights alone, and its config.
+
+A file is written whole or not at all.
+"""
 
 from __future__ import annotations
 
+import json
 import pickle
 import re
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from fastvlp import dist
+from fastvlp.config import differences, to_json
 from fastvlp.errors import UserError
-from fastvlp.files import whole_file
+from fastvlp.files import whole_file, write_whole
+from fastvlp.model.frozen_states import frozen_encoders
+from fastvlp.model.saving import load_exactly, save_model
+from fastvlp.objectives.objective import Ability
+from fastvlp.objectives.saved_objectives import describe
+from fastvlp.provenance import about
+from fastvlp.training.state import TrainState
+from fastvlp.training.train_config import CHANGEABLE, TrainConfig
+
+CHECKPOINT = "last.pt"
+# Fields of the state that are saved and restored as they are.
+COUNTERS = ("step", "elapsed", "pairs", "tokens", "bad_steps", "skipped", "best")
 
 
 def save_checkpoint(path: str | Path, state: dict[str, Any]) -> None:
@@ -19,7 +38,7 @@ def save_checkpoint(path: str | Path, state: dict[str, Any]) -> None:
     Raises UserError where the disk is full or the folder not writable; an older file then stays as it was.
     """
     path = Path(path)
-    # One name for ever, so that what a killed run leaves behind is overwritten by the next.
+    # Always the same name, so that what a killed run leaves behind is overwritten by the next.
     with whole_file(path, f"{path.name}.tmp") as part, part.open("wb") as file:
         try:
             torch.save(state, file)
@@ -29,7 +48,7 @@ def save_checkpoint(path: str | Path, state: dict[str, Any]) -> None:
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
-    """On the CPU, whatever device it was saved from. Raises UserError where the file is missing or damaged."""
+    """The saved state on the CPU, whatever device it was saved from. Raises UserError where the file is missing or damaged."""
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no checkpoint here; give the folder of a run that has saved one")
@@ -44,3 +63,88 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     if not isinstance(state, dict):
         raise UserError(f"{path}: not a checkpoint of a run, it holds a {type(state).__name__}")
     return state
+
+
+def save(state: TrainState) -> None:
+    """Everything that `restore` needs, and the weights alone beside it. The main rank writes, the others wait."""
+    if dist.is_main():
+        saved: dict[str, Any] = {name: getattr(state, name) for name in COUNTERS} | {
+            "dropped": state.dropped,
+            "run": to_json(state.run),
+            "rows": state.train.count,
+            "ranks": dist.world(),
+            "pretraining": state.pretraining.state_dict(),
+            "optimiser": state.optimiser.state_dict(),
+            "ema": None if state.ema is None else state.ema.state_dict(),
+        }
+        save_checkpoint(state.run.folder / CHECKPOINT, saved)
+        save_weights(state, "last")
+    dist.barrier()
+
+
+def save_config(state: TrainState) -> TrainConfig:
+    """Writes the run as config.json, with the vocabulary, which is known only now, and as about.json where it runs. Returns the
+    first."""
+    whole = replace(state.run, model=state.model.config)
+    if dist.is_main():
+        write_whole(whole.folder / "config.json", json.dumps(to_json(whole), indent=2).encode())
+        origin = about(state.device) | {"precision": state.precision}
+        write_whole(whole.folder / "about.json", json.dumps(origin, indent=2).encode())
+    return whole
+
+
+def save_weights(state: TrainState, name: str, **more: Any) -> None:
+    """`name`.safetensors: the model and what is kept of the objectives, averaged where the run averages."""
+    module = state.evaluated
+    objectives = module.all_objectives()
+    info = {
+        "name": state.run.name,
+        "task": next(iter(objectives)),
+        "step": state.step,
+        "elapsed_s": round(state.elapsed, 3),
+        "pairs": state.pairs,
+        "frozen": frozen_encoders(module.model),
+        **describe(state.run.objectives, objectives, inherited_abilities(state)),
+    }
+    kept = {f"{own}.{key}": value for own, objective in objectives.items() for key, value in objective.kept().items()}
+    save_model(state.run.folder, module.model, state.tokenizer, info | more, objectives=kept, name=name)
+
+
+def inherited_abilities(state: TrainState) -> list[Ability]:
+    """Abilities that came with the weights to start from: a joint space still embeds. The others are each objective's own."""
+    came = state.inherited is not None and any(name.startswith("embed.") for name in state.inherited.loaded)
+    return ["embed"] if came else []
+
+
+def read_checkpoint(run: TrainConfig) -> dict[str, Any]:
+    """The last checkpoint of a run. Raises UserError where another run saved it."""
+    path = run.folder / CHECKPOINT
+    saved = load_checkpoint(path)
+    if missing := {"run", "rows", "ranks", "pretraining", "optimiser", "ema", "dropped", *COUNTERS} - set(saved):
+        raise UserError(f"{path}: not a checkpoint of a run, it lacks {', '.join(sorted(missing))}")
+    changed = {k: v for k, v in differences(saved["run"], to_json(run)).items() if k not in CHANGEABLE}
+    refuse(path, changed | ({} if saved["ranks"] == dist.world() else {"ranks": (saved["ranks"], dist.world())}))
+    return saved
+
+
+def refuse(path: Path, changed: Mapping[str, tuple[Any, Any]]) -> None:
+    """Raises UserError where another run saved the checkpoint. `changed`: what differs, by name: (then, now)."""
+    if changed:
+        fields = "; ".join(f"{name}: {old} then, {new} now" for name, (old, new) in changed.items())
+        raise UserError(
+            f"{path}: saved by another run ({fields}); resume with the same values, or choose another folder with `out`"
+        )
+
+
+def restore(state: TrainState, saved: Mapping[str, Any]) -> None:
+    """Brings a new state, whose weights are loaded, to where the checkpoint stood. Raises UserError where its data had other
+    rows."""
+    path, rows = state.run.folder / CHECKPOINT, state.train.count
+    refuse(path, {} if saved["rows"] == rows else {"rows": (saved["rows"], rows)})
+    if state.ema is not None:
+        load_exactly(state.ema, saved["ema"], path)
+    state.optimiser.load_state_dict(saved["optimiser"])
+    state.dropped = saved["dropped"] | state.dropped
+    state.earlier_length = replace(state.run, **{name: saved["run"][name] for name in ("steps", "budget_s")}).length
+    for name in COUNTERS:
+        setattr(state, name, saved[name])

@@ -38,7 +38,7 @@ def cache_gradients(
     micro-batch i runs, the same as in the pass with gradients. `flops` counts all but the embedding, which that pass
     computes again."""
     counting = flops.counting if flops is not None else lambda shape: nullcontext()
-    objectives = pretraining.pairs()
+    objectives = pretraining.pair_objectives()
     embedded: dict[str, list[tuple[Tensor, ...]]] = {name: [] for name in objectives}
     constants: dict[str, list[tuple[Tensor, ...]]] = {name: [] for name in objectives}
     for i, batch in enumerate(micro):

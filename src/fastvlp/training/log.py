@@ -1,4 +1,4 @@
-"""What a run tells while it runs: one JSON object a line always, TensorBoard by option, a live view on a terminal."""
+"""The log of a run: one JSON object a line, TensorBoard by option, and a live view on a terminal."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -20,18 +20,15 @@ from fastvlp import dist
 from fastvlp.errors import UserError, install
 from fastvlp.files import write_whole
 from fastvlp.training.hardware import peak_flops, peak_memory
+from fastvlp.training.state import StepReport, TrainState
 
-if TYPE_CHECKING:
-    from fastvlp.training.loop import StepReport
-    from fastvlp.training.state import TrainState
-
-
+# A line is written at least so often.
 SILENCE_S = 10.0
 
 
 @dataclass(kw_only=True)
-class _Window:
-    """Sums since the last line. `flops` are of this rank, pairs and tokens of all."""
+class _Totals:
+    """Sums over the steps since the last line. `flops` are of this rank, pairs and tokens of all."""
 
     steps: int = 0
     pairs: int = 0
@@ -57,10 +54,10 @@ class _Window:
 
 
 class RunLog:
-    """Only the first rank writes; on the others every method does nothing.
+    """Writes log.jsonl and prints. Only the first rank does; on the others every method does nothing.
 
-    Made when a run starts or resumes at `state.step`: lines of later steps, which will be run again, leave the file.
-    `quiet`: the file alone. A context manager: the live view ends with the block.
+    It is made when a run starts or resumes at `state.step`: lines of later steps, which will be run again, leave the file.
+    With `quiet` nothing is printed. A context manager: the live view ends with the block.
     """
 
     def __init__(self, state: TrainState, *, quiet: bool = False, console: Console | None = None):
@@ -69,7 +66,7 @@ class RunLog:
         self.path, self.device = run.folder / "log.jsonl", state.device
         self.peak = peak_flops(state.device, state.precision)
         self.quiet, self.console = quiet, console or Console()
-        self._window, self._seconds_a_step = _Window(), 0.0
+        self._totals, self._seconds_a_step = _Totals(), 0.0
         self._live: Live | None = None
         self._board = None
         if not self.active:
@@ -85,18 +82,18 @@ class RunLog:
             self._live.start()
 
     def step(self, report: StepReport, state: TrainState) -> None:
-        """One step: counted always, told every `log_every` steps, when those would take long, and when it was skipped."""
-        self._window.add(report)
-        due = report.step % state.run.log_every == 0 or self._window.seconds > SILENCE_S
+        """Adds a step. A line follows every `log_every` steps, sooner where these take long, and after a skipped step."""
+        self._totals.add(report)
+        due = report.step % state.run.log_every == 0 or self._totals.seconds > SILENCE_S
         if self.active and (due or report.skipped):
             self._train(report, state)
 
     def _train(self, report: StepReport, state: TrainState) -> None:
-        w, self._window = self._window, _Window()
-        fresh = w.seconds / w.steps
-        self._seconds_a_step = 0.7 * self._seconds_a_step + 0.3 * fresh if self._seconds_a_step else fresh
+        totals, self._totals = self._totals, _Totals()
+        seconds = totals.seconds / totals.steps
+        self._seconds_a_step = 0.7 * self._seconds_a_step + 0.3 * seconds if self._seconds_a_step else seconds
         fields: dict[str, Any] = {"elapsed": state.elapsed, "lr": report.lr, "grad_norm": report.grad_norm}
-        fields |= _flat(report.losses) | w.rates(self.peak)
+        fields |= _flat(report.losses) | totals.rates(self.peak)
         fields |= {"memory": peak_memory(self.device), "skipped": state.skipped, "dropped": len(state.dropped)}
         if state.run.steps is not None:
             fields["left"] = (state.run.steps - report.step) * self._seconds_a_step
@@ -120,12 +117,12 @@ class RunLog:
         text: str | None = None,
         **fields: Any,
     ) -> None:
-        """A line on anything but training: validation, inherited weights, a dropped record. The file has every name of a
-        list, people are told how many. `text` is for people in place of the fields."""
+        """Writes a line on anything but training: validation, inherited weights, a dropped record. In the file a list is
+        whole; its length is printed. `text` is printed in place of the fields."""
         if self.active:
-            told = _flat(losses or {}) | fields
-            self._record(kind, step, {"elapsed": elapsed} | told)
-            shown = text or "  ".join([kind, *(f"{name} {_short(value)}" for name, value in told.items())])
+            record = _flat(losses or {}) | fields
+            self._record(kind, step, {"elapsed": elapsed} | record)
+            shown = text or "  ".join([kind, *(f"{name} {_short(value)}" for name, value in record.items())])
             self.say(f"step {step}  {shown}")
 
     def say(self, text: str) -> None:
@@ -148,7 +145,7 @@ class RunLog:
         self.close()
 
     def _record(self, kind: str, step: int, fields: Mapping[str, Any]) -> None:
-        # JSON has no NaN; a loss that is none is null.
+        # JSON has no NaN: null stands for a number that is not finite.
         clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in fields.items()}
         line = json.dumps({"kind": kind, "step": step, "time": round(time.time(), 3)} | clean)
         try:
@@ -183,9 +180,9 @@ def rewind(path: Path, step: int) -> None:
 
 def train_line(step: int, steps: int | None, fields: Mapping[str, Any]) -> str:
     """`fields` of a training record as one line for people."""
-    found = {k.removeprefix("loss/"): _short(v) for k, v in fields.items() if k.startswith("loss/")}
-    # Of one term, which says what a step of a mix ran, the value is the total.
-    terms = [f"{k} {v}" for k, v in found.items()] if len(found) > 1 or "loss" not in fields else [*found]
+    losses = {k.removeprefix("loss/"): _short(v) for k, v in fields.items() if k.startswith("loss/")}
+    # The value of a single term is the total; its name says which objective the step of a mix ran.
+    terms = [f"{k} {v}" for k, v in losses.items()] if len(losses) > 1 or "loss" not in fields else [*losses]
     total = f"loss {_short(fields['loss'])}" if "loss" in fields else ""
     parts = [
         f"step {step}/{steps}" if steps else f"step {step}",

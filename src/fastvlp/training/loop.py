@@ -1,4 +1,4 @@
-"""The loop, whole: `steps` trains, `train` adds validation, checkpoints, the log and orderly stopping."""
+"""The training loop: `steps` trains, `train` adds validation, checkpoints, the log and orderly stopping."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -24,60 +24,43 @@ from fastvlp.errors import UserError
 from fastvlp.objectives.objective import Loss, combine
 from fastvlp.provenance import device_name
 from fastvlp.random import hash64
+from fastvlp.training.checkpoint import CHECKPOINT, save, save_config, save_weights
 from fastvlp.training.flops import Shape
 from fastvlp.training.gradient_cache import cache_gradients
 from fastvlp.training.log import RunLog
 from fastvlp.training.optim import set_rate
-from fastvlp.training.pretraining import Pretraining, augmented, draw_task
+from fastvlp.training.pretraining import Pretraining, augmented, draw_objective
 from fastvlp.training.schedule import rate_factor
-from fastvlp.training.state import TrainConfig, TrainState, save, save_config, save_weights, start
+from fastvlp.training.start import start
+from fastvlp.training.state import StepReport, TrainState
+from fastvlp.training.train_config import TrainConfig
 from fastvlp.training.trained_parts import part_sizes, sizes_line
 
 __all__ = ["StepReport", "TrainConfig", "TrainState", "start", "steps", "train", "validate"]
 
 
-@dataclass(frozen=True, kw_only=True)
-class StepReport:
-    """One step of all ranks. losses: `loss`, what was minimised, the sum of weight * mean over its terms, and each term's
-    mean. lr: of the towers. tokens: targets of all losses, ITM's matches and a task's answers among them. seconds: of the
-    step, of which `data_wait` for batches. flops: of this rank. skipped: the loss or its gradient was not finite, and the
-    weights stay as they were. dropped: records found unreadable for the first time, key -> reason."""
-
-    step: int
-    losses: dict[str, float]
-    lr: float
-    pairs: int
-    tokens: int
-    seconds: float
-    data_wait: float
-    flops: float
-    grad_norm: float
-    skipped: bool
-    dropped: dict[str, str]
-
-
 def steps(state: TrainState) -> Iterator[StepReport]:
-    """Trains one step each time it is asked for one, until the run is over or told to stop."""
+    """Trains one step each time that the next report is asked for, until the run is over or a signal stops it."""
     run = state.run
     parameters = [p for group in state.optimiser.param_groups for p in group["params"]]
     batches = state.train.batches(start=state.step * run.accumulate)
     state.pretraining.train()
     while state.progress < 1 and not state.stop:
-        began, known = time.perf_counter(), len(state.dropped)
+        began, dropped_before = time.perf_counter(), len(state.dropped)
         micro = [next_batch(state, batches) for _ in range(run.accumulate)]
         data_wait = time.perf_counter() - began
         micro = [augmented(batch, run.augment) for batch in micro]
-        state.pretraining.task = draw_task(run.mix, run.seed, state.step)
+        state.pretraining.active = draw_objective(run.mix, run.seed, state.step)
         set_rate(state.optimiser, rate_factor(state.midway, run.optim.warmup, run.optim.decay))
         state.flops.begin_step()
         counts, shares = backward(state, micro)
 
         norm = clip_grad_norm_(parameters, run.optim.clip or math.inf)
         totals = dist.all_reduce_sum(torch.stack([*shares.values(), norm.new_tensor(sum(map(len, micro)))]))
-        asked = torch.stack([*counts.values()]).float()
-        # The only place in a step that waits for the device, but for what must know a number: the picking of asked tokens,
-        # the packing of one stream, a queue that is still filling, and the sizes of other ranks' batches.
-        grad_norm, *numbers = torch.cat([norm[None], totals, asked]).tolist()
+        target_counts = torch.stack([*counts.values()]).float()
+        # Here a step waits for the device. It waits nowhere else, unless it must know a number: to select target tokens, to
+        # pack one stream, while a queue is filling, and for the sizes of other ranks' batches.
+        grad_norm, *numbers = torch.cat([norm[None], totals, target_counts]).tolist()
         values, pairs, targets = numbers[: len(shares)], int(numbers[len(shares)]), numbers[len(shares) + 1 :]
         skipped = not all(map(math.isfinite, [*values, grad_norm]))
         if not skipped:
@@ -90,7 +73,7 @@ def steps(state: TrainState) -> Iterator[StepReport]:
         state.step += 1
         state.pairs += pairs
         state.tokens += round(sum(targets))
-        seconds = agree(state, known, time.perf_counter() - began)
+        seconds = agree(state, dropped_before, time.perf_counter() - began)
         state.elapsed += seconds
         report = StepReport(
             step=state.step,
@@ -103,9 +86,9 @@ def steps(state: TrainState) -> Iterator[StepReport]:
             flops=state.flops.step,
             grad_norm=grad_norm,
             skipped=skipped,
-            dropped=dict(list(state.dropped.items())[known:]),
+            dropped=dict(list(state.dropped.items())[dropped_before:]),
         )
-        count_bad(state, report)
+        count_skipped(state, report)
         yield report
 
 
@@ -116,14 +99,14 @@ def backward(state: TrainState, micro: list[Batch]) -> tuple[dict[str, Tensor], 
     counts = global_counts(pretraining, micro)
     shares = {name: torch.zeros((), device=state.device) for name in ("loss", *counts)}
     seeded = partial(seeded_autocast, state)
-    couples = len(micro) > 1 and pretraining.pairs()
+    couples = len(micro) > 1 and pretraining.pair_objectives()
     cached = cache_gradients(pretraining, micro, counts, seeded, state.flops) if couples else None
     if cached is not None:
         add_shares(shares, cached.losses, counts)
     for i, batch in enumerate(micro):
         # Ranks average their gradients once a step, with the last micro-batch.
         last = nullcontext() if i == len(micro) - 1 else no_sync(wrapped)
-        with last, state.flops.counting(Shape.of(pretraining.task or "", batch)):
+        with last, state.flops.counting(Shape.of(pretraining.active or "", batch)):
             with seeded(i):
                 losses = wrapped(batch, cached.grads[i] if cached is not None else None)
             # The mean over ranks of world * loss is the sum that the global counts ask for.
@@ -140,14 +123,15 @@ def next_batch(state: TrainState, batches: Iterator[tuple[Batch, list[Dropped]]]
 
 @contextmanager
 def seeded_autocast(state: TrainState, micro: int) -> Iterator[None]:
-    """In which micro-batch `micro` of the coming step runs: its dropout is a function of (seed, step, micro, rank)."""
+    """The context in which micro-batch `micro` of the coming step runs: its dropout is a function of seed, step, micro-batch
+    and rank."""
     torch.manual_seed(hash64(state.run.seed, state.step, micro, dist.rank()))
     with autocast(state):
         yield
 
 
 def add_shares(shares: dict[str, Tensor], losses: Mapping[str, Loss], counts: Mapping[str, Tensor]) -> None:
-    """Adds one micro-batch's part of what is minimised and of each term that is counted."""
+    """Adds one micro-batch's part of the loss, and of the mean of each term."""
     shares["loss"] += combine(losses, counts).detach()
     for name in losses.keys() & counts.keys():
         shares[name] += losses[name].total.detach() / counts[name].clamp(min=1)
@@ -169,15 +153,17 @@ def global_counts(pretraining: Pretraining, micro: list[Batch]) -> dict[str, Ten
     return dict(zip(parts[0], dist.all_reduce_sum(summed)))
 
 
-def agree(state: TrainState, known: int, seconds: float) -> float:
-    """The ranks' mean of the step's seconds, since the schedule may follow time. Sets `stop` where any was told to: here
-    alone, so that all ranks leave the loop after the same step. What any found unreadable besides the first `known`
-    records, all know."""
-    state.stop = state.told
+def agree(state: TrainState, dropped_before: int, seconds: float) -> float:
+    """Makes the ranks agree after a step, and returns the mean of their seconds, which the schedule may follow.
+
+    `stop` is set where any rank has received a signal: here alone, so that all ranks leave the loop after the same step. All
+    learn what any found unreadable since there were `dropped_before` such records.
+    """
+    state.stop = state.signal
     if dist.world() > 1:
-        new = dict(list(state.dropped.items())[known:])
-        said = [seconds / dist.world(), float(state.told is not None), float(len(new))]
-        seconds, stop, dropped = dist.all_reduce_sum(torch.tensor(said, device=state.device)).tolist()
+        new = dict(list(state.dropped.items())[dropped_before:])
+        sent = [seconds / dist.world(), float(state.signal is not None), float(len(new))]
+        seconds, stop, dropped = dist.all_reduce_sum(torch.tensor(sent, device=state.device)).tolist()
         if dropped:
             state.dropped |= {key: reason for part in dist.gather_objects(new) for key, reason in part.items()}
         if stop and state.stop is None:
@@ -185,7 +171,7 @@ def agree(state: TrainState, known: int, seconds: float) -> float:
     return seconds
 
 
-def count_bad(state: TrainState, report: StepReport) -> None:
+def count_skipped(state: TrainState, report: StepReport) -> None:
     """Raises UserError after `max_bad_steps` skipped steps in a row, with the likely cause."""
     state.bad_steps = state.bad_steps + 1 if report.skipped else 0
     state.skipped += report.skipped
@@ -197,14 +183,14 @@ def count_bad(state: TrainState, report: StepReport) -> None:
     if broken:
         cause = f"weights are not finite already ({broken[0]}): start from other weights"
     else:
-        cause = f"the learning rate {state.run.optim.lr:g} is too high: lower --optim.lr, or lengthen --optim.warmup"
-        cause += ", or train with --precision fp32" if state.precision != "fp32" else ""
+        cause = f"the learning rate {state.run.optim.lr:g} is too high: lower `optim.lr`, or lengthen `optim.warmup`"
+        cause += ", or set `precision` to fp32" if state.precision != "fp32" else ""
     raise UserError(f"step {report.step}: {state.bad_steps} steps in a row were skipped, {what}; likely {cause}")
 
 
 @torch.no_grad()
 def validate(state: TrainState) -> dict[str, float]:
-    """Mean losses a target over the validation split, and `loss`, their weighted sum; the same draws every time."""
+    """Mean losses per target over the validation split, and `loss`, their weighted sum; the same draws every time."""
     if state.val is None:
         return {}
     module = state.evaluated
@@ -229,13 +215,13 @@ def validate(state: TrainState) -> dict[str, float]:
 
 @contextmanager
 def stop_signals(state: TrainState) -> Iterator[None]:
-    """SIGTERM and Ctrl-C end the run after the step at hand; a second Ctrl-C ends it at once."""
+    """SIGTERM and Ctrl-C end the run after the current step; a second Ctrl-C ends it at once."""
 
     def stop(number: int, frame: object) -> None:
-        state.told = number
+        state.signal = number
         signal.signal(number, old[signal.Signals(number)])
 
-    # Python lets the main thread alone handle signals.
+    # In Python only the main thread handles signals.
     main = threading.current_thread() is threading.main_thread()
     numbers = (signal.SIGTERM, signal.SIGINT) if main else ()
     old = {number: signal.getsignal(number) for number in numbers}
@@ -252,48 +238,70 @@ def due(every: int | None, step: int) -> bool:
     return every is not None and step % every == 0
 
 
-def train(run: TrainConfig, resume: bool = False, *, verbose: bool = False) -> TrainState:
-    """Runs to the end, and returns where it ended; `verbose` prints the whole config first. Raises UserError for what the
-    user can mend, and SystemExit with 128 + the signal's number where a signal stopped it, its state saved."""
+def train(run: TrainConfig, *, resume: bool = False, verbose: bool = False) -> TrainState:
+    """Trains a run to its end.
+
+    Its folder then holds config.json (the run), log.jsonl, the weights as best.safetensors and last.safetensors with model.json
+    and tokenizer.json, and last.pt, from which it can be resumed.
+
+    Args:
+        run: What to train; a recipe (`fastvlp.recipe`) returns one.
+        resume: Continue from the run's last checkpoint; where there is none, the run starts anew.
+        verbose: Print the whole config first.
+
+    Returns:
+        Where the run ended: `model`, `tokenizer`, `step`, `best` and more.
+
+    Raises:
+        UserError: The config, the data or the checkpoint cannot be used, or the loss is not finite.
+        SystemExit: A signal stopped the run, and its state is saved; the code is 128 + the signal's number.
+    """
     with dist.process_group():
-        if not resume and (run.folder / "last.pt").exists():
-            raise UserError(f"{run.folder}: holds a run already; continue it with --resume, or choose another --out")
-        state = start(run, resume)
+        if not resume and (run.folder / CHECKPOINT).exists():
+            raise UserError(f"{run.folder}: holds a run already; continue it with `resume`, or choose another `out`")
+        state = start(run, resume=resume)
         whole = save_config(state)
         with RunLog(state) as log, stop_signals(state):
             if verbose:
                 log.say(show(whole))
-            if state.length_was not in (None, run.length):
-                log.say(f"{run.folder}: length was {state.length_was}, now {run.length}")
-            where: dict[str, Any] = {"device": device_name(state.device), "precision": state.precision}
-            log.event("start", step=state.step, elapsed=state.elapsed, **where)
-            if state.step == 0:
-                if resume:
-                    log.say(f"{run.folder}: no checkpoint here to resume from, the run starts anew")
-                tell_start(state, log)
-            elif state.progress >= 1:
-                log.say(f"{run.folder}: was at its end already; for more give --steps or --budget-s")
+            log_start(state, log, resume)
             for report in steps(state):
                 log.step(report, state)
-                tell_dropped(state, report.dropped, log)
+                log_dropped(state, report.dropped, log)
                 over = state.progress >= 1
                 if due(run.validate_every, state.step) and not over:
-                    judge(state, log)
+                    validate_and_keep_best(state, log)
                 if due(run.checkpoint_every, state.step) and not over:
                     save(state)
             if state.stop is None:
-                judge(state, log)
+                validate_and_keep_best(state, log)
             save(state)
             if state.stop is not None:
-                log.say(f"stopped at step {state.step}, saved: the same command with --resume continues from there")
+                log.say(f"stopped at step {state.step} and saved; continue with `vlp pretrain ... --resume`")
                 raise SystemExit(128 + state.stop)
             best = f", best validation loss {state.best:.4g}" if math.isfinite(state.best) else ""
             log.say(f"{run.folder}: finished after step {state.step}{best}")
         return state
 
 
-def tell_start(state: TrainState, log: RunLog) -> None:
-    """What came of the weights to start from, what the training data lacks, and whether it fills a step."""
+def log_start(state: TrainState, log: RunLog, resume: bool) -> None:
+    """Where the run computes, and what it starts from or is resumed from."""
+    run = state.run
+    if state.earlier_length not in (None, run.length):
+        log.say(f"{run.folder}: length was {state.earlier_length}, now {run.length}")
+    machine: dict[str, Any] = {"device": device_name(state.device), "precision": state.precision}
+    log.event("start", step=state.step, elapsed=state.elapsed, **machine)
+    if state.step == 0:
+        if resume:
+            log.say(f"{run.folder}: no checkpoint here to resume from, the run starts anew")
+        log_new_run(state, log)
+    elif state.progress >= 1:
+        log.say(f"{run.folder}: was at its end already; raise `steps` or `budget_s` to train on")
+
+
+def log_new_run(state: TrainState, log: RunLog) -> None:
+    """What came of the weights to start from, which parts are trained, what the training data lacks, and whether it fills a
+    step."""
     if state.inherited is not None:
         sources = dict.fromkeys(filter(None, (state.run.init, state.run.image, state.run.text)))
         source, added = " and ".join(sources) or None, list(state.tokenizer.added)
@@ -312,22 +320,22 @@ def tell_start(state: TrainState, log: RunLog) -> None:
     for note in state.stored.notes if state.stored is not None else ():
         facts = {**note._asdict(), "path": str(note.path or "")}
         log.event("states", step=0, elapsed=0.0, text=str(note), **facts)
-    tell_dropped(state, state.dropped, log)
+    log_dropped(state, state.dropped, log)
     run, records = state.run, state.train.count
     rows = run.data.batch_size * run.accumulate * dist.world()
-    if rows > records and state.pretraining.pairs() and run.data.max_tokens is None:
+    if rows > records and state.pretraining.pair_objectives() and run.data.max_tokens is None:
         log.say(
-            f"data.batch_size {run.data.batch_size}: a step contrasts {rows} rows of only {records} records, so that some "
+            f"`data.batch_size` {run.data.batch_size}: a step contrasts {rows} rows of only {records} records, so that some "
             f"are negatives of themselves; lower it"
         )
 
 
-def tell_dropped(state: TrainState, dropped: Mapping[str, str], log: RunLog) -> None:
+def log_dropped(state: TrainState, dropped: Mapping[str, str], log: RunLog) -> None:
     for key, reason in dropped.items():
         log.event("dropped", step=state.step, elapsed=state.elapsed, record=key, reason=reason)
 
 
-def judge(state: TrainState, log: RunLog) -> None:
+def validate_and_keep_best(state: TrainState, log: RunLog) -> None:
     """Validates, and keeps the weights if no earlier ones were better."""
     losses = validate(state)
     if not losses:

@@ -17,42 +17,53 @@ from fastvlp.training.trained_parts import layer_rates
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """lr: of the towers; `cross_multiplier` times it for fusion and reconstructor, `head_multiplier` times it for their
-    vocabulary heads and what objectives own (a single stream's words and matching are its own; the paper starts the towers
-    from trained weights and uses 5 for both; from scratch use 1). clip: largest gradient norm, or None. warmup: share of the
-    run. weight_decay: not of `spared`, all that has one dimension, or as in FLIP's released code biases, norms and tables of
-    positions: there the class token and the temperature decay."""
+    """AdamW, and the learning rate of each part of the model over the run."""
 
     lr: float
+    """Learning rate of the encoders, at its highest."""
     betas: tuple[float, float] = (0.9, 0.98)
+    """Decay of AdamW's averages of the gradient and of its square."""
     eps: float = 1e-8
+    """What AdamW adds to the denominator."""
     weight_decay: float = 0.01
+    """Share of a weight, times the learning rate, that each step takes off."""
     spared: Literal["vectors", "flip"] = "vectors"
+    """Parameters without weight decay: `vectors`, all of one dimension; or `flip`, as in FLIP's released code, biases, norms
+    and tables of positions: there the class token and the temperature decay."""
     clip: float | None = 1.0
+    """Largest norm of the gradient; a longer one is scaled down. None leaves it as it is."""
     cross_multiplier: float = 5.0
+    """Times the rate, for fusion and reconstructor. METER and FLM start from trained encoders and use 5; from scratch use 1."""
     head_multiplier: float = 5.0
+    """Times the rate, for vocabulary heads and what objectives own. From scratch use 1."""
     warmup: float = 0.05
+    """Share of the run in which the rate rises linearly from 0."""
     decay: Decay = "linear"
+    """How the rate falls after that: to 0 linearly or as a cosine, or not at all (constant)."""
     layer_decay: float = 1.0
     """Share of the next layer's rate that each layer of an encoder learns at, down to its embeddings; 1: all alike."""
 
     def __post_init__(self) -> None:
         if self.lr <= 0:
-            raise ValueError(f"lr must be above 0, not {self.lr}")
+            raise UserError(f"`optim.lr` must be above 0, not {self.lr}")
         if not 0 <= self.warmup < 1:
-            raise ValueError(f"warmup is a share of the run, from 0 to below 1, not {self.warmup}")
+            raise UserError(f"`optim.warmup` is a share of the run, from 0 to below 1, not {self.warmup}")
         if not 0 < self.layer_decay <= 1:
             raise UserError(f"`optim.layer_decay` is a share of the rate, above 0 and up to 1, not {self.layer_decay}")
 
 
 def scaled_rate(base: float, batch: int) -> float:
-    """FLIP's rule: base rates are told for 256 pairs a step, of all ranks (section A.1; Goyal et al., arXiv 1706.02677)."""
+    """FLIP's rule: base rates are for 256 pairs a step, of all ranks (arXiv 2212.00794, section A.1; Goyal et al., arXiv
+    1706.02677)."""
     return base * batch / 256
 
 
 def flip_optim(batch: int, *, base: float = 4e-6, warmup: float = 0.004) -> OptimConfig:
-    """FLIP's values (Table 10) at `batch` pairs a step: B and L warm up for 51.2 of 12,800 M pairs; H for 256 M: 0.02.
-    `base` is 2e-6 on LAION-2B; unmasked tuning has 4e-8 with a warm-up of 0.2."""
+    """FLIP's values (arXiv 2212.00794, Table 10) at `batch` pairs a step.
+
+    The sizes B and L warm up for 51.2 of 12,800 M pairs; H for 256 M, which is 0.02. `base` is 2e-6 on LAION-2B; tuning on
+    whole images has 4e-8 and a warm-up of 0.2.
+    """
     return OptimConfig(
         lr=scaled_rate(base, batch),
         betas=(0.9, 0.95),
@@ -67,21 +78,21 @@ def flip_optim(batch: int, *, base: float = 4e-6, warmup: float = 0.004) -> Opti
 
 
 def parameter_groups(pretraining: Pretraining, config: OptimConfig) -> list[dict[str, Any]]:
-    """Groups by the module that owns a parameter; each group's `base_lr` is what the schedule scales. What is frozen is in
-    none."""
+    """Groups of parameters with the same rate and weight decay. The schedule scales each group's `base_lr`. Frozen parameters
+    are in no group."""
     model = pretraining.model
     cross: list[nn.Module] = [model.fusion, *([model.reconstructor] if model.reconstructor else [])]
     heads = [head for head in (model.head, model.forward_head, model.reverse_head) if head is not None]
     multiplier = layer_rates(model, config.layer_decay) if config.layer_decay < 1 else {}
     multiplier |= {id(p): config.cross_multiplier for p in _parameters(cross)}
     multiplier |= {id(p): config.head_multiplier for p in _parameters([*heads, pretraining.objectives])}
-    still = spared(pretraining, config)
+    without_decay = spared(pretraining, config)
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for parameter in filter(lambda p: p.requires_grad, pretraining.parameters()):
-        decay = 0.0 if id(parameter) in still else config.weight_decay
+        decay = 0.0 if id(parameter) in without_decay else config.weight_decay
         groups.setdefault((multiplier.get(id(parameter), 1.0), decay), []).append(parameter)
     if not groups:
-        raise UserError("nothing is left to train; name fewer parts in freeze")
+        raise UserError("nothing is left to train; name fewer parts in `freeze`")
     return [
         {"params": params, "lr": config.lr * times, "base_lr": config.lr * times, "weight_decay": decay}
         for (times, decay), params in groups.items()
@@ -93,8 +104,8 @@ def spared(pretraining: Pretraining, config: OptimConfig) -> set[int]:
     if config.spared == "vectors":
         return {id(parameter) for parameter in pretraining.parameters() if parameter.ndim < 2}
     norms = [module for module in pretraining.modules() if isinstance(module, nn.LayerNorm)]
-    told = (p for name, p in pretraining.named_parameters() if {"bias", "position"} & {*name.split(".")})
-    return {id(parameter) for parameter in (*_parameters(norms), *told)}
+    named = (p for name, p in pretraining.named_parameters() if {"bias", "position"} & {*name.split(".")})
+    return {id(parameter) for parameter in (*_parameters(norms), *named)}
 
 
 def _parameters(modules: Iterable[nn.Module]) -> Iterable[nn.Parameter]:

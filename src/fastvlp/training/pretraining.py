@@ -1,8 +1,8 @@
-"""Pretraining: model + objectives -> named losses. The only thing that DDP and compile ever wrap."""
+"""Pretraining: a model and its objectives, which give named losses of a batch. It is what DDP wraps."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from itertools import accumulate
 from typing import NamedTuple, cast
@@ -25,7 +25,7 @@ class RowGrads(NamedTuple):
     rows: tuple[Tensor, ...]
     parameters: tuple[Tensor | None, ...]
 
-    def pulling(self, rows: tuple[Tensor, ...], objective: PairObjective) -> Loss:
+    def as_loss(self, rows: tuple[Tensor, ...], objective: PairObjective) -> Loss:
         """A loss of value 0 whose gradient is the one that was cached."""
         learned = [p for p in objective.parameters() if p.requires_grad]
         pairs = [*zip(rows, self.rows), *((p, g) for p, g in zip(learned, self.parameters) if g is not None)]
@@ -33,8 +33,8 @@ class RowGrads(NamedTuple):
         return Loss(total - total.detach(), total.new_ones(()))
 
 
-def draw_task(mix: Mapping[str, float] | None, seed: int, step: int) -> str | None:
-    """The objective that a step runs, drawn by its share of the mix, the same on every rank; None: all of them."""
+def draw_objective(mix: Mapping[str, float] | None, seed: int, step: int) -> str | None:
+    """The objective that a step runs, drawn by its share of the mix, the same on every rank; None without a mix: all run."""
     if mix is None:
         return None
     point = hash64(seed, step, MIX_SALT) / 2**63 * sum(mix.values())
@@ -42,7 +42,7 @@ def draw_task(mix: Mapping[str, float] | None, seed: int, step: int) -> str | No
 
 
 def augmented(batch: Batch, config: AugmentConfig) -> Batch:
-    """What training shows of a batch: other looks at its images, drawn by the rows' seeds; boxes move along."""
+    """A batch with its images changed at random, by the rows' seeds, and its boxes moved along."""
     if config == AugmentConfig():
         return batch
     regions = batch.regions
@@ -53,40 +53,54 @@ def augmented(batch: Batch, config: AugmentConfig) -> Batch:
 
 
 class Pretraining(nn.Module):
-    """`task`: the objective that training runs alone until the next one is chosen; None: all of them."""
+    """The model and its objectives.
+
+    Attributes:
+        keep: share of an image's patches that are encoded.
+        active: the objective that training runs alone, until another is chosen; None runs all.
+    """
 
     def __init__(self, model: VLModel, objectives: Mapping[str, Objective], keep: float = 1.0):
         super().__init__()
         self.model = model
         self.objectives = nn.ModuleDict(objectives)
         self.keep = keep
-        self.task: str | None = None
+        self.active: str | None = None
 
-    def named(self) -> Iterable[tuple[str, Objective]]:
-        """The objectives to run by name: validation runs all. Typed: to a module dict all are plain modules."""
-        everyone = cast(Mapping[str, Objective], self.objectives)
-        if self.task is None or not self.training:
-            return everyone.items()
-        return [(self.task, everyone[self.task])]
+    def all_objectives(self) -> Mapping[str, Objective]:
+        """Typed: a module dict holds plain modules."""
+        return cast(Mapping[str, Objective], self.objectives)
 
-    def pairs(self) -> dict[str, PairObjective]:
-        return {name: objective for name, objective in self.named() if isinstance(objective, PairObjective)}
+    def active_objectives(self) -> Mapping[str, Objective]:
+        """The objectives that run, by name; validation runs all."""
+        if self.active is None or not self.training:
+            return self.all_objectives()
+        return {self.active: self.all_objectives()[self.active]}
+
+    def pair_objectives(self) -> dict[str, PairObjective]:
+        """The active objectives that couple the rows of a batch."""
+        return {name: part for name, part in self.active_objectives().items() if isinstance(part, PairObjective)}
 
     def encode_image(self, batch: Batch) -> Tensor:
-        """-> [B K D]; `keep` < 1 drops patches before any is embedded, the same ones for the same row seeds."""
+        """States of the images [B K D]. With `keep` below 1 patches are dropped before any is embedded, the same ones for the
+        same row seeds."""
         keep = self.model.config.image.random_patches(batch.seed, self.keep)
         return self.model.encode_image(batch.image, keep, batch.regions)
 
     def forward(self, batch: Batch, cached: Mapping[str, RowGrads] | None = None) -> dict[str, Loss]:
-        """The image is encoded once and shared by all objectives. `cached`: of objectives that were scored on the whole
-        step already, the gradients of their embeddings (`train/cached.py`)."""
+        """Named losses of a batch. The images are encoded once for all objectives.
+
+        `cached`: of objectives that were scored on the whole step already, the gradients of their embeddings
+        (`training/gradient_cache.py`).
+        """
         cached = cached or {}
         image_BKD = self.encode_image(batch)
         losses: dict[str, Loss] = {}
         # Those that couple rows come first, as when they embed alone: a second pass then draws the same dropout.
-        for name, objective in sorted(self.named(), key=lambda item: not isinstance(item[1], PairObjective)):
+        ordered = sorted(self.active_objectives().items(), key=lambda item: not isinstance(item[1], PairObjective))
+        for name, objective in ordered:
             if isinstance(objective, PairObjective) and name in cached:
-                losses[f"{name}/cached"] = cached[name].pulling(
+                losses[f"{name}/cached"] = cached[name].as_loss(
                     objective.embed(self.model, image_BKD, batch), objective
                 )
                 continue
@@ -97,19 +111,19 @@ class Pretraining(nn.Module):
         """Targets of each loss, from the batch alone."""
         return {
             f"{name}/{term}": count
-            for name, objective in self.named()
+            for name, objective in self.active_objectives().items()
             for term, count in objective.counts(batch).items()
         }
 
     def uses_all(self) -> bool:
-        """Whether every step surely gives each parameter a gradient. Separate heads, a joint space and objectives with
-        parameters of their own are never sure."""
+        """Whether every step surely gives each parameter a gradient. It is not known of models with separate heads, a joint
+        space or a single stream, and of objectives with parameters of their own."""
         config, own = self.model.config, next(self.objectives.parameters(), None)
         if config.separate_heads or config.embed or config.single or own is not None:
             return False
-        return any(objective.reaches_all(config) for _, objective in self.named())
+        return any(objective.reaches_all(config) for objective in self.active_objectives().values())
 
     def after_step(self) -> None:
-        """Of the objectives that the step ran."""
-        for _, objective in self.named():
+        """Runs `after_step` of the active objectives."""
+        for objective in self.active_objectives().values():
             objective.after_step(self.model)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +17,7 @@ from fastvlp.errors import UserError
 from fastvlp.model.inherited_config import same_weights
 from fastvlp.model.model import ModelConfig, VLModel
 from fastvlp.model.saving import Inheritance, inherit_objectives
-
-if TYPE_CHECKING:
-    from fastvlp.training.state import TrainConfig
+from fastvlp.training.train_config import TrainConfig
 
 
 def with_public_encoders(

@@ -8,7 +8,7 @@ from typing import Any
 from fastvlp.model.inherited_config import inherited_config
 from fastvlp.model.saved_run import read_saved_run
 from fastvlp.model.saving import read_config
-from fastvlp.training.state import TrainConfig
+from fastvlp.training.train_config import TrainConfig
 
 
 def starting_from(run: TrainConfig, folder: str) -> TrainConfig:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import cast
-
 from fastvlp import dist
 from fastvlp.data.augment import AugmentConfig
 from fastvlp.data.pairs import Data
@@ -13,7 +10,6 @@ from fastvlp.data.stores import Stored
 from fastvlp.dist import Precision
 from fastvlp.errors import UserError
 from fastvlp.model.frozen_states import ImageUse, frozen_encoders, image_store, text_store
-from fastvlp.objectives.objective import Objective
 from fastvlp.training.pretraining import Pretraining
 
 
@@ -44,7 +40,7 @@ def stored_inputs(
     # Texts that are read beside images have no states of their own to store.
     if config.store == "always" and "image" in frozen and reasons["image"] is not None:
         raise UserError(f"`states.store` is always, and states of the images cannot be stored: {reasons['image']}")
-    embeds = all(objective.image_use == "embedding" for objective in objectives_of(pretraining).values())
+    embeds = all(objective.image_use == "embedding" for objective in pretraining.all_objectives().values())
     use: ImageUse = "embedding" if embeds else "states"
     stored = Stored(
         images=image_store(model, config, use=use, precision=precision, reads=reads)
@@ -56,11 +52,6 @@ def stored_inputs(
     return stored._replace(skipped=tuple(skipped)) if frozen else None
 
 
-def objectives_of(pretraining: Pretraining) -> Mapping[str, Objective]:
-    """Typed: to a module dict all are plain modules."""
-    return cast(Mapping[str, Objective], pretraining.objectives)
-
-
 def why_no_images(pretraining: Pretraining, augment: AugmentConfig) -> str | None:
     """Why images are encoded at each step; None where their stored states are read."""
     if "image" not in frozen_encoders(pretraining.model):
@@ -69,7 +60,7 @@ def why_no_images(pretraining: Pretraining, augment: AugmentConfig) -> str | Non
         return f"`keep` {pretraining.keep} leaves out other patches each time"
     if augment != AugmentConfig():
         return "`augment` changes the images each time"
-    for name, objective in objectives_of(pretraining).items():
+    for name, objective in pretraining.all_objectives().items():
         if objective.image_use == "pixels":
             return f"the objective {name} reads their pixels"
     return None
@@ -80,7 +71,7 @@ def why_no_texts(pretraining: Pretraining) -> str | None:
     model = pretraining.model
     if "text" not in frozen_encoders(model):
         return "the text encoder is trained"
-    if all(objective.text_use == "words" for objective in objectives_of(pretraining).values()):
+    if all(objective.text_use == "words" for objective in pretraining.all_objectives().values()):
         return "no objective reads texts by themselves"
     embed = model.embed.config
     if embed.text_mask == "none" and embed.text_length is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from fastvlp.comparison.metrics.interface import Metric, Score
 from fastvlp.comparison.scored_data import reference_captions
 from fastvlp.tasks import caption
-from fastvlp.training.loop import TrainState
+from fastvlp.training.state import TrainState
 
 
 class CaptionQuality(Metric):

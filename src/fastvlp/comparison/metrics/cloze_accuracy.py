@@ -9,7 +9,8 @@ from fastvlp.comparison.metrics.interface import Metric, Score
 from fastvlp.comparison.scored_data import validation_pairs
 from fastvlp.eval.cloze import cloze
 from fastvlp.objectives.objective import ClozeMethod, Objective
-from fastvlp.training.loop import TrainState, autocast
+from fastvlp.training.loop import autocast
+from fastvlp.training.state import TrainState
 
 
 class ClozeAccuracy(Metric):

@@ -9,7 +9,7 @@ from fastvlp.eval.embedding import embed_split
 from fastvlp.eval.encoding import LoadedModel
 from fastvlp.eval.ranks import retrieval_scores
 from fastvlp.eval.split_reading import read_captions
-from fastvlp.training.loop import TrainState
+from fastvlp.training.state import TrainState
 
 
 class TowerRecall(Metric):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from fastvlp.comparison.metrics.interface import Metric, Score
 from fastvlp.tasks import vqa
-from fastvlp.training.loop import TrainState, autocast
+from fastvlp.training.loop import autocast
+from fastvlp.training.state import TrainState
 
 
 class VQAAccuracy(Metric):

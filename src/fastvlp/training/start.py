@@ -1,0 +1,176 @@
+"""How a run begins: its data, model, optimiser and, where it is resumed, its last checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from fastvlp import dist
+from fastvlp.batch import Batch
+from fastvlp.convert.public_encoders import PublicImages, PublicTexts
+from fastvlp.data.loader import Loader, Row
+from fastvlp.data.pairs import Rows
+from fastvlp.data.tokenize import Tokenizer
+from fastvlp.dist import Precision, pick_device, pick_precision
+from fastvlp.errors import UserError
+from fastvlp.model.inherited_config import inheritable_weights
+from fastvlp.model.layers import Block
+from fastvlp.model.model import VLModel
+from fastvlp.model.saved_run import read_saved_run
+from fastvlp.model.saving import Inheritance, inherit, inherit_objectives, load_exactly, load_model, read_config
+from fastvlp.model.sizes import with_tokenizer
+from fastvlp.random import hash64
+from fastvlp.training.checkpoint import CHECKPOINT, read_checkpoint, restore
+from fastvlp.training.flops import FlopCounter
+from fastvlp.training.optim import adamw
+from fastvlp.training.pretraining import Pretraining
+from fastvlp.training.public_start import completed, load_encoders, public_tokenizer, read_encoders
+from fastvlp.training.state import TrainState
+from fastvlp.training.stored_inputs import rows_read, stored_inputs
+from fastvlp.training.train_config import TrainConfig, check
+from fastvlp.training.trained_parts import freeze
+
+
+def start(run: TrainConfig, *, resume: bool = False) -> TrainState:
+    """Everything that the loop needs; from the run's last checkpoint with `resume`, where there is one.
+
+    Raises UserError where the config, the data or the checkpoint cannot be used.
+    """
+    images, texts = read_encoders(run)
+    run = completed(run, images, texts)
+    check(run)
+    if run.threads:
+        torch.set_num_threads(run.threads)
+    device, again = pick_device(run.device), resume and (run.folder / CHECKPOINT).exists()
+    precision = run_precision(run, device, again)
+    run = replace(run, precision=precision)
+    tokenizer = find_tokenizer(run, resume, texts)
+    pretraining, inherited = make_pretraining(run, tokenizer, images, texts)
+    pretraining.to(device)
+    model, size = pretraining.model, pretraining.model.config.image.size
+    ema = AveragedModel(pretraining, multi_avg_fn=get_ema_multi_avg_fn(run.ema)) if run.ema is not None else None
+    saved = read_checkpoint(run) if again else None
+    if saved is not None:
+        load_exactly(pretraining, saved["pretraining"], run.folder / CHECKPOINT)
+    # After the weights: stored states are those of one encoder.
+    reads = rows_read(run.data, run.steps, run.accumulate)
+    stored = stored_inputs(pretraining, run.states, augment=run.augment, precision=precision, reads=reads)
+    given: dict[str, Any] = {"stored": stored} if stored is not None and (stored.images or stored.texts) else {}
+    rows = run.data.rows("train", tokenizer, size, strict=False, **given)
+    if rows is None:
+        raise UserError(f"{run.name}: the data has no training split; name its folder in `data.train`")
+    for objective in pretraining.all_objectives().values():
+        objective.check(samples(rows))
+    held_out = run.data.rows("val", tokenizer, size, strict=True, **given)
+    state = TrainState(
+        run=run,
+        device=device,
+        tokenizer=tokenizer,
+        model=model,
+        pretraining=pretraining,
+        wrapped=pretraining,
+        optimiser=adamw(pretraining, run.optim),
+        ema=ema,
+        train=make_loader(run, rows),
+        val=None if held_out is None else make_loader(run, held_out),
+        dropped={part.key: part.reason for part in rows.damage},
+        inherited=inherited,
+        stored=stored,
+        flops=FlopCounter(model.config.image.tokens),
+    )
+    if saved is not None:
+        restore(state, saved)
+    if run.compile:
+        compile_blocks(pretraining)
+    if dist.world() > 1:
+        state.wrapped = distributed(run, pretraining)
+    return state
+
+
+def distributed(run: TrainConfig, pretraining: Pretraining) -> nn.Module:
+    return nn.parallel.DistributedDataParallel(
+        pretraining,
+        # Plain DDP raises on the step after one that left a parameter unused; the search warns where there is none.
+        find_unused_parameters=run.mix is not None or not pretraining.uses_all(),
+        # Each buffer is a function of gathered rows, the same on every rank.
+        broadcast_buffers=False,
+    )
+
+
+def run_precision(run: TrainConfig, device: torch.device, resume: bool) -> Precision:
+    """What `auto` means: what the device computes fast; a resumed run goes on as it began."""
+    if resume and run.precision == "auto":
+        return read_saved_run(run.folder).precision
+    return pick_precision(run.precision, device)
+
+
+def samples(rows: Rows, most: int = 1000) -> Iterator[Batch]:
+    """At most so many readable rows, each alone, evenly spread over the data."""
+    for i in range(0, rows.count, -(-rows.count // most)):
+        batch, _ = rows.make([Row(i, hash64(i))])
+        if len(batch):
+            yield batch
+
+
+def make_pretraining(
+    run: TrainConfig, tokenizer: Tokenizer, images: PublicImages | None = None, texts: PublicTexts | None = None
+) -> tuple[Pretraining, Inheritance | None]:
+    """The model and objectives with weights drawn from the run's seed, or inherited."""
+    config, inherited = with_tokenizer(run.model, tokenizer), None
+    torch.manual_seed(hash64(run.seed))
+    model = VLModel(config)
+    objectives = {name: objective.build(config, tokenizer) for name, objective in run.objectives.items()}
+    if run.init is not None:
+        source = load_model(run.init)
+        inherited = inherit(model, inheritable_weights(source, config), source.weights)
+        inherit_objectives(objectives, source.objectives, inherited)
+    else:
+        inherited = load_encoders(model, objectives, images, texts)
+    freeze(model, run.freeze, run.train_last)
+    for objective in objectives.values():
+        objective.begin(model)
+    return Pretraining(model, objectives, run.keep), inherited
+
+
+def compile_blocks(module: nn.Module) -> None:
+    """Compiles the blocks, where nearly all the work is: one compilation serves all layers of a kind and, after the second text
+    length, all lengths. Compiled whole, the draws of FLM crash the CPU backend of torch 2.13."""
+    for part in module.modules():
+        if isinstance(part, Block):
+            part.compile()
+
+
+def find_tokenizer(run: TrainConfig, resume: bool, texts: PublicTexts | None = None) -> Tokenizer:
+    """The resumed run's own, that of a public text encoder, the one named, that of the weights to start from, or one trained
+    on the texts of the data."""
+    own = run.folder / "tokenizer.json"
+    if resume and own.exists():
+        return Tokenizer.load(own)
+    if texts is not None:
+        return public_tokenizer(texts, run.tokenizer)
+    if run.tokenizer is not None:
+        return Tokenizer.load(run.tokenizer)
+    if run.init is not None and read_config(run.init).text.present:
+        return Tokenizer.load(Path(run.init) / "tokenizer.json")
+    return Tokenizer.train(run.data.texts(), "wordpiece", vocab_size=run.vocab)
+
+
+def make_loader(run: TrainConfig, rows: Rows) -> Loader:
+    return Loader(
+        rows.count,
+        rows.make,
+        batch_size=run.data.batch_size,
+        seed=run.seed,
+        rank=dist.rank(),
+        world=dist.world(),
+        workers=run.data.workers,
+        pin=pick_device(run.device).type == "cuda",
+        grouping=run.data.grouping,
+        lengths=rows.lengths,
+    )

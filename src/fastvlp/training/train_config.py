@@ -1,0 +1,150 @@
+"""TrainConfig: what a run trains, on what, and for how long."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from fastvlp.data.augment import AugmentConfig
+from fastvlp.data.pairs import Data
+from fastvlp.data.state_store import StatesConfig
+from fastvlp.dist import PrecisionChoice
+from fastvlp.errors import UserError
+from fastvlp.model.model import ModelConfig
+from fastvlp.objectives.objective import ObjectiveConfig
+from fastvlp.training.optim import OptimConfig
+from fastvlp.training.trained_parts import LastLayers
+
+# A resumed run may change these; anything else would make it another run.
+CHANGEABLE = {
+    "name", "out", "steps", "budget_s", "log_every", "validate_every", "checkpoint_every", "max_bad_steps", "init",
+    "compile", "device", "tensorboard", "threads", "tokenizer", "data.workers", "data.cache", "data.test",
+    "states.folder",
+}  # fmt: skip
+
+# Numbers that must be at least 1.
+COUNTS = (
+    "steps", "accumulate", "log_every", "validate_every", "checkpoint_every", "max_bad_steps", "vocab", "threads",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """A run: its data, model and objectives, and how long it trains.
+
+    A recipe returns one, the command line changes its fields, and it is saved beside the run's results. One step is
+    `accumulate` micro-batches of `data.batch_size` rows on each rank. A run ends after `steps`, or after `budget_s` seconds:
+    exactly one of the two is given.
+    """
+
+    name: str
+    """Name of the run."""
+    data: Data
+    """What is read, and how it becomes batches."""
+    model: ModelConfig
+    """The model. Its vocabulary is filled in from the tokenizer."""
+    objectives: Mapping[str, ObjectiveConfig]
+    """What is learned, by names of your choice. The losses of all objectives are added."""
+    optim: OptimConfig
+    """The optimiser and its learning rates."""
+    out: str | None = None
+    """Folder of the run; by default runs/NAME."""
+    tokenizer: str | None = None
+    """File of a tokenizer. By default it is that of the weights to start from, or is trained on the texts of the data."""
+    vocab: int = 8000
+    """Tokens of a tokenizer that is trained on the texts of the data."""
+    steps: int | None = None
+    """Steps after which the run ends."""
+    budget_s: float | None = None
+    """Seconds of training after which the run ends; validation and checkpoints do not count."""
+    accumulate: int = 1
+    """Micro-batches of a step, on each rank. Contrastive losses see all rows of the step, with exact gradients."""
+    mix: Mapping[str, float] | None = None
+    """Share of the steps that each objective gets: a step runs one of them (UNITER, arXiv 1909.11740, section 3.1). By default
+    each step runs all."""
+    keep: float = 1.0
+    """Share of an image's patches that are encoded in training (FLIP, arXiv 2212.00794)."""
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    """Random changes of the images, in training alone."""
+    freeze: tuple[str, ...] = ()
+    """Parts of the model that are not trained, such as image, text.word or text.blocks.0."""
+    train_last: LastLayers = field(default_factory=LastLayers)
+    """Train the last layers of an encoder alone."""
+    states: StatesConfig = field(default_factory=StatesConfig)
+    """Store the states of encoders that the run keeps as they are."""
+    seed: int = 0
+    """Seed of everything that is drawn: new weights, the order of rows, masks, dropout."""
+    precision: PrecisionChoice = "auto"
+    """Number type of matrix products: fp32, bf16, or auto, which is bf16 where the device is fast at it. Weights, optimiser and
+    losses are fp32 in both."""
+    compile: bool = False
+    """Compile the transformer blocks. A step whose FLOPs are counted runs uncompiled."""
+    ema: float | None = None
+    """Decay of averaged weights, such as 0.999; then these are validated and saved. By default there are none."""
+    log_every: int = 20
+    """Steps between lines of the log; a line also comes after 10 seconds."""
+    validate_every: int | None = None
+    """Steps between validations; there is always one at the end. The weights with the lowest loss are kept as best."""
+    checkpoint_every: int | None = None
+    """Steps between checkpoints; there is always one at the end."""
+    max_bad_steps: int = 10
+    """End the run after so many steps in a row whose loss or gradient is not finite; such a step changes no weights."""
+    init: str | None = None
+    """Folder of a run or an export to take weights from: the model's, and those of objectives of the same names."""
+    image: str | None = None
+    """Public image encoder to start from, in place of the model's: the folder of a model in the layout of transformers, or its
+    name on the Hugging Face hub."""
+    image_layers: int | None = None
+    """How many of its first layers to take; None for all."""
+    text: str | None = None
+    """Public text encoder to start from, in place of the model's, with its tokenizer."""
+    text_layers: int | None = None
+    """How many of its first layers to take; None for all."""
+    device: str = "auto"
+    """Device such as cpu or cuda:1; auto takes a GPU if there is one."""
+    tensorboard: bool = False
+    """Write the log for TensorBoard too."""
+    threads: int | None = None
+    """CPU threads of PyTorch, for the whole process; its own choice by default."""
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.out or f"runs/{self.name}")
+
+    @property
+    def length(self) -> str:
+        return f"{self.budget_s:g} s" if self.budget_s is not None else f"{self.steps} steps"
+
+
+def check(run: TrainConfig) -> None:
+    """Raises UserError for a config that cannot be run, before any work is done."""
+    name = run.name
+    if (run.steps is None) == (run.budget_s is None):
+        given = "neither" if run.steps is None else "both"
+        raise UserError(f"{name}: it has {given} of `steps` and `budget_s` (seconds); give one of the two")
+    if not run.objectives:
+        raise UserError(f"{name}: it has no objectives; a recipe names at least one")
+    counts = {count: getattr(run, count) for count in COUNTS} | {"data.batch_size": run.data.batch_size}
+    if wrong := {key: value for key, value in counts.items() if value is not None and value < 1}:
+        raise UserError(
+            f"{name}: {', '.join(f'`{key}` must be at least 1, not {value}' for key, value in wrong.items())}"
+        )
+    if run.budget_s is not None and run.budget_s <= 0:
+        raise UserError(f"{name}: `budget_s` is seconds of training, above 0, not {run.budget_s}")
+    if run.data.workers < 0:
+        raise UserError(f"{name}: `data.workers` is a number of processes, 0 for none, not {run.data.workers}")
+    if run.ema is not None and not 0 < run.ema < 1:
+        raise UserError(f"{name}: `ema` is a decay between 0 and 1, such as 0.999, not {run.ema}")
+    mix = run.mix
+    if mix is not None and (mix.keys() != run.objectives.keys() or not all(share > 0 for share in mix.values())):
+        raise UserError(f"{name}: `mix` gives each of {', '.join(run.objectives)} a number above 0, not {dict(mix)}")
+    if not 0 < run.keep <= 1:
+        raise UserError(f"{name}: `keep` is a share of the patches, above 0 and up to 1, not {run.keep}")
+    if run.keep < 1:
+        run.model.image.check_can_drop()
+    if run.data.max_length > run.model.longest_text:
+        raise UserError(
+            f"{name}: `data.max_length` {run.data.max_length} exceeds the model's {run.model.longest_text} text positions; "
+            f"lower it, or raise `model.text.positions`"
+        )
