@@ -5,10 +5,10 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, features
 
 from fastvlp.batch import Record
-from fastvlp.data.records.decode import DecodeError, decode, read_pixels
+from fastvlp.data.records.decode import DecodeError, decode, read_pixels, stored_shape
 from fastvlp.data.records.transform import Transform
 
 SIZE = Transform(size=32, mode="squash")
@@ -225,3 +225,51 @@ def test_a_record_of_two_images_and_of_none():
         decode(Record(key="k", images=(images[0], b"x"), info={}), SIZE)
     with pytest.raises(DecodeError, match="k: no image"):
         decode(Record(key="k", images=(), info={}), SIZE)
+
+
+def png_with(chunk: bytes, size: int) -> bytes:
+    """A good PNG with a chunk that unpacks to `size` bytes, or is so long itself."""
+    packed = zlib.compress(b"x" * size)
+    body = {
+        b"tEXt": b"k\0" + b"x" * size,
+        b"zTXt": b"k\0\0" + packed,
+        b"iTXt": b"k\0\1\0\0\0" + packed,
+        b"iCCP": b"k\0\0" + packed,
+    }[chunk]
+    data = encoded(Image.fromarray(smooth()), "PNG")
+    whole = struct.pack(">I", len(body)) + chunk + body + struct.pack(">I", zlib.crc32(chunk + body))
+    return data[:33] + whole + data[33:]
+
+
+@pytest.mark.parametrize("size", [10, 2 << 20, 80 << 20])
+@pytest.mark.parametrize("chunk", [b"tEXt", b"zTXt", b"iTXt", b"iCCP"])
+def test_a_png_with_much_text_or_a_large_profile_is_read(chunk, size):
+    data = png_with(chunk, size)
+    assert torch.equal(one(data), expected(smooth()))
+    assert stored_shape(data) == (96, 128, 1)
+
+
+@pytest.mark.parametrize("bits", [8, 10, 12, 14, 16])
+@pytest.mark.parametrize("format", ["PNG", "TIFF"])
+def test_values_in_16_bits_are_scaled_by_the_bits_in_use(bits, format):
+    grey = smooth()[:, :, 0].copy()
+    grey[0, 0] = 255
+    values = grey.astype(np.uint16) << (bits - 8)
+    assert torch.equal(one(encoded(Image.fromarray(values), format)), expected(np.repeat(grey[:, :, None], 3, axis=2)))
+
+
+def test_a_black_image_of_16_bits_stays_black():
+    assert one(encoded(Image.fromarray(np.zeros((8, 8), np.uint16)), "PNG")).max() == 0
+
+
+@pytest.mark.skipif(not features.check("avif"), reason="this Pillow has no AVIF")
+def test_avif():
+    data = encoded(Image.fromarray(smooth()), "AVIF", quality=95)
+    assert gap(one(data), expected(smooth())) < 3
+    assert stored_shape(data)[:2] == (96, 128)
+
+
+def test_heic_where_pillow_can():
+    pytest.importorskip("pillow_heif").register_heif_opener()
+    data = encoded(Image.fromarray(smooth()), "HEIF", quality=95)
+    assert gap(one(data), expected(smooth())) < 3

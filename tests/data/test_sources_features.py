@@ -307,3 +307,13 @@ def test_uniter_pretrains_on_what_was_imported(tmp_path: Path) -> None:
     assert losses.keys() == {"mrfr/masked", "mrc/masked"}
     torch.stack([loss.total for loss in losses.values()]).sum().backward()
     assert pretraining.model.single.regions.feature.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("factor", [np.array([640, 480, 640, 480]), 1.2, -0.3])
+def test_boxes_outside_0_to_1_are_refused(factor: object) -> None:
+    box = np.array([[0.1, 0.1, 0.9, 0.95], [0, 0, 1, 1]], np.float32)
+    feature = np.ones((2, 4), np.float32)
+    assert check_arrays({"norm_bb": box, "features": feature}).box_R4.max() == 1
+    assert check_arrays({"norm_bb": box * 1.001, "features": feature}).box_R4.max() == 1
+    with pytest.raises(ValueError, match="outside 0 to 1"):
+        check_arrays({"norm_bb": box * factor, "features": feature})

@@ -4,12 +4,14 @@ replaced by another."""
 from __future__ import annotations
 
 import io
+from contextlib import suppress
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
 import simplejpeg
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError, features
 from torch import Tensor
 
 from fastvlp.batch import Example, Record
@@ -21,6 +23,8 @@ MAX_PIXELS = 89_478_485
 
 # Only formats that are decoded in the process: Pillow hands some others (EPS) to a program that executes them.
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+# Chunks of a PNG that are no pixels and may be megabytes: Pillow refuses a picture for their size.
+_PNG_TEXTS = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
 ORIENTATION = 0x0112
 
 
@@ -39,8 +43,8 @@ class DecodeError(RecordError):
 def decode(record: Record, transform: Transform, *, max_pixels: int = MAX_PIXELS, min_side: int = 2) -> Example:
     """Decodes every image of the record: uint8 [I 3 size size].
 
-    EXIF's orientation is applied, transparency is laid over white, 16 bits are cut to the upper 8, CMYK and palettes are
-    converted, and of an animation the first frame is taken. Boxes in `info` stay in the stored image's pixels.
+    EXIF's orientation is applied, transparency is laid over white, of 16 bits the upper 8 in use are kept, CMYK and palettes
+    are converted, and of an animation the first frame is taken. Boxes in `info` stay in the stored image's pixels.
 
     Raises DecodeError for damaged images, for more than `max_pixels` (read from the header, before anything is
     decoded) and for a side below `min_side`.
@@ -74,7 +78,7 @@ def read_pixels(
 
     Raises what the decoders raise; ValueError for an image that is too large or too small.
     """
-    image = Image.open(io.BytesIO(data), formats=_FORMATS)
+    image = open_image(data)
     width, height = image.size
     if width * height > max_pixels:
         raise ValueError(f"{width}x{height} pixels are more than the {max_pixels} allowed; scale it down")
@@ -95,6 +99,39 @@ def read_pixels(
     return opened_pixels(image, upright=upright)
 
 
+def open_image(data: bytes) -> Image.Image:
+    """The image with Pillow, its pixels not read yet. The texts and the colour profile of a PNG, which may be of any size, are
+    left out. Raises what the decoders raise."""
+    return Image.open(io.BytesIO(_without_texts(data)), formats=_all_formats())
+
+
+@lru_cache
+def _all_formats() -> tuple[str, ...]:
+    """The formats that are decoded: AVIF where Pillow can, HEIC where the package `pillow-heif` is installed."""
+    more = []
+    if features.check("avif"):
+        more.append("AVIF")
+    with suppress(ImportError):
+        import pillow_heif
+
+        pillow_heif.register_heif_opener()
+        more.append("HEIF")
+    return (*_FORMATS, *more)
+
+
+def _without_texts(data: bytes) -> bytes:
+    if not data.startswith(b"\x89PNG\r\n\x1a\n") or not any(name in data for name in _PNG_TEXTS):
+        return data
+    view, parts, at = memoryview(data), [data[:8]], 8
+    while at + 12 <= len(data):
+        end = at + 12 + int.from_bytes(view[at : at + 4])
+        if bytes(view[at + 4 : at + 8]) not in _PNG_TEXTS:
+            parts.append(bytes(view[at:end]))
+        at = end
+    # What follows the last whole chunk of a cut file.
+    return b"".join([*parts, data[at:]])
+
+
 def opened_pixels(image: Image.Image, *, upright: bool = True) -> Tensor:
     """The pixels of an image that Pillow has opened or made, as of `read_pixels`."""
     turned = upright and orientation(image) != 1
@@ -103,7 +140,7 @@ def opened_pixels(image: Image.Image, *, upright: bool = True) -> Tensor:
 
 def stored_shape(data: bytes) -> StoredShape:
     """Reads the header of an image that can be decoded."""
-    with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+    with open_image(data) as image:
         return StoredShape(image.height, image.width, orientation(image))
 
 
@@ -120,7 +157,8 @@ def _rgb(image: Image.Image) -> Image.Image:
         values = np.asarray(image)
         if values.min() < 0 or values.max() > 0xFFFF:
             raise ValueError("32-bit pixels; store the image with 8 or 16 bits a channel")
-        return Image.fromarray((values >> 8).astype(np.uint8)).convert("RGB")
+        shift = _bits(int(values.max())) - 8
+        return Image.fromarray((values >> shift).astype(np.uint8)).convert("RGB")
     if image.mode == "F":
         raise ValueError("floating-point pixels; store the image with 8 or 16 bits a channel")
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
@@ -130,9 +168,15 @@ def _rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
+def _bits(highest: int) -> int:
+    """How many bits are in use of an image of 16: a scanner or camera of 10, 12 or 14 writes its values as they are, and they
+    would be nearly black."""
+    return next(bits for bits in (8, 10, 12, 14, 16) if highest < 1 << bits)
+
+
 def _reason(error: Exception) -> str:
     if isinstance(error, UnidentifiedImageError):
-        return f"not an image of a known format ({', '.join(_FORMATS)})"
+        return f"not an image of a known format ({', '.join(_all_formats())})"
     if isinstance(error, (ValueError, Image.DecompressionBombError)):
         return str(error)
     return f"damaged or truncated image ({type(error).__name__}: {error})"

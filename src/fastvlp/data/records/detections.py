@@ -11,6 +11,7 @@ import numpy as np
 
 # 100 regions of 2048 numbers and 1601 shares are 0.7 MB in half precision; a zip may claim to hold terabytes.
 MOST_BYTES = 1 << 26
+TOLERANCE = 0.005
 
 
 class Detections(NamedTuple):
@@ -35,6 +36,9 @@ def check_arrays(arrays: Mapping[str, Any]) -> Detections:
     box = box.astype(np.float32)[:, :4]
     if box.shape[1] != 4 or not all(np.isfinite(x).all() for x in (box, *half) if x is not None):
         raise ValueError("norm_bb has fewer than 4 columns, or a number is not finite")
+    # Extractors that divide by the width less 1 are a little above 1.
+    if box.size and (box.min() < -TOLERANCE or box.max() > 1 + TOLERANCE):
+        raise ValueError("norm_bb has a box outside 0 to 1; divide x by the image's width and y by its height")
     box = box.clip(0, 1)
     if (box[:, :2] > box[:, 2:]).any():
         raise ValueError("norm_bb has a box with x0 > x1 or y0 > y1; fractions of width and height are expected")

@@ -29,9 +29,9 @@ def formats_help() -> str:
     """A line for each format, and its own options below."""
     lines = []
     for name, source in formats().items():
-        lines.append(f"  {name:12}{source.summary}")
+        lines.append(f"  {name:14}{source.summary}")
         if options := [f"`{field.name}`" for field in fields(source)]:
-            lines.append(f"{'':14}with {', '.join(options)}")
+            lines.append(f"{'':16}with {', '.join(options)}")
     return "\n".join(lines)
 
 

@@ -18,7 +18,7 @@ from typing import Any
 from PIL import Image
 
 from fastvlp.batch import Dropped, Record
-from fastvlp.data.records.decode import ORIENTATION, decode, orientation, read_pixels
+from fastvlp.data.records.decode import ORIENTATION, decode, open_image, orientation, read_pixels
 from fastvlp.data.records.schema import LISTS_OF_OBJECTS, LISTS_OF_TEXT, fault, is_absent, unstorable
 from fastvlp.data.records.shards import RecordError, Shards, ShardWriter
 from fastvlp.data.records.transform import Transform
@@ -269,7 +269,7 @@ def shrink(data: bytes, max_side: int) -> tuple[bytes, float]:
     An image that is small enough comes back as it is, any other as an RGB JPEG of quality 92. EXIF's orientation is kept, so
     that boxes, which are in the stored pixels, need only be scaled. Raises what the decoders raise.
     """
-    with Image.open(io.BytesIO(data)) as image:
+    with open_image(data) as image:
         longest = max(image.size)
         turned = orientation(image)
     if longest <= max_side:

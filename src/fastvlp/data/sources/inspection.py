@@ -17,6 +17,7 @@ from rich.text import Text
 
 from fastvlp.batch import Dropped
 from fastvlp.data.reader import RecordReader, RecordView
+from fastvlp.data.records.decode import open_image
 from fastvlp.data.records.schema import fault
 from fastvlp.data.records.shards import RecordError, Shards
 from fastvlp.data.regions import RegionSource
@@ -97,7 +98,7 @@ def inspect_data(
                 continue
             _count(report, record, counter)
             if i in chosen:
-                images = [Image.open(io.BytesIO(data)) for data in record.encoded]
+                images = [open_image(data) for data in record.encoded]
                 pictures.append((images, summary_text(record.info)))
         reports.append(report)
     return Inspection(splits=reports, sheet=_draw_sheet(sheet or folder / "contact-sheet.png", pictures))
@@ -130,7 +131,7 @@ def _count(report: SplitReport, record: RecordView, tokenizer: Tokenizer | None)
     report.images += len(record.encoded)
     report.fields.update(record.info.keys())
     for data in record.encoded:
-        with Image.open(io.BytesIO(data)) as image:
+        with open_image(data) as image:
             report.sizes[image.size] += 1
             report.formats[f"{image.format} {image.mode}"] += 1
     for name, entries in record.info.items():
