@@ -32,6 +32,7 @@ def test_they_are_found():
 def test_each_is_understood(name, command, monkeypatch):
     runs = []
     monkeypatch.setattr("fastvlp.cli.run", lambda name, ready: runs.append(name))
-    # The runs that the commands start from are not there.
+    # The runs and public models that the commands start from are not there.
+    monkeypatch.setattr("fastvlp.training.public_start.with_public_encoders", lambda run, **names: run)
     monkeypatch.setattr("fastvlp.training.starting_point.starting_from", lambda run, folder: run)
     assert main(shlex.split(command)[1:]) == 0 and len(runs) == 1

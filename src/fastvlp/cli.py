@@ -41,7 +41,6 @@ from fastvlp.cli_results import (
     show_imported,
     show_inspection,
     show_task_scores,
-    show_towers,
 )
 from fastvlp.errors import UserError
 from fastvlp.extensions import import_file
@@ -111,7 +110,6 @@ COMMANDS: Mapping[str, Command] = {
     "evaluate probe": command("Logistic regression on frozen features.", "eval.probe:evaluate_probe", show_evaluation),
     "compare": command("Train recipes for the same time, and report.", "comparison.compare:compare", show_comparison),
     "convert": command("Make a folder like a run's of a public model.", "convert.checkpoints:convert", show_converted),
-    "towers": command("Start from CLIP's and RoBERTa's towers.", "convert.towers:start_from_towers", show_towers),
     "export": command("Write a model that stands alone.", "exporters.export:export", show_exported),
     "embed": command("Turn shards into vectors.", "search.bulk:embed_shards", show_counts),
     "index build": command("Add images to a search index.", "search.indexing:build_index", show_built),

@@ -102,23 +102,20 @@ def parse_pretrain(argv: Sequence[str]) -> Run:
 
 def with_encoders(run: TrainConfig, argv: Sequence[str]) -> tuple[TrainConfig, list[str]]:
     """The run with the public encoders that `--image` and `--text` name, and the other words, which may change what they bring
-    along, such as `--model.image.size`."""
+    along, such as `--model.image.size`. Those that a recipe names are read when the run starts."""
     from fastvlp.training.public_start import with_public_encoders
 
-    names: dict[str, Any] = {"image": run.image, "text": run.text}
-    layers: dict[str, Any] = {"image_layers": run.image_layers, "text_layers": run.text_layers}
-    args = list(argv)
-    for name in names:
-        value, args = take_option(args, f"--{name}")
-        names[name] = names[name] if value is None else None if value == "None" else value
-    for name in layers:
+    args, given = list(argv), dict[str, Any]()
+    for name in ("image", "image_layers", "text", "text_layers"):
         value, args = take_option(args, f"--{name.replace('_', '-')}")
-        if value is not None and value != "None" and not value.isdecimal():
-            raise UserError(f"`{name}` is a number of layers, not {value}")
-        layers[name] = layers[name] if value is None else None if value == "None" else int(value)
-    if not any(names.values()):
-        return replace(run, **names, **layers), args
-    return with_public_encoders(run, **names, **layers), args
+        if value is not None:
+            number = name.endswith("layers") and value.isdecimal()
+            given[name] = None if value == "None" else int(value) if number else value
+    run = replace(run, **given)
+    if not (run.image or run.text) or not given:
+        return run, args
+    names = {name: getattr(run, name) for name in ("image", "image_layers", "text", "text_layers")}
+    return with_public_encoders(run, **names), args
 
 
 def with_size(run: TrainConfig, argv: Sequence[str]) -> tuple[TrainConfig, list[str]]:

@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from fastvlp.data.world.corpus import WrittenCorpus
     from fastvlp.eval.evaluation import Evaluation
     from fastvlp.exporters.export import Exported
-    from fastvlp.model.model import VLModel
     from fastvlp.search.bulk import Counts
     from fastvlp.search.engines.interface import Hit
     from fastvlp.search.indexing import Built
@@ -53,10 +52,6 @@ def show_converted(done: Converted) -> None:
     more = {"untrained": [part.rstrip(".") for part in done.untrained], "absent encoder": done.absent}
     notes = "".join(f"; {name}: {', '.join(parts)}" for name, parts in more.items() if parts)
     print(f"{done.folder}: {done.layout}, {done.parameters / 1e6:.1f} M parameters{notes}")
-
-
-def show_towers(model: VLModel) -> None:
-    print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.0f} M parameters")
 
 
 def show_exported(exported: Exported) -> None:

@@ -25,6 +25,7 @@ import torch
 from torch import nn
 
 from fastvlp.model.encoders.module_images import from_module
+from fastvlp.model.inherited_config import with_image
 from fastvlp.recipes.clip_photos import clip_photos
 from fastvlp.recipes.flm_photos import flm_photos
 
@@ -54,11 +55,7 @@ def no_module(pretrained: bool):
 
 def with_trunk(run):
     image = from_module(trunk, size=32, fixed_statistics=True)
-    return replace(run, model=replace(run.model, image=image, embed=mean_pooled(run.model.embed)))
-
-
-def mean_pooled(embed):
-    return embed and replace(embed, image=replace(embed.image, pool="mean"))
+    return replace(run, model=with_image(run.model, image))
 '''
 RECIPES = {"trunk_clip": "with_trunk(clip_photos())", "trunk_flm": "with_trunk(flm_photos())"}
 
@@ -97,6 +94,7 @@ def test_its_weights_are_those_of_the_function_and_what_is_not_read_is_not_train
     assert pretrain(folder, "trunk_clip", tmp_path, "--steps", "1", "--optim.lr", "1e-12", *more) == 0
     model = load_model(tmp_path).model
     assert model.image.module.layers[0].bias.tolist() == [7.0] * 12 and model.config.text.width == 32
+    assert model.config.embed.image.pool == "mean"
     assert (model.config.image.width, model.config.image.grid, model.config.image.prefix) == (20, 2, 0)
     assert not model.image.module.classifier.weight.requires_grad
     model.train()

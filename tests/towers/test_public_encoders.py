@@ -15,7 +15,9 @@ from fastvlp.convert.encoder_family import ImageFamily, TextFamily
 from fastvlp.convert.public_encoders import PublicImages, PublicTexts, find_family, read_images, read_texts
 from fastvlp.errors import UserError
 from fastvlp.model import masks
+from fastvlp.model.inherited_config import same_weights
 from fastvlp.model.joint_space import Embed, EmbedConfig, Head
+from fastvlp.recipes import recipe
 from tests import golden
 from tests.towers.public import MAPS, image_models, pair_models, randomised, save, text_models
 
@@ -234,7 +236,17 @@ def test_hf_pairs(name, tmp_path):
     head, text_head = Head(images.head, images.config.width, joint), Head(texts.reading.head, texts.config.width, joint)
     head.load_state_dict(images.projection())
     text_head.load_state_dict(texts.projection())
-    states = built(images)(known["in.pixel_values"])
+    encoder, unnormed = built(images), list[Tensor]()
+    encoder.norm.register_forward_pre_hook(lambda module, args: unnormed.append(args[0]))
+    states = encoder(known["in.pixel_values"])
+    last = unnormed[0] if name == "clip" else states
+    golden.assert_close(
+        last, known["out.vision.last_hidden_state"], tolerance["out.vision.last_hidden_state"], "states"
+    )
+    if name == "clip":
+        golden.assert_close(
+            states[:, 0], known["out.vision.pooler_output"], tolerance["out.vision.pooler_output"], "pooled"
+        )
     vectors = head(states)
     golden.assert_close(vectors, known["out.image_embeds"], tolerance["out.image_embeds"], "image")
     ids = known["in.input_ids"]
@@ -244,3 +256,23 @@ def test_hf_pairs(name, tmp_path):
     last = known["out.text.last_hidden_state"]
     real = torch.ones(ids.shape, dtype=torch.bool) if length is None else torch.arange(ids.shape[1]) < length[:, None]
     golden.assert_close(states[real], last[real], tolerance["out.text.last_hidden_state"], "text states")
+
+
+# ---- the published models that a recipe names ----
+
+
+def test_flm_base_has_the_encoders_that_it_starts_from():
+    """CLIP ViT-B/32 and RoBERTa-base as their config.json state them, at the recipe's image size."""
+    clip = {
+        "hidden_size": 768,
+        "num_hidden_layers": 12,
+        "patch_size": 32,
+        "image_size": 224,
+        "hidden_act": "quick_gelu",
+    }
+    roberta = {"vocab_size": 50265, "max_position_embeddings": 514, "layer_norm_eps": 1e-5, "type_vocab_size": 1}
+    run = recipe("flm_base")
+    image = find_family(ImageFamily, {"model_type": "clip_vision_model"}).config(clip)
+    text = find_family(TextFamily, {"model_type": "roberta"}).config(roberta)
+    assert same_weights(replace(image, depth=run.image_layers), run.model.image) and run.model.image.size == 288
+    assert same_weights(text.with_depth(run.text_layers), run.model.text)

@@ -14,6 +14,7 @@ from tokenizers import Tokenizer as RawTokenizer
 from fastvlp.convert.preprocessing import Preprocessing, read_preprocessing
 from fastvlp.convert.public_encoders import read_images, read_texts, read_tokenizer
 from fastvlp.convert.public_folder import open_public
+from fastvlp.convert.weight_files import read_weights
 from fastvlp.data.tokenize import Tokenizer
 from fastvlp.errors import UserError
 from tests.towers.public import image_models, save, text_models
@@ -109,6 +110,13 @@ def test_a_tokenizer_file_may_be_named(tmp_path):
 
 
 # ---- what is wrong ----
+
+
+def test_what_is_no_weights_file_is_named(tmp_path):
+    for name, content in (("bad.safetensors", b"no"), ("bad.bin", b"no")):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(UserError, match=name):
+            read_weights(tmp_path / name)
 
 
 def test_what_is_no_public_model_is_refused(tmp_path, monkeypatch):

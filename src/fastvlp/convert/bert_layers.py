@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from fastvlp.convert.weight_map import WeightMap, Weights, apply_map, layer_numbers, weight_and_bias
+from fastvlp.convert.weight_map import Weights, weight_and_bias
 
 
 def bert_layer(ours: str, theirs: str, *, attend: bool, cross: bool) -> dict[str, tuple[str, ...]]:
@@ -45,14 +45,3 @@ def with_type_in_positions(weights: Weights, prefix: str) -> dict[str, Tensor]:
     positions = f"{prefix}embeddings.position_embeddings.weight"
     folded[positions] = weights[positions] + types[0]
     return folded
-
-
-def from_roberta(weights: Weights, depth: int) -> dict[str, Tensor]:
-    """`text.*` of a model from RoBERTa's embeddings and first `depth` layers. Raises UserError where a tensor is missing or
-    left over."""
-    prefix = "roberta." if any(name.startswith("roberta.") for name in weights) else ""
-    layers = f"{prefix}encoder.layer."
-    dropped = tuple(f"{layers}{i}." for i in layer_numbers(weights, layers) if i >= depth)
-    unused = (*dropped, f"{prefix}pooler.", f"{prefix}embeddings.position_ids", "lm_head.")
-    names = WeightMap(sources=roberta_encoder("text", prefix, depth), unused=unused)
-    return apply_map(with_type_in_positions(weights, prefix), names, layout="RoBERTa")

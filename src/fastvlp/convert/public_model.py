@@ -10,7 +10,7 @@ from torch import Tensor
 from fastvlp.convert.public_encoders import PublicImages, PublicTexts
 from fastvlp.errors import UserError
 from fastvlp.model.encoders.absent_encoders import AbsentImagesConfig, AbsentTextsConfig
-from fastvlp.model.inherited_config import inherited_config
+from fastvlp.model.inherited_config import inherited_config, with_image
 from fastvlp.model.joint_space import EmbedConfig, HeadConfig
 from fastvlp.model.model import ModelConfig
 from fastvlp.model.single_stream import SingleConfig
@@ -31,10 +31,7 @@ def with_encoders(like: ModelConfig, images: PublicImages | None, texts: PublicT
             f"{images.folder.source}: the recipe's model reads stored regions or their pixels, with no image encoder; take a "
             "recipe whose regions are pooled from one (uniter_end2end)"
         )
-    if public.single is not None:
-        return inherited_config(public, like)
-    regions = replace(like.single.regions, feature=public.image.width)
-    return replace(like, image=public.image, single=replace(like.single, regions=regions))
+    return inherited_config(public, like) if public.single is not None else with_image(like, public.image)
 
 
 def public_config(like: ModelConfig, images: PublicImages | None, texts: PublicTexts | None) -> ModelConfig:

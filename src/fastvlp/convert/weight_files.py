@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from fastvlp.convert.archives import is_torchscript, read_archive
-from fastvlp.errors import UserError, install
+from fastvlp.errors import UserError
 
 
 class Contents(NamedTuple):
@@ -26,29 +26,6 @@ class Contents(NamedTuple):
 
     tensors: dict[str, Tensor]
     other: dict[str, Any]
-
-
-def find_file(source: str, name: str) -> Path:
-    """The path of a file, which `source` is itself, or which is called `name` in a folder or in a repository of the Hugging
-    Face hub (`owner/repository`), from where it is downloaded. Raises UserError where there is none."""
-    path = Path(source)
-    if path.is_file():
-        return path
-    if path.is_dir():
-        if not (path / name).is_file():
-            raise UserError(f"{path}: has no {name}; name the file itself")
-        return path / name
-    if source.count("/") != 1:
-        raise UserError(f"{source}: no such file or folder, and not of the form owner/repository of the hub")
-    try:
-        from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import HfHubHTTPError
-    except ImportError:
-        raise UserError(f"{source}: no such file; to fetch it from the hub, {install('hub')}") from None
-    try:
-        return Path(hf_hub_download(source, name))
-    except (HfHubHTTPError, OSError, ValueError) as error:
-        raise UserError(f"{source}: the hub did not give {name} ({error}); download it and name the file") from None
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastvlp.config import Json, to_json
 from fastvlp.errors import UserError
+from fastvlp.model.encoders.absent_encoders import AbsentTextsConfig
 from fastvlp.model.encoders.interface import ImageEncoderConfig, TextEncoderConfig
 from fastvlp.model.fusion import FusionConfig, ReconstructorConfig
 from fastvlp.model.joint_space import EmbedConfig, HeadConfig
@@ -51,6 +52,15 @@ def inherited_config(saved: ModelConfig, like: ModelConfig) -> ModelConfig:
         reconstructor=_reconstructor(reconstructor, fusion, text),
         embed=_joint_space(saved, config),
     )
+
+
+def with_image(like: ModelConfig, image: ImageEncoderConfig) -> ModelConfig:
+    """The model of a recipe with another image encoder, and what reads its states made for their width."""
+    if like.single is not None:
+        regions = replace(like.single.regions, feature=image.width)
+        return replace(like, image=image, single=replace(like.single, regions=regions))
+    text = AbsentTextsConfig(positions=like.text.positions, width=like.text.width, depth=like.text.depth)
+    return inherited_config(ModelConfig(image=image, text=text), like)
 
 
 def inheritable_weights(saved: Saved, config: ModelConfig) -> dict[str, Tensor]:

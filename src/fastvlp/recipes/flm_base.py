@@ -1,10 +1,10 @@
 """The paper's run (FLM, arXiv 2303.14038; hyperparameters of TencentARC/FLM's README): 4M pairs, CLIP ViT-B/32 and
 RoBERTa-base, 288 px, 30,000 steps of 4,096 pairs.
 
-    vlp towers --out b32_roberta
     torchrun --nproc-per-node 8 --no-python vlp pretrain flm_base --data.train PAIRS/train
 
-The rates assume trained towers. Fewer ranks: raise --accumulate in proportion. Not run yet: no result.
+Both encoders are fetched from the hub; where it cannot be reached, name folders: `--image CLIP --text ROBERTA`. Fewer ranks:
+raise --accumulate in proportion. Not run yet: no result.
 """
 
 from fastvlp.data.pairs import PairData
@@ -21,8 +21,11 @@ def flm_base() -> TrainConfig:
         model=sizes.flm_base(),
         objectives={"flm": FLMConfig()},
         optim=OptimConfig(lr=8e-5, weight_decay=0.01, clip=None, warmup=0.05),
-        tokenizer="b32_roberta/tokenizer.json",
-        init="b32_roberta",
+        # All but CLIP's last layer, which is hardly more than a pooling of the states before it (METER, arXiv 2111.02387).
+        image="openai/clip-vit-base-patch32",
+        image_layers=11,
+        text="FacebookAI/roberta-base",
+        text_layers=6,
         steps=30_000,
         accumulate=8,
         seed=2022,
