@@ -1,4 +1,4 @@
-"""report.html of a comparison: one file that needs no other, for light and dark screens."""
+"""Writes report.html of a comparison: one self-contained file, with colours for light and dark mode."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ TIME = AXES[0][0]
 
 
 def write_report(comparison: Comparison, path: Path) -> None:
-    """Raises UserError where the file cannot be written."""
+    """Writes the report. Raises UserError if the file cannot be written."""
     write_whole(path, page(comparison).encode())
 
 
 def page(comparison: Comparison) -> str:
-    """The report as HTML; also of a comparison that is not finished."""
+    """Returns the report as HTML. The comparison need not be finished."""
     rows, scores = summarise(comparison), measured_scores(comparison)
     body = [
         _head(comparison, rows, scores),
@@ -71,9 +71,9 @@ def _name(comparison: Comparison, arm: str) -> str:
 
 
 def describe_speedup(speed: Speedup, reference: str) -> str:
-    """A speed-up as the end of a sentence about the arm."""
+    """Describes a speed-up, to end a sentence whose subject is the arm."""
     if not speed.n:
-        return f"not timed, because {reference} had its final score at the first scoring already, or has none"
+        return f"not timed, because {reference} already had its final score at the first scoring, or has no score"
     if speed.ratio is None:
         return f"did not reach the final score of {reference}"
     if speed.ratio.n > 1 and within_noise(speed.ratio, Spread(1.0, 0.0, speed.ratio.n)):
@@ -91,7 +91,7 @@ def _head(comparison: Comparison, rows: Sequence[Summary], scores: Sequence[Scor
 
 
 def _lead(comparison: Comparison, rows: Sequence[Summary], scores: Sequence[Score]) -> str:
-    """The summary at the top of the page. An arm that is ahead by no more than the noise is not called the best."""
+    """Returns the summary at the top of the page. If the lead of the best arm is within the noise, it says so."""
     several = comparison.seeds > 1
     sentences = [
         f"Each arm trained for the same time on the same device, with {comparison.seeds} seed{'s' if several else ''}. "
@@ -140,7 +140,7 @@ def _legend(comparison: Comparison) -> str:
 def _points(
     runs: Sequence[ArmRun], shares: Sequence[float], name: str, at: Callable[[TrainingCost], float], scale: float
 ) -> Iterator[Point]:
-    """Mean and range over seeds at each share of the budget."""
+    """Yields the mean and the range over seeds at each share of the budget."""
     for share in shares:
         marks = [m for run in runs for m in run.marks if m.share == share and name in m.scores]
         if marks:
@@ -165,7 +165,7 @@ def _score_section(comparison: Comparison, rows: Sequence[Summary], score: Score
 
 
 def _score_charts(comparison: Comparison, score: Score) -> str:
-    """A score against time, steps and pairs."""
+    """Draws a score against time, steps and pairs."""
     name, scale, unit = score.name, *((100.0, " %") if score.percent else (1.0, ""))
     finals = [run.marks[-1].scores.get(name) for run in comparison.runs_of(comparison.reference) if run.marks]
     level = spread([f * scale for f in finals if f is not None])
@@ -190,7 +190,7 @@ def _html_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def _score_table(comparison: Comparison, rows: Sequence[Summary], score: Score) -> str:
-    """The numbers below a score's charts."""
+    """Returns the table below a score's charts."""
     times = [format_duration(share * comparison.budget_s) for share in comparison.shares]
     cells = [
         [
@@ -214,9 +214,9 @@ def _speed(comparison: Comparison, rows: Sequence[Summary]) -> str:
     reference = comparison.reference
     note = (
         "All numbers are means over seeds; ± gives the sample standard deviation. "
-        f"Time-to-quality compares how soon two arms first have the final score of {reference}: it is the training time of "
-        f"{reference} divided by that of the arm, computed for each seed. Between two scorings the curves are taken to be "
-        "straight. A ≥ marks an arm that was there at its first scoring already. "
+        f"Time-to-quality compares how soon two arms reach the final score of {reference}: it is the time that "
+        f"{reference} needs divided by the time that the arm needs, computed for each seed. Between two scorings, scores are "
+        "interpolated linearly. A ≥ marks an arm that had already reached it at its first scoring. "
         "Training time is the wall time of the training steps, including waiting for data but not scoring. "
         "CPU s per s: processor seconds of the main process in each second of training."
     )
@@ -264,7 +264,7 @@ def _sample(comparison: Comparison, sample: Sample) -> str:
             f"<dl>{''.join(answers)}</dl></div>"
         )
     alt = escape(sample.references[0] if sample.references else sample.key, quote=True)
-    # A PNG is a drawing of few pixels, to be enlarged with crisp edges.
+    # PNGs are the small drawings of the embedded corpus, which look better enlarged without smoothing.
     crisp = ' class="crisp"' if sample.picture.startswith("data:image/png") else ""
     return f'<div class="sample"><img{crisp} src="{sample.picture}" alt="{alt}"><div>{"".join(parts)}</div></div>'
 

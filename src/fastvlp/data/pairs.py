@@ -37,9 +37,9 @@ class Rows:
 
     Attributes:
         count: number of rows.
-        make: a batch of rows, and the records that could not be used.
-        damage: what cannot be read of the shards, and is in no row.
-        lengths: reads how long the rows are, to group them by length.
+        make: makes a batch of rows, and names the records that could not be used.
+        damage: the parts of the shards that cannot be read, which have no rows.
+        lengths: reads the number of tokens of every row, to group rows by length.
     """
 
     count: int
@@ -59,14 +59,14 @@ class Data(abc.ABC):
     cache: bool = True
     """Keep decoded images in memory."""
     max_length: int = 50
-    """Tokens of a text, `<s>` and `</s>` included; a longer text loses its end."""
+    """The most tokens of a text, including `<s>` and `</s>`; a longer text is cut at its end."""
     fit: Fit = "crop"
     """How an image becomes a square: cut to its centre, squashed, or whole on a grey square."""
     group: int | None = None
-    """Make training's batches of rows of about one length, found among this many shuffled rows."""
+    """Make training batches of rows of about the same length, chosen among this many shuffled rows."""
     max_tokens: int | None = None
-    """Instead of batch_size rows, a micro-batch on one rank has as many rows as fit into this budget of tokens, rows times
-    the longest; they are grouped among `group` rows, or 32768."""
+    """Token budget of one micro-batch on one rank, in place of `batch_size`: it has as many rows as fit, where each row counts
+    as much as the longest. Rows are grouped by length among `group` rows, by default 32768."""
     fill: Literal["official"] | None = None
     """How the budget is filled: `official` makes batches as small as UNITER's released code does."""
 
@@ -90,8 +90,8 @@ class Data(abc.ABC):
         """Rows with images of `size` x `size` pixels; None where there is no such split.
 
         Args:
-            strict: raises where a record is unreadable (evaluation); otherwise it is dropped and named (training).
-            stored: states of frozen encoders that are read in place of pixels. It is given where there are some.
+            strict: whether an unreadable record raises an error (evaluation) or is left out and named (training).
+            stored: states of frozen encoders, to read in place of pixels and texts; None if there are none.
         """
 
     @abc.abstractmethod
@@ -99,7 +99,7 @@ class Data(abc.ABC):
         """The training texts, to train a tokenizer on."""
 
 
-# Fields of a record beside the captions that fine-tuning reads later, and the name of the text in their entries.
+# Other fields that fine-tuning reads later, and the key of the text in their entries. The tokenizer has to know their words.
 _OTHER_TEXTS = (("questions", "question"), ("statements", "text"))
 
 
@@ -117,7 +117,7 @@ class PairData(Data):
     """Field of a record that holds its list of captions. `captions_zh`: the Chinese ones; `captions+captions_zh`: both, for
     a model of two languages."""
     regions: RegionSource | None = None
-    """Regions of each image that come along."""
+    """Regions to load with each image."""
 
     def rows(
         self, split: Split, tokenizer: Tokenizer, size: int, *, strict: bool, stored: Stored | None = None
@@ -149,7 +149,7 @@ class PairData(Data):
         return stored.texts.open(shards, tokenizer, self.captions, self.max_length)
 
     def texts(self) -> Iterator[str]:
-        """Captions, and questions and statements in the same languages."""
+        """Yields the captions, and the questions and statements in the same languages."""
         languages = [field.removeprefix("captions") for field in self.captions.split("+")]
         fields = [(f"{field}{language}", text) for language in languages for field, text in _OTHER_TEXTS]
         any_caption = False
@@ -224,19 +224,19 @@ class PairMaker:
 
     def _pair(self, row: Row) -> Pair:
         record = self.reader.record(row.index)
-        # Before the image, which is not decoded in vain where there is no caption.
+        # Checked before the image is decoded, which would be in vain without a caption.
         captions = usable_captions(record.info, self.captions)
         if not captions:
             fields = ", ".join(sorted(record.info)) or "none"
             raise RecordError(record.key, f"no usable caption in {self.captions!r} (fields: {fields})")
-        # Hashed once more: the row's seed itself goes to the objective.
+        # A hash of the seed, because the objective draws from the seed itself: the two draws must be independent.
         k = hash64(row.seed) % len(captions)
         states = None if self.texts is None else self.texts.entry(self.texts.of_record(row.index)[k])
         return Pair(record.images[0], captions[k], row.seed, record.regions, states)
 
 
 def readable_infos(shards: Shards) -> Iterator[dict[str, Any]]:
-    """The info of every record where it can be read; making a batch of another one raises its error."""
+    """Yields the info of every record whose info can be read. The errors of the others are reported when batches are made."""
     for i in range(len(shards)):
         with suppress(RecordError):
             yield shards.info(i)
@@ -249,8 +249,8 @@ def caption_lengths(
     max_length: int,
     others: Callable[[Mapping[str, Any]], int] = lambda _: 0,
 ) -> Lengths:
-    """The lengths of a `PairMaker`'s rows, by reading every record's info and tokenising every caption: half a minute for a
-    million captions on one core, and 8 bytes kept for each.
+    """Returns the lengths of a `PairMaker`'s rows. It reads every record's info and tokenises every caption, which takes half a
+    minute for a million captions on one core, and keeps 8 bytes for each.
 
     Args:
         others: number of tokens of a row besides its text, such as regions, given the record's info.

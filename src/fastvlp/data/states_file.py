@@ -1,15 +1,15 @@
-"""A file of states that an encoder has computed: entries of S states each, read through memory mapping.
+"""A file of precomputed encoder states, read through memory mapping. An entry holds the S states of one image or text.
 
-It is in safetensors' format, so that other tools read it too:
+Its format is safetensors, so other tools can read it too:
 
     states       float16 or float32 [R D]: the states of all entries, one entry after the other
     first        int64 [N + 1]: entry i is states[first[i] : first[i + 1]]
     image_shape  int32 [N 3]: height, width and EXIF orientation of the stored image of each entry (zeros for texts)
     checksum     uint32 [N]: CRC-32 of the states and the shape of each entry
     filled       uint8 [N]: 1 where an entry was computed, 0 where its image cannot be read
-    records      int64 [M + 1]: record i has entries records[i] to records[i + 1]; of texts alone, of which a record has some
+    records      int64 [M + 1], only for texts, of which a record has several: record i has entries records[i] : records[i + 1]
 
-`metadata["about"]` says, as JSON, what the states depend on: the encoder, the preprocessing, the shards.
+`metadata["about"]` is JSON that describes what the states depend on: the encoder, the preprocessing, the shards.
 """
 
 from __future__ import annotations
@@ -31,23 +31,23 @@ from fastvlp.errors import UserError
 
 try:
     import fcntl
-except ImportError:  # Windows, where nothing keeps a second process from writing
+except ImportError:  # Windows has no file locks of this kind, so two processes may write the same file there
     fcntl = None  # type: ignore[assignment]
 
 StateType = Literal["fp16", "fp32"]
 Name = Literal["states", "first", "image_shape", "checksum", "filled", "records"]
 DTYPES = {"F16": "<f2", "F32": "<f4", "I64": "<i8", "I32": "<i4", "U32": "<u4", "U8": "u1"}
 CODES: Mapping[StateType, str] = {"fp16": "F16", "fp32": "F32"}
-# Of a header; safetensors allows as much.
+# The largest header in bytes, the same as in safetensors.
 MOST_BYTES = 100_000_000
 
 
 class DamagedStatesError(Exception):
-    """A file that is not what it was when it was written, or no file of states."""
+    """The file is damaged, or is not a file of states."""
 
 
 class Table(NamedTuple):
-    """Where a table lies in the file."""
+    """Type, shape and position of a table in the file."""
 
     dtype: np.dtype
     shape: tuple[int, ...]
@@ -59,14 +59,14 @@ class Table(NamedTuple):
 
 
 class EntryShape(NamedTuple):
-    """How many states each entry has [N], and which entries are of which record [M + 1], where records have some."""
+    """The number of states of each entry [N]; for texts, also where the entries of each record begin [M + 1]."""
 
     lengths: Sequence[int]
     records: Sequence[int] | None = None
 
 
 class Entries(NamedTuple):
-    """The entries of a file before they are computed: their shape, width and type, and what they depend on."""
+    """The layout of a file before its states are computed: their number, width and type, and what they depend on."""
 
     shape: EntryShape
     width: int
@@ -102,7 +102,7 @@ class Entries(NamedTuple):
 
 
 def read_header(data: bytes) -> tuple[dict[str, Table], dict[str, Any]]:
-    """The tables of a file, given its beginning, and what its states depend on. Raises DamagedStatesError."""
+    """Reads the tables of a file from its first bytes, and what its states depend on. Raises DamagedStatesError."""
     try:
         fields = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
         about = json.loads(fields.pop("__metadata__")["about"])
@@ -119,14 +119,14 @@ def read_header(data: bytes) -> tuple[dict[str, Table], dict[str, Any]]:
 
 
 def checksum(states: np.ndarray, image_shape: np.ndarray) -> int:
-    """Of one entry."""
+    """Returns the CRC-32 of one entry."""
     return zlib.crc32(image_shape.tobytes(), zlib.crc32(states.tobytes()))
 
 
 class StatesFile:
-    """The entries of a finished file. Picklable; safe to use after a fork.
+    """The entries of a complete file. Picklable, and safe to use after a fork.
 
-    Raises DamagedStatesError where the file is shorter than its header says, or no such file.
+    Raises DamagedStatesError if the file cannot be read, is not a file of states, or does not have the size in its header.
     """
 
     def __init__(self, path: Path):
@@ -152,7 +152,7 @@ class StatesFile:
 
     def _table(self, name: Name) -> np.ndarray:
         table = self._tables[name]
-        # Copied when it is written to, which nobody does: torch warns of arrays that cannot be written.
+        # Mode "c" (copy on write) only because torch warns about read-only arrays; nobody writes to it.
         return np.memmap(self.path, table.dtype, "c", table.offset, table.shape)
 
     def __len__(self) -> int:
@@ -166,8 +166,8 @@ class StatesFile:
         return self.entry(i)
 
     def entry(self, i: int) -> Tensor:
-        """The states of entry i, [S D]. Raises UserError where its checksum is not that of its bytes; it is tested when the
-        entry is first read."""
+        """Reads the states of entry i, [S D]. The first read of an entry compares its checksum, and raises UserError if it is
+        wrong."""
         states = self._states[int(self._first[i]) : int(self._first[i + 1])]
         if not self._checked[i]:
             if checksum(states, self._shape[i]) != self._checksum[i]:
@@ -179,11 +179,11 @@ class StatesFile:
         return torch.from_numpy(np.array(states))
 
     def shape(self, i: int) -> StoredShape:
-        """How the image of entry i is stored."""
+        """Returns height, width and orientation of the stored image of entry i."""
         return StoredShape(*self._shape[i].tolist())
 
     def lengths(self) -> np.ndarray:
-        """States of each entry, int64 [N]."""
+        """Returns the number of states of each entry, int64 [N]."""
         return np.diff(self._first)
 
     def of_record(self, i: int) -> range:
@@ -195,10 +195,10 @@ class StatesFile:
 
 
 class StatesWriter:
-    """Fills the entries of a file that gets its name when it is complete. Its part of before an interruption is kept: what
-    was computed then is not missing.
+    """Writes the entries of an unfinished file, which gets its final name when it is complete. Entries that an interrupted run
+    wrote are kept, and are not `missing`.
 
-    Raises OSError where there is no room.
+    Raises OSError if the disk is full.
     """
 
     def __init__(self, file: int, entries: Entries):
@@ -208,7 +208,7 @@ class StatesWriter:
         size = max(table.end for table in self._tables.values())
         if os.pread(file, len(header), 0) != header or os.fstat(file).st_size != size:
             os.ftruncate(file, 0)
-            # A full disk is noticed now, and not after hours of computing.
+            # Reserved now, so that a full disk is noticed before hours of computing and not after them.
             reserve(file, size)
             self._write("first", 0, self.first.astype("<i8"))
             if entries.shape.records is not None:
@@ -216,12 +216,12 @@ class StatesWriter:
             write_at(file, header, 0)
 
     def missing(self) -> list[int]:
-        """The entries that are still to be computed."""
+        """Returns the entries that are still to be computed."""
         filled = self._read("filled", 0, len(self.first) - 1)
         return [i for i, done in enumerate(filled) if not (done and self._is_whole(i))]
 
     def put(self, i: int, states: np.ndarray, image_shape: Sequence[int] = (0, 0, 0)) -> None:
-        """Entry i: [S D]."""
+        """Writes the states [S D] of entry i."""
         shape = np.asarray(image_shape, np.int32)
         states = np.ascontiguousarray(states, self._tables["states"].dtype)
         self._write("states", int(self.first[i]), states)
@@ -256,7 +256,7 @@ def write_at(file: int, data: bytes, at: int) -> None:
 
 
 def reserve(file: int, size: int) -> None:
-    """Makes room for `size` bytes."""
+    """Reserves `size` bytes on the disk for a file."""
     if hasattr(os, "posix_fallocate") and size:
         os.posix_fallocate(file, 0, size)
     else:
@@ -265,8 +265,8 @@ def reserve(file: int, size: int) -> None:
 
 @contextmanager
 def open_part(path: Path, wait: Callable[[], None]) -> Iterator[int | None]:
-    """The file beside `path` to write to, open and locked against other processes; None where another process has completed
-    `path` meanwhile. `wait` is called where that is waited for. The block renames it with `complete`."""
+    """Opens the unfinished file beside `path` for writing, and locks it against other processes. Yields None if another process
+    has completed `path` meanwhile. Calls `wait` before it waits for the lock. The caller renames the file with `complete`."""
     part = part_of(path)
     part.parent.mkdir(parents=True, exist_ok=True)
     while True:
@@ -278,7 +278,7 @@ def open_part(path: Path, wait: Callable[[], None]) -> Iterator[int | None]:
                     part.unlink()
                 yield None
                 return
-            # The process that had it may have completed or removed it before it let go of it.
+            # The process that held the lock may have renamed or removed this file before it released the lock: open again.
             if _is_same(file, part):
                 yield file
                 return
@@ -287,7 +287,7 @@ def open_part(path: Path, wait: Callable[[], None]) -> Iterator[int | None]:
 
 
 def complete(file: int, path: Path) -> None:
-    """Gives a part that is full its name."""
+    """Renames an unfinished file, which is now full, to its final name."""
     os.fsync(file)
     part_of(path).replace(path)
 

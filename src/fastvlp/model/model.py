@@ -1,4 +1,4 @@
-"""VLModel: image and text encoder, the parts that join them, and the ways to read a text beside an image."""
+"""VLModel: image and text encoder, the parts that join them, and the ways to encode a text together with an image."""
 
 from __future__ import annotations
 
@@ -22,9 +22,10 @@ from fastvlp.model.region_embedding import region_features, require_regions
 from fastvlp.model.region_pooling import RegionPool, box_weights, pool_regions
 from fastvlp.model.single_stream import SingleConfig, SingleStates, SingleStream
 
-# How a model reads a text to summarise it: all at once, left to right, or through the reconstructor.
+# How `summarise` encodes a text: in both directions at once, left to right, or with FLM's two streams and reconstructor.
 Reading = Literal["full", "causal", "flm"]
-# `blind`: <s> is a left-to-right start that sees no text. `official`: it sees all and is hidden from every other token.
+# What <s> attends to. `blind`: only itself, as the first token of a left-to-right text. `official`: the whole text, and no
+# other token attends to <s>, as in FLM's released code.
 Bos = Literal["blind", "official"]
 
 
@@ -38,9 +39,9 @@ class ModelConfig:
     """
 
     image: ImageEncoderConfig
-    """The image encoder. A single stream over a detector's regions reads its size alone."""
+    """The image encoder. A single stream over a detector's regions uses only its size."""
     text: TextEncoderConfig
-    """The text encoder. A single stream reads its embedding alone."""
+    """The text encoder. A single stream uses only its embedding."""
     fusion: FusionConfig | None = None
     """Layers in which the text reads the image, with a vocabulary head."""
     reconstructor: ReconstructorConfig | None = None
@@ -48,7 +49,7 @@ class ModelConfig:
     embed: EmbedConfig | None = None
     """Heads that map images and texts into one joint space."""
     single: SingleConfig | None = None
-    """One stream over words and regions. It stands alone: no fusion, reconstructor or joint space."""
+    """One stream over words and regions. It excludes fusion, reconstructor and joint space."""
     separate_heads: bool = False
     """Whether FLM's forward and reverse stream have vocabulary heads of their own."""
     initial: Literal["bert", "mae"] = "bert"
@@ -56,14 +57,14 @@ class ModelConfig:
 
     @property
     def longest_text(self) -> int:
-        """Most tokens, <s> and </s> included, that there are positions for."""
+        """The most tokens that a text may have, including <s> and </s>."""
         embed = self.embed if self.fusion is None else None
         if embed is None or embed.text_length is None:
             return self.text.positions
         return self.text.positions + (2 if not embed.text_special else int(not embed.text_start))
 
     def check(self) -> None:
-        """Raises UserError where parts do not fit together. It is not done on creation, because the command line overrides
+        """Raises UserError if parts do not fit together. This is not checked on creation, because the command line overrides
         fields one by one."""
         self.image.check()
         self.text.check()
@@ -80,7 +81,7 @@ class ModelConfig:
         if self.single:
             if self.fusion or self.reconstructor or self.embed or self.separate_heads or self.text.depth:
                 raise UserError(
-                    "`model.single` stands alone: no fusion, reconstructor, embed or separate heads, and `model.text.depth` 0"
+                    "`model.single` excludes fusion, reconstructor, embed and separate heads, and needs `model.text.depth` 0"
                 )
             self.single.regions.check(self.image)
         if self.embed:
@@ -90,30 +91,30 @@ class ModelConfig:
         depth = self.fusion.depth if self.fusion else 0
         if part.bottom > self.text.depth or part.top > depth:
             raise UserError(
-                f"`model.reconstructor`: each layer reads one of the text encoder ({self.text.depth} layers) or of fusion "
-                f"({depth} layers); bottom {part.bottom} and top {part.top} are more than there are"
+                f"`model.reconstructor`: each bottom layer reads one of the text encoder ({self.text.depth} layers), each "
+                f"top layer one of fusion ({depth} layers); bottom {part.bottom} and top {part.top} are too many"
             )
 
 
 class Streams(NamedTuple):
-    """States of FLM's two directions. Row 2b is the forward stream of text b, row 2b+1 the reverse one, so that [B*2 L D]
-    viewed as [B 2L D] is the list of keys that the reconstructor reads."""
+    """States of FLM's two directions. Row 2b is the forward stream of text b, and row 2b+1 its reverse stream. [B*2 L D] viewed
+    as [B 2L D] is therefore the list of keys that the reconstructor attends to."""
 
     bottom: list[Tensor]  # after each layer of the text encoder
     top: list[Tensor]  # after each fusion layer
     forward_L: Tensor  # the text position of each forward column
     reverse_BL: Tensor  # the text position of each reverse column, -1 for padding
-    first: int  # the first forward position that other rows may see
+    first: int  # the first forward position that a query may attend to
 
 
 class Cache(NamedTuple):
-    """State of decoding: keys and values of the text so far and of the image, layer by layer."""
+    """Decoding state: keys and values of the text so far and of the image, for each layer."""
 
     past: list[KeyValue]  # of the text encoder's layers, then of the fusion layers
     image: list[KeyValue]
 
     def select(self, rows: Tensor) -> Cache:
-        """The state of some rows, in the order of their indices."""
+        """Returns the state of the given rows, in the given order."""
         return Cache([p.select(rows) for p in self.past], [i.select(rows) for i in self.image])
 
 
@@ -152,8 +153,8 @@ class VLModel(Freezable):
             initialise_as_mae(self)
 
     def resized(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The weights of another such model. A part that differs from this one's in its number of positions or types alone is
-        made to fit."""
+        """Returns the weights of a similar model, made to fit this one where only the number of positions or of token types
+        differs."""
         for name, part in (("image", self.image), ("text", self.text), ("single", self.single)):
             if isinstance(part, Absent):
                 continue
@@ -163,7 +164,7 @@ class VLModel(Freezable):
         return dict(state)
 
     def encoders(self) -> dict[str, ImageEncoder | TextEncoder]:
-        """The encoders that the model has, by the name of their part."""
+        """Returns the encoders that the model has, by name: `image` and `text`."""
         named: dict[str, ImageEncoder | TextEncoder] = {"image": self.image, "text": self.text}
         return {name: encoder for name, encoder in named.items() if not isinstance(encoder, Absent)}
 
@@ -173,18 +174,19 @@ class VLModel(Freezable):
         return self.forward_head or self.head
 
     def stream_head(self, stream: str) -> LMHead:
-        """The head of FLM's `reconstruct`, `forward` or `reverse` predictions."""
+        """Returns the vocabulary head of FLM's `reconstruct`, `forward` or `reverse` predictions."""
         own = {"reconstruct": self.head, "forward": self.forward_head, "reverse": self.reverse_head}[stream]
         return own or self.head
 
     def encode_image(self, image: Tensor, keep_BK: Tensor | None = None, regions: Regions | None = None) -> Tensor:
-        """States of images, uint8 [B 3 H W] -> [B K D]; a single stream reads features of regions instead: [B R F].
+        """Encodes images, uint8 [B 3 H W] -> states [B K D] or, for a single stream, features of regions [B R F].
 
         Args:
             image: the images, or their stored states [B K D], which are not encoded again.
             keep_BK: the patches to encode; None means all.
+            regions: the batch's regions, for a single stream.
 
-        Raises UserError where patches cannot be left out.
+        Raises UserError if `keep_BK` is given and the model needs all patches.
         """
         if keep_BK is not None:
             self.config.image.check_can_drop()
@@ -213,11 +215,11 @@ class VLModel(Freezable):
         slot_B: Tensor | None = None,
         kind_BL: Tensor | None = None,
     ) -> SingleStates:
-        """Words and regions in one stream.
+        """Encodes words and regions together, in one stream.
 
         Args:
             feature_BRF: what `encode_image` returned.
-            hidden_BR: regions whose features are masked.
+            hidden_BR: True for regions whose features are masked.
             slot_B: as in `SingleStream.forward`.
             kind_BL: the row of the type table for each word; None means row 0.
         """
@@ -227,17 +229,17 @@ class VLModel(Freezable):
         return self.single(words, length_B, feature_BRF, require_regions(regions), hidden_BR=hidden_BR, slot_B=slot_B)
 
     def embed_image(self, image_BKD: Tensor, regions: Regions | None = None) -> Tensor:
-        """Unit vectors of images in the joint space, fp32 [B E], from the states of `encode_image`. `regions`: the batch's,
-        which some heads read."""
+        """Returns unit vectors of images in the joint space, fp32 [B E], given the states from `encode_image`. `regions`: the
+        batch's regions, for heads that pool them."""
         return self.embed.image(image_BKD, regions=regions)
 
     def embed_text(
         self, ids_BL: Tensor, length_B: Tensor, keep_BK: Tensor | None = None, stored_BSD: Tensor | None = None
     ) -> Tensor:
-        """Unit vectors of texts in the joint space, fp32 [B E].
+        """Returns unit vectors of texts in the joint space, fp32 [B E].
 
         Args:
-            keep_BK: sorted positions that are encoded (FLIP's text masking); the others cost nothing.
+            keep_BK: the sorted positions to encode (FLIP's text masking); the others are not computed.
             stored_BSD: stored states of the texts (`text_states`), which are not encoded again.
         """
         if stored_BSD is None:
@@ -246,7 +248,7 @@ class VLModel(Freezable):
         return self.embed.text(stored_BSD.to(self.text.word_table.dtype), length.clamp(max=stored_BSD.shape[1]))
 
     def text_states(self, ids_BL: Tensor, length_B: Tensor, keep_BK: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """The states of texts that the head of the joint space reads [B L D], and how many of each row are real [B]."""
+        """Returns the states of texts [B L D] that the joint space pools, and the number of real states in each row [B]."""
         config = self.embed.config
         ids, length = self.embed.words(ids_BL, length_B, self.config.text)
         position = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
@@ -265,10 +267,14 @@ class VLModel(Freezable):
         causal: bool = False,
         slot_B: Tensor | None = None,
     ) -> Tensor:
-        """States of a text that reads an image -> [B L D]. `mask` (True where a row sees a column) and `causal` are not given
-        together.
+        """Encodes texts with cross-attention to images -> [B L D].
 
-        An image may have s texts: rows b*s ... b*s+s-1 read image b. `slot_B`: which image of its item it is.
+        An image may have s texts: rows b*s ... b*s+s-1 attend to image b.
+
+        Args:
+            mask: True where a row attends to a column. Not together with `causal`.
+            causal: whether each token attends only to itself and the tokens before it.
+            slot_B: the position of the image within its item, for items with several images; None means the first.
         """
         position_L = torch.arange(ids_BL.shape[1], device=ids_BL.device)
         x = self.text(ids_BL, position_L, mask=mask, causal=causal)
@@ -281,17 +287,17 @@ class VLModel(Freezable):
     def read_causally(
         self, image_BKD: Tensor, ids_BL: Tensor, length_B: Tensor, *, bos: Bos, slot_B: Tensor | None = None
     ) -> Tensor:
-        """States of a text that is read left to right beside an image -> [B L D], with the `<s>` of pretraining."""
+        """Encodes texts left to right with cross-attention to images -> [B L D]. `bos`: as in pretraining."""
         mask = None if bos == "blind" else masks.causal_official(length_B, ids_BL.shape[1])
         return self.read(image_BKD, ids_BL, mask=mask, causal=mask is None, slot_B=slot_B)
 
     def streams(
         self, image_BKD: Tensor, ids_BL: Tensor, length_B: Tensor, *, bos: Bos = "blind", slot_B: Tensor | None = None
     ) -> Streams:
-        """FLM's two directions, as one pass of 2B rows through shared weights (arXiv 2303.14038, section 3.1).
+        """Encodes texts in FLM's two directions, in one pass of 2B rows through shared weights (arXiv 2303.14038, section 3.1).
 
-        Where `<s>` sees no text, the reverse rows are reversed texts: both directions are then causal, and the fast attention
-        kernel applies.
+        If `bos` is `blind`, the reverse rows hold reversed texts. Both directions are then causal and use the fast causal
+        attention kernel.
         """
         B, L = ids_BL.shape
         forward_L = torch.arange(L, device=ids_BL.device)
@@ -322,14 +328,14 @@ class VLModel(Freezable):
     @property
     def _reconstructor(self) -> Reconstructor:
         if self.reconstructor is None:
-            raise UserError("the model has no reconstructor, which FLM reads it with; set `model.reconstructor`")
+            raise UserError("the model has no reconstructor, which FLM needs; set `model.reconstructor`")
         return self.reconstructor
 
     def reconstruct(self, streams: Streams, ids_BQ: Tensor, position_BQ: Tensor, mask: Tensor) -> Tensor:
-        """States of queries, an id at a position each, that read the two streams layer by layer -> [B Q D].
+        """Runs the reconstructor -> [B Q D]. A query is a token id at a position; layer by layer it attends to the two streams.
 
-        `mask`: [B 1 Q 2L] from `masks.bridge`. It is the same in every layer; another one in each would let a query see the
-        words that it predicts, by way of the other layers.
+        `mask`: [B 1 Q 2L] from `masks.bridge`, used in every layer. If the masks of the layers differed, a query could see the
+        words that it has to predict indirectly, through another layer.
         """
         part, B = self._reconstructor, ids_BQ.shape[0]
         x = self.text.embed(ids_BQ, position_BQ)
@@ -355,10 +361,10 @@ class VLModel(Freezable):
         slot_B: Tensor | None = None,
         bos: Bos = "blind",
     ) -> Tensor:
-        """One vector for a text beside an image -> [B D], which a task's head reads.
+        """Returns one vector for each text and its image -> [B D], the input of a task's head.
 
-        full: the state of `<s>`, read in both directions. causal: that of `</s>`, the only position that has seen all. flm: a
-        query at position 0 that reads every state of both streams.
+        `reading` full: the state of `<s>` after attention in both directions. causal: the state of `</s>`, the only position
+        that has seen the whole text. flm: a query at position 0 that attends to all states of both streams.
         """
         if reading == "full":
             mask = masks.full(length_B, ids_BL.shape[1])
@@ -372,15 +378,15 @@ class VLModel(Freezable):
         return self.reconstruct(streams, ids_BL[:, :1], zero_B1, mask)[:, 0]
 
     def begin(self, image_BKD: Tensor) -> Cache:
-        """The state of an empty text beside each image, to be continued with `step`."""
+        """Starts decoding: returns the state of an empty text for each image, to be continued with `step`."""
         memory = self.fusion.image_memory(image_BKD, None)
         layer = cast(FusionConfig, self.config.fusion).layer
         past = [*self.text.empty_past(memory), *(KeyValue.empty(layer, memory) for _ in self.fusion.blocks)]
         return Cache(past, [block.keys(memory) for block in self.fusion.blocks])
 
     def step(self, ids_B: Tensor, cache: Cache) -> Tensor:
-        """Appends one token to each row, in place, and returns its state [B D]: what a causal `read` of all tokens so far gives
-        for the last one."""
+        """Appends one token to each row of `cache`, in place. Returns the token's state [B D], which equals the last state of a
+        causal `read` of all tokens so far."""
         first = len(cache.past) - len(self.fusion.blocks)
         position = torch.full_like(ids_B[:, None], cache.past[first].length)
         x = self.text.step(ids_B[:, None], position, cache.past[:first])

@@ -1,6 +1,6 @@
-"""Model sizes: functions that return a ModelConfig, complete but for the vocabulary (`with_tokenizer`).
+"""Model sizes: functions that return a ModelConfig, in which only the vocabulary is still to be set (`with_tokenizer`).
 
-Those that need no arguments can be named on the command line (`model/named_sizes.py`). The others build the parts.
+Functions without required arguments can be named on the command line (`model/named_sizes.py`). The others build parts.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def with_tokenizer(config: ModelConfig, tokenizer: Tokenizer) -> ModelConfig:
-    """The same model with the vocabulary and the special ids of a tokenizer."""
+    """Returns the config with the vocabulary size and the special ids of a tokenizer."""
     text = replace(
         config.text,
         vocab=tokenizer.vocab_size,
@@ -47,8 +47,8 @@ def fusion_model(
     reconstructor: bool,
     dropout: float = 0.0,
 ) -> ModelConfig:
-    """Image encoder, text encoder and fusion layers of one width; `depths` are theirs, in this order. The reconstructor has as
-    many layers as text and fusion together."""
+    """Returns an image encoder, a text encoder and fusion layers of one width. `depths` are their numbers of layers, in this
+    order. The reconstructor has as many layers as text encoder and fusion together."""
     image_depth, text_depth, fusion_depth = depths
     heads = max(1, width // 64) if width >= 256 else width // 32
     tower = LayerConfig(width=width, heads=heads, hidden=4 * width, dropout=dropout)
@@ -66,13 +66,14 @@ def fusion_model(
 
 
 def two_towers(config: ModelConfig, *, width: int = 256) -> ModelConfig:
-    """The encoders of a model alone, with a joint space of `width` numbers."""
+    """Returns the model without its fusion layers, and with a joint space of `width` dimensions."""
     return replace(config, fusion=None, reconstructor=None, embed=joint_space(config, width=width))
 
 
 def joint_space(config: ModelConfig, *, width: int = 256) -> EmbedConfig:
-    """A joint space for a model's encoders: texts as in CLIP (read left to right, summarised by </s>), which FLM's forward
-    stream shares, and images by the mean of their states, which any share of the patches has."""
+    """Returns a joint space for a model's encoders. A text is encoded left to right and pooled at </s>, as in CLIP; FLM's
+    forward stream encodes it in the same way. An image is pooled by the mean of its states, which works for any number of
+    patches."""
     text = HeadConfig(pool="last", norm=not config.text.final_norm, eps=config.text.norm_eps)
     return EmbedConfig(width=width, image=HeadConfig(pool="mean"), text=text)
 
@@ -86,7 +87,7 @@ class Tower(NamedTuple):
 
     @classmethod
     def published(cls, depth: int, width: int) -> Tower:
-        """The shape of an encoder of CLIP or FLIP: heads are 64 wide, and there are at most 16."""
+        """Returns the shape of an encoder of CLIP or FLIP, with at most 16 heads, each 64 wide unless that limit is reached."""
         return cls(depth, width, max(1, min(16, width // 64)))
 
     def layer(self, activation: Activation, eps: float) -> LayerConfig:
@@ -96,8 +97,8 @@ class Tower(NamedTuple):
 def flip(image: Tower, text: Tower, *, width: int, size: int, patch: int, length: int = 32) -> ModelConfig:
     """FLIP (arXiv 2212.00794, section 3.1) as released (facebookresearch/flip 9bf6bf8).
 
-    Images have fixed positions and are summarised by the mean of all states, the class token's too. Texts are their words
-    alone, cut or padded to `length`, with padding seen, and are summarised by the state of the first word.
+    Images have fixed sine-cosine positions and are pooled by the mean of all states, including the class token's. Texts have
+    no <s> and </s>, are cut or padded to `length`, attend to their padding, and are pooled at the first word.
     """
     return ModelConfig(
         image=ViTConfig(
@@ -141,12 +142,12 @@ def flip_h14(*, size: int = 224) -> ModelConfig:
 
 
 def flip_tiny(*, size: int = 48) -> ModelConfig:
-    """FLIP with the encoders of `tiny`; the text encoder has the layers of fusion too."""
+    """FLIP in the size of `tiny`; its text encoder has as many layers as the text encoder and fusion of `tiny` together."""
     return flip(Tower(4, 96, 3), Tower(3, 96, 3), width=128, size=size, patch=8)
 
 
 def flip_small(*, size: int = 112, length: int = 32) -> ModelConfig:
-    """FLIP with the encoders of `small`; the text encoder has the layers of fusion too."""
+    """FLIP in the size of `small`; its text encoder has as many layers as the text encoder and fusion of `small` together."""
     return flip(Tower(6, 192, 6), Tower(4, 192, 6), width=256, size=size, patch=16, length=length)
 
 
@@ -160,8 +161,8 @@ def clip(
     positions: int = 77,
     activation: Activation = "quick_gelu",
 ) -> ModelConfig:
-    """CLIP (arXiv 2103.00020, section 2.4): the class token summarises the image, and </s> the text, which is read left to
-    right. OpenAI's weights have quick_gelu; open_clip trains with gelu."""
+    """CLIP (arXiv 2103.00020, section 2.4). The image is pooled at the class token; the text is encoded left to right and
+    pooled at </s>. OpenAI's weights use quick_gelu; open_clip trains with gelu."""
     return ModelConfig(
         image=ViTConfig(
             size=size,
@@ -194,18 +195,18 @@ def clip_l14(*, size: int = 224) -> ModelConfig:
 
 
 def clip_small(*, size: int = 112) -> ModelConfig:
-    """CLIP with the encoders of `flip_small`."""
+    """CLIP with encoders of the sizes in `flip_small`."""
     return clip(Tower(6, 192, 6), Tower(4, 192, 6), width=256, size=size, patch=16, positions=64, activation="gelu")
 
 
 def region_heads(
     config: ModelConfig, *, width: int, layer: LayerConfig, depth: int, grid: int | None, place: Place = "exact"
 ) -> EmbedConfig:
-    """A joint space with BriVL's heads (arXiv 2103.06561; BAAI-WuDao/BriVL bb8d95b) for a model's encoders.
+    """Returns a joint space with BriVL's heads (arXiv 2103.06561; BAAI-WuDao/BriVL bb8d95b) for a model's encoders.
 
-    Each head has `depth` layers of self-attention, over regions of the image or over words, takes their mean, and maps it by
-    two linear maps. Regions are the batch's boxes, or the cells of a `grid`. `layer` is the shape of the layers over regions;
-    those over words have the text encoder's width.
+    Each head has `depth` layers of self-attention over regions of the image or over words, takes the mean of the states, and
+    applies two linear layers. Regions are the batch's boxes or, with `grid`, the cells of a grid. `layer` is the shape of the
+    layers over regions; the layers over words have the text encoder's width.
     """
     return EmbedConfig(
         width=width,
@@ -220,7 +221,7 @@ def region_heads(
             depth=depth,
             layer=replace(layer, width=config.text.width),
         ),
-        # In the released code words see padding too, so that the vector of a text depends on how far it was padded.
+        # Words do not attend to padding. In the released code they do, so a text's vector depends on the padded length.
         text_mask="full",
     )
 
@@ -232,10 +233,10 @@ BRIVL_FROZEN = ("text.word", "text.position", "text.norm", *(f"text.blocks.{i}" 
 def brivl(*, version: Literal[1, 2] = 1, dropout: float = 0.1) -> ModelConfig:
     """BriVL 1.0 (boxes of a detector and the whole image) or 2 (a 6x6 grid and the whole image), in the released size.
 
-    As published: 4x4 samples a region, 4 layers of 4 heads at 2048 over regions and at 768 over words, a joint space of 2048, a
-    text encoder of BERT-base's shape. Not as published: the image encoder. It is an EfficientNet-B5 there, and a ViT-B/32 here,
-    with as many cells in its map (12x12 at 384 pixels, where B5 has them at 380; 15x15 at 480 for 456). What that changes is
-    not measured.
+    As published: 4x4 sample points in a region; 4 layers with 4 heads, 2048 wide over regions and 768 wide over words; a joint
+    space of 2048 dimensions; a text encoder of BERT-base's shape. Not as published: the image encoder, which is a ViT-B/32
+    instead of an EfficientNet-B5. Its feature map has as many cells: 12x12 at 384 pixels (B5: at 380) and 15x15 at 480 pixels
+    (B5: at 456). The effect of this difference was not measured.
     """
     bert = LayerConfig(width=768, heads=12, hidden=3072, norm="post", eps=1e-12, dropout=dropout)
     config = ModelConfig(
@@ -255,12 +256,12 @@ def brivl(*, version: Literal[1, 2] = 1, dropout: float = 0.1) -> ModelConfig:
 
 
 def brivl_tiny(*, size: int = 48, grid: int | None = None) -> ModelConfig:
-    """BriVL with as many layers as `flip_tiny`; the last of the text's is in the head."""
+    """BriVL with as many layers as `flip_tiny`; the last layer for texts is in the joint space's head."""
     return _with_region_heads(tiny(size=size), text_depth=2, width=128, grid=grid)
 
 
 def brivl_small(*, size: int = 112, grid: int | None = 6) -> ModelConfig:
-    """BriVL with as many layers as `flip_small`; the last of the text's is in the head."""
+    """BriVL with as many layers as `flip_small`; the last layer for texts is in the joint space's head."""
     return _with_region_heads(small(size=size), text_depth=3, width=256, grid=grid)
 
 
@@ -278,8 +279,8 @@ def _with_region_heads(config: ModelConfig, *, text_depth: int, width: int, grid
 
 
 def tiny(*, size: int = 48, patch: int = 8, norm: Norm = "pre", reconstructor: bool = True) -> ModelConfig:
-    """For a few minutes on two CPU cores: width 96; 4 layers for images, 1 for texts and 2 for fusion. As in FLM's paper most
-    of the work is in the image encoder, so that a step of FLM costs about 1.5 steps of AR."""
+    """A model to train for a few minutes on two CPU cores: width 96; 4 layers for images, 1 for texts and 2 for fusion. Most of
+    the computation is in the image encoder, as in FLM's paper, so a step of FLM costs about 1.5 steps of AR."""
     return fusion_model(
         width=96,
         depths=(4, 1, 2),
@@ -292,7 +293,7 @@ def tiny(*, size: int = 48, patch: int = 8, norm: Norm = "pre", reconstructor: b
 
 
 def small(*, size: int = 112, patch: int = 16, norm: Norm = "pre", reconstructor: bool = True) -> ModelConfig:
-    """For photographs on a few CPU cores: width 192; 6 layers for images, 2 for texts and 2 for fusion."""
+    """A model to train on photographs on a few CPU cores: width 192; 6 layers for images, 2 for texts and 2 for fusion."""
     return fusion_model(
         width=192,
         depths=(6, 2, 2),
@@ -327,7 +328,7 @@ def flm_base(*, size: int = 288, reconstructor: bool = True, dropout: float = 0.
 def single_stream_model(
     *, width: int, depth: int, regions: RegionConfig, positions: int, size: int, norm: Norm, dropout: float
 ) -> ModelConfig:
-    """One stream over words and regions. Of the image encoder only the size is used."""
+    """Returns a single stream over words and regions. It has no image encoder: only `size` is used of that config."""
     heads = max(1, width // 64) if width >= 256 else width // 32
     layer = LayerConfig(width=width, heads=heads, hidden=4 * width, norm=norm, eps=1e-12, dropout=dropout)
     return ModelConfig(
@@ -338,11 +339,11 @@ def single_stream_model(
 
 
 def single_over_patches(config: ModelConfig, *, pool: int = 2) -> ModelConfig:
-    """A single stream over words and regions that are pooled from the image encoder of a model with fusion; it has as many
-    layers as the text encoder and fusion together."""
+    """Turns a model with fusion layers into a single stream over words and regions, which are pooled from the states of its
+    image encoder. The stream has as many layers as the text encoder and fusion together."""
     if config.fusion is None:
         raise UserError(
-            "a single stream takes its layers from those of fusion, which this model lacks; use tiny or small"
+            "a single stream takes its layers from fusion, and this model has no fusion layers; use tiny or small"
         )
     return ModelConfig(
         image=config.image,
@@ -356,8 +357,8 @@ def single_over_patches(config: ModelConfig, *, pool: int = 2) -> ModelConfig:
 
 
 def tiny_single(*, size: int = 48, crop: int = 8, feature: int | None = None, norm: Norm = "pre") -> ModelConfig:
-    """A single stream for a few minutes on two CPU cores: width 96, 4 layers. Regions are a detector's features of `feature`
-    numbers, or, where that is None, their pixels at `crop` x `crop` points."""
+    """A single stream to train for a few minutes on two CPU cores: width 96, 4 layers. A region is a detector's vector of
+    `feature` dimensions or, if that is None, its pixels sampled at `crop` x `crop` points."""
     regions = RegionConfig(crop=crop) if feature is None else RegionConfig(feature=feature)
     return single_stream_model(width=96, depth=4, regions=regions, positions=64, size=size, norm=norm, dropout=0.0)
 
@@ -373,7 +374,7 @@ def uniter_large(*, dropout: float = 0.1) -> ModelConfig:
 
 
 def uniter(*, width: int, depth: int, feature: int = 2048, dropout: float = 0.1) -> ModelConfig:
-    """UNITER of any size: BERT over words and a detector's regions, features of `feature` numbers."""
+    """UNITER of any size: BERT over words and a detector's regions, each a vector of `feature` dimensions."""
     regions = RegionConfig(feature=feature)
     return single_stream_model(
         width=width, depth=depth, regions=regions, positions=512, size=224, norm="post", dropout=dropout

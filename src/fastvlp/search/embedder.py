@@ -1,7 +1,7 @@
-"""The model of an export: unit vectors of pictures and texts and, where it can, captions, answers and match scores.
+"""An exported model: unit vectors of pictures and texts and, if it has learned them, captions, answers and match scores.
 
-It reads what `vlp export` wrote and nothing else. No code of training is imported, but for the head of a model that answers
-questions, which is in the package of its task.
+It reads only what `vlp export` wrote. It imports no training code, except the head of a model that answers questions, which
+is in the package of its task.
 """
 
 from __future__ import annotations
@@ -36,15 +36,15 @@ from fastvlp.tasks.generation import greedy
 Picture: TypeAlias = bytes | Image.Image
 # Pictures, or what `Embedder.pixels` returns, uint8 [n 3 size size].
 PictureBatch: TypeAlias = Sequence[Picture] | Tensor
-# What an embedder can do. `objectives.objective.Ability` is what a model has learned; this is what can be done with it here.
+# What an embedder can do; `usable_abilities` derives it from what the model has learned (`objectives.objective.Ability`).
 EmbedderAbility = Literal["embed", "caption", "answer", "match"]
 # Image states [B K D], token ids [B L] and lengths [B] -> one row of scores for each picture and its text, [B ...].
 PairHead = Callable[[Tensor, Tensor, Tensor], Tensor]
-# Rows of one pass through the model.
+# The most pictures or texts in one pass through the model.
 ROWS = 256
-# Languages of the fields of captions that an import fills.
+# The language of each caption field that an import fills.
 LANGUAGES = {"captions": "en", "captions_zh": "zh"}
-# Files of an export that its fingerprint is of.
+# The files of an export that its fingerprint is computed from.
 FILES = ("model.json", "config.json", "tokenizer.json", "model.safetensors")
 
 
@@ -53,7 +53,7 @@ class Unreadable(Exception):  # noqa: N818 (not a fault of the program)
 
     Attributes:
         index: Position of the picture among those that were given.
-        reason: For people.
+        reason: What is wrong with it, as a message to the user.
     """
 
     def __init__(self, index: int, reason: str):
@@ -75,7 +75,7 @@ def fingerprint(folder: str | Path) -> str:
 
 
 def usable_abilities(saved: Saved) -> frozenset[EmbedderAbility]:
-    """Returns what a model has learned and can do with a picture alone, which has no regions of a detector."""
+    """Returns the abilities that a model has learned and that need only a picture, without a detector's regions."""
     config, can = saved.model.config, set[EmbedderAbility]()
     learned = learned_abilities(saved)
     head = config.embed.image if config.embed else None
@@ -83,7 +83,7 @@ def usable_abilities(saved: Saved) -> frozenset[EmbedderAbility]:
         can.add("embed")
     if config.fusion is None:
         return frozenset(can)
-    # Where <s> saw the whole text in training, the model cannot write: there is no text yet.
+    # A model whose <s> saw the whole text in training cannot generate: at <s> there is no text yet.
     if "write" in learned and saved_bos(saved) == "blind":
         can.add("caption")
     if "answer" in learned:
@@ -94,17 +94,17 @@ def usable_abilities(saved: Saved) -> frozenset[EmbedderAbility]:
 
 
 class Embedder:
-    """The model of an export. `Embedder.load` reads one; one thread may use it at a time.
+    """An exported model; `Embedder.load` reads one. Not thread-safe: only one thread may use it at a time.
 
     Attributes:
-        width: Numbers of a vector; 0 where the model cannot embed.
+        width: Dimensions of a vector; 0 if the model cannot embed.
         can: What it can do, of embed, caption, answer and match.
         card: Facts of the run, as in the export's card.json.
-        captions: The field of the records with the captions that it was trained on.
-        fingerprint: Of the export; an index is stamped with it.
+        captions: Name of the record field with the captions that it was trained on.
+        fingerprint: Hash of the export. An index stores it, to refuse vectors of other models.
         max_pixels: A picture with more pixels is Unreadable; its header is read before anything is decoded.
-        max_length: Tokens of a text, after which it is cut.
-        precision: In which the model computes.
+        max_length: The most tokens of a text; longer texts are cut.
+        precision: The precision in which the model computes.
     """
 
     def __init__(self, saved: Saved, reading: SavedData, card: dict[str, Any], fingerprint: str, precision: Precision):
@@ -160,17 +160,17 @@ class Embedder:
 
     @property
     def languages(self) -> list[str]:
-        """The languages of the captions that it was trained on, of en and zh, as far as the name of their field says."""
+        """The languages of its training captions (en, zh), inferred from the name of their field."""
         return sorted({LANGUAGES[field] for field in self.captions.split("+") if field in LANGUAGES})
 
     @property
     def stamp(self) -> Stamp:
-        """The stamp of an index of its vectors."""
+        """The stamp for an index of this model's vectors."""
         return Stamp(fingerprint=self.fingerprint, width=self.width, model=str(self.card.get("name", "")))
 
     def pixels(self, pictures: PictureBatch) -> Tensor:
-        """Decodes pictures to what the model reads, uint8 [n 3 size size], on all cores. The other methods take the result in
-        place of the pictures.
+        """Decodes pictures to the model's input, uint8 [n 3 size size], on all cores. The other methods accept the result in
+        place of pictures.
 
         Raises:
             Unreadable: For the first picture that cannot be read.
@@ -205,7 +205,7 @@ class Embedder:
         """Embeds texts.
 
         Args:
-            texts: They are cleaned as captions are, and cut after `max_length` tokens.
+            texts: Texts; each is cleaned like a caption, and cut after `max_length` tokens.
 
         Returns:
             Unit vectors, float32 [n width].
@@ -214,7 +214,7 @@ class Embedder:
             UserError: The model cannot embed.
         """
         self._require("embed")
-        # Texts of about the same length share a pass.
+        # Texts of about the same length share a pass, to compute little padding.
         order = np.argsort(self.lengths(texts), kind="stable")
         vectors = np.empty((len(texts), self.width), np.float32)
         for part in blocks(len(texts), ROWS):
@@ -227,7 +227,7 @@ class Embedder:
         return self._ids(texts)[1].tolist()
 
     def caption(self, pictures: PictureBatch) -> list[str]:
-        """Captions each picture, with the likeliest word each time.
+        """Captions each picture by greedy decoding.
 
         Raises:
             Unreadable: A picture cannot be read.
@@ -272,8 +272,8 @@ class Embedder:
             yield self._run(head, self.pixels(pictures[rows]), texts[rows])
 
     def _run(self, function: Callable[..., Tensor], image: Tensor | None, texts: Sequence[str] | None = None) -> Tensor:
-        """Calls a function with the states of images, with ids and lengths of texts, or with both; its result is in fp32 on the
-        CPU."""
+        """Calls a function with the states of images, with the ids and lengths of texts, or with both. Returns its result
+        on the CPU, with floats in fp32."""
         bf16 = self.precision == "bf16"
         with torch.inference_mode(), torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
             states = () if image is None else (self.model.encode_image(image.to(self.device)),)
@@ -306,7 +306,7 @@ class Embedder:
 
 
 def answer_head(saved: Saved) -> PairHead:
-    """Returns the head of a model that was fine-tuned to answer questions; it gives logits of its answers [B A]."""
+    """Returns the head of a model that was fine-tuned to answer questions. Its outputs are logits over the answers [B A]."""
     from fastvlp.tasks.heads import HeadObjective
 
     name = next(name for name, able in abilities(saved).items() if "answer" in able)
@@ -321,7 +321,7 @@ def answer_head(saved: Saved) -> PairHead:
 
 
 def mean_direction(vectors: Sequence[np.ndarray]) -> np.ndarray:
-    """Returns the unit vector [E] between unit vectors; the first where they cancel out."""
+    """Returns the normalised mean [E] of unit vectors; the first of them if the mean is zero."""
     total = np.sum(vectors, axis=0)
     length = float(np.linalg.norm(total))
     return total / length if length > 1e-6 else vectors[0]

@@ -1,4 +1,4 @@
-"""The routes. Every body is read by hand, because it may be JSON or a multipart form."""
+"""The HTTP routes. They read request bodies themselves and not through FastAPI, because a body may be JSON or a form."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from fastvlp.serve.service import Service, picture_id, random_direction
 
 REPORT_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; frame-ancestors 'none'"
 FAILURES: dict[int | str, dict[str, Any]] = {
-    "4XX": {"model": responses.Failure, "description": "The sender can mend the request"},
+    "4XX": {"model": responses.Failure, "description": "The sender can correct the request"},
     "503": {"model": responses.Failure, "description": "Full, slow or stopping; Retry-After says when to try again"},
 }
 router = APIRouter(responses=FAILURES)
@@ -39,7 +39,7 @@ def service_of(request: Request) -> Service:
 Served = Annotated[Service, Depends(service_of)]
 KINDS = ("image/webp", "image/png", "image/jpeg")
 PICTURES: dict[int | str, dict[str, Any]] = {200: {"content": {kind: {} for kind in KINDS}}}
-# Ids may hold slashes, as keys of records from sub-folders do.
+# Ids may contain slashes, as keys of records from sub-folders do.
 ITEM, PICTURE = "/v1/items/{id:path}", "/v1/pictures/{id:path}"
 
 
@@ -62,7 +62,7 @@ INPUTS_FORM = {"input": {"type": "array", "items": STRING}, "image": {"type": "a
     tags=["model"],
 )
 async def embeddings(request: Request, service: Served) -> Response:
-    """Unit vectors of texts and pictures, in one space. OpenAI's shape."""
+    """Returns unit vectors of texts and pictures in one space, in the format of OpenAI's API."""
     body = await messages.read_body(messages.EmbeddingsRequest, request, service.limits.inputs)
     if body.model not in (None, service.name, service.embedder.fingerprint):
         raise Refusal(404, "model_not_found", f"{body.model}: this service has {service.name}")
@@ -86,12 +86,12 @@ async def embeddings(request: Request, service: Served) -> Response:
 
 
 def encode_vector(vector: np.ndarray, encoding: str) -> list[float] | str:
-    """Returns numbers, or base64 of little-endian float32 as OpenAI does."""
+    """Encodes a vector as a list of numbers, or as base64 of little-endian float32, as OpenAI's API does."""
     return vector.tolist() if encoding == "float" else base64.b64encode(vector.astype("<f4").tobytes()).decode()
 
 
 async def picture_pixels(service: Service, body: messages.PictureRequest | messages.SearchRequest) -> Tensor:
-    """Decodes a picture that was sent, or that the index has."""
+    """Decodes the picture of a request, or the stored picture of the item that it names."""
     if body.image is not None:
         return (await service.pixels([body.image]))[0]
     assert body.id is not None
@@ -108,7 +108,7 @@ async def picture_pixels(service: Service, body: messages.PictureRequest | messa
     tags=["model"],
 )
 async def score(request: Request, service: Served) -> Response:
-    """How well texts and pictures fit: the cosine of their vectors, and the score of a model that reads both, where it can."""
+    """Scores how well texts fit pictures: by the cosine of their vectors and, if the model has learned it, by a match score."""
     body = await messages.read_body(messages.ScoreRequest, request, service.limits.inputs)
     if "embed" not in service.embedder.can:
         service.require("match")
@@ -143,20 +143,22 @@ SEARCH_FORM = {
     tags=["index"],
 )
 async def search(request: Request, service: Served) -> Response:
-    """Items of the index, the most similar first; one page of them."""
+    """Returns one page of the items of the index, the most similar first."""
     began = time.perf_counter()
     body = await messages.read_body(messages.SearchRequest, request, 1)
     end = body.offset + body.limit
     if end > service.limits.results:
-        raise bad_request(f"offset and limit reach {end}; a search goes {service.limits.results} deep", "too_deep")
+        raise bad_request(
+            f"offset plus limit is {end}; a search returns at most {service.limits.results} results", "too_deep"
+        )
     if body.rerank and body.text is None:
-        raise bad_request("rerank: a text is needed to read beside the pictures")
+        raise bad_request("rerank: needs a text to compare with the pictures")
     if body.rerank:
         service.require("match")
     vector = await query_vector(service, body)
-    # Pages after the results that are re-ranked have the order of the index.
+    # Pages after the re-ranked results keep the order of the index.
     read = body.rerank if body.offset < body.rerank else 0
-    # An item whose own picture is the query is left out: it would be the first of its own results.
+    # If the query is an item's own picture, that item is left out: it would be its own first result.
     skipped = int(body.id is not None)
     hits = await service.search(vector, max(end, read) + skipped + 1, body.where)
     hits = [hit for hit in hits if hit.id != body.id]
@@ -172,7 +174,7 @@ async def search(request: Request, service: Served) -> Response:
 
 
 async def query_vector(service: Service, body: messages.SearchRequest) -> np.ndarray:
-    """Returns the unit vector [E] to search by."""
+    """Returns the unit vector [E] to search by: the mean direction of the text, picture and item in the request."""
     parts = []
     if body.text is not None:
         parts.append((await service.texts([body.text]))[0][0])
@@ -184,7 +186,7 @@ async def query_vector(service: Service, body: messages.SearchRequest) -> np.nda
 
 
 def hit_fields(hit: Hit) -> dict[str, Any]:
-    """Returns what an answer has of a hit."""
+    """Returns the fields of a hit in a response."""
     return {"id": hit.id, "score": hit.score, "info": dict(hit.info), "image": picture_path(hit.id)}
 
 
@@ -199,7 +201,7 @@ async def some_items(
     limit: Annotated[int, Query(ge=1, le=100)] = 24,
     seed: Annotated[int, Query(ge=0, le=2**31)] = 0,
 ) -> Response:
-    """Some items, for a first look: the same for the same seed, in no order that means anything."""
+    """Returns some items, to show before a search. The same seed gives the same items; their order has no meaning."""
     hits = await service.search(random_direction(service.embedder.width, seed), limit)
     return json_response({"results": [hit_fields(hit) for hit in hits]})
 
@@ -215,7 +217,7 @@ ITEM_FORM = {"image": FILE, "id": STRING, "caption": STRING, "info": STRING}
     tags=["index"],
 )
 async def add_item(request: Request, service: Served) -> Response:
-    """Adds a picture to the index; when the answer comes, it is found."""
+    """Adds a picture to the index. Searches find it as soon as the response arrives."""
     body = await messages.read_body(messages.ItemRequest, request, 1)
     id = body.id or picture_id(body.image)
     info = body.info | ({"caption": body.caption} if body.caption is not None else {})
@@ -234,7 +236,7 @@ async def delete_item(id: str, service: Served) -> Response:
 
 @router.get(PICTURE, response_class=Response, responses=PICTURES, tags=["index"])
 async def item_image(id: str, service: Served) -> Response:
-    """The small picture of an item, of at most 320 pixels."""
+    """Returns the thumbnail of an item, at most 320 pixels on its longer side."""
     data = await service.picture(id)
     if data is None:
         raise Refusal(404, "no_picture", f"no picture of an item {id!r}")
@@ -244,7 +246,7 @@ async def item_image(id: str, service: Served) -> Response:
 
 @router.get(ITEM, response_model=responses.Item, tags=["index"])
 async def read_item(id: str, service: Served) -> Response:
-    """The fields of an item."""
+    """Returns the fields of an item."""
     item = await service.item(id)
     return json_response({"id": id, "info": item.info, "image": picture_path(id)})
 
@@ -259,7 +261,7 @@ PICTURE_FORM = {"image": FILE, "id": STRING}
     tags=["model"],
 )
 async def caption(request: Request, service: Served) -> Response:
-    """A caption of a picture, by the model."""
+    """Captions a picture."""
     body = await messages.read_body(messages.CaptionRequest, request, 1)
     service.require("caption")
     return json_response({"model": service.name, "caption": await service.caption(await picture_pixels(service, body))})
@@ -272,7 +274,7 @@ async def caption(request: Request, service: Served) -> Response:
     tags=["model"],
 )
 async def answer(request: Request, service: Served) -> Response:
-    """An answer to a question about a picture, by the model."""
+    """Answers a question about a picture."""
     body = await messages.read_body(messages.AnswerRequest, request, 1)
     service.require("answer")
     return json_response(
@@ -282,7 +284,7 @@ async def answer(request: Request, service: Served) -> Response:
 
 @router.get("/health", response_model=responses.Health, tags=["service"])
 async def health(request: Request, service: Served) -> Response:
-    """What is service, and whether the model's thread lives."""
+    """Returns what this service offers, and whether the thread that runs the model is alive."""
     state = request.app.state
     facts: dict[str, Any] = {"model": service.name, "fingerprint": service.embedder.fingerprint}
     facts |= {"width": service.embedder.width, "can": sorted(service.embedder.can)}
@@ -297,7 +299,7 @@ async def health(request: Request, service: Served) -> Response:
 
 @router.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}}, tags=["service"])
 async def metrics(service: Served) -> Response:
-    """Counts and durations in Prometheus' text format."""
+    """Returns counts and durations in the text format of Prometheus."""
     items = await service.count()
     text = service.metrics.text(waiting=service.batcher.waiting, **({} if items is None else {"items": items}))
     return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
@@ -305,7 +307,7 @@ async def metrics(service: Served) -> Response:
 
 @router.post("/session", response_model=responses.Status, tags=["service"])
 async def session(request: Request) -> Response:
-    """A cookie in place of the bearer token, for the page: a browser sends no token with requests for pictures."""
+    """Sets a cookie that replaces the bearer token, for the search page: a browser loads pictures without the token."""
     keys = request.app.state.keys
     if keys and not has_key(request.headers, keys):
         raise Refusal(401, "invalid_api_key", "not a key of this service")

@@ -1,4 +1,4 @@
-"""What the routes use: vectors, captions, answers and match scores from batches of the model, and items of the index."""
+"""What the routes call: it embeds, captions, answers and scores matches in batches, and reads and changes the index."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ from fastvlp.serve.limits import Limits, Refusal, bad_request
 from fastvlp.serve.monitoring import Metrics
 
 T = TypeVar("T")
-# Tokens that a text of `Limits.batch` stands for.
+# `Limits.batch` counts pictures; for texts, each unit of it stands for this many tokens.
 TOKENS = 64
-# How long to wait for the index to say how many items it has.
+# Seconds to wait for the index to count its items.
 COUNT_S = 1.0
 
 
 class Service:
-    """A model behind a batcher, and an index behind a thread of its own; decoding has threads too.
+    """Runs a model in a thread that batches requests, an index in a thread of its own, and picture decoding in several threads.
 
     Args:
         embedder: The model.
-        index: None where there is no search.
-        pictures: Of the items of the index; None where there are none.
-        limits: Of requests.
+        index: The index; None if the service has no search.
+        pictures: Pictures of the items of the index; None if there are none.
+        limits: Limits of requests.
 
     All methods raise Refusal for a request that cannot be answered.
     """
@@ -55,9 +55,9 @@ class Service:
             max_waiting=limits.waiting,
             on_batch=self.metrics.batch,
         )
-        # Each decoder holds a picture of up to `Limits.pixels`.
+        # Few threads, because each may hold a decoded picture of up to `Limits.pixels`.
         self._decoders = ThreadPoolExecutor(min(4, os.cpu_count() or 1), "decode")
-        # One thread, which is the only writer: no engine has to be safe for several. Searches that wait share a call.
+        # One thread makes all calls of the index, so engines need not be thread-safe. Searches that wait share a call.
         self._engine = Batcher(
             {
                 "search": Lane(run=lambda searches: search_together(self._index, searches), budget=limits.batch),
@@ -77,13 +77,13 @@ class Service:
             self.index.close()
 
     def require(self, ability: str) -> None:
-        """Refuses what the model has not learned."""
+        """Raises Refusal if the model does not have an ability."""
         if ability not in self.embedder.can:
             abilities = ", ".join(sorted(self.embedder.can))
             raise Refusal(404, "not_supported", f"{self.name} cannot {ability}; it can {abilities}")
 
     async def pixels(self, pictures: Sequence[bytes]) -> list[Tensor]:
-        """Decodes pictures to what the model reads, uint8 [3 size size] each."""
+        """Decodes pictures to the model's input, uint8 [3 size size] each."""
         self.check_count(pictures)
         loop = asyncio.get_running_loop()
         decoded = [loop.run_in_executor(self._decoders, self.embedder.pixels, [data]) for data in pictures]
@@ -137,7 +137,7 @@ class Service:
         return self.index
 
     async def call_index(self, call: Callable[[IndexEngine], T]) -> T:
-        """Runs a function of the index in the index's thread."""
+        """Calls a function with the index, in the index's thread."""
         result: T = (await self._engine.submit("index", [call]))[0]
         return result
 
@@ -150,14 +150,14 @@ class Service:
         return hits
 
     async def item(self, id: str) -> Item:
-        """Reads an item. Refuses one that the index does not have."""
+        """Reads an item. Raises Refusal if the index does not have it."""
         items = await self.call_index(lambda index: index.get([id]))
         if not items:
             raise Refusal(404, "unknown_item", f"no item {id!r}")
         return items[0]
 
     async def count(self) -> int | None:
-        """Counts the items of the index; None where it fails or is busy, which does not keep the model from answering."""
+        """Counts the items of the index. Returns None if the index fails or is busy, because the model can still answer."""
         if self.index is None:
             return 0
         try:
@@ -167,25 +167,25 @@ class Service:
             return None
 
     async def picture(self, id: str) -> bytes | None:
-        """Returns the small picture of an item; None where there is none."""
+        """Returns the thumbnail of an item; None if there is none."""
         if self.pictures is None:
             return None
         return await asyncio.get_running_loop().run_in_executor(self._decoders, self.pictures.get, id)
 
     async def add(self, id: str, vector: np.ndarray, info: Mapping[str, Any], data: bytes) -> None:
-        """Adds an item, or replaces it. It is found when this returns.
+        """Adds or replaces an item. Searches find it as soon as this returns.
 
         Args:
-            id: Of the item.
-            vector: Of its picture, [E].
-            info: Its fields.
+            id: Id of the item.
+            vector: Vector [E] of its picture.
+            info: Fields of the item.
             data: Its picture, encoded.
         """
         shrink = partial(thumbnail, data, max_pixels=self.limits.pixels)
         small = await asyncio.get_running_loop().run_in_executor(self._decoders, shrink)
 
         def add(index: IndexEngine) -> None:
-            # Before the picture: an item that the index refuses must not change the picture of one that it has.
+            # The index comes first: if it refuses the item, the picture of an older item with this id must not change.
             index.add([id], vector[None], [info])
             if self.pictures is not None:
                 self.pictures.put(id, small)
@@ -214,23 +214,23 @@ class Service:
         return dict(zip(pictures, await self.match(pixels, [text] * len(pictures))))
 
     def check_count(self, inputs: Sequence[Any]) -> None:
-        """Refuses more inputs than a request may have."""
+        """Raises Refusal if a request has too many inputs."""
         if len(inputs) > self.limits.inputs:
             raise bad_request(f"{len(inputs)} inputs; {self.limits.inputs} are allowed in a request", "too_many")
 
     def check_characters(self, texts: Sequence[str]) -> None:
-        """Refuses texts that are too long."""
+        """Raises Refusal if a text is too long."""
         longest = max(map(len, texts), default=0)
         if longest > self.limits.characters:
             raise bad_request(f"a text of {longest} characters; {self.limits.characters} are allowed", "too_long")
 
 
 def search_together(index: IndexEngine, searches: Sequence[tuple[np.ndarray, int, Where]]) -> list[list[Hit]]:
-    """Searches an index, with one call for all searches that differ in the vector alone.
+    """Searches an index, with one call for all searches that have the same number of hits and the same filter.
 
     Args:
-        index: To search in.
-        searches: The vector [E], the number of hits, and the filter of each.
+        index: The index to search in.
+        searches: The vector [E], the number of hits and the filter of each search.
 
     Returns:
         The hits of each search.
@@ -253,11 +253,11 @@ def search_together(index: IndexEngine, searches: Sequence[tuple[np.ndarray, int
 
 
 def model_lanes(embedder: Embedder, batch: int) -> dict[str, Lane]:
-    """Returns the kinds of work of a model. Those that take long have smaller batches, because others wait meanwhile.
+    """Returns a lane for each kind of work of a model. Slow kinds have smaller batches, because other requests wait meanwhile.
 
     Args:
         embedder: The model.
-        batch: Pictures of a batch, or texts of 64 tokens (`Limits.batch`).
+        batch: Number of pictures in a batch, or of texts with 64 tokens (`Limits.batch`).
     """
 
     def with_texts(method: Callable[[Tensor, list[str]], Iterable[Any]]) -> Callable[[list[Any]], Iterable[Any]]:
@@ -279,5 +279,5 @@ def random_direction(width: int, seed: int) -> np.ndarray:
 
 
 def picture_id(data: bytes) -> str:
-    """Returns the id of an item that is added without one."""
+    """Returns the id for a picture that is added without one: a hash of its bytes."""
     return hashlib.sha256(data).hexdigest()[:32]

@@ -58,8 +58,8 @@ def steps(state: TrainState) -> Iterator[StepReport]:
         norm = clip_grad_norm_(parameters, run.optim.clip or math.inf)
         totals = dist.all_reduce_sum(torch.stack([*shares.values(), norm.new_tensor(sum(map(len, micro)))]))
         target_counts = torch.stack([*counts.values()]).float()
-        # Here a step waits for the device. It waits nowhere else, unless it must know a number: to select target tokens, to
-        # pack one stream, while a queue is filling, and for the sizes of other ranks' batches.
+        # `tolist` waits for the device. A step does this only here and where it needs a number on the CPU: to select the
+        # target tokens, to pack a single stream, while a queue is filling, and for the batch sizes of other ranks.
         grad_norm, *numbers = torch.cat([norm[None], totals, target_counts]).tolist()
         values, pairs, targets = numbers[: len(shares)], int(numbers[len(shares)]), numbers[len(shares) + 1 :]
         skipped = not all(map(math.isfinite, [*values, grad_norm]))
@@ -93,14 +93,14 @@ def steps(state: TrainState) -> Iterator[StepReport]:
 
 
 def backward(state: TrainState, micro: list[Batch]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Leaves the gradients of a step in the parameters. Returns the targets of each loss in the whole step, and this rank's
-    share of what is minimised (`loss`) and of each loss's mean."""
+    """Computes the gradients of a step, in the parameters' `grad`. Returns the number of targets of each loss in the whole
+    step, and this rank's share of the minimised `loss` and of the mean of each loss term."""
     pretraining, wrapped = state.pretraining, state.wrapped
     counts = global_counts(pretraining, micro)
     shares = {name: torch.zeros((), device=state.device) for name in ("loss", *counts)}
     seeded = partial(seeded_autocast, state)
-    couples = len(micro) > 1 and pretraining.pair_objectives()
-    cached = cache_gradients(pretraining, micro, counts, seeded, state.flops) if couples else None
+    needs_cache = len(micro) > 1 and pretraining.pair_objectives()
+    cached = cache_gradients(pretraining, micro, counts, seeded, state.flops) if needs_cache else None
     if cached is not None:
         add_shares(shares, cached.losses, counts)
     for i, batch in enumerate(micro):
@@ -109,7 +109,7 @@ def backward(state: TrainState, micro: list[Batch]) -> tuple[dict[str, Tensor], 
         with last, state.flops.counting(Shape.of(pretraining.active or "", batch)):
             with seeded(i):
                 losses = wrapped(batch, cached.grads[i] if cached is not None else None)
-            # The mean over ranks of world * loss is the sum that the global counts ask for.
+            # `counts` are those of all ranks, so the ranks' gradients must be summed; DDP averages them, hence the factor.
             (combine(losses, counts) * dist.world()).backward()
         add_shares(shares, losses, counts)
     return counts, shares
@@ -123,8 +123,8 @@ def next_batch(state: TrainState, batches: Iterator[tuple[Batch, list[Dropped]]]
 
 @contextmanager
 def seeded_autocast(state: TrainState, micro: int) -> Iterator[None]:
-    """The context in which micro-batch `micro` of the coming step runs: its dropout is a function of seed, step, micro-batch
-    and rank."""
+    """Context in which micro-batch `micro` of the next step runs. Its dropout depends only on seed, step, micro-batch and
+    rank."""
     torch.manual_seed(hash64(state.run.seed, state.step, micro, dist.rank()))
     with autocast(state):
         yield
@@ -146,8 +146,8 @@ def autocast(state: TrainState) -> torch.autocast:
 
 
 def global_counts(pretraining: Pretraining, micro: list[Batch]) -> dict[str, Tensor]:
-    """Targets of each loss in the whole step: all micro-batches of all ranks. A mean of means would weigh a target by
-    how few others its micro-batch has."""
+    """Counts the targets of each loss in the whole step: in all micro-batches of all ranks. Losses are divided by them, because
+    the mean of the micro-batches' means would give more weight to targets of micro-batches that have few."""
     parts = [pretraining.counts(batch) for batch in micro]
     summed = torch.stack([torch.stack([part[name] for part in parts]).sum() for name in parts[0]])
     return dict(zip(parts[0], dist.all_reduce_sum(summed)))
@@ -156,8 +156,8 @@ def global_counts(pretraining: Pretraining, micro: list[Batch]) -> dict[str, Ten
 def agree(state: TrainState, dropped_before: int, seconds: float) -> float:
     """Makes the ranks agree after a step, and returns the mean of their seconds, which the schedule may follow.
 
-    `stop` is set where any rank has received a signal: here alone, so that all ranks leave the loop after the same step. All
-    learn what any found unreadable since there were `dropped_before` such records.
+    Sets `stop` if any rank has received a signal. It is set only here, so that all ranks leave the loop after the same step.
+    Adds to `dropped` what other ranks found unreadable; `dropped_before` is its length before the step.
     """
     state.stop = state.signal
     if dist.world() > 1:
@@ -181,7 +181,7 @@ def count_skipped(state: TrainState, report: StepReport) -> None:
     what = f"the loss is not finite ({', '.join(bad)})" if bad else "the loss is finite, its gradient is not"
     broken = [name for name, p in state.pretraining.named_parameters() if not torch.isfinite(p).all()]
     if broken:
-        cause = f"weights are not finite already ({broken[0]}): start from other weights"
+        cause = f"some weights are already not finite ({broken[0]}): start from other weights"
     else:
         cause = f"the learning rate {state.run.optim.lr:g} is too high: lower `optim.lr`, or lengthen `optim.warmup`"
         cause += ", or set `precision` to fp32" if state.precision != "fp32" else ""
@@ -190,7 +190,8 @@ def count_skipped(state: TrainState, report: StepReport) -> None:
 
 @torch.no_grad()
 def validate(state: TrainState) -> dict[str, float]:
-    """Mean losses per target over the validation split, and `loss`, their weighted sum; the same draws every time."""
+    """Returns the mean of each loss over the validation targets, and `loss`, their weighted sum. Random draws are the same
+    every time."""
     if state.val is None:
         return {}
     module = state.evaluated
@@ -215,13 +216,13 @@ def validate(state: TrainState) -> dict[str, float]:
 
 @contextmanager
 def stop_signals(state: TrainState) -> Iterator[None]:
-    """SIGTERM and Ctrl-C end the run after the current step; a second Ctrl-C ends it at once."""
+    """Context in which SIGTERM and Ctrl-C end the run after the current step; a second Ctrl-C ends it at once."""
 
     def stop(number: int, frame: object) -> None:
         state.signal = number
         signal.signal(number, old[signal.Signals(number)])
 
-    # In Python only the main thread handles signals.
+    # Python allows only the main thread to handle signals.
     main = threading.current_thread() is threading.main_thread()
     numbers = (signal.SIGTERM, signal.SIGINT) if main else ()
     old = {number: signal.getsignal(number) for number in numbers}
@@ -246,11 +247,11 @@ def train(run: TrainConfig, *, resume: bool = False, verbose: bool = False) -> T
 
     Args:
         run: What to train; a recipe (`fastvlp.recipe`) returns one.
-        resume: Continue from the run's last checkpoint; where there is none, the run starts anew.
+        resume: Continue from the run's last checkpoint; if there is none, the run starts from the beginning.
         verbose: Print the whole config first.
 
     Returns:
-        Where the run ended: `model`, `tokenizer`, `step`, `best` and more.
+        The final state: `model`, `tokenizer`, `step`, `best` and more.
 
     Raises:
         UserError: The config, the data or the checkpoint cannot be used, or the loss is not finite.
@@ -285,7 +286,7 @@ def train(run: TrainConfig, *, resume: bool = False, verbose: bool = False) -> T
 
 
 def log_start(state: TrainState, log: RunLog, resume: bool) -> None:
-    """Where the run computes, and what it starts from or is resumed from."""
+    """Logs the device of the run, and what it starts from or is resumed from."""
     run = state.run
     if state.earlier_length not in (None, run.length):
         log.say(f"{run.folder}: length was {state.earlier_length}, now {run.length}")
@@ -293,15 +294,15 @@ def log_start(state: TrainState, log: RunLog, resume: bool) -> None:
     log.event("start", step=state.step, elapsed=state.elapsed, **machine)
     if state.step == 0:
         if resume:
-            log.say(f"{run.folder}: no checkpoint here to resume from, the run starts anew")
+            log.say(f"{run.folder}: no checkpoint here to resume from; the run starts from the beginning")
         log_new_run(state, log)
     elif state.progress >= 1:
         log.say(f"{run.folder}: was at its end already; raise `steps` or `budget_s` to train on")
 
 
 def log_new_run(state: TrainState, log: RunLog) -> None:
-    """What came of the weights to start from, which parts are trained, what the training data lacks, and whether it fills a
-    step."""
+    """Logs which weights were inherited, the sizes of the parts, stored states and unreadable records, and warns if a step has
+    more rows than there are records."""
     if state.inherited is not None:
         sources = dict.fromkeys(filter(None, (state.run.init, state.run.image, state.run.text)))
         source, added = " and ".join(sources) or None, list(state.tokenizer.added)
@@ -326,7 +327,7 @@ def log_new_run(state: TrainState, log: RunLog) -> None:
     if rows > records and state.pretraining.pair_objectives() and run.data.max_tokens is None:
         log.say(
             f"`data.batch_size` {run.data.batch_size}: a step contrasts {rows} rows of only {records} records, so that some "
-            f"are negatives of themselves; lower it"
+            f"rows are their own negatives; lower it"
         )
 
 
@@ -336,7 +337,7 @@ def log_dropped(state: TrainState, dropped: Mapping[str, str], log: RunLog) -> N
 
 
 def validate_and_keep_best(state: TrainState, log: RunLog) -> None:
-    """Validates, and keeps the weights if no earlier ones were better."""
+    """Validates, and saves the weights if their loss is the lowest so far."""
     losses = validate(state)
     if not losses:
         return

@@ -1,9 +1,9 @@
-"""Sharded records: WebDataset-compatible tars with random access, local or through fsspec.
+"""Sharded records: WebDataset-compatible tars with random access, on a local disk or through fsspec.
 
-A split is a folder of `00000.tar, 00001.tar, ...`. A record is the run of members that share a key: `{key}.jpg|png|webp` (a
-second image `{key}.1.jpg`), `{key}.npz` with a detector's regions (of a second image `{key}.1.npz`), `{key}.json` with the
-info, and `{key}.txt`, one caption where the info has none. `00000.index.json` beside each tar lists its members and their
-places; it is built when it is missing or older than its tar.
+A split is a folder of `00000.tar, 00001.tar, ...`. Consecutive members of a tar that share a key are one record:
+`{key}.jpg|png|webp` is its image (`{key}.1.jpg` a second one), `{key}.npz` a detector's regions of the image (`{key}.1.npz`
+those of the second), `{key}.json` the info, and `{key}.txt` the caption if the info has none. `00000.index.json` beside each
+tar lists its members and their offsets; it is rebuilt if it is missing or does not match its tar.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _MAGIC = (
 
 
 class RecordError(Exception):
-    """A record cannot be used: training drops and counts it, evaluation refuses."""
+    """A record that cannot be used. Training leaves it out and counts it; evaluation stops with an error."""
 
     def __init__(self, key: str, reason: str):
         super().__init__(key, reason)
@@ -58,10 +58,10 @@ class RecordError(Exception):
 
 
 class ShardWriter:
-    """Writes records into `folder/00000.tar, ...`, `per_shard` to a tar. A context manager.
+    """Context manager that writes records into `folder/00000.tar, ...`, `per_shard` records in each tar.
 
-    The tars get their names when the block ends without an error: a split is written whole or not at all. The same records
-    give the same bytes.
+    The tars get their final names only when the block ends without an error, so a split is written whole or not at all.
+    Writing the same records again gives the same bytes.
     """
 
     def __init__(self, folder: str | Path, per_shard: int = 1000, *, append: bool = False):
@@ -89,8 +89,8 @@ class ShardWriter:
         return self
 
     def write(self, record: Record) -> None:
-        """Adds a record. Raises UserError for a key that a tar cannot hold or that another record has, for info that is not
-        JSON, and for a full disk."""
+        """Adds a record. Raises UserError if its key is invalid or already used in the tar, if its info is not JSON, or if
+        the disk is full."""
         members = _members(record)
         if self.count % self.per_shard == 0:
             self._next_tar()
@@ -137,7 +137,7 @@ class ShardWriter:
                 self._discard()
 
     def _discard(self) -> None:
-        # Closing flushes, on a disk that may be full.
+        # Closing writes buffered data, which may fail again if the disk is full.
         with contextlib.suppress(OSError):
             if self._tar is not None and self._tar.fileobj is not None:
                 self._tar.fileobj.close()
@@ -147,15 +147,15 @@ class ShardWriter:
 
 
 class Shards:
-    """Random access to the records of one split, in the order of the tars and of the records in them.
+    """Random access to the records of one split. They are numbered tar by tar, in their order in each tar.
 
     Args:
         url: a folder of tars, one tar, or an fsspec URL of either.
 
     Attributes:
-        damage: what cannot be read of the tars, by name.
+        damage: the parts of the tars that cannot be read, each with a name and a reason.
 
-    Raises UserError where there is no tar or no readable record. Picklable, and safe to use after a fork.
+    Raises UserError if there is no tar or no readable record. Picklable, and safe to use after a fork.
     """
 
     def __init__(self, url: str | Path):
@@ -184,8 +184,8 @@ class Shards:
 
     @property
     def fingerprint(self) -> str:
-        """A hash of what identifies the tars without reading them: names, sizes and times, and what is where in them. A URL
-        has no times that stay."""
+        """Hash that changes when the tars change: of their names, sizes and modification times, and of the keys and offsets
+        in their indexes. The tars are not read, nor the times of tars at a URL, because uploading changes them."""
         digest = hashlib.sha256()
         for tar, index in zip(self._tars, self._indexes):
             digest.update(f"{Path(tar).name} {index.size} {index.mtime_ns} {len(index.keys)}\n".encode())
@@ -195,7 +195,7 @@ class Shards:
 
     @property
     def folder(self) -> Path | None:
-        """The folder of the tars on this machine; None of a URL."""
+        """The local folder of the tars; None if they are at a URL."""
         return Path(self._tars[0]).parent if self._local else None
 
     @property
@@ -208,11 +208,11 @@ class Shards:
         return index.keys[r]
 
     def read(self, i: int) -> Record:
-        """Record i. Raises RecordError where it has no image, or its text is not UTF-8 or not JSON."""
+        """Reads record i. Raises RecordError if it has no image, if a text is not UTF-8, or if its info is not JSON."""
         return Record(key=self.key(i), images=self.images(i), info=self.info(i), detected=self.detected(i))
 
     def images(self, i: int) -> tuple[bytes, ...]:
-        """The record's encoded images. Raises RecordError where it has none."""
+        """Reads the encoded images of record i. Raises RecordError if it has none."""
         tar, index, r = self._place(i)
         images = tuple(self._bytes(tar, at, n) for kind, at, n in index.members(r) if kind == "image")
         if not images:
@@ -220,17 +220,17 @@ class Shards:
         return images
 
     def image_count(self, i: int) -> int:
-        """How many images the record has, without reading them."""
+        """Counts the images of record i without reading them."""
         _, index, r = self._place(i)
         return sum(kind == "image" for kind, _, _ in index.members(r))
 
     def detected(self, i: int) -> tuple[bytes, ...]:
-        """The npz with a detector's regions of each image; empty where there are none. The images are not read."""
+        """Reads the npz files with a detector's regions, one for each image; empty if there are none. Reads no images."""
         tar, index, r = self._place(i)
         return tuple(self._bytes(tar, at, n) for kind, at, n in index.members(r) if kind == "npz")
 
     def info(self, i: int) -> dict[str, Any]:
-        """The record's JSON; its images are not read. Raises RecordError as `read` does."""
+        """Reads the info of record i, but no images. Raises RecordError if a text is not UTF-8 or the info is not JSON."""
         tar, index, r = self._place(i)
         info: dict[str, Any] = {}
         caption = None
@@ -260,7 +260,7 @@ class Shards:
         except OSError as error:
             raise UserError(f"{tar}: cannot read ({error}); is the file still there?") from error
         if len(data) != length:
-            raise UserError(f"{tar}: became shorter while in use; start again, its index will be rebuilt")
+            raise UserError(f"{tar}: became shorter while it was in use; start again, and its index is rebuilt")
         return data
 
     def _pread(self, tar: str, offset: int, length: int) -> bytes:
@@ -268,7 +268,7 @@ class Shards:
         if fd is not None:
             return os.pread(fd, length, offset)
         fd = os.open(tar, os.O_RDONLY)
-        # A file that is kept open is closed only with `self`: another thread may be reading from it.
+        # Files in `_files` stay open as long as `self` exists, because another thread may be reading from them.
         if len(self._files) < _OPEN_FILES and self._files.setdefault(tar, fd) == fd:
             return os.pread(fd, length, offset)
         try:
@@ -277,7 +277,7 @@ class Shards:
             os.close(fd)
 
     def _filesystem(self) -> Any:
-        # The event loop of an fsspec file system does not survive a fork.
+        # Each process opens its own, because the event loop of an fsspec file system does not survive a fork.
         if self._fs is None or self._fs[0] != os.getpid():
             self._fs = (os.getpid(), fsspec.core.url_to_fs(self.url)[0])
         return self._fs[1]
@@ -292,7 +292,7 @@ class Shards:
 
 @contextlib.contextmanager
 def _explain_write_errors(path: Path) -> Iterator[None]:
-    """Turns an OSError of writing into a UserError with the path and what to do."""
+    """Turns an OSError into a UserError that names the path and says what to do."""
     try:
         yield
     except OSError as error:
@@ -303,7 +303,7 @@ def _explain_write_errors(path: Path) -> Iterator[None]:
 
 
 def _members(record: Record) -> list[tuple[str, bytes]]:
-    """Names and contents of the members of a tar that hold the record."""
+    """Returns the names and contents of the tar members that hold a record."""
     key = record.key
     if not key or "." in key or key.strip("/") != key or any(ord(c) < 32 for c in key):
         raise UserError(f"record key {key!r}: a key must be non-empty, without dots and control characters; rename it")
@@ -345,7 +345,7 @@ def _parse(data: bytes, key: str) -> dict[str, Any]:
 
 
 def _where_shards_are(url: str, fs: Any, root: str) -> str:
-    """What to do where there are no shards: give one of the splits inside the folder, or make shards."""
+    """Returns the advice for a folder without shards: give one of the splits inside it, or make shards."""
     inside = fs.ls(root, detail=False) if fs.isdir(root) else []
     splits = sorted(Path(place).name for place in inside if fs.isdir(place) and _find_tars(fs, place))
     if splits:
@@ -355,7 +355,7 @@ def _where_shards_are(url: str, fs: Any, root: str) -> str:
 
 def _find_tars(fs: Any, root: str) -> list[str]:
     try:
-        # For a file `ls` gives the file itself.
+        # `ls` of a file returns the file itself, so the URL of one tar works too.
         return sorted(name for name in fs.ls(root, detail=False) if name.endswith(".tar"))
     except (FileNotFoundError, NotADirectoryError):
         return []
@@ -389,7 +389,7 @@ def _remote_index(fs: Any, tar: str) -> TarIndex:
     try:
         size = int(fs.info(tar)["size"])
         path = _index_name(tar)
-        # Uploading changes the time of a file and not its size.
+        # Only sizes are compared, because uploading changes the time of a file.
         index = TarIndex.from_json(fs.cat_file(path)) if fs.exists(path) else None
         if index is not None and index.size == size:
             return index

@@ -19,7 +19,7 @@ OPPOSITE = {"left": "right", "right": "left", "above": "below", "below": "above"
 
 
 def phrases(looks: Iterable[Look], *keys: str) -> list[Phrase]:
-    """A phrase for each group of things with the same values of these attributes, with their number."""
+    """Groups things by these attributes, and returns a phrase for each group with the number of its things."""
     groups = Counter(tuple(getattr(look, key) for key in keys) for look in looks)
     return [Phrase(number=n, numeral="counted", **dict(zip(keys, group))) for group, n in groups.items()]
 
@@ -84,7 +84,7 @@ def _caption_extremes(rng: Random, scene: Scene) -> Meaning | None:
 
 
 def place(thing: Thing) -> str | None:
-    """The part of the picture that a thing is in, as a key of `Language.words`; None near a border between parts."""
+    """Returns the part of the picture that a thing is in, as a key of `Language.words`; None near a border of parts."""
 
     def third(at: float) -> int | None:
         return 0 if at < 0.35 else 1 if 0.42 < at < 0.58 else 2 if at > 0.65 else None
@@ -127,7 +127,7 @@ def _caption_single(rng: Random, scene: Scene) -> Meaning:
 
 
 def captions(rng: Random, language: Language, scene: Scene, count: int, single: bool = False) -> list[str]:
-    """`count` different true captions of a scene, each within the language's limits of length."""
+    """Draws `count` different true captions of a scene, each within the language's limits of length."""
     texts: dict[str, None] = {}
     low, high = language.limits
     while len(texts) < count:
@@ -138,15 +138,15 @@ def captions(rng: Random, language: Language, scene: Scene, count: int, single: 
 
 
 def _extreme(things: Sequence[Thing], thing: Thing) -> str | None:
-    """The extreme place that the thing alone has, as "leftmost"; None where another thing is nearly as far out."""
+    """Returns an extreme place that only this thing has, such as "leftmost"; None if others are nearly as far out."""
     others = [other for other in things if other is not thing]
-    for place, inwards in (
+    for place, distance_to in (
         ("leftmost", lambda other: other.x - thing.x),
         ("rightmost", lambda other: thing.x - other.x),
         ("topmost", lambda other: other.y - thing.y),
         ("lowest", lambda other: thing.y - other.y),
     ):
-        if all(inwards(other) > 0.1 for other in others):
+        if all(distance_to(other) > 0.1 for other in others):
             return place
     return None
 
@@ -154,7 +154,8 @@ def _extreme(things: Sequence[Thing], thing: Thing) -> str | None:
 def unique_phrase(
     rng: Random, things: Sequence[Thing], thing: Thing, avoid: str = "", places: bool = False
 ) -> Phrase | None:
-    """A definite phrase that fits `thing` alone and does not name the attribute `avoid`; None if there is none."""
+    """Draws a definite phrase that fits only `thing` and does not name the attribute `avoid`; None if there is none. With
+    `places`, it may also be an extreme place, as in "the leftmost thing"."""
     options = []
     for keys in (("shape",), ("colour",), ("colour", "shape"), ("size", "shape"), ("size", "colour"), ("size",)):
         phrase = Phrase(definite=True, **{key: getattr(thing.look, key) for key in keys})
@@ -179,7 +180,7 @@ def _attribute(rng: Random, scene: Scene, attribute: str) -> Question | None:
 
 
 def _count(rng: Random, scene: Scene, split: str) -> Question:
-    """How many there are. The answer is drawn before the question: otherwise most answers would be zero and one."""
+    """Asks how many things there are. The answer is drawn before the question: otherwise most would be zero or one."""
     looks = [thing.look for thing in scene.things]
     pairs = {look[1:] for look in looks} | {rng.choice(allowed(split)) for _ in range(2)}
     options = [Phrase(number=None), *(Phrase(number=None, colour=c, shape=s) for c, s in sorted(pairs))]
@@ -193,7 +194,7 @@ def _count(rng: Random, scene: Scene, split: str) -> Question:
 
 
 def _facts(looks: Sequence[Look], form: str) -> list[Meaning]:
-    """All that is true of things with these looks, wherever they are: which there are, or how many."""
+    """Lists all facts about things with these looks, but not about their places: which exist (`exists`), or how many."""
     if form == "exists":
         existing = [*phrases(looks, "colour", "shape"), *phrases(looks, "size", "colour", "shape")]
         return [(form, phrase._replace(number=1, numeral="some")) for phrase in existing]
@@ -202,9 +203,9 @@ def _facts(looks: Sequence[Look], form: str) -> list[Meaning]:
 
 
 def _contrast(rng: Random, scene: Scene, split: str, label: bool, form: str) -> Meaning | None:
-    """A fact that is true of the scene and false of an edit of it, or, for the label False, the other way round.
+    """Draws a fact that is true of only one of the scene and an edited copy: of the scene if `label`, and else of the copy.
 
-    Only edits that offer both are used: otherwise one label would be more frequent.
+    Only edits that allow both are used: otherwise one label would be more frequent.
     """
     looks = [thing.look for thing in scene.things]
     for _ in range(6):
@@ -222,7 +223,7 @@ def _existence(rng: Random, scene: Scene, split: str) -> Question | None:
 
 
 def _related(rng: Random, scene: Scene) -> tuple[Phrase, str, Phrase] | None:
-    """Two things, and the side of the second that the first is on."""
+    """Draws two things (a, b), and returns phrases of them around the side of b that a is on: (a, side, b)."""
     for _ in range(4):
         a, b = rng.sample(scene.things, 2)
         first, second, where = unique_phrase(rng, scene.things, a), unique_phrase(rng, scene.things, b), relation(a, b)
@@ -244,7 +245,7 @@ def _relation(rng: Random, scene: Scene) -> Question | None:
 
 
 def _by_size(rng: Random, scene: Scene) -> tuple[Phrase, Phrase] | None:
-    """Two things, the larger one first."""
+    """Draws two things of different sizes, and returns phrases of them, the larger thing first."""
     for _ in range(4):
         a, b = sorted(rng.sample(scene.things, 2), key=lambda thing: -RADII[thing.look.size])
         first, second = (unique_phrase(rng, scene.things, thing, avoid="size") for thing in (a, b))
@@ -276,8 +277,8 @@ def _more(rng: Random, scene: Scene) -> Question | None:
 
 
 def _same(rng: Random, scene: Scene) -> Question | None:
-    """Whether two things share an attribute. Asked only where some pair does and some does not: otherwise "no" would be more
-    frequent."""
+    """Asks whether two things share an attribute. It is asked only if some drawn pair does and another does not: otherwise "no"
+    would be more frequent."""
     attribute = rng.choice(("colour", "shape"))
     pairs: dict[bool, tuple[Phrase, Phrase]] = {}
     for _ in range(8):
@@ -295,7 +296,7 @@ def _comparison(rng: Random, scene: Scene) -> Question | None:
 
 
 def questions(rng: Random, scene: Scene, split: str) -> list[Question]:
-    """Up to ten different questions of seven kinds: colour, shape, size, count, existence, relation, comparison."""
+    """Draws up to ten different questions of seven kinds: colour, shape, size, count, existence, relation, comparison."""
     drawn = [
         *(_attribute(rng, scene, attribute) for attribute in ("colour", "colour", "shape", "shape", "size")),
         *(_count(rng, scene, split) for _ in range(2)),
@@ -307,8 +308,8 @@ def questions(rng: Random, scene: Scene, split: str) -> list[Question]:
 
 
 def statements(rng: Random, scene: Scene, split: str) -> list[tuple[Meaning, bool]]:
-    """Up to four statements and their labels, true or false with equal chance. A false one is true of a scene that is one
-    edit away."""
+    """Draws up to four statements with labels, true or false with equal chance. A false statement about existence or counts is
+    true after one change of the scene."""
     labels: dict[Meaning, bool] = {}
     for form in ("exists", "count", "relation", "bigger"):
         label = rng.random() < 0.5

@@ -1,7 +1,7 @@
 """The embedded corpus: rendered scenes with captions, objects, questions and statements, for runs without a download.
 
-Every record is a function of its config, split and index alone. The test split has combinations of colour and shape that
-train and val neither show nor name (`HELD_OUT`), so that a score on it measures generalisation.
+A record depends only on the corpus's config, its split and its index. The test split has combinations of colour and shape
+that train and val neither show nor name (`HELD_OUT`), so a score on it measures generalisation.
 """
 
 from __future__ import annotations
@@ -53,20 +53,21 @@ HELD_OUT_NAMES = tuple(f"{colour} {shape}" for colour, shape in HELD_OUT)
 CLASS_NAMES_ZH = tuple(CHINESE.words[colour][0] + CHINESE.words[shape][0] for colour, shape in COMBINATIONS)
 
 _FORMAT = 1
-# Grows with the fields of records. Those of a later edition are drawn separately, so that earlier ones stay as they were.
+# Increases when records get new fields. New fields are drawn from random generators of their own, so that the values of older
+# fields do not change.
 _EDITION = 3
 
 
 @dataclass(frozen=True, kw_only=True)
 class WorldConfig:
-    """Which corpus: every record is a function of this config, its split and its number."""
+    """Config of the corpus. A record depends only on this config, its split and its index."""
 
     seed: int = 0
-    """Seed of the scenes; those of a seed are the same at any size."""
+    """Random seed of the scenes. The same seed gives the same scenes at any `size`."""
     size: int = 64
     """Side of a picture in pixels."""
     captions: int = 5
-    """Captions of a scene in each language."""
+    """Number of captions of a scene in each language."""
 
     def __post_init__(self) -> None:
         if self.size < 16 or self.captions < 1:
@@ -80,8 +81,8 @@ def _rng(config: WorldConfig, *names: str | int) -> Random:
 
 
 def _object(thing: Thing, size: int, split: str) -> dict[str, Any]:
-    """A thing as an object of a record. Its class distribution imitates a detector's: four fifths on the true class, the rest
-    on classes that look most like it."""
+    """Returns a thing as an object of a record. Its class distribution imitates a detector's: 0.8 for the true class, and the
+    rest for four classes that share its colour or its shape."""
     look = thing.look
     name = f"{look.colour} {look.shape}"
     rng = Random(_seed(thing))
@@ -98,7 +99,7 @@ def _object(thing: Thing, size: int, split: str) -> dict[str, Any]:
 
 
 def _seed(thing: Thing) -> str:
-    """A seed for each thing. Its form is that of the corpus's first edition, and keeps the records as they were."""
+    """Returns a seed for a thing, as a text in the format of the first edition: another format would change the records."""
     size, colour, shape = thing.look
     kind = f"Kind(size={size!r}, colour={colour!r}, shape={shape!r})"
     place = f"x={thing.x!r}, y={thing.y!r}, radius={thing.radius!r}, angle={thing.angle!r}"
@@ -121,7 +122,7 @@ def _check(split: str, index: int) -> None:
 def _record(
     config: WorldConfig, kind: str, split: str, index: int, scenes: Sequence[Scene], info: dict[str, Any]
 ) -> Record:
-    """A record with the drawn scenes, and a detector's regions of each."""
+    """Returns a record with pictures of the scenes, and with simulated detector regions of each."""
     rng = _rng(config, "detector", kind, split, index)
     objects = [[o for o in info["objects"] if o.get("image", 0) == side] for side in range(len(scenes))]
     detections = [detect(rng, of_scene, config.size) for of_scene in objects]
@@ -157,8 +158,8 @@ def scene_record(config: WorldConfig, split: str, index: int) -> Record:
 def _expressions_and_choices(
     config: WorldConfig, split: str, index: int, scene: Scene, info: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """The second edition's fields: expressions; entailments, which are the statements and about as many neutral ones as there
-    are of either label; multiple choice."""
+    """Returns the fields that the second edition added: referring expressions, entailments and multiple choice. Entailments are
+    the statements, true and false, and about as many neutral ones as there are of each."""
     rng = _rng(config, "expressions", split, index)
     referring, neutral, asked = expressions(rng, scene), neutrals(rng, scene, split), choices(rng, scene, split)
     orders = [(rng.sample(range(4), 4), rng.sample(range(4), 4)) for _ in asked]
@@ -193,14 +194,14 @@ _YES_NO_ZH = {"yes": "是", "no": "否"}
 
 
 def _answer(language: Language, answer: str) -> str:
-    """The answer in a language."""
+    """Translates an answer."""
     if language is ENGLISH or answer.isdigit():
         return answer
     return _YES_NO_ZH.get(answer) or language.words[answer][0]
 
 
 def _pair_looks(rng: Random, split: str) -> list[list[list[Look]]]:
-    """The looks of two pairs of scenes that differ by a few edits."""
+    """Draws the looks of two pairs of scenes that differ by a few edits."""
     left = draw_looks(rng, split)
     right = list(left) if rng.random() < 0.5 else draw_looks(rng, split)
     for _ in range(2):
@@ -213,10 +214,10 @@ def _pair_looks(rng: Random, split: str) -> list[list[list[Look]]]:
 
 
 def pair_record(config: WorldConfig, split: str, index: int) -> Record:
-    """Two scenes with statements about both (as NLVR2, Suhr et al. 2019, arXiv 1811.00491).
+    """A record of two scenes with statements about both (as in NLVR2, Suhr et al. 2019, arXiv 1811.00491).
 
-    Records 2k and 2k + 1 have the same statements with opposite labels: the text alone does not give the label. An object has
-    `image`, 0 for the left scene and 1 for the right one.
+    Records 2k and 2k + 1 have the same statements with opposite labels, so the text alone does not give the label. The field
+    `image` of an object is 0 for the left scene and 1 for the right one.
     """
     _check(split, index)
     rng = _rng(config, "pair", split, index // 2)
@@ -267,7 +268,7 @@ def _folders(train: int, val: int, test: int, pairs: int, singles: int) -> Itera
 
 
 def _claim(folder: Path, card: Mapping[str, Any]) -> bool:
-    """Whether `folder` has to be written; what an interrupted run left there is removed."""
+    """Returns whether `folder` has to be written. Prepares it, and removes what an interrupted run left there."""
     path = folder / "corpus.json"
     if path.exists():
         try:
@@ -316,7 +317,7 @@ def write_world(
     """Write the embedded corpus: rendered scenes with captions, questions and statements.
 
     The splits are folders of shards: train, val, test; pairs-train, pairs-val, pairs-test; singles-train, singles-test.
-    `corpus.json` beside them describes them. The same corpus already there is left as it is.
+    `corpus.json` beside them describes them. If the folder already holds the same corpus, nothing is written.
 
     Args:
         out: Folder to write.
@@ -324,12 +325,12 @@ def write_world(
         train: Scenes to train on.
         val: Scenes to validate on.
         test: Scenes with combinations of colour and shape that training never shows.
-        pairs: Pairs of scenes with statements about both, to train on; a quarter as many each to validate and test on.
-        singles: Pictures of one object, for zero-shot classification, in training and as many in the test.
+        pairs: Pairs of scenes with statements about both, to train on; a quarter as many to validate on and to test on.
+        singles: Pictures of one object, for zero-shot classification, to train on; as many to test on.
         progress: Show a bar, where stderr is a terminal.
 
     Raises:
-        UserError: where the folder holds something else.
+        UserError: if the folder holds something else.
     """
     out = Path(out)
     parts = list(_folders(train, val, test, pairs, singles))

@@ -17,12 +17,12 @@ class Phrase(NamedTuple):
     """A noun phrase.
 
     Attributes:
-        number: of things; None is a plural without number ("red circles").
-        size, colour, shape: of the things, where they are named.
-        place: an extreme, as "leftmost".
-        definite: "the ...".
-        bare: without the noun, where the sentence has named it before ("two red").
-        numeral: how a number of one is expressed: "some" ("a", at least one), "counted" ("a" or "one"), "exact" ("one").
+        number: how many things; None is a plural without a number ("red circles").
+        size, colour, shape: attributes of the things that the phrase names; None: not named.
+        place: an extreme place, such as "leftmost".
+        definite: whether it begins with "the".
+        bare: whether the noun is left out, because the sentence has named it before ("two red").
+        numeral: how the number one is expressed: "some" ("a", at least one), "counted" ("a" or "one"), "exact" ("one").
     """
 
     number: int | None = 1
@@ -35,7 +35,7 @@ class Phrase(NamedTuple):
     numeral: str = "some"
 
     def fits(self, look: Look) -> bool:
-        """Whether a look has the size, colour and shape that are named."""
+        """Returns whether a look has the size, colour and shape that the phrase names."""
         size, colour, shape = look
         return self.size in (None, size) and self.colour in (None, colour) and self.shape in (None, shape)
 
@@ -49,12 +49,12 @@ class Language:
     """How a language expresses meanings.
 
     Attributes:
-        words: synonyms of each key, the plain one first.
+        words: synonyms of each key, the most common one first.
         forms: templates of each form.
-        noun: expresses a noun phrase.
-        comma, last: separators of a list, and the one before its last item.
-        length: of a text, in words or characters.
-        limits: least and greatest length of a caption.
+        noun: function that expresses a noun phrase.
+        comma, last: separator of the items of a list, and separator before its last item.
+        length: function that counts the words or characters of a text.
+        limits: shortest and longest length of a caption.
     """
 
     words: Mapping[str, Sequence[str]]
@@ -66,12 +66,12 @@ class Language:
     limits: tuple[int, int]
 
     def word(self, rng: Random, key: str) -> str:
-        """A synonym of the key, mostly the plain one."""
+        """Draws a synonym of the key, most often the most common one."""
         options = self.words[key]
         return options[0] if len(options) == 1 or rng.random() < 0.6 else rng.choice(options)
 
     def express(self, rng: Random, meaning: Meaning) -> str:
-        """A sentence with this meaning."""
+        """Draws a sentence with this meaning."""
         form, *arguments = meaning
         subject = arguments[0] if isinstance(arguments[0], Phrase) else arguments[0][0]
         be = "is" if subject.number == 1 else "are"

@@ -1,6 +1,6 @@
-"""Scenes of the embedded corpus: their things, the combinations that each split may show, and drawing them.
+"""Scenes of the embedded corpus: random scenes, the combinations that each split may show, and pictures of scenes.
 
-Positions and radii are fractions of the picture's side, so that a scene is the same at any size in pixels.
+Positions and radii are fractions of the picture's side, so a scene is the same at any size in pixels.
 """
 
 from __future__ import annotations
@@ -39,17 +39,17 @@ TONES: dict[str, tuple[int, int, int]] = {
 PATTERNS = ("plain", "striped", "dotted", "checked", "shaded")
 
 COMBINATIONS = tuple(itertools.product(COLOURS, SHAPES))
-# One shape of each colour and one colour of each shape: in the test split only the combination is new.
+# Every colour and every shape is in exactly one of these, so training shows all of them, and only the combination is new.
 HELD_OUT = tuple((colour, SHAPES[(3 * i + 2) % len(SHAPES)]) for i, colour in enumerate(COLOURS))
 SEEN = tuple(pair for pair in COMBINATIONS if pair not in HELD_OUT)
 
 MOST_THINGS = 6
-_ROOM = 0.42  # the share of the picture that bounding squares may fill
-_MARGIN = 0.15  # the least offset that is called a relation
+_ROOM = 0.42  # the largest share of the picture that the bounding squares of things may fill
+_MARGIN = 0.15  # the smallest offset between two centres that counts as a relation
 
 
 class Look(NamedTuple):
-    """How a thing looks, wherever it is."""
+    """Size, colour and shape of a thing, without its place."""
 
     size: str
     colour: str
@@ -70,7 +70,7 @@ class Thing:
 
 @dataclass(frozen=True, kw_only=True)
 class Scene:
-    """Things on a background; `clutter` seeds its specks and scratches."""
+    """Things on a background of a colour (`tone`) and a pattern; `clutter` is the random seed of stray lines on it."""
 
     things: tuple[Thing, ...]
     tone: str
@@ -84,7 +84,7 @@ def allowed(split: str) -> tuple[tuple[str, str], ...]:
 
 
 def relation(a: Thing, b: Thing) -> str | None:
-    """The side of b that a is on: left, right, above, below; None where a person might hesitate."""
+    """Returns the side of b that a is on: left, right, above or below; None if it is not clear."""
     dx, dy = a.x - b.x, a.y - b.y
     if max(abs(dx), abs(dy)) < _MARGIN or max(abs(dx), abs(dy)) < 1.3 * min(abs(dx), abs(dy)):
         return None
@@ -94,18 +94,18 @@ def relation(a: Thing, b: Thing) -> str | None:
 
 
 def _fitting_size(rng: Random, room: float) -> str:
-    """A size whose bounding square fills at most `room`; small where none does."""
+    """Draws a size whose bounding square fills at most `room`; small if none fits."""
     return rng.choice([size for size in SIZES if size == "small" or (2 * RADII[size]) ** 2 <= room])
 
 
 def _area(looks: Sequence[Look]) -> float:
-    """The share of the picture that bounding squares fill."""
+    """Returns the share of the picture that bounding squares fill."""
     return sum((2 * RADII[look.size]) ** 2 for look in looks)
 
 
 def draw_looks(rng: Random, split: str) -> list[Look]:
-    """The looks of 2 to 6 things. About half of the scenes repeat few colours and shapes, so that counts above one are
-    common. In the test split the first look is a held-out combination."""
+    """Draws the looks of 2 to 6 things. About half of the scenes have at most three colours and three shapes, so that counts
+    above one are common. In the test split the first look is a held-out combination."""
     count = rng.randint(2, MOST_THINGS)
     pairs: list[tuple[str, str]] = [rng.choice(HELD_OUT)] if split == "test" else []
     pool: Sequence[tuple[str, str]] = allowed(split)
@@ -125,8 +125,8 @@ def draw_looks(rng: Random, split: str) -> list[Look]:
 
 
 def place_things(rng: Random, looks: Sequence[Look]) -> tuple[Thing, ...]:
-    """Things with these looks at random places, large ones first. The distance between them that a try needs shrinks with
-    each try, so that every thing finds a place."""
+    """Puts things with these looks at random places, large ones first. The distance that they must keep shrinks with each of 80
+    tries; the last place is taken in any case."""
     things: list[Thing] = []
     for look in sorted(looks, key=lambda look: -RADII[look.size]):
         radius = RADII[look.size] * rng.uniform(0.95, 1.05)
@@ -141,18 +141,18 @@ def place_things(rng: Random, looks: Sequence[Look]) -> tuple[Thing, ...]:
 
 
 def add_background(rng: Random, things: tuple[Thing, ...]) -> Scene:
-    """The things in front of a random background."""
+    """Puts the things in front of a random background."""
     tone, pattern = rng.choice(tuple(TONES)), rng.choice(PATTERNS)
     return Scene(things=things, tone=tone, pattern=pattern, clutter=rng.getrandbits(32))
 
 
 def draw_scene(rng: Random, split: str) -> Scene:
-    """A random scene of a split."""
+    """Draws a random scene of a split."""
     return add_background(rng, place_things(rng, draw_looks(rng, split)))
 
 
 def draw_single(rng: Random, colour: str, shape: str) -> Scene:
-    """A scene of one large thing."""
+    """Draws a scene of one large thing."""
     radius = rng.uniform(0.28, 0.38)
     x, y = rng.uniform(radius, 1 - radius), rng.uniform(radius, 1 - radius)
     tint = (rng.randint(-12, 12), rng.randint(-12, 12), rng.randint(-12, 12))
@@ -162,10 +162,10 @@ def draw_single(rng: Random, colour: str, shape: str) -> Scene:
 
 
 def edit_look(rng: Random, looks: Sequence[Look], split: str) -> list[Look]:
-    """A scene's looks after the smallest change: another colour, shape or size of one thing, or one thing more or less.
+    """Returns a scene's looks after one small change: another colour, shape or size of one thing, or one thing more or fewer.
 
-    Each change is as likely as the one that undoes it, so that texts about the edited scene read like texts about the scene
-    itself. A held-out combination is exchanged only for another.
+    Each change is as likely as the change that undoes it, so texts about edited scenes and about original scenes do not differ
+    in style. A held-out combination is replaced only by another held-out one.
     """
     looks = list(looks)
     at = rng.randrange(len(looks))
@@ -200,13 +200,13 @@ def _heart() -> list[tuple[float, float]]:
 
 
 def _around(radii: Sequence[float], start: float = -math.pi / 2) -> list[tuple[float, float]]:
-    """Corners at equal angles around the centre, at these distances from it."""
+    """Returns corners at equal angles around the centre, at these distances from it."""
     turns = [start + 2 * math.pi * i / len(radii) for i in range(len(radii))]
     return [(r * math.cos(t), r * math.sin(t)) for r, t in zip(radii, turns)]
 
 
 _A, _B = 1.0, 0.34
-# Corners in units of the thing's radius, y downwards; circle and ring are drawn as ellipses.
+# Corners in units of the thing's radius, y downwards. Circle and ring are drawn as ellipses; their corners give the box.
 _OUTLINES: dict[str, list[tuple[float, float]]] = {
     "circle": _around([1.0] * 32),
     "square": [(-0.88, -0.88), (0.88, -0.88), (0.88, 0.88), (-0.88, 0.88)],
@@ -223,7 +223,7 @@ _OUTLINES: dict[str, list[tuple[float, float]]] = {
 
 
 def _points(thing: Thing, scale: float, shrink: float = 1.0) -> list[tuple[float, float]]:
-    """The corners of a thing in pixels of a picture with side `scale`."""
+    """Returns the corners of a thing in pixels, for a picture with side `scale`."""
     reach = thing.radius * shrink
     c, s = reach * math.cos(thing.angle), reach * math.sin(thing.angle)
     outline = _OUTLINES[thing.look.shape]
@@ -231,14 +231,14 @@ def _points(thing: Thing, scale: float, shrink: float = 1.0) -> list[tuple[float
 
 
 def box(thing: Thing, size: int) -> list[float]:
-    """The box [x0, y0, x1, y1] of a thing in pixels, cut at the edge of the picture."""
+    """Returns the box [x0, y0, x1, y1] of a thing in pixels, cut at the edge of the picture."""
     points = _points(thing, size)
     xs, ys = [x for x, _ in points], [y for _, y in points]
     return [round(min(max(v, 0.0), float(size)), 1) for v in (min(xs), min(ys), max(xs), max(ys))]
 
 
 def _shift(colour: Sequence[int], by: Sequence[int] | int) -> tuple[int, int, int]:
-    """The colour made lighter or darker."""
+    """Makes a colour lighter or darker."""
     deltas = (by, by, by) if isinstance(by, int) else by
     r, g, b = (min(max(v + d, 0), 255) for v, d in zip(colour, deltas))
     return r, g, b
@@ -294,7 +294,7 @@ def _draw_thing(draw: ImageDraw.ImageDraw, thing: Thing, side: int) -> None:
 
 
 def render(scene: Scene, size: int) -> bytes:
-    """The scene as a PNG of size x size pixels, drawn larger and averaged down."""
+    """Draws the scene as a PNG of size x size pixels. It is drawn larger and averaged down, for smooth edges."""
     times = 4 if size <= 128 else 2
     side = size * times
     image = Image.new("RGB", (side, side), TONES[scene.tone])
