@@ -94,7 +94,8 @@ def convert(
         words = words_of(checkpoint, release, tokenizer)
         torch.manual_seed(0)
         model = VLModel(config_of(release, words))
-        load_exactly(model, completed(release, model), source)
+        # A public model's preprocessing may be for another image size than its positions.
+        load_exactly(model, model.resized(completed(release, model)), source)
         objectives = {name: made.build(model.config, words) for name, made in release.objectives.items()}
         info: dict[str, Any] = {"name": out.name, "step": 0, "untrained": list(release.untrained)}
         if objectives:

@@ -43,6 +43,8 @@ class PublicImages:
     """Reads the parameters of the module that `config` builds at the size that the model was published with."""
     projection: Callable[[], dict[str, Tensor]]
     """Reads the parameters of a `Head` of a joint space; empty where the model has none."""
+    ours: bool = True
+    """Whether it is our vision transformer, and is not computed by transformers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +63,8 @@ class PublicTexts:
     """Reads the parameters of a `Head` of a joint space; empty where the model has none."""
     types: Callable[[], Tensor | None]
     """Reads the vectors of the token types, of which the first one is in the positions; None where there are none."""
+    ours: bool = True
+    """Whether it is our text transformer, and is not computed by transformers."""
     layer: LayerConfig | None = None
     """Shape of its layers, where a single stream over words and regions can be made of them."""
 
@@ -192,6 +196,7 @@ def _transformers_images(folder: PublicFolder, config: dict[str, Any], layers: i
         head=HeadConfig(pool="first" if encoder.prefix else "mean"),
         weights=lambda: _transformers_weights(folder, architecture, unused),
         projection=dict,
+        ours=False,
     )
 
 
@@ -216,6 +221,7 @@ def _transformers_texts(folder: PublicFolder, config: dict[str, Any], layers: in
         weights=lambda: _transformers_weights(folder, architecture, frozenset()),
         projection=dict,
         types=lambda: None,
+        ours=False,
     )
 
 

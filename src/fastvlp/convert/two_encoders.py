@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fastvlp.convert.checkpoint_source import Checkpoint
@@ -13,8 +14,10 @@ from fastvlp.convert.encoder_family import TextReading
 from fastvlp.convert.interface import Layout, Release, Role, Stated
 from fastvlp.convert.public_encoders import IMAGE, TEXT, PublicImages, PublicTexts, read_images, read_texts
 from fastvlp.convert.public_model import pair_scale, public_weights
+from fastvlp.convert.weight_map import Weights
 from fastvlp.errors import UserError
 from fastvlp.model.encoders.interface import ImageEncoderConfig, TextEncoderConfig
+from fastvlp.model.encoders.transformers_models import transformers
 from fastvlp.model.joint_space import EmbedConfig, HeadConfig
 from fastvlp.model.model import ModelConfig
 from fastvlp.objectives.clip import CLIPConfig
@@ -51,10 +54,14 @@ def tokens_read(texts: PublicTexts) -> frozenset[Role]:
 
 
 def pair_release(
-    images: PublicImages, texts: PublicTexts, config: ModelConfig, weights: Mapping[str, Tensor], **fields: Any
+    images: PublicImages,
+    texts: PublicTexts,
+    config: ModelConfig,
+    weights: Mapping[str, Tensor],
+    scale: Mapping[str, Tensor],
+    **fields: Any,
 ) -> Release:
-    """A model of two encoders with its temperature; with a bias beside it, it was trained by SigLIP's loss."""
-    scale = pair_scale(images, texts)
+    """A model of two encoders with its temperature, `scale`; with a bias beside it, it was trained by SigLIP's loss."""
     name, objective = ("siglip", SigLIPConfig()) if "bias" in scale else ("clip", CLIPConfig())
     objectives: dict[str, ObjectiveConfig] = {name: objective}
     return Release(
@@ -84,7 +91,7 @@ class TwoEncodersLayout(Layout):
         text = source.settings.get(TEXT) or {}
         legacy = texts.reading.head.pool == "last" and text.get("eos_token_id", 2) == 2
         weights = public_weights(config, images, texts)
-        return pair_release(images, texts, config, weights, ends_in_largest=legacy)
+        return pair_release(images, texts, config, weights, pair_scale(images, texts), ends_in_largest=legacy)
 
 
 class EncoderPairLayout(Layout):
@@ -98,24 +105,37 @@ class EncoderPairLayout(Layout):
     def read(self, source: Checkpoint, stated: Stated) -> Release:
         images, texts = read_images(source), read_texts(source)
         weights = source.weights
-        heads: dict[str, HeadConfig] = {}
-        state: dict[str, Tensor] = {}
-        for part, theirs, width, plain in (
-            ("image", "vision_model", images.config.width, images.head),
-            ("text", "text_model", texts.config.width, HeadConfig(pool="first")),
-        ):
-            pooler = {
-                name: x for name, x in weights.items() if name.startswith(f"{theirs}.") and ".pooler.dense." in name
-            }
-            heads[part] = plain
-            if pooler:
-                # A matrix and tanh on the first state.
-                heads[part] = replace(plain, pool="first", hidden=width, hidden_activation="tanh")
-                state |= {f"embed.{part}.hidden.{name.rpartition('.')[2]}": x for name, x in pooler.items()}
-            projection = {"image": "visual_projection", "text": "text_projection"}[part]
-            state[f"embed.{part}.out.weight"] = weights[f"{projection}.weight"]
-        reading = replace(texts.reading, head=heads["text"])
-        width = len(weights["visual_projection.weight"])
-        config = joined(images.config, texts.config, heads["image"], reading, width)
-        own = public_weights(config, images, texts)
-        return pair_release(images, texts, config, own | state)
+        head, state = _head(weights, "image", images.head, images.config.width)
+        text_head, text_state = _head(weights, "text", HeadConfig(pool="first"), texts.config.width)
+        reading = replace(texts.reading, head=text_head)
+        config = joined(images.config, texts.config, head, reading, len(weights["visual_projection.weight"]))
+        for name, part in (("image", images), ("text", texts)):
+            own = part.weights() if part.ours else _computed_by_transformers(source, name)
+            state |= {f"{name}.{key}": x for key, x in own.items()}
+        scale = {"log_scale": weights["logit_scale"].reshape(())}
+        return pair_release(images, texts, config, state | text_state, scale)
+
+
+def _head(weights: Weights, part: str, plain: HeadConfig, width: int) -> tuple[HeadConfig, dict[str, Tensor]]:
+    """The head of one encoder's pooled state, and its parameters: a pooler where the encoder has one (a matrix and tanh on the
+    first state), then the projection."""
+    names = {"image": ("vision_model.", "visual_projection"), "text": ("text_model.", "text_projection")}
+    prefix, projection = names[part]
+    state = {f"embed.{part}.out.weight": weights[f"{projection}.weight"]}
+    pooler = {name: x for name, x in weights.items() if name.startswith(prefix) and ".pooler.dense." in name}
+    if not pooler:
+        return plain, state
+    state |= {f"embed.{part}.hidden.{name.rpartition('.')[2]}": x for name, x in pooler.items()}
+    return replace(plain, pool="first", hidden=width, hidden_activation="tanh"), state
+
+
+def _computed_by_transformers(source: Checkpoint, part: str) -> dict[str, Tensor]:
+    """Parameters of an encoder of a pair, by the names that transformers gives them in memory."""
+    try:
+        pair = transformers().VisionTextDualEncoderModel.from_pretrained(
+            source.files[0].parent, local_files_only=True, dtype=torch.float32
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"cannot be loaded ({str(error).partition(chr(10))[0]})") from error
+    encoder = {"image": pair.vision_model, "text": pair.text_model}[part]
+    return {f"model.{name}": x for name, x in encoder.state_dict().items()}
