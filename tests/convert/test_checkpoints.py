@@ -152,7 +152,8 @@ def test_uniter(tmp_path: Path, world: Path, capsys):
     short = ["--budget-s", "None", "--steps", "1", "--threads", "1", "--data.workers", "0"]
     places = ["--data.train", f"{world}/train", "--data.val", "None", "--out", str(tmp_path / "run")]
     assert main(["pretrain", "uniter_demo", "--from", str(out), *short, *places]) == 0
-    inherited = json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[0])
+    lines = map(json.loads, (tmp_path / "run" / "log.jsonl").read_text().splitlines())
+    inherited = next(line for line in lines if line["kind"] == "inherited")
     assert inherited["fresh"] == inherited["dropped"] == [] and "objectives.mrfr.bias" in inherited["loaded"]
     tune = ["--data", str(world), "--steps", "1", "--batch-size", "8", "--out", str(tmp_path / "tuned")]
     assert main(["finetune", "vqa", "--from", str(out), *tune]) == 0
