@@ -23,6 +23,11 @@ class Freezable(nn.Module):
                 parameter.requires_grad_(False)
         self.train(self.training)
 
+    def keep_mode(self, modules: Iterable[str]) -> None:
+        """Keeps modules in evaluation mode, such as batch norms beside adapters. Their parameters are not touched."""
+        self._frozen |= {*modules}
+        self.train(self.training)
+
     def train(self, mode: bool = True) -> Freezable:
         super().train(mode)
         for name, module in self.named_modules():

@@ -27,6 +27,7 @@ from fastvlp.files import whole_file, write_whole
 from fastvlp.model.encoders.interface import ImageEncoderConfig, TextEncoderConfig
 from fastvlp.model.encoders.text_transformer import TextTransformerConfig
 from fastvlp.model.encoders.vit import ViTConfig
+from fastvlp.model.lora import merged_state
 from fastvlp.model.model import ModelConfig, VLModel
 
 FORMAT = 1
@@ -121,7 +122,9 @@ def save_model(
     objectives: Mapping[str, Tensor] | None = None,
     name: str = "model",
 ) -> None:
-    """Writes `<name>.safetensors`, model.json and tokenizer.json. Raises UserError where the disk is full.
+    """Writes `<name>.safetensors`, model.json and tokenizer.json. Adapters are merged into the weights.
+
+    Raises UserError where the disk is full.
 
     Args:
         info: how the model was made, as JSON.
@@ -131,7 +134,7 @@ def save_model(
     description = {"format": FORMAT, "config": _converter.unstructure(model.config), "info": dict(info)}
     write_whole(folder / "model.json", json.dumps(description, indent=2).encode())
     tokenizer.save(folder / "tokenizer.json")
-    state = model.state_dict() | {OBJECTIVES + key: value for key, value in (objectives or {}).items()}
+    state = merged_state(model) | {OBJECTIVES + key: value for key, value in (objectives or {}).items()}
     tensors = {key: value.detach().cpu().contiguous() for key, value in state.items()}
     path = folder / f"{name}.safetensors"
     with whole_file(path, f"{path.name}.tmp") as part:

@@ -20,6 +20,7 @@ from fastvlp.config import differences, to_json
 from fastvlp.errors import UserError
 from fastvlp.files import whole_file, write_whole
 from fastvlp.model.frozen_states import frozen_encoders
+from fastvlp.model.lora import save_adapters
 from fastvlp.model.saving import load_exactly, save_model
 from fastvlp.objectives.objective import Ability
 from fastvlp.objectives.saved_objectives import describe
@@ -94,7 +95,8 @@ def save_config(state: TrainState) -> TrainConfig:
 
 
 def save_weights(state: TrainState, name: str, **more: Any) -> None:
-    """`name`.safetensors: the model and what is kept of the objectives, averaged where the run averages."""
+    """`name`.safetensors: the model and what is kept of the objectives, averaged where the run averages. Adapters are merged
+    into it, and written beside it too."""
     module = state.evaluated
     objectives = module.all_objectives()
     info = {
@@ -108,6 +110,7 @@ def save_weights(state: TrainState, name: str, **more: Any) -> None:
     }
     kept = {f"{own}.{key}": value for own, objective in objectives.items() for key, value in objective.kept().items()}
     save_model(state.run.folder, module.model, state.tokenizer, info | more, objectives=kept, name=name)
+    save_adapters(state.run.folder / f"{name}-adapters", module.model, state.run.lora, state.run.init)
 
 
 def inherited_abilities(state: TrainState) -> list[Ability]:

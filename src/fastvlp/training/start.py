@@ -21,6 +21,7 @@ from fastvlp.dist import Precision, pick_device, pick_precision
 from fastvlp.errors import UserError
 from fastvlp.model.inherited_config import inheritable_weights
 from fastvlp.model.layers import Block
+from fastvlp.model.lora import add_adapters
 from fastvlp.model.model import VLModel
 from fastvlp.model.saved_run import read_saved_run
 from fastvlp.model.saving import Inheritance, inherit, inherit_objectives, load_exactly, load_model, read_config
@@ -133,6 +134,7 @@ def make_pretraining(
     else:
         inherited = load_encoders(model, objectives, images, texts)
     freeze(model, run.freeze, run.train_last)
+    add_adapters(model, run.lora)
     for objective in objectives.values():
         objective.begin(model)
     return Pretraining(model, objectives, run.keep), inherited

@@ -11,6 +11,7 @@ from fastvlp.data.pairs import Data
 from fastvlp.data.state_store import StatesConfig
 from fastvlp.dist import PrecisionChoice
 from fastvlp.errors import UserError
+from fastvlp.model.lora import LoRAConfig
 from fastvlp.model.model import ModelConfig
 from fastvlp.objectives.objective import ObjectiveConfig
 from fastvlp.training.optim import OptimConfig
@@ -71,6 +72,8 @@ class TrainConfig:
     """Parts of the model that are not trained, such as image, text.word or text.blocks.0."""
     train_last: LastLayers = field(default_factory=LastLayers)
     """Train the last layers of an encoder alone."""
+    lora: LoRAConfig = field(default_factory=LoRAConfig)
+    """Train low-rank adapters in place of whole parts."""
     states: StatesConfig = field(default_factory=StatesConfig)
     """Store the states of encoders that the run keeps as they are."""
     seed: int = 0
