@@ -14,6 +14,7 @@ import torch
 from fastvlp import dist
 from fastvlp.data.records.shards import ShardWriter
 from fastvlp.data.state_store import StatesConfig
+from fastvlp.model.lora import LoRAConfig
 from fastvlp.model.saving import load_model
 from fastvlp.objectives.moco import MoCoConfig
 from fastvlp.training.checkpoint import load_checkpoint
@@ -66,6 +67,9 @@ def folder(tmp_path_factory) -> Path:
     runs.append(made_run(pairs, folder / "two" / "queue", "moco", batch_size=6, **odd))
     frozen = {"freeze": ("image",), "states": StatesConfig(store="always"), "steps": 3, "threads": 1}
     train(made_run(pairs, folder / "one" / "stored", "clip", batch_size=12, **frozen))
+    adapted = {"lora": LoRAConfig(rank=2), "steps": 3, "threads": 1, "ema": 0.5}
+    train(made_run(pairs, folder / "one" / "lora", "clip", "mlm", batch_size=12, **adapted))
+    runs.append(made_run(pairs, folder / "two" / "lora", "clip", "mlm", batch_size=3, accumulate=2, **adapted))
     # Of their own, so that the ranks compute the states: one of them does.
     again = made_pairs(folder / "again")
     runs.append(made_run(again, folder / "two" / "stored", "clip", batch_size=6, **frozen))
@@ -80,7 +84,7 @@ def folder(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("names", [*COMBINATIONS, ("stored",)], ids="-".join)
+@pytest.mark.parametrize("names", [*COMBINATIONS, ("stored",), ("lora",)], ids="-".join)
 def test_one_rank_equals_two(folder, names):
     one, two = (load_model(folder / count / "-".join(names), "last") for count in ("one", "two"))
     assert one.info["pairs"] == two.info["pairs"] == 36
