@@ -13,8 +13,8 @@ from torch import nn
 from fastvlp.errors import UserError
 from fastvlp.model.lora import LoRAConfig, adapted_layers, add_adapters, merged_state
 from fastvlp.model.saving import load_model
+from fastvlp.training.checkpoint import save
 from fastvlp.training.loop import start, steps, train
-from fastvlp.training.state import save
 from fastvlp.training.trained_parts import LastLayers, part_sizes
 from tests.training.runs import assert_equal, made_pairs, made_run, weights
 from tests.training.test_freeze import buffers, conv_run
