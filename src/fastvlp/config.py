@@ -17,10 +17,10 @@ Json = None | bool | int | float | str | list["Json"] | dict[str, "Json"]
 
 
 def to_json(value: Any) -> Json:
-    """Dataclasses become objects; their class is kept under `type`, since a field may hold any of several."""
+    """Converts a config to JSON. A dataclass becomes an object with its class's name under `type`."""
     if is_dataclass(value) and not isinstance(value, type):
-        told: dict[str, Json] = {"type": type(value).__name__}
-        return told | {f.name: to_json(getattr(value, f.name)) for f in fields(value)}
+        named: dict[str, Json] = {"type": type(value).__name__}
+        return named | {f.name: to_json(getattr(value, f.name)) for f in fields(value)}
     if isinstance(value, Mapping):
         return {str(key): to_json(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -58,7 +58,7 @@ def differences(old: Json, new: Json) -> dict[str, tuple[Json, Json]]:
 
 
 def show(value: Any) -> str:
-    """The config to read: a line for each field, and for each dataclass that holds no other."""
+    """Formats a config for people: a line for each field, and one for each dataclass that holds no other."""
     lines: list[str] = []
 
     def walk(item: dict[str, Json], depth: int) -> None:
@@ -72,10 +72,10 @@ def show(value: Any) -> str:
                 lines.append(f"{indent}{name}: {inner.get('type', '')}".rstrip())
                 walk(inner, depth + 1)
             else:
-                told = ", ".join(f"{key}={part}" for key, part in inner.items() if key != "type")
-                lines.append(f"{indent}{name}: {inner.get('type', '')}({told})")
+                values = ", ".join(f"{key}={part}" for key, part in inner.items() if key != "type")
+                lines.append(f"{indent}{name}: {inner.get('type', '')}({values})")
 
-    told = to_json(value)
-    if isinstance(told, dict):
-        walk(told, 0)
+    config = to_json(value)
+    if isinstance(config, dict):
+        walk(config, 0)
     return "\n".join(lines)

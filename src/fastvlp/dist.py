@@ -132,12 +132,12 @@ class _Gather(torch.autograd.Function):
 
 
 def gather(x: Tensor) -> tuple[Tensor, int]:
-    """Rows of all ranks, [B ...] -> [M ...], and where this rank's own begin; ranks may have different numbers of rows
-    (records that were dropped). A row's gradient is summed over the ranks."""
+    """Gathers the rows of all ranks, [B ...] -> [M ...], and says where this rank's own begin. Ranks may have different
+    numbers of rows, since records are dropped. A row's gradient is summed over the ranks."""
     if not active():
         return x, 0
-    mine = torch.tensor([len(x)], device=x.device)
-    told = [torch.empty_like(mine) for _ in range(world())]
-    torch_dist.all_gather(told, mine)
-    sizes = [int(size) for size in told]
+    own_size = torch.tensor([len(x)], device=x.device)
+    all_sizes = [torch.empty_like(own_size) for _ in range(world())]
+    torch_dist.all_gather(all_sizes, own_size)
+    sizes = [int(size) for size in all_sizes]
     return _Gather.apply(x, sizes), sum(sizes[: rank()])
