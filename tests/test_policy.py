@@ -183,13 +183,18 @@ def all_variants() -> dict[str, Path]:
 def test_nobody_asks_a_variant_for_its_class_or_its_name() -> None:
     own = all_variants()
     wrong = []
+    # `assert isinstance(...)` tells the type checker what the function itself has built.
+    narrowing = {id(inner) for _, node in nodes(ast.Assert) for inner in ast.walk(node)}
     for path, node in nodes(ast.Call, ast.MatchClass, ast.Constant, ast.Compare):
+        if id(node) in narrowing:
+            continue
         if isinstance(node, ast.Call) and ast.unparse(node.func) in ("isinstance", "issubclass"):
             classes = {inner.id for inner in ast.walk(node.args[1]) if isinstance(inner, ast.Name)}
         elif isinstance(node, ast.MatchClass):
             classes = {ast.unparse(node.cls)}
         elif isinstance(node, ast.Constant):
-            classes = {node.value} if isinstance(node.value, str) else set()
+            # CLIP, MLM ... are the names of methods too.
+            classes = {node.value} if isinstance(node.value, str) and not node.value.isupper() else set()
         elif isinstance(node, ast.Call):
             classes = set()
         else:

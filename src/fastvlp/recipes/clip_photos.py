@@ -1,8 +1,8 @@
-"""CLIP (arXiv 2103.00020) on your own image-text pairs: two towers, the pairs of a batch told apart.
+"""CLIP (arXiv 2103.00020) on your own image-text pairs: two towers, contrasting the pairs of a batch.
 
     vlp data import PAIRS --out photos --val 0.1 --max-side 192
     vlp pretrain clip_photos
-    vlp pretrain clip_photos --accumulate 8       # a batch eight times as large, exactly, in the same memory
+    vlp pretrain clip_photos --accumulate 8       # contrasts 8 times as many pairs in the same memory
 
 siglip_photos differs in the objective; flip_photos masks half of each image and doubles the batch. For the six
 at equal time see docs/log.md, entry 13.

@@ -1,4 +1,4 @@
-"""Pairs told apart, and two looks at each image too (SLIP, arXiv 2112.12750), on the embedded corpus: flip_demo with SimCLR.
+"""flip_demo with SimCLR on two augmented views of each image (SLIP, arXiv 2112.12750), on the embedded corpus.
 
     vlp data demo
     vlp pretrain clip_simclr_demo

@@ -1,5 +1,5 @@
-"""CLIP with SimCLR as an image term (SLIP, arXiv 2112.12750) on your own image-text pairs: clip_photos with two looks at each
-image beside its caption, three images encoded a pair.
+"""CLIP with SimCLR as an image term (SLIP, arXiv 2112.12750) on your own image-text pairs: clip_photos with two
+augmented views of each image, so that three images are encoded for each pair.
 
     vlp data import PAIRS --out photos --val 0.1 --max-side 192
     vlp pretrain clip_simclr_photos

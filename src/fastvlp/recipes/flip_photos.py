@@ -1,13 +1,12 @@
-"""FLIP (arXiv 2212.00794) on your own image-text pairs: half of each image's patches, and twice as many pairs a step.
+"""FLIP (arXiv 2212.00794) on your own image-text pairs: half of each image's patches, twice as many pairs a step.
 
     vlp data import PAIRS --out photos --val 0.1 --max-side 192
     vlp pretrain flip_photos
-    vlp pretrain flip_tune --from runs/flip_photos      # a short end on whole images
+    vlp pretrain flip_tune --from runs/flip_photos      # then a few steps on whole images
 
 Images are mirrored at random, as by the released code: where captions tell left from right, `--augment.flip 0`.
-clip_photos and siglip_photos read whole images. In nine minutes of
-one CPU core, smaller and on 6,000 photographs, it had the best retrieval recall of
-all: 8.4 %, and clip_photos 6.4 % (docs/log.md, entry 13).
+clip_photos and siglip_photos read whole images. In nine minutes on one CPU core, with smaller towers and 6,000 photographs, it
+had the best retrieval recall: 8.4 %, where clip_photos had 6.4 % (docs/log.md, entry 13).
 """
 
 from dataclasses import replace

@@ -1,6 +1,6 @@
 """UNITER on the embedded corpus: one stream over words and the scene's objects, one of four tasks a step.
 
-The regions are those of an imitated detector (data/world_detector.py), which have a feature and shares of classes.
+The regions are those of an imitated detector (data/world/detector.py), which have a feature and shares of classes.
 
 vlp data demo
 vlp pretrain uniter_demo
