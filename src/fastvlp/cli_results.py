@@ -96,6 +96,8 @@ def show_imported(imported: Imported) -> None:
         print(f"dropped {len(imported.dropped)}, by name in {imported.out / 'dropped.jsonl'}:")
         for reason, count in imported.reasons.most_common():
             print(f"  {count} {reason}")
+    if imported.cut is not None:
+        print(str(imported.cut).replace("`", ""))
     for text, count in imported.notes.most_common():
         example = imported.examples[text]
         print(f"note: {text} ({count}{f', as {example}' if example else ''})")
@@ -104,6 +106,8 @@ def show_imported(imported: Imported) -> None:
 def show_inspection(inspection: Inspection) -> None:
     from fastvlp.data.sources.inspection import as_tables
 
-    Console().print(as_tables(inspection.splits))
+    Console().print(as_tables(inspection.splits, inspection.duplicates))
+    if len(inspection.splits) > 1 and not inspection.perceptual:
+        print("copies at another size or quality were not looked for: pip install 'fastvlp[duplicates]'")
     if inspection.sheet:
         print(f"contact sheet: {inspection.sheet}")

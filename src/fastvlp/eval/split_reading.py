@@ -100,7 +100,7 @@ def read_labels(shards: Shards, field: str) -> list[str]:
     labels = []
     for i, info in enumerate(_infos(shards)):
         label = info.get(field)
-        if isinstance(label, bool) or not isinstance(label, str | int) or label == "":
+        if not isinstance(label, str | int | float) or label == "":
             fields = ", ".join(sorted(info)) or "none"
             raise UserError(
                 f"{shards.url}: {shards.key(i)} has no class in {field!r} (its fields: {fields}); "

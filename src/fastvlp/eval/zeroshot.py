@@ -176,6 +176,6 @@ def find_labels(shards: Shards, labels: Sequence[str], classes: Mapping[str, Any
             near = get_close_matches(label, place, 3) or list(place)[:3]
             raise UserError(
                 f"{source}: no class {label!r}, which {shards.key(i)} of {shards.url} has (near it: {', '.join(near)}); "
-                f"add it, or name another field of the records with `label`"
+                f"add it, give a .json {{label: name}} as `classes`, or name another field of the records with `label`"
             )
     return torch.tensor([place[label] for label in labels])

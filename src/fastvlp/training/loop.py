@@ -322,6 +322,9 @@ def log_new_run(state: TrainState, log: RunLog) -> None:
         facts = {**note._asdict(), "path": str(note.path or "")}
         log.event("states", step=0, elapsed=0.0, text=str(note), **facts)
     log_dropped(state, state.dropped, log)
+    if (cut := state.run.data.cut(state.tokenizer)) is not None and cut.cut:
+        text = str(cut).replace("`max_length`", "`data.max_length`")
+        log.event("cut", step=0, elapsed=0.0, text=text, **asdict(cut))
     run, records = state.run, state.train.count
     rows = run.data.batch_size * run.accumulate * dist.world()
     if rows > records and state.pretraining.pair_objectives() and run.data.max_tokens is None:

@@ -18,8 +18,9 @@ from typing import Any
 from PIL import Image
 
 from fastvlp.batch import Dropped, Record
+from fastvlp.data.caption_cut import CaptionCut
 from fastvlp.data.records.decode import ORIENTATION, decode, open_image, orientation, read_pixels
-from fastvlp.data.records.schema import LISTS_OF_OBJECTS, LISTS_OF_TEXT, fault, is_absent, unstorable
+from fastvlp.data.records.schema import LISTS_OF_OBJECTS, LISTS_OF_TEXT, fault, is_absent, unstorable, usable_captions
 from fastvlp.data.records.shards import RecordError, Shards, ShardWriter
 from fastvlp.data.records.transform import Transform
 from fastvlp.data.sources import find_format, make_source, matching_paths
@@ -27,6 +28,7 @@ from fastvlp.data.sources.features import add_regions
 from fastvlp.data.sources.interface import Item, Note, Source
 from fastvlp.data.sources.split_names import split_note, usual_split
 from fastvlp.data.streams import in_threads, with_progress
+from fastvlp.data.tokenize import Tokenizer
 from fastvlp.errors import UserError
 from fastvlp.files import write_whole
 
@@ -45,6 +47,7 @@ class Imported:
         dropped: what could not be used, by name, with the reason; `out/dropped.jsonl` has it too.
         notes: how often something that is no record was left out or changed, by its text.
         examples: the first thing of each note.
+        cut: what `max_length` cuts of the captions; None without a tokenizer.
     """
 
     out: Path
@@ -52,6 +55,7 @@ class Imported:
     dropped: list[Dropped] = field(default_factory=list)
     notes: Counter[str] = field(default_factory=Counter)
     examples: dict[str, str] = field(default_factory=dict)
+    cut: CaptionCut | None = None
 
     def add_note(self, note: Note) -> None:
         self.notes[note.text] += 1
@@ -76,6 +80,8 @@ def import_data(
     per_shard: int = 1000,
     features: Path | None = None,
     append: bool = False,
+    tokenizer: Path | None = None,
+    max_length: int = 50,
     progress: bool = True,
     **options: Any,
 ) -> Imported:
@@ -94,6 +100,8 @@ def import_data(
         features: A detector's regions in UNITER's layout, a folder of npz files or an LMDB: each record gets those of its
             image's name.
         append: Add to splits that hold shards already, in further tars; records that are there already are left out.
+        tokenizer: A tokenizer.json, to count the captions that `max_length` will cut in training.
+        max_length: Tokens of a text in training, `<s>` and `</s>` included.
         progress: Show a bar, where stderr is a terminal.
         options: Options of the source's format.
 
@@ -113,7 +121,20 @@ def import_data(
         items = add_regions(items, Path(features))
     prepared = in_threads(partial(_prepare, max_side=max_side), items)
     shown = with_progress(prepared, partial(_count, reader, paths), source.name, progress)
-    return _write(source, out, shown, partial(_split, split=split, val=val, test=test), per_shard, append)
+    cut = None if tokenizer is None else CaptionCut(max_length=max_length)
+    if tokenizer is not None and cut is not None:
+        shown = _counted(shown, cut, Tokenizer.load(tokenizer))
+    imported = _write(source, out, shown, partial(_split, split=split, val=val, test=test), per_shard, append)
+    imported.cut = cut
+    return imported
+
+
+def _counted(items: Iterable[Item], cut: CaptionCut, tokenizer: Tokenizer) -> Iterator[Item]:
+    """The items, after their captions were counted."""
+    for item in items:
+        if isinstance(item, Record):
+            cut.add([text for name in LISTS_OF_TEXT for text in usable_captions(item.info, name)], tokenizer)
+        yield item
 
 
 def _count(reader: Source, paths: Sequence[Path]) -> int | None:

@@ -7,7 +7,9 @@ import random
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -16,17 +18,20 @@ from rich.table import Table
 from rich.text import Text
 
 from fastvlp.batch import Dropped
+from fastvlp.data.caption_cut import CaptionCut
 from fastvlp.data.reader import RecordReader, RecordView
 from fastvlp.data.records.decode import open_image
 from fastvlp.data.records.schema import fault
 from fastvlp.data.records.shards import RecordError, Shards
 from fastvlp.data.regions import RegionSource
 from fastvlp.data.sources.contact_sheet import COLUMNS, ROWS, contact_sheet, summary_text
+from fastvlp.data.sources.duplicates import Duplicate, ImageHashes
 from fastvlp.data.sources.importing import CHECK
 from fastvlp.data.streams import in_threads, with_progress
 from fastvlp.data.tokenize import Tokenizer
 from fastvlp.files import write_whole
 
+MOST_DUPLICATES = 20
 # Fields of texts, in any language, and the name of the text in their entries; None where an entry is the text.
 TEXTS = {"captions": None, "questions": "question", "statements": "text"}
 # A run may read fewer of a record's stored regions; a record where none of all is visible is of no use to any run.
@@ -46,6 +51,7 @@ class SplitReport:
         formats: number of images of each format and mode, as `JPEG RGB`.
         lengths: of every text, by field and unit.
         unreadable: records that cannot be read, with the reason.
+        cut: what `max_length` cuts of the captions; None without a tokenizer.
     """
 
     name: str
@@ -56,27 +62,44 @@ class SplitReport:
     formats: Counter[str] = field(default_factory=Counter)
     lengths: dict[tuple[str, str], list[int]] = field(default_factory=dict)
     unreadable: list[Dropped] = field(default_factory=list)
+    cut: CaptionCut | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Inspection:
-    """A report of each split, and the contact sheet; None where no record can be read."""
+    """The result of an inspection.
+
+    Attributes:
+        splits: a report of each split.
+        sheet: the contact sheet; None where no record can be read.
+        duplicates: images that are in several splits.
+        perceptual: whether images that only look the same were looked for, which needs the package `imagehash`.
+    """
 
     splits: list[SplitReport]
     sheet: Path | None
+    duplicates: list[Duplicate] = field(default_factory=list)
+    perceptual: bool = False
 
 
 def inspect_data(
-    folder: Path, /, *, sheet: Path | None = None, tokenizer: Path | None = None, progress: bool = True
+    folder: Path,
+    /,
+    *,
+    sheet: Path | None = None,
+    tokenizer: Path | None = None,
+    max_length: int = 50,
+    progress: bool = True,
 ) -> Inspection:
     """Count what is in a folder of shards, name every record that cannot be read, and draw a contact sheet.
 
-    Reads every record and decodes every image.
+    Reads every record and decodes every image. Images that are in several splits are listed.
 
     Args:
         folder: A split, or a folder of splits.
         sheet: PNG to draw 24 records into, drawn evenly from the splits; by default contact-sheet.png in the folder.
-        tokenizer: A tokenizer.json, to count tokens as well.
+        tokenizer: A tokenizer.json, to count tokens as well, and the captions that are cut.
+        max_length: Tokens of a text in training, `<s>` and `</s>` included.
         progress: Show a bar, where stderr is a terminal.
 
     Raises:
@@ -84,24 +107,38 @@ def inspect_data(
     """
     folder, counter = Path(folder), Tokenizer.load(tokenizer) if tokenizer else None
     splits = sorted(sub for sub in folder.iterdir() if any(sub.glob("*.tar"))) if folder.is_dir() else []
-    reports, pictures = [], []
+    reports, pictures, hashes = [], [], ImageHashes()
     for split in splits or [folder]:
         shards = Shards(split)
         report = SplitReport(name=split.name, unreadable=list(shards.damage))
         wanted = COLUMNS * ROWS // max(1, len(splits))
         chosen = set(random.Random(0).sample(range(len(shards)), min(len(shards), wanted)))
         reader = RecordReader(shards, CHECK, images="all", regions=ALL)
-        records = in_threads(_check, map(reader.record, range(len(shards))))
-        for i, record in enumerate(with_progress(records, shards.__len__, split.name, progress)):
-            if isinstance(record, Dropped):
-                report.unreadable.append(record)
+        check = partial(_check, hashes=hashes if len(splits) > 1 else None)
+        records = in_threads(check, map(reader.record, range(len(shards))))
+        for i, checked in enumerate(with_progress(records, shards.__len__, split.name, progress)):
+            if isinstance(checked, Dropped):
+                report.unreadable.append(checked)
                 continue
+            record, own = checked
+            hashes.add(split.name, record.key, own)
             _count(report, record, counter)
             if i in chosen:
                 images = [open_image(data) for data in record.encoded]
                 pictures.append((images, summary_text(record.info)))
+        if counter is not None:
+            report.cut = _cut(report, max_length)
         reports.append(report)
-    return Inspection(splits=reports, sheet=_draw_sheet(sheet or folder / "contact-sheet.png", pictures))
+    drawn = _draw_sheet(sheet or folder / "contact-sheet.png", pictures)
+    return Inspection(splits=reports, sheet=drawn, duplicates=hashes.across_splits(), perceptual=hashes.perceptual)
+
+
+def _cut(report: SplitReport, max_length: int) -> CaptionCut:
+    cut = CaptionCut(max_length=max_length)
+    for (name, unit), numbers in report.lengths.items():
+        if unit == "tokens" and name.startswith("captions"):
+            cut.add_lengths(numbers)
+    return cut
 
 
 def _draw_sheet(path: Path, pictures: Sequence[tuple[Sequence[Image.Image], str]]) -> Path | None:
@@ -113,8 +150,8 @@ def _draw_sheet(path: Path, pictures: Sequence[tuple[Sequence[Image.Image], str]
     return path
 
 
-def _check(record: RecordView) -> RecordView | Dropped:
-    """The record, after every part of it was read."""
+def _check(record: RecordView, hashes: ImageHashes | None) -> tuple[RecordView, list[Any]] | Dropped:
+    """The record, after every part of it was read, and the hashes of its images."""
     try:
         _ = record.images
         if wrong := fault(record.info):
@@ -123,7 +160,7 @@ def _check(record: RecordView) -> RecordView | Dropped:
             _ = record.regions
     except RecordError as error:
         return error.dropped
-    return record
+    return record, [] if hashes is None else [hashes.hashes(data) for data in record.encoded]
 
 
 def _count(report: SplitReport, record: RecordView, tokenizer: Tokenizer | None) -> None:
@@ -150,9 +187,21 @@ def _count(report: SplitReport, record: RecordView, tokenizer: Tokenizer | None)
             report.lengths.setdefault((name, unit), []).extend(numbers)
 
 
-def as_tables(reports: list[SplitReport]) -> Group:
+def as_tables(reports: list[SplitReport], duplicates: Sequence[Duplicate] = ()) -> Group:
     """The reports as tables for a terminal."""
-    return Group(_counts(reports), _distributions(reports), _fields(reports), *_unreadable(reports))
+    cuts = [Text(f"{r.name}: {r.cut}") for r in reports if r.cut is not None]
+    tables = (_counts(reports), _distributions(reports), _fields(reports), *_unreadable(reports))
+    return Group(*tables, *_duplicates(duplicates), *cuts)
+
+
+def _duplicates(duplicates: Sequence[Duplicate]) -> Iterable[Table | Text]:
+    if duplicates:
+        exact = sum(one.exact for one in duplicates)
+        table = _table("Images in two splits", "record", "is also", "by")
+        for one in duplicates[:MOST_DUPLICATES]:
+            table.add_row(Text("/".join(one.second)), Text("/".join(one.first)), "bytes" if one.exact else "looks")
+        yield table
+        yield Text(f"{exact} of the same bytes, {len(duplicates) - exact} that look the same")
 
 
 def _counts(reports: list[SplitReport]) -> Table:
