@@ -51,7 +51,7 @@ def user_function(name: str) -> Callable[..., Any]:
     if not inspect.isfunction(found) or found.__module__ != file:
         raise UserError(
             f"{name}: no file {file}.py with a function {function} was imported. Import your file first: "
-            f"`vlp --import {file}.py ...`, or fastvlp.extensions.import_file in Python"
+            "`vlp --import FILE.py ...`, or fastvlp.extensions.import_file in Python"
         )
     return found
 

@@ -216,6 +216,22 @@ def test_what_does_not_fit_is_refused(folder, tmp_path, capsys):
         assert words in capsys.readouterr().err
 
 
+def test_new_tokens_that_an_objective_reads_must_be_trained(folder, tmp_path, capsys):
+    """CLIP's vocabulary has no mask, and SigLIP's no <s> either."""
+    for name, text, token in (("mlm_photos", "clip", "mask"), ("flm_photos", "siglip", "bos")):
+        public = encoders(folder, "vit", text)
+        assert pretrain(folder, name, tmp_path / "a", *public, "--freeze", "text", "--steps", "1") == 2
+        message = capsys.readouterr().err
+        assert token in message and name.partition("_")[0] in message
+        assert pretrain(folder, name, tmp_path / name, *public, "--freeze", "text.blocks", "--steps", "1") == 0
+    assert (
+        pretrain(
+            folder, "clip_photos", tmp_path / "b", *encoders(folder, "clip", "clip"), "--freeze", "text", "--steps", "1"
+        )
+        == 0
+    )
+
+
 def test_the_whole_public_encoder_is_loaded(folder, tmp_path):
     assert (
         pretrain(

@@ -99,6 +99,7 @@ def draw_spans(mode: SpanMode, rate: float, seed_B: Tensor, length_B: Tensor, L:
 
 class FLM(Objective):
     reading = "flm"
+    reads_mask = True
     abilities = frozenset({"write"})
 
     def __init__(self, config: FLMConfig):

@@ -59,6 +59,7 @@ class MLMConfig(ObjectiveConfig):
 
 
 class MLM(Objective):
+    reads_mask = True
     starts_word: Tensor
     ordinary: Tensor
 

@@ -56,6 +56,7 @@ class Objective(nn.Module, abc.ABC):
     Attributes:
         reading: how the model best reads a text for a task later.
         bos: what `<s>` sees where the objective reads left to right; None where it does not read so.
+        reads_mask: whether it reads the token that stands for a hidden word.
         abilities: what a model trained by it can do. They are saved with the weights.
         image_use: the least that it reads of a batch's images: their vectors in the joint space (`embed_image`), the states
             that it gets, or their pixels. States of a frozen encoder are stored, pixels are decoded at each step.
@@ -64,6 +65,7 @@ class Objective(nn.Module, abc.ABC):
 
     reading: Reading = "full"
     bos: Bos | None = None
+    reads_mask: bool = False
     abilities: frozenset[Ability] = frozenset()
     image_use: ImageUse = "states"
     text_use: TextUse = "words"

@@ -17,6 +17,7 @@ from fastvlp.errors import UserError
 from fastvlp.model.inherited_config import same_weights
 from fastvlp.model.model import ModelConfig, VLModel
 from fastvlp.model.saving import Inheritance, inherit_objectives
+from fastvlp.objectives.objective import Objective
 from fastvlp.training.train_config import TrainConfig
 
 
@@ -144,6 +145,20 @@ def load_encoders(
     scale = pair_scale(images, texts) if joint else {}
     inherit_objectives(objectives, {f"{name}.{key}": x for name in objectives for key, x in scale.items()}, result)
     return result
+
+
+def check_tokens(model: VLModel, objectives: Mapping[str, Objective], tokenizer: Tokenizer) -> None:
+    """Raises UserError where an objective reads a token that the public tokenizer lacked, whose new vector is not trained."""
+    if not tokenizer.added or model.text.word_table.requires_grad:
+        return
+    for name, objective in objectives.items():
+        reads = {"mask": objective.reads_mask, "bos": objective.bos is not None}
+        if lacking := [role for role in tokenizer.added if reads.get(role)]:
+            raise UserError(
+                f"objective {name} reads {' and '.join(lacking)}, which the tokenizer of the public text encoder lacked: the "
+                "vectors of new words are random, and `freeze` keeps them so; train the table of words too, or take another "
+                "text encoder, such as a BERT"
+            )
 
 
 def _with_vocabulary(model: VLModel, state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -31,7 +31,7 @@ from fastvlp.training.checkpoint import CHECKPOINT, read_checkpoint, restore
 from fastvlp.training.flops import FlopCounter
 from fastvlp.training.optim import adamw
 from fastvlp.training.pretraining import Pretraining
-from fastvlp.training.public_start import completed, load_encoders, public_tokenizer, read_encoders
+from fastvlp.training.public_start import check_tokens, completed, load_encoders, public_tokenizer, read_encoders
 from fastvlp.training.state import TrainState
 from fastvlp.training.stored_inputs import rows_read, stored_inputs
 from fastvlp.training.train_config import TrainConfig, check
@@ -135,6 +135,7 @@ def make_pretraining(
         inherited = load_encoders(model, objectives, images, texts)
     freeze(model, run.freeze, run.train_last)
     add_adapters(model, run.lora)
+    check_tokens(model, objectives, tokenizer)
     for objective in objectives.values():
         objective.begin(model)
     return Pretraining(model, objectives, run.keep), inherited
