@@ -108,7 +108,7 @@ def test_prefixlm_rates(rate: float):
     M = 20
     batch = made_batch(lengths=(M + 1,) * 4)
     objective = PrefixLM(PrefixLMConfig(suffix_rate=rate))
-    asked = objective._asked(batch)
+    asked = objective._targets(batch)
     assert (asked.sum(1) == round(rate * M)).all()
     P = objective.prefix(batch)
     hidden = [(M - i) / M for i in range(int(P[0]), M)]  # the token after position i sees i tokens
@@ -136,7 +136,7 @@ def test_prefixlm_sees_the_prefix_both_ways_and_the_rest_causally():
 
 def test_prefix_share_is_drawn_uniformly_by_default():
     batch = many(length=21)
-    asked = PrefixLM(PrefixLMConfig())._asked(batch).float().mean(1) * 21 / 20
+    asked = PrefixLM(PrefixLMConfig())._targets(batch).float().mean(1) * 21 / 20
     assert asked.mean().item() == pytest.approx(0.5, abs=0.03)
     assert asked.min() > 0 and asked.max() == 1.0
 
@@ -176,7 +176,7 @@ def test_itm_prefers_hard_negatives():
 
 def test_itm_of_one_pair_is_refused():
     model, batch = made_model(), made_batch(lengths=(5,))
-    with pytest.raises(UserError, match="batch-size"):
+    with pytest.raises(UserError, match=r"`data.batch_size`"):
         ITM(ITMConfig(), made_config())(model, model.encode_image(batch.image), batch)
 
 

@@ -61,7 +61,7 @@ class Margin(PairObjective):
         return model.embed_image(image_BKD), model.embed_text(batch.ids, batch.length)
 
     def score(self, image_BE, text_BE):
-        texts_ME, first = self.everyone(text_BE)
+        texts_ME, first = self.gather_rows(text_BE)
         own_B = first + torch.arange(len(image_BE), device=image_BE.device)
         score_BM = image_BE @ texts_ME.T
         right_B1 = score_BM.gather(1, own_B[:, None])

@@ -125,7 +125,7 @@ class Stand(nn.Module):
     def embed_image(self, x: Tensor, regions: None) -> Tensor:
         return self.embed(self.image, x)
 
-    def embed_text(self, x: Tensor, length: Tensor, keep: None) -> Tensor:
+    def embed_text(self, x: Tensor, length: Tensor, keep: None, stored: None) -> Tensor:
         return self.embed(self.text, x)
 
     def embed(self, maps: nn.ParameterDict, x: Tensor) -> Tensor:

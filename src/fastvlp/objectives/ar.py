@@ -1,4 +1,5 @@
-"""Autoregressive language modeling: each token from the image and the tokens before it (spec flm.md 2.3)."""
+"""Autoregressive language modeling: each token is predicted from the image and the tokens before it, as the AR baseline of FLM
+(arXiv 2303.14038, section 4.2)."""
 
 from __future__ import annotations
 
@@ -18,19 +19,20 @@ from fastvlp.objectives.objective import ClozeMethod, Loss, Objective, Objective
 
 @dataclass(frozen=True, kw_only=True)
 class ARConfig(ObjectiveConfig):
-    """bos: `blind` starts from a <s> that sees no text, so that the first word is learned from the image; `official`
-    (the released FLM's baseline) lets <s> see all, hides it from the others and never asks for the first word."""
+    """Predict each token from the image and the tokens before it."""
 
     bos: Bos = "blind"
+    """What <s> sees: `blind`, no text, so that the first word is learned from the image; or `official`, as in FLM's released
+    baseline: all text, while no other token sees it, and the first word is not predicted."""
 
     def build(self, model: ModelConfig, tokenizer: Tokenizer) -> AR:
         return AR(self)
 
 
-def next_token_loss(model: VLModel, state_BLD: Tensor, batch: Batch, ask_BL: Tensor) -> Loss:
-    """Cross-entropy of x_{i+1} at the asked positions i."""
-    nll = head_loss(model.causal_head, state_BLD[ask_BL], batch.ids.roll(-1, 1)[ask_BL])
-    return Loss(nll.sum(), ask_BL.sum())
+def next_token_loss(model: VLModel, state_BLD: Tensor, batch: Batch, target_BL: Tensor) -> Loss:
+    """Cross-entropy of the token after each position that `target_BL` marks."""
+    nll = head_loss(model.causal_head, state_BLD[target_BL], batch.ids.roll(-1, 1)[target_BL])
+    return Loss(nll.sum(), target_BL.sum())
 
 
 class AR(Objective):
@@ -49,14 +51,15 @@ class AR(Objective):
     def reaches_all(self, model: ModelConfig) -> bool:
         return model.reconstructor is None
 
-    def _asked(self, batch: Batch) -> Tensor:
+    def _targets(self, batch: Batch) -> Tensor:
+        """Positions whose next token is predicted: bool [B L]."""
         position = torch.arange(batch.ids.shape[1], device=batch.ids.device)
         first = 0 if self.config.bos == "blind" else 1
         return (position >= first) & (position < batch.length[:, None] - 1)
 
     def counts(self, batch: Batch) -> dict[str, Tensor]:
-        return {"next": self._asked(batch).sum()}
+        return {"next": self._targets(batch).sum()}
 
     def forward(self, model: VLModel, image_BKD: Tensor, batch: Batch) -> dict[str, Loss]:
         state = model.read_causally(image_BKD, batch.ids, batch.length, bos=self.config.bos)
-        return {"next": next_token_loss(model, state, batch, self._asked(batch))}
+        return {"next": next_token_loss(model, state, batch, self._targets(batch))}

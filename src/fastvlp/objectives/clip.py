@@ -1,4 +1,4 @@
-"""Contrastive learning of two towers over the whole global batch (CLIP, arXiv 2103.00020; FLIP, 2212.00794, section 3.1)."""
+"""Contrastive learning of two towers over the rows of all ranks (CLIP, arXiv 2103.00020, figure 3; FLIP, 2212.00794)."""
 
 from __future__ import annotations
 
@@ -19,19 +19,23 @@ from fastvlp.objectives.objective import Loss, PairObjective
 
 @dataclass(frozen=True, kw_only=True)
 class CLIPConfig(PairsConfig):
-    """temperature: at the start; it is learned as the logarithm of its inverse, the scale, which stays at most
-    max_scale. bound: `clamp` the parameter after each step (CLIP, open_clip), or `clip` it in the graph, where its
-    gradient is zero beyond (FLIP)."""
+    """Find each image's own text among those of all rows, and each text's own image."""
 
     temperature: float = 0.07
+    """Temperature at the start. It is learned, as the logarithm of its inverse, the scale of the logits."""
     max_scale: float = 100.0
+    """Highest scale of the logits."""
     bound: Literal["clamp", "clip"] = "clamp"
+    """How the scale is bounded: `clamp` its parameter after each step (CLIP), or `clip` it in the loss, where its gradient is
+    zero beyond the bound (FLIP)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         # The scale stays within 1 and max_scale: beyond them it would jump, or learn nothing.
         if not 0 < 1 / self.max_scale <= self.temperature <= 1:
-            raise ValueError(f"temperature {self.temperature} must be from 1 / max_scale {1 / self.max_scale:g} to 1")
+            raise ValueError(
+                f"`temperature` {self.temperature} must be from 1 / max_scale, {1 / self.max_scale:g}, to 1"
+            )
 
     def build(self, model: ModelConfig, tokenizer: Tokenizer) -> CLIP:
         self.check(model)
@@ -58,9 +62,9 @@ class CLIP(PairObjective):
         return clipped_scale(self.log_scale, self.config.max_scale) if clip else self.log_scale.exp()
 
     def score(self, *rows: Tensor) -> dict[str, Loss]:
-        """Each image among the texts of all ranks and the reverse; the mean of both directions is CLIP's loss."""
+        """Losses of each image among the texts of all ranks, and of each text among the images. Their mean is CLIP's loss."""
         image_BE, text_BE = rows
-        (images, first), (texts, _) = self.everyone(image_BE), self.everyone(text_BE)
+        (images, first), (texts, _) = self.gather_rows(image_BE), self.gather_rows(text_BE)
         own = first + torch.arange(len(image_BE), device=image_BE.device)
         count, scale = own.new_tensor(len(own)), self.scale()
         return {

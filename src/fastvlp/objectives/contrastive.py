@@ -1,12 +1,12 @@
 """Contrastive losses of unit vectors, as plain functions: one number for each row.
 
-Rows are what this rank embedded, columns are candidates, gathered over ranks or not: the caller says which column is each
-row's own (`target_B`). `scale` [] is the inverse temperature, with its gradient. Everything is computed in fp32 at least,
-also from bf16 vectors and under autocast. Logits that are too many to keep are made again in the backward pass
-(`tiled.fold_columns`, which explains `whole_logits`): the gradients stay exact, those of columns and temperature too.
+Rows are what this rank embedded. Columns are the candidates, of this rank or of all; `target_B` is the column of each row's
+own. `scale` [] is the inverse temperature, which may get a gradient. Everything is computed in fp32 at least, also from bf16
+vectors and under autocast. Logits that are too many to keep are computed again in the backward pass (`tiled.fold_columns`
+explains `whole_logits`): all gradients stay exact.
 
-A softmax loss is written softplus(log sum exp of the negatives - positive). Where the positive wins, as it mostly does
-late in training, loss and gradient keep their digits, which a softmax that holds the positive too rounds away.
+A softmax loss is written as softplus(log sum exp of the negatives - positive). Late in training the positive is mostly far
+larger; a softmax over all candidates would round away the digits of loss and gradient that this form keeps.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from fastvlp.objectives.tiled import fold_columns
 
 
 def clipped_scale(log_scale: Tensor, most: float = 100.0) -> Tensor:
-    """exp of the parameter clipped to 1..most, inside the graph: beyond the bound its gradient is zero, so that it stays
-    there (FLIP, arXiv 2212.00794)."""
+    """exp of the parameter, clipped to 1 to `most`, with gradient zero beyond the bounds, so that it stays there (FLIP, arXiv
+    2212.00794)."""
     return log_scale.clamp(0, math.log(most)).exp()
 
 
 @torch.no_grad()
 def clamp_log_scale(log_scale: Tensor, most: float = 100.0) -> None:
-    """Brings the parameter itself back to 1..most, after each step: it can leave the bound again (CLIP, open_clip)."""
+    """Sets the parameter back to the bounds, 1 to `most`, after a step; later steps may lower it again (CLIP, open_clip)."""
     log_scale.clamp_(0, math.log(most))
 
 
@@ -47,7 +47,7 @@ def info_nce(
 def sigmoid_loss(
     image_BE: Tensor, text_ME: Tensor, target_B: Tensor, scale: Tensor, bias: Tensor, *, whole_logits: int | None = None
 ) -> Tensor:
-    """Each image with each text a yes-no question, summed over the texts -> [B] (SigLIP, arXiv 2303.15343, algorithm 1)."""
+    """A binary decision for each image and text, summed over the texts -> [B] (SigLIP, arXiv 2303.15343, algorithm 1)."""
     image_BE, text_ME = at_least_fp32(image_BE) * scale, at_least_fp32(text_ME)
     bias = bias.to(image_BE.dtype)
     positive_B = (image_BE * text_ME[target_B]).sum(1) + bias
@@ -67,13 +67,14 @@ def queue_nce(
     *,
     whole_logits: int | None = None,
 ) -> Tensor:
-    """Cross-entropy of each row over momentum keys and the keys of earlier steps, all of them constants -> [B].
+    """Cross-entropy of each row over momentum keys and the keys of earlier steps, which get no gradients -> [B].
 
-    mode: candidates are a row's own key and the queue (BriVL 1.0, arXiv 2103.06561), or all keys and the queue (ALBEF,
-    arXiv 2107.07651, section 3.2; BriVL 2). The queue may hold any number of keys, none too.
-
-    `momentum_BE`, only with "batch+queue": what the momentum encoder makes of the rows' own inputs. With weight `alpha` a
-    row's target is then how similar that finds the candidates, instead of its own key (ALBEF, section 3.4).
+    Args:
+        queue_KE: keys of earlier steps; there may be none.
+        mode: the candidates are a row's own key and the queue (BriVL 1.0, arXiv 2103.06561), or all keys and the queue
+            (ALBEF, arXiv 2107.07651, section 3.2; BriVL 2).
+        momentum_BE: only with "batch+queue": embeddings of the rows' own inputs by the momentum encoder. With weight `alpha`
+            a row's target is then the softmax of their similarities to the candidates (ALBEF, section 3.4).
     """
     query_BE = at_least_fp32(query_BE) * scale
     key_ME, queue_KE = at_least_fp32(key_ME.detach()), at_least_fp32(queue_KE.detach())
@@ -86,15 +87,15 @@ def queue_nce(
     if momentum_BE is None:
         return hard_B
     if mode != "batch+queue":
-        raise ValueError('soft targets are shares of candidates that all rows have in common: mode "batch+queue"')
-    # Logits are linear in the keys: a soft target asks for the mean key under its shares, and that mean is an attention.
+        raise ValueError('soft targets need candidates that all rows have in common: mode "batch+queue"')
+    # Logits are linear in the keys, so a soft target is the mean key under its shares, and that mean is an attention.
     soft_BE = attended(at_least_fp32(momentum_BE) * scale, torch.cat([key_ME, queue_KE]))
     return hard_B + alpha * (query_BE * (own_BE - soft_BE)).sum(1)
 
 
 @torch.no_grad()
 def attended(query_BE: Tensor, key_ME: Tensor) -> Tensor:
-    """softmax(query @ key.T) @ key -> [B E], without gradients, in the operands' type under autocast too."""
+    """softmax(query @ key.T) @ key -> [B E], without gradients, in the type of the operands also under autocast."""
     query, key = query_BE[None, None], key_ME[None, None]
     with torch.autocast(query.device.type, enabled=False):
         return F.scaled_dot_product_attention(query, key, key, scale=1.0)[0, 0]
@@ -110,8 +111,8 @@ def nt_xent(
     *,
     whole_logits: int | None = None,
 ) -> Tensor:
-    """Two views of each image: every view finds the other one among all 2M but itself -> [2B], the rows of a, then of b
-    (SimCLR, arXiv 2002.05709, equation 1). Row b of both views is column target_B of both `all`."""
+    """Cross-entropy of each view with the other view of its image, among all 2M views but itself -> [2B], the rows of `a`,
+    then of `b` (SimCLR, arXiv 2002.05709, equation 1). Row b of both views is column target_B of `all_a` and `all_b`."""
     query_BE = at_least_fp32(torch.cat([a_BE, b_BE])) * scale
     key_ME = at_least_fp32(torch.cat([all_a_ME, all_b_ME]))
     M = len(all_a_ME)

@@ -1,7 +1,7 @@
-"""Free language modeling: every token is reconstructed from all but its own corrupted span (arXiv 2303.14038).
+"""Free language modeling: each token is predicted from all tokens outside its corrupted span (FLM, arXiv 2303.14038).
 
-Text is encoded once left to right and once right to left; each token's query then reads the forward states left of its
-span and the reverse states right of it. Two next-token losses on the streams themselves are added (the paper's L_inter).
+The text is encoded once left to right and once right to left. The query of a token then reads the forward states left of its
+span and the reverse states right of it. The next-token losses of the two streams are added (the paper's L_inter).
 """
 
 from __future__ import annotations
@@ -28,34 +28,34 @@ EXTRA_SALT, SIDE_SALT = 201, 202
 
 @dataclass(frozen=True, kw_only=True)
 class FLMConfig(ObjectiveConfig):
-    """Defaults are the paper's, but for three traps of the released code, each kept by option (`official_flm`).
-
-    span_mode: `token` hides the token alone (the released recipe); `centred` adds Binomial(M-1, p) neighbours around it
-        (released code); `uniform` places as long a span uniformly over it, inside the text.
-    span_rate: share of the M predictable tokens that a span hides on average; read only by the last two modes.
-    forward_weight, reverse_weight: of the streams' own losses; 0 leaves a loss out.
-    bos: `blind` makes <s> a start that sees no text, so that x_1 is learned and no row is ever empty; `official` lets it
-        see all and hides it from the other tokens.
-    end_query: `mask` asks for </s> as for any token; `official` puts </s> itself there, a free target.
-    empty_rows: rows whose span covers all that they might see: `drop` them from the loss, or `official`: they see every
-        key, their own token included.
-    pad_target: the released reverse loss also asks the first padding position for </s>.
-    """
+    """Predict each token from all tokens outside its span. The defaults are those of the paper; `official_flm` has what the
+    released code does otherwise."""
 
     span_mode: SpanMode = "token"
+    """The span of a token: `token`, the token alone (the released recipe); `centred`, with Binomial(M-1, p) neighbours around
+    it (the released code); or `uniform`, a span of such a length placed uniformly over it, inside the text."""
     span_rate: float = 0.0
+    """Share of the M predictable tokens that a span has on average; for `centred` and `uniform`."""
     forward_weight: float = 1.0
+    """Weight of the forward stream's next-token loss; 0 leaves it out."""
     reverse_weight: float = 1.0
+    """Weight of the reverse stream's loss; 0 leaves it out."""
     bos: Bos = "blind"
+    """What <s> sees: `blind`, no text, so that the first word is learned and every query sees something; or `official`: all
+    text, while no other token sees it."""
     end_query: Literal["mask", "official"] = "mask"
+    """The query at the position of </s>: `mask`, as for any token; or `official`, </s> itself, which gives the answer away."""
     empty_rows: Literal["drop", "official"] = "drop"
+    """Queries whose span covers all that they could see: `drop` leaves them out of the loss; with `official` they see every
+    key, their own token's included."""
     pad_target: bool = False
+    """Also predict </s> at the first padding position of the reverse stream, as the released code does."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.span_rate <= 1:
-            raise ValueError(f"span_rate is a share of the text, 0 to 1, not {self.span_rate}")
+            raise ValueError(f"`span_rate` is a share of the text, 0 to 1, not {self.span_rate}")
         if self.span_mode == "token" and self.span_rate:
-            raise ValueError("span_mode 'token' hides one token; for a span_rate choose 'centred' or 'uniform'")
+            raise ValueError("`span_mode` token hides one token; for a `span_rate` choose centred or uniform")
 
     def build(self, model: ModelConfig, tokenizer: Tokenizer) -> FLM:
         return FLM(self)
@@ -74,10 +74,10 @@ def official_flm(span_mode: SpanMode = "token", span_rate: float = 0.0) -> FLMCo
 
 
 def draw_spans(mode: SpanMode, rate: float, seed_B: Tensor, length_B: Tensor, L: int) -> tuple[Tensor, Tensor]:
-    """A half-open span [start, end) around each position -> two [B L] tensors; row 0 (<s>) is not corrupted.
+    """A half-open span [start, end) around each position -> two [B L] tensors; position 0 (<s>) is not corrupted.
 
-    Spec 1.3: m ~ Binomial(M-1, p) more tokens with p = (M rate - 1)/(M - 1 + 1e-5). `centred` puts m//2 of them to the
-    left, one more by a coin where m is odd; it slides at the left edge and is cut at the right one, as released.
+    A span has m ~ Binomial(M-1, p) further tokens, p = (M rate - 1)/(M - 1 + 1e-5), as in the released code. `centred` has m//2
+    of them on the left, and one more by a coin where m is odd; it slides at the left edge and is cut at the right one.
     """
     position = torch.arange(L, device=seed_B.device).expand(len(seed_B), L)
     if mode == "token":
@@ -121,7 +121,7 @@ class FLM(Objective):
         return draw_spans(self.config.span_mode, self.config.span_rate, batch.seed, batch.length, batch.ids.shape[1])
 
     def _targets(self, batch: Batch, spans: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """Which rows of each stream are asked for a token: three bool [B L]."""
+        """Which positions predict a token: of the queries, and of the forward and the reverse stream; three bool [B L]."""
         c, L = self.config, batch.ids.shape[1]
         position, n = torch.arange(L, device=batch.ids.device), batch.length[:, None]
         reconstruct = (position >= 1) & (position < n)
@@ -144,7 +144,7 @@ class FLM(Objective):
         return weight / (1 + c.forward_weight + c.reverse_weight)
 
     def queries(self, batch: Batch, spans: tuple[Tensor, Tensor], streams: Streams, model: VLModel) -> Tensor:
-        """Reconstructed states of rows 1..L-1 -> [B L-1 D]."""
+        """Reconstructed states of positions 1 to L-1: [B L-1 D]."""
         text, c = model.config.text, self.config
         position = torch.arange(1, batch.ids.shape[1], device=batch.ids.device).expand(len(batch), -1)
         ids = torch.full_like(position, text.mask)
@@ -159,26 +159,26 @@ class FLM(Objective):
     def forward(
         self, model: VLModel, image_BKD: Tensor, batch: Batch, spans: tuple[Tensor, Tensor] | None = None
     ) -> dict[str, Loss]:
-        """`spans` (start, end: [B L]) replaces the draw, for tests against given spans."""
+        """`spans` (start and end, two [B L]) are drawn where they are not given, as tests do."""
         spans = spans or self._spans(batch)
         streams = model.streams(image_BKD, batch.ids, batch.length, bos=self.config.bos)
-        ask_reconstruct, ask_forward, ask_reverse = self._targets(batch, spans)
+        reconstructed, forward, reverse = self._targets(batch, spans)
         top = model.fusion.norm(streams.top[-1]).unflatten(0, (len(batch), 2))
-        # The row of the reverse stream that holds each text position: its own inverse where the stream is flipped.
-        held = torch.where(streams.reverse_BL < 0, streams.forward_L, streams.reverse_BL)
-        reverse = top[:, 1].gather(1, held[..., None].expand(-1, -1, top.shape[-1]))
-        asked = {
-            "reconstruct": (self.queries(batch, spans, streams, model), batch.ids[:, 1:], ask_reconstruct[:, 1:]),
-            "forward": (top[:, 0], batch.ids.roll(-1, 1), ask_forward),
-            "reverse": (reverse, batch.ids.roll(1, 1), ask_reverse),
+        # Where the reverse stream has each text position: if the stream is flipped, the flip is its own inverse.
+        column = torch.where(streams.reverse_BL < 0, streams.forward_L, streams.reverse_BL)
+        reverse_state = top[:, 1].gather(1, column[..., None].expand(-1, -1, top.shape[-1]))
+        predictions = {
+            "reconstruct": (self.queries(batch, spans, streams, model), batch.ids[:, 1:], reconstructed[:, 1:]),
+            "forward": (top[:, 0], batch.ids.roll(-1, 1), forward),
+            "reverse": (reverse_state, batch.ids.roll(1, 1), reverse),
         }
-        asked = {name: parts for name, parts in asked.items() if self._weight(name)}
-        return self._losses(model, asked)
+        return self._losses(model, {name: parts for name, parts in predictions.items() if self._weight(name)})
 
-    def _losses(self, model: VLModel, asked: dict[str, tuple[Tensor, Tensor, Tensor]]) -> dict[str, Loss]:
-        """Only the asked rows meet the vocabulary, all streams that share a head in one call."""
-        states = {name: state[ask] for name, (state, _, ask) in asked.items()}
-        targets = {name: target[ask] for name, (_, target, ask) in asked.items()}
+    def _losses(self, model: VLModel, predictions: dict[str, tuple[Tensor, Tensor, Tensor]]) -> dict[str, Loss]:
+        """Losses of states [B L D] that predict ids [B L] where a mask [B L] says so. Only these states meet the vocabulary,
+        all streams that share a head in one call."""
+        states = {name: state[mask] for name, (state, _, mask) in predictions.items()}
+        targets = {name: target[mask] for name, (_, target, mask) in predictions.items()}
         sizes = [len(target) for target in targets.values()]
         if model.forward_head is None:
             nll = head_loss(model.head, torch.cat(list(states.values())), torch.cat(list(targets.values())))

@@ -1,7 +1,7 @@
-"""Image-text matching with hard negatives from the batch (ALBEF, arXiv 2107.07651, section 3.2; spec flm.md 1.5).
+"""Image-text matching with hard negatives from the batch (ALBEF, arXiv 2107.07651, section 3.2).
 
-ALBEF takes its hard negatives from a contrastive term. Here no such term is needed: a few other texts of the batch are
-scored by the matching head itself, without gradients, and one is drawn in proportion to how well it matches.
+ALBEF finds its hard negatives with a contrastive loss. Here none is needed: the matching head itself scores a few other texts
+of the batch, without gradients, and one is drawn with a probability in proportion to how well it matches.
 """
 
 from __future__ import annotations
@@ -26,13 +26,14 @@ NEGATIVE_SALT, OFFSET_SALT = 501, 502
 
 @dataclass(frozen=True, kw_only=True)
 class ITMConfig(ObjectiveConfig):
-    """candidates: other texts of the batch that are scored for each image; 1 is a random negative at no extra cost."""
+    """Decide whether a text belongs to an image. Each image is read with its own text and with one of another pair."""
 
     candidates: int = 4
+    """Other texts of the batch that are scored for each image; 1 is a random negative at no extra cost."""
 
     def __post_init__(self) -> None:
         if self.candidates < 1:
-            raise ValueError(f"candidates must be at least 1, not {self.candidates}")
+            raise ValueError(f"`candidates` must be at least 1, not {self.candidates}")
 
     def build(self, model: ModelConfig, tokenizer: Tokenizer) -> ITM:
         return ITM(self, model)
@@ -64,8 +65,8 @@ class ITM(Objective):
 
     @torch.no_grad()
     def negatives(self, model: VLModel, image_BKD: Tensor, batch: Batch) -> Tensor:
-        """For each image the row of another pair's text: [B]. A text equal to the image's own is never its negative
-        while the candidates hold a different one."""
+        """The row of another pair's text for each image: [B]. It is no text equal to the image's own, unless all candidates are
+        equal to it."""
         B = len(batch)
         row = torch.arange(B, device=batch.ids.device)
         candidates = min(self.config.candidates, B - 1)
@@ -79,21 +80,24 @@ class ITM(Objective):
                 score[:, k] = F.log_softmax(logits, -1)[:, 1]
         noise = uniform(batch.seed, (candidates,), NEGATIVE_SALT).clamp(1e-7, 1 - 1e-7)
         gumbel = -torch.log(-torch.log(noise))
-        pick = (score + gumbel - 1e4 * same).argmax(1)
-        return other[row, pick]
+        choice = (score + gumbel - 1e4 * same).argmax(1)
+        return other[row, choice]
 
     def counts(self, batch: Batch) -> dict[str, Tensor]:
         return {"match": batch.length.new_tensor(2 * len(batch))}
 
     def forward(self, model: VLModel, image_BKD: Tensor, batch: Batch) -> dict[str, Loss]:
-        """Each image once with its own text, once with a hard negative. A batch of one has no negative: an error in
-        training, nothing to count in validation, whose last batch may be that short."""
+        """The loss of each image with its own text and with a hard negative.
+
+        A batch of one row has no negative: that is an error in training; in validation, whose last batch may be that short, it
+        counts as no row.
+        """
         B = len(batch)
         if B < 2 and not self.training:
             return {"match": Loss(image_BKD.new_zeros(()), batch.length.new_zeros(()))}
         if B < 2:
             raise UserError(
-                f"image-text matching takes its negatives from the batch and this one has a single readable pair; "
+                f"image-text matching takes its negatives from the batch, and this one has a single readable pair; "
                 f"{MORE_ROWS}"
             )
         other = self.negatives(model, image_BKD, batch)

@@ -1,4 +1,4 @@
-"""Formulas as plain functions of tensors."""
+"""The cross-entropy of tokens under a vocabulary, in little memory."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from torch import Tensor
 from fastvlp.model.fusion import LMHead
 from fastvlp.objectives.recompute import recomputing
 
-# Above this many logits (64 Mi numbers) the vocabulary is read chunk by chunk and its logits are made again in the
+# With more logits than this (64 Mi numbers) the loss is computed chunk by chunk, and the logits are computed again in the
 # backward pass: a third more multiplications, but never T x V numbers in memory.
 WHOLE_LOGITS = 1 << 26
-# Logits made at once on the CPU: so many stay in its cache while they are normalised.
+# Logits computed at once on the CPU: so many stay in its cache while they are normalised.
 CACHED_LOGITS = 1 << 21
 
 
 def at_least_fp32(logits: Tensor) -> Tensor:
-    """Half types widened; fp32 and fp64 as they are."""
+    """The same numbers in fp32; those in fp32 or fp64 as they are."""
     return logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
 
 
 class _KeptTokenLoss(torch.autograd.Function):
-    """Keeps softmax minus one-hot, in the type of the products: the backward pass reads nothing else of size T x V."""
+    """Keeps softmax minus one-hot, in the type of the products, and nothing else of size T x V for the backward pass."""
 
     @staticmethod
     def forward(ctx, hidden_TD, weight_VD, bias_V, target_T):
@@ -32,10 +32,10 @@ class _KeptTokenLoss(torch.autograd.Function):
         parts = zip(hidden_TD.split(rows), target_T[:, None].split(rows), share_TV.split(rows), nll_T.split(rows))
         for hidden, target, share, nll in parts:
             logits = at_least_fp32(F.linear(hidden, weight_VD, bias_V))
-            top, asked = logits.amax(1, keepdim=True), logits.gather(1, target)
+            top, correct = logits.amax(1, keepdim=True), logits.gather(1, target)
             total = logits.sub_(top).exp_().sum(1, keepdim=True)
-            nll.copy_((total.log() + top - asked)[:, 0])
-            logits.div_(total).scatter_add_(1, target, torch.full_like(asked, -1))
+            nll.copy_((total.log() + top - correct)[:, 0])
+            logits.div_(total).scatter_add_(1, target, torch.full_like(correct, -1))
             share.copy_(logits)
         ctx.save_for_backward(hidden_TD, weight_VD, share_TV)
         return nll_T
@@ -87,9 +87,9 @@ def head_loss(head: LMHead, state_TD: Tensor, target_T: Tensor) -> Tensor:
 def token_loss(
     hidden_TD: Tensor, weight_VD: Tensor, bias_V: Tensor, target_T: Tensor, *, whole_logits: int = WHOLE_LOGITS
 ) -> Tensor:
-    """Cross-entropy of each token under a linear vocabulary, in fp32 at least -> [T]. Memory is O(whole_logits), not O(T V).
+    """Cross-entropy of each token under a linear vocabulary, in fp32 at least -> [T].
 
-    Under autocast the matrix products run in the autocast type, as those of nn.Linear do.
+    Memory is O(whole_logits), not O(T V). Under autocast the matrix products run in its type, as those of nn.Linear do.
     """
     kind, rows = hidden_TD.device.type, max(1, whole_logits // weight_VD.shape[0])
     few = len(target_T) <= rows

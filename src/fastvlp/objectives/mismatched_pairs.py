@@ -1,4 +1,4 @@
-"""What objectives on two towers share: the embeddings of each image and its text."""
+"""What contrastive objectives of two towers share: their options, and the embeddings of images and texts."""
 
 from __future__ import annotations
 
@@ -17,16 +17,18 @@ from fastvlp.objectives.objective import ObjectiveConfig
 
 @dataclass(frozen=True, kw_only=True)
 class PairsConfig(ObjectiveConfig, abc.ABC):
-    """text_keep: share of the text positions that are encoded (FLIP, arXiv 2212.00794, section 4.1: 1 is best), text_policy
-    which: `random` ones of all, or `prioritised`, padding dropped first. weight: of the loss beside others."""
+    """Options of contrastive objectives."""
 
     text_keep: float = 1.0
+    """Share of the text positions that are encoded; in FLIP 1 is best (arXiv 2212.00794, section 4.1)."""
     text_policy: TextPolicy = "random"
+    """Which positions are encoded: `random` ones of all, or `prioritised`, where padding is dropped first."""
     weight: float = 1.0
+    """Weight of the loss beside those of other objectives."""
 
     def __post_init__(self) -> None:
         if not 0 < self.text_keep <= 1:
-            raise ValueError(f"text_keep is a share of the text, above 0 and up to 1, not {self.text_keep}")
+            raise ValueError(f"`text_keep` is a share of the text, above 0 and up to 1, not {self.text_keep}")
 
     @property
     def text_use(self) -> TextUse:
@@ -34,18 +36,18 @@ class PairsConfig(ObjectiveConfig, abc.ABC):
         return "embedding" if self.text_keep == 1 else "words"
 
     def check(self, model: ModelConfig) -> None:
-        """Raises UserError where the share would be one of a length that differs from batch to batch."""
+        """Raises UserError where a share of the text is encoded whose length differs from batch to batch."""
         if self.text_keep < 1 and (model.embed is None or model.embed.text_length is None):
-            raise UserError("text_keep is a share of texts of one length; give model.embed.text_length, such as 32")
+            raise UserError("`text_keep` is a share of texts of one length; set `model.embed.text_length`, such as 32")
 
 
-def embed_pair(model: VLModel, image_BKD: Tensor, batch: Batch, told: PairsConfig) -> tuple[Tensor, ...]:
-    """Unit vectors of images and texts, two [B E]; the positions of a text that are kept depend on its row's seed."""
+def embed_pair(model: VLModel, image_BKD: Tensor, batch: Batch, config: PairsConfig) -> tuple[Tensor, ...]:
+    """Unit vectors of images and texts, two [B E]. Which positions of a text are encoded depends on its row's seed."""
     keep_BK = None
-    if told.text_keep < 1:
+    if config.text_keep < 1:
         ids, length = model.embed.words(batch.ids, batch.length, model.config.text)
         L = ids.shape[1]
-        keep_BK = keep_text(batch.seed, length, L, keep_count(L, told.text_keep), told.text_policy)
+        keep_BK = keep_text(batch.seed, length, L, keep_count(L, config.text_keep), config.text_policy)
     stored = batch.text if keep_BK is None else None
     text_BE = model.embed_text(batch.ids, batch.length, keep_BK, stored)
     return model.embed_image(image_BKD, batch.regions), text_BE

@@ -1,4 +1,5 @@
-"""Masked language modeling: corrupted tokens from the image and the rest (BERT; METER 2111.02387; spec flm.md 2.1-2.2)."""
+"""Masked language modeling: corrupted tokens are predicted from the image and the other tokens (BERT, arXiv 1810.04805, section
+3.1; METER, arXiv 2111.02387)."""
 
 from __future__ import annotations
 
@@ -23,37 +24,41 @@ MASK_SALT, PREDICT_SALT, KIND_SALT, WORD_SALT = 401, 402, 403, 404
 
 @dataclass(frozen=True, kw_only=True)
 class MLMConfig(ObjectiveConfig):
-    """mask_rate: share of words (or tokens) corrupted. predict_rate: share of all tokens that are asked for, at most
-    mask_rate (None: all corrupted ones). Of the corrupted, `keep_mask` become the mask id, `keep_random` a random id, the
-    rest stay. whole_word: all pieces of a word together. At least one token of every text is corrupted and asked for.
-    region_rate: share of the regions that a single stream has masked at the same time; 0 is UNITER's conditional masking
-    (arXiv 1909.11740, section 3.2)."""
+    """Predict corrupted tokens from the image and the other tokens. At least one token of each text is corrupted and
+    predicted."""
 
     baseline = True
 
     mask_rate: float = 0.4
+    """Share of the words that are corrupted, or of the tokens."""
     predict_rate: float | None = None
+    """Share of all tokens that are predicted, at most mask_rate; by default all corrupted ones."""
     keep_mask: float = 0.8
+    """Share of the corrupted tokens that become the mask."""
     keep_random: float = 0.1
+    """Share of the corrupted tokens that become a random one. The others stay as they are."""
     whole_word: bool = True
+    """Corrupt all pieces of a word together."""
     region_rate: float = 0.0
+    """In a single stream, share of the regions that are hidden at the same time; 0 is UNITER's conditional masking (arXiv
+    1909.11740, section 3.2)."""
 
     def __post_init__(self) -> None:
         if not 0 < self.mask_rate <= 1:
-            raise ValueError(f"mask_rate is a share, above 0 and up to 1, not {self.mask_rate}")
+            raise ValueError(f"`mask_rate` is a share, above 0 and up to 1, not {self.mask_rate}")
         if self.predict_rate is not None and not 0 < self.predict_rate <= self.mask_rate:
             raise ValueError(
-                f"predict_rate must be above 0 and at most mask_rate {self.mask_rate}, not {self.predict_rate}"
+                f"`predict_rate` must be above 0 and at most mask_rate {self.mask_rate}, not {self.predict_rate}"
             )
         if not 0 <= self.region_rate <= 1:
-            raise ValueError(f"region_rate is a share, 0 to 1, not {self.region_rate}")
+            raise ValueError(f"`region_rate` is a share, 0 to 1, not {self.region_rate}")
         if self.keep_mask + self.keep_random > 1:
-            raise ValueError("keep_mask and keep_random are shares of the corrupted tokens: together at most 1")
+            raise ValueError("`keep_mask` and `keep_random` are shares of the corrupted tokens: together at most 1")
 
     def build(self, model: ModelConfig, tokenizer: Tokenizer) -> MLM:
         if self.region_rate and model.single is None:
             raise UserError(
-                "region_rate masks regions, which a single stream alone reads; set model.single, or leave it 0"
+                "`region_rate` hides regions, and this model reads none beside words; set `model.single`, or leave it at 0"
             )
         return MLM(self, model, tokenizer.starts_word)
 
@@ -80,14 +85,14 @@ class MLM(Objective):
         return model.reconstructor is None
 
     def draw(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """(corrupted, asked): bool [B L], among the words 1..n-2; <s>, </s> and padding are never chosen."""
+        """Which tokens are corrupted, and which are predicted: two bool [B L]; never <s>, </s> or padding."""
         c, L = self.config, batch.ids.shape[1]
         position, n = torch.arange(L, device=batch.ids.device), batch.length[:, None]
         word = (position >= 1) & (position < n - 1)
         noise = uniform(batch.seed, (L,), MASK_SALT)
         if c.whole_word:
             starts = self.starts_word[batch.ids] | (position == 1)
-            # Every piece takes the noise of the position where its word starts.
+            # Each piece has the noise of the position where its word starts.
             noise = noise.gather(1, torch.where(starts & word, position, 0).cummax(1).values)
         noise = noise.masked_fill(~word, 2.0)
         corrupted = ((noise < c.mask_rate) | (noise == noise.min(1, keepdim=True).values)) & word
@@ -99,6 +104,7 @@ class MLM(Objective):
         )
 
     def corrupt(self, batch: Batch, corrupted: Tensor) -> Tensor:
+        """The ids with the corrupted tokens replaced: [B L]."""
         c, L = self.config, batch.ids.shape[1]
         kind = uniform(batch.seed, (L,), KIND_SALT)
         pick = (uniform(batch.seed, (L,), WORD_SALT) * len(self.ordinary)).long().clamp(max=len(self.ordinary) - 1)
@@ -110,10 +116,10 @@ class MLM(Objective):
         return {"masked": self.draw(batch)[1].sum()}
 
     def forward(self, model: VLModel, image_BKD: Tensor, batch: Batch) -> dict[str, Loss]:
-        corrupted, asked = self.draw(batch)
+        corrupted, target_BL = self.draw(batch)
         ids, rate = self.corrupt(batch, corrupted), self.config.region_rate
         hidden = random_hide(batch.seed, require_regions(batch.regions).mask, rate) if rate else None
-        return {"masked": masked_loss(model, image_BKD, batch, ids, asked, hidden)}
+        return {"masked": masked_loss(model, image_BKD, batch, ids, target_BL, hidden)}
 
 
 def masked_loss(
@@ -121,16 +127,17 @@ def masked_loss(
     image_BKD: Tensor,
     batch: Batch,
     ids_BL: Tensor,
-    ask_BL: Tensor,
+    target_BL: Tensor,
     hidden_BR: Tensor | None = None,
 ) -> Loss:
-    """Cross-entropy of the true ids at the asked positions, `ids_BL` and the regions not `hidden` being what is read."""
-    target_T = batch.ids[ask_BL]
+    """Cross-entropy of the batch's ids at the positions that `target_BL` marks. The model reads `ids_BL` and, in a single
+    stream, the regions that are not hidden."""
+    target_T = batch.ids[target_BL]
     if model.config.single is not None:
         joint = model.read_regions(image_BKD, batch.regions, ids_BL, batch.length, hidden_BR=hidden_BR)
         words = model.single.words
-        nll = token_loss(words.hidden(joint.text[ask_BL]), model.text.word_table, words.bias, target_T)
+        nll = token_loss(words.hidden(joint.text[target_BL]), model.text.word_table, words.bias, target_T)
     else:
         state = model.read(image_BKD, ids_BL, mask=masks.full(batch.length, ids_BL.shape[1]))
-        nll = head_loss(model.head, state[ask_BL], target_T)
-    return Loss(nll.sum(), ask_BL.sum())
+        nll = head_loss(model.head, state[target_BL], target_T)
+    return Loss(nll.sum(), target_BL.sum())

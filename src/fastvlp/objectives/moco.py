@@ -1,7 +1,7 @@
-"""Contrast with momentum keys and a queue of earlier ones, across modalities (MoCo, arXiv 1911.05722; BriVL, 2103.06561).
+"""Contrastive learning with a queue of keys from earlier steps (MoCo, arXiv 1911.05722; BriVL, arXiv 2103.06561).
 
-The negatives of a step are as many as the queue is long, however few pairs fit into memory. Beside the towers goes a copy
-that follows them slowly: its embeddings, the keys, are still alike when they are contrasted some hundred steps later.
+A step has as many negatives as the queue is long, however few pairs fit into memory. The keys are the embeddings of a copy of
+the model that follows it slowly, so that keys of some hundred steps ago still resemble new ones.
 """
 
 from __future__ import annotations
@@ -24,56 +24,58 @@ from fastvlp.objectives.contrastive import queue_nce
 from fastvlp.objectives.mismatched_pairs import PairsConfig, embed_pair
 from fastvlp.objectives.objective import Loss, PairObjective
 
-# Of temperatures; a learned one is kept within (ALBEF, released code).
+# Bounds of the temperature; a learned one is kept within them, as in ALBEF's released code.
 COLDEST, WARMEST = 0.001, 0.5
 
 
 @dataclass(frozen=True, kw_only=True)
 class MoCoConfig(PairsConfig):
-    """The values of the released BriVL 1.0; `albef` has ALBEF's.
-
-    mode: a row's candidates are its own key and the queue, or all keys of the step and the queue (ALBEF, BriVL 2).
-    queue: keys of each modality that are remembered; a batch may be of any size, also larger. momentum: share of itself
-    that the copy keeps at each step. temperature: fixed, or learned from there. alpha: share of the target that is the
-    copy's own opinion, with "batch+queue" (ALBEF, arXiv 2107.07651, section 3.4). directions: the sum of both, or the mean.
-    warm: only what was written counts until the queue is full; otherwise it begins as random vectors, as released.
-    key_keep: share of the patches that the copy encodes (FLIP's keep); at the same share the queries' very patches.
-    buffers: of the copy, its towers' (`copy`), or what its own passes make of them (`own`, as released: batch norms).
-    """
+    """Find each image's own text among the keys of earlier texts, and each text's own image. The defaults are those of the
+    released BriVL 1.0; `albef` has ALBEF's."""
 
     mode: Literal["pos+queue", "batch+queue"] = "pos+queue"
+    """Candidates of a row: its own key and the queue, or all keys of the step and the queue (ALBEF, BriVL 2)."""
     queue: int = 9600
+    """Keys of each modality that are remembered. A batch may be larger."""
     momentum: float = 0.99
+    """Share of itself that the copy keeps at each step."""
     temperature: float = 0.07
+    """Temperature of the softmax, or where it starts if it is learned."""
     temperature_learned: bool = False
+    """Whether the temperature is learned."""
     alpha: float = 0.0
+    """With batch+queue: share of a row's target that is the copy's own prediction (ALBEF, arXiv 2107.07651, section 3.4)."""
     directions: Literal["sum", "mean"] = "sum"
+    """How the losses of images and of texts are combined."""
     warm: bool = False
+    """Until the queue is full, use only the keys that were written; otherwise it begins as random vectors, as released."""
     key_keep: float = 1.0
+    """Share of an image's patches that the copy encodes. If it equals the run's `keep`, they are the same patches."""
     buffers: Literal["copy", "own"] = "copy"
+    """Buffers of the copy, such as those of batch norms: `copy` takes the model's, `own` updates its own, as released."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.queue < 1:
-            raise ValueError(f"queue is a number of keys, at least 1, not {self.queue}; without a queue choose CLIP")
+            raise ValueError(f"`queue` is a number of keys, at least 1, not {self.queue}; without a queue choose CLIP")
         if not 0 <= self.momentum <= 1:
-            raise ValueError(f"momentum is a share, 0 to 1, such as 0.99, not {self.momentum}")
+            raise ValueError(f"`momentum` is a share, 0 to 1, such as 0.99, not {self.momentum}")
         if not COLDEST <= self.temperature <= WARMEST:
-            raise ValueError(f"temperature is within {COLDEST} to {WARMEST}, not {self.temperature}")
+            raise ValueError(f"`temperature` is from {COLDEST} to {WARMEST}, not {self.temperature}")
         if not 0 <= self.alpha <= 1 or (self.alpha and self.mode == "pos+queue"):
-            raise ValueError(f'alpha {self.alpha} is a share of the target, 0 to 1, and needs mode "batch+queue"')
+            raise ValueError(f'`alpha` {self.alpha} is a share of the target, 0 to 1, and needs mode "batch+queue"')
         if not 0 < self.key_keep <= 1:
-            raise ValueError(f"key_keep is a share of the patches, above 0 and up to 1, not {self.key_keep}")
+            raise ValueError(f"`key_keep` is a share of the patches, above 0 and up to 1, not {self.key_keep}")
 
     def build(self, model: ModelConfig, tokenizer: Tokenizer) -> MoCo:
         self.check(model)
         if model.embed is None:
-            raise UserError("the queue holds embeddings, and the model has none; set model.embed")
+            raise UserError("the queue holds embeddings, and the model makes none; set `model.embed`")
         return MoCo(self, model.embed.width)
 
 
 def albef(queue: int = 65536) -> MoCoConfig:
-    """ALBEF's contrastive part (arXiv 2107.07651; salesforce/ALBEF b9727e4), without the slow start of alpha."""
+    """ALBEF's contrastive loss (arXiv 2107.07651; salesforce/ALBEF b9727e4), without the slow start of alpha."""
     return MoCoConfig(
         mode="batch+queue",
         queue=queue,
@@ -85,17 +87,17 @@ def albef(queue: int = 65536) -> MoCoConfig:
 
 
 def momentum_copy(model: VLModel) -> VLModel:
-    """The towers and their heads, which learn nothing by gradients. What is frozen there is shared: it would never differ."""
+    """A copy of the encoders and their heads that gets no gradients. Frozen parameters are shared: they never differ."""
     left_out = (model.fusion, model.reconstructor, model.head, model.forward_head, model.reverse_head)
-    # What deepcopy finds here it takes for the copy.
-    known: dict[int, Any] = {id(part): Absent("fusion") for part in left_out if part is not None}
-    known |= {id(parameter): parameter for parameter in model.parameters() if not parameter.requires_grad}
-    return deepcopy(model, known).requires_grad_(False)
+    # `deepcopy` takes what it finds here for copies already made.
+    copies: dict[int, Any] = {id(part): Absent("fusion") for part in left_out if part is not None}
+    copies |= {id(parameter): parameter for parameter in model.parameters() if not parameter.requires_grad}
+    return deepcopy(model, copies).requires_grad_(False)
 
 
 class MoCo(PairObjective):
-    """State that a resumed run needs: the copy `slow`, both queues [K E], and how many keys were `written`, of which the
-    remainder by K is the place of the next."""
+    """State that a resumed run needs: the copy `slow`, both queues [K E], and the number of keys `written` so far; its
+    remainder by K is the place of the next key."""
 
     slow: VLModel
     image_queue: Tensor
@@ -108,7 +110,7 @@ class MoCo(PairObjective):
         self.text_use = config.text_use
         self.temperature = nn.Parameter(torch.tensor(config.temperature), requires_grad=config.temperature_learned)
         for name in ("image_queue", "text_queue"):
-            # Drawn as weights are, from the run's seed: the same on every rank.
+            # Drawn like weights, from the run's seed, so that all ranks have the same.
             self.register_buffer(name, unit(nn.init.normal_(torch.empty(config.queue, width))))
         self.register_buffer("written", torch.zeros((), dtype=torch.int64))
         self.latest: tuple[Tensor, Tensor] | None = None
@@ -134,19 +136,21 @@ class MoCo(PairObjective):
         return embed_pair(self.slow, self.slow.encode_image(batch.image, keep_BK), batch, self.config)
 
     def score(self, *rows: Tensor) -> dict[str, Loss]:
-        """Each image among keys of texts and the reverse; the queue is as it was before the step.
+        """Losses of each image among the keys of texts, and of each text among those of images. The queue is as it was before
+        the step.
 
-        In validation a row is told apart from the others of its batch: the loss over a queue stays where it is, or rises,
-        while negatives get harder, and would call the first weights the best."""
+        In validation the candidates are the rows of the batch. With a queue the loss would stay or rise as the negatives get
+        harder, so that the first weights would seem the best.
+        """
         image_BE, text_BE, image_key_BE, text_key_BE = rows
-        told, filled = self.config, 0
-        mode, alpha = (told.mode, told.alpha) if self.training else ("batch+queue", 0.0)
-        (images, first), (texts, _) = self.everyone(image_key_BE, least=1), self.everyone(text_key_BE, least=1)
+        config, filled = self.config, 0
+        mode, alpha = (config.mode, config.alpha) if self.training else ("batch+queue", 0.0)
+        (images, first), (texts, _) = self.gather_rows(image_key_BE, least=1), self.gather_rows(text_key_BE, least=1)
         if self.training:
             self.latest = images, texts
-            filled = min(int(self.written), told.queue) if told.warm else told.queue
+            filled = min(int(self.written), config.queue) if config.warm else config.queue
         own = first + torch.arange(len(image_BE), device=image_BE.device)
-        weight = told.weight / (2 if told.directions == "mean" else 1)
+        weight = config.weight / (2 if config.directions == "mean" else 1)
 
         def loss(query_BE: Tensor, key_ME: Tensor, queue_KE: Tensor, other_BE: Tensor) -> Loss:
             soft_BE = other_BE if alpha else None
@@ -160,8 +164,8 @@ class MoCo(PairObjective):
 
     @torch.no_grad()
     def after_step(self, model: VLModel) -> None:
-        """The released code lets the copy follow at the start of a step, before it makes the keys. Done at the end of the
-        step before, that is the same: the first time, copy and towers are equal."""
+        """Updates the copy and the queues. The released code updates the copy at the start of a step, before it makes the keys;
+        at the end of the step before it is the same, since at first copy and model are equal."""
         self.follow(model)
         self.remember()
         if self.config.temperature_learned:
@@ -169,7 +173,7 @@ class MoCo(PairObjective):
 
     @torch.no_grad()
     def follow(self, model: VLModel) -> None:
-        """In place: slow <- m slow + (1 - m) model."""
+        """Updates the copy in place: slow <- m slow + (1 - m) model."""
         fast = dict(model.named_parameters())
         moved = {name: p for name, p in self.slow.named_parameters() if p is not fast[name]}
         get_ema_multi_avg_fn(self.config.momentum)([*moved.values()], [fast[name] for name in moved], None)
@@ -179,7 +183,7 @@ class MoCo(PairObjective):
                 buffer.copy_(current[name])
 
     def remember(self) -> None:
-        """Writes the step's keys, of all ranks in rank order, over the oldest ones."""
+        """Replaces the oldest keys by those of the step, of all ranks in rank order."""
         if self.latest is None:
             return
         (count, _), K = self.latest[0].shape, self.config.queue

@@ -27,12 +27,14 @@ ClozeMethod = Callable[[VLModel, Tensor, Batch], Tensor]
 # Image states [B K D], or [1 K D] of one image for all, ids [B L] and lengths [B] of texts -> how well each fits, [B].
 PairScorer = Callable[[VLModel, Tensor, Tensor, Tensor], Tensor]
 
-MORE_ROWS = "raise --data.batch-size, or --data.max-tokens where it is given: then that alone sizes the batches"
+MORE_ROWS = (
+    "raise `data.batch_size`, or `data.max_tokens` where it is given, since it then decides how many rows a batch has"
+)
 
 
 @dataclass(frozen=True)
 class Loss:
-    """A sum over targets and how many there were. Only `combine` divides, once, by the count of the whole step."""
+    """The sum of a loss over its targets, and how many there were. Only `combine` divides, once, by the count of the step."""
 
     total: Tensor
     count: Tensor
@@ -43,15 +45,18 @@ register_dataclass_node(Loss)
 
 
 def combine(losses: Mapping[str, Loss], counts: Mapping[str, Tensor] | None = None) -> Tensor:
-    """Sum over terms of weight * total / count. `counts`: targets of the whole step, over micro-batches and ranks, so
-    that neither accumulation nor ranks can change the objective; a loss that is not in it has its own count."""
+    """The sum of weight * total / count over all losses.
+
+    `counts`: targets of the whole step, over micro-batches and ranks, so that the loss does not depend on how a step is cut
+    into these. A loss without an entry is divided by its own count.
+    """
     counts = counts or {}
     parts = [loss.weight * loss.total / counts.get(name, loss.count).clamp(min=1) for name, loss in losses.items()]
     return sum(parts[1:], start=parts[0])
 
 
 class Objective(nn.Module, abc.ABC):
-    """Owns only the parameters that nobody needs after pretraining, but for the head of an ability.
+    """What is learned from a batch. It owns only parameters that nobody needs after training, except the head of an ability.
 
     Attributes:
         reading: how the model best reads a text for a task later.
@@ -72,29 +77,31 @@ class Objective(nn.Module, abc.ABC):
 
     @abc.abstractmethod
     def forward(self, model: VLModel, image_BKD: Tensor, batch: Batch) -> dict[str, Loss]:
-        """Named losses of one clean batch; whatever is drawn is a function of `batch.seed`."""
+        """Named losses of a clean batch. Everything random is a function of `batch.seed`."""
 
     @abc.abstractmethod
     def counts(self, batch: Batch) -> dict[str, Tensor]:
-        """The counts that `forward` will return, from the batch alone: known before any micro-batch is run."""
+        """The counts that `forward` will return, from the batch alone, before the model has run."""
 
     def check(self, samples: Iterator[Batch]) -> None:
-        """Runs once, when a run starts; `samples` are single rows from all over its data, read as they are asked for.
-        Raises UserError where the data lacks what is learned from. Most objectives leave that to the first batch."""
+        """Runs once, when a run starts. `samples` yields single rows from all over its data, each read when it is taken.
+
+        Raises UserError where the data lacks what the objective needs. Most objectives find out with the first batch.
+        """
 
     def begin(self, model: VLModel) -> None:
-        """Runs once, on fresh or inherited weights, before the first step. Most objectives have nothing to do."""
+        """Runs once, on new or inherited weights, before the first step. Most objectives have nothing to do."""
 
     def after_step(self, model: VLModel) -> None:
-        """Runs once after each optimiser step: a momentum copy, a queue. Most objectives have nothing to do."""
+        """Runs after each optimiser step, such as to update a momentum copy. Most objectives have nothing to do."""
 
     def kept(self) -> dict[str, Tensor]:
-        """What of its state is worth keeping with the weights: all, but for what training alone reads."""
+        """Which tensors of its state are saved with the weights: by default all. Leave out what only training reads."""
         return self.state_dict()
 
     def reaches_all(self, model: ModelConfig) -> bool:
-        """Whether each step surely gives every parameter of the towers, the fusion, its head and the reconstructor a
-        gradient. Under DDP no parameter is then searched for that got none."""
+        """Whether each step surely gives a gradient to every parameter of the encoders, fusion, its head and reconstructor.
+        DDP then need not search for parameters without one."""
         return False
 
     @property
@@ -104,7 +111,7 @@ class Objective(nn.Module, abc.ABC):
 
     @property
     def pair_scorer(self) -> PairScorer | None:
-        """How its own head scores pairs, of an objective that can match."""
+        """How the objective's own head scores pairs, if it can match."""
         return None
 
     @property
@@ -114,43 +121,49 @@ class Objective(nn.Module, abc.ABC):
 
 
 class PairObjective(Objective):
-    """Couples the rows of a batch: embeds each part of it, then scores the whole. The loop may embed the micro-batches of
-    a step one by one, score all of them at once, and hand each its share of the gradient (`training/gradient_cache.py`)."""
+    """An objective that couples the rows of a batch: it embeds rows, then scores all rows of a step together.
+
+    With several micro-batches the loop embeds each of them, scores all at once, and passes each its part of the gradient
+    (`training/gradient_cache.py`).
+    """
 
     abilities: frozenset[Ability] = frozenset({"embed"})
 
     @abc.abstractmethod
     def embed(self, model: VLModel, image_BKD: Tensor, batch: Batch) -> tuple[Tensor, ...]:
-        """Embeddings [B ...] that gradients flow into; whatever is drawn is a function of `batch.seed`, so that a second
-        call gives the same."""
+        """Embeddings [B ...] that get gradients. Everything random is a function of `batch.seed`, so that a second call gives
+        the same."""
 
     def constants(self, model: VLModel, batch: Batch) -> tuple[Tensor, ...]:
-        """What else is scored, [B ...] and without gradients: the keys of a momentum copy. Made once a step."""
+        """Further tensors [B ...] that `score` reads, without gradients, such as the keys of a momentum copy."""
         return ()
 
-    def everyone(self, rows: Tensor, least: int = 2) -> tuple[Tensor, int]:
-        """Rows of all ranks, and where this rank's begin. In validation each rank scores its own batches alone: ranks
-        may have different numbers of them. Raises UserError for fewer than `least` rows."""
+    def gather_rows(self, rows: Tensor, least: int = 2) -> tuple[Tensor, int]:
+        """Rows of all ranks, [B ...] -> [M ...], and where this rank's begin.
+
+        In validation they are this rank's alone, since ranks may have different numbers of batches. Raises UserError for fewer
+        than `least` rows.
+        """
         if not self.training:
             return rows, 0
         gathered, first = dist.gather(rows)
         if len(gathered) < least:
             raise UserError(
-                f"a contrastive objective tells the pairs of a batch apart and this one has a single readable pair; "
+                f"a contrastive objective compares the pairs of a batch, and this one has a single readable pair; "
                 f"{MORE_ROWS}"
             )
         return gathered, first
 
     @abc.abstractmethod
     def score(self, *rows: Tensor) -> dict[str, Loss]:
-        """Losses of all rows of this rank; `rows` are `embed`'s tensors, then `constants`'."""
+        """Losses of all rows of this rank. `rows` are the tensors of `embed`, then those of `constants`."""
 
     def forward(self, model: VLModel, image_BKD: Tensor, batch: Batch) -> dict[str, Loss]:
         return self.score(*self.embed(model, image_BKD, batch), *self.constants(model, batch))
 
 
 class ObjectiveConfig(abc.ABC):
-    """What a recipe says of an objective: a frozen dataclass that builds it.
+    """The options of an objective: a frozen dataclass that builds it. A recipe names one or several.
 
     Attributes:
         baseline: whether it is the usual method, against which a comparison times the others.
@@ -160,4 +173,4 @@ class ObjectiveConfig(abc.ABC):
 
     @abc.abstractmethod
     def build(self, model: ModelConfig, tokenizer: Tokenizer) -> Objective:
-        """`tokenizer` tells which ids are special and which start a word."""
+        """The objective for this model. `tokenizer` says which ids are special and which start a word."""

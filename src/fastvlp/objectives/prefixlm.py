@@ -1,4 +1,5 @@
-"""PrefixLM: a prefix read both ways, the rest predicted left to right (FLM arXiv 2303.14038 Fig. 2; SimVLM 2108.10904)."""
+"""PrefixLM: a prefix is read in both directions, the rest is predicted left to right (SimVLM, arXiv 2108.10904, section 3.1;
+FLM, arXiv 2303.14038, figure 2)."""
 
 from __future__ import annotations
 
@@ -21,14 +22,15 @@ PREFIX_SALT = 301
 
 @dataclass(frozen=True, kw_only=True)
 class PrefixLMConfig(ObjectiveConfig):
-    """suffix_rate: share of the M predictable tokens that are predicted, or None: drawn uniformly for each text (how the
-    paper draws it is not published). At least one token is predicted; an empty prefix is allowed, since <s> is in it."""
+    """Read a prefix of the text in both directions, and predict the rest left to right."""
 
     suffix_rate: float | None = None
+    """Share of the tokens after <s> that are predicted, at least one; by default it is drawn uniformly for each text. The
+    papers do not say how they draw it."""
 
     def __post_init__(self) -> None:
         if self.suffix_rate is not None and not 0 < self.suffix_rate <= 1:
-            raise ValueError(f"suffix_rate is a share, above 0 and up to 1, not {self.suffix_rate}")
+            raise ValueError(f"`suffix_rate` is a share, above 0 and up to 1, not {self.suffix_rate}")
 
     def build(self, model: ModelConfig, tokenizer: Tokenizer) -> PrefixLM:
         return PrefixLM(self)
@@ -50,7 +52,7 @@ class PrefixLM(Objective):
         return model.reconstructor is None
 
     def prefix(self, batch: Batch) -> Tensor:
-        """Number of tokens after <s> that are read both ways: [B], 0..M-1."""
+        """Number of tokens after <s> that are read in both directions: [B], 0 to M-1 of the M tokens after <s>."""
         M = batch.length - 1
         rate = self.config.suffix_rate
         share = (
@@ -60,14 +62,15 @@ class PrefixLM(Objective):
         )
         return torch.minimum(((1 - share) * M).round().long(), M - 1).clamp(min=0)
 
-    def _asked(self, batch: Batch) -> Tensor:
+    def _targets(self, batch: Batch) -> Tensor:
+        """Positions whose next token is predicted: bool [B L]."""
         position = torch.arange(batch.ids.shape[1], device=batch.ids.device)
         return (position >= self.prefix(batch)[:, None]) & (position < batch.length[:, None] - 1)
 
     def counts(self, batch: Batch) -> dict[str, Tensor]:
-        return {"next": self._asked(batch).sum()}
+        return {"next": self._targets(batch).sum()}
 
     def forward(self, model: VLModel, image_BKD: Tensor, batch: Batch) -> dict[str, Loss]:
         mask = masks.prefix(batch.length, self.prefix(batch), batch.ids.shape[1])
         state = model.read(image_BKD, batch.ids, mask=mask)
-        return {"next": next_token_loss(model, state, batch, self._asked(batch))}
+        return {"next": next_token_loss(model, state, batch, self._targets(batch))}

@@ -1,5 +1,5 @@
-"""Pixels of the patches that masking dropped, through a small decoder (MAE, arXiv 2111.06377), beside a contrastive loss
-(FLIP, arXiv 2212.00794, section 4.1, Table 1f)."""
+"""Reconstruction of the patches that masking dropped, by a small decoder (MAE, arXiv 2111.06377), beside a contrastive loss
+(FLIP, arXiv 2212.00794, section 4.1, table 1f)."""
 
 from __future__ import annotations
 
@@ -21,20 +21,25 @@ from fastvlp.objectives.objective import Loss, Objective, ObjectiveConfig
 
 @dataclass(frozen=True, kw_only=True)
 class ReconstructConfig(ObjectiveConfig):
-    """Depth, width and heads of the decoder are MAE's, the weight of 1 is ours: FLIP tells none of them."""
+    """Predict the pixels of the dropped patches. The decoder's size is MAE's and the weight of 1 is ours: FLIP states
+    neither."""
 
     depth: int = 8
+    """Layers of the decoder."""
     width: int = 512
+    """Width of the decoder."""
     heads: int = 16
+    """Attention heads of the decoder."""
     weight: float = 1.0
+    """Weight of the loss beside those of other objectives."""
 
     def __post_init__(self) -> None:
         if self.width % 4 or self.width % self.heads:
-            raise ValueError(f"width {self.width} must divide into {self.heads} heads and, for its positions, by 4")
+            raise ValueError(f"`width` {self.width} must divide into {self.heads} heads and, for its positions, by 4")
 
     def build(self, model: ModelConfig, tokenizer: Tokenizer) -> Reconstruct:
         if model.single is not None:
-            raise UserError("reconstruct needs an image tower of patches, and a single stream reads regions")
+            raise UserError("reconstruction needs an image encoder over patches, and a single stream reads regions")
         model.image.check_can_drop()
         return Reconstruct(self, model)
 
@@ -46,6 +51,7 @@ def dropped_patches(keep_BK: Tensor, patches: int) -> Tensor:
 
 
 def pick(x_BND: Tensor, index_BM: Tensor) -> Tensor:
+    """The rows of each sample at these places -> [B M D]."""
     return x_BND.gather(1, index_BM[..., None].expand(-1, -1, x_BND.shape[-1]))
 
 
@@ -56,7 +62,7 @@ def normalised(pixels_BMC: Tensor) -> Tensor:
 
 
 class Reconstruct(Objective):
-    """An image's loss is the mean over its dropped patches, so that the count is one of images."""
+    """The loss of an image is the mean over its dropped patches; the count is that of the images."""
 
     position: Tensor
     image_use = "pixels"
@@ -81,7 +87,7 @@ class Reconstruct(Objective):
         first, N = model.config.image.prefix, len(self.position)
         K = image_BKD.shape[1] - first
         if K == N:
-            raise UserError("reconstruct asks for the patches that are dropped, and none is; set --keep below 1")
+            raise UserError("reconstruction predicts the patches that are dropped, and none is; set `keep` below 1")
         keep_BK = random_keep(batch.seed, N, K / N)
         dropped_BM = dropped_patches(keep_BK, N)
         x = self.enter(image_BKD)

@@ -1,8 +1,8 @@
-"""Masked region modeling: what a hidden region holds, from the words and the other regions (UNITER, arXiv 1909.11740,
-section 3.2).
+"""Masked region modeling: hidden regions are predicted from the words and the other regions (UNITER, arXiv 1909.11740, section
+3.2).
 
-Conditional masking is the default: no word is hidden while regions are. `word_rate` hides words too (the paper's ablation
-of it, Table 2 row 12), as `MLMConfig.region_rate` does the other way round.
+By default masking is conditional: no word is hidden while regions are. `word_rate` hides words too (the ablation in Table 2,
+row 12), and `MLMConfig.region_rate` hides regions while words are predicted.
 """
 
 from __future__ import annotations
@@ -30,22 +30,26 @@ from fastvlp.objectives.objective import Loss, Objective, ObjectiveConfig
 
 @dataclass(frozen=True, kw_only=True)
 class MaskedRegionsConfig(ObjectiveConfig, abc.ABC):
-    """rate: share of the regions that are hidden; at least one of each picture. word_rate: share of the words hidden at
-    the same time."""
+    """Options of both objectives that predict hidden regions."""
 
     rate: float = 0.15
+    """Share of the regions that are hidden; at least one of each image."""
     word_rate: float = 0.0
+    """Share of the words that are hidden at the same time."""
 
     def __post_init__(self) -> None:
         if not 0 < self.rate <= 1 or not 0 <= self.word_rate <= 1:
-            raise ValueError(f"rate is a share above 0, word_rate one of 0 or more, not {self.rate}, {self.word_rate}")
+            raise ValueError(
+                f"`rate` is a share above 0, `word_rate` one of 0 or more, not {self.rate}, {self.word_rate}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
 class MRFRConfig(MaskedRegionsConfig):
-    """reduction: over a feature's numbers. `mean` is the released code's, `sum` the paper's squared L2 distance."""
+    """Predict the feature of each hidden region."""
 
     reduction: Literal["mean", "sum"] = "mean"
+    """Over the numbers of a feature: `mean`, as in the released code, or `sum`, the paper's squared L2 distance."""
 
     def build(self, model: ModelConfig, tokenizer: Tokenizer) -> MRFR:
         return MRFR(self, model, tokenizer)
@@ -53,14 +57,16 @@ class MRFRConfig(MaskedRegionsConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class MRCConfig(MaskedRegionsConfig):
-    """classes: of the detector. background: their first is the detector's background. target: `soft`, all shares (MRC-kl),
-    or `hard`, the best class that is not background. reduction of MRC-kl over classes: `mean` (the released code: so many
-    times smaller) or `batchmean`, the divergence itself."""
+    """Predict the detector's class of each hidden region."""
 
     classes: int = 1601
+    """Classes of the detector."""
     background: bool = True
+    """Whether the first class is the background."""
     target: Literal["soft", "hard"] = "soft"
+    """`soft`, the shares of all classes (MRC-kl), or `hard`, the best class that is not background."""
     reduction: Literal["mean", "batchmean"] = "mean"
+    """With soft targets, over the classes: `mean`, as in the released code, or `batchmean`, the divergence itself."""
 
     def build(self, model: ModelConfig, tokenizer: Tokenizer) -> MRC:
         return MRC(self, model, tokenizer)
@@ -73,7 +79,7 @@ def feature_error(predicted_TF: Tensor, target_TF: Tensor, reduction: Literal["m
 
 
 def class_nll(logits_TC: Tensor, share_TC: Tensor, *, background: bool = True) -> Tensor:
-    """Cross-entropy of each region's best class, but the background in column 0: [T]."""
+    """Cross-entropy of each region's best class, which is not the background in column 0: [T]."""
     first = int(background)
     return F.cross_entropy(logits_TC, share_TC[:, first:].argmax(1) + first, reduction="none")
 
@@ -87,13 +93,13 @@ def class_divergence(logits_TC: Tensor, share_TC: Tensor, reduction: Literal["me
 def single_config(model: ModelConfig) -> SingleConfig:
     if model.single is None:
         raise UserError(
-            "the objective reads words and regions in one stream; set model.single, as sizes.uniter_base does"
+            "the objective reads words and regions in one stream; set `model.single`, as sizes.uniter_base does"
         )
     return model.single
 
 
 class MaskedRegions(Objective, abc.ABC):
-    """What both objectives share: which regions are asked for, and their states where they are hidden."""
+    """What both objectives share: which regions are hidden, and their states."""
 
     def __init__(self, config: MaskedRegionsConfig, model: ModelConfig, tokenizer: Tokenizer):
         super().__init__()
@@ -106,12 +112,13 @@ class MaskedRegions(Objective, abc.ABC):
         )
         initialise(self, layer.width)
 
-    def asked(self, batch: Batch) -> Tensor:
+    def candidates(self, batch: Batch) -> Tensor:
         """Which regions may be hidden: bool [B R]."""
         return require_regions(batch.regions).mask
 
     def hidden(self, batch: Batch) -> Tensor:
-        return random_hide(batch.seed, self.asked(batch), self.rate)
+        """Which regions are hidden and predicted: bool [B R]."""
+        return random_hide(batch.seed, self.candidates(batch), self.rate)
 
     def counts(self, batch: Batch) -> dict[str, Tensor]:
         return {"masked": self.hidden(batch).sum()}
@@ -125,11 +132,11 @@ class MaskedRegions(Objective, abc.ABC):
 
     @abc.abstractmethod
     def error(self, model: VLModel, state_TD: Tensor, feature_TF: Tensor, batch: Batch, hidden_BR: Tensor) -> Tensor:
-        """Of each hidden region, row by row: [T]."""
+        """The loss of each hidden region, row by row: [T]."""
 
 
 class MRFR(MaskedRegions):
-    """Masked region feature regression: the feature itself, through the transposed projection that reads it."""
+    """Masked region feature regression: the feature is predicted through the transpose of the projection that reads it."""
 
     def __init__(self, config: MRFRConfig, model: ModelConfig, tokenizer: Tokenizer):
         super().__init__(config, model, tokenizer)
@@ -138,12 +145,12 @@ class MRFR(MaskedRegions):
 
     def error(self, model: VLModel, state_TD: Tensor, feature_TF: Tensor, batch: Batch, hidden_BR: Tensor) -> Tensor:
         predicted = F.linear(state_TD, model.single.regions.feature.weight.T, self.bias)
-        # What is asked for stands still: an image tower that gives it would learn to give all regions the same.
+        # The target gets no gradient: an image encoder that makes it would learn to make all regions alike.
         return feature_error(at_least_fp32(predicted), at_least_fp32(feature_TF.detach()), self.config.reduction)
 
 
 class MRC(MaskedRegions):
-    """Masked region classification: the detector's classes. Regions of which nothing is told are not asked for."""
+    """Masked region classification: the detector's classes. Regions without classes are not predicted."""
 
     def __init__(self, config: MRCConfig, model: ModelConfig, tokenizer: Tokenizer):
         super().__init__(config, model, tokenizer)
@@ -153,27 +160,27 @@ class MRC(MaskedRegions):
         initialise(self.classify, width)
 
     def check(self, samples: Iterator[Batch]) -> None:
-        """Raises UserError where no sample tells any class."""
-        told = (bool(self.asked(batch).any()) for batch in samples)
-        if not next(told, True) and not any(told):
-            raise self._refusal("none")
+        """Raises UserError where no sample has any class."""
+        classified = (bool(self.candidates(batch).any()) for batch in samples)
+        if not next(classified, True) and not any(classified):
+            raise self._wrong_classes("none")
 
     def _shares(self, batch: Batch) -> Tensor:
-        """[B R C]; zeros where no region of the batch has any."""
+        """Shares of the classes [B R C]; zeros where no region of the batch has any."""
         regions, classes = require_regions(batch.regions), self.config.classes
         if regions.classes is None:
             return regions.box.new_zeros(*regions.box.shape[:2], classes)
         if regions.classes.shape[2] != classes:
-            raise self._refusal(regions.classes.shape[2])
+            raise self._wrong_classes(regions.classes.shape[2])
         return regions.classes
 
-    def _refusal(self, found: int | str) -> UserError:
+    def _wrong_classes(self, present: int | str) -> UserError:
         return UserError(
-            f"MRC predicts {self.config.classes} classes of regions, and the data brings {found}: data.regions.classes names "
+            f"MRC predicts {self.config.classes} classes of regions, and the data has {present}: `data.regions.classes` names "
             f"them, or a detector's regions hold them as soft_labels, and the objective's `classes` is their number"
         )
 
-    def asked(self, batch: Batch) -> Tensor:
+    def candidates(self, batch: Batch) -> Tensor:
         return require_regions(batch.regions).mask & (self._shares(batch).sum(-1) > 0)
 
     def error(self, model: VLModel, state_TD: Tensor, feature_TF: Tensor, batch: Batch, hidden_BR: Tensor) -> Tensor:

@@ -1,4 +1,5 @@
-"""Pairs told apart one by one with a sigmoid (SigLIP, arXiv 2303.15343): no softmax over the batch."""
+"""Contrastive learning with a sigmoid for each image and text, in place of a softmax over the batch (SigLIP, arXiv
+2303.15343)."""
 
 from __future__ import annotations
 
@@ -18,15 +19,17 @@ from fastvlp.objectives.objective import Loss, PairObjective
 
 @dataclass(frozen=True, kw_only=True)
 class SigLIPConfig(PairsConfig):
-    """scale and bias: of the logits at the start (section 3.2: 10 and -10); both are learned."""
+    """Decide of each image and each text of all rows whether they belong together."""
 
     scale: float = 10.0
+    """Scale of the logits at the start (arXiv 2303.15343, section 3.2); it is learned."""
     bias: float = -10.0
+    """What is added to the logits at the start; it is learned."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.scale <= 0:
-            raise ValueError(f"scale must be above 0, not {self.scale}")
+            raise ValueError(f"`scale` must be above 0, not {self.scale}")
 
     def build(self, model: ModelConfig, tokenizer: Tokenizer) -> SigLIP:
         self.check(model)
@@ -50,9 +53,9 @@ class SigLIP(PairObjective):
         return embed_pair(model, image_BKD, batch, self.config)
 
     def score(self, *rows: Tensor) -> dict[str, Loss]:
-        """Each image beside the texts of all ranks; divided by the number of images, as in the paper's algorithm 1."""
+        """The loss of each image with the texts of all ranks; it is divided by the number of images, as in algorithm 1."""
         image_BE, text_BE = rows
-        texts, first = self.everyone(text_BE)
+        texts, first = self.gather_rows(text_BE)
         own = first + torch.arange(len(image_BE), device=image_BE.device)
         loss = sigmoid_loss(image_BE, texts, own, self.log_scale.exp(), self.bias)
         return {"pairs": Loss(loss.sum(), own.new_tensor(len(own)), self.config.weight)}

@@ -1,5 +1,5 @@
-"""Two looks at each image, told apart from those at all others (SimCLR, arXiv 2002.05709): an image term beside a loss of
-pairs (SLIP, arXiv 2112.12750)."""
+"""Contrastive learning of images alone: two random views of each image find each other among all views (SimCLR, arXiv
+2002.05709). Beside a contrastive loss of pairs it is SLIP (arXiv 2112.12750)."""
 
 from __future__ import annotations
 
@@ -28,29 +28,33 @@ NATURAL = AugmentConfig(
 
 @dataclass(frozen=True, kw_only=True)
 class SimCLRConfig(ObjectiveConfig):
-    """augment: of both views; the paper's by default, whose blur is meant for 224 pixels. keep: share of the patches that
-    are encoded, other ones of each view. hidden: width of the projection's layer with ReLU, by default the image tower's;
-    width: of the space that it leads to. weight: of the loss beside others (SLIP: 1)."""
+    """Find the other view of each image among two random views of all images."""
 
     augment: AugmentConfig = NATURAL
+    """Random changes of an image that make a view of it; by default the paper's, whose blur is meant for 224 pixels."""
     keep: float = 1.0
+    """Share of a view's patches that are encoded, drawn for each view."""
     hidden: int | None = None
+    """Width of the projection's hidden layer; by default that of the image encoder."""
     width: int = 128
+    """Numbers of a projected view."""
     temperature: float = 0.1
+    """Temperature of the softmax; it is not learned."""
     weight: float = 1.0
+    """Weight of the loss (SLIP: 1)."""
 
     def __post_init__(self) -> None:
         if not 0 < self.keep <= 1:
-            raise ValueError(f"keep is a share of the patches, above 0 and up to 1, not {self.keep}")
+            raise ValueError(f"`keep` is a share of the patches, above 0 and up to 1, not {self.keep}")
         if self.temperature <= 0:
-            raise ValueError(f"temperature must be above 0, not {self.temperature}")
+            raise ValueError(f"`temperature` must be above 0, not {self.temperature}")
 
     def build(self, model: ModelConfig, tokenizer: Tokenizer) -> SimCLR:
         if model.single is not None:
-            raise UserError("simclr needs an image tower of patches, and a single stream reads regions")
+            raise UserError("SimCLR needs an image encoder over patches, and a single stream reads regions")
         if model.embed is not None and model.embed.reads_boxes:
             raise UserError(
-                "simclr's views have no boxes, which the joint space reads; give model.embed a grid, or no regions"
+                "views of SimCLR have no boxes, which the joint space reads; give `model.embed` a grid, or no regions"
             )
         return SimCLR(self, model.image.width)
 
@@ -63,7 +67,7 @@ class SimCLR(PairObjective):
         super().__init__()
         self.config = config
         hidden = config.hidden or width
-        # Without the released code's batch norms: a row must not depend on which others are encoded with it.
+        # Without the batch norms of the released code: the embedding of a row must not depend on its micro-batch.
         self.project = nn.Sequential(nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, config.width))
         initialise(self, width)
 
@@ -71,25 +75,25 @@ class SimCLR(PairObjective):
         return {"views": batch.length.new_tensor(2 * len(batch))}
 
     def embed(self, model: VLModel, image_BKD: Tensor, batch: Batch) -> tuple[Tensor, ...]:
-        """Both views projected to unit vectors, two [B E], encoded in one pass."""
-        told, image = self.config, batch.image if batch.plain is None else batch.plain
-        views = torch.cat([augment(image, batch.seed, told.augment, view=view)[0] for view in VIEWS])
+        """Unit vectors of both views, two [B E], encoded in one pass."""
+        config, image = self.config, batch.image if batch.plain is None else batch.plain
+        views = torch.cat([augment(image, batch.seed, config.augment, view=view)[0] for view in VIEWS])
         seeds = torch.cat([hash64_rows(batch.seed, VIEW_SALT, view) for view in VIEWS])
-        keep_BK = model.config.image.random_patches(seeds, told.keep)
+        keep_BK = model.config.image.random_patches(seeds, config.keep)
         a_BE, b_BE = unit(self.project(summary(model, model.encode_image(views, keep_BK)))).chunk(2)
         return a_BE, b_BE
 
     def score(self, *rows: Tensor) -> dict[str, Loss]:
-        """Each view among both views of the images of all ranks."""
+        """The loss of each view among both views of the images of all ranks."""
         a_BE, b_BE = rows
-        (all_a, first), (all_b, _) = self.everyone(a_BE), self.everyone(b_BE)
+        (all_a, first), (all_b, _) = self.gather_rows(a_BE), self.gather_rows(b_BE)
         own = first + torch.arange(len(a_BE), device=a_BE.device)
         loss = nt_xent(a_BE, b_BE, all_a, all_b, own, a_BE.new_tensor(1 / self.config.temperature))
         return {"views": Loss(loss.sum(), own.new_tensor(len(loss)), self.config.weight)}
 
 
 def summary(model: VLModel, state_BKD: Tensor) -> Tensor:
-    """What the joint space reads of an image [B D]; the mean over its states where there is none."""
+    """What the joint space reads of an image [B D]; where there is none, the mean of its states."""
     if model.config.embed is None:
         return state_BKD.mean(1)
     return model.embed.image.summary(state_BKD)

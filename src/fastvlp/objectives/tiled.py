@@ -1,7 +1,8 @@
-"""Contrastive losses fold each row of a logit matrix into one number, so that the matrix need never exist whole.
+"""Reductions of the logits of contrastive losses in little memory.
 
-Some rows of it are made, folded and dropped; the backward pass makes them again. Inf-CL (arXiv 2410.17243) cuts columns
-too; here a tile has whole rows, for E of them take no more memory than the keys themselves.
+A contrastive loss reduces each row of a logit matrix to one number, so the matrix need not be in memory at once: some rows
+are computed and reduced at a time, and computed again in the backward pass. Inf-CL (arXiv 2410.17243) also cuts columns; here
+a tile has whole rows, since E rows take no more memory than the keys themselves.
 """
 
 from __future__ import annotations
@@ -16,15 +17,15 @@ from torch.autograd.function import once_differentiable
 from fastvlp.objectives.losses import WHOLE_LOGITS
 from fastvlp.objectives.recompute import recomputing
 
-# The same on a CPU, whose cache holds a tile while it is normalised: on one core the softmax loss of 4096 pairs (E = 256)
-# was 5 to 17 % faster in tiles than whole in three runs, those of 1024 and 2048 up to a fifth slower.
+# The same for a CPU, whose cache holds a tile while it is normalised. On one core the softmax loss of 4096 pairs (E = 256)
+# was 5 to 17 % faster in tiles than whole in three runs, that of 1024 and 2048 pairs up to a fifth slower.
 WHOLE_LOGITS_CPU = 1 << 22
 
 Fold = Literal["logsumexp", "softplus"]
 
 
 def _logits(query_RE: Tensor, key_ME: Tensor, bias: Tensor | None, without_RX: Tensor) -> Tensor:
-    """[R M]; columns that are left out hold the lowest number: unlike -inf it has differences, where all are left out."""
+    """The logits [R M]. Columns that are left out hold the lowest number: if all are left out, -inf would give NaN."""
     logits = query_RE @ key_ME.T
     if bias is not None:
         logits = logits.add_(bias)
@@ -75,14 +76,16 @@ def fold_columns(
     *,
     whole_logits: int | None = None,
 ) -> Tensor:
-    """log sum exp, or the sum of softplus, over the columns of `query @ key.T + bias` -> [B]. Both operands have one type,
-    fp32 or wider, in which all is computed, under autocast too.
+    """log sum exp, or the sum of softplus, over the columns of `query @ key.T + bias` -> [B].
 
-    `without_BX`: columns that row b leaves out, X of them for each. `bias`: [] of the same type, or none.
+    Both operands have one type, fp32 or wider, in which all is computed, also under autocast. Up to `whole_logits` logits are
+    kept for the backward pass, as autograd does. More are computed again there, in tiles of at most so many: a third more
+    multiplications, memory in O(whole_logits + M), the same gradients.
 
-    Up to `whole_logits` logits (by default WHOLE_LOGITS; WHOLE_LOGITS_CPU on a CPU) are kept for the backward pass, as
-    autograd does. More are made again there, tile by tile of at most so many: a third more multiplications, memory in
-    O(whole_logits + M) both ways, the same gradients.
+    Args:
+        without_BX: columns that row b leaves out, X of them for each row.
+        bias: [] of the operands' type, or none.
+        whole_logits: by default WHOLE_LOGITS, or WHOLE_LOGITS_CPU on a CPU.
     """
     if without_BX is None:
         without_BX = torch.empty(len(query_BE), 0, dtype=torch.long, device=query_BE.device)

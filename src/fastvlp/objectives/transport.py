@@ -1,7 +1,7 @@
-"""How well the words of a text and the regions of a picture fit, as optimal transport between the two sets of states.
+"""Optimal transport between the words of a text and the regions of an image: how well the two fit.
 
-IPOT, the proximal point method (Xie et al., arXiv 1802.04307), as UNITER uses it (arXiv 1909.11740, section 3.2; released
-code: model/ot.py). Always in fp32 at least: the plan is a product of 50 matrices of exponentials.
+It is solved by IPOT, the proximal point method (Xie et al., arXiv 1802.04307), as in UNITER (arXiv 1909.11740, section 3.2;
+released code: model/ot.py), always in fp32 at least: the plan is a product of 50 matrices of exponentials.
 """
 
 from __future__ import annotations
@@ -22,11 +22,15 @@ def cosine_cost(word_BLD: Tensor, region_BRD: Tensor) -> Tensor:
 
 @torch.no_grad()
 def transport_plan(cost_BLR: Tensor, pair_BLR: Tensor, *, beta: float = 0.5, iterations: int = 50) -> Tensor:
-    """The cheapest way to move equal masses on the words to equal masses on the regions, approximately: [B L R], summing
-    to 1 a row of the batch, to 0 where it has no pair.
+    """The approximately cheapest way to move equal masses on the words to equal masses on the regions [B L R].
 
-    pair: which words and regions are real, as a rectangle of each row. A step solves the problem with an entropy term
-    around the last plan, by one scaling of the regions and one of the words.
+    The plan of a row sums to 1, or to 0 if it has no word or no region. Each iteration solves the problem with an entropy
+    term around the last plan, by one scaling of the regions and one of the words.
+
+    Args:
+        cost_BLR: cost of moving a unit of mass from a word to a region.
+        pair_BLR: which words and regions take part, a rectangle in each row.
+        beta: strength of the entropy term.
     """
     with torch.autocast(cost_BLR.device.type, enabled=False):
         word_BL1, region_B1R = pair_BLR.any(2, keepdim=True), pair_BLR.any(1, keepdim=True)
@@ -51,8 +55,10 @@ def transport_distance(
     beta: float = 0.5,
     iterations: int = 50,
 ) -> Tensor:
-    """Cost of the plan, [B], where `word_BL` and `region_BR` say which states take part. The plan is a constant to the
-    gradient, which flows through the cost (the envelope theorem makes that exact at the optimum)."""
+    """The cost of the plan [B]. `word_BL` and `region_BR` say which states take part.
+
+    The gradient flows through the cost, and the plan counts as a constant; at the optimum that is exact (envelope theorem).
+    """
     pair = word_BL[:, :, None] & region_BR[:, None]
     cost = cosine_cost(word_BLD, region_BRD)
     return (cost * transport_plan(cost, pair, beta=beta, iterations=iterations)).sum((1, 2))

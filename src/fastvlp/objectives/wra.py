@@ -1,4 +1,4 @@
-"""Image-text matching on one stream, and word-region alignment over the same pass (UNITER, arXiv 1909.11740, section
+"""Image-text matching in a single stream, with word-region alignment in the same pass (UNITER, arXiv 1909.11740, section
 3.2)."""
 
 from __future__ import annotations
@@ -26,35 +26,41 @@ COIN_SALT, SIDE_SALT, OTHER_SALT = 611, 612, 613
 
 @dataclass(frozen=True, kw_only=True)
 class WRAConfig(ObjectiveConfig):
-    """rate: share of the pairs that are made wrong. negative: what of them is another's, the image (the released code),
-    the text, or either by a coin (the paper). loss: `ce` of both logits, or `bce` of the second alone (the paper), which
-    later is the retrieval score.
-
-    align: weight of the transport distance, 0 leaves it out. sign: `code` draws right pairs together and pushes wrong
-    ones apart; `paper` is the distance of the right pairs alone. special: <s> and </s> take part.
-    """
+    """Decide whether a text belongs to an image's regions, and align its words with them by optimal transport."""
 
     rate: float = 0.5
+    """Share of the pairs that get the image or text of another pair."""
     negative: Literal["image", "text", "both"] = "image"
+    """Which half of a wrong pair is another's: the image (the released code), the text, or either by a coin (the paper)."""
     loss: Literal["ce", "bce"] = "ce"
+    """`ce`, the cross-entropy of both logits, or `bce`, of the second alone (the paper), which later is the retrieval score."""
     align: float = 0.1
+    """Weight of the transport distance; 0 leaves it out."""
     sign: Literal["code", "paper"] = "code"
+    """Distances that count: `code`, those of right pairs, minus those of wrong pairs; or `paper`, those of right pairs
+    alone."""
     special: bool = True
+    """Whether <s> and </s> are among the words that are aligned."""
     beta: float = 0.5
+    """Strength of the entropy term in the transport problem (IPOT)."""
     iterations: int = 50
+    """Steps in which the transport problem is solved."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.rate < 1:
-            raise ValueError(f"rate is a share of wrong pairs, 0 or more and below 1, not {self.rate}")
+            raise ValueError(f"`rate` is a share of wrong pairs, 0 or more and below 1, not {self.rate}")
 
     def build(self, model: ModelConfig, tokenizer: Tokenizer) -> WRA:
         return WRA(self)
 
 
 class WRA(Objective):
-    """The released code draws the other image from its whole data set, when an epoch begins. Here it comes from the
-    batch, by the row's seed, so that nothing is read twice; a pair with the very same text is never the other one, nor is
-    one that would make the row longer than the batch's longest: there a budget of tokens was counted before (bug U-7)."""
+    """Matching, and alignment where it has a weight.
+
+    The released code draws the other image from its whole data set when an epoch begins. Here it comes from the batch, by the
+    row's seed, so that nothing is read twice. A pair with the same text is never the other one, nor is one that would make the
+    row longer than the longest of the batch, whose size was chosen by a budget of tokens.
+    """
 
     abilities = frozenset({"match"})
 
@@ -63,12 +69,12 @@ class WRA(Objective):
         self.config = config
 
     def pairs(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """(text, image, right): the rows that each pair takes its two halves from, and whether they belong together. A pair
-        that no other fits, such as the longest text's where all rows are as long, stays right."""
+        """(text, image, right): the rows from which each pair takes its two halves, and whether they belong together. Where no
+        other row fits, the pair stays right."""
         c, B = self.config, len(batch)
         if B < 2 and self.training:
             raise UserError(
-                f"image-text matching takes its negatives from the batch and this one has a single readable pair; "
+                f"image-text matching takes its negatives from the batch, and this one has a single readable pair; "
                 f"{MORE_ROWS}"
             )
         own = torch.arange(B, device=batch.ids.device)
@@ -106,7 +112,7 @@ class WRA(Objective):
 
 
 def match_loss(logits_B2: Tensor, right_B: Tensor, loss: Literal["ce", "bce"]) -> Tensor:
-    """Of logits (no match, match): [B]."""
+    """The loss of logits (no match, match): [B]."""
     if loss == "ce":
         return F.cross_entropy(logits_B2, right_B.long(), reduction="none")
     return F.binary_cross_entropy_with_logits(logits_B2[:, 1], right_B.to(logits_B2.dtype), reduction="none")
