@@ -36,11 +36,6 @@ class UNITERStartLayout(Layout):
     summary = "BERT with its heads, made a single stream over words and regions; never recognised, always named"
     options = ("heads",)
 
-    @classmethod
-    def recognises(cls, source: Checkpoint) -> bool:
-        # BERT is a text encoder to most.
-        return False
-
     def read(self, source: Checkpoint, stated: Stated) -> Release:
         config = uniter_config(source, stated, "bert.")
         assert config.single is not None

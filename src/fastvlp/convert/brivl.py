@@ -168,7 +168,7 @@ class BriVLLayout(Layout):
 
     @classmethod
     def recognises(cls, source: Checkpoint) -> bool:
-        return f"{IMAGE}.learnable.max_pool.0.weight" in source.names
+        return cls.grid is None and f"{IMAGE}.learnable.max_pool.0.weight" in source.names
 
     def read(self, source: Checkpoint, stated: Stated) -> Release:
         weights = source.weights
@@ -200,7 +200,3 @@ class BriVL2Layout(BriVLLayout):
     )
     released: ClassVar[Mapping[str, Any]] = {**RELEASED, "IMG_SIZE": 456}
     grid = 6
-
-    @classmethod
-    def recognises(cls, source: Checkpoint) -> bool:
-        return False

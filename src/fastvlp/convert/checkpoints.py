@@ -30,6 +30,8 @@ from fastvlp.objectives.saved_objectives import describe
 # Where layouts are: those of fine-tuned models are beside their tasks.
 PACKAGES = ("fastvlp.convert", "fastvlp.tasks")
 WORDS = "text.word.weight"
+# How names of tensors in transformers begin.
+TRANSFORMERS = ("vision_model.", "text_model.", "embeddings.", "bert.", "roberta.", "vit.")
 
 
 @dataclass(frozen=True)
@@ -123,7 +125,10 @@ def find_layout(source: Checkpoint, name: str) -> Layout:
             hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(sorted(known))}"
             raise UserError(f"`layout` {name}: no such layout of checkpoints; {hint}")
         return known[name]()
-    found = [kind for kind in known.values() if kind.recognises(source)]
+    configs = [kind for kind in known.values() if kind.described(source)]
+    # A file may lie beside the config of another model; tensors of the hub are not fetched in vain.
+    found = configs if configs and source.named is None else []
+    found = found or [kind for kind in known.values() if kind.recognises(source)] or configs
     if len(found) == 1:
         return found[0]()
     if found:
@@ -137,6 +142,10 @@ def unknown(source: Checkpoint) -> str:
     """What a source is, that no layout recognises."""
     if source.model_type is not None:
         return f"a {source.model_type} of transformers, of which no model is made here"
+    if any(name.startswith(TRANSFORMERS) for name in source.names):
+        return (
+            "tensors as transformers calls them, without the config.json that says what they are: name it as `config`"
+        )
     few = ", ".join(sorted(source.names)[:3])
     return f"no public model that is known here: no config.json or open_clip_config.json says what it is, nor do {few}"
 

@@ -59,7 +59,8 @@ class Stated:
 
 
 class Layout(abc.ABC):
-    """A family of public checkpoints whose files are laid out alike. A subclass is found by `vlp convert`."""
+    """A family of public checkpoints whose files are laid out alike. A subclass is found by `vlp convert`; one that neither
+    a config nor names tell apart from others must be named there."""
 
     name: ClassVar[str]
     """What `vlp convert` calls it."""
@@ -69,9 +70,14 @@ class Layout(abc.ABC):
     """Fields of `Stated` that it may need."""
 
     @classmethod
-    @abc.abstractmethod
+    def described(cls, source: Checkpoint) -> bool:
+        """Whether the checkpoint's config says that it is of this layout. Here: no config does."""
+        return False
+
+    @classmethod
     def recognises(cls, source: Checkpoint) -> bool:
-        """Whether the checkpoint is of this layout. Tensors are not read for it, but their names may be."""
+        """Whether the names of the checkpoint's tensors are those of this layout. Here: they are not told apart."""
+        return False
 
     @abc.abstractmethod
     def read(self, source: Checkpoint, stated: Stated) -> Release:

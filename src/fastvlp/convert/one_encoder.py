@@ -31,7 +31,7 @@ class ImageEncoderLayout(Layout):
     summary = "an image encoder of transformers, such as vit, deit, dinov2, convnext"
 
     @classmethod
-    def recognises(cls, source: Checkpoint) -> bool:
+    def described(cls, source: Checkpoint) -> bool:
         if source.model_type is None or has_parts(source):
             return False
         family = find_family(ImageFamily, source.settings)
@@ -57,7 +57,7 @@ class TextEncoderLayout(Layout):
     summary = "a text encoder of transformers, such as bert, roberta, xlm-roberta, electra"
 
     @classmethod
-    def recognises(cls, source: Checkpoint) -> bool:
+    def described(cls, source: Checkpoint) -> bool:
         if source.model_type is None or has_parts(source):
             return False
         family = find_family(TextFamily, source.settings)

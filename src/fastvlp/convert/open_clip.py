@@ -251,10 +251,13 @@ class OpenCLIPLayout(Layout):
     options = ("activation", "heads")
 
     @classmethod
+    def described(cls, source: Checkpoint) -> bool:
+        # Repositories of the hub often have the same model in the layout of transformers.
+        return source.open_clip is not None and source.model_type is None
+
+    @classmethod
     def recognises(cls, source: Checkpoint) -> bool:
-        if source.model_type is not None:
-            return False
-        return source.open_clip is not None or (ANCHOR in source.names and SIZE not in source.names)
+        return ANCHOR in source.names and SIZE not in source.names
 
     def read(self, source: Checkpoint, stated: Stated) -> Release:
         settings = read_settings(source, stated)
@@ -268,7 +271,7 @@ class OpenAILayout(Layout):
 
     @classmethod
     def recognises(cls, source: Checkpoint) -> bool:
-        return source.model_type is None and {ANCHOR, SIZE} <= source.names
+        return {ANCHOR, SIZE} <= source.names
 
     def read(self, source: Checkpoint, stated: Stated) -> Release:
         # clip/model.py of openai/CLIP: QuickGELU, and heads of 64 numbers.

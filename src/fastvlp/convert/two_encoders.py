@@ -80,7 +80,7 @@ class TwoEncodersLayout(Layout):
     summary = "clip, siglip and chinese_clip of transformers, with their config.json"
 
     @classmethod
-    def recognises(cls, source: Checkpoint) -> bool:
+    def described(cls, source: Checkpoint) -> bool:
         return source.model_type is not None and source.model_type != PAIR and has_parts(source)
 
     def read(self, source: Checkpoint, stated: Stated) -> Release:
@@ -99,7 +99,7 @@ class EncoderPairLayout(Layout):
     summary = "vision-text-dual-encoder of transformers, with its config.json"
 
     @classmethod
-    def recognises(cls, source: Checkpoint) -> bool:
+    def described(cls, source: Checkpoint) -> bool:
         return source.model_type == PAIR
 
     def read(self, source: Checkpoint, stated: Stated) -> Release:

@@ -15,6 +15,9 @@ from torch import Tensor
 from fastvlp.convert.archives import is_torchscript, read_archive
 from fastvlp.errors import UserError
 
+# How a file begins that stands for a large one in a repository.
+POINTER = b"version https://git-lfs"
+
 
 class Contents(NamedTuple):
     """What a file of weights holds.
@@ -40,8 +43,7 @@ def read_contents(path: Path) -> Contents:
     `learnable` (BriVL), and the `module.` of a parallel wrapper is removed from their names. Raises UserError where there is no
     such file, where it is damaged, or where it holds no named tensors.
     """
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; name a .safetensors file or a PyTorch file")
+    check_file(path)
     try:
         if path.suffix == ".safetensors":
             return Contents(load_file(path), {})
@@ -89,8 +91,18 @@ def _all_tensors(state: Mapping[Any, Any]) -> bool:
     return all(isinstance(name, str) and isinstance(x, Tensor) for name, x in state.items())
 
 
+def check_file(path: Path) -> None:
+    """Raises UserError where there is no such file, or one that stands for another."""
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; name a .safetensors file or a PyTorch file")
+    with path.open("rb") as file:
+        if file.read(len(POINTER)) == POINTER:
+            raise UserError(f"{path}: a pointer of Git LFS and not the file itself; fetch it with `git lfs pull`")
+
+
 def tensor_names(path: Path) -> list[str]:
     """Names of the tensors of a .safetensors file, without reading them. Raises UserError where it is damaged."""
+    check_file(path)
     try:
         with safe_open(path, "pt") as file:
             return list(file.keys())
