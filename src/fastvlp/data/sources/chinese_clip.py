@@ -9,6 +9,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from fastvlp.batch import Dropped, Record
 from fastvlp.data.records.captions import caption_texts
@@ -51,7 +52,7 @@ class ChineseCLIPSource(AnnotationSource):
                 )
             captions: dict[str, list[str]] = defaultdict(list)
 
-            def add(row: dict, captions: dict[str, list[str]] = captions) -> None:
+            def add(row: dict[str, Any], captions: dict[str, list[str]] = captions) -> None:
                 for image in row["image_ids"]:
                     captions[str(image)] += caption_texts(row["text"])
 

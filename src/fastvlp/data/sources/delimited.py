@@ -6,6 +6,7 @@ from __future__ import annotations
 import csv
 import re
 from collections.abc import Collection, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -39,24 +40,20 @@ def read_delimited(path: Path, separator: str, header: Header, usual: Collection
             looks like the path of an image.
     """
     lines = _text(path).split("\n")
-    while lines and not lines[0].strip():
-        lines.pop(0)
-    if not lines:
+    top = next((line for line in lines if line.strip()), None)
+    if top is None:
         return
-    separator = separator or find_separator(path, lines, usual)
+    separator = separator or find_separator(path, top, usual)
     records = _records(path.name, [line.removesuffix("\r") for line in lines], separator)
-    first = next((cells for _, cells in records if not isinstance(cells, Dropped)), [])
+    place, first = next(records)
+    data: Iterator[tuple[str, list[str]]] = records
     if header == "yes" or (header == "auto" and _is_header(first, usual)):
         columns = _distinct([name.strip() or f"column {n}" for n, name in enumerate(first, 1)])
-        data = ((place, cells) for place, cells in records)
     else:
         columns = _invented_columns(first)
-        data = _chain((f"{path.name}:1", first), records)
+        data = chain([(place, first)], records)
     padded = separator == "|" or (len(first) > 1 and all(name.startswith(" ") for name in first[1:]))
     for place, cells in data:
-        if isinstance(cells, Dropped):
-            yield cells
-            continue
         while len(cells) > len(columns) and not cells[-1].strip():
             cells.pop()
         if len(cells) > len(columns):
@@ -68,13 +65,13 @@ def read_delimited(path: Path, separator: str, header: Header, usual: Collection
             yield Row(place, dict.fromkeys(columns) | row)
 
 
-def find_separator(path: Path, lines: Sequence[str], usual: Collection[str]) -> str:
-    """The separator of a table: the one that makes most usual names of the first line, or else a path of an image and another
-    cell; or else the one that the file's ending says."""
+def find_separator(path: Path, line: str, usual: Collection[str]) -> str:
+    """The separator of a table by its first line: the one that makes most usual names of it, or else a path of an image and
+    another cell; or else the one that the file's ending says."""
     default = "\t" if path.suffix.lower() in (".tsv", ".token") or path.name.lower().endswith(".token.txt") else ","
 
     def score(separator: str) -> tuple[int, int, bool]:
-        cells = next(csv.reader([lines[0]], delimiter=separator), [])
+        cells = next(csv.reader([line], delimiter=separator), [])
         names = sum(plain_name(cell) in usual for cell in cells) if len(cells) > 1 else 0
         images = sum(map(looks_like_image, cells)) if len(cells) > 1 else 0
         return names, images, separator == default
@@ -120,11 +117,6 @@ def _distinct(names: Sequence[str]) -> list[str]:
     return [name if names.index(name) == n else f"{name}_{n + 1}" for n, name in enumerate(names)]
 
 
-def _chain(first: tuple[str, list[str]], rest: Iterator[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
-    yield first
-    yield from rest
-
-
 def _text(path: Path) -> str:
     """A text file; bytes that are not UTF-8 become lone surrogates. Excel writes UTF-16 with a byte-order mark."""
     try:
@@ -137,7 +129,7 @@ def _text(path: Path) -> str:
     return text if "\n" in text else text.replace("\r", "\n")
 
 
-def _records(name: str, lines: Sequence[str], separator: str) -> Iterator[tuple[str, list[str] | Dropped]]:
+def _records(name: str, lines: Sequence[str], separator: str) -> Iterator[tuple[str, list[str]]]:
     """The cells of each record and its place. A quoted cell may hold separators and line ends."""
     csv.field_size_limit(CELL_LIMIT)
     n = 0

@@ -146,7 +146,7 @@ def _write(
     source: Path,
     out: Path,
     items: Iterable[Item],
-    split_of: Callable[[Record], str],
+    split_of: Callable[[Record], str | Dropped],
     per_shard: int,
     append: bool,
 ) -> Imported:
@@ -154,24 +154,22 @@ def _write(
     imported, keys = Imported(out=out), set[str]()
     with ExitStack() as stack:
         writers: dict[str, ShardWriter] = {}
-        there: dict[str, _StoredRecords | None] = {}
+        there: dict[str, _StoredRecords] = {}
         for item in items:
             if isinstance(item, Note):
                 imported.add_note(item)
                 continue
-            split = (
-                split_of(item)
-                if isinstance(item, Record)
-                else Dropped(key=item.key, reason=item.reason, file=item.file)
-            )
+            split = split_of(item) if isinstance(item, Record) else item
             if isinstance(split, Dropped):
                 imported.dropped.append(split)
                 continue
+            assert isinstance(item, Record)
             if split not in writers:
                 writers[split] = stack.enter_context(ShardWriter(out / split, per_shard, append=append))
-                there[split] = _StoredRecords(out / split) if append else None
-                keys |= there[split].keys if there[split] else set()
-            if (stored := there[split]) and stored.holds(item):
+                if append:
+                    there[split] = _StoredRecords(out / split)
+                    keys |= there[split].keys
+            if split in there and there[split].holds(item):
                 imported.dropped.append(Dropped(key=item.key, reason="is in the split already", file=item.file))
                 continue
             writers[split].write(replace(item, key=_unique_key(item.key, keys)))

@@ -35,8 +35,12 @@ class KarpathySource(AnnotationSource):
             content = read_json(file)
             rows: list[tuple[str, dict[str, Any]]] = []
             with expect_form(file, "Karpathy's splits"):
-                images = content["images"]
-                yield from each_row(images, f"{file.name}: image", lambda row, rows=rows: rows.append(_image(row)))
+                images = list(content["images"])
+
+            def add(row: dict[str, Any], rows: Any = rows) -> None:
+                rows.append(_image(row))
+
+            yield from each_row(images, f"{file.name}: image", add)
             if images and not rows:
                 raise UserError(f"{file}: not in the form of Karpathy's splits; if it is in another, name its `format`")
             for name, info in rows:

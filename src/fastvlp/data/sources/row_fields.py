@@ -42,7 +42,7 @@ _PLACEHOLDER = re.compile(r"\s*<(?:image|img|ImageHere)>\s*", re.IGNORECASE)
 
 def find_columns(row: Mapping[str, Any], usual: Sequence[str]) -> list[str]:
     """The columns of a row with usual names, in the order of `usual`."""
-    by_name = {plain_name(str(name)): name for name in reversed(row)}
+    by_name = {plain_name(str(name)): name for name in reversed([*row])}
     return [by_name[name] for name in usual if name in by_name]
 
 

@@ -89,7 +89,7 @@ class RowSource(ImagePathSource):
             yield from reading.records(root)
 
     def count(self, path: Path) -> int | None:
-        names, own = set[tuple[Path, str]](), 0
+        names, own = set[tuple[Path, tuple[str, ...]]](), 0
         for table in self.tables(path):
             reading = _Reading(table, self)
             for row in table.rows:

@@ -140,8 +140,8 @@ def image_record(key: str, info: Mapping[str, Any], root: Path | None, *names: s
     """A record with the images `names` in the folder `root`; Dropped, as of `read_image`, where one cannot be read."""
     images = [read_image(root, name, key) for name in names]
     dropped = next((image for image in images if isinstance(image, Dropped)), None)
-    images = tuple(image for image in images if isinstance(image, bytes))
-    return dropped or Record(key=key, images=images, info=info, file=names[0])
+    read = tuple(image for image in images if isinstance(image, bytes))
+    return dropped or Record(key=key, images=read, info=info, file=names[0])
 
 
 def read_text(path: Path) -> str:
