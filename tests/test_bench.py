@@ -205,3 +205,18 @@ def test_a_checkout_has_the_same_losses_as_itself_and_a_difference_is_found(benc
     same_losses = bench("same_losses")
     assert same_losses.first_difference(lines, json.loads(kept.read_text())) is None
     assert same_losses.first_difference(lines, changed).startswith("step 2, validation, loss")
+
+
+@pytest.mark.skipif(not BENCH.exists(), reason="installed without its benchmarks")
+def test_stored_states_are_timed_beside_encoding(tmp_path):
+    out = tmp_path / "stored.jsonl"
+    data = made_pairs(tmp_path / "pairs") / "train"
+    size = ("--images", "16", "--batch", "8", "--epochs", "1", "--runs", "heads", "flm", "--untrained")
+    done = run(str(data), *size, "--out", str(out), script="stored_states.py")
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [(row["run"], row["arm"]) for row in rows] == [
+        (name, arm) for name in ("heads", "flm") for arm in ("encoded", "stored")
+    ]
+    assert all(row["loss_difference"] < 0.01 and row["cpu_s"] > 0 for row in rows)
+    assert all((row["stored_bytes_per_image"] > 0) == (row["arm"] == "stored") for row in rows)
