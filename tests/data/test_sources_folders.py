@@ -186,6 +186,23 @@ def test_a_single_coco_file(tmp_path: Path, name: str) -> None:
     assert info["objects"] == OBJECT and "split" not in info
 
 
+def test_an_image_without_a_file_is_dropped_alone(tmp_path: Path) -> None:
+    put(tmp_path / "a.jpg")
+    images = [{"id": 1, "file_name": "a.jpg"}, {"id": 2}, "none", {"file_name": "b.jpg"}]
+    done = import_data(put(tmp_path / "x.json", coco(images=images)), tmp_path / "out")
+    assert done.written == {"train": 1}
+    assert {drop.key for drop in done.dropped} == {f"x.json: image {n}".replace("image ", "image:") for n in (2, 3, 4)}
+
+
+def test_folders_without_texts_are_answered_with_the_format_of_classes(tmp_path: Path) -> None:
+    for name in ("cat/1.jpg", "dog/2.jpg", "stray.jpg"):
+        put(tmp_path / "root" / name)
+    with pytest.raises(UserError, match="`format` is classes"):
+        import_data(tmp_path / "root", tmp_path / "out")
+    done = import_data(tmp_path / "root", tmp_path / "out", format="classes")
+    assert done.written == {"train": 2} and [drop.key for drop in done.dropped] == ["stray"]
+
+
 def test_options_decide_where_a_name_says_nothing(tmp_path: Path) -> None:
     captions = [{"id": n, "image_id": n, "caption": f"number {n}"} for n in range(40)]
     images = [{"id": n, "file_name": f"{n}.jpg"} for n in range(40)]

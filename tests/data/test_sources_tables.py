@@ -207,6 +207,16 @@ def test_odd_captions_are_counted(folder: Path) -> None:
     assert notes.count("rows whose caption is empty") == 2
 
 
+def test_captions_by_language(folder: Path) -> None:
+    rows = [
+        {"image": "0.jpg", "caption": {"en": "a", "zh": ["\u4e00"]}},
+        {"image": "1.jpg", "caption": {"zh": "\u4e8c"}},
+    ]
+    infos, _, notes = read(write(folder / "t.json", rows))
+    assert infos["0"] == {"captions": ["a"], "captions_zh": ["\u4e00"]} and infos["1"]["captions_zh"] == ["\u4e8c"]
+    assert not any("no text" in note for note in notes)
+
+
 def test_a_row_of_two_images(folder: Path) -> None:
     rows = [{"image": ["0.jpg", "1.jpg"], "caption": "two"}, {"images": ["2.jpg"], "caption": "one"}]
     path = write(folder / "t.jsonl", "\n".join(map(json.dumps, rows)))

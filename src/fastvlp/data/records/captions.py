@@ -23,7 +23,7 @@ def has_other_values(value: Any) -> bool:
     if isinstance(value, list | tuple):
         return any(map(has_other_values, value))
     if isinstance(value, Mapping):
-        return bool(value) and not caption_texts(value)
+        return bool(value) and not caption_texts(value) and not caption_texts(value.get("zh"))
     return value is not None and not isinstance(value, str)
 
 

@@ -57,7 +57,8 @@ def fault(info: Mapping[str, Any]) -> str | None:
 
 def is_absent(value: Any) -> bool:
     """Whether a value says nothing. 0, 0.0 and false say something: the first class of many sets is 0."""
-    return value is None or value == "" or value == [] or value == {}
+    missing = isinstance(value, float) and value != value  # as pandas writes what is missing
+    return missing or value is None or value == "" or value == [] or value == {}
 
 
 def unstorable(info: Mapping[str, Any]) -> str | None:

@@ -15,6 +15,7 @@ from fastvlp.data.records.schema import box_fault
 from fastvlp.data.sources.interface import AnnotationSource, Item, Match
 from fastvlp.data.sources.source_files import (
     FORM_ERRORS,
+    each_row,
     expect_form,
     find_image,
     form_fault,
@@ -58,10 +59,15 @@ class CocoSource(AnnotationSource):
             faults: dict[Any, list[tuple[Any, str]]] = defaultdict(list)
             for file in files:
                 content = read_json(file)
+
+                def add_image(image: dict[str, Any], file_of: dict[Any, str] = file_of) -> None:
+                    file_of[image["id"]] = str(image["file_name"])
+
                 with expect_form(file, "COCO's annotations"):
-                    file_of |= {image["id"]: str(image["file_name"]) for image in content["images"]}
+                    images = list(content["images"])
                     classes = {category["id"]: category["name"] for category in content.get("categories", [])}
                     annotations = list(content["annotations"])
+                yield from each_row(images, f"{file.name}: image", add_image)
                 for item in annotations:
                     add_annotation(item, classes, texts_and_boxes, faults)
             split = split_of(name)

@@ -33,6 +33,7 @@ class FolderSource(Source):
         images = [file for file in files if file.suffix.lower() in IMAGE_SUFFIXES]
         texts = {file for file in files if file.suffix.lower() in _TEXTS}
         used = set[Path]()
+        lacking = "no .txt beside the image" + ("" if texts else "; where folders are classes, the `format` is classes")
         for file in images:
             name = file.relative_to(path).as_posix()
             key = name.removesuffix(file.suffix)
@@ -41,7 +42,7 @@ class FolderSource(Source):
             used |= {*beside}
             try:
                 if not beside:
-                    yield Dropped(key=key, reason="no .txt beside the image", file=name)
+                    yield Dropped(key=key, reason=lacking, file=name)
                     continue
                 yield Record(key=key, images=(file.read_bytes(),), info=_info(beside), file=name)
             except UnicodeDecodeError:

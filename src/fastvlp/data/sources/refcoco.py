@@ -40,13 +40,18 @@ class RefCOCOSource(AnnotationSource):
         instances, refs = read_json(file.with_name("instances.json")), read_json(file)
         with expect_form(file.with_name("instances.json"), FORM):
             classes = {category["id"]: category["name"] for category in instances["categories"]}
-            file_of = {image["id"]: image["file_name"] for image in instances["images"]}
+            images = list(instances["images"])
+            file_of: dict[Any, str] = {}
             objects: dict[Any, dict[Any, dict[str, Any]]] = defaultdict(dict)
             annotations = instances["annotations"]
+
+        def add_image(image: dict[str, Any]) -> None:
+            file_of[image["id"]] = image["file_name"]
 
         def add_object(item: dict[str, Any]) -> None:
             objects[item["image_id"]][item["id"]] = instance(item, classes)
 
+        yield from each_row(images, "instances.json: image", add_image)
         yield from each_row(annotations, "instances.json: annotation", add_object)
         by_image: dict[tuple[str, Any], list[dict[str, Any]]] = defaultdict(list)
 

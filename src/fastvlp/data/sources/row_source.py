@@ -173,6 +173,8 @@ class _Reading:
         chinese = [
             text for name in CHINESE_COLUMNS if name not in captions for text in caption_texts(cells.pop(name, None))
         ]
+        for one in (cells.get(name) for name in captions):
+            chinese += caption_texts(one.get("zh")) if isinstance(one, dict) else []
         tasks = task_fields(cells)
         texts, notes = take_captions(cells, captions, place)
         has_column = bool(captions) or "captions" in tasks
