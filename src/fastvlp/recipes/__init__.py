@@ -1,4 +1,4 @@
-"""Recipes: one file a run, with a function of the file's name that returns its TrainConfig."""
+"""Recipes: one file for each run, with a function of the file's name that returns a TrainConfig."""
 
 from __future__ import annotations
 

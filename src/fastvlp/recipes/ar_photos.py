@@ -1,6 +1,6 @@
 """Autoregressive language modeling on your own image-text pairs: flm_photos with another objective.
 
-vlp data import PAIRS --out photos
+vlp data import PAIRS --out photos --val 0.1 --max-side 192
 vlp pretrain ar_photos
 """
 

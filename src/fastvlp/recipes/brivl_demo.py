@@ -1,10 +1,10 @@
-"""BriVL 1.0 (arXiv 2103.06561) on the embedded corpus: each scene's boxes and the whole image, keys of a momentum copy, and
-a queue of earlier ones, so that a small batch has many negatives.
+"""BriVL 1.0 (arXiv 2103.06561) on the embedded corpus: the boxes of each scene and the whole image, and a queue of keys from a
+momentum copy of the model, so that a small batch has many negatives.
 
     vlp data demo
     vlp pretrain brivl_demo
 
-A first look (docs/log.md, entry 11): 200 steps, one seed: R@10 of 23 % among 256 pairs, both ways (chance: 4).
+200 steps, one seed: R@10 of 23 % among 256 pairs in both directions, where chance is 4 % (docs/log.md, entry 11).
 """
 
 from fastvlp.data.pairs import PairData
@@ -25,10 +25,10 @@ def brivl_demo() -> TrainConfig:
             regions=RegionSource(whole=True, empty="whole"),
         ),
         model=brivl_tiny(),
-        # The released queue of 9,600 holds each scene of so small a corpus more than once, and begins as random vectors: in
-        # 200 steps half as good as one that counts what was written.
+        # The released queue of 9,600 keys would hold each scene of so small a corpus more than once. It also begins as random
+        # vectors: after 200 steps the recall was half of that with a queue that counts only written keys.
         objectives={"moco": MoCoConfig(queue=1024, warm=True)},
-        # Nothing is trained yet, so that all parts start from the same rate.
+        # No part has trained weights, so all parts learn at the same rate.
         optim=OptimConfig(lr=1e-3, head_multiplier=1, warmup=0.1),
         budget_s=120,
         vocab=500,

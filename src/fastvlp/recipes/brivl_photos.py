@@ -1,11 +1,12 @@
-"""BriVL on your own image-text pairs: a 6x6 grid and the whole image as in BriVL 2, needing no detector, and the queue of 1.0.
+"""BriVL on your own image-text pairs, without a detector: the regions are a grid of 6x6 and the whole image, as in BriVL 2
+(arXiv 2110.14378), and the negatives a queue, as in BriVL 1.0 (arXiv 2103.06561).
 
     vlp data import PAIRS --out photos --val 0.1 --max-side 192
     vlp pretrain brivl_photos
-    vlp pretrain brivl_photos --objectives.moco.mode batch+queue     # BriVL 2: other pairs of the batch are negatives too
+    vlp pretrain brivl_photos --objectives.moco.mode batch+queue     # as BriVL 2: the batch's other pairs are negatives too
 
-brivl_zh reads Chinese captions, brivl_caption learns to write them, moco_photos has plain heads. In nine minutes it
-had a third of clip_photos' recall (docs/log.md, entry 13): queues are for batches that cannot be large.
+brivl_zh reads Chinese captions, brivl_caption also writes captions, and moco_photos has simpler heads. In nine minutes it
+reached a third of the recall of clip_photos (docs/log.md, entry 13): a queue is of use where batches cannot be large.
 """
 
 from fastvlp.data.augment import AugmentConfig
@@ -21,11 +22,11 @@ def brivl_photos() -> TrainConfig:
         name="brivl_photos",
         data=PairData(train="photos/train", val="photos/val", batch_size=32, fit="squash"),
         model=brivl_small(),
-        # Fewer keys than a few thousand photographs, so that hardly any is in the queue when it comes again.
+        # With fewer keys than photographs, hardly any photograph is still in the queue when it is read again.
         objectives={"moco": MoCoConfig(queue=2048, warm=True)},
-        # Colours change and places stay, as released: boxes would have to move along.
+        # Only colours change, as in the released code: with a crop, boxes would have to move along.
         augment=AugmentConfig(jitter=0.8, gray=0.2),
-        # Nothing is trained yet, so that all parts start from the same rate.
+        # No part has trained weights, so all parts learn at the same rate.
         optim=OptimConfig(lr=1e-3, weight_decay=0.05, head_multiplier=1, decay="cosine"),
         vocab=5000,
         budget_s=1200,

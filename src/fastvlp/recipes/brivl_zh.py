@@ -1,10 +1,10 @@
-"""BriVL in the language it was made for: brivl_photos with Chinese captions, and a tokenizer trained on them.
+"""BriVL on Chinese captions, for which it was made: brivl_photos with a tokenizer trained on them.
 
     vlp data import PAIRS --out photos --val 0.1 --max-side 192      # a column caption_zh, or a field captions_zh
     vlp pretrain brivl_zh
 
-Smaller and in three minutes: 1.2 % retrieval recall, where clip_photos on the same Chinese captions had
-2.9 (docs/log.md, entry 13).
+With a smaller model and in three minutes: 1.2 % retrieval recall, where clip_photos on the same captions had 2.9 %
+(docs/log.md, entry 13).
 """
 
 from dataclasses import replace

@@ -4,8 +4,8 @@
     vlp pretrain clip_photos
     vlp pretrain clip_photos --accumulate 8       # contrasts 8 times as many pairs in the same memory
 
-siglip_photos differs in the objective; flip_photos masks half of each image and doubles the batch. For the six
-at equal time see docs/log.md, entry 13.
+siglip_photos differs in the objective; flip_photos drops half of each image's patches and doubles the batch. docs/log.md,
+entry 13, compares six such recipes at equal time.
 """
 
 from fastvlp.data.pairs import PairData
@@ -21,7 +21,7 @@ def clip_photos() -> TrainConfig:
         data=PairData(train="photos/train", val="photos/val", batch_size=64),
         model=clip_small(),
         objectives={"clip": CLIPConfig()},
-        # Nothing is trained yet, so that all parts start from the same rate.
+        # No part has trained weights, so all parts learn at the same rate.
         optim=OptimConfig(lr=1e-3, weight_decay=0.2, head_multiplier=1, decay="cosine"),
         vocab=5000,
         budget_s=1200,

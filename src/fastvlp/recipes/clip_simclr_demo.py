@@ -16,10 +16,10 @@ from fastvlp.training.train_config import TrainConfig
 
 def clip_simclr_demo() -> TrainConfig:
     run = flip_demo()
-    # The captions name sides and colours: neither mirrored scenes nor other hues are the same.
+    # The captions name sides and colours, so that a view is neither mirrored nor of another hue.
     views = AugmentConfig(
         crop=(0.5, 1.0), jitter=0.8, strength=(0.4, 0.4, 0.4, 0.0), gray=0.2, blur=0.5, sigma=(0.1, 0.5)
     )
-    # Each view masked as the image is, so that a step costs three such images and not five.
+    # Each view is masked like the image, so that a step costs as much as three such images, not five.
     simclr = SimCLRConfig(augment=views, keep=run.keep)
     return replace(run, name="clip_simclr_demo", objectives={**run.objectives, "simclr": simclr})

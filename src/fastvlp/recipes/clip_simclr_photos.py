@@ -1,11 +1,11 @@
-"""CLIP with SimCLR as an image term (SLIP, arXiv 2112.12750) on your own image-text pairs: clip_photos with two
-augmented views of each image, so that three images are encoded for each pair.
+"""CLIP with SimCLR as an image term (SLIP, arXiv 2112.12750) on your own image-text pairs: clip_photos with two augmented views
+of each image, so that three images are encoded for each pair.
 
     vlp data import PAIRS --out photos --val 0.1 --max-side 192
     vlp pretrain clip_simclr_photos
-    vlp pretrain clip_simclr_photos --objectives.simclr.keep 0.5      # half of each view's patches
+    vlp pretrain clip_simclr_photos --objectives.simclr.keep 0.5      # encodes half of each view's patches
 
-At equal time it cost more than it brought: 4.3 % retrieval recall beside clip_photos' 6.4 (docs/log.md, entry 13).
+At equal time its retrieval recall was lower: 4.3 %, where clip_photos had 6.4 % (docs/log.md, entry 13).
 """
 
 from dataclasses import replace
@@ -23,9 +23,9 @@ def clip_simclr_photos() -> TrainConfig:
         name="clip_simclr_photos",
         objectives={
             **run.objectives,
-            # Blurred as 224 pixels would be.
+            # The same blur in proportion as the paper's, which is for images of 224 pixels.
             "simclr": SimCLRConfig(augment=replace(NATURAL, sigma=(0.05, 1.0))),
         },
-        # SLIP's for the image beside its caption.
+        # SLIP's augmentation of the image that is paired with the caption.
         augment=AugmentConfig(crop=(0.5, 1.0)),
     )

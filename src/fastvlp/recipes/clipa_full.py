@@ -1,8 +1,9 @@
-"""CLIPA's second stage (arXiv 2305.07017): the same weights on images and texts of full size, at a lower rate.
+"""The second stage of CLIPA (arXiv 2305.07017): the weights of clipa_short go on with images and texts of full size.
 
     vlp pretrain clipa_full --from runs/clipa_short
 
-Positions are resized to the finer grid. The rate, a tenth, is ours. Not measured yet.
+The positions are resized to the finer grid. The learning rate, a tenth of the first stage's, is our choice. Not measured
+yet.
 """
 
 from dataclasses import replace

@@ -1,10 +1,11 @@
-"""CLIPA's first stage (arXiv 2305.07017): small images and short texts, so that most pairs are seen where they are cheap.
+"""The first stage of CLIPA (arXiv 2305.07017): small images and short texts, so that most pairs are seen at low cost.
 
     vlp data import PAIRS --out photos --val 0.1 --max-side 192
     vlp pretrain clipa_short
     vlp pretrain clipa_full --from runs/clipa_short
 
-16 patches instead of 49, 14 words instead of 48; with clipa_full the time of clip_photos. Not measured yet.
+It has 16 patches instead of 49, and 14 words instead of 48. Both stages together take the time of clip_photos. Not measured
+yet.
 """
 
 from dataclasses import replace

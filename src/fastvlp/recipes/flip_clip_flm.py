@@ -1,10 +1,10 @@
-"""Free language modeling and a contrastive loss on half of each image's patches, which both read.
+"""Free language modeling and a contrastive loss in one model, which encodes half of each image's patches.
 
     vlp data import PAIRS --out photos --val 0.1 --max-side 192
     vlp pretrain flip_clip_flm
 
-One run gives a model that writes and answers, and one that finds. Smaller and in nine minutes of one
-CPU core: 5.1 % retrieval recall (clip_photos 6.4) and 45.4 % of cloze words (docs/log.md, entry 13).
+The model can embed images and texts, and write and answer after fine-tuning. With a smaller model and in nine minutes of one
+CPU core: 5.1 % retrieval recall, where clip_photos had 6.4 %, and 45.4 % of the cloze words (docs/log.md, entry 13).
 """
 
 from dataclasses import replace

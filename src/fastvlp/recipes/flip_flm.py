@@ -1,4 +1,4 @@
-"""Free language modeling on half of each image's patches (FLIP's masking under FLM): flm_photos with `keep`.
+"""Free language modeling that encodes half of each image's patches, as FLIP does (arXiv 2212.00794): flm_photos with `keep`.
 
     vlp data import PAIRS --out photos --val 0.1 --max-side 192
     vlp pretrain flip_flm

@@ -1,11 +1,12 @@
-"""The paper's run (FLIP, arXiv 2212.00794, Tables 9 and 10; facebookresearch/flip): L/16, LAION-400M, half of each image,
-190,000 steps of 65,536 pairs; then 1,900 on whole images.
+"""The run of the FLIP paper (arXiv 2212.00794, tables 9 and 10; facebookresearch/flip): ViT-L/16 on LAION-400M with half of
+each image's patches, 190,000 steps of 65,536 pairs.
 
     torchrun --nproc-per-node 8 --no-python vlp pretrain flip_l16 --data.train PAIRS/train --tokenizer bert/tokenizer.json
 
-Then the same with `--name flip_l16_tuned --from runs/flip_l16 --keep 1 --steps 1900 --optim.lr 1.024e-5 --optim.warmup 0.2`.
+The paper then trains 1,900 steps on whole images: run the command again with `--name flip_l16_tuned --from runs/flip_l16
+--keep 1 --steps 1900 --optim.lr 1.024e-5 --optim.warmup 0.2`.
 
-Fewer ranks: raise --accumulate in proportion, the gradients stay those of the whole batch. Not run yet: no result.
+With fewer ranks raise --accumulate in proportion: the gradients remain those of the whole batch. Not run yet, so no result.
 """
 
 from fastvlp.data.augment import AugmentConfig

@@ -1,12 +1,12 @@
-"""FLIP (arXiv 2212.00794) on your own image-text pairs: half of each image's patches, twice as many pairs a step.
+"""FLIP (arXiv 2212.00794) on your own image-text pairs: half of each image's patches, and twice as many pairs a step.
 
     vlp data import PAIRS --out photos --val 0.1 --max-side 192
     vlp pretrain flip_photos
     vlp pretrain flip_tune --from runs/flip_photos      # then a few steps on whole images
 
-Images are mirrored at random, as by the released code: where captions tell left from right, `--augment.flip 0`.
-clip_photos and siglip_photos read whole images. In nine minutes on one CPU core, with smaller towers and 6,000 photographs, it
-had the best retrieval recall: 8.4 %, where clip_photos had 6.4 % (docs/log.md, entry 13).
+As in the released code, images are mirrored at random; if captions distinguish left and right, add `--augment.flip 0`. On
+whole images train clip_photos or siglip_photos. In nine minutes on one CPU core, with smaller towers and 6,000 photographs,
+it had the best retrieval recall: 8.4 %, where clip_photos had 6.4 % (docs/log.md, entry 13).
 """
 
 from dataclasses import replace
@@ -22,8 +22,8 @@ from fastvlp.training.train_config import TrainConfig
 def flip_photos() -> TrainConfig:
     return TrainConfig(
         name="flip_photos",
-        # 20 words, and two special tokens, which the towers leave out. The paper's 32 would cost as much as the masked image
-        # at this size; a caption of a photograph has a dozen words.
+        # 20 words, and two special tokens, which the towers leave out. At this size the paper's 32 words would cost as much as
+        # the masked image; a caption of a photograph has a dozen words.
         data=PairData(train="photos/train", val="photos/val", batch_size=128, max_length=22),
         model=flip_small(length=20),
         objectives={"clip": CLIPConfig(bound="clip")},

@@ -1,9 +1,9 @@
-"""The end of a FLIP run on whole images (arXiv 2212.00794, section A.1): a hundredth of the rate, a fifth of it warm-up.
+"""The last steps of a FLIP run, on whole images (arXiv 2212.00794, section A.1), at a hundredth of the learning rate.
 
     vlp pretrain flip_tune --from runs/flip_photos
 
-Weights and temperature come along, the optimiser starts anew. The paper tunes for a hundredth of the pairs; here it is a
-twentieth of flip_photos' time. Not measured yet.
+The weights and the temperature are those of the first run, the optimiser starts anew. In the paper these steps see a
+hundredth of the pairs; here they take a twentieth of the time of flip_photos. Not measured yet.
 """
 
 from dataclasses import replace

@@ -1,10 +1,11 @@
-"""Free language modeling on the embedded corpus; mlm_demo, ar_demo and prefixlm_demo differ in the objective alone.
+"""Free language modeling (arXiv 2303.14038) on the embedded corpus.
 
-vlp data demo
-vlp pretrain flm_demo
+    vlp data demo
+    vlp pretrain flm_demo
 
-Five minutes on a core of an AMD EPYC at --model.image.patch 6 --data.group 8192, 3 seeds, then 600 steps on questions: VQA 42.1
-+- 0.8 %, ar_demo 38.8 +- 0.5 %, prefixlm_demo 37.8 +- 0.7 %, mlm_demo 37.1 +- 0.6 % (docs/log.md, entry 14).
+mlm_demo, ar_demo and prefixlm_demo differ only in the objective. Five minutes on a core of an AMD EPYC with
+--model.image.patch 6 and --data.group 8192, three seeds, then 600 steps on questions: 42.1 +- 0.8 % of the answers are
+right; ar_demo 38.8 +- 0.5 %, prefixlm_demo 37.8 +- 0.7 %, mlm_demo 37.1 +- 0.6 % (docs/log.md, entry 14).
 """
 
 from fastvlp.data.pairs import PairData
@@ -20,7 +21,7 @@ def flm_demo() -> TrainConfig:
         data=PairData(train="demo/world/train", val="demo/world/val", batch_size=32),
         model=tiny(),
         objectives={"flm": FLMConfig()},
-        # Nothing is trained yet, so that all parts start from the same rate.
+        # No part has trained weights, so all parts learn at the same rate.
         optim=OptimConfig(lr=2e-3, cross_multiplier=1, head_multiplier=1),
         budget_s=120,
         vocab=500,

@@ -1,11 +1,12 @@
-"""Free language modeling on your own image-text pairs, or photographs with several captions each, on a CPU or one GPU.
+"""Free language modeling (arXiv 2303.14038) on your own image-text pairs, on a CPU or one GPU.
 
     vlp data import PAIRS --out photos --val 0.1 --max-side 192
     vlp pretrain flm_photos
     vlp pretrain flm_photos --data.captions captions_zh --name flm_zh     # the same images with Chinese captions
 
-mlm_photos, ar_photos and prefixlm_photos differ in the objective alone. Result (docs/log.md, entry 6): 6,000 photographs, 20
-minutes of one busy CPU core, one seed: cloze 43.7 % (MLM 37.9, AR 34.3, PrefixLM 32.2), CIDEr 0.122 (0.103, 0.092, 0.092).
+mlm_photos, ar_photos and prefixlm_photos differ only in the objective. On 6,000 photographs, 20 minutes of one busy CPU
+core and one seed: 43.7 % of the cloze words (MLM 37.9, AR 34.3, PrefixLM 32.2) and CIDEr 0.122 (0.103, 0.092, 0.092;
+docs/log.md, entry 6).
 """
 
 from fastvlp.data.pairs import PairData

@@ -1,17 +1,20 @@
-"""The paper's run (UNITER, arXiv 1909.11740; settings of ChenRocks/UNITER 1dbfa62, all data, base): BERT-base over words and
-a detector's regions, 8 GPUs, 200,000 steps of 6 x 10,240 tokens on each.
+"""The run of the UNITER paper (arXiv 1909.11740; settings of ChenRocks/UNITER 1dbfa62, all data, base): a single stream like
+BERT-base over words and a detector's regions, 8 GPUs, 200,000 steps of 6 x 10,240 tokens on each.
 
     vlp data import PAIRS --features REGIONS --images blank --out detected --val 0.01
     vlp convert bert-base-cased bert_base --layout uniter_start
     torchrun --nproc-per-node 8 --no-python vlp pretrain uniter_base
 
-Fewer ranks: raise --accumulate in proportion. `fill` is the released code's, which leaves more than half of the budget unused
-and which the rate goes with; `--data.fill None --data.max-tokens 5120` shows about as many rows in full batches. As released
-too are the losses (means over a region's numbers and classes; wrong pairs pushed apart). Not as released: gradients are the
-mean of a step's micro-batches, where there they are summed before the norm of 5 is asked for; texts of more than 60 pieces
-are cut, not dropped; a wrong pair's image is of the same batch; an image counts once, whichever set it is of, which makes
-their shares 2, 2, 71 and 24 % (there 20 % of the steps are COCO's, 30 Visual Genome's, 30 Conceptual Captions', 20 SBU's).
-Not run at this size: no result.
+With fewer ranks raise --accumulate in proportion. Not run at this size, so no result.
+
+As in the released code: the losses (means over the numbers of a feature and over classes; wrong pairs are pushed apart),
+and how a batch is filled (`data.fill`), which leaves more than half of the token budget unused; the learning rate is meant
+for it. `--data.fill None --data.max-tokens 5120` trains on about as many rows in full batches.
+
+Other than in the released code: gradients are the mean over the micro-batches of a step, not their sum; texts of more than
+60 pieces are cut, not dropped; a wrong pair's image comes from the same batch; and each image counts once, whichever data
+set it is from, so that the sets have 2, 2, 71 and 24 % of the rows, not 20, 30, 30 and 20 % (COCO, Visual Genome,
+Conceptual Captions, SBU).
 """
 
 from fastvlp.data.pairs import PairData

@@ -1,12 +1,14 @@
-"""UNITER on the embedded corpus: one stream over words and the scene's objects, one of four tasks a step.
+"""UNITER (arXiv 1909.11740) on the embedded corpus: a single stream over words and regions; each step runs one of four
+objectives.
 
-The regions are those of an imitated detector (data/world/detector.py), which have a feature and shares of classes.
+    vlp data demo
+    vlp pretrain uniter_demo
 
-vlp data demo
-vlp pretrain uniter_demo
+The regions are those of an imitated detector (data/world/detector.py): a feature and shares of classes for each object.
 
-4,800 steps (about 5 minutes of one CPU core), validation: matching 0.08 (0.70 at the start), masked words 0.83 (6.0), masked
-classes 1.61 (3.4), features 0.78. What that is worth to nine tasks is in docs/log.md, entry 19.
+After 4,800 steps (about 5 minutes on one CPU core) the validation losses are: matching 0.08 (0.70 at the start), masked
+words 0.83 (6.0), masked classes 1.61 (3.4), features 0.78. docs/log.md, entry 19, has the scores of nine tasks that start
+from it.
 """
 
 from fastvlp.data.pairs import PairData
@@ -37,7 +39,7 @@ def uniter_demo() -> TrainConfig:
             "mrfr": MRFRConfig(),
             "mrc_kl": MRCConfig(classes=len(COMBINATIONS), background=False, reduction="batchmean"),
         },
-        # The shares of the paper's pretraining on all its data.
+        # The shares that the paper uses when it pretrains on all its data.
         mix={"itm": 6, "mlm": 8, "mrfr": 4, "mrc_kl": 4},
         # At 2e-3 the stream learns to overlook the regions before it can use them: their place vectors become all alike, and
         # what is fine-tuned from it never sees them again (docs/log.md, entry 16).

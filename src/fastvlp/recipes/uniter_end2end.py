@@ -1,14 +1,15 @@
-"""UNITER on photographs without a detector: regions are a grid of boxes over an image tower that learns along.
+"""UNITER (arXiv 1909.11740) on photographs without a detector: the regions are a grid of boxes, pooled from an image tower
+that is trained along.
 
     vlp data import PAIRS --out photos --val 0.1 --max-side 192
     vlp pretrain uniter_end2end
 
-Where the data has boxes: `--data.regions.grid None`, and records without any are dropped, or shown whole with
-`--data.regions.empty whole`. The targets of masked regions move with the tower, and what surrounds a hidden region has seen
-it through the tower's attention; they take a share of the steps as in UNITER, but words and matching are what teaches.
+If your data has boxes, use `--data.regions.grid None`; records without any are then dropped, or shown whole with
+`--data.regions.empty whole`. The targets of masked regions change while the tower learns, and the states around a hidden
+region have seen it in the tower. So the model learns mostly from words and matching.
 
-Smaller and for 1,000 s of one CPU core (790 steps of 64), masked words are at 4.8 in validation and matching is at chance
-(0.69): far too short to be of use to a task (docs/log.md, entry 18).
+With a smaller model and after 1,000 s of one CPU core (790 steps of 64 pairs) the validation loss of masked words is 4.8,
+and matching is at chance (0.69). That is far too short to help a task (docs/log.md, entry 18).
 """
 
 from fastvlp.data.pairs import PairData
