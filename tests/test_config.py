@@ -22,14 +22,14 @@ class Outer:
 
 
 def test_a_config_survives_json():
-    told = to_json(Outer(parts={"x": Inner()}))
-    assert told == {
+    saved = to_json(Outer(parts={"x": Inner()}))
+    assert saved == {
         "type": "Outer",
         "parts": {"x": {"type": "Inner", "rate": 0.5}},
         "sizes": [1, 2],
         "file": "a/b",
     }
-    assert json.loads(json.dumps(told)) == told
+    assert json.loads(json.dumps(saved)) == saved
 
 
 def test_differences_are_named_as_the_command_line_names_them():

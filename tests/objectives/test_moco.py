@@ -26,8 +26,8 @@ def towers(seed: int = 0) -> VLModel:
     return VLModel(two_towers(made_config(depth=1), width=E))
 
 
-def made(model: VLModel, **told) -> MoCo:
-    objective = MoCoConfig(**{"queue": 12, "momentum": 0.9} | told).build(model.config, made_tokenizer())
+def made(model: VLModel, **options) -> MoCo:
+    objective = MoCoConfig(**{"queue": 12, "momentum": 0.9} | options).build(model.config, made_tokenizer())
     objective.begin(model)
     return objective
 
@@ -149,7 +149,7 @@ def test_following_after_a_step_is_following_before_the_keys_of_the_next():
     known.load_state_dict(mine.state_dict())
     for i in range(3):
         batch = batch_of(4, seed=i)
-        told = step(mine, ours, batch)
+        means = step(mine, ours, batch)
         theirs.zero_grad()
         known.follow(theirs)
         losses = known(theirs, theirs.encode_image(batch.image), batch)
@@ -159,7 +159,7 @@ def test_following_after_a_step_is_following_before_the_keys_of_the_next():
             for parameter in theirs.parameters():
                 if parameter.grad is not None:
                     parameter -= 0.5 * parameter.grad
-        assert told == {name: (loss.total / loss.count).item() for name, loss in losses.items()}
+        assert means == {name: (loss.total / loss.count).item() for name, loss in losses.items()}
     assert all(torch.equal(*pair) for pair in zip(ours.parameters(), theirs.parameters()))
     assert torch.equal(mine.image_queue, known.image_queue) and torch.equal(mine.text_queue, known.text_queue)
     known.follow(theirs)
@@ -213,10 +213,10 @@ def test_a_warm_queue_counts_what_was_written():
     assert objective.written == 6 and torch.isfinite(objective.image_queue).all()
 
 
-@pytest.mark.parametrize("told", [MoCoConfig(queue=12), albef(queue=12), MoCoConfig(queue=12, warm=True)])
-def test_validation_tells_a_batch_apart_and_leaves_the_queue_alone(told):
+@pytest.mark.parametrize("config", [MoCoConfig(queue=12), albef(queue=12), MoCoConfig(queue=12, warm=True)])
+def test_validation_contrasts_the_rows_of_a_batch_and_leaves_the_queue_alone(config):
     model, batch = towers(), batch_of(3)
-    objective = told.build(model.config, made_tokenizer()).eval()
+    objective = config.build(model.config, made_tokenizer()).eval()
     objective.begin(model)
     before = {name: x.clone() for name, x in objective.state_dict().items()}
     losses = objective(model, model.encode_image(batch.image), batch)

@@ -27,8 +27,8 @@ def towers(**embed) -> VLModel:
 HALF = CLIPConfig(text_keep=0.5)
 
 
-def embedded(model: VLModel, batch, told=HALF) -> torch.Tensor:
-    return embed_pair(model, model.encode_image(batch.image), batch, told)[1]
+def embedded(model: VLModel, batch, config=HALF) -> torch.Tensor:
+    return embed_pair(model, model.encode_image(batch.image), batch, config)[1]
 
 
 @pytest.mark.parametrize(("keep", "encoded"), [(1.0, 16), (0.5, 8), (0.3, 4)])
@@ -50,17 +50,17 @@ def test_what_a_row_keeps_is_a_function_of_its_seed():
 def test_prioritised_drops_padding_first():
     """Eight of sixteen positions hold a text of seven words whole, and one that is padding."""
     batch = made_batch(lengths=(9,))
-    told = CLIPConfig(text_keep=0.5, text_policy="prioritised")
+    config = CLIPConfig(text_keep=0.5, text_policy="prioritised")
     model = towers(text_mask="full", text=HeadConfig(pool="mean", norm=True))
-    torch.testing.assert_close(embedded(model, batch, told), embedded(model, batch, CLIPConfig()))
+    torch.testing.assert_close(embedded(model, batch, config), embedded(model, batch, CLIPConfig()))
     assert not torch.allclose(embedded(model, batch), embedded(model, batch, CLIPConfig()))
 
 
-@pytest.mark.parametrize("told", [HALF, SigLIPConfig(text_keep=0.5)])
-def test_texts_of_any_length_have_no_share(told):
+@pytest.mark.parametrize("config", [HALF, SigLIPConfig(text_keep=0.5)])
+def test_texts_of_any_length_have_no_share(config):
     with pytest.raises(UserError, match=r"`model\.embed\.text_length`"):
-        told.build(sizes.two_towers(made_config()), made_tokenizer())
-    assert told.build(towers().config, made_tokenizer()).config == told
+        config.build(sizes.two_towers(made_config()), made_tokenizer())
+    assert config.build(towers().config, made_tokenizer()).config == config
 
 
 def test_a_share_is_a_share():

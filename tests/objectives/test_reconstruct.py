@@ -20,11 +20,11 @@ from tests.made import made_batch, made_config, made_tokenizer
 SMALL = ReconstructConfig(depth=1, width=16, heads=2)
 
 
-def pretraining(keep: float = 0.5, told: ReconstructConfig = SMALL, class_token: bool = True) -> Pretraining:
+def pretraining(keep: float = 0.5, decoder: ReconstructConfig = SMALL, class_token: bool = True) -> Pretraining:
     torch.manual_seed(0)
     config = two_towers(made_config(size=32))
     config = replace(config, image=replace(config.image, class_token=class_token))
-    objectives = {"pixels": told, "clip": CLIPConfig()}
+    objectives = {"pixels": decoder, "clip": CLIPConfig()}
     built = {name: objective.build(config, made_tokenizer()) for name, objective in objectives.items()}
     return Pretraining(VLModel(config), built, keep).double()
 
@@ -74,13 +74,13 @@ def test_the_decoder_knows_where_each_kept_patch_was():
 def test_a_row_answers_alone_as_among_others():
     module, batch = pretraining(), made_batch(lengths=(5, 7, 4), size=32)
     module.objectives.pop("clip")
-    told = {name: getattr(batch, name) for name in ("image", "ids", "length", "seed")}
-    parts = [replace(batch, **{name: rows[i : i + 1] for name, rows in told.items()}) for i in range(3)]
+    tensors = {name: getattr(batch, name) for name in ("image", "ids", "length", "seed")}
+    parts = [replace(batch, **{name: rows[i : i + 1] for name, rows in tensors.items()}) for i in range(3)]
     torch.testing.assert_close(sum(loss_of(module, part) for part in parts), loss_of(module, batch))
 
 
 def test_gradients_reach_both_towers_beside_a_contrastive_loss():
-    module, batch = pretraining(told=replace(SMALL, weight=0.5)), made_batch(lengths=(5, 7, 4), size=32)
+    module, batch = pretraining(decoder=replace(SMALL, weight=0.5)), made_batch(lengths=(5, 7, 4), size=32)
     losses = module(batch)
     assert losses["pixels/pixels"].weight == 0.5
     combine(losses).backward()

@@ -90,16 +90,16 @@ def test_the_background_is_never_a_target():
 
 def seen(config: ObjectiveConfig) -> tuple[torch.Tensor, torch.Tensor | None]:
     """What an objective lets the model read: ids, and the regions that are masked."""
-    model, told = single_model().double(), {}
+    model, read = single_model().double(), {}
     inner = model.read_regions
 
     def spy(feature, regions, ids, length, hidden_BR=None):
-        told.update(ids=ids, hidden=hidden_BR)
+        read.update(ids=ids, hidden=hidden_BR)
         return inner(feature, regions, ids, length, hidden_BR=hidden_BR)
 
     model.read_regions = spy  # type: ignore[method-assign]
     run(config, model, BATCH)
-    return told["ids"], told["hidden"]
+    return read["ids"], read["hidden"]
 
 
 def test_conditional_masking():
@@ -123,26 +123,27 @@ def test_regions_of_no_known_class_are_not_asked_for():
 
 def test_a_batch_that_tells_no_classes_has_no_target():
     """Such as come by chance where few records have `soft_labels`; data of which no record has any is a mistake."""
-    untold = replace(BATCH, regions=replace(BATCH.regions, classes=None))
+    unclassified = replace(BATCH, regions=replace(BATCH.regions, classes=None))
     for target in ("soft", "hard"):
         objective = build(MRCConfig(target=target, **CLASSES_TOLD)).double()
-        assert objective.counts(untold)["masked"] == 0
-        loss = objective(single_model().double(), BATCH.regions.feature.double(), untold)["masked"]
+        assert objective.counts(unclassified)["masked"] == 0
+        loss = objective(single_model().double(), BATCH.regions.feature.double(), unclassified)["masked"]
         combine({"masked": loss}).backward()
         assert loss.total == loss.count == 0 and not objective.classify.weight.grad.any()
-    objective.check(iter([untold, untold, BATCH]))
-    objective.check(iter([]))  # what cannot be read is told with its first batch
+    objective.check(iter([unclassified, unclassified, BATCH]))
+    objective.check(iter([]))  # the first batch says what cannot be read
     with pytest.raises(UserError, match=r"5 classes of regions.* none: `data\.regions\.classes`"):
-        objective.check(iter([untold, untold]))
+        objective.check(iter([unclassified, unclassified]))
 
 
 def test_a_run_begins_if_any_record_tells_classes(tmp_path):
-    for name, told in (("few", 3), ("none", 0)):
+    for name, classified in (("few", 3), ("none", 0)):
         with ShardWriter(tmp_path / name) as writer:
             for i in range(8):
                 record = scene_record(WorldConfig(size=16), "train", i)
                 found = [
-                    unpack(part) if i == told else unpack(part)._replace(classes_RC=None) for part in record.detected
+                    unpack(part) if i == classified else unpack(part)._replace(classes_RC=None)
+                    for part in record.detected
                 ]
                 kept = () if name == "none" and i == 0 else tuple(map(pack, found))
                 writer.write(replace(record, detected=kept))
@@ -164,9 +165,9 @@ def test_feature_regression_is_tied_to_the_projection_that_reads_features():
 
 
 def test_what_is_lacking_is_said():
-    model, told = single_model(), replace(BATCH, regions=None)
+    model, bare = single_model(), replace(BATCH, regions=None)
     with pytest.raises(UserError, match=r"data\.regions"):
-        build(MRFRConfig()).counts(told)
+        build(MRFRConfig()).counts(bare)
     with pytest.raises(UserError, match="1601"):
         build(MRCConfig()).counts(BATCH)
     with pytest.raises(UserError, match=r"model\.single"):
@@ -224,11 +225,11 @@ def test_wrong_pairs_stay_within_the_budget_of_tokens(negative):
 
 
 def test_a_pair_that_no_other_fits_stays_right_and_where_all_fit_any_may_come():
-    told = region_batch(lengths=(9, 4), counts=(3, 8))
+    batch = region_batch(lengths=(9, 4), counts=(3, 8))
     seeds = mix64(torch.arange(40)).view(20, 2)
     for negative, kept in (("image", 0), ("text", 1)):
         objective = build(WRAConfig(negative=negative, rate=0.9))
-        right = torch.stack([objective.pairs(replace(told, seed=seed))[2] for seed in seeds])
+        right = torch.stack([objective.pairs(replace(batch, seed=seed))[2] for seed in seeds])
         assert right[:, kept].all() and not right[:, 1 - kept].all()
     batch = region_batch(lengths=(9, 4, 7, 6), counts=(6, 3, 5, 2))
     _, image, right = build(WRAConfig(rate=0.99)).pairs(batch)
@@ -242,7 +243,7 @@ def test_matching_and_alignment_equal_a_loop(sign, special):
     model = single_model().double()
     config = WRAConfig(negative="both", sign=sign, special=special)
     objective, match, align, aligned = build(config), 0.0, 0.0, 0
-    told = run(config, model, BATCH)
+    losses = run(config, model, BATCH)
     for t, i, right in zip(*objective.pairs(BATCH)):
         ids, length = row_of(BATCH, int(t)).ids, BATCH.length[t : t + 1]
         other = row_of(BATCH, int(i))
@@ -255,16 +256,16 @@ def test_matching_and_alignment_equal_a_loop(sign, special):
         )
         if right or sign == "code":
             align, aligned = align + (distance[0] if right else -distance[0]), aligned + 1
-    torch.testing.assert_close(told["match"].total, match)
-    torch.testing.assert_close(told["align"].total, align)
-    assert told["align"].weight == 0.1
-    assert {name: int(loss.count) for name, loss in told.items()} == {"match": 4, "align": aligned}
+    torch.testing.assert_close(losses["match"].total, match)
+    torch.testing.assert_close(losses["align"].total, align)
+    assert losses["align"].weight == 0.1
+    assert {name: int(loss.count) for name, loss in losses.items()} == {"match": 4, "align": aligned}
     assert {name: int(count) for name, count in objective.counts(BATCH).items()} == {"match": 4, "align": aligned}
 
 
 def test_matching_alone():
-    told = run(WRAConfig(align=0.0), single_model().double(), BATCH)
-    assert told.keys() == {"match"} == build(WRAConfig(align=0.0)).counts(BATCH).keys()
+    losses = run(WRAConfig(align=0.0), single_model().double(), BATCH)
+    assert losses.keys() == {"match"} == build(WRAConfig(align=0.0)).counts(BATCH).keys()
 
 
 def test_binary_matching_reads_the_score_of_retrieval_alone():

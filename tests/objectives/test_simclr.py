@@ -16,17 +16,17 @@ from fastvlp.objectives.simclr import SimCLR, SimCLRConfig
 from tests.made import made_batch, made_config, made_tokenizer
 from tests.made_single import single_config
 
-TOLD = SimCLRConfig(width=8, hidden=12, temperature=0.2)
+CONFIG = SimCLRConfig(width=8, hidden=12, temperature=0.2)
 BATCH = made_batch(lengths=(4, 6, 5), size=32)
 
 
-def made(told: SimCLRConfig = TOLD, **embed) -> tuple[VLModel, SimCLR]:
+def made(config: SimCLRConfig = CONFIG, **embed) -> tuple[VLModel, SimCLR]:
     torch.manual_seed(0)
-    config = made_config(size=32)
+    model = made_config(size=32)
     if embed:
-        towers = two_towers(config, width=8)
-        config = replace(towers, embed=replace(towers.embed, image=replace(towers.embed.image, **embed)))
-    return VLModel(config).double(), told.build(config, made_tokenizer()).double()
+        towers = two_towers(model, width=8)
+        model = replace(towers, embed=replace(towers.embed, image=replace(towers.embed.image, **embed)))
+    return VLModel(model).double(), config.build(model, made_tokenizer()).double()
 
 
 def losses(model: VLModel, objective: SimCLR, batch=BATCH):
@@ -34,9 +34,9 @@ def losses(model: VLModel, objective: SimCLR, batch=BATCH):
 
 
 def test_the_loss_is_of_each_view_among_all_others():
-    model, objective = made(replace(TOLD, weight=0.5))
+    model, objective = made(replace(CONFIG, weight=0.5))
     (loss,) = losses(model, objective).values()
-    views = [augment(BATCH.image, BATCH.seed, TOLD.augment, view=view)[0] for view in (1, 2)]
+    views = [augment(BATCH.image, BATCH.seed, CONFIG.augment, view=view)[0] for view in (1, 2)]
     rows = torch.cat([F.normalize(objective.project(model.encode_image(view).mean(1)), dim=-1) for view in views])
     total = 0.0
     for i in range(6):
@@ -63,7 +63,7 @@ def test_views_are_of_the_image_before_training_augmented_it():
 
 
 def test_views_may_be_masked_each_in_its_own_way():
-    model, objective = made(replace(TOLD, keep=0.25))
+    model, objective = made(replace(CONFIG, keep=0.25))
     seen = []
     model.image.register_forward_pre_hook(lambda _, args: seen.append(args[1]))
     one, other = objective.embed(model, torch.empty(0), BATCH)
@@ -77,7 +77,7 @@ def test_the_projection_reads_what_the_joint_space_reads(pool):
     read = []
     objective.project.register_forward_pre_hook(lambda _, args: read.append(args[0]))
     losses(model, objective)
-    view, _ = augment(BATCH.image, BATCH.seed, TOLD.augment, view=1)
+    view, _ = augment(BATCH.image, BATCH.seed, CONFIG.augment, view=1)
     state = model.encode_image(view)
     wanted = {"first": state[:, 0], "patches": state[:, 1:].mean(1), "mean": state.mean(1)}[pool]
     torch.testing.assert_close(read[0][:3], wanted)
@@ -99,10 +99,10 @@ def test_validation_draws_the_same_views():
 
 def test_what_cannot_be_is_refused():
     with pytest.raises(UserError, match="single stream"):
-        TOLD.build(single_config(), made_tokenizer())
+        CONFIG.build(single_config(), made_tokenizer())
     with pytest.raises(UserError, match=r"no boxes.*`model.embed`"):
-        TOLD.build(brivl_tiny(), made_tokenizer())
-    assert TOLD.build(brivl_tiny(grid=2), made_tokenizer())
+        CONFIG.build(brivl_tiny(), made_tokenizer())
+    assert CONFIG.build(brivl_tiny(grid=2), made_tokenizer())
     for bad in ({"keep": 0.0}, {"keep": 1.5}, {"temperature": 0.0}):
         with pytest.raises(ValueError, match=next(iter(bad))):
             SimCLRConfig(**bad)

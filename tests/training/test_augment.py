@@ -53,9 +53,9 @@ def test_nothing_is_augmented_unless_asked(pairs, tmp_path):
 @pytest.mark.parametrize("names", [("clip",), ("mlm", "clip", "simclr")], ids="-".join)
 def test_micro_batches_equal_one_batch(pairs, tmp_path, names):
     """Each image is shown once a step: both passes of the gradient cache see the same."""
-    told = {"augment": CROP, "keep": 0.5, "steps": 3}
+    options = {"augment": CROP, "keep": 0.5, "steps": 3}
     whole, parts = (
-        start(made_run(pairs, tmp_path / str(n), *names, batch_size=12 // n, accumulate=n, **told)) for n in (1, 3)
+        start(made_run(pairs, tmp_path / str(n), *names, batch_size=12 // n, accumulate=n, **options)) for n in (1, 3)
     )
     for one, three in zip(steps(whole), steps(parts)):
         assert one.losses == pytest.approx(three.losses, abs=1e-5)
@@ -75,8 +75,8 @@ def test_boxes_move_along_and_the_plain_image_stays():
 def test_counts_are_of_the_regions_that_a_crop_leaves():
     batch = augmented(region_batch(lengths=(9, 4, 7, 6), counts=(5, 3, 6, 2)), AugmentConfig(crop=(0.05, 0.1)))
     assert batch.regions.mask.sum() < batch.regions.count.sum()
-    model, told = single_model(), {"mrfr": MRFRConfig(rate=0.5), "mlm": MLMConfig(mask_rate=0.4)}
-    module = Pretraining(model, {n: config.build(model.config, made_tokenizer()) for n, config in told.items()})
+    model, configs = single_model(), {"mrfr": MRFRConfig(rate=0.5), "mlm": MLMConfig(mask_rate=0.4)}
+    module = Pretraining(model, {n: config.build(model.config, made_tokenizer()) for n, config in configs.items()})
     losses, counts = module(batch), module.counts(batch)
     assert {name: int(loss.count) for name, loss in losses.items()} == {n: int(count) for n, count in counts.items()}
 

@@ -44,10 +44,17 @@ class State:
 
 def train(log, state, until, loss=2.0, **changed):
     while state.step < until:
-        told = {"pairs": 32, "tokens": 300, "seconds": 0.5, "data_wait": 0.05, "flops": 1e9, "skipped": False} | changed
-        state.step, state.elapsed = state.step + 1, state.elapsed + told["seconds"]
+        fields = {
+            "pairs": 32,
+            "tokens": 300,
+            "seconds": 0.5,
+            "data_wait": 0.05,
+            "flops": 1e9,
+            "skipped": False,
+        } | changed
+        state.step, state.elapsed = state.step + 1, state.elapsed + fields["seconds"]
         losses = {"loss": loss, "flm/forward": 1.0, "flm/reverse": 3.0}
-        log.step(SimpleNamespace(step=state.step, losses=losses, lr=1e-3, grad_norm=0.7, **told), state)
+        log.step(SimpleNamespace(step=state.step, losses=losses, lr=1e-3, grad_norm=0.7, **fields), state)
 
 
 def lines(folder):
@@ -79,11 +86,16 @@ def test_plain_lines_where_there_is_no_terminal(tmp_path):
     with RunLog(state, console=console) as log:
         train(log, state, 10)
         log.event("validation", step=10, elapsed=5.0, losses={"loss": 1.25})
-    told = console.file.getvalue().splitlines()
-    assert len(told) == 2, told
-    assert "step 10/100" in told[0] and "64 pairs/s" in told[0] and "2 GFLOP/s" in told[0] and "left 0m45s" in told[0]
-    assert "loss 2 (flm/forward 1, flm/reverse 3)" in told[0]
-    assert told[1] == "step 10  validation  loss 1.25"
+    printed = console.file.getvalue().splitlines()
+    assert len(printed) == 2, printed
+    assert (
+        "step 10/100" in printed[0]
+        and "64 pairs/s" in printed[0]
+        and "2 GFLOP/s" in printed[0]
+        and "left 0m45s" in printed[0]
+    )
+    assert "loss 2 (flm/forward 1, flm/reverse 3)" in printed[0]
+    assert printed[1] == "step 10  validation  loss 1.25"
     assert lines(tmp_path)[1]["kind"] == "validation"
 
 
@@ -110,7 +122,7 @@ def test_quiet_writes_the_file_alone(tmp_path):
     assert console.file.getvalue() == "" and len(lines(tmp_path)) == 1
 
 
-def test_a_skipped_step_is_told_at_once_and_its_loss_is_null(tmp_path):
+def test_a_skipped_step_is_logged_at_once_and_its_loss_is_null(tmp_path):
     state = State(tmp_path)
     with RunLog(state, quiet=True) as log:
         train(log, state, 3)
@@ -152,7 +164,7 @@ def test_other_ranks_are_silent(tmp_path, monkeypatch):
     assert not (tmp_path / "run").exists()
 
 
-def test_slow_steps_are_told_before_there_are_many(tmp_path):
+def test_slow_steps_are_logged_before_there_are_many(tmp_path):
     state = State(tmp_path)
     with RunLog(state, console=plain()) as log:
         train(log, state, 4, seconds=4.0)

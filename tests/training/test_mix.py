@@ -24,8 +24,8 @@ def pairs(tmp_path_factory):
 
 
 def test_shares():
-    told = Counter(draw_objective(MIX, 5, step) for step in range(6000))
-    assert {name: count / 6000 for name, count in told.items()} == {
+    drawn = Counter(draw_objective(MIX, 5, step) for step in range(6000))
+    assert {name: count / 6000 for name, count in drawn.items()} == {
         name: pytest.approx(share / 18, abs=0.02) for name, share in MIX.items()
     }
     assert [draw_objective(MIX, 5, s) for s in range(50)] != [draw_objective(MIX, 6, s) for s in range(50)]

@@ -16,15 +16,15 @@ def test_groups_follow_the_module_and_leave_no_parameter_out():
     model = made_model(separate_heads=True)
     pretraining = Pretraining(model, {"itm": ITMConfig().build(made_config(), made_tokenizer())})
     groups = parameter_groups(pretraining, OptimConfig(lr=1.0, cross_multiplier=3, head_multiplier=7))
-    told = {id(p): (group["lr"], group["weight_decay"]) for group in groups for p in group["params"]}
-    assert len(told) == len(list(pretraining.parameters()))
-    assert told[id(model.image.patch.weight)] == (1, 0.01)
-    assert told[id(model.image.patch.bias)] == (1, 0)
-    assert told[id(model.text.norm.weight)] == (1, 0)
-    assert told[id(model.fusion.text_in.weight)] == (3, 0.01)
-    assert told[id(model.reconstructor.query_type)] == (3, 0)
-    assert told[id(model.reverse_head.vocabulary.weight)] == (7, 0.01)
-    assert told[id(pretraining.objectives["itm"].match.bias)] == (7, 0)
+    settings = {id(p): (group["lr"], group["weight_decay"]) for group in groups for p in group["params"]}
+    assert len(settings) == len(list(pretraining.parameters()))
+    assert settings[id(model.image.patch.weight)] == (1, 0.01)
+    assert settings[id(model.image.patch.bias)] == (1, 0)
+    assert settings[id(model.text.norm.weight)] == (1, 0)
+    assert settings[id(model.fusion.text_in.weight)] == (3, 0.01)
+    assert settings[id(model.reconstructor.query_type)] == (3, 0)
+    assert settings[id(model.reverse_head.vocabulary.weight)] == (7, 0.01)
+    assert settings[id(pretraining.objectives["itm"].match.bias)] == (7, 0)
 
 
 def test_flip_spares_positions_and_decays_class_token_and_temperature():

@@ -30,8 +30,8 @@ def queue_of(state) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("name", ["moco", "albef"])
 def test_a_resumed_run_equals_the_straight_one_bit_for_bit(pairs, tmp_path, name):
     # Epochs of 24 end within steps, and the queue of 20 within the rows of one.
-    told = {"batch_size": 7, "accumulate": 2, "ema": 0.9, "dropout": 0.1, "freeze": ("text.word",)}
-    run = made_run(pairs, tmp_path / "a", name, **told)
+    options = {"batch_size": 7, "accumulate": 2, "ema": 0.9, "dropout": 0.1, "freeze": ("text.word",)}
+    run = made_run(pairs, tmp_path / "a", name, **options)
     straight = train(run := replace(run, objectives={name: replace(run.objectives[name], queue=20)}))
     state = start(run := replace(run, out=str(tmp_path / "b")))
     for report in steps(state):

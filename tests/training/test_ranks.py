@@ -56,10 +56,10 @@ def folder(tmp_path_factory) -> Path:
     pairs = made_pairs(folder / "pairs")
     runs = []
     for names in COMBINATIONS:
-        told = {"steps": 3, "threads": 1, "ema": 0.5}
-        told |= {"mix": {"mlm": 2, "clip": 1}} if names == MIXED else {}
-        train(made_run(pairs, folder / "one" / "-".join(names), *names, batch_size=12, **told))
-        runs.append(made_run(pairs, folder / "two" / "-".join(names), *names, batch_size=3, accumulate=2, **told))
+        options = {"steps": 3, "threads": 1, "ema": 0.5}
+        options |= {"mix": {"mlm": 2, "clip": 1}} if names == MIXED else {}
+        train(made_run(pairs, folder / "one" / "-".join(names), *names, batch_size=12, **options))
+        runs.append(made_run(pairs, folder / "two" / "-".join(names), *names, batch_size=3, accumulate=2, **options))
     # Steps of 12 and a queue of 20: which keys are left depends on their order.
     odd = {"objectives": {"moco": MoCoConfig(queue=20, momentum=0.9)}, "steps": 3, "threads": 1, "name": "queue"}
     odd["freeze"] = ("text.word",)
@@ -104,7 +104,7 @@ def test_ranks_keep_the_same_queue_in_the_order_of_their_keys(folder):
     assert first["objectives.moco.written"] == 36
 
 
-def test_what_any_rank_cannot_read_is_told(folder):
+def test_what_any_rank_cannot_read_is_logged(folder):
     lines = [json.loads(line) for line in (folder / "two" / "bad" / "log.jsonl").read_text().splitlines()]
     assert sorted(line["record"] for line in lines if line["kind"] == "dropped") == ["r000", "r003", "r006", "r009"]
     assert next(line["dropped"] for line in lines if line["kind"] == "train") == 4
@@ -112,9 +112,9 @@ def test_what_any_rank_cannot_read_is_told(folder):
 
 def test_gather_keeps_gradients(folder):
     for rank in (0, 1):
-        told = torch.load(folder / f"gather{rank}.pt", weights_only=True)
-        assert told["rows"][:, 0].tolist() == [0, 0, 1] and told["first"] == 2 * rank
+        gathered = torch.load(folder / f"gather{rank}.pt", weights_only=True)
+        assert gathered["rows"][:, 0].tolist() == [0, 0, 1] and gathered["first"] == 2 * rank
         # Each row's gradient is the sum of what both ranks make of it: weights 1 and 2.
         wanted = torch.zeros(2, 3)
         wanted[: 2 - rank] = 3.0 * torch.arange(9).reshape(3, 3)[2 * rank : 2 * rank + 2]
-        assert torch.equal(told["grad"], wanted)
+        assert torch.equal(gathered["grad"], wanted)
