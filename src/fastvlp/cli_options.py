@@ -94,7 +94,8 @@ def parse_pretrain(argv: Sequence[str]) -> Run:
         default=Overrides(run),
         args=args,
         prog=f"vlp pretrain {argv[0]}",
-        description=f"{getdoc(TrainConfig)}\n\n`--model SIZE` replaces the model's size: {', '.join(named_sizes())}.",
+        description=f"{getdoc(TrainConfig)}\n\n`--from FOLDER` starts from a run, an export or a converted model, and takes "
+        f"over its encoders. `--model SIZE` replaces the model's size: {', '.join(named_sizes())}.",
         config=(tyro.conf.AvoidSubcommands,),
     )
     return functools.partial(loop.train, one_length(parsed.run, args), resume=parsed.resume, verbose=True)

@@ -76,7 +76,7 @@ class Layout(abc.ABC):
 
     @classmethod
     def recognises(cls, source: Checkpoint) -> bool:
-        """Whether the names of the checkpoint's tensors are those of this layout. Here: they are not told apart."""
+        """Whether the names of the checkpoint's tensors are those of this layout. Here: they say nothing."""
         return False
 
     @abc.abstractmethod
