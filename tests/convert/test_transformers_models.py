@@ -62,7 +62,7 @@ def test_a_model_of_two_encoders(name: str, tmp_path: Path):
     given.pop("token_type_ids", None)
     with torch.no_grad():
         known = theirs(pixel_values=pixels, **given)
-        mine = torch.stack([torch.from_numpy(np.asarray(image)).permute(2, 0, 1) for image in pictures()])
+        mine = torch.stack([torch.from_numpy(np.array(image)).permute(2, 0, 1) for image in pictures()])
         image = saved.model.embed_image(saved.model.encode_image(mine))
         text = saved.model.embed_text(ids, length)
     assert close(image, unit(known.image_embeds)) and close(text, unit(known.text_embeds))

@@ -85,11 +85,6 @@ class Tower(NamedTuple):
     width: int
     heads: int
 
-    @classmethod
-    def published(cls, depth: int, width: int) -> Tower:
-        """Returns the shape of an encoder of CLIP or FLIP, with at most 16 heads, each 64 wide unless that limit is reached."""
-        return cls(depth, width, max(1, min(16, width // 64)))
-
     def layer(self, activation: Activation, eps: float) -> LayerConfig:
         return LayerConfig(width=self.width, heads=self.heads, hidden=4 * self.width, eps=eps, activation=activation)
 
