@@ -10,69 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import tyro
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastvlp.config import flatten, to_json
 from fastvlp.recipes import recipe
 from tests.training.runs import made_pairs
 
-BENCH = Path(__file__).parents[1] / "bench" / "objective_step_time.py"
-
-
-def run(*options: str, script: str = "objective_step_time.py") -> subprocess.CompletedProcess[str]:
-    script = str(BENCH.with_name(script))
-    return subprocess.run([sys.executable, script, *options], capture_output=True, text=True, timeout=120)
-
-
-@pytest.mark.skipif(not BENCH.exists(), reason="installed without its benchmarks")
-def test_objectives_are_timed_and_their_flops_counted(tmp_path):
-    out = tmp_path / "objectives.jsonl"
-    size = ("--size", "tiny", "--image", "32", "--vocab", "300", "--batch", "4", "--repetitions", "1")
-    done = run(*size, "--device", "cpu", "--arms", "mlm", "flm_plain", "--out", str(out))
-    assert done.returncode == 0, done.stderr
-    rows = [json.loads(line) for line in out.read_text().splitlines()]
-    assert [row["arm"] for row in rows] == ["mlm", "flm_plain"]
-    for row in rows:
-        assert row["plain_difference"] < 1e-5
-        assert row["cpu_s"] > 0 and row["gradient_cpu_s"] > 0
-        assert row["memory_bytes"] > 1e8 and row["parameters"] > 5e5
-        assert (
-            row["command"].startswith("python bench/objective_step_time.py --size tiny")
-            and row["torch"]
-            and row["commit"]
-        )
-    assert rows[1]["flops_ratio"] > 2 and rows[0]["flops_ratio"] == 1
-    assert "step ms" in done.stdout
-
-
-@pytest.mark.skipif(not BENCH.exists(), reason="installed without its benchmarks")
-def test_an_unknown_arm_is_refused_with_a_list_of_the_known_ones():
-    done = run("--size", "tiny", "--image", "32", "--vocab", "300", "--no-check", "--arms", "flmm")
-    assert done.returncode and "no arm 'flmm'; there are flm, mlm" in done.stderr
-
-
-@pytest.mark.skipif(not BENCH.exists(), reason="installed without its benchmarks")
-def test_batches_of_similar_length_are_compared_with_random_order(tmp_path):
-    out = tmp_path / "batching.jsonl"
-    size = ("--rows", "4000", "--max-tokens", "512", "--width", "64", "--depth", "1", "--repetitions", "1")
-    done = run(*size, "--device", "cpu", "--out", str(out), script="batch_padding.py")
-    assert done.returncode == 0, done.stderr
-    random, released, grouped = (json.loads(line) for line in out.read_text().splitlines())
-    assert random["padding"] > 0.2 > 0.02 > grouped["padding"]
-    assert released["fill"] < 0.5 < 0.7 < grouped["fill"] <= 1
-    assert all(row["tokens_per_s"] > 0 and row["commit"] for row in (random, released, grouped))
-    assert random["command"].startswith("python bench/batch_padding.py --rows 4000") and random["speed_ratio"] == 1
-
-
-@pytest.mark.skipif(not BENCH.exists(), reason="installed without its benchmarks")
-def test_the_flops_that_grouping_saves_are_counted(tmp_path):
-    out = tmp_path / "batching.jsonl"
-    options = ("--captions", str(made_pairs(tmp_path) / "train"), "--size", "tiny", "--image", "32", "--batch", "4")
-    done = run(*options, "--out", str(out), script="batch_padding.py")
-    assert done.returncode == 0, done.stderr
-    random, grouped = (json.loads(line) for line in out.read_text().splitlines())
-    assert grouped["padding"] < random["padding"] and 1 < grouped["flm_over_ar"] < random["flm_over_ar"]
-    assert grouped["mlm_gflops_per_row"] < random["mlm_gflops_per_row"]
+BENCH = Path(__file__).parents[1] / "bench"
 
 
 @pytest.fixture
@@ -80,8 +25,82 @@ def bench(monkeypatch):
     """A function that imports a module of the benchmarks into this process."""
     if not BENCH.exists():
         pytest.skip("installed without its benchmarks")
-    monkeypatch.syspath_prepend(BENCH.parent)
+    monkeypatch.syspath_prepend(BENCH)
     return importlib.import_module
+
+
+@pytest.fixture
+def run(bench, monkeypatch):
+    """A function that runs a benchmark with options of its command line, in this process."""
+
+    def run(name: str, *options: str) -> None:
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *options])
+        module = bench(name)
+        module.main(tyro.cli(module.Options, args=options))
+
+    yield run
+    torch.set_num_threads(1)
+
+
+def run_script(name: str, *options: str) -> str:
+    """What a benchmark prints that runs in a process of its own."""
+    command = [sys.executable, str(BENCH / f"{name}.py"), *options]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=250)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+TINY = ("--size", "tiny", "--image", "32", "--vocab", "300", "--batch", "4", "--repetitions", "1", "--device", "cpu")
+
+
+def test_objectives_are_timed_and_their_flops_counted(run, tmp_path, capsys):
+    out = tmp_path / "objectives.jsonl"
+    run("objective_step_time", *TINY, "--no-memory", "--arms", "mlm", "flm_plain", "--out", str(out))
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [row["arm"] for row in rows] == ["mlm", "flm_plain"]
+    for row in rows:
+        assert row["plain_difference"] < 1e-5
+        assert row["cpu_s"] > 0 and row["gradient_cpu_s"] > 0
+        assert row["command"].startswith("python bench/objective_step_time.py --size tiny")
+        assert row["torch"] and row["commit"]
+    assert rows[1]["flops_ratio"] > 2 and rows[0]["flops_ratio"] == 1
+    assert "step ms" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not BENCH.exists(), reason="installed without its benchmarks")
+def test_memory_is_that_of_one_arm(tmp_path):
+    out = tmp_path / "objectives.jsonl"
+    run_script("objective_step_time", *TINY, "--no-check", "--arms", "mlm", "flm_plain", "--out", str(out))
+    for line in out.read_text().splitlines():
+        row = json.loads(line)
+        assert row["memory_bytes"] > 1e8 and row["parameters"] > 5e5
+
+
+def test_an_unknown_arm_is_refused_with_a_list_of_the_known_ones(run):
+    with pytest.raises(SystemExit) as error:
+        run("objective_step_time", *TINY, "--no-check", "--arms", "flmm")
+    assert "'flmm'" in str(error.value) and "flm, mlm" in str(error.value)
+
+
+def test_batches_of_similar_length_are_compared_with_random_order(run, tmp_path):
+    out = tmp_path / "batching.jsonl"
+    size = ("--rows", "4000", "--max-tokens", "512", "--width", "64", "--depth", "1", "--repetitions", "1")
+    run("batch_padding", *size, "--device", "cpu", "--out", str(out))
+    random, released, grouped = (json.loads(line) for line in out.read_text().splitlines())
+    assert random["padding"] > 0.2 > 0.02 > grouped["padding"]
+    assert released["fill"] < 0.5 < 0.7 < grouped["fill"] <= 1
+    assert all(row["tokens_per_s"] > 0 and row["commit"] for row in (random, released, grouped))
+    assert random["command"].startswith("python bench/batch_padding.py --rows 4000") and random["speed_ratio"] == 1
+
+
+def test_the_flops_that_grouping_saves_are_counted(run, tmp_path):
+    out = tmp_path / "batching.jsonl"
+    options = ("--captions", str(made_pairs(tmp_path) / "train"), "--size", "tiny", "--image", "32", "--batch", "4")
+    run("batch_padding", *options, "--out", str(out))
+    random, grouped = (json.loads(line) for line in out.read_text().splitlines())
+    assert grouped["padding"] < random["padding"] and 1 < grouped["flm_over_ar"] < random["flm_over_ar"]
+    assert grouped["mlm_gflops_per_row"] < random["mlm_gflops_per_row"]
 
 
 def rows_of(out: Path) -> dict[str, dict]:
@@ -90,21 +109,20 @@ def rows_of(out: Path) -> dict[str, dict]:
     return {row["arm"]: row for row in rows}
 
 
-def test_the_gain_of_masking_is_compared_with_counted_flops(tmp_path):
-    out = tmp_path / "masking.jsonl"
-    size = ("masking", "--size", "tiny", "--layers", "1", "--vocab", "90", "--batch", "4", "--repetitions", "1")
-    done = run(
-        *size, "--device", "cpu", "--keep", "1", "0.25", "--out", str(out), script="contrastive_time_and_memory.py"
-    )
-    assert done.returncode == 0, done.stderr
+def test_the_gain_of_masking_is_compared_with_counted_flops(bench, tmp_path, monkeypatch):
+    contrastive, out = bench("contrastive_time_and_memory"), tmp_path / "masking.jsonl"
+    options = {"size": "tiny", "layers": 1, "vocab": 90, "batch": 4, "repetitions": 1, "device": "cpu", "out": out}
+    monkeypatch.setattr(sys, "argv", ["contrastive_time_and_memory.py", "masking", "--size", "tiny"])
+    contrastive.main("masking", contrastive.Masking(keep=(1.0, 0.25), **options))
     rows = rows_of(out)
     whole, quarter = rows["keep 1.0"], rows["keep 0.25"]
     assert whole["step_s_gain"] == whole["achieved"] == 1 and quarter["flops_gain"] > 1.5
     assert quarter["achieved"] == pytest.approx(quarter["step_s_gain"] / quarter["flops_gain"])
     assert 0 < quarter["gradient_s"] <= quarter["step_s"]
-    assert quarter["command"].startswith("python bench/contrastive_time_and_memory.py masking --size tiny")
+    assert quarter["command"] == "python bench/contrastive_time_and_memory.py masking --size tiny"
 
 
+@pytest.mark.slow
 def test_bytes_of_losses_are_counted_and_tiles_keep_no_more_than_vectors(bench, tmp_path):
     contrastive, out = bench("contrastive_time_and_memory"), tmp_path / "loss.jsonl"
     options = {"least": 4096, "most": 0, "counted": 4096, "width": 32, "device": "cpu", "out": out}
@@ -117,6 +135,7 @@ def test_bytes_of_losses_are_counted_and_tiles_keep_no_more_than_vectors(bench, 
     assert all(row["loss_s"] > 0 for row in timed["softmax tiles"])
 
 
+@pytest.mark.slow
 def test_cached_gradients_fit_more_rows_into_the_same_memory(bench, tmp_path):
     contrastive, out = bench("contrastive_time_and_memory"), tmp_path / "largest.jsonl"
     options = {"size": "tiny", "layers": 1, "vocab": 90, "memory_gb": 0.012, "micro": 16, "device": "cpu", "out": out}
@@ -174,9 +193,9 @@ OWN_OF_COMPARISON = {"out", "tokenizer", "budget_s", "test"}
 @pytest.mark.skipif(not BENCH.exists(), reason="installed without its benchmarks")
 @pytest.mark.parametrize("results", ["compare_towers_en", "compare_queue16"])
 def test_recorded_arms_are_those_of_the_committed_recipes(results):
-    recorded = json.loads((BENCH.parent / "results" / f"{results}.json").read_text(encoding="utf-8"))["configs"]
+    recorded = json.loads((BENCH / "results" / f"{results}.json").read_text(encoding="utf-8"))["configs"]
     for name, config in recorded.items():
-        found = flatten(to_json(recipe(str(BENCH.parent / "recipes" / f"{name}.py"))))
+        found = flatten(to_json(recipe(str(BENCH / "recipes" / f"{name}.py"))))
         for field, value in flatten(config).items():
             if field not in OWN_OF_COMPARISON and field.rpartition(".")[2] != "type":
                 assert found.get(field) == value, (name, field)
@@ -184,7 +203,7 @@ def test_recorded_arms_are_those_of_the_committed_recipes(results):
 
 @pytest.mark.skipif(not BENCH.exists(), reason="installed without its benchmarks")
 def test_every_recipe_of_the_benchmarks_is_whole():
-    files = sorted((BENCH.parent / "recipes").glob("*.py"))
+    files = sorted((BENCH / "recipes").glob("*.py"))
     assert len(files) > 10
     for file in files:
         run = recipe(str(file))
@@ -192,11 +211,10 @@ def test_every_recipe_of_the_benchmarks_is_whole():
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not (BENCH.parents[1] / ".git").exists(), reason="needs a checkout")
+@pytest.mark.skipif(not (BENCH.parent / ".git").exists(), reason="needs a checkout")
 def test_a_checkout_has_the_same_losses_as_itself_and_a_difference_is_found(bench, tmp_path):
-    root = str(BENCH.parents[1])
-    done = run(root, root, "--steps", "2", "--runs", "prefixlm_demo", "--work", str(tmp_path), script="same_losses.py")
-    assert done.returncode == 0, done.stdout + done.stderr
+    root = str(BENCH.parent)
+    run_script("same_losses", root, root, "--steps", "2", "--runs", "prefixlm_demo", "--work", str(tmp_path))
     (kept,) = tmp_path.glob("*/logs/*.json")
     lines = json.loads(kept.read_text())
     assert [line["step"] for line in lines if line["kind"] == "train"] == [1, 2]
@@ -207,13 +225,13 @@ def test_a_checkout_has_the_same_losses_as_itself_and_a_difference_is_found(benc
     assert same_losses.first_difference(lines, changed).startswith("step 2, validation, loss")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not BENCH.exists(), reason="installed without its benchmarks")
-def test_stored_states_are_timed_beside_encoding(tmp_path):
+def test_training_on_stored_states_is_compared_with_encoding(tmp_path):
     out = tmp_path / "stored.jsonl"
     data = made_pairs(tmp_path / "pairs") / "train"
     size = ("--images", "16", "--batch", "8", "--epochs", "1", "--runs", "heads", "flm", "--untrained")
-    done = run(str(data), *size, "--out", str(out), script="stored_states.py")
-    assert done.returncode == 0, done.stderr
+    run_script("stored_states", str(data), *size, "--out", str(out))
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     assert [(row["run"], row["arm"]) for row in rows] == [
         (name, arm) for name in ("heads", "flm") for arm in ("encoded", "stored")

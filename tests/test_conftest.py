@@ -19,6 +19,7 @@ def test_second():
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [(), ("-n", "1")], ids=["one process", "xdist"])
 def test_a_failure_is_printed_before_the_next_test_runs_and_only_once(tmp_path, options):
     conftest = Path(__file__).with_name("conftest.py").read_text(encoding="utf-8")

@@ -40,6 +40,7 @@ def test_each_part_has_an_example() -> None:
     assert FILES["words.py"].count("\n") + FILES["flm_words.py"].count("\n") < 60
 
 
+@pytest.mark.slow
 def test_the_commands_work_in_order(folder: Path) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     printed = {}

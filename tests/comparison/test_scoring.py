@@ -177,6 +177,7 @@ def {name}():
 """
 
 
+@pytest.mark.slow
 def test_the_command(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipes = []
     for name, config in (("flm", "FLMConfig"), ("mlm", "MLMConfig")):

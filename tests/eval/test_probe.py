@@ -86,6 +86,7 @@ def test_classes_that_only_the_scored_split_has_are_never_right():
     assert scores["top1"] == pytest.approx(0.75) and scores["mean_per_class"] == pytest.approx(0.75)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("run", ["both", "flm"])
 def test_a_run_is_probed_from_the_command_line(run, runs, world, capsys):
     argv = ["evaluate", "probe", str(runs[run]), "--data", str(world), "--prefix", "singles-"]

@@ -28,6 +28,7 @@ def test_the_command_exports_to_the_users_target(runs, tmp_path, capsys):
         assert arrays["words"].shape == table.shape and np.abs(arrays["words"] - table).max() < 1e-3
 
 
+@pytest.mark.slow
 def test_the_help_lists_it():
     command = [sys.executable, "-m", "fastvlp", "--import", str(TARGET), "export", "--help"]
     done = subprocess.run(command, check=True, capture_output=True, text=True)

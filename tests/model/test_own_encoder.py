@@ -129,6 +129,7 @@ print(Embedder.load(export).texts(["a red cube"]).shape)
 """
 
 
+@pytest.mark.slow
 def test_it_is_exported_and_loaded_where_its_file_is_imported(folder, tmp_path, capsys):
     assert pretrain(folder, "conv_clip", tmp_path / "run", "--steps", "2") == 0
     import_file(folder / "conv_encoder.py")

@@ -125,6 +125,7 @@ def command(arguments):
     return ["embed", *places, "--per-part", str(arguments["per_part"]), "--threads", "1"]
 
 
+@pytest.mark.slow
 def test_a_killed_run_continues_to_the_same_files(arguments, world, tmp_path):
     arguments |= {"data": world / "train", "per_part": 1}
     out = arguments["out"]

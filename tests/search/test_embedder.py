@@ -109,6 +109,7 @@ def test_answers_equal_the_fine_tuned_runs(exports, runs, pictures):
     assert answers == [data.answers[i] for i in scores.argmax(1)]
 
 
+@pytest.mark.slow
 def test_loading_imports_no_training_code(exports, tmp_path):
     folder = shutil.copytree(exports["all"], tmp_path / "alone")
     code = f"""

@@ -230,6 +230,7 @@ def kill_while_adding(uri, batches, size=20):
     return max([acknowledged, *printed]) + 1
 
 
+@pytest.mark.slow
 def test_killing_the_writer_loses_no_acknowledged_item(uri):
     open_index(uri, STAMP, create=True).close()
     batches = kill_while_adding(uri, batches=3)
@@ -251,6 +252,7 @@ def test_killing_the_writer_loses_no_acknowledged_item(uri):
     with_all.close()
 
 
+@pytest.mark.slow
 def test_a_folder_has_one_writer_whose_items_readers_see(tmp_path):
     uri = str(tmp_path / "index")
     reader = open_index(uri, STAMP, create=True)
@@ -330,6 +332,7 @@ def test_the_folder_of_pictures_is_the_indexs_or_a_given_one(tmp_path):
     assert pictures_of(str(tmp_path)).folder == tmp_path / "pictures"
 
 
+@pytest.mark.slow
 def test_opening_an_index_loads_no_model_and_connects_to_nothing(tmp_path):
     code = f"""
 import socket, sys

@@ -33,6 +33,7 @@ def test_the_commands_build_and_search_an_index_of_the_users_engine(exports, wor
     assert main(other) == 2 and "another model" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_help_lists_it():
     command = [sys.executable, "-m", "fastvlp", "--import", ENGINE, "index", "build", "--help"]
     done = subprocess.run(command, check=True, capture_output=True, text=True)

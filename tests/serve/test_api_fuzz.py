@@ -56,6 +56,7 @@ def document(address: str) -> Any:
     return schemathesis.openapi.from_url(f"{address}/openapi.json")
 
 
+@pytest.mark.slow
 @given(st.data())
 @settings(max_examples=300, deadline=None, suppress_health_check=[*HealthCheck])
 def test_answers_follow_the_openapi_document(document: Any, data: st.DataObject):
@@ -80,6 +81,7 @@ def test_bytes_that_are_neither_json_nor_a_form_are_refused(client: TestClient, 
     assert 400 <= answer.status_code < 500 and answer.json()["error"]["message"]
 
 
+@pytest.mark.slow
 @given(st.text(max_size=40), st.sampled_from(["GET", "DELETE", "POST", "PUT", "PATCH"]))
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_no_path_is_answered_with_5xx(client: TestClient, id: str, method: str):

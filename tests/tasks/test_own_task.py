@@ -98,6 +98,7 @@ def file(tmp_path_factory):
     return path
 
 
+@pytest.mark.slow
 def test_it_works_from_the_command_line_and_in_python(file, runs, world, tmp_path, capsys):
     out, own = tmp_path / "run", ["--import", str(file)]
     places = ["--from", str(runs["mlm"]), "--data", str(world), "--out", str(out)]

@@ -118,6 +118,7 @@ print(Embedder.load(export).texts(["a red cube"]).shape)
 """
 
 
+@pytest.mark.slow
 def test_it_is_loaded_where_its_file_is_imported(folder, tmp_path):
     assert pretrain(folder, "trunk_clip", tmp_path / "run", "--steps", "1") == 0
     assert main(["export", str(tmp_path / "run"), str(tmp_path / "export")]) == 0

@@ -61,6 +61,7 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
     return load_checkpoint(run / "last.pt")["pretraining"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RECIPES)
 @pytest.mark.parametrize("pair", PAIRS)
 def test_recipes_train_resume_and_are_served(pair, name, folder, tmp_path, monkeypatch):

@@ -33,6 +33,7 @@ except UserError as error:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("numbers", [1 << 20, 16250])  # the second fails at the end, in the zip's directory
 def test_full_disk_names_the_path_and_keeps_the_older_file(tmp_path, numbers):
     path = tmp_path / "last.pt"

@@ -22,6 +22,9 @@ from fastvlp.training.loop import train
 from fastvlp.training.train_config import TrainConfig
 from tests.training.runs import OBJECTIVES, TOKENS, assert_equal, made_pairs, made_records, made_run
 
+# Whole runs, in processes of their own.
+pytestmark = pytest.mark.slow
+
 # Those that couple rows are accumulated through cached gradients, beside others and alone.
 # `MIXED` runs one of its objectives a step.
 MIXED = ("mlm", "clip")

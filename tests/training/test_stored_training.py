@@ -301,6 +301,7 @@ def test_the_start_says_what_is_stored(pairs, tmp_path):
     assert all(Path(line["path"]).stat().st_size == line["size"] and line["seconds"] > 0 for line in stored)
 
 
+@pytest.mark.slow
 def test_other_weights_make_another_file(pairs, tmp_path):
     run = replace(made_run(pairs, tmp_path / "run", "clip"), freeze=("image",), states=FP16)
     paths = [start(replace(run, seed=seed)).stored.notes[0].path for seed in (0, 1)]
