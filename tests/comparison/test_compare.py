@@ -36,6 +36,7 @@ class Run:
     out: str | None = None
     tokenizer: str | None = "given"
     init: str | None = None
+    text: str | None = None
     data: Any = None
     vocab: int = 50
 
@@ -188,11 +189,12 @@ def test_arms_with_the_same_texts_share_a_tokenizer(tmp_path: Path) -> None:
             return iter(["a red circle"] * 3)
 
     run = Run(objectives={"ar": ARConfig()}, tokenizer=None, data=Texts("one"))
-    arms = {"a": run, "b": replace(run), "c": replace(run, data=Texts("two")), "d": ARMS["mlm"]}
+    public = replace(run, text="bert-base-chinese")
+    arms = {"a": run, "b": replace(run), "c": replace(run, data=Texts("two")), "d": ARMS["mlm"], "e": public}
     shared = with_tokenizers(arms, tmp_path)  # type: ignore[arg-type]
     assert trained == ["one", "two"]
     assert shared["a"].tokenizer == shared["b"].tokenizer != shared["c"].tokenizer
-    assert shared["d"].tokenizer == "given"
+    assert shared["d"].tokenizer == "given" and shared["e"].tokenizer is None
 
 
 def test_the_reference_is_mlm_alone_else_the_first() -> None:

@@ -139,7 +139,7 @@ def test_bad_settings_are_refused():
             RegionSource(**bad)
 
 
-@pytest.mark.parametrize("mode", ["crop", "squash", "letterbox"])
+@pytest.mark.parametrize("mode", ["crop", "centre", "squash", "letterbox"])
 @pytest.mark.parametrize("turn", range(9))
 def test_boxes_lie_where_the_model_sees_the_object(mode, turn):
     """A white rectangle in a stored image that EXIF turns, read back as the pixels of the decoded one."""

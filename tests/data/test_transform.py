@@ -30,6 +30,11 @@ def test_each_mode_agrees_with_pillow(height, width):
     centre = image.crop((left, top, left + side, top + side)).resize((24, 24), bicubic)
     assert difference(Transform(size=24)(torch.from_numpy(pixels)), centre).max() <= 2
 
+    inner = round(side * 7 / 8)
+    left, top = (width - inner) // 2, (height - inner) // 2
+    middle = image.crop((left, top, left + inner, top + inner)).resize((24, 24), bicubic)
+    assert difference(Transform(size=24, mode="centre")(torch.from_numpy(pixels)), middle).max() <= 2
+
     w, h = round(width * 24 / max(height, width)), round(height * 24 / max(height, width))
     boxed = Transform(size=24, mode="letterbox", fill=7)(torch.from_numpy(pixels))
     left, top = (24 - w) // 2, (24 - h) // 2
@@ -38,7 +43,7 @@ def test_each_mode_agrees_with_pillow(height, width):
     assert difference(boxed, expected).max() <= 2
 
 
-@pytest.mark.parametrize("mode", ["crop", "squash", "letterbox"])
+@pytest.mark.parametrize("mode", ["crop", "centre", "squash", "letterbox"])
 @pytest.mark.parametrize(("height", "width"), [(1, 1), (2, 2), (1, 7), (2, 50_000), (50_000, 2), (24, 24)])
 def test_any_size_becomes_the_square(mode, height, width):
     pixels = torch.full((height, width, 3), 200, dtype=torch.uint8)
@@ -57,13 +62,13 @@ def test_the_result_does_not_share_memory_with_the_pixels():
 
 
 def test_bad_settings_are_refused():
-    with pytest.raises(UserError, match="choose crop, squash or letterbox"):
+    with pytest.raises(UserError, match="choose crop, centre, squash or letterbox"):
         Transform(size=24, mode="stretch")  # type: ignore[arg-type]
     with pytest.raises(UserError, match="`size` 0"):
         Transform(size=0)
 
 
-@pytest.mark.parametrize("mode", ["crop", "squash", "letterbox"])
+@pytest.mark.parametrize("mode", ["crop", "centre", "squash", "letterbox"])
 @pytest.mark.parametrize(("height", "width"), [(60, 90), (90, 60), (47, 48), (300, 31), (24, 24)])
 def test_boxes_move_as_their_pixels_do(mode, height, width):
     transform = Transform(size=24, mode=mode, fill=0)
@@ -79,4 +84,4 @@ def test_boxes_move_as_their_pixels_do(mode, height, width):
         assert abs(centre - (low + high) / 2) < 0.02
     area = (moved[0, 2:] - moved[0, :2]).prod()
     assert abs(weight.sum() / 24**2 - area) < 0.02
-    assert mode == "crop" or ((moved[1] > -1e-6) & (moved[1] < 1 + 1e-6)).all()
+    assert mode in ("crop", "centre") or ((moved[1] > -1e-6) & (moved[1] < 1 + 1e-6)).all()

@@ -15,6 +15,7 @@ from fastvlp.convert.preprocessing import Preprocessing, read_preprocessing
 from fastvlp.convert.public_encoders import read_images, read_texts, read_tokenizer
 from fastvlp.convert.public_folder import open_public
 from fastvlp.convert.weight_files import read_weights
+from fastvlp.data.records.transform import Transform
 from fastvlp.data.tokenize import Tokenizer
 from fastvlp.errors import UserError
 from tests.towers.public import image_models, save, text_models
@@ -36,7 +37,8 @@ def stated(folder: Path, processor: object, **changes) -> Preprocessing:
         (hf.CLIPImageProcessorPil, {"size": 336, "crop_size": 336}, "crop", 336),
         (hf.SiglipImageProcessorPil, {}, "squash", 224),
         (hf.ViTImageProcessorPil, {"size": 384}, "squash", 384),
-        (hf.BitImageProcessorPil, {"size": {"shortest_edge": 256}}, "crop", 224),
+        (hf.BitImageProcessorPil, {"size": {"shortest_edge": 256}}, "centre", 224),
+        (hf.ConvNextImageProcessorPil, {"size": {"shortest_edge": 224}}, "centre", 224),
         (hf.ConvNextImageProcessorPil, {}, "crop", 384),
         (hf.EfficientNetImageProcessorPil, {}, "squash", 346),
     ],
@@ -50,6 +52,17 @@ def test_pixels_are_prepared_as_stated(processor, changes, fit, size, tmp_path):
         theirs = processor.from_pretrained(tmp_path)(image, return_tensors="pt").pixel_values[0]
         mean, std = torch.tensor(known.mean).view(3, 1, 1), torch.tensor(known.std).view(3, 1, 1)
         assert torch.allclose((image / 255 - mean) / std, theirs, atol=1e-5)
+
+
+@pytest.mark.parametrize(("processor", "edge"), [(hf.CLIPImageProcessorPil, 224), (hf.BitImageProcessorPil, 256)])
+def test_the_same_part_of_a_picture_is_seen(processor, edge, tmp_path):
+    known = stated(tmp_path, processor(), size={"shortest_edge": edge})
+    rows, columns = torch.meshgrid(torch.linspace(0, 255, 300), torch.linspace(0, 255, 400), indexing="ij")
+    pixels = torch.stack([rows, columns, rows / 2 + columns / 2], -1).round().to(torch.uint8)
+    theirs = processor.from_pretrained(tmp_path)(pixels.permute(2, 0, 1), return_tensors="pt").pixel_values[0]
+    ours = Transform(size=known.size, mode=known.fit)(pixels)
+    mean, std = torch.tensor(known.mean).view(3, 1, 1), torch.tensor(known.std).view(3, 1, 1)
+    assert ((ours / 255 - mean) / std - theirs).abs().max() * 255 * std.max() <= 4
 
 
 def test_pixels_may_be_scaled_otherwise(tmp_path):

@@ -169,7 +169,7 @@ def test_the_fields_alone_are_enough_in_python(folder, tmp_path):
     run = replace(plain, data=data, out=str(tmp_path), steps=1, budget_s=None, precision="fp32", threads=1)
     run = replace(run, image=str(folder / "resnet"), text=str(folder / "mpnet"))
     state = train(run)
-    assert state.run.model.text.width == 32 and state.run.data.fit == "crop"
+    assert state.run.model.text.width == 32 and state.run.data.fit == "centre"
     assert state.model.config.reconstructor.layer.width == state.model.config.fusion.layer.width == 32
     assert with_public_encoders(run, image=run.image, text=run.text).model.image == state.model.config.image
     again = train(replace(run, steps=2), resume=True)

@@ -143,7 +143,7 @@ def with_tokenizers(arms: Mapping[str, TrainConfig], out: Path) -> dict[str, Tra
     trained: list[tuple[Any, int, str]] = []
     with_files = dict(arms)
     for arm, run in arms.items():
-        if run.tokenizer is not None or run.init is not None:
+        if run.tokenizer is not None or run.init is not None or run.text is not None:
             continue
         path = next((path for data, vocab, path in trained if (data, vocab) == (run.data, run.vocab)), None)
         if path is None:

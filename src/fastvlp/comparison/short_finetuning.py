@@ -60,7 +60,7 @@ class ShortFinetuning:
 
     def questions(self, state: TrainState) -> Questions | None:
         """The questions for an arm; None if there are none. Arms with the same data, tokenizer and images share them."""
-        key = (state.run.data, state.run.tokenizer, state.model.config.image)
+        key = (state.run.data, state.run.tokenizer, state.run.text, state.model.config.image)
         if key not in self._questions:
             self._questions[key] = self._read_questions(state)
         return self._questions[key]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastvlp.convert.public_folder import PublicFolder
-from fastvlp.data.records.transform import Fit
+from fastvlp.data.records.transform import CENTRE, Fit
 from fastvlp.errors import UserError
 
 RGB = tuple[float, float, float]
@@ -30,7 +30,7 @@ class Preprocessing:
 def read_preprocessing(folder: PublicFolder, default: Preprocessing) -> Preprocessing:
     """What the model states, or `default`. Raises UserError for a preprocessing that no field of ours expresses.
 
-    A margin that is cut off after resizing (256 to 224 pixels in DINOv2) stays here, and resampling is always bicubic.
+    A margin that is cut off after resizing (256 to 224 pixels in DINOv2) is an eighth here, or none; resampling is bicubic.
     """
     stated = folder.json("preprocessor_config.json") or (folder.json("processor_config.json") or {}).get(
         "image_processor"
@@ -51,7 +51,12 @@ def _square(stated: Mapping[str, Any]) -> tuple[int | None, Fit]:
     # An image is resized by its short side and cut, or squashed to both sides.
     cut = isinstance(size, dict) and "shortest_edge" in size
     cut |= isinstance(size, int) and (crop is not None or "crop_pct" in stated)
-    return _side(crop if crop is not None else size), "crop" if cut else "squash"
+    side, resized = _side(crop if crop is not None else size), _side(size)
+    if not cut:
+        return side, "squash"
+    # ConvNeXt states the share that is cut, which does not hold at 384 pixels and above.
+    share = stated.get("crop_pct", 1) if crop is None and (side or 0) < 384 else (side or 1) / (resized or side or 1)
+    return side, "centre" if share < (1 + CENTRE) / 2 else "crop"
 
 
 def _side(size: Any) -> int | None:

@@ -12,13 +12,13 @@ from torch import Tensor, nn
 
 from fastvlp.convert.encoder_family import EncoderFamily, ImageFamily, TextFamily, TextReading
 from fastvlp.convert.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing, read_preprocessing
-from fastvlp.convert.public_folder import TOKENIZERS, WEIGHTS, PublicFolder, open_public
+from fastvlp.convert.public_folder import TOKENIZERS, PublicFolder, open_public
 from fastvlp.data.tokenize import Tokenizer
 from fastvlp.errors import UserError
 from fastvlp.extensions import variants
 from fastvlp.model.encoders.interface import ImageEncoderConfig, TextEncoderConfig
 from fastvlp.model.encoders.transformers_image import TransformersImageConfig
-from fastvlp.model.encoders.transformers_models import architecture_of, model_config, transformers
+from fastvlp.model.encoders.transformers_models import architecture_of, model_config, quiet_transformers, transformers
 from fastvlp.model.encoders.transformers_text import TransformersTextConfig
 from fastvlp.model.joint_space import HeadConfig
 from fastvlp.model.layers import LayerConfig
@@ -250,19 +250,16 @@ def _transformers_weights(
 ) -> dict[str, Tensor]:
     """Parameters as transformers loads them, `model.` before each name. Raises UserError where some are missing but `unused`
     ones and poolers."""
-    first = folder.file(*WEIGHTS)
-    for name in (
-        sorted(set((folder.json(first.name) or {}).get("weight_map", {}).values())) if first.suffix == ".json" else ()
-    ):
-        folder.file(name)
+    files = folder.weight_files()
     try:
-        model, info = transformers().AutoModel.from_pretrained(
-            first.parent,
-            config=model_config(architecture),
-            output_loading_info=True,
-            local_files_only=True,
-            dtype=torch.float32,
-        )
+        with quiet_transformers():
+            model, info = transformers().AutoModel.from_pretrained(
+                files[0].parent,
+                config=model_config(architecture),
+                output_loading_info=True,
+                local_files_only=True,
+                dtype=torch.float32,
+            )
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise UserError(f"{folder.source}: cannot be loaded ({str(error).partition(chr(10))[0]})") from error
     missing = sorted(x for x in info["missing_keys"] if x not in unused and not x.startswith("pooler."))

@@ -94,16 +94,19 @@ class PublicFolder:
             )
         return config
 
+    def weight_files(self) -> list[Path]:
+        """The files with its weights, all of which are then on this machine. Raises UserError where one is missing."""
+        first = self.file(*WEIGHTS)
+        if first.suffix != ".json":
+            return [first]
+        index = self.json(first.name) or {}
+        return [self.file(name) for name in sorted(set(index.get("weight_map", {}).values()))]
+
     @cached_property
     def weights(self) -> dict[str, Tensor]:
         """All tensors by name, in fp32 where they are floating-point; read when they are first needed. Raises UserError where
         a file is missing or damaged."""
-        first = self.file(*WEIGHTS)
-        files = [first]
-        if first.suffix == ".json":
-            index = self.json(first.name) or {}
-            files = [self.file(name) for name in sorted(set(index.get("weight_map", {}).values()))]
-        tensors = {name: x for path in files for name, x in read_weights(path).items()}
+        tensors = {name: x for path in self.weight_files() for name, x in read_weights(path).items()}
         return {name: x.float() if x.is_floating_point() else x for name, x in tensors.items()}
 
     def whole(self) -> Path:

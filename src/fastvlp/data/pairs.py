@@ -62,7 +62,8 @@ class Data(abc.ABC):
     max_length: int = 50
     """The most tokens of a text, including `<s>` and `</s>`; a longer text is cut at its end."""
     fit: Fit = "crop"
-    """How an image becomes a square: cut to its centre, squashed, or whole on a grey square."""
+    """How an image becomes a square: cut to its middle (crop), to seven eighths of that (centre), squashed, or whole on a grey
+    square (letterbox)."""
     group: int | None = None
     """Make training batches of rows of about the same length, chosen among this many shuffled rows."""
     max_tokens: int | None = None

@@ -109,7 +109,7 @@ def data_for(
         task.field: field,
         "batch_size": batch_size,
         "workers": workers,
-        "fit": fit or (task.data.fit if seen.fit == "crop" else seen.fit),
+        "fit": fit or (task.data.fit if seen.fit in ("crop", "centre") else seen.fit),
         "max_length": max_length or min(max(seen.max_length, task.max_length), model.longest_text),
         "regions": seen.regions if model.single is not None or task.needs_regions else None,
     }

@@ -14,7 +14,9 @@ from fastvlp.errors import UserError
 Rectangle = tuple[int, int, int, int]  # left, top, width, height in pixels
 
 # How an image becomes a square.
-Fit = Literal["crop", "squash", "letterbox"]
+Fit = Literal["crop", "centre", "squash", "letterbox"]
+# Share of the short side that `centre` takes: ImageNet models resize it to 256 pixels, and cut 224 from the middle.
+CENTRE = 7 / 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,8 +25,9 @@ class Transform:
 
     Attributes:
         size: pixels of a side.
-        mode: `crop` takes the central square (as CLIP); `squash` takes the whole image and changes its shape; `letterbox`
-            takes the whole image in its shape and fills the rest of the square.
+        mode: `crop` takes the central square (as CLIP); `centre` the middle seven eighths of it (as DINOv2); `squash` takes
+            the whole image and changes its shape; `letterbox` takes the whole image in its shape and fills the rest of the
+            square.
         fill: grey level of the rest.
     """
 
@@ -35,14 +38,15 @@ class Transform:
     def __post_init__(self) -> None:
         if self.size < 1:
             raise UserError(f"`size` {self.size}: must be at least 1 pixel")
-        if self.mode not in ("crop", "squash", "letterbox"):
-            raise UserError(f"`mode` {self.mode!r}: choose crop, squash or letterbox")
+        if self.mode not in ("crop", "centre", "squash", "letterbox"):
+            raise UserError(f"`mode` {self.mode!r}: choose crop, centre, squash or letterbox")
 
     def least(self, height: int, width: int) -> tuple[int, int]:
         """The smallest (height, width) to which a decoder may scale an image of this size without making it too small."""
         if self.mode == "letterbox":
             return (self.size, 1) if height >= width else (1, self.size)
-        return self.size, self.size
+        side = round(self.size / CENTRE) if self.mode == "centre" else self.size
+        return side, side
 
     def __call__(self, pixels_HWC: Tensor) -> Tensor:
         height, width, _ = pixels_HWC.shape
@@ -65,8 +69,9 @@ class Transform:
 
     def _moves(self, height: int, width: int) -> tuple[Rectangle, Rectangle]:
         """The part of an image that is shown, and its place in the square."""
-        if self.mode == "crop":
+        if self.mode in ("crop", "centre"):
             side = min(height, width)
+            side = max(1, round(side * CENTRE)) if self.mode == "centre" else side
             return ((width - side) // 2, (height - side) // 2, side, side), (0, 0, self.size, self.size)
         if self.mode == "squash":
             return (0, 0, width, height), (0, 0, self.size, self.size)

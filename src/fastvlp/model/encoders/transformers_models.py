@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
@@ -30,6 +31,21 @@ def transformers() -> ModuleType:
     except ImportError as error:
         raise UserError(f"this encoder is one of the package transformers: {install('towers')}") from error
     return transformers
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Without the package's bars and warnings: what is missing or left over is reported by those who load."""
+    log = transformers().logging
+    before = log.get_verbosity(), log.is_progress_bar_enabled()
+    log.set_verbosity_error()
+    log.disable_progress_bar()
+    try:
+        yield
+    finally:
+        log.set_verbosity(before[0])
+        if before[1]:
+            log.enable_progress_bar()
 
 
 def model_config(architecture: Mapping[str, Any]) -> Any:
