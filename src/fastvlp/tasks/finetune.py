@@ -29,8 +29,8 @@ from fastvlp.training.train_config import TrainConfig
 def finetune(
     task: Task | str,
     /,
-    source: Annotated[str, tyro.conf.arg(name="from")],
-    data: str,
+    source: Annotated[str | Path, tyro.conf.arg(name="from")],
+    data: str | Path,
     *,
     steps: int = 1000,
     batch_size: int = 64,
@@ -41,7 +41,7 @@ def finetune(
     max_length: int | None = None,
     freeze: tuple[str, ...] = (),
     name: str | None = None,
-    out: str | None = None,
+    out: str | Path | None = None,
     seed: int = 0,
     workers: int = 0,
     device: str = "auto",
@@ -76,11 +76,11 @@ def finetune(
 
     Returns: The scores and their file; None on all ranks but the main one.
     """
-    chosen, start = make_task(task, options), load_pretrained(source)
+    chosen, start, out = make_task(task, options), load_pretrained(str(source)), str(out) if out else None
     run_name = name or f"{Path(source).name}-{chosen.name}"
     if resume:
         fit, max_length = earlier_input(Path(out or f"runs/{run_name}"), fit, max_length)
-    task_data = data_for(chosen, start, data, field, fit, max_length, batch_size=batch_size, workers=workers)
+    task_data = data_for(chosen, start, str(data), field, fit, max_length, batch_size=batch_size, workers=workers)
     machine: dict[str, Any] = {"device": device, "precision": precision, "threads": threads, "freeze": freeze}
     objective = chosen.objective(task_data, start, reading)
     run = run_for(chosen, start, task_data, objective, lr, steps, name=run_name, out=out, seed=seed, **machine)

@@ -25,11 +25,11 @@ from fastvlp.tasks.task_scores import TaskScores, new_scores_path, save_scores
 
 
 def evaluate_task(
-    run: Annotated[str, tyro.conf.arg(metavar="RUN")],
+    run: Annotated[str | Path, tyro.conf.arg(metavar="RUN")],
     /,
     *,
     split: str = "test",
-    data: str | None = None,
+    data: str | Path | None = None,
     zero_shot: bool = False,
     task: str | None = None,
     device: str = "auto",
@@ -56,6 +56,7 @@ def evaluate_task(
     """
     if threads:
         torch.set_num_threads(threads)
+    run, data = str(run), None if data is None else str(data)
     tuned = load_zero_shot(run, data, task) if zero_shot else load_task(run)
     options: Any = with_options(tuned.task.scoring, scoring, f"the evaluation of {tuned.task.name}")
     scores = {split: score_split(tuned, split_folder(tuned, split, data), device=device, options=options, split=split)}
