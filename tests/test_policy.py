@@ -193,8 +193,9 @@ def test_nobody_asks_a_variant_for_its_class_or_its_name() -> None:
         elif isinstance(node, ast.MatchClass):
             classes = {ast.unparse(node.cls)}
         elif isinstance(node, ast.Constant):
-            # CLIP, MLM ... are the names of methods too.
-            classes = {node.value} if isinstance(node.value, str) and not node.value.isupper() else set()
+            # A single word or an acronym, such as Retrieval or CLIP, names the method in prose too.
+            prose = not isinstance(node.value, str) or not re.search(r"[a-z][A-Z]", node.value)
+            classes = set() if prose else {node.value}
         elif isinstance(node, ast.Call):
             classes = set()
         else:
