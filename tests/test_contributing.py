@@ -35,8 +35,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_each_part_has_an_example() -> None:
     assert {*FILES} == {
         "words.py", "flm_words.py", "margin.py", "conv.py", "yes_no.py", "cards.py", "numpy_index.py", "word_table.py",
+        "gap.py",
     }  # fmt: skip
-    assert len(COMMANDS) == 11 and all(command.startswith("vlp ") for command in COMMANDS)
+    assert len(COMMANDS) == 12 and all(command.startswith("vlp ") for command in COMMANDS)
     assert FILES["words.py"].count("\n") + FILES["flm_words.py"].count("\n") < 60
 
 
@@ -62,4 +63,5 @@ def test_the_commands_work_in_order(folder: Path) -> None:
     assert "1 no such image" in next(text for command, text in printed.items() if "cards.py" in command)
     assert "accuracy" in next(text for command, text in printed.items() if "evaluate" in command)
     assert "red" in next(text for command, text in printed.items() if "index search" in command)
+    assert '"gap"' in (folder / "gap_report/results.json").read_text()
     assert (folder / "words/words.npy").is_file() and (folder / "margin_model/model.safetensors").is_file()

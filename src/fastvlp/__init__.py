@@ -7,8 +7,8 @@ What a notebook needs, in the order of its use:
 - `finetune`, `evaluate`, `compare`: a run on a task, its scores, and several recipes at equal time.
 - `export`, `Embedder`, `load_model`: a run to a folder that stands alone, and to vectors.
 - `embed_shards`, `build_index`, `search_index`, `open_index`: search.
-- `import_file`, and the interfaces `Objective`, `PairObjective`, `ImageEncoder`, `TextEncoder`, `Task`, `Source`, `IndexEngine`
-  and `ExportTarget`: parts of your own.
+- `import_file`, and the interfaces `Objective`, `PairObjective`, `ImageEncoder`, `TextEncoder`, `Task`, `Source`,
+  `IndexEngine`, `ExportTarget` and `Metric`: parts of your own.
 
 Each name is imported when it is first used, so that `import fastvlp` does not wait for torch.
 """
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from fastvlp.batch import Example as Example
     from fastvlp.batch import Record as Record
     from fastvlp.comparison.compare import compare as compare
+    from fastvlp.comparison.metrics.interface import Metric as Metric
+    from fastvlp.comparison.metrics.interface import Score as Score
     from fastvlp.data.augment import AugmentConfig as AugmentConfig
     from fastvlp.data.pairs import PairData as PairData
     from fastvlp.data.records.shards import Shards as Shards
@@ -95,6 +97,7 @@ _HOME = {
     "MLMConfig": "objectives.mlm",
     "MRCConfig": "objectives.region",
     "MRFRConfig": "objectives.region",
+    "Metric": "comparison.metrics.interface",
     "MoCoConfig": "objectives.moco",
     "ModelConfig": "model.model",
     "Objective": "objectives.objective",
@@ -106,6 +109,7 @@ _HOME = {
     "ReconstructConfig": "objectives.reconstruct",
     "Record": "batch",
     "RegionSource": "data.regions",
+    "Score": "comparison.metrics.interface",
     "ShardWriter": "data.records.shards",
     "Shards": "data.records.shards",
     "SigLIPConfig": "objectives.siglip",

@@ -154,7 +154,7 @@ def help_text(first: str = "") -> str:
             *lines,
             "",
             "`vlp COMMAND --help` lists a command's options. `--import` reads your own file first, with encoders,",
-            "objectives, tasks, sources, index engines or export targets of yours.",
+            "objectives, tasks, sources, index engines, export targets or metrics of yours.",
         ]
     )
 

@@ -21,7 +21,8 @@ _folders: set[Path] = set()
 def import_file(path: str | Path) -> ModuleType:
     """Imports a Python file under its own name, once; modules beside it can be imported too.
 
-    Raises UserError where there is no such file, or where another module of that name was imported before.
+    Raises UserError where there is no such file, where it is not valid Python, or where another module of that name was
+    imported before.
     """
     path = Path(path)
     if path.suffix != ".py" or not path.is_file():
@@ -30,7 +31,10 @@ def import_file(path: str | Path) -> ModuleType:
     # It stays on the path: a module beside it may be imported later, inside a function.
     if folder not in sys.path:
         sys.path.insert(0, folder)
-    module = importlib.import_module(path.stem)
+    try:
+        module = importlib.import_module(path.stem)
+    except SyntaxError as error:
+        raise UserError(f"{error.filename}:{error.lineno}: not valid Python ({error.msg})") from error
     loaded = Path(module.__file__ or "").resolve()
     if loaded != path.resolve():
         raise UserError(f"{path}: another module is called {path.stem} ({loaded}); rename the file")
@@ -51,7 +55,7 @@ def user_function(name: str) -> Callable[..., Any]:
     if not inspect.isfunction(found) or found.__module__ != file:
         raise UserError(
             f"{name}: no file {file}.py with a function {function} was imported. Import your file first: "
-            "`vlp --import FILE.py ...`, or fastvlp.extensions.import_file in Python"
+            "`vlp --import FILE.py ...`, or `fastvlp.import_file` in Python"
         )
     return found
 
@@ -74,7 +78,7 @@ def variant(base: type[T], name: str, package: str | None = None) -> type[T]:
     if not named:
         raise UserError(
             f"{name}: no class of this name is known as {_article(base.__name__)}. If a file of yours defines it, import that "
-            "file first: `vlp --import FILE.py ...`, or fastvlp.extensions.import_file in Python"
+            "file first: `vlp --import FILE.py ...`, or `fastvlp.import_file` in Python"
         )
     return named[-1]
 

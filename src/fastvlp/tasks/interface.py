@@ -179,7 +179,7 @@ def task_named(name: str) -> type[Task]:
         hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(named)}."
         raise UserError(
             f"{name}: no task of that name; {hint} One of your own is in a file that is imported first, with "
-            f"`vlp --import FILE.py ...` or `fastvlp.extensions.import_file`"
+            f"`vlp --import FILE.py ...` or `fastvlp.import_file`"
         )
     return named[name]
 

@@ -107,7 +107,7 @@ def load_task(folder: str | Path) -> FineTuned:
         raise UserError(
             f"{folder}: no fine-tuned run of a task that is known here: it was trained on {name!r}, the tasks are "
             f"{', '.join(named)}. Make one with `vlp finetune`, or import the file that defines your own task first, with "
-            f"`vlp --import FILE.py ...` or `fastvlp.extensions.import_file`"
+            f"`vlp --import FILE.py ...` or `fastvlp.import_file`"
         )
     task = named[name]
     run, objective = read_saved_run(folder), load_objective(saved, name)

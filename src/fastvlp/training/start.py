@@ -38,6 +38,29 @@ from fastvlp.training.train_config import TrainConfig, check
 from fastvlp.training.trained_parts import freeze
 
 
+def check_image_encoder(model: VLModel) -> None:
+    """Raises UserError where an image encoder does not return what its config says: it may be in a user's own file."""
+    config = model.config.image
+    missing = [name for name in ("width", "grid") if not hasattr(config, name)]
+    if missing:
+        raise UserError(
+            f"{type(config).__name__} has no {' and no '.join(missing)}; make it a field or a property of the image encoder's "
+            f"config: `width`, the numbers in a state, and `grid`, the cells a side of its map"
+        )
+    if "image" not in model.encoders():
+        return
+    training, pixels = model.image.training, torch.zeros(1, 3, config.size, config.size, dtype=torch.uint8)
+    with torch.no_grad():
+        shape = model.image.eval()(pixels.to(next(model.parameters()).device)).shape
+    model.image.train(training)
+    if tuple(shape) != (1, config.tokens, config.width):
+        raise UserError(
+            f"{type(config).__name__} says that an image has {config.tokens} states of {config.width} numbers (`grid` "
+            f"{config.grid}, `prefix` {config.prefix}, `width` {config.width}), and its module returned a tensor of shape "
+            f"{list(shape)}; correct the one or the other"
+        )
+
+
 def start(run: TrainConfig, *, resume: bool = False) -> TrainState:
     """Everything that the loop needs; from the run's last checkpoint with `resume`, where there is one.
 
@@ -54,6 +77,7 @@ def start(run: TrainConfig, *, resume: bool = False) -> TrainState:
     tokenizer = find_tokenizer(run, resume, texts)
     pretraining, inherited = make_pretraining(run, tokenizer, images, texts)
     pretraining.to(device)
+    check_image_encoder(pretraining.model)
     model, size = pretraining.model, pretraining.model.config.image.size
     ema = AveragedModel(pretraining, multi_avg_fn=get_ema_multi_avg_fn(run.ema)) if run.ema is not None else None
     saved = read_checkpoint(run) if again else None

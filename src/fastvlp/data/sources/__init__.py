@@ -46,7 +46,7 @@ def find_format(path: Path, format: str = "auto") -> type[Source]:
         hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}."
         raise UserError(
             f"`format` {format}: no such format; {hint} One of your own is in a file that is imported first, with "
-            f"`vlp --import FILE.py ...` or `fastvlp.extensions.import_file`"
+            f"`vlp --import FILE.py ...` or `fastvlp.import_file`"
         )
     path = matching_paths(path)[0]
     if format != "auto":
