@@ -1,7 +1,7 @@
 """Arms by turns, on a clock that the test moves: fair turns, scores in time, results complete after each of them."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +15,7 @@ from fastvlp.comparison.compare import check_distinct, compare, named_arms, refe
 from fastvlp.comparison.progress import ProgressDisplay, print_tables
 from fastvlp.comparison.results import Comparison, Sample
 from fastvlp.comparison.turns import Plan, Training, run_comparison
+from fastvlp.data.state_store import StatesConfig
 from fastvlp.errors import UserError
 from fastvlp.objectives.ar import ARConfig
 from fastvlp.objectives.flm import FLMConfig
@@ -38,6 +39,7 @@ class Run:
     init: str | None = None
     text: str | None = None
     data: Any = None
+    states: StatesConfig = field(default_factory=StatesConfig)
     vocab: int = 50
 
 
@@ -242,3 +244,10 @@ def test_a_comparison_under_torchrun_is_refused(monkeypatch):
 def test_last_weights_of_sound_arms_are_kept_apart_by_seed(world: World, tmp_path: Path) -> None:
     go(world, Plan(budget_s=8, out=tmp_path, seeds=2), ARMS | {"broken": replace(ARMS["mlm"], breaks_at=1)})
     assert world.kept == [str(tmp_path / "runs" / f"{arm}-{seed}") for seed in (0, 1) for arm in ARMS]
+
+
+def test_a_frozen_encoder_encodes_within_the_budget_unless_its_states_are_stored_by_choice(tmp_path: Path) -> None:
+    stored = StatesConfig(store="always")
+    arms = {"auto": Run(objectives={}), "stored": Run(objectives={}, states=stored)}
+    configs = with_budget(arms, Plan(budget_s=5, out=tmp_path))  # type: ignore[arg-type]
+    assert configs["auto"].states.store == "never" and configs["stored"].states == stored

@@ -9,9 +9,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from fastvlp.data.state_store import StatesConfig
 from fastvlp.errors import UserError
 from fastvlp.eval.mode import evaluating
 from fastvlp.model.encoders.interface import ImageEncoder, ImageEncoderConfig
+from fastvlp.training.flops import Flops
 from fastvlp.training.loop import start, steps, train
 from fastvlp.training.optim import OptimConfig, parameter_groups
 from fastvlp.training.train_config import TrainConfig
@@ -168,3 +170,22 @@ def test_the_start_counts_what_is_trained(pairs, tmp_path):
     assert parts["image"]["trained"] == 0 < parts["image"]["parameters"]
     assert 0 < parts["text"]["trained"] < parts["text"]["parameters"]
     assert parts["embed"]["trained"] == parts["embed"]["parameters"] and parts["objective clip"]["trained"] == 1
+
+
+def test_only_what_is_computed_counts(pairs, tmp_path):
+    """A frozen encoder has no backward pass, and stored states have no forward pass either."""
+    changes = {"trained": {}, "frozen": {"freeze": ("image",)}, "stored": {"freeze": ("image",)}}
+    flops = {}
+    for name, change in changes.items():
+        store = "always" if name == "stored" else "never"
+        states = StatesConfig(store=store, folder=str(tmp_path / "states"))
+        state = start(made_run(pairs, tmp_path, "clip", steps=1, states=states, **change))
+        (report,) = steps(state)
+        flops[name] = report.flops
+        with Flops() as forward, torch.no_grad():
+            state.model.image(torch.zeros(8, 3, 16, 16))
+    # The embedding of patches needs no gradient of the pixels, and the head of a frozen encoder none of its states.
+    own = forward.total
+    embedding, head = 2 * 8 * 4 * (3 * 8 * 8) * 32, 2 * 8 * 32 * 16
+    assert flops["frozen"] - flops["stored"] == own
+    assert flops["trained"] - flops["frozen"] == 2 * own - embedding + head

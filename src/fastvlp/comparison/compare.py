@@ -131,9 +131,17 @@ def check_distinct(names: Iterable[str]) -> None:
 
 
 def with_budget(arms: Mapping[str, TrainConfig], plan: Plan) -> dict[str, TrainConfig]:
-    """Each config with the budget as its length, so that its schedule ends with its own time."""
+    """Each config with the budget as its length, so that its schedule ends with its own time. A frozen encoder encodes within
+    the budget, unless the config says that its states are stored: what computing them takes does not count."""
     return {
-        arm: replace(run, name=arm, steps=None, budget_s=plan.budget_s, out=str(plan.out / "runs" / arm))
+        arm: replace(
+            run,
+            name=arm,
+            steps=None,
+            budget_s=plan.budget_s,
+            out=str(plan.out / "runs" / arm),
+            states=replace(run.states, store="never") if run.states.store == "auto" else run.states,
+        )
         for arm, run in arms.items()
     }
 
