@@ -1,7 +1,8 @@
 # `make demo` and `make test` do everything on a fresh machine; each makes .venv itself. `make serve` shows what the demo made.
 PYTHON ?= python3
 PIP = .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
-BUDGET ?= 80s
+# Seconds of training for each recipe.
+BUDGET ?= 80
 
 .PHONY: demo serve test check clean
 
@@ -25,10 +26,10 @@ BUDGET ?= 80s
 demo: .venv/.core  ## embedded corpus -> FLM, MLM, AR and PrefixLM at equal time -> table and report; FLIP for search
 	@.venv/bin/vlp data demo --out demo/world
 	@rm -rf demo/report
-	@.venv/bin/vlp compare flm_demo mlm_demo ar_demo prefixlm_demo --budget $(BUDGET) --marks 0.5 1 \
+	@.venv/bin/vlp compare flm_demo mlm_demo ar_demo prefixlm_demo --budget $(BUDGET)s --marks 0.5 1 \
 	  --probe-steps 200 --probe-batch 32 --probe-lr 1e-3 --probe-items 800 --cloze-items 128 --out demo/report
 	@rm -rf demo/flip demo/export demo/index
-	@.venv/bin/vlp pretrain flip_demo --budget-s $(BUDGET:s=) --out demo/flip
+	@.venv/bin/vlp pretrain flip_demo --budget-s $(BUDGET) --out demo/flip
 	@.venv/bin/vlp export demo/flip demo/export
 	@echo "The report: demo/report/report.html"
 	@echo "Search the pictures by words, at http://127.0.0.1:8000/: make serve"

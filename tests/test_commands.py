@@ -18,7 +18,7 @@ def told(name: str) -> list[str]:
     text = (ROOT / name).read_text(encoding="utf-8").replace("\\\n", " ")
     blocks = re.findall(r"```bash\n(.*?)```", text, re.DOTALL) if name.endswith(".md") else [text.replace("\t", "")]
     found = [command for block in blocks for command in COMMAND.findall(block)]
-    return [command.replace("$(BUDGET:s=)", "80").replace("$(BUDGET)", "80s") for command in found]
+    return [command.replace("$(BUDGET)", "80") for command in found]
 
 
 COMMANDS = [(name, command) for name in ("README.md", "docs/guide.md", "Makefile") for command in told(name)]

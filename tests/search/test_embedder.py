@@ -143,3 +143,15 @@ def test_the_fingerprint_depends_on_weights_config_and_tokenizer(exports, tmp_pa
         changed = data[:-1] + bytes([data[-1] ^ 1]) if name.endswith("safetensors") else data + b"\n"
         (other / name).write_bytes(changed)
         assert Embedder.load(other).fingerprint != embedder.fingerprint
+
+
+def test_one_text_is_one_vector_and_a_picture_may_be_a_path(exports, world, tmp_path):
+    embedder = Embedder.load(exports["towers"])
+    data = Shards(world / "test").read(0).images[0]
+    (tmp_path / "picture").write_bytes(data)
+    assert embedder.texts("a cat").shape == (1, embedder.width)
+    np.testing.assert_array_equal(embedder.texts("a cat"), embedder.texts(["a cat"]))
+    for picture in (tmp_path / "picture", str(tmp_path / "picture"), data):
+        np.testing.assert_array_equal(embedder.images(picture), embedder.images([data]))
+    with pytest.raises(Unreadable):
+        embedder.images([tmp_path / "none"])

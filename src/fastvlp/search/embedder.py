@@ -32,8 +32,8 @@ from fastvlp.objectives.saved_objectives import abilities, learned_abilities, lo
 from fastvlp.search.engines.interface import Stamp
 from fastvlp.tasks.generation import greedy
 
-# An encoded file, or an image that Pillow has opened.
-Picture: TypeAlias = bytes | Image.Image
+# The path of a file, its bytes, or an image that Pillow has opened.
+Picture: TypeAlias = str | Path | bytes | Image.Image
 # Pictures, or what `Embedder.pixels` returns, uint8 [n 3 size size].
 PictureBatch: TypeAlias = Sequence[Picture] | Tensor
 # What an embedder can do; `usable_abilities` derives it from what the model has learned (`objectives.objective.Ability`).
@@ -177,6 +177,8 @@ class Embedder:
         """
         if isinstance(pictures, Tensor):
             return pictures
+        if isinstance(pictures, str | Path | bytes | Image.Image):
+            pictures = [pictures]
         decoded = [*in_threads(lambda numbered: self._decode(*numbered), enumerate(pictures))]
         size = self.transform.size
         return torch.stack(decoded) if decoded else torch.empty(0, 3, size, size, dtype=torch.uint8)
@@ -185,7 +187,7 @@ class Embedder:
         """Embeds pictures.
 
         Args:
-            pictures: Encoded files, Pillow's images, or what `pixels` returned.
+            pictures: Paths of files, their bytes, Pillow's images, or what `pixels` returned; one picture is a list of one.
 
         Returns:
             Unit vectors, float32 [n width].
@@ -201,11 +203,11 @@ class Embedder:
             vectors[rows] = self._run(self.model.embed_image, image[rows]).numpy()
         return vectors
 
-    def texts(self, texts: Sequence[str]) -> np.ndarray:
+    def texts(self, texts: str | Sequence[str]) -> np.ndarray:
         """Embeds texts.
 
         Args:
-            texts: Texts; each is cleaned like a caption, and cut after `max_length` tokens.
+            texts: Texts; each is cleaned like a caption, and cut after `max_length` tokens. One text is a list of one.
 
         Returns:
             Unit vectors, float32 [n width].
@@ -214,6 +216,7 @@ class Embedder:
             UserError: The model cannot embed.
         """
         self._require("embed")
+        texts = [texts] if isinstance(texts, str) else texts
         # Texts of about the same length share a pass, to compute little padding.
         order = np.argsort(self.lengths(texts), kind="stable")
         vectors = np.empty((len(texts), self.width), np.float32)
@@ -286,6 +289,8 @@ class Embedder:
 
     def _decode(self, i: int, picture: Picture) -> Tensor:
         try:
+            if isinstance(picture, str | Path):
+                picture = Path(picture).read_bytes()
             if isinstance(picture, bytes):
                 record = Record(key=str(i), images=(picture,), info={})
                 return decode(record, self.transform, max_pixels=self.max_pixels).images[0]

@@ -140,6 +140,11 @@ class CaptionTask(Task):
     scoring = Decoding
 
     def objective(self, data: CaptionData, pretrained: Pretrained, reading: Reading | None) -> CaptionConfig:
+        if pretrained.saved.model.config.fusion is None:
+            raise UserError(
+                f"{pretrained.folder}: a caption is written beside an image, and the model has no fusion layers; choose a run "
+                f"of flm, mlm, ar or prefixlm"
+            )
         return CaptionConfig()
 
     @classmethod

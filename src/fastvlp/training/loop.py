@@ -257,6 +257,8 @@ def train(run: TrainConfig, *, resume: bool = False, verbose: bool = False) -> T
         UserError: The config, the data or the checkpoint cannot be used, or the loss is not finite.
         SystemExit: A signal stopped the run, and its state is saved; the code is 128 + the signal's number.
     """
+    if not isinstance(run, TrainConfig):
+        raise UserError(f"`run` is a TrainConfig, not {run!r}; fastvlp.recipe(NAME) returns that of a recipe")
     with dist.process_group():
         if not resume and (run.folder / CHECKPOINT).exists():
             raise UserError(f"{run.folder}: holds a run already; continue it with `resume`, or choose another `out`")
