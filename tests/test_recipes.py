@@ -94,10 +94,12 @@ def test_two_lengths_or_none_are_refused_at_once(options, has, capsys):
 
 
 def test_a_file_of_ones_own_is_a_recipe(tmp_path):
-    (tmp_path / "mine.py").write_text("from fastvlp.recipes.flm_demo import flm_demo\nmine = flm_demo\n")
-    assert recipe(str(tmp_path / "mine.py")).name == "flm_demo"
-    (tmp_path / "other.py").write_text("x = 1\n")
-    with pytest.raises(UserError, match=r"other\(\)"):
-        recipe(str(tmp_path / "other.py"))
+    (tmp_path / "mine_of_recipes.py").write_text(
+        "from fastvlp.recipes.flm_demo import flm_demo\nmine_of_recipes = flm_demo\n"
+    )
+    assert recipe(str(tmp_path / "mine_of_recipes.py")).name == "flm_demo"
+    (tmp_path / "other_of_recipes.py").write_text("x = 1\n")
+    with pytest.raises(UserError, match=r"other_of_recipes\(\)"):
+        recipe(str(tmp_path / "other_of_recipes.py"))
     with pytest.raises(UserError, match="no such Python file"):
         recipe(str(tmp_path / "none.py"))

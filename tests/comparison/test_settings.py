@@ -57,7 +57,7 @@ def test_one_arm_alone() -> None:
         ("compile=1", "True"),
         ("optim.betas=0.5", "2 values"),
         ("optim.betas=0.5,x", "x"),
-        ("optim.lr=-1", "lr must be above 0"),
+        ("optim.lr=-1", "must be above 0"),
         ("data.group=0", "group"),
         ("optim.lr", "FIELD=VALUE"),
     ],

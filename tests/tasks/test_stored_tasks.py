@@ -58,9 +58,9 @@ def test_the_command_stores_and_scores(runs, world, tmp_path, monkeypatch):
 
     monkeypatch.setattr(ViT, "forward", counting)
     tune("vqa", runs["mlm"], world, tmp_path / "run", steps=12, freeze=("image",))
-    # Of the splits, and one of each opened again for scoring.
-    assert counted == 24 + 4 + 6 + 1
-    evaluate_task(str(tmp_path / "run"))
+    # The splits, one of each opened again for scoring, and a blank image whose states are checked at the start.
     assert counted == 24 + 4 + 6 + 1 + 1
+    evaluate_task(str(tmp_path / "run"))
+    assert counted == 24 + 4 + 6 + 1 + 1 + 1
     for path in Path(world).rglob("states-*"):
         path.unlink()
