@@ -45,6 +45,8 @@ UNCOMPARED = {
 COMPARED_KINDS = {"train", "validation", "dropped"}
 # An option that has another name in one of the checkouts: {name here: names to try instead, in turn}.
 RENAMED: dict[str, tuple[str, ...]] = {}
+# Options that older checkouts lack, which make a newer one do what they do: no public weights, no stored states in fp16.
+NEWER = ("--image", "None", "--text", "None", "--states.store", "never")
 
 SMALL_BATCH = ("--data.batch-size", "8")
 PHOTOS = (*SMALL_BATCH, "--vocab", "600", "--model.image.size", "64")
@@ -184,7 +186,7 @@ def run_case(checkout: Path, folder: Path, case: Case, steps: int) -> list[dict[
     options = ["--precision", "fp32", *case.options] if "--precision" not in case.options else [*case.options]
     common = ["--steps", str(steps), "--log-every", "1", "--validate-every", str(max(1, steps // 2))]
     words = ["pretrain", case.recipe, *common, "--out", str(out.relative_to(folder)), *options]
-    tried = [words, *renamed(words)]
+    tried = [[*words, *NEWER], words, *renamed(words)]
     for attempt, command in enumerate(tried):
         try:
             vlp(checkout, folder, *command)
