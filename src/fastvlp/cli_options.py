@@ -56,8 +56,8 @@ def parse_with_groups(
     groups: Mapping[str, type],
     about: str = "",
 ) -> Run:
-    """As `parse`, for a function whose further options (`**options`) are the fields of dataclasses: `groups`, by the name
-    under which `bind` gets an instance. `bind` takes what was parsed, and returns the call to run. `about` follows the
+    """As `parse_function`, for a function whose further options (`**options`) are the fields of dataclasses: `groups`, by the
+    name under which `bind` gets an instance. `bind` takes what was parsed, and returns the call to run. `about` follows the
     function's description in the help."""
     own = {group: Annotated[cls, arg(name="")] for group, cls in groups.items()}
     parameters = [p for p in signature(target).parameters.values() if p.kind != p.VAR_KEYWORD and p.name not in groups]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from collections import OrderedDict
 from pathlib import Path
 
@@ -48,6 +49,16 @@ def test_a_torchscript_archive(tmp_path: Path):
     module = Towers()
     torch.jit.script(module).save(tmp_path / "clip.pt")
     assert equal(read_weights(tmp_path / "clip.pt"), module.state_dict())
+
+
+def test_an_archive_whose_storage_is_shorter_than_its_tensor_is_refused(tmp_path: Path):
+    torch.jit.script(Towers()).save(tmp_path / "whole.pt")
+    with zipfile.ZipFile(tmp_path / "whole.pt") as whole, zipfile.ZipFile(tmp_path / "short.pt", "w") as short:
+        for name in whole.namelist():
+            data = whole.read(name)
+            short.writestr(name, data[: len(data) // 2] if name.endswith("/data/0") else data)
+    with pytest.raises(UserError, match=r"short\.pt"):
+        read_weights(tmp_path / "short.pt")
 
 
 def test_a_checkpoint_with_objects_of_its_trainer(tmp_path: Path, capsys):

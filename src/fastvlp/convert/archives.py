@@ -61,6 +61,9 @@ class _Reader(pickle.Unpickler):
             raise pickle.UnpicklingError(f"an unknown persistent object {kind!r}")
         if key not in self.storages:
             size = count * dtype.itemsize
+            stored = len(self.archive.get_record(f"data/{key}"))
+            if size != stored:
+                raise pickle.UnpicklingError(f"storage {key} has {stored} bytes, and its tensor says {size}")
             record = self.archive.get_storage_from_record(f"data/{key}", size, torch.UntypedStorage)
             self.storages[key] = torch.storage.TypedStorage(
                 wrap_storage=record._typed_storage()._untyped_storage, dtype=dtype, _internal=True

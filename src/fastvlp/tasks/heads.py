@@ -90,7 +90,7 @@ def check_reading(reading: Reading, model: ModelConfig, images: int = 1) -> None
         if model.single.types <= images:
             raise UserError(
                 f"the model has token types for {model.single.types - 1} image at most, and the task shows {images}; set "
-                f"model.single.types to {images + 1}"
+                f"`model.single.types` to {images + 1}"
             )
         return
     if reading == "flm" and model.reconstructor is None:
@@ -102,7 +102,7 @@ def check_reading(reading: Reading, model: ModelConfig, images: int = 1) -> None
     if model.fusion.slots < images:
         raise UserError(
             f"the model reads a text beside {model.fusion.slots} image at most, and the task shows {images}; set "
-            f"model.fusion.slots to {images}"
+            f"`model.fusion.slots` to {images}"
         )
 
 
