@@ -222,6 +222,8 @@ def test_cached_images_are_the_same_images(tmp_path, tokenizer, workers):
         maker = PairMaker(shards, Transform(size=16), tokenizer, max_length=20, cache=cache)
         iterator = Loader(5, maker, batch_size=2, seed=0, workers=workers if cache else 0).batches()
         runs.append(taken(iterator, 12))
+        # Its thread ends before the next loader forks: a fork in the middle of its work may leave a lock taken.
+        del iterator
         if cache:
             # Filled by the workers in the memory of this process.
             assert all(i in maker.reader.cache for i in range(5))
