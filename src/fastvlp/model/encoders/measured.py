@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import abc
+from dataclasses import dataclass
 from math import isqrt
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
 from fastvlp.errors import UserError
+from fastvlp.model.encoders.interface import ImageEncoderConfig
 
 
 class Measured(NamedTuple):
@@ -18,6 +21,33 @@ class Measured(NamedTuple):
     prefix: int
     grid: int
     unused: frozenset[str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeasuredConfig(ImageEncoderConfig):
+    """An image encoder whose states are known by running it."""
+
+    @property
+    @abc.abstractmethod
+    def measured(self) -> Measured:
+        """What its module gives. Raises UserError where that are no states of an image."""
+
+    @property
+    def width(self) -> int:
+        return self.measured.width
+
+    @property
+    def grid(self) -> int:
+        return self.measured.grid
+
+    @property
+    def prefix(self) -> int:
+        return self.measured.prefix
+
+    def check(self) -> None:
+        # First: without states there is no width and no grid.
+        _ = self.measured
+        super().check()
 
 
 def as_states(output: Tensor) -> Tensor:

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from fastvlp.errors import UserError
 from fastvlp.extensions import user_function
-from fastvlp.model.encoders.interface import ImageEncoder, ImageEncoderConfig
-from fastvlp.model.encoders.measured import Measured, as_states, keep_statistics, leave_unused, measure
+from fastvlp.model.encoders.interface import ImageEncoder
+from fastvlp.model.encoders.measured import Measured, MeasuredConfig, as_states, keep_statistics, leave_unused, measure
 
 RGB = tuple[float, float, float]
 # Functions that were given to `from_module`, by the name under which they are saved.
@@ -58,7 +58,7 @@ def from_module(
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModuleImagesConfig(ImageEncoderConfig):
+class ModuleImagesConfig(MeasuredConfig):
     """A module that a function of the user's makes (`from_module`)."""
 
     function: str
@@ -67,18 +67,6 @@ class ModuleImagesConfig(ImageEncoderConfig):
     """Side of a patch in pixels, where tokens come before those of the patches."""
     fixed_statistics: bool = False
     """Whether batch norms keep their statistics in training."""
-
-    @property
-    def width(self) -> int:
-        return self.measured.width
-
-    @property
-    def grid(self) -> int:
-        return self.measured.grid
-
-    @property
-    def prefix(self) -> int:
-        return self.measured.prefix
 
     @property
     def measured(self) -> Measured:
@@ -90,10 +78,6 @@ class ModuleImagesConfig(ImageEncoderConfig):
         if not isinstance(module, nn.Module):
             raise UserError(f"{self.function}: returned a {type(module).__name__}, not an nn.Module")
         return module
-
-    def check(self) -> None:
-        super().check()
-        _ = self.measured
 
     def build(self) -> ModuleImages:
         return ModuleImages(self)

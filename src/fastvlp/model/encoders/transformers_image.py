@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from tyro.conf import Fixed
 
 from fastvlp.errors import UserError
-from fastvlp.model.encoders.interface import ImageEncoder, ImageEncoderConfig
-from fastvlp.model.encoders.measured import Measured, as_states, keep_statistics, leave_unused, measure
+from fastvlp.model.encoders.interface import ImageEncoder
+from fastvlp.model.encoders.measured import Measured, MeasuredConfig, as_states, keep_statistics, leave_unused, measure
 from fastvlp.model.encoders.transformers_models import build_model
 
 
 @dataclass(frozen=True, kw_only=True)
-class TransformersImageConfig(ImageEncoderConfig):
+class TransformersImageConfig(MeasuredConfig):
     """A vision model of transformers, whose states are its `last_hidden_state`."""
 
     architecture: Annotated[Mapping[str, Any], Fixed] = field(hash=False)
@@ -29,24 +29,8 @@ class TransformersImageConfig(ImageEncoderConfig):
     """Whether batch norms keep the statistics that they come with, in training too."""
 
     @property
-    def width(self) -> int:
-        return self.measured.width
-
-    @property
-    def grid(self) -> int:
-        return self.measured.grid
-
-    @property
-    def prefix(self) -> int:
-        return self.measured.prefix
-
-    @property
     def measured(self) -> Measured:
         return _measured(json.dumps(dict(self.architecture), sort_keys=True), self.size)
-
-    def check(self) -> None:
-        super().check()
-        _ = self.measured
 
     def build(self) -> TransformersImage:
         return TransformersImage(self)
