@@ -111,6 +111,21 @@ def test_its_fields_are_options_and_patches_that_it_cannot_drop_are_refused(fold
     assert "ConvConfig" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("right", "wrong"), [("    width: int\n", ""), ("self.size // self.stride", "self.size // self.stride + 1")]
+)
+def test_a_config_that_is_not_what_the_module_returns_is_refused(folder, tmp_path, capsys, right, wrong):
+    """Without a width, and with a grid that is too large."""
+    name = f"wrong_{len(wrong)}"
+    assert right in ENCODER
+    code = ENCODER.replace(right, wrong).replace(", width=24)", ")" if not wrong else ", width=24)")
+    code += f"\n\ndef {name}():\n    return with_conv(flm_demo(), '{name}', tiny(size=32))\n"
+    (folder / f"{name}.py").write_text(code)
+    assert pretrain(folder, name, tmp_path / "run", "--steps", "1") == 2
+    error = capsys.readouterr().err
+    assert "ConvConfig" in error and ("grid" if wrong else "width") in error
+
+
 LOAD = """
 import sys
 from pathlib import Path

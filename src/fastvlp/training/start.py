@@ -41,12 +41,6 @@ from fastvlp.training.trained_parts import freeze
 def check_image_encoder(model: VLModel) -> None:
     """Raises UserError where an image encoder does not return what its config says: it may be in a user's own file."""
     config = model.config.image
-    missing = [name for name in ("width", "grid") if not hasattr(config, name)]
-    if missing:
-        raise UserError(
-            f"{type(config).__name__} has no {' and no '.join(missing)}; make it a field or a property of the image encoder's "
-            f"config: `width`, the numbers in a state, and `grid`, the cells a side of its map"
-        )
     if "image" not in model.encoders():
         return
     training, pixels = model.image.training, torch.zeros(1, 3, config.size, config.size, dtype=torch.uint8)

@@ -19,6 +19,16 @@ from fastvlp.model.keep import random_keep
 from fastvlp.model.layers import KeyValue
 
 
+def require_fields(config: object, **meanings: str) -> None:
+    """Raises UserError where a config has neither a field nor a property of one of these names."""
+    if missing := [name for name in meanings if not hasattr(config, name)]:
+        raise UserError(
+            f"{type(config).__name__}: add "
+            + " and ".join(f"`{name}`, {meanings[name]}," for name in missing)
+            + " as a field or a property"
+        )
+
+
 @dataclass(frozen=True, kw_only=True)
 class ImageEncoderConfig(abc.ABC):
     """An image encoder: its fields are options of the command line, and are saved with the model.
@@ -71,7 +81,8 @@ class ImageEncoderConfig(abc.ABC):
         return None
 
     def check(self) -> None:
-        """Raises UserError where fields do not fit together."""
+        """Raises UserError where fields do not fit together, or one that a subclass has to add is missing."""
+        require_fields(self, width="the numbers in a state", grid="the cells a side of the map")
         if self.size < 1:
             raise UserError(f"`model.image.size` is a number of pixels, 1 or more, not {self.size}")
 
@@ -175,7 +186,8 @@ class TextEncoderConfig(abc.ABC):
         """A module with new weights."""
 
     def check(self) -> None:
-        """Raises UserError where fields do not fit together."""
+        """Raises UserError where fields do not fit together, or one that a subclass has to add is missing."""
+        require_fields(self, width="the numbers in a state", depth="the number of layers")
         if self.positions < 1:
             raise UserError(f"`model.text.positions` is a number of tokens, 1 or more, not {self.positions}")
 
