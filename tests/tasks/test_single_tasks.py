@@ -112,5 +112,5 @@ def test_texts_are_joined_and_the_longest_is_cut(tokenizer):
 def test_a_model_without_types_for_two_images_is_refused():
     config = single_config()
     small = replace(config, single=replace(config.single, types=2))
-    with pytest.raises(Exception, match=r"single\.types to 3"):
+    with pytest.raises(Exception, match=r"set `model\.single\.types` to 3"):
         NLVR2Config(reading="full").build(small, made_tokenizer())
