@@ -1,4 +1,4 @@
-"""Parity of VQA and NLVR2 with the released FLM code: logits, losses, gradients through the whole model."""
+"""Parity of VQA, NLVR2 and retrieval with the released FLM code: logits, losses, gradients through the whole model."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from fastvlp.convert import flm as convert
 from fastvlp.model.model import VLModel
 from fastvlp.tasks.heads import HeadObjective
 from fastvlp.tasks.nlvr2 import NLVR2, NLVR2Config
+from fastvlp.tasks.retrieval import Retrieval, RetrievalConfig, choice_loss
 from fastvlp.tasks.vqa import VQA, VQAConfig
 from tests.golden import assert_close
 from tests.parity.test_flm_parity import batch_of, build, check_gradients, golden
@@ -78,6 +79,29 @@ def test_nlvr2():
     assert_close(task.logits(model, image, batch), known["out.nlvr2.logits"], tol["out.nlvr2.logits"], "nlvr2 logits")
     (loss,) = task(model, image, batch).values()
     check(model, task, loss.total / loss.count, "nlvr2", "nlvr2_classifier")
+
+
+def test_retrieval():
+    """The first of four texts is the image's own; the others are given here, and drawn from the batch otherwise."""
+    model, config = build(NAME)
+    _, tol, _, known = golden(NAME)
+    task = Retrieval(RetrievalConfig(reading="flm", bos="official", loss="cross-entropy", candidates=4), config)
+    load_head(task, "rank_output")
+    batch = batch_of(known, "in.image_0")
+    names = ("in.text", *(f"in.false_text_{k}" for k in range(3)))
+    ids, length = (
+        torch.stack([part[name] for name in names], 1).flatten(0, 1)
+        for part in (
+            {name: known[f"{name}_ids"] for name in names},
+            {name: known[f"{name}_masks"].sum(1) for name in names},
+        )
+    )
+    score_BC = task.scores(model, model.encode_image(batch.image), ids, length, None).unflatten(0, (-1, 4))
+    assert_close(score_BC, known["out.irtr.scores"], tol["out.irtr.scores"], "scores")
+    loss = choice_loss(score_BC, torch.ones_like(score_BC, dtype=torch.bool)).mean()
+    check(model, task, loss, "irtr", "rank_output")
+    key = "grad.irtr.rank_output.weight"
+    assert_close(task.head.weight.grad, known[key], tol[key], key)
 
 
 def test_every_tensor_of_a_released_checkpoint_has_a_place():

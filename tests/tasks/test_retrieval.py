@@ -1,3 +1,4 @@
+import math
 from dataclasses import replace
 
 import pytest
@@ -23,7 +24,7 @@ from fastvlp.training.pretraining import Pretraining
 from fastvlp.training.train_config import TrainConfig
 from tests.made import made_batch, made_model, made_tokenizer
 from tests.made_single import region_batch, row_of, single_model
-from tests.tasks.tuning import tune
+from tests.tasks.tuning import planned, tune
 
 LENGTHS, COUNTS = (7, 4, 9, 5, 6, 8), (3, 1, 5, 2, 4, 2)
 
@@ -95,6 +96,58 @@ def test_hard_negatives_are_the_best_scored_of_the_batch(kind):
     combine(losses).backward()
     assert module.objectives["task"].head.weight.grad.abs().sum() > 0
     assert module.training, "scoring without gradients leaves training as it was"
+
+
+@pytest.mark.parametrize("kind", ["single", "fusion"])
+def test_cross_entropy_chooses_the_own_text_among_candidates(kind):
+    """FLM's loss (arXiv 2303.14038; compute_irtr of its code): one text of an image is right, the others are drawn."""
+    module, batch = made(kind, loss="cross-entropy", candidates=4)
+    module, objective = module.double(), module.objectives["task"]
+    place_BN, real_BN = objective.random_texts(batch, 3)
+    total = 0.0
+    for b, others in enumerate(place_BN.tolist()):
+        assert len({b, *others}) == 4 and real_BN[b].all()
+        right, *wrong = (math.exp(alone(module, batch, b, t)) for t in (b, *others))
+        total -= math.log(right / (right + sum(wrong)))
+    losses = module(batch)
+    assert losses.keys() == module.counts(batch).keys() == {"task/text"}
+    loss = losses["task/text"]
+    assert loss.count == module.counts(batch)["task/text"] == 6
+    assert loss.total.item() == pytest.approx(total, rel=1e-9)
+    moved = replace(batch, seed=torch.tensor([hash64(int(s), 1) for s in batch.seed]))
+    assert not objective.random_texts(moved, 3)[0].equal(place_BN)
+
+
+def test_a_text_that_is_the_own_one_again_is_no_candidate():
+    """A row with fewer wrong texts than candidates chooses among those that there are; without any it does not count."""
+    module, batch = made("fusion", loss="cross-entropy", candidates=16)
+    ids, length = batch.ids.clone(), batch.length.clone()
+    ids[1:4], length[1:4] = ids[0], length[0]
+    module, same = module.double(), replace(batch, ids=ids, length=length)
+    score = [[alone(module, same, b, t) for t in range(6)] for b in range(6)]
+    total = 0.0
+    for b in range(6):
+        wrong = [t for t in range(6) if not ids[t].equal(ids[b])]
+        total -= math.log(math.exp(score[b][b]) / sum(math.exp(score[b][t]) for t in (b, *wrong)))
+    losses = module(same)
+    assert losses["task/text"].total.item() == pytest.approx(total, rel=1e-9) and losses["task/text"].count == 6
+    one = replace(batch, ids=ids[:1].expand(6, -1), length=length[:1].expand(6))
+    assert all(loss.total == 0 and loss.count == 0 for loss in module(one).values())
+
+
+def test_the_loss_is_that_of_the_models_paper(runs, world, tmp_path):
+    """FLM and METER (fusion layers) choose among sixteen, UNITER (a single stream) has hinges."""
+
+    def chosen(kind, **options):
+        return planned("retrieval", runs[kind], world, tmp_path / "run", **options).objectives["retrieval"].loss
+
+    assert chosen("flm") == chosen("mlm") == "cross-entropy" and chosen("uniter") == "hinge"
+    assert chosen("flm", loss="hinge") == chosen("flm", negatives="hard") == "hinge"
+    assert chosen("uniter", loss="cross-entropy") == "cross-entropy"
+    with pytest.raises(UserError, match="`negatives`"):
+        chosen("uniter", loss="cross-entropy", negatives="hard")
+    with pytest.raises(UserError, match="`candidates` 1"):
+        chosen("flm", candidates=1)
 
 
 @pytest.mark.parametrize("negatives", ["random", "hard"])

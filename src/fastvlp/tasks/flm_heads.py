@@ -65,7 +65,7 @@ class FLMTunedLayout(Layout):
         kinds: dict[str, tuple[ObjectiveConfig, Any]] = {
             "vqa": (VQAConfig(**READING, answers=answers), VQAData),
             "nlvr2": (NLVR2Config(**READING), NLVR2Data),
-            "retrieval": (RetrievalConfig(**READING), RetrievalData),
+            "retrieval": (RetrievalConfig(**READING, loss="cross-entropy"), RetrievalData),
         }
         objective, kind = kinds[task]
         if task == "vqa":

@@ -1,5 +1,8 @@
-"""Image-text retrieval by a model that reads both: a score of each pair, tuned to rank, and exact recall over all pairs
-(UNITER, arXiv 1909.11740, section 4 and A.2; released code: model/itm.py, train_itm*.py)."""
+"""Image-text retrieval by a model that reads both: a score of each pair, tuned to rank, and exact recall over all pairs.
+
+The loss is FLM's and METER's choice among sixteen texts (arXiv 2303.14038, 2111.02387; released code: compute_irtr) or
+UNITER's hinges (arXiv 1909.11740, section 4 and A.2; released code: model/itm.py, train_itm*.py).
+"""
 
 from __future__ import annotations
 
@@ -34,6 +37,7 @@ from fastvlp.tasks.uniter_heads import rank_loss
 SALTS = {"image": 731, "text": 732}
 # Wrong candidates of some rows [G N], and which of them are truly wrong, since a row may have fewer.
 Negatives = tuple[Tensor, Tensor]
+RankLoss = Literal["hinge", "cross-entropy"]
 # Texts that are read beside an image at a time.
 ROWS = 256
 
@@ -47,9 +51,12 @@ class RetrievalData(PairData):
 class RetrievalOptions:
     """Options of the objective that the task offers too."""
 
+    candidates: int = 16
+    """cross-entropy: texts to choose from for each image, its own and others of the batch, as far as it has so many."""
     negatives: Literal["random", "hard"] = "random"
-    """random: each pair gets one other image and one other text of the batch. hard: for the first `anchors` pairs of the
-    batch all other texts, and all other images, are scored without gradients, and the `keep` best are trained on."""
+    """hinge: wrong pairs. random: each pair gets one other image and one other text of the batch. hard: for the first
+    `anchors` pairs of the batch all other texts, and all other images, are scored without gradients, and the `keep` best
+    are trained on."""
     anchors: int = 8
     """hard: pairs that get negatives, out of the whole batch."""
     keep: int = 31
@@ -58,16 +65,21 @@ class RetrievalOptions:
     def __post_init__(self) -> None:
         if self.anchors < 1 or self.keep < 1:
             raise UserError(f"`anchors` {self.anchors}, `keep` {self.keep}: hard negatives need at least 1 of each")
+        if self.candidates < 2:
+            raise UserError(f"`candidates` {self.candidates}: a choice needs 2 texts or more")
 
 
 @dataclass(frozen=True, kw_only=True)
 class RetrievalConfig(RetrievalOptions, HeadConfig):
     """A score that ranks right pairs above wrong ones. Wrong pairs are made of the batch; one with the very same text is
-    never wrong. (The released code draws them from the whole data set: 8 anchors, 31 of 399. A batch of 400 gives as many,
-    and nothing is read twice.)"""
+    never wrong. (The released codes draw them from the whole data set: FLM's 15 texts, UNITER's 8 anchors, 31 of 399. A batch
+    of 16, or of 400, gives as many, and nothing is read twice.)"""
 
+    loss: RankLoss = "hinge"
+    """hinge: right pairs score higher than wrong ones by `margin` (UNITER). cross-entropy: the own text of an image is chosen
+    among `candidates` (FLM, METER)."""
     margin: float = 0.2
-    """How far the sigmoids of the scores of a right and a wrong pair shall differ."""
+    """hinge: how far the sigmoids of the scores of a right and a wrong pair shall differ."""
     source: str | None = None
     """Folder of the pretrained run whose matching head a fusion model starts from. A single stream has its own."""
 
@@ -82,8 +94,13 @@ def hardest(score_AB: Tensor, wrong_AB: Tensor, keep: int) -> Negatives:
     return place, wrong_AB.gather(1, place)
 
 
+def choice_loss(score_BC: Tensor, real_BC: Tensor) -> Tensor:
+    """Cross-entropy of the first candidate of each row, which is the right one, among those that are real -> [B]."""
+    return -score_BC.masked_fill(~real_BC, -torch.inf).log_softmax(1)[:, 0]
+
+
 class Retrieval(HeadObjective):
-    """A score of a pair, and hinges that rank right pairs above wrong ones."""
+    """A score of a pair, and the loss that ranks right pairs above wrong ones."""
 
     def __init__(self, config: RetrievalConfig, model: ModelConfig):
         super().__init__(config, model, images=1, outputs=1, head=nn.Linear(model.text.width, 1))
@@ -107,10 +124,11 @@ class Retrieval(HeadObjective):
     def scores(
         self, model: VLModel, image_BKD: Tensor, ids_BL: Tensor, length_B: Tensor, regions: Regions | None
     ) -> Tensor:
-        """How well each image fits the text of its row -> [B]. A single image is read beside every text."""
-        if self.pool is None and len(image_BKD) == 1:
-            image_BKD = image_BKD.expand(len(ids_BL), -1, -1)
-            regions = _pytree.tree_map_only(Tensor, lambda x: x.expand(len(ids_BL), *x.shape[1:]), regions)
+        """How well each image fits the text of its row -> [B]. An image may have s texts: rows b*s ... b*s+s-1 are beside
+        image b."""
+        if self.pool is None and (texts := len(ids_BL) // len(image_BKD)) > 1:
+            image_BKD = image_BKD.repeat_interleave(texts, 0)
+            regions = _pytree.tree_map_only(Tensor, lambda x: x.repeat_interleave(texts, 0), regions)
         return at_least_fp32(self.head(self.pooled(model, image_BKD, ids_BL, length_B, regions))[:, 0])
 
     def pair_scores(self, model: VLModel, image_BKD: Tensor, batch: Batch, image_P: Tensor, text_P: Tensor) -> Tensor:
@@ -126,15 +144,22 @@ class Retrieval(HeadObjective):
 
     def counts(self, batch: Batch) -> dict[str, Tensor]:
         c, others_B = self.config, self.wrong(batch).sum(1)
+        if c.loss == "cross-entropy":
+            return {"text": (others_B > 0).sum()}
         count = (others_B > 0).sum() if c.negatives == "random" else others_B[: c.anchors].clamp(max=c.keep).sum()
         return {"image": count, "text": count}
 
     def random(self, batch: Batch) -> dict[str, Negatives]:
         """One other image, and one other text, of each row."""
+        return {name: self._drawn(batch, salt, 1) for name, salt in SALTS.items()}
+
+    def random_texts(self, batch: Batch, count: int) -> Negatives:
+        """So many other texts of each row, as far as the batch has them."""
+        return self._drawn(batch, SALTS["text"], min(count, len(batch) - 1))
+
+    def _drawn(self, batch: Batch, salt: int, count: int) -> Negatives:
         wrong_BB = self.wrong(batch)
-        some_B1 = wrong_BB.any(1, keepdim=True)
-        noise = {name: uniform(batch.seed, (len(batch),), salt) for name, salt in SALTS.items()}
-        return {name: (x.masked_fill(~wrong_BB, -1).argmax(1, keepdim=True), some_B1) for name, x in noise.items()}
+        return hardest(uniform(batch.seed, (len(batch),), salt), wrong_BB, count)
 
     def hard(self, model: VLModel, image_BKD: Tensor, batch: Batch) -> dict[str, Negatives]:
         """The hardest images, and texts, of each anchor."""
@@ -148,7 +173,10 @@ class Retrieval(HeadObjective):
         return {name: hardest(torch.stack(rows), wrong_AB, self.config.keep) for name, rows in scores.items()}
 
     def forward(self, model: VLModel, image_BKD: Tensor, batch: Batch) -> dict[str, Loss]:
-        """A hinge for wrong images beside a text (`image`), and one for wrong texts beside an image (`text`)."""
+        """hinge: one for wrong images beside a text (`image`), and one for wrong texts beside an image (`text`).
+        cross-entropy: of the own text of an image (`text`)."""
+        if self.config.loss == "cross-entropy":
+            return {"text": Loss(self.choice(model, image_BKD, batch), self.counts(batch)["text"])}
         random = self.config.negatives == "random"
         negatives = self.random(batch) if random else self.hard(model, image_BKD, batch)
         (image_GN, _), (text_GN, _) = negatives["image"], negatives["text"]
@@ -165,6 +193,16 @@ class Retrieval(HeadObjective):
             # As in the released code: for random ones the mean over both kinds, for hard ones the sum of both means.
             losses[name] = Loss(torch.where(real_GN, each_GN, 0).sum(), counts[name], 0.5 if random else 1.0)
         return losses
+
+    def choice(self, model: VLModel, image_BKD: Tensor, batch: Batch) -> Tensor:
+        """The summed loss of choosing the own text of each image. Fusion layers compute the keys of an image once for all its
+        candidates."""
+        other_BN, real_BN = self.random_texts(batch, self.config.candidates - 1)
+        own_B1 = torch.arange(len(batch), device=other_BN.device)[:, None]
+        text = torch.cat([own_B1, other_BN], 1).flatten()
+        score = self.scores(model, image_BKD, batch.ids[text], batch.length[text], batch.regions)
+        real_BC = torch.cat([torch.ones_like(real_BN[:, :1]), real_BN], 1)
+        return choice_loss(score.unflatten(0, real_BC.shape), real_BC).sum()
 
 
 def matching_head(saved: Saved) -> tuple[nn.Linear, nn.Linear] | None:
@@ -216,6 +254,10 @@ def score_all(tuned: FineTuned, split: Split, texts: Sequence[str]) -> Tensor:
 class RetrievalTask(RetrievalOptions, Task):
     """Find images by captions and back, by a model that reads both."""
 
+    loss: RankLoss | None = None
+    """cross-entropy: an image chooses its own text among `candidates` (FLM, METER). hinge: right pairs score higher than wrong
+    ones (UNITER). By default that of the model's paper: hinge for a single stream and for hard negatives."""
+
     name = "retrieval"
     data = RetrievalData
     config = RetrievalConfig
@@ -226,11 +268,15 @@ class RetrievalTask(RetrievalOptions, Task):
     def objective(self, data: RetrievalData, pretrained: Pretrained, reading: Reading | None) -> RetrievalConfig:
         # The matching head, which it starts from, reads a text in full.
         matched = reading is None and matching_head(pretrained.saved) is not None
+        hinge = self.negatives == "hard" or pretrained.saved.model.config.single is not None
+        options = {**self.options(), "loss": self.loss or ("hinge" if hinge else "cross-entropy")}
+        if options["loss"] != "hinge" and self.negatives == "hard":
+            raise UserError("`negatives` hard are those of the hinge; set `loss` to hinge, or leave them random")
         return RetrievalConfig(
             reading="full" if matched else reading or pretrained.reading,
             bos=pretrained.bos,
             source=pretrained.folder if matched else None,
-            **self.options(),
+            **options,
         )
 
     @classmethod
