@@ -28,6 +28,7 @@ from fastvlp.cli_options import (
     parse_pretrain,
     run_fields,
     task_options,
+    tune_options,
 )
 from fastvlp.cli_results import (
     show_built,
@@ -91,7 +92,7 @@ COMMANDS: Mapping[str, Command] = {
         summary="Fine-tune a pretrained run on a task.",
         function="fastvlp.tasks.finetune:finetune",
         parse=parse_finetune,
-        options=task_options,
+        options=tune_options,
         show=show_task_scores,
     ),
     "evaluate task": Command(

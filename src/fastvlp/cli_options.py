@@ -33,18 +33,18 @@ def parse_function(name: str, target: Callable[..., Any], argv: Sequence[str]) -
     def bind(*args: Any, **options: Any) -> Run:
         return functools.partial(target, *args, **options)
 
-    return call_tyro(name, target, bind, argv)
+    return call_tyro(name, target, bind, argv, "", tyro.conf.OmitArgPrefixes)
 
 
 def call_tyro(
-    name: str, target: Callable[..., Any], bind: Callable[..., Run], argv: Sequence[str], about: str = ""
+    name: str, target: Callable[..., Any], bind: Callable[..., Run], argv: Sequence[str], about: str = "", *config: Any
 ) -> Run:
     return tyro.cli(
         bind,
         args=argv,
         prog=f"vlp {name}",
         description="\n\n".join(filter(None, [(getdoc(target) or "").partition("\n\nArgs:")[0], about])),
-        config=(tyro.conf.OmitArgPrefixes,),
+        config=config,
     )
 
 
@@ -53,15 +53,16 @@ def parse_with_groups(
     target: Callable[..., Any],
     argv: Sequence[str],
     bind: Callable[..., Run],
-    groups: Mapping[str, type],
+    groups: Mapping[str, Any],
     about: str = "",
 ) -> Run:
     """As `parse_function`, for a function whose further options (`**options`) are the fields of dataclasses: `groups`, by the
-    name under which `bind` gets an instance. `bind` takes what was parsed, and returns the call to run. `about` follows the
-    function's description in the help."""
-    own = {group: Annotated[cls, arg(name="")] for group, cls in groups.items()}
+    name under which `bind` gets an instance; each is a class, or an instance with the defaults. `bind` takes what was parsed,
+    and returns the call to run. `about` follows the function's description in the help."""
+    defaults = {group: Parameter.empty if isinstance(of, type) else of for group, of in groups.items()}
+    own = {group: Annotated[of if isinstance(of, type) else type(of), arg(name="")] for group, of in groups.items()}
     parameters = [p for p in signature(target).parameters.values() if p.kind != p.VAR_KEYWORD and p.name not in groups]
-    parameters += [Parameter(group, Parameter.KEYWORD_ONLY) for group in groups]
+    parameters += [Parameter(group, Parameter.KEYWORD_ONLY, default=default) for group, default in defaults.items()]
     bind.__doc__, bind.__annotations__ = target.__doc__, {**get_type_hints(target, include_extras=True), **own}
     bind.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
     return call_tyro(name, target, bind, argv, about)
@@ -157,7 +158,7 @@ def one_length(run: TrainConfig, argv: Sequence[str]) -> TrainConfig:
 
 def parse_finetune(argv: Sequence[str]) -> Run:
     """`argv`: TASK and options. The task comes first, because it has options of its own."""
-    from fastvlp.tasks.finetune import finetune
+    from fastvlp.tasks.finetune import TuneOptions, finetune
     from fastvlp.tasks.interface import task_named, tasks
 
     if not argv or argv[0].startswith("-"):
@@ -166,11 +167,18 @@ def parse_finetune(argv: Sequence[str]) -> Run:
         print("\n`vlp finetune TASK --help` lists the options, with those of the task.")
         raise SystemExit(0 if argv else 2)
 
-    def bind(*, task: Any, **options: Any) -> Run:
-        return functools.partial(finetune, task, **options)
+    def bind(*, task: Any, tuning: Any, **options: Any) -> Run:
+        return functools.partial(finetune, task, **options, **vars(tuning))
 
     task = task_named(argv[0])
-    return parse_with_groups(f"finetune {argv[0]}", finetune, argv[1:], bind, {"task": task}, getdoc(task) or "")
+    groups = {"task": task, "tuning": TuneOptions(optim=task.optim)}
+    return parse_with_groups(f"finetune {argv[0]}", finetune, argv[1:], bind, groups, getdoc(task) or "")
+
+
+def tune_options() -> list[str]:
+    from fastvlp.tasks.finetune import TuneOptions
+
+    return [*task_options(), *(field.name for field in fields(TuneOptions))]
 
 
 def task_options() -> list[str]:

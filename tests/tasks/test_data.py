@@ -4,6 +4,7 @@ import torch
 from fastvlp.batch import Record
 from fastvlp.data.loader import Row
 from fastvlp.data.records.shards import Shards, ShardWriter
+from fastvlp.data.regions import RegionSource
 from fastvlp.data.tokenize import Tokenizer
 from fastvlp.data.world.corpus import WorldConfig, scene_record
 from fastvlp.errors import UserError
@@ -70,6 +71,19 @@ def test_nlvr2_rows_are_pairs(world, tokenizer):
         assert batch.ids[0].equal(batch.ids[1]) and not batch.image[0].equal(batch.image[1])
         assert batch.target.tolist() == [int(made.items[k].entry["label"]) for k in (0, 5)]
         assert len(set(batch.seed.tolist())) == 4
+
+
+def test_items_say_how_long_their_rows_are(world, tokenizer):
+    """Words and regions, of all rows of an item together."""
+    regions = RegionSource(most=3)
+    questions = VQAData(train=str(world / "train"), batch_size=4, answers=("yes", "no"), regions=regions, max_length=12)
+    pairs = NLVR2Data(train=str(world / "pairs-train"), batch_size=4)
+    for data, images in ((questions, 1), (pairs, 2)):
+        rows = data.rows("train", tokenizer, SIZE, strict=True)
+        batch, _ = rows.make([Row(i, i) for i in range(rows.count)])
+        length_B = batch.length + (0 if batch.regions is None else batch.regions.count)
+        table = rows.lengths()
+        assert table(torch.arange(rows.count), torch.arange(rows.count)).equal(length_B.view(-1, images).sum(1))
 
 
 def test_records_with_another_number_of_images_are_dropped(world, tokenizer):

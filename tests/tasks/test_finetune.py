@@ -1,25 +1,32 @@
 import json
 import shutil
 from dataclasses import replace
+from itertools import islice
 from types import SimpleNamespace
+from unittest.mock import patch
 
 import fsspec
 import pytest
 import torch
 
 from fastvlp.cli import main
+from fastvlp.data.augment import AugmentConfig
 from fastvlp.data.records.shards import Shards
 from fastvlp.data.regions import RegionSource
 from fastvlp.data.splits import find_split, find_splits
 from fastvlp.errors import UserError
+from fastvlp.model.encoders.vit import resize_positions
 from fastvlp.model.saving import load_model
 from fastvlp.tasks.finetune import data_for
 from fastvlp.tasks.interface import make_task
 from fastvlp.tasks.nlvr2 import NLVR2Task
 from fastvlp.tasks.pretrained import load_pretrained
 from fastvlp.tasks.task_evaluation import evaluate_task, load_task
-from fastvlp.tasks.task_scores import format_scores
-from fastvlp.tasks.vqa import VQAData, frequent_answers, measure
+from fastvlp.tasks.task_scores import TaskScores, format_scores
+from fastvlp.tasks.vqa import VQAData, VQATask, frequent_answers, measure
+from fastvlp.training.loop import start
+from fastvlp.training.optim import OptimConfig
+from fastvlp.training.trained_parts import LastLayers
 from tests.tasks.tuning import planned, tune
 
 KINDS = ("flm", "mlm", "uniter")
@@ -93,6 +100,54 @@ def test_the_run_inherits_model_and_options(runs, world, tmp_path):
     assert run.checkpoint_every is not None, "a killed fine-tuning can be resumed"
     with pytest.raises(UserError, match="`lr` must be above 0"):
         planned("vqa", runs["flm"], world, tmp_path / "run", lr=0.0)
+
+
+def test_a_fine_tuning_takes_the_options_of_a_run(runs, world, tmp_path):
+    augment, last = AugmentConfig(flip=0.5), LastLayers(image=1)
+    rates = OptimConfig(lr=5e-6, cross_multiplier=5, head_multiplier=50, warmup=0.2, parts={"text": 0.5, "image": 2.0})
+    given = {"accumulate": 4, "augment": augment, "train_last": last, "image_size": 64, "optim": rates, "ema": 0.9}
+    run = planned("vqa", runs["flm"], world, tmp_path / "run", **given)
+    assert (run.accumulate, run.augment, run.train_last, run.ema) == (4, augment, last, 0.9)
+    assert run.model.image.size == 64 and run.optim == rates
+    usual = planned("vqa", runs["flm"], world, tmp_path / "run")
+    assert usual.optim == VQATask.optim and usual.model.image.size == 32
+    assert planned("vqa", runs["flm"], world, tmp_path / "run", lr=1e-3, optim=rates).optim == replace(rates, lr=1e-3)
+    caption = planned("caption", runs["flm"], world, tmp_path / "run", lr=1e-3)
+    assert caption.optim == replace(VQATask.optim, lr=1e-3, head_multiplier=1)
+
+    words = (
+        f"finetune vqa --from {runs['flm']} --data {world} --out {tmp_path / 'run'} --accumulate 4 --ema 0.9 --steps 2 "
+    )
+    words += "--image-size 64 --augment.flip 0.5 --train-last.image 1 --optim.lr 5e-6 --optim.cross-multiplier 5 "
+    words += (
+        "--optim.head-multiplier 50 --optim.warmup 0.2 --optim.parts text 0.5 image 2 --precision fp32 --batch-size 8"
+    )
+    with patch("fastvlp.tasks.finetune.train_and_score", return_value=TaskScores({}, tmp_path)) as stopped:
+        assert main(words.split()) == 0
+    assert stopped.call_args.args[0] == run
+
+
+def test_batches_may_be_of_so_many_tokens(runs, world, tmp_path):
+    """As UNITER is tuned: words and regions, 20 of each image at most."""
+    run = planned("vqa", runs["uniter"], world, tmp_path / "run", max_tokens=400)
+    state = start(run)
+    sizes = [batch.regions.count.add(batch.length).max() * len(batch) for batch, _ in islice(state.train.batches(), 3)]
+    assert max(sizes) <= 400 and len({len(batch) for batch, _ in islice(state.train.batches(), 3)}) > 1, sizes
+
+
+def test_images_may_be_larger_than_in_pretraining(runs, world, tmp_path):
+    """Positions are resized; what is scored later has the new size too."""
+    tune("vqa", runs["flm"], world, tmp_path / "run", image_size=48, lr=1e-12, augment=AugmentConfig(flip=0.5))
+    tuned = load_task(tmp_path / "run")
+    image, source = tuned.saved.model.image, load_model(runs["flm"]).model.image
+    (batch,) = islice(tuned.batches("test"), 1)
+    assert batch.image.shape[2:] == (48, 48) and image.config.grid == 3
+    known = resize_positions(source.position, 3, source.config.prefix)
+    torch.testing.assert_close(image.position, known, atol=1e-6, rtol=0)
+    with pytest.raises(UserError, match=r"`image_size` 40: .*patches of 16"):
+        planned("vqa", runs["flm"], world, tmp_path / "run", image_size=40)
+    with pytest.raises(UserError, match="`accumulate` must be at least 1"):
+        tune("vqa", runs["flm"], world, tmp_path / "other", accumulate=0)
 
 
 def pretrained_as(source, folder, **data):

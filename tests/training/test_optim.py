@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 
+from fastvlp.errors import UserError
 from fastvlp.model.model import VLModel
 from fastvlp.model.sizes import two_towers
 from fastvlp.objectives.clip import CLIPConfig
@@ -25,6 +26,28 @@ def test_groups_follow_the_module_and_leave_no_parameter_out():
     assert settings[id(model.reconstructor.query_type)] == (3, 0)
     assert settings[id(model.reverse_head.vocabulary.weight)] == (7, 0.01)
     assert settings[id(pretraining.objectives["itm"].match.bias)] == (7, 0)
+
+
+def test_a_part_has_a_rate_of_its_own():
+    """Times what it would have otherwise: by its place in an encoder, as fusion, or as a head."""
+    model = made_model()
+    pretraining = Pretraining(model, {"itm": ITMConfig().build(made_config(), made_tokenizer())})
+    parts = {"image": 0.1, "text.word": 10.0, "text.blocks.0": 2.0, "objectives.itm.pool": 0.5}
+    optim = OptimConfig(lr=1.0, cross_multiplier=3, head_multiplier=8, layer_decay=0.5, parts=parts)
+    rate = {id(p): group["lr"] for group in parameter_groups(pretraining, optim) for p in group["params"]}
+    assert len(rate) == len(list(pretraining.parameters()))
+    assert rate[id(model.image.norm.weight)] == pytest.approx(0.1)
+    assert rate[id(model.image.patch.weight)] == pytest.approx(0.1 * 0.5**2)
+    assert rate[id(model.text.word.weight)] == pytest.approx(10 * 0.5**3)
+    assert rate[id(model.text.blocks[0].mlp_in.weight)] == pytest.approx(2 * 0.5**2)
+    assert rate[id(model.text.blocks[1].mlp_in.weight)] == pytest.approx(0.5)
+    assert rate[id(model.fusion.text_in.weight)] == 3
+    own = pretraining.objectives["itm"]
+    assert rate[id(own.pool.weight)] == 4 and rate[id(own.match.weight)] == 8
+    with pytest.raises(UserError, match=r"`optim.parts`: there is no txt; there are image, .*objectives\.itm"):
+        parameter_groups(pretraining, OptimConfig(lr=1.0, parts={"txt": 2.0}))
+    with pytest.raises(UserError, match=r"`optim\.parts`"):
+        OptimConfig(lr=1.0, parts={"text": 0.0})
 
 
 def test_flip_spares_positions_and_decays_class_token_and_temperature():

@@ -24,7 +24,7 @@ from fastvlp.model.model import ModelConfig, Reading, VLModel
 from fastvlp.objectives.ar import next_token_loss
 from fastvlp.objectives.objective import Loss, Objective, ObjectiveConfig
 from fastvlp.tasks.generation import beam_search, greedy
-from fastvlp.tasks.interface import USUAL_RATES, FineTuned, Task
+from fastvlp.tasks.interface import USUAL_OPTIM, FineTuned, Task
 from fastvlp.tasks.item_data import split_shards
 from fastvlp.tasks.pretrained import Pretrained
 
@@ -136,7 +136,7 @@ class CaptionTask(Task):
     config = CaptionConfig
     field = "captions"
     # Pretraining has trained the vocabulary head already: it learns no faster than the towers.
-    rates = replace(USUAL_RATES, head=1)
+    optim = replace(USUAL_OPTIM, head_multiplier=1)
     scoring = Decoding
 
     def objective(self, data: CaptionData, pretrained: Pretrained, reading: Reading | None) -> CaptionConfig:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,19 +11,28 @@ import tyro
 from fastvlp import dist
 from fastvlp.data.records.transform import Fit
 from fastvlp.data.splits import find_splits
-from fastvlp.dist import PrecisionChoice
 from fastvlp.errors import UserError
 from fastvlp.model.model import ModelConfig, Reading
 from fastvlp.model.saved_run import read_saved_run
 from fastvlp.objectives.objective import ObjectiveConfig
-from fastvlp.tasks.interface import Task, make_task
+from fastvlp.tasks.interface import USUAL_OPTIM, Task, make_task, with_options
 from fastvlp.tasks.item_data import TaskData
 from fastvlp.tasks.pretrained import Pretrained, load_pretrained
 from fastvlp.tasks.task_evaluation import load_task, score_split, why_not_scored
 from fastvlp.tasks.task_scores import TaskScores, new_scores_path, save_scores
 from fastvlp.training.loop import train
 from fastvlp.training.optim import OptimConfig
-from fastvlp.training.train_config import TrainConfig
+from fastvlp.training.train_config import TrainConfig, TrainOptions
+
+
+@dataclass(frozen=True, kw_only=True)
+class TuneOptions(TrainOptions):
+    """How a fine-tuning trains, whatever the task."""
+
+    image_size: int | None = None
+    """Side of the square images in pixels; by default as in pretraining. Positions are resized."""
+    optim: OptimConfig = USUAL_OPTIM
+    """The optimiser, and the learning rates of encoders, fusion layers (cross) and heads; by default the task's own."""
 
 
 def finetune(
@@ -34,19 +43,15 @@ def finetune(
     *,
     steps: int = 1000,
     batch_size: int = 64,
+    max_tokens: int | None = None,
     lr: float | None = None,
     reading: Reading | None = None,
     field: str | None = None,
     fit: Fit | None = None,
     max_length: int | None = None,
-    freeze: tuple[str, ...] = (),
     name: str | None = None,
     out: str | Path | None = None,
-    seed: int = 0,
     workers: int = 0,
-    device: str = "auto",
-    precision: PrecisionChoice = "auto",
-    threads: int | None = None,
     resume: bool = False,
     **options: Any,
 ) -> TaskScores | None:
@@ -57,33 +62,38 @@ def finetune(
         source: Folder of the pretrained run.
         data: Folder whose folders are the splits: train, val or dev, test or test1.
         steps: Training steps.
-        batch_size: Texts of a step, on each rank; pairs of images count once.
-        lr: Learning rate of the towers; other parts train at a multiple. By default the task's own.
+        batch_size: Texts of a micro-batch, on each rank; pairs of images count once.
+        max_tokens: Words and regions of a micro-batch, on each rank, in place of batch_size in training (UNITER).
+        lr: Learning rate of the encoders, in place of `optim.lr`; other parts train at a multiple.
         reading: How the model reads the text; by default as in its pretraining.
         field: Field of the records with the questions, statements or captions, such as questions_zh.
         fit: How an image becomes a square; by default as in pretraining, but squash, not crop, where texts are of all of it.
         max_length: Tokens of a text after which it is cut; by default as in pretraining, or longer if the task needs it.
-        freeze: Parts of the model that stay as they are, such as image, text.word or text.blocks.0.
         name: Name of the new run; by default that of the pretrained one and the task.
         out: Folder of the new run; by default runs/NAME.
-        seed: Seed of all that is drawn.
         workers: Processes that load data; 0 loads it in a thread.
-        device: Such as cpu or cuda:1; auto is a GPU where there is one.
-        precision: Number type of matrix products: fp32, bf16, or auto: bf16 where the device is fast at it.
-        threads: Threads of the CPU; by default torch's choice.
         resume: Continue from the last checkpoint.
-        **options: The task's own options.
+        **options: How it trains, the fields of `TuneOptions`, such as `image_size`, `accumulate`, `augment` or `optim`; and the
+            task's own options.
 
     Returns: The scores and their file; None on all ranks but the main one.
     """
-    chosen, start, out = make_task(task, options), load_pretrained(str(source)), str(out) if out else None
+    names = {field.name for field in fields(TuneOptions)}
+    chosen = make_task(task, {name: value for name, value in options.items() if name not in names})
+    given = {"optim": chosen.optim} | {name: value for name, value in options.items() if name in names}
+    tuning, start = with_options(TuneOptions, given, "fine-tuning"), load_pretrained(str(source))
+    out = str(out) if out else None
     run_name = name or f"{Path(source).name}-{chosen.name}"
     if resume:
         fit, max_length = earlier_input(Path(out or f"runs/{run_name}"), fit, max_length)
-    task_data = data_for(chosen, start, str(data), field, fit, max_length, batch_size=batch_size, workers=workers)
-    machine: dict[str, Any] = {"device": device, "precision": precision, "threads": threads, "freeze": freeze}
+    batches = {"batch_size": batch_size, "max_tokens": max_tokens, "workers": workers}
+    task_data = data_for(chosen, start, str(data), field, fit, max_length, **batches)
+    if lr is not None:
+        if lr <= 0:
+            raise UserError(f"`lr` must be above 0, not {lr}")
+        tuning = replace(tuning, optim=replace(tuning.optim, lr=lr))
     objective = chosen.objective(task_data, start, reading)
-    run = run_for(chosen, start, task_data, objective, lr, steps, name=run_name, out=out, seed=seed, **machine)
+    run = run_for(chosen, start, task_data, objective, tuning, steps=steps, name=run_name, out=out)
     return train_and_score(run, type(chosen), resume)
 
 
@@ -94,12 +104,10 @@ def data_for(
     field: str | None = None,
     fit: Fit | None = None,
     max_length: int | None = None,
-    *,
-    batch_size: int = 64,
-    workers: int = 0,
+    **batches: Any,
 ) -> TaskData:
-    """The task's data in `folder`, prepared as in pretraining but for what is given. Raises UserError where there is no
-    training split."""
+    """The task's data in `folder`, prepared as in pretraining but for what is given. `batches`: fields that say how large
+    they are. Raises UserError where there is no training split."""
     if max_length is not None and max_length < 3:
         raise UserError(f"`max_length` {max_length} leaves no room between <s> and </s>; give 3 or more")
     places, seen, model = find_splits(folder, task.split_prefixes), start.preprocessing, start.saved.model.config
@@ -107,13 +115,11 @@ def data_for(
     fields: dict[str, Any] = {
         **places,
         task.field: field,
-        "batch_size": batch_size,
-        "workers": workers,
         "fit": fit or (task.data.fit if seen.fit in ("crop", "centre") else seen.fit),
         "max_length": max_length or min(max(seen.max_length, task.max_length), model.longest_text),
         "regions": seen.regions if model.single is not None or task.needs_regions else None,
     }
-    return task.data(**fields, **task.data_fields(places["train"], field))
+    return task.data(**{"batch_size": 64} | batches | fields, **task.data_fields(places["train"], field))
 
 
 def earlier_input(run: Path, fit: Fit | None, max_length: int | None) -> tuple[Fit | None, int | None]:
@@ -131,28 +137,42 @@ def run_for(
     start: Pretrained,
     data: TaskData,
     objective: ObjectiveConfig,
-    lr: float | None,
+    tuning: TuneOptions,
+    *,
     steps: int,
-    **options: Any,
+    name: str,
+    out: str | None,
 ) -> TrainConfig:
-    """The run that is trained. `options`: further fields of it."""
-    rates = task.rates
-    if lr is not None and lr <= 0:
-        raise UserError(f"`lr` must be above 0, not {lr}")
+    """The run that is trained."""
     often = max(1, steps // 5)
+    options = {field.name: getattr(tuning, field.name) for field in fields(TrainOptions)}
+    model = with_token_types(start.saved.model.config, task.token_types)
     return TrainConfig(
+        name=name,
+        out=out,
         data=data,
-        model=with_token_types(start.saved.model.config, task.token_types),
+        model=with_image_size(model, tuning.image_size),
         objectives={task.name: objective},
-        optim=OptimConfig(
-            lr=lr or rates.lr, cross_multiplier=rates.cross, head_multiplier=rates.head, warmup=0.1, decay="linear"
-        ),
+        optim=tuning.optim,
         steps=steps,
         init=start.folder,
         validate_every=often,
         checkpoint_every=often,
         **options,
     )
+
+
+def with_image_size(config: ModelConfig, size: int | None) -> ModelConfig:
+    """The model for images of `size` x `size` pixels; its positions are resized when its weights are loaded. Raises UserError
+    for a size that its image encoder cannot have."""
+    if size is None:
+        return config
+    config = replace(config, image=replace(config.image, size=size))
+    try:
+        config.check()
+    except UserError as error:
+        raise UserError(f"`image_size` {size}: {error}") from error
+    return config
 
 
 def with_token_types(config: ModelConfig, count: int) -> ModelConfig:

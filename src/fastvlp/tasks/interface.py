@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, is_dataclass
 from difflib import get_close_matches
 from typing import Any, ClassVar, NamedTuple, TypeVar, get_type_hints
 
@@ -23,24 +23,15 @@ from fastvlp.objectives.objective import Objective, ObjectiveConfig
 from fastvlp.tasks.item_data import ItemData, TaskData, no_split
 from fastvlp.tasks.items import ItemMaker, batches_in_order
 from fastvlp.tasks.pretrained import Pretrained
+from fastvlp.training.optim import OptimConfig
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Rates:
-    """Learning rates: `lr` of the towers, `cross` times it of fusion and reconstructor, `head` times it of the vocabulary
-    and the task's head."""
-
-    lr: float
-    cross: float
-    head: float
 
 
 # For models of the sizes that are pretrained here, whose fusion is as well trained as their towers. The papers': lr 5e-6 to
 # 1e-5, cross 5, head 50 (VQA) or 10 (NLVR2), batches of 256 to 512 (FLM, arXiv 2303.14038); lr 3e-5 to 1e-4, for VQA head
 # 10, batches of 5,120 to 10,240 tokens and regions (UNITER, arXiv 1909.11740).
-USUAL_RATES = Rates(lr=5e-4, cross=1, head=5)
+USUAL_OPTIM = OptimConfig(lr=5e-4, cross_multiplier=1, head_multiplier=5, warmup=0.1, decay="linear")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +91,7 @@ class Task(abc.ABC):
         field: the data's attribute that names the field of the records with the texts; also that field's usual name.
         answer: key of what is right for a text, in its entry of the field; None where the texts themselves are right
             (captions). A split whose entries all lack it is not scored.
-        rates: learning rates.
+        optim: the optimiser and its learning rates, unless others are chosen.
         max_length: tokens of a text that are never cut, as far as the model has positions for them.
         token_types: rows of a single stream's type table: 2 for words and one image.
         needs_regions: whether every model reads regions for it, not a single stream over regions alone.
@@ -113,7 +104,7 @@ class Task(abc.ABC):
     config: ClassVar[type[ObjectiveConfig]]
     field: ClassVar[str]
     answer: ClassVar[str | None] = None
-    rates: ClassVar[Rates] = USUAL_RATES
+    optim: ClassVar[OptimConfig] = USUAL_OPTIM
     max_length: ClassVar[int] = 50
     token_types: ClassVar[int] = 2
     needs_regions: ClassVar[bool] = False
@@ -202,7 +193,8 @@ def with_options(cls: type[T], options: Mapping[str, Any], owner: str) -> T:
             has = f"it has {', '.join(f'`{own}`' for own in names)}" if names else "it has none"
             raise UserError(f"`{name}` is no option of {owner}; {has}")
         try:
-            values[name] = cattrs.structure(value, hints[name])
+            whole = is_dataclass(value) and isinstance(value, hints[name])
+            values[name] = value if whole else cattrs.structure(value, hints[name])
         except (CattrsError, BaseValidationError, TypeError, ValueError) as error:
             wanted = str(hints[name]).replace("typing.", "")
             raise UserError(f"{owner}: `{name}` cannot be {value!r}; it is {wanted}") from error

@@ -20,7 +20,8 @@ from fastvlp.tasks.items import Item, ItemMaker
 
 @dataclass(frozen=True, kw_only=True)
 class ItemData(Data, abc.ABC):
-    """Texts about the records of shards, each with what is right for it. `batch_size` counts texts."""
+    """Texts about the records of shards, each with what is right for it. `batch_size` counts texts, `max_tokens` the words
+    and regions of a text beside all its images."""
 
     train: str
     """Folder of the training split."""
@@ -74,7 +75,7 @@ class ItemData(Data, abc.ABC):
         self, split: Split, tokenizer: Tokenizer, size: int, *, strict: bool, stored: Stored | None = None
     ) -> Rows | None:
         items = self.items(split, tokenizer, size, strict=strict, stored=stored)
-        return None if items is None else Rows(len(items.items), items, tuple(items.shards.damage))
+        return None if items is None else Rows(len(items.items), items, tuple(items.shards.damage), items.lengths)
 
     def evaluation_items(
         self, split: Split, tokenizer: Tokenizer, size: int, stored: Stored | None = None

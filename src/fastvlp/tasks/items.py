@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -11,12 +12,13 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from fastvlp.batch import Batch, Dropped, has_area
+from fastvlp.data.batching import Lengths
 from fastvlp.data.loader import Loader, Row
 from fastvlp.data.reader import RecordReader
 from fastvlp.data.records.schema import clean_text
 from fastvlp.data.records.shards import RecordError, Shards
 from fastvlp.data.records.transform import Transform
-from fastvlp.data.regions import ImageRegions, RegionSource, pad_regions
+from fastvlp.data.regions import ImageRegions, RegionSource, pad_regions, region_count
 from fastvlp.data.states_file import StatesFile
 from fastvlp.data.tokenize import Tokenizer
 from fastvlp.errors import UserError
@@ -126,7 +128,7 @@ class ItemMaker:
             shards, transform, images=images, regions=regions, cache=cache, states=states, strict=strict
         )
         self.shards, self.items, self.transform, self.tokenizer = shards, items, transform, tokenizer
-        self.images, self.target, self.max_length = images, target, max_length
+        self.images, self.target, self.max_length, self.regions = images, target, max_length, regions
 
     def __call__(self, rows: list[Row]) -> tuple[Batch, list[Dropped]]:
         read, dropped = self.reader.read_each(lambda row: (self._read(self.items[row.index]), row.seed), rows)
@@ -146,6 +148,20 @@ class ItemMaker:
             regions=pad_regions(regions) if regions else None,
         )
         return batch, dropped
+
+    def lengths(self) -> Lengths:
+        """Tokens and regions of each item, in all of its rows together. Every text is tokenised, every record's info read."""
+        texts, counts = (
+            [(item.text, *item.following) for item in self.items],
+            torch.zeros(len(self.items), dtype=torch.int64),
+        )
+        if self.regions is not None:
+            for i, item in enumerate(self.items):
+                with suppress(RecordError):
+                    counts[i] = region_count(self.regions, self.shards.info(item.record))
+        parts = [texts[i : i + 4096] for i in range(0, len(texts), 4096)]
+        length_N = torch.cat([encode_joined(self.tokenizer, part, self.max_length)[1] for part in parts])
+        return Lengths((length_N + counts) * self.images, torch.arange(len(texts) + 1))
 
     def _read(self, item: Item) -> ItemImages:
         record = self.reader.record(item.record)

@@ -29,7 +29,7 @@ from fastvlp.objectives.objective import Loss
 from fastvlp.objectives.saved_objectives import abilities, load_objective, saved_configs
 from fastvlp.random import uniform
 from fastvlp.tasks.heads import HeadConfig, HeadObjective, image_states
-from fastvlp.tasks.interface import USUAL_RATES, FineTuned, Task
+from fastvlp.tasks.interface import USUAL_OPTIM, FineTuned, Task
 from fastvlp.tasks.item_data import split_shards
 from fastvlp.tasks.pretrained import Pretrained
 from fastvlp.tasks.uniter_heads import rank_loss
@@ -263,7 +263,7 @@ class RetrievalTask(RetrievalOptions, Task):
     config = RetrievalConfig
     field = "captions"
     # Pretraining has trained the matching head already: it learns no faster than the towers.
-    rates = replace(USUAL_RATES, head=1)
+    optim = replace(USUAL_OPTIM, head_multiplier=1)
 
     def objective(self, data: RetrievalData, pretrained: Pretrained, reading: Reading | None) -> RetrievalConfig:
         # The matching head, which it starts from, reads a text in full.

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -42,6 +42,9 @@ class OptimConfig:
     """How the rate falls after that: to 0 linearly or as a cosine, or not at all (constant)."""
     layer_decay: float = 1.0
     """Share of the next layer's rate that each layer of an encoder learns at, down to its embeddings; 1: all alike."""
+    parts: Mapping[str, float] = field(default_factory=dict)
+    """Times the rate that a part would have otherwise, by its name, such as `image 0.1 text.word 10`; objectives.vqa is what
+    the objective vqa owns."""
 
     def __post_init__(self) -> None:
         if self.lr <= 0:
@@ -50,6 +53,10 @@ class OptimConfig:
             raise UserError(f"`optim.warmup` is a share of the run, from 0 to below 1, not {self.warmup}")
         if not 0 < self.layer_decay <= 1:
             raise UserError(f"`optim.layer_decay` is a share of the rate, above 0 and up to 1, not {self.layer_decay}")
+        if not all(times > 0 for times in self.parts.values()):
+            raise UserError(
+                f"`optim.parts` are numbers above 0, not {dict(self.parts)}; `freeze` keeps a part as it is"
+            )
 
 
 def scaled_rate(base: float, batch: int) -> float:
@@ -86,6 +93,8 @@ def parameter_groups(pretraining: Pretraining, config: OptimConfig) -> list[dict
     multiplier = layer_rates(model, config.layer_decay) if config.layer_decay < 1 else {}
     multiplier |= {id(p): config.cross_multiplier for p in _parameters(cross)}
     multiplier |= {id(p): config.head_multiplier for p in _parameters([*heads, pretraining.objectives])}
+    for part, times in config.parts.items():
+        multiplier |= {id(p): multiplier.get(id(p), 1.0) * times for p in _part(pretraining, part)}
     without_decay = spared(pretraining, config)
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for parameter in filter(lambda p: p.requires_grad, pretraining.parameters()):
@@ -106,6 +115,18 @@ def spared(pretraining: Pretraining, config: OptimConfig) -> set[int]:
     norms = [module for module in pretraining.modules() if isinstance(module, nn.LayerNorm)]
     named = (p for name, p in pretraining.named_parameters() if {"bias", "position"} & {*name.split(".")})
     return {id(parameter) for parameter in (*_parameters(norms), *named)}
+
+
+def _part(pretraining: Pretraining, part: str) -> list[nn.Parameter]:
+    """The parameters of a part of the model, or of an objective. Raises UserError where there is no such part."""
+    named = {name.removeprefix("model."): parameter for name, parameter in pretraining.named_parameters()}
+    found = [parameter for name, parameter in named.items() if f"{name}.".startswith(f"{part}.")]
+    if not found:
+        own = dict.fromkeys(".".join(name.split(".")[: 1 + name.startswith("objectives.")]) for name in named)
+        raise UserError(
+            f"`optim.parts`: there is no {part}; there are {', '.join(own)}, and in them parts such as text.blocks.0"
+        )
+    return found
 
 
 def _parameters(modules: Iterable[nn.Module]) -> Iterable[nn.Parameter]:

@@ -1,4 +1,4 @@
-"""TrainConfig: what a run trains, on what, and for how long."""
+"""TrainConfig: what a run trains, on what, how, and for how long."""
 
 from __future__ import annotations
 
@@ -31,7 +31,44 @@ COUNTS = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig:
+class TrainOptions:
+    """How a run trains, whatever it learns."""
+
+    accumulate: int = 1
+    """Micro-batches of a step, on each rank. Contrastive losses see all rows of the step, with exact gradients."""
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    """Random changes of the images, in training alone."""
+    freeze: tuple[str, ...] = ()
+    """Parts of the model that are not trained, such as image, text.word or text.blocks.0."""
+    train_last: LastLayers = field(default_factory=LastLayers)
+    """Train the last layers of an encoder alone."""
+    lora: LoRAConfig = field(default_factory=LoRAConfig)
+    """Train low-rank adapters in place of whole parts."""
+    states: StatesConfig = field(default_factory=StatesConfig)
+    """Store the states of encoders that the run keeps as they are."""
+    seed: int = 0
+    """Seed of everything that is drawn: new weights, the order of rows, masks, dropout."""
+    precision: PrecisionChoice = "auto"
+    """Number type of matrix products: fp32, bf16, or auto, which is bf16 where the device is fast at it. Weights, optimiser and
+    losses are fp32 in both."""
+    compile: bool = False
+    """Compile the transformer blocks. A step whose FLOPs are counted runs uncompiled."""
+    ema: float | None = None
+    """Decay of averaged weights, such as 0.999; then these are validated and saved. By default there are none."""
+    log_every: int = 20
+    """Steps between lines of the log; a line also comes after 10 seconds."""
+    max_bad_steps: int = 10
+    """End the run after so many steps in a row whose loss or gradient is not finite; such a step changes no weights."""
+    device: str = "auto"
+    """Device such as cpu or cuda:1; auto takes a GPU if there is one."""
+    tensorboard: bool = False
+    """Write the log for TensorBoard too."""
+    threads: int | None = None
+    """CPU threads of PyTorch, for the whole process; its own choice by default."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(TrainOptions):
     """A run: its data, model and objectives, and how long it trains.
 
     A recipe returns one, the command line changes its fields, and it is saved beside the run's results. One step is
@@ -59,40 +96,15 @@ class TrainConfig:
     """Steps after which the run ends."""
     budget_s: float | None = None
     """Seconds of training after which the run ends; validation and checkpoints do not count."""
-    accumulate: int = 1
-    """Micro-batches of a step, on each rank. Contrastive losses see all rows of the step, with exact gradients."""
     mix: Mapping[str, float] | None = None
     """Share of the steps that each objective gets: a step runs one of them (UNITER, arXiv 1909.11740, section 3.1). By default
     each step runs all."""
     keep: float = 1.0
     """Share of an image's patches that are encoded in training (FLIP, arXiv 2212.00794)."""
-    augment: AugmentConfig = field(default_factory=AugmentConfig)
-    """Random changes of the images, in training alone."""
-    freeze: tuple[str, ...] = ()
-    """Parts of the model that are not trained, such as image, text.word or text.blocks.0."""
-    train_last: LastLayers = field(default_factory=LastLayers)
-    """Train the last layers of an encoder alone."""
-    lora: LoRAConfig = field(default_factory=LoRAConfig)
-    """Train low-rank adapters in place of whole parts."""
-    states: StatesConfig = field(default_factory=StatesConfig)
-    """Store the states of encoders that the run keeps as they are."""
-    seed: int = 0
-    """Seed of everything that is drawn: new weights, the order of rows, masks, dropout."""
-    precision: PrecisionChoice = "auto"
-    """Number type of matrix products: fp32, bf16, or auto, which is bf16 where the device is fast at it. Weights, optimiser and
-    losses are fp32 in both."""
-    compile: bool = False
-    """Compile the transformer blocks. A step whose FLOPs are counted runs uncompiled."""
-    ema: float | None = None
-    """Decay of averaged weights, such as 0.999; then these are validated and saved. By default there are none."""
-    log_every: int = 20
-    """Steps between lines of the log; a line also comes after 10 seconds."""
     validate_every: int | None = None
     """Steps between validations; there is always one at the end. The weights with the lowest loss are kept as best."""
     checkpoint_every: int | None = None
     """Steps between checkpoints; there is always one at the end."""
-    max_bad_steps: int = 10
-    """End the run after so many steps in a row whose loss or gradient is not finite; such a step changes no weights."""
     init: str | None = None
     """Folder of a run or an export to take weights from: the model's, and those of objectives of the same names."""
     image: str | None = None
@@ -104,12 +116,6 @@ class TrainConfig:
     """Public text encoder to start from, in place of the model's, with its tokenizer."""
     text_layers: int | None = None
     """How many of its first layers to take; None for all."""
-    device: str = "auto"
-    """Device such as cpu or cuda:1; auto takes a GPU if there is one."""
-    tensorboard: bool = False
-    """Write the log for TensorBoard too."""
-    threads: int | None = None
-    """CPU threads of PyTorch, for the whole process; its own choice by default."""
 
     @property
     def folder(self) -> Path:
