@@ -68,6 +68,8 @@ def show_counts(counts: Counts | None) -> None:
 
 def show_built(built: Built) -> None:
     print(f"{built.uri}: {built.images:,} images")
+    if built.recall is not None:
+        print(f"recall@10 {built.recall:.3f}, of a sample of images and texts beside exact search")
     show_dropped(built.dropped)
 
 

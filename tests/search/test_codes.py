@@ -13,7 +13,7 @@ from fastvlp.cli import main
 from fastvlp.data.records.shards import Shards
 from fastvlp.errors import UserError
 from fastvlp.search.bulk import embed_shards
-from fastvlp.search.embedded import PLAN, open_embedded, read_part
+from fastvlp.search.embedded import PLAN, Part, open_embedded, part_bytes, part_file, read_part, write_plan
 from fastvlp.search.embedder import Embedder
 from fastvlp.search.engines.codes import VECTORS, CodesIndex
 from fastvlp.search.engines.interface import Item, Stamp, open_index, pictures_of
@@ -53,6 +53,28 @@ def test_filters_take_a_value_or_a_list_of_values(index, folder):
     hits = index.search(part.image[:1], 12, {name: [value, "another"]})[0]
     assert hits and all(hit.info[name] == value for hit in hits)
     assert index.search(part.image[:1], 12, {name: "nothing"}) == [[]]
+
+
+@pytest.mark.parametrize("small", [2**25, 0])
+def test_many_equal_vectors_hide_no_other(tmp_path, monkeypatch, small):
+    monkeypatch.setattr(CodesIndex, "small", small)
+    rng = np.random.default_rng(0)
+    centre = rng.normal(size=16)
+    vectors = np.concatenate([np.repeat(centre[None], 3000, 0), 2 * centre + rng.normal(size=(300, 16))])
+    vectors = (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
+    ids = [f"i{i}" for i in range(len(vectors))]
+    infos = [{"n": i} for i in range(len(ids))]
+    part = Part(ids, [*range(len(ids))], infos, vectors, [], vectors[:0], np.zeros(0, np.int64), [])
+    plan = {"stamp": vars(Stamp(fingerprint="f" * 32, width=16)), "data": "", "records": len(ids), "per_part": 10**6}
+    write_plan(tmp_path / PLAN, plan)
+    part_file(tmp_path, 0).write_bytes(part_bytes(part))
+    index = open_index(f"codes:{tmp_path}")
+    assert [hits[0].id for hits in index.search(vectors[3000:], 1)] == ids[3000:]
+    hits = index.search(vectors[:1], 3010)[0]
+    assert {hit.id for hit in hits[:3000]} == {*ids[:3000]} and len(hits) == 3010
+    page = index.search(vectors[:1], 3, offset=2999)[0]
+    assert [hit.id for hit in page] == [hit.id for hit in hits[2999:3002]]
+    assert [hit.id for hit in index.search(vectors[:1], 2, {"n": [7, 3005]})[0]] == ["i7", "i3005"]
 
 
 def test_vectors_are_written_to_disk_once(index, folder):

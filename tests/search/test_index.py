@@ -290,13 +290,30 @@ def test_postgresql_uses_its_graph_for_wide_vectors(postgres, width, monkeypatch
     hits = again.search(vectors[[4]], 30)[0]
     assert [hit.id for hit in hits] == [f"i{i}" for i in np.argsort(-(vectors @ vectors[4]))]
     assert np.allclose([hit.score for hit in hits], np.sort(vectors @ vectors[4])[::-1], atol=1e-5)
+    monkeypatch.setattr(type(again), "small", 0)
+    assert [hit.id for hit in again.search(vectors[[4]], 30)[0]] == [hit.id for hit in hits]
     queries, execute = [], again._connection.execute
     monkeypatch.setattr(again._connection, "execute", lambda *query: (queries.append(query), execute(*query))[1])
     again.search(vectors[[4]], 5)
     execute("SET enable_seqscan = off")  # which is what the planner would do for thirty rows
-    plan = str(execute(f"EXPLAIN {queries[0][0]}", queries[0][1]).fetchall())
-    assert "Index Scan using" in plan and "vector_idx" in plan and "Sort" not in plan
+    plan = str(execute(f"EXPLAIN {queries[-1][0]}", queries[-1][1]).fetchall())
+    assert "Index Scan using" in plan and "vector_idx" in plan
     again.close()
+
+
+def test_a_table_of_before_there_were_copies_is_upgraded(postgres, monkeypatch):
+    name = f"t{uuid.uuid4().hex[:16]}"
+    index = open_index(f"{postgres}#{name}", STAMP, create=True)
+    vectors = fill(index)
+    index._connection.execute(f"ALTER TABLE {name} DROP COLUMN same, DROP COLUMN copy")
+    index._connection.execute(f"CREATE INDEX ON {name} USING hnsw ((vector::vector(16)) vector_ip_ops)")
+    index.close()
+    for _ in range(2):
+        again = open_index(f"{postgres}#{name}", STAMP)
+        monkeypatch.setattr(type(again), "small", 0)
+        again.add(["new"], vectors[[4]], [{}])
+        assert {hit.id for hit in again.search(vectors[[4]], 2)[0]} == {"i4", "new"} and again.count() == 51
+        again.close()
 
 
 def test_postgresql_is_checked_before_tables_are_made(postgres):
@@ -347,3 +364,69 @@ index.close()
 sys.exit("onnxruntime" in sys.modules or "torch" in sys.modules)
 """
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.fixture(params=["exact", "graph"])
+def searched(request, monkeypatch, index):
+    """An index that is small, or taken for large."""
+    if request.param == "graph":
+        monkeypatch.setattr(type(index), "small", 0)
+    return index
+
+
+def unfound(index, ids, vectors):
+    """Items whose own vector finds nothing as near as itself."""
+    return [id for id, hits in zip(ids, index.search(vectors, 10)) if not hits or hits[0].score < 1 - 1e-4]
+
+
+@pytest.mark.parametrize("noise", [0, 1e-7])
+def test_many_equal_vectors_hide_no_other(searched, noise):
+    """700 copies beside 300 others that are near them; as they are added, and after the copies are deleted."""
+    rng = np.random.default_rng(0)
+    copies = made_vectors(1) + noise * rng.normal(size=(700, 16))
+    others = made_vectors(300, seed=1) + 2 * made_vectors(1)
+    vectors = np.concatenate([copies, others]).astype(np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    ids = [f"copy{i}" for i in range(700)] + [f"own{i}" for i in range(300)]
+    for part in (slice(0, 1000, 3), slice(1, 1000, 3), slice(2, 1000, 3)):
+        searched.add(ids[part], vectors[part], [{"copy": id.startswith("copy")} for id in ids[part]])
+    assert searched.count() == 1000 and unfound(searched, ids, vectors) == []
+    exact = vectors[700:] @ vectors[700:].T
+    found = searched.search(vectors[700:], 10, {"copy": False})
+    near = [sum(hit.score >= np.sort(row)[-10] - 1e-4 for hit in hits) for row, hits in zip(exact, found)]
+    assert np.mean(near) >= 9.9
+    everything = searched.search(vectors[:1], 720)[0]
+    assert {hit.id for hit in everything[:700]} == {*ids[:700]} and len({hit.id for hit in everything}) == 720
+    assert searched.search(vectors[:1], 5, offset=698)[0] == everything[698:703]
+    assert searched.delete(ids[:700]) == 700
+    assert searched.count() == 300 and unfound(searched, ids[700:], vectors[700:]) == []
+
+
+def test_an_item_among_equal_ones_is_replaced_and_deleted_alone(searched):
+    vectors = made_vectors(4)
+    equal = np.repeat(vectors[:1], 5, 0)
+    searched.add([*"abcde"], equal, [{"n": i} for i in range(5)])
+    searched.add(["a", "b"], vectors[1:3], [{"m": 1}, {}])  # leave the others
+    assert {hit.id for hit in searched.search(equal[:1], 3)[0]} == {*"cde"}
+    searched.add(["c", "x"], np.stack([vectors[0], vectors[0]]), [{"n": 7}, {"n": 8}])
+    assert {hit.id: hit.info for hit in searched.search(equal[:1], 4)[0]} == {
+        "c": {"n": 7},
+        "d": {"n": 3},
+        "e": {"n": 4},
+        "x": {"n": 8},
+    }
+    for left, gone in (("dex", "c"), ("ex", "d"), ("e", "x"), ("", "e")):
+        assert searched.delete([gone]) == 1
+        assert {hit.id for hit in searched.search(equal[:1], 10)[0] if hit.score > 0.999} == {*left}
+    assert {item.id: item.info for item in searched.get([*"abcdex"])} == {"a": {"m": 1}, "b": {}}
+    searched.add(["b"], vectors[1:2], [{}])  # becomes a copy of a
+    assert {hit.id for hit in searched.search(vectors[1:2], 2)[0]} == {"a", "b"}
+    assert searched.search(vectors[2:3], 1)[0][0].score < 0.999 and searched.count() == 2
+
+
+def test_a_filter_finds_one_copy_of_many(searched):
+    equal = np.repeat(made_vectors(1), 300, 0)
+    searched.add([f"i{i}" for i in range(300)], equal, [{"n": i} for i in range(300)])
+    searched.add([f"o{i}" for i in range(300)], made_vectors(300, seed=5), [{"n": i} for i in range(300)])
+    for n in (0, 7, 299):
+        assert [hit.id for hit in searched.search(equal[:1], 5, {"n": n})[0]] == [f"i{n}", f"o{n}"]

@@ -13,6 +13,7 @@ from fastvlp.data.records.shards import Shards, ShardWriter
 from fastvlp.errors import UserError
 from fastvlp.search import indexing
 from fastvlp.search.bulk import embed_shards
+from fastvlp.search.engines.chroma import ChromaIndex
 from fastvlp.search.engines.interface import open_index, pictures_of
 from fastvlp.search.indexing import Built, build_index, parse_conditions, search_index
 from fastvlp.search.thumbnails import thumbnail
@@ -45,13 +46,26 @@ def build(arguments: Mapping[str, Any], **changes: Any) -> Built:
 
 
 def test_a_picture_finds_itself(arguments, exports, shards, pictures, tmp_path):
-    assert build(arguments) == (arguments["index"], 12, [])
+    assert build(arguments) == (arguments["index"], 12, [], 1.0)
     (tmp_path / "query.png").write_bytes(pictures[4])
     best = search_index(arguments["index"], export=exports["towers"], image=tmp_path / "query.png", k=3)[0]
     assert best.id == shards.key(4) and best.score == pytest.approx(1, abs=1e-5)
     assert best.info["caption"] == shards.info(4)["captions"][0]
     kept = pictures_of(arguments["index"])
     assert kept is not None and all(kept.get(key) for key in shards.keys)
+
+
+def test_recall_is_the_share_of_the_nearest_that_are_found(arguments, monkeypatch, capsys):
+    search = ChromaIndex._search
+
+    def half(self, vectors, k, offset, where):
+        """Every second of the nearest items is missed."""
+        return [hits[::2] for hits in search(self, vectors, 2 * k, offset, where)]
+
+    monkeypatch.setattr(ChromaIndex, "_search", half)
+    assert build(arguments).recall == pytest.approx(0.5)
+    command = ["index", "build", arguments["index"], str(arguments["embedded"])]
+    assert main(command) == 0 and "recall@10 0.500" in capsys.readouterr().out
 
 
 def test_text_and_image_together_search_by_their_mean(exports, embedder, pictures, tmp_path):

@@ -52,7 +52,7 @@ def test_a_damaged_folder_and_a_full_disk_give_503(tmp_path: Path, caplog: pytes
         assert client.post("/v1/search", json={"text": "red"}).status_code == 200
         unwritten = client.post("/v1/items", files={"image": shade("red", 0)})
         assert unwritten.status_code == 503 and str(tmp_path) not in unwritten.text
-        index._collection = None  # what a damaged folder does to it
+        index._collection, index._measured = None, False  # what a damaged folder does to it
         broken = client.post("/v1/search", json={"text": "red"})
         assert broken.status_code == 503 and str(tmp_path) not in broken.text
     assert "cannot write" in caplog.text and "folder damaged" in caplog.text

@@ -15,7 +15,10 @@ Scalar = str | int | float | bool
 Where = Mapping[str, Scalar | Sequence[Scalar]]
 # How deep a search goes: `k` and `offset` together.
 DEEPEST = 10_000
-FIELD = "a field holds a text, a finite number, true or false, and its name does not begin with $, # or chroma:"
+# How the names begin of fields that an engine keeps for itself.
+OWN_FIELDS = "fastvlp:"
+RESERVED = ("$", "#", "chroma:", OWN_FIELDS)
+FIELD = f"a field holds a text, a finite number, true or false, and its name does not begin with {', '.join(RESERVED)}"
 
 
 class EngineError(UserError):
@@ -76,7 +79,7 @@ def storable_ids(ids: Sequence[str]) -> list[str]:
 
 
 def _is_field(name: Any) -> bool:
-    return isinstance(name, str) and name != "" and _storable(name) and not name.startswith(("$", "#", "chroma:"))
+    return isinstance(name, str) and name != "" and _storable(name) and not name.startswith(RESERVED)
 
 
 def _storable(value: Any) -> bool:

@@ -1,6 +1,10 @@
 """An index kept by Chroma: embedded in a folder, or by the same client on its server (and so on its distributed edition).
 
 Chroma is given every vector, so that it never loads an embedder of its own, and is set to report nothing to anybody.
+
+Two collections make an index. One has an item for each distinct vector, and is what a graph searches. The other, `-copies`,
+has the further items of these vectors, which a graph would not survive (`search.distinct`). A small index in a folder is
+searched in memory, without the graph.
 """
 
 from __future__ import annotations
@@ -9,15 +13,17 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 import numpy as np
 
 from fastvlp.data.streams import blocks
 from fastvlp.errors import UserError, install
-from fastvlp.search.checks import EngineError, Scalar
+from fastvlp.search.checks import OWN_FIELDS, EngineError, Scalar
+from fastvlp.search.distinct import vector_keys
 from fastvlp.search.engines.interface import Hit, IndexEngine, Item, Stamp, checked_stamp
+from fastvlp.search.exact import ExactItems, fits
 from fastvlp.search.writer_lock import WriterLock
 
 if TYPE_CHECKING:
@@ -25,6 +31,10 @@ if TYPE_CHECKING:
 
 # Of the graph (HNSW, arXiv 1603.09320). Rows are of length one, so that their product is the cosine.
 GRAPH = {"space": "ip", "ef_construction": 128, "max_neighbors": 24, "ef_search": 128}
+# Of the copies, in which nothing is searched: as little as can be.
+NO_GRAPH = {"space": "ip", "ef_construction": 4, "max_neighbors": 2}
+# Fields that are no item's: which vector it has, and whether there are copies of it.
+KEY, COPIED = f"{OWN_FIELDS}vector", f"{OWN_FIELDS}copied"
 # Ids of one request: SQLite takes 32,766 variables, and a server has a limit of its own.
 CHUNK = 2000
 FILE = "chroma.sqlite3"
@@ -58,6 +68,9 @@ class ChromaIndex(IndexEngine):
         return None if "://" in uri else PictureFolder(Path(uri) / "pictures")
 
     def _open(self, stamp: Stamp | None, create: bool) -> None:
+        # All items, where they are few; None where they are many, or not read yet.
+        self._small: ExactItems | None = None
+        self._measured = False
         try:
             self._client = self._connect()
         except UserError:
@@ -65,23 +78,28 @@ class ChromaIndex(IndexEngine):
         except Exception as error:  # the engine raises what its parts raise, ValueError for a server that is not there
             raise self._engine_error(error) from error
         with self._engine_errors():
-            name = self._name()
-            if create and stamp is not None and name not in {one.name for one in self._client.list_collections()}:
+            self._collection = self._find(self._name())
+            if self._collection is None and create and stamp is not None:
+                self._make(f"{self._name()}-copies", NO_GRAPH, {OWN_FIELDS: "copies"})
                 # Atomic: a collection is there with its stamp or not at all.
-                self._client.create_collection(
-                    name,
-                    embedding_function=None,
-                    configuration=cast(Any, {"hnsw": GRAPH}),
-                    metadata=asdict(stamp),
-                    get_or_create=True,
-                )
-            try:
-                self._collection = self._client.get_collection(name, embedding_function=None)
-            except Exception as error:
-                if "not found" not in str(error).lower() and "does not exist" not in str(error).lower():
-                    raise
-                raise UserError(f"{self.uri}: no index here; make one with `vlp index build`") from error
+                self._collection = self._make(self._name(), GRAPH, asdict(stamp))
+            if self._collection is None:
+                raise UserError(f"{self.uri}: no index here; make one with `vlp index build`")
+            self._copies = self._find(f"{self._name()}-copies")
         self.stamp = checked_stamp(self._collection.metadata, stamp, self.uri)
+
+    def _find(self, name: str) -> Any:
+        try:
+            return self._client.get_collection(name, embedding_function=None)
+        except Exception as error:
+            if "not found" not in str(error).lower() and "does not exist" not in str(error).lower():
+                raise
+            return None
+
+    def _make(self, name: str, graph: Mapping[str, Any], metadata: Mapping[str, Any]) -> Any:
+        return self._client.create_collection(
+            name, embedding_function=None, configuration={"hnsw": graph}, metadata=dict(metadata), get_or_create=True
+        )
 
     def _connect(self) -> Any:
         try:
@@ -128,6 +146,8 @@ class ChromaIndex(IndexEngine):
             if self._lock is not None:
                 self._lock.take()
             self._refresh()
+            if self._copies is None:  # an index of before there were copies
+                self._copies = self._make(f"{self._name()}-copies", NO_GRAPH, {OWN_FIELDS: "copies"})
             try:
                 yield
             finally:
@@ -148,52 +168,146 @@ class ChromaIndex(IndexEngine):
     def _add(self, ids: Sequence[str], vectors: np.ndarray, infos: Sequence[Mapping[str, Scalar]]) -> None:
         with self._writing():
             for part in blocks(len(ids), CHUNK):
-                present = self._collection.get(ids=list(ids[part]), include=["metadatas"])
-                # An item that is replaced would keep its old fields beside the new ones.
-                old = {id: dict.fromkeys(info or ()) for id, info in zip(present["ids"], present["metadatas"] or ())}
-                merged = [{**old.get(id, {}), **info} or None for id, info in zip(ids[part], infos[part])]
-                self._collection.upsert(ids=list(ids[part]), embeddings=vectors[part], metadatas=cast(Any, merged))
+                self._add_part(list(ids[part]), vectors[part], infos[part])
+            if self._small is not None:
+                self._small.put(ids, vectors, infos)
+                if not self.is_small(len(self._small)):
+                    self._small = None
+
+    def _add_part(self, ids: list[str], vectors: np.ndarray, infos: Sequence[Mapping[str, Scalar]]) -> None:
+        """Each step leaves an index in which a search finds what was there before."""
+        keys = vector_keys(vectors)
+        nodes, copies = _fields(self._collection, ids=ids), _fields(self._copies, ids=ids)
+        moved = [id for id, key in zip(ids, keys) if id in nodes and nodes[id].get(KEY) != key]
+        self._hand_over(moved, {*ids})
+        known = _fields(self._collection, where={KEY: {"$in": list({*keys})}})
+        node_of = {str(info[KEY]): id for id, info in known.items() if id not in moved}
+        for id, key in zip(ids, keys):
+            node_of.setdefault(key, id)
+        is_node = [node_of[key] == id for id, key in zip(ids, keys)]
+        copied = {node_of[key] for node, key in zip(is_node, keys) if not node}
+        copied |= {id for id, info in known.items() if info.get(COPIED)}
+        # A field that is not given would stay: of an item that is replaced, the old ones are taken away.
+        full = [
+            {**dict.fromkeys(nodes.get(id, {})), **dict.fromkeys(copies.get(id, {})), **info, KEY: key}
+            | ({COPIED: True} if node and id in copied else {})
+            for id, key, node, info in zip(ids, keys, is_node, infos)
+        ]
+        self._put(self._collection, ids, vectors, full, [i for i, node in enumerate(is_node) if node])
+        if marked := [id for id in copied if not known.get(id, {}).get(COPIED) and id not in ids]:
+            self._collection.update(ids=marked, metadatas=[{COPIED: True}] * len(marked))
+        self._put(self._copies, ids, vectors, full, [i for i, node in enumerate(is_node) if not node])
+        _drop(self._copies, [id for id, node in zip(ids, is_node) if node and id in copies])
+        _drop(self._collection, [id for id, node in zip(ids, is_node) if not node and id in nodes])
+
+    @staticmethod
+    def _put(
+        collection: Any, ids: list[str], vectors: np.ndarray, fields: list[dict[str, Any]], rows: list[int]
+    ) -> None:
+        if rows:
+            collection.upsert(
+                ids=[ids[row] for row in rows], embeddings=vectors[rows], metadatas=[fields[row] for row in rows]
+            )
+
+    def _hand_over(self, leaving: Sequence[str], changing: set[str]) -> None:
+        """Makes a copy of each vector that loses its node the new node; not one of the items that are changing as well."""
+        for info in _fields(self._collection, ids=leaving).values():
+            if not info.get(COPIED):
+                continue
+            found = self._copies.get(
+                where={KEY: info[KEY]}, limit=len(changing) + 1, include=["embeddings", "metadatas"]
+            )
+            for id, vector, fields in zip(found["ids"], found["embeddings"], found["metadatas"]):
+                if id not in changing:
+                    self._collection.upsert(ids=[id], embeddings=[vector], metadatas=[{**fields, COPIED: True}])
+                    self._copies.delete(ids=[id])
+                    break
 
     def _delete(self, ids: Sequence[str]) -> int:
-        count = 0
+        gone: set[str] = set()
         with self._writing():
             for part in blocks(len(ids), CHUNK):
-                present = self._collection.get(ids=list(ids[part]), include=[])["ids"]
-                if present:
-                    self._collection.delete(ids=present)
-                    count += len(present)
-        return count
+                some = list(ids[part])
+                nodes, copies = _fields(self._collection, ids=some), _fields(self._copies, ids=some)
+                self._hand_over([*nodes], {*some})
+                _drop(self._collection, [*nodes])
+                _drop(self._copies, [*copies])
+                gone |= {*nodes, *copies}
+            if self._small is not None:
+                self._small.delete(gone)
+            self._measured = self._small is not None
+        return len(gone)
 
     def _search(
         self, vectors: np.ndarray, k: int, offset: int, where: Mapping[str, Sequence[Scalar]]
     ) -> list[list[Hit]]:
         self._refresh()
         with self._engine_errors():
+            if (small := self._few_items()) is not None:
+                return [
+                    [Hit(small.ids[row], float(score), small.infos[row]) for row, score in zip(*found)][offset:]
+                    for found in small.search(vectors, k + offset, where)
+                ]
+            return [hits[offset:] for hits in self._search_graph(vectors, k + offset, where)]
+
+    def _few_items(self) -> ExactItems | None:
+        """Reads all items, where they are few. A server's may change at any time, so they are not kept."""
+        if not self._measured and self.folder is not None:
+            self._small = None
+            if self.is_small(self._count()):
+                self._small = ExactItems(self.stamp.width)
+                for item in [*_items(self._copies), *_items(self._collection)]:
+                    self._small.put([item.id], item.vector[None], [item.info])
+            self._measured = True
+        return self._small
+
+    def _search_graph(self, vectors: np.ndarray, k: int, where: Mapping[str, Sequence[Scalar]]) -> list[list[Hit]]:
+        condition = _condition(where)
+        if condition is not None:
+            # A copy may fit where the item in the graph does not.
+            condition = {"$or": [condition, {COPIED: True}]}
+        asked, wanted = k, len(vectors)
+        results: list[list[Hit]] = []
+        while wanted:
             answer = self._collection.query(
-                query_embeddings=vectors,
-                n_results=k + offset,
-                where=_condition(where),
-                include=["metadatas", "distances"],
+                query_embeddings=vectors, n_results=asked, where=condition, include=["metadatas", "distances"]
             )
-        infos, distances = answer["metadatas"] or [], answer["distances"] or []
-        return [
-            [Hit(id, 1 - distance, dict(info or {})) for id, distance, info in zip(*row)][offset:]
-            for row in zip(answer["ids"], distances, infos)
-        ]
+            rows = [*zip(answer["ids"], answer["metadatas"], answer["distances"])]
+            results = [self._with_copies(vector, row, k, where) for vector, row in zip(vectors, rows)]
+            wanted = sum(len(hits) < k and len(row[0]) == asked for hits, row in zip(results, rows))
+            asked *= 4
+        return results
+
+    def _with_copies(self, vector_E: np.ndarray, row: Any, k: int, where: Mapping[str, Sequence[Scalar]]) -> list[Hit]:
+        """Returns the hits of one query, with the copies of each."""
+        hits: dict[str, Hit] = {}
+        for id, info, distance in zip(*row):
+            if len(hits) >= k:
+                break
+            if fits(info or {}, where):
+                hits[id] = Hit(id, 1 - distance, _own(info))
+            if (info or {}).get(COPIED):
+                condition = {KEY: info[KEY]}
+                if where:
+                    condition = {"$and": [condition, _condition(where)]}
+                copies = _items(self._copies, where=condition, limit=k)
+                hits |= {copy.id: Hit(copy.id, float(copy.vector @ vector_E), copy.info) for copy in copies}
+        return sorted(hits.values(), key=lambda hit: -hit.score)[:k]
 
     def count(self) -> int:
         self._refresh()
         with self._engine_errors():
-            return int(self._collection.count())
+            return self._count()
+
+    def _count(self) -> int:
+        return int(self._collection.count()) + (int(self._copies.count()) if self._copies is not None else 0)
 
     def _get(self, ids: Sequence[str]) -> Iterable[Item]:
         self._refresh()
         items: list[Item] = []
         with self._engine_errors():
             for part in blocks(len(ids), CHUNK):
-                answer = self._collection.get(ids=list(ids[part]), include=["embeddings", "metadatas"])
-                vectors, infos = np.asarray(answer["embeddings"], np.float32), answer["metadatas"] or []
-                items += [Item(id, vector, dict(info or {})) for id, vector, info in zip(answer["ids"], vectors, infos)]
+                items += [*_items(self._copies, ids=list(ids[part])), *_items(self._collection, ids=list(ids[part]))]
         return items
 
     def close(self) -> None:
@@ -210,3 +324,29 @@ def _condition(where: Mapping[str, Sequence[Scalar]]) -> Any:
         for name, values in where.items()
     ]
     return terms[0] if len(terms) == 1 else {"$and": terms} if terms else None
+
+
+def _fields(collection: Any, **which: Any) -> dict[str, dict[str, Scalar]]:
+    """Returns the fields of those items of a collection, by id."""
+    if collection is None or which.get("ids") == []:
+        return {}
+    answer = collection.get(**which, include=["metadatas"])
+    return {id: dict(info or {}) for id, info in zip(answer["ids"], answer["metadatas"])}
+
+
+def _items(collection: Any, **which: Any) -> list[Item]:
+    if collection is None:
+        return []
+    answer = collection.get(**which, include=["embeddings", "metadatas"])
+    vectors = np.asarray(answer["embeddings"], np.float32)
+    return [Item(id, vector, _own(info)) for id, vector, info in zip(answer["ids"], vectors, answer["metadatas"])]
+
+
+def _own(info: Any) -> dict[str, Scalar]:
+    """Returns the fields that are the item's."""
+    return {name: value for name, value in (info or {}).items() if not name.startswith(OWN_FIELDS)}
+
+
+def _drop(collection: Any, ids: list[str]) -> None:
+    if ids:
+        collection.delete(ids=ids)

@@ -1,4 +1,7 @@
-"""The vectors that `vlp embed` wrote, searched where they are: their codes are in memory, they themselves on the disk."""
+"""The vectors that `vlp embed` wrote, searched where they are: their codes are in memory, they themselves on the disk.
+
+Of equal vectors one is a candidate: a thousand copies would leave no place for others. It stands for them all.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,9 @@ import numpy as np
 from fastvlp.errors import UserError
 from fastvlp.files import whole_file
 from fastvlp.search.checks import Scalar
+from fastvlp.search.distinct import vector_keys
 from fastvlp.search.engines.interface import Hit, IndexEngine, Item, Stamp, checked_stamp
+from fastvlp.search.exact import fits
 from fastvlp.search.hashing import HashSearch, learned_projection
 
 if TYPE_CHECKING:
@@ -34,6 +39,8 @@ class CodesIndex(IndexEngine):
 
     prefixes = ("codes:",)
     address = "codes:FOLDER of what `vlp embed` wrote, read-only"
+    # All vectors are read from the disk for each query.
+    small = 2**22
 
     def __init__(self, uri: str, stamp: Stamp | None = None, create: bool = False):
         # Imports torch, which another engine does not need.
@@ -44,13 +51,18 @@ class CodesIndex(IndexEngine):
         self.stamp = checked_stamp(asdict(embedded.stamp), stamp, uri)
         self._ids: list[str] = []
         self._infos: list[dict[str, Scalar]] = []
-        texts, total_E = 0, np.zeros(self.stamp.width)
+        texts, total_E, keys = 0, np.zeros(self.stamp.width), []
         for part in map(read_part, embedded.parts):
+            keys.append(_numbers(vector_keys(part.image)))
             self._ids += part.ids
             self._infos += part.infos
             texts, total_E = texts + len(part.text), total_E + part.text.sum(0)
         if not self._ids:
             raise UserError(f"{folder}: no image is embedded in it; dropped.jsonl says why")
+        # Which distinct vector each item has, the rows in the order of these, and where those of each begin.
+        _, self._distinct_N = np.unique(np.concatenate(keys), return_inverse=True)
+        self._row_by_distinct = np.argsort(self._distinct_N, kind="stable")
+        self._begin = np.searchsorted(self._distinct_N[self._row_by_distinct], np.arange(self._distinct_N.max() + 2))
         self._row_of = {id: row for row, id in enumerate(self._ids)}
         images = (read_part(path).image for path in embedded.parts)
         vector_NE = on_disk(folder / VECTORS, images, (len(self._ids), self.stamp.width))
@@ -75,24 +87,45 @@ class CodesIndex(IndexEngine):
     def _search(
         self, vectors: np.ndarray, k: int, offset: int, where: Mapping[str, Sequence[Scalar]]
     ) -> list[list[Hit]]:
-        depth, among_N = k + offset, self._fitting(where)
+        depth, fitting_N = k + offset, self._fitting(where)
+        among_N, least = self._one_of_each(fitting_N), len(self._ids) if self.is_small(len(self._ids)) else LEAST
         results = []
         for query_E in vectors:
             # Of images or of texts, whichever the query is like.
             mean_E = self._means[(self._means @ query_E).argmax()]
-            rows, scores = self._search_codes.search(
-                query_E[None], depth, max(LEAST, EACH * depth), mean_E=mean_E, among_N=among_N
+            rows, _ = self._search_codes.search(
+                query_E[None], depth, max(least, EACH * depth), mean_E=mean_E, among_N=among_N
             )
-            hits = zip(rows[0, offset:].tolist(), scores[0, offset:].tolist())
-            results.append([Hit(self._ids[row], score, self._infos[row]) for row, score in hits])
+            hits = self._with_copies(query_E, rows[0], depth, fitting_N)
+            results.append(hits[offset:])
         return results
 
     def _fitting(self, where: Mapping[str, Sequence[Scalar]]) -> np.ndarray | None:
         """Which items a filter lets through, bool [N]; None: all."""
-        if not where:
-            return None
-        fits = (all(info.get(name) in values for name, values in where.items()) for info in self._infos)
-        return np.fromiter(fits, bool, len(self._infos))
+        return np.fromiter((fits(info, where) for info in self._infos), bool, len(self._infos)) if where else None
+
+    def _one_of_each(self, fitting_N: np.ndarray | None) -> np.ndarray | None:
+        """One of the fitting items of each distinct vector, bool [N]; None: all."""
+        if len(self._begin) - 1 == len(self._ids):
+            return fitting_N
+        rows = np.arange(len(self._ids)) if fitting_N is None else np.flatnonzero(fitting_N)
+        among_N = np.zeros(len(self._ids), bool)
+        among_N[rows[np.unique(self._distinct_N[rows], return_index=True)[1]]] = True
+        return among_N
+
+    def _with_copies(
+        self, query_E: np.ndarray, rows: np.ndarray, depth: int, fitting_N: np.ndarray | None
+    ) -> list[Hit]:
+        """Returns the hits of the rows and of those that have the same vector, best first."""
+        found: list[int] = []
+        for distinct in self._distinct_N[rows]:
+            equal = self._row_by_distinct[self._begin[distinct] : self._begin[distinct + 1]]
+            found += (equal if fitting_N is None else equal[fitting_N[equal]]).tolist()
+            if len(found) >= depth:
+                break
+        scores = self._search_codes.vector_NE[found] @ query_E
+        order = np.argsort(-scores, kind="stable")[:depth]
+        return [Hit(self._ids[found[i]], float(scores[i]), self._infos[found[i]]) for i in order]
 
     def count(self) -> int:
         return len(self._ids)
@@ -103,6 +136,11 @@ class CodesIndex(IndexEngine):
 
     def close(self) -> None:
         """Does nothing: it has memory alone, and a file that is mapped into it."""
+
+
+def _numbers(keys: Sequence[str]) -> np.ndarray:
+    """Returns 64 bits of each key."""
+    return np.array([int(key[:16], 16) for key in keys], np.uint64)
 
 
 def _folder(uri: str) -> Path:

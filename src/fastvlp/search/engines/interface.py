@@ -76,11 +76,14 @@ class IndexEngine(ABC):
     Attributes:
         prefixes: How the engine's addresses begin, such as `codes:`; an empty prefix stands for the path of a folder.
         address: The form of its addresses, for help and errors.
+        small: Numbers in all its vectors up to which an engine compares a query with every vector (of 512 numbers: 65,536
+            vectors). A graph is faster, but may miss items.
         stamp: Which model the vectors are of.
     """
 
     prefixes: ClassVar[tuple[str, ...]]
     address: ClassVar[str]
+    small: ClassVar[int] = 2**25
     stamp: Stamp
 
     @abstractmethod
@@ -123,6 +126,10 @@ class IndexEngine(ABC):
     def close(self) -> None:
         """Gives up files and connections."""
 
+    def is_small(self, items: int) -> bool:
+        """Whether so many items are few enough to be compared one by one."""
+        return items * self.stamp.width <= self.small
+
     @classmethod
     def pictures(cls, uri: str) -> PictureStore | None:
         """Returns where the small pictures of an index's items are kept by default; None where it has no place for them."""
@@ -145,7 +152,7 @@ class IndexEngine(ABC):
         return self._delete(storable_ids(ids))
 
     def search(self, vectors: np.ndarray, k: int, where: Where | None = None, offset: int = 0) -> list[list[Hit]]:
-        """Finds the nearest items. Engines search approximately: an item may be missed.
+        """Finds the nearest items. In a large index engines search approximately: an item may be missed.
 
         Args:
             vectors: Unit rows [q width], one for each query.

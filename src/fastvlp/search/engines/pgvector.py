@@ -1,5 +1,7 @@
 """An index kept by PostgreSQL with pgvector: a table of ids, vectors and info, with its stamp as the table's comment.
 
+Of rows with equal vectors (the same `same`) one is in the graph; the others are its copies (`search.distinct`).
+
 Many processes may read and write at once; how it is replicated or distributed is the server's business.
 """
 
@@ -17,6 +19,7 @@ import numpy as np
 
 from fastvlp.errors import UserError, install
 from fastvlp.search.checks import EngineError, Scalar
+from fastvlp.search.distinct import vector_keys
 from fastvlp.search.engines.interface import Hit, IndexEngine, Item, Stamp, checked_stamp
 
 TABLE = re.compile(r"[a-z_][a-z0-9_]{0,49}")
@@ -31,6 +34,8 @@ class PgIndex(IndexEngine):
 
     prefixes = ("postgresql://", "postgres://")
     address = "postgresql://USER@HOST/DATABASE#TABLE with pgvector"
+    # PostgreSQL reads vectors of more than 2 kB from another table.
+    small = 2**23
 
     def __init__(self, uri: str, stamp: Stamp | None = None, create: bool = False):
         self._place, name = urldefrag(uri)
@@ -46,6 +51,8 @@ class PgIndex(IndexEngine):
             comment = self._one("SELECT obj_description(%s::regclass, 'pg_class')", self._table)
         self.stamp = checked_stamp(_json_object(comment), stamp, self.uri)
         self._type = _column_type(self.stamp.width)
+        with self._engine_errors():
+            self._upgrade()
 
     def _connect(self, create: bool = False) -> None:
         try:
@@ -70,21 +77,50 @@ class PgIndex(IndexEngine):
 
     def _make(self, stamp: Stamp) -> None:
         table, type = self._table, _column_type(stamp.width)
-        with self._connection.transaction():
-            # Where two make it at once, the second waits and finds it made.
-            self._connection.execute("SELECT pg_advisory_xact_lock(hashtext(%s))", (table,))
+        with self._alone():
             if self._one("SELECT to_regclass(%s) IS NOT NULL", table):
                 return
             self._connection.execute(
-                f"CREATE TABLE {table} (id text PRIMARY KEY, vector vector({stamp.width}) NOT NULL, info jsonb NOT NULL)"
+                f"CREATE TABLE {table} (id text PRIMARY KEY, vector vector({stamp.width}) NOT NULL, info jsonb NOT NULL, "
+                f"same text NOT NULL, copy boolean NOT NULL)"
             )
-            self._connection.execute(
-                f"CREATE INDEX ON {table} USING hnsw ((vector::{type}) {type.partition('(')[0]}_ip_ops) "
-                f"WITH (m = 24, ef_construction = 128)"
-            )
+            self._make_graph(type)
             self._connection.execute(f"CREATE INDEX ON {table} USING gin (info jsonb_path_ops)")
             quoted = json.dumps(asdict(stamp)).replace("'", "''")
             self._connection.execute(f"COMMENT ON TABLE {table} IS '{quoted}'")
+
+    def _make_graph(self, type: str) -> None:
+        self._connection.execute(
+            f"CREATE INDEX ON {self._table} USING hnsw ((vector::{type}) {type.partition('(')[0]}_ip_ops) "
+            f"WITH (m = 24, ef_construction = 128) WHERE NOT copy"
+        )
+        self._connection.execute(f"CREATE INDEX ON {self._table} (same)")
+
+    def _upgrade(self) -> None:
+        """Gives a table of before there were copies its new columns. Its rows stay in the graph, each by itself."""
+        columns = "SELECT count(*) FROM pg_attribute WHERE attrelid = %s::regclass AND attname IN ('same', 'copy')"
+        if self._one(columns, self._table) == 2:
+            return
+        with self._alone():
+            if self._one(columns, self._table) == 2:
+                return
+            old = (
+                "SELECT indexrelid::regclass::text FROM pg_index WHERE indrelid = %s::regclass AND indexprs IS NOT NULL"
+            )
+            for (name,) in self._connection.execute(old, (self._table,)).fetchall():
+                self._connection.execute(f"DROP INDEX {name}")
+            self._connection.execute(
+                f"ALTER TABLE {self._table} ADD COLUMN same text NOT NULL DEFAULT gen_random_uuid()::text, "
+                f"ADD COLUMN copy boolean NOT NULL DEFAULT false"
+            )
+            self._make_graph(self._type)
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """A transaction; where two begin one at once, the second waits and finds what the first did."""
+        with self._connection.transaction():
+            self._connection.execute("SELECT pg_advisory_xact_lock(hashtext(%s))", (self._table,))
+            yield
 
     def _one(self, query: str, *values: Any) -> Any:
         row = self._connection.execute(query, values).fetchone()
@@ -102,29 +138,65 @@ class PgIndex(IndexEngine):
             raise EngineError(f"{self.uri}: {type(error).__name__}: {str(error).splitlines()[0]}") from error
 
     def _add(self, ids: Sequence[str], vectors: np.ndarray, infos: Sequence[Mapping[str, Scalar]]) -> None:
-        rows = [(id, vector, json.dumps(dict(info))) for id, vector, info in zip(ids, vectors, infos)]
-        with self._engine_errors(), self._connection.transaction(), self._connection.cursor() as cursor:
+        keys = vector_keys(vectors)
+        rows = [
+            (id, vector, json.dumps(dict(info)), key, key) for id, vector, info, key in zip(ids, vectors, infos, keys)
+        ]
+        with self._engine_errors(), self._alone(), self._connection.cursor() as cursor:
+            left = self._taken_out(ids)
             cursor.executemany(
-                f"INSERT INTO {self._table} (id, vector, info) VALUES (%s, %s, %s) "
-                f"ON CONFLICT (id) DO UPDATE SET vector = excluded.vector, info = excluded.info",
+                f"INSERT INTO {self._table} (id, vector, info, same, copy) VALUES (%s, %s, %s, %s, "
+                f"EXISTS (SELECT 1 FROM {self._table} WHERE same = %s AND NOT copy))",
                 rows,
             )
+            self._hand_over(left)
 
     def _delete(self, ids: Sequence[str]) -> int:
-        with self._engine_errors():
-            return self._connection.execute(f"DELETE FROM {self._table} WHERE id = ANY(%s)", (list(ids),)).rowcount
+        with self._engine_errors(), self._alone():
+            left = self._taken_out(ids)
+            self._hand_over(left)
+        return len(left)
+
+    def _taken_out(self, ids: Sequence[str]) -> list[str]:
+        """Deletes rows, and returns which vector each had."""
+        query = f"DELETE FROM {self._table} WHERE id = ANY(%s) RETURNING same"
+        return [same for (same,) in self._connection.execute(query, (list(ids),)).fetchall()]
+
+    def _hand_over(self, keys: Sequence[str]) -> None:
+        """Puts a copy of each vector that is not in the graph any more into the graph."""
+        self._connection.execute(
+            f"UPDATE {self._table} SET copy = false WHERE id IN "
+            f"(SELECT min(id) FROM {self._table} WHERE same = ANY(%s) GROUP BY same HAVING bool_and(copy))",
+            (list({*keys}),),
+        )
 
     def _search(
         self, vectors: np.ndarray, k: int, offset: int, where: Mapping[str, Sequence[Scalar]]
     ) -> list[list[Hit]]:
-        condition = " AND ".join("(" + " OR ".join(["info @> %s"] * len(values)) + ")" for values in where.values())
+        condition = "".join(" AND (" + " OR ".join(["one.info @> %s"] * len(values)) + ")" for values in where.values())
         wanted = [json.dumps({name: value}) for name, values in where.items() for value in values]
-        query = (
-            f"SELECT id, -(vector <#> %s) AS score, info FROM {self._table} {'WHERE ' + condition if condition else ''} "
-            f"ORDER BY vector::{self._type} <#> %s::{self._type} LIMIT %s OFFSET %s"
+        page = "ORDER BY score DESC, one.id LIMIT %s OFFSET %s"
+        exact = f"SELECT one.id, -(one.vector <#> %s) AS score, one.info FROM {self._table} one WHERE true{condition} {page}"
+        # The nearest in the graph of which a copy, or they themselves, fit; then all that are equal to those.
+        fitting = (
+            f" AND EXISTS (SELECT 1 FROM {self._table} one WHERE one.same = node.same{condition})" if where else ""
+        )
+        graph = (
+            f"WITH near AS MATERIALIZED (SELECT node.same FROM {self._table} node WHERE NOT node.copy{fitting} "
+            f"ORDER BY node.vector::{self._type} <#> %s::{self._type} LIMIT %s) "
+            f"SELECT one.id, -(one.vector <#> %s) AS score, one.info FROM near JOIN {self._table} one USING (same) "
+            f"WHERE true{condition} {page}"
         )
         with self._engine_errors():
-            answers = [self._connection.execute(query, (row, *wanted, row, k, offset)).fetchall() for row in vectors]
+            most = self.small // self.stamp.width
+            few = self._one(f"SELECT count(*) FROM (SELECT FROM {self._table} LIMIT %s) found", most + 1) <= most
+            answers = [
+                self._connection.execute(
+                    exact if few else graph,
+                    (row, *wanted, k, offset) if few else (*wanted, row, k + offset, row, *wanted, k, offset),
+                ).fetchall()
+                for row in vectors
+            ]
         return [[Hit(id, float(score), info) for id, score, info in answer] for answer in answers]
 
     def count(self) -> int:
