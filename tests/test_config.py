@@ -43,6 +43,14 @@ def test_show_has_a_line_for_each_field():
     assert show(Outer(parts={"x": Inner()})) == "parts:\n  x: Inner(rate=0.5)\nsizes: [1, 2]\nfile: a/b"
 
 
+def test_show_has_a_mapping_of_numbers_on_the_line_of_its_owner():
+    @dataclass(frozen=True)
+    class Rates:
+        of: dict[str, float]
+
+    assert show(Outer(parts={"x": Rates({"text": 0.1})})).startswith("parts:\n  x: Rates(of={'text': 0.1})\nsizes")
+
+
 def test_what_is_no_config_is_refused():
     with pytest.raises(TypeError, match="object"):
         to_json({"a": object()})

@@ -68,7 +68,8 @@ def show(value: Any) -> str:
             indent = "  " * depth
             if not isinstance(inner, dict):
                 lines.append(f"{indent}{name}: {inner}")
-            elif any(isinstance(part, dict) for part in inner.values()):
+            # A mapping of plain values, such as the rates of parts, is a value itself.
+            elif any(isinstance(part, dict) and "type" in part for part in inner.values()):
                 lines.append(f"{indent}{name}: {inner.get('type', '')}".rstrip())
                 walk(inner, depth + 1)
             else:
