@@ -114,6 +114,8 @@ class Batch:
         regions: regions of each image, where the data has them (`RegionSource`).
         text: states [B S D] of the texts by a text encoder that the run keeps as it is, computed before; None: from `ids`.
         plain: the images before augmentation, for objectives that draw views of their own; None where it is `image`.
+        content: int64 [B 2], hashes of each row's text and image (`objectives/equal_pairs.py`); None where nobody has computed
+            them yet.
     """
 
     image: Tensor
@@ -125,6 +127,7 @@ class Batch:
     regions: Regions | None = None
     plain: Tensor | None = None
     text: Tensor | None = None
+    content: Tensor | None = None
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> Batch:
         return _pytree.tree_map_only(Tensor, lambda t: t.to(device, non_blocking=non_blocking), self)

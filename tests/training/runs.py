@@ -54,11 +54,22 @@ def made_records(count: int, seed: int = 0) -> list[Record]:
     return records
 
 
-def made_pairs(folder: Path, count: int = 24) -> Path:
-    """Shards of `count` pairs to train on and 6 to validate on."""
+def made_pairs(folder: Path, count: int = 24, copies: bool = False) -> Path:
+    """Shards of `count` pairs to train on and 6 to validate on. With `copies` a half of them share a caption with their
+    neighbour, and two thirds the picture."""
     for split, number, seed in (("train", count, 0), ("val", 6, 1)):
+        records = made_records(number, seed)
+        if copies:
+            records = [
+                replace(
+                    record,
+                    info={"captions": records[i // 2 * 2].info["captions"][:1]} if i % 4 < 2 else record.info,
+                    images=records[i // 3 * 3].images if i % 3 < 2 else record.images,
+                )
+                for i, record in enumerate(records)
+            ]
         with ShardWriter(folder / split) as writer:
-            for record in made_records(number, seed):
+            for record in records:
                 writer.write(record)
     return folder
 

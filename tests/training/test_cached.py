@@ -28,6 +28,19 @@ def test_micro_batches_equal_one_batch(pairs, tmp_path, names):
     assert_equal(weights(whole), weights(parts), 1e-6)
 
 
+@pytest.mark.parametrize("names", [("clip", "siglip"), ("moco",), ("albef",)], ids="-".join)
+def test_micro_batches_of_equal_pairs_equal_one_batch(tmp_path, names):
+    """Some records have the caption, or the picture, of a record in another micro-batch."""
+    pairs = made_pairs(tmp_path, copies=True)
+    whole, parts = (
+        start(made_run(pairs, tmp_path / str(n), *names, batch_size=12 // n, accumulate=n, steps=3)) for n in (1, 3)
+    )
+    for one, three in zip(steps(whole), steps(parts)):
+        assert one.losses == pytest.approx(three.losses, abs=1e-5)
+        assert one.equal_pairs == three.equal_pairs > 0
+    assert_equal(weights(whole), weights(parts), 1e-6)
+
+
 def test_dropout_is_drawn_the_same_in_both_passes(pairs, tmp_path):
     state = start(made_run(pairs, tmp_path, "clip", batch_size=4, accumulate=2, dropout=0.5))
     batches = state.train.batches()

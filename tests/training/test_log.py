@@ -46,6 +46,7 @@ def train(log, state, until, loss=2.0, **changed):
     while state.step < until:
         fields = {
             "pairs": 32,
+            "equal_pairs": None,
             "tokens": 300,
             "seconds": 0.5,
             "data_wait": 0.05,
@@ -79,6 +80,17 @@ def test_a_training_line_holds_the_rates_since_the_last(tmp_path):
     assert first["left"] == pytest.approx(90 * 0.5)
     assert second["pairs_per_s"] == 32 and second["skipped"] == 1 and second["dropped"] == 2
     assert first["memory"] > 1e7
+
+
+def test_the_share_of_equal_pairs_is_of_all_rows_since_the_last_line(tmp_path):
+    state, console = State(tmp_path), plain()
+    with RunLog(state, console=console) as log:
+        for until, equal in ((5, 8), (10, 24), (20, 0), (30, None)):
+            train(log, state, until, equal_pairs=equal)
+    first, second, third = lines(tmp_path)
+    assert first["equal_pairs"] == 0.5 and second["equal_pairs"] == 0 and "equal_pairs" not in third
+    printed = console.file.getvalue().splitlines()
+    assert "equal pairs 50.0%" in printed[0] and "equal" not in printed[1] + printed[2]
 
 
 def test_plain_lines_where_there_is_no_terminal(tmp_path):

@@ -68,6 +68,10 @@ def folder(tmp_path_factory) -> Path:
     odd["freeze"] = ("text.word",)
     train(made_run(pairs, folder / "one" / "queue", "moco", batch_size=12, **odd))
     runs.append(made_run(pairs, folder / "two" / "queue", "moco", batch_size=6, **odd))
+    copies = made_pairs(folder / "copies", copies=True)
+    for name, names in {"equal": ("clip", "siglip"), "equal-queue": ("albef",)}.items():
+        train(made_run(copies, folder / "one" / name, *names, batch_size=12, steps=3, threads=1))
+        runs.append(made_run(copies, folder / "two" / name, *names, batch_size=3, accumulate=2, steps=3, threads=1))
     frozen = {"freeze": ("image",), "states": StatesConfig(store="always"), "steps": 3, "threads": 1}
     train(made_run(pairs, folder / "one" / "stored", "clip", batch_size=12, **frozen))
     adapted = {"lora": LoRAConfig(rank=2), "steps": 3, "threads": 1, "ema": 0.5}
@@ -87,11 +91,20 @@ def folder(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("names", [*COMBINATIONS, ("stored",), ("lora",)], ids="-".join)
+@pytest.mark.parametrize("names", [*COMBINATIONS, ("equal",), ("equal-queue",), ("stored",), ("lora",)], ids="-".join)
 def test_one_rank_equals_two(folder, names):
     one, two = (load_model(folder / count / "-".join(names), "last") for count in ("one", "two"))
     assert one.info["pairs"] == two.info["pairs"] == 36
     assert_equal(one.model.state_dict(), two.model.state_dict(), 1e-6)
+
+
+@pytest.mark.parametrize("name", ["equal", "equal-queue"])
+def test_equal_pairs_are_found_across_ranks(folder, name):
+    shares = []
+    for count in ("one", "two"):
+        lines = [json.loads(line) for line in (folder / count / name / "log.jsonl").read_text().splitlines()]
+        shares.append([line["equal_pairs"] for line in lines if line["kind"] == "train"])
+    assert shares[0] == shares[1] and min(shares[0]) > 0
 
 
 def test_ranks_validate_as_one(folder):

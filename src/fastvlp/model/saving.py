@@ -108,7 +108,7 @@ class Inheritance:
             ("loaded", _counted(self.loaded)),
             ("resized", _few(self.resized)),
             ("new", _counted(self.fresh)),
-            ("left out", _counted(self.dropped)),
+            ("ignored", _counted(self.dropped)),
         ]
         return "; ".join(f"{what} {names}" for what, names in parts if names)
 

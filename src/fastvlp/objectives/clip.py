@@ -13,7 +13,7 @@ from fastvlp.batch import Batch
 from fastvlp.data.tokenize import Tokenizer
 from fastvlp.model.model import ModelConfig, VLModel
 from fastvlp.objectives.contrastive import clamp_log_scale, clipped_scale, info_nce
-from fastvlp.objectives.mismatched_pairs import PairsConfig, embed_pair
+from fastvlp.objectives.mismatched_pairs import PairsConfig, embed_pair, pair_contents
 from fastvlp.objectives.objective import Loss, PairObjective
 
 
@@ -57,20 +57,25 @@ class CLIP(PairObjective):
     def embed(self, model: VLModel, image_BKD: Tensor, batch: Batch) -> tuple[Tensor, ...]:
         return embed_pair(model, image_BKD, batch, self.config)
 
+    def constants(self, model: VLModel, batch: Batch) -> tuple[Tensor, ...]:
+        return pair_contents(batch, self.config)
+
     def scale(self) -> Tensor:
         clip = self.config.bound == "clip"
         return clipped_scale(self.log_scale, self.config.max_scale) if clip else self.log_scale.exp()
 
     def score(self, *rows: Tensor) -> dict[str, Loss]:
         """Losses of each image among the texts of all ranks, and of each text among the images. Their mean is CLIP's loss."""
-        image_BE, text_BE = rows
+        image_BE, text_BE, *contents = rows
         (images, first), (texts, _) = self.gather_rows(image_BE), self.gather_rows(text_BE)
         own = first + torch.arange(len(image_BE), device=image_BE.device)
-        count, scale = own.new_tensor(len(own)), self.scale()
-        return {
-            "image": Loss(info_nce(image_BE, texts, own, scale).sum(), count, self.config.weight / 2),
-            "text": Loss(info_nce(text_BE, images, own, scale).sum(), count, self.config.weight / 2),
-        }
+        count, scale, content = own.new_tensor(len(own)), self.scale(), self.gather_contents(*contents)
+        image, text = (
+            info_nce(query_BE, keys, own, scale, content=content).sum()
+            for query_BE, keys in ((image_BE, texts), (text_BE, images))
+        )
+        weight = self.config.weight / 2
+        return {"image": Loss(image, count, weight), "text": Loss(text, count, weight)}
 
     def after_step(self, model: VLModel) -> None:
         if self.config.bound == "clamp":

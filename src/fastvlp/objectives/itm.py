@@ -18,6 +18,7 @@ from fastvlp.errors import UserError
 from fastvlp.model import masks
 from fastvlp.model.layers import initialise
 from fastvlp.model.model import ModelConfig, VLModel
+from fastvlp.objectives.equal_pairs import EqualPairs, contents
 from fastvlp.objectives.objective import MORE_ROWS, Loss, Objective, ObjectiveConfig, PairScorer
 from fastvlp.random import uniform
 
@@ -30,6 +31,8 @@ class ITMConfig(ObjectiveConfig):
 
     candidates: int = 4
     """Other texts of the batch that are scored for each image; 1 is a random negative at no extra cost."""
+    equal_pairs: EqualPairs = "ignored"
+    """Whether pairs with the same text or the same image may be `negatives` of each other, or are `ignored`."""
 
     def __post_init__(self) -> None:
         if self.candidates < 1:
@@ -41,6 +44,7 @@ class ITMConfig(ObjectiveConfig):
 
 class ITM(Objective):
     abilities = frozenset({"match"})
+    contrasts = True
 
     def __init__(self, config: ITMConfig, model: ModelConfig):
         super().__init__()
@@ -63,31 +67,43 @@ class ITM(Objective):
         state = model.read(image_BKD, ids_BL, mask=masks.full(length_B, ids_BL.shape[1]))
         return self.match(torch.tanh(self.pool(state[:, 0])))
 
-    @torch.no_grad()
-    def negatives(self, model: VLModel, image_BKD: Tensor, batch: Batch) -> Tensor:
-        """The row of another pair's text for each image: [B]. It is no text equal to the image's own, unless all candidates are
-        equal to it."""
+    def candidates(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The rows of the other texts that each image may get [B C], and which of them do belong to it too: bool [B C]."""
         B = len(batch)
         row = torch.arange(B, device=batch.ids.device)
-        candidates = min(self.config.candidates, B - 1)
-        order = uniform(batch.seed, (B - 1,), OFFSET_SALT).argsort(1)[:, :candidates]
+        order = uniform(batch.seed, (B - 1,), OFFSET_SALT).argsort(1)[:, : min(self.config.candidates, B - 1)]
         other = (row[:, None] + 1 + order) % B
-        same = (batch.ids[other] == batch.ids[:, None]).all(-1)
-        score = torch.zeros(B, candidates, device=row.device)
+        if self.config.equal_pairs == "negatives":
+            return other, torch.zeros_like(other, dtype=torch.bool)
+        content = contents(batch)
+        return other, (content[other] == content[:, None]).any(-1)
+
+    @torch.no_grad()
+    def negatives(self, model: VLModel, image_BKD: Tensor, batch: Batch) -> Tensor:
+        """The row of another pair's text for each image: [B]. It is one that does not belong to the image, unless all
+        candidates do."""
+        other, equal = self.candidates(batch)
+        B, candidates = other.shape
+        score = torch.zeros(B, candidates, device=other.device)
         if candidates > 1:
             for k in range(candidates):
                 logits = self.scores(model, image_BKD, batch.ids[other[:, k]], batch.length[other[:, k]]).float()
                 score[:, k] = F.log_softmax(logits, -1)[:, 1]
         noise = uniform(batch.seed, (candidates,), NEGATIVE_SALT).clamp(1e-7, 1 - 1e-7)
         gumbel = -torch.log(-torch.log(noise))
-        choice = (score + gumbel - 1e4 * same).argmax(1)
-        return other[row, choice]
+        choice = (score + gumbel - 1e4 * equal).argmax(1)
+        return other.gather(1, choice[:, None])[:, 0]
+
+    def has_negative(self, batch: Batch) -> Tensor:
+        """Whether any of a row's candidates does not belong to its image: bool [B]."""
+        return ~self.candidates(batch)[1].all(1)
 
     def counts(self, batch: Batch) -> dict[str, Tensor]:
-        return {"match": batch.length.new_tensor(2 * len(batch))}
+        right = batch.length.new_tensor(len(batch))
+        return {"match": right + self.has_negative(batch).sum() if len(batch) > 1 else 2 * right}
 
     def forward(self, model: VLModel, image_BKD: Tensor, batch: Batch) -> dict[str, Loss]:
-        """The loss of each image with its own text and with a hard negative.
+        """The loss of each image with its own text and with a hard negative, where the batch has one.
 
         A batch of one row has no negative: that is an error in training; in validation, whose last batch may be that short, it
         counts as no row.
@@ -104,5 +120,7 @@ class ITM(Objective):
         ids = torch.stack([batch.ids, batch.ids[other]], 1).flatten(0, 1)
         length = torch.stack([batch.length, batch.length[other]], 1).flatten()
         logits = self.scores(model, image_BKD, ids, length).float()
-        target = torch.tensor([1, 0], device=ids.device).repeat(B)
-        return {"match": Loss(F.cross_entropy(logits, target, reduction="sum"), target.new_tensor(2 * B))}
+        ignored = -100
+        target = torch.stack([torch.ones_like(other), torch.where(self.has_negative(batch), 0, ignored)], 1).flatten()
+        total = F.cross_entropy(logits, target, ignore_index=ignored, reduction="sum")
+        return {"match": Loss(total, self.counts(batch)["match"])}

@@ -12,6 +12,7 @@ from fastvlp.errors import UserError
 from fastvlp.model.frozen_states import TextUse
 from fastvlp.model.keep import TextPolicy, keep_count, keep_text
 from fastvlp.model.model import ModelConfig, VLModel
+from fastvlp.objectives.equal_pairs import EqualPairs, contents
 from fastvlp.objectives.objective import ObjectiveConfig
 
 
@@ -25,6 +26,8 @@ class PairsConfig(ObjectiveConfig, abc.ABC):
     """Which positions are encoded: `random` ones of all, or `prioritised`, where padding is dropped first."""
     weight: float = 1.0
     """Weight of the loss beside those of other objectives."""
+    equal_pairs: EqualPairs = "ignored"
+    """Whether pairs with the same text or the same image are `negatives` of each other, as published, or `ignored`."""
 
     def __post_init__(self) -> None:
         if not 0 < self.text_keep <= 1:
@@ -39,6 +42,11 @@ class PairsConfig(ObjectiveConfig, abc.ABC):
         """Raises UserError where a share of the text is encoded whose length differs from batch to batch."""
         if self.text_keep < 1 and (model.embed is None or model.embed.text_length is None):
             raise UserError("`text_keep` is a share of texts of one length; set `model.embed.text_length`, such as 32")
+
+
+def pair_contents(batch: Batch, config: PairsConfig) -> tuple[Tensor, ...]:
+    """What a loss needs in order to leave out equal pairs: int64 [B 2], or nothing."""
+    return (contents(batch),) if config.equal_pairs == "ignored" else ()
 
 
 def embed_pair(model: VLModel, image_BKD: Tensor, batch: Batch, config: PairsConfig) -> tuple[Tensor, ...]:

@@ -21,7 +21,7 @@ from fastvlp.model.absent import Absent
 from fastvlp.model.joint_space import unit
 from fastvlp.model.model import ModelConfig, VLModel
 from fastvlp.objectives.contrastive import queue_nce
-from fastvlp.objectives.mismatched_pairs import PairsConfig, embed_pair
+from fastvlp.objectives.mismatched_pairs import PairsConfig, embed_pair, pair_contents
 from fastvlp.objectives.objective import Loss, PairObjective
 
 # Bounds of the temperature; a learned one is kept within them, as in ALBEF's released code.
@@ -96,12 +96,13 @@ def momentum_copy(model: VLModel) -> VLModel:
 
 
 class MoCo(PairObjective):
-    """State that a resumed run needs: the copy `slow`, both queues [K E], and the number of keys `written` so far; its
-    remainder by K is the place of the next key."""
+    """State that a resumed run needs: the copy `slow`, both queues [K E], the `contents` [K 2] of the pairs that their keys are
+    of, and the number of keys `written` so far; its remainder by K is the place of the next key."""
 
     slow: VLModel
     image_queue: Tensor
     text_queue: Tensor
+    queue_content: Tensor
     written: Tensor
 
     def __init__(self, config: MoCoConfig, width: int):
@@ -112,8 +113,10 @@ class MoCo(PairObjective):
         for name in ("image_queue", "text_queue"):
             # Drawn like weights, from the run's seed, so that all ranks have the same.
             self.register_buffer(name, unit(nn.init.normal_(torch.empty(config.queue, width))))
+        # No pair has these: what a queue begins with is not the key of any.
+        self.register_buffer("queue_content", torch.full((config.queue, 2), -1))
         self.register_buffer("written", torch.zeros((), dtype=torch.int64))
-        self.latest: tuple[Tensor, Tensor] | None = None
+        self.latest: tuple[Tensor, ...] | None = None
         # Of some patches alone there are no stored states.
         self.image_use = "embedding" if config.key_keep == 1 else "pixels"
 
@@ -131,9 +134,10 @@ class MoCo(PairObjective):
 
     @torch.no_grad()
     def constants(self, model: VLModel, batch: Batch) -> tuple[Tensor, ...]:
-        """Keys of images and texts, two [B E]."""
+        """Keys of images and texts, two [B E], and maybe the contents of the pairs."""
         keep_BK = self.slow.config.image.random_patches(batch.seed, self.config.key_keep)
-        return embed_pair(self.slow, self.slow.encode_image(batch.image, keep_BK), batch, self.config)
+        keys = embed_pair(self.slow, self.slow.encode_image(batch.image, keep_BK), batch, self.config)
+        return *keys, *pair_contents(batch, self.config)
 
     def score(self, *rows: Tensor) -> dict[str, Loss]:
         """Losses of each image among the keys of texts, and of each text among those of images. The queue is as it was before
@@ -142,19 +146,31 @@ class MoCo(PairObjective):
         In validation the candidates are the rows of the batch. With a queue the loss would stay or rise as the negatives get
         harder, so that the first weights would seem the best.
         """
-        image_BE, text_BE, image_key_BE, text_key_BE = rows
+        image_BE, text_BE, image_key_BE, text_key_BE, *contents = rows
         config, filled = self.config, 0
         mode, alpha = (config.mode, config.alpha) if self.training else ("batch+queue", 0.0)
         (images, first), (texts, _) = self.gather_rows(image_key_BE, least=1), self.gather_rows(text_key_BE, least=1)
+        content = self.gather_contents(*contents)
         if self.training:
-            self.latest = images, texts
+            self.latest = (images, texts) if content[1] is None else (images, texts, content[1])
             filled = min(int(self.written), config.queue) if config.warm else config.queue
         own = first + torch.arange(len(image_BE), device=image_BE.device)
         weight = config.weight / (2 if config.directions == "mean" else 1)
 
         def loss(query_BE: Tensor, key_ME: Tensor, queue_KE: Tensor, other_BE: Tensor) -> Loss:
             soft_BE = other_BE if alpha else None
-            each = queue_nce(query_BE, key_ME, queue_KE[:filled], own, 1 / self.temperature, mode, soft_BE, alpha)
+            each = queue_nce(
+                query_BE,
+                key_ME,
+                queue_KE[:filled],
+                own,
+                1 / self.temperature,
+                mode,
+                soft_BE,
+                alpha,
+                content=content,
+                queue_content_K2=self.queue_content[:filled],
+            )
             return Loss(each.sum(), own.new_tensor(len(own)), weight)
 
         return {
@@ -188,7 +204,7 @@ class MoCo(PairObjective):
             return
         (count, _), K = self.latest[0].shape, self.config.queue
         newest = torch.arange(max(0, count - K), count, device=self.written.device)
-        for queue, key in zip((self.image_queue, self.text_queue), self.latest):
+        for queue, key in zip((self.image_queue, self.text_queue, self.queue_content), self.latest):
             queue[(self.written + newest) % K] = key[newest]
         self.written += count
         self.latest = None

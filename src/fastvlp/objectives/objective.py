@@ -14,6 +14,7 @@ from fastvlp.batch import Batch, register_dataclass_node
 from fastvlp.errors import UserError
 from fastvlp.model.frozen_states import ImageUse, TextUse
 from fastvlp.model.model import Bos, ModelConfig, Reading, VLModel
+from fastvlp.objectives.tiled import ANY_CONTENT, Content
 
 if TYPE_CHECKING:
     from fastvlp.data.tokenize import Tokenizer
@@ -66,6 +67,7 @@ class Objective(nn.Module, abc.ABC):
         image_use: the least that it reads of a batch's images: their vectors in the joint space (`embed_image`), the states
             that it gets, or their pixels. States of a frozen encoder are stored, pixels are decoded at each step.
         text_use: the least that it reads of the texts: their vectors in the joint space (`embed_text`), or their words.
+        contrasts: whether a row's text is wrong for the images of other rows, so that the log tells how many rows are equal.
     """
 
     reading: Reading = "full"
@@ -74,6 +76,7 @@ class Objective(nn.Module, abc.ABC):
     abilities: frozenset[Ability] = frozenset()
     image_use: ImageUse = "states"
     text_use: TextUse = "words"
+    contrasts: bool = False
 
     @abc.abstractmethod
     def forward(self, model: VLModel, image_BKD: Tensor, batch: Batch) -> dict[str, Loss]:
@@ -128,6 +131,7 @@ class PairObjective(Objective):
     """
 
     abilities: frozenset[Ability] = frozenset({"embed"})
+    contrasts: bool = True
 
     @abc.abstractmethod
     def embed(self, model: VLModel, image_BKD: Tensor, batch: Batch) -> tuple[Tensor, ...]:
@@ -153,6 +157,11 @@ class PairObjective(Objective):
                 f"{MORE_ROWS}"
             )
         return gathered, first
+
+    def gather_contents(self, *own_B2: Tensor) -> Content:
+        """The `contents` of the rows of this rank and of all ranks; of none, where equal pairs are not left out."""
+        (content_B2,) = own_B2 or (None,)
+        return ANY_CONTENT if content_B2 is None else (content_B2, self.gather_rows(content_B2, least=1)[0])
 
     @abc.abstractmethod
     def score(self, *rows: Tensor) -> dict[str, Loss]:

@@ -13,7 +13,7 @@ from fastvlp.batch import Batch
 from fastvlp.data.tokenize import Tokenizer
 from fastvlp.model.model import ModelConfig, VLModel
 from fastvlp.objectives.contrastive import sigmoid_loss
-from fastvlp.objectives.mismatched_pairs import PairsConfig, embed_pair
+from fastvlp.objectives.mismatched_pairs import PairsConfig, embed_pair, pair_contents
 from fastvlp.objectives.objective import Loss, PairObjective
 
 
@@ -52,10 +52,14 @@ class SigLIP(PairObjective):
     def embed(self, model: VLModel, image_BKD: Tensor, batch: Batch) -> tuple[Tensor, ...]:
         return embed_pair(model, image_BKD, batch, self.config)
 
+    def constants(self, model: VLModel, batch: Batch) -> tuple[Tensor, ...]:
+        return pair_contents(batch, self.config)
+
     def score(self, *rows: Tensor) -> dict[str, Loss]:
         """The loss of each image with the texts of all ranks; it is divided by the number of images, as in algorithm 1."""
-        image_BE, text_BE = rows
+        image_BE, text_BE, *contents = rows
         texts, first = self.gather_rows(text_BE)
         own = first + torch.arange(len(image_BE), device=image_BE.device)
-        loss = sigmoid_loss(image_BE, texts, own, self.log_scale.exp(), self.bias)
+        content = self.gather_contents(*contents)
+        loss = sigmoid_loss(image_BE, texts, own, self.log_scale.exp(), self.bias, content=content)
         return {"pairs": Loss(loss.sum(), own.new_tensor(len(own)), self.config.weight)}

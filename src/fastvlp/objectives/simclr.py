@@ -60,6 +60,8 @@ class SimCLRConfig(ObjectiveConfig):
 
 
 class SimCLR(PairObjective):
+    # Texts play no part in it.
+    contrasts = False
     abilities = frozenset()
     image_use = "pixels"
 

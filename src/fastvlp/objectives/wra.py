@@ -16,6 +16,7 @@ from fastvlp.data.tokenize import Tokenizer
 from fastvlp.errors import UserError
 from fastvlp.model.model import ModelConfig, VLModel
 from fastvlp.model.region_embedding import require_regions
+from fastvlp.objectives.equal_pairs import EqualPairs, wrong_pairs
 from fastvlp.objectives.losses import at_least_fp32
 from fastvlp.objectives.objective import MORE_ROWS, Loss, Objective, ObjectiveConfig
 from fastvlp.objectives.transport import transport_distance
@@ -45,6 +46,8 @@ class WRAConfig(ObjectiveConfig):
     """Strength of the entropy term in the transport problem (IPOT)."""
     iterations: int = 50
     """Steps in which the transport problem is solved."""
+    equal_pairs: EqualPairs = "ignored"
+    """Whether pairs with the same text or the same image may be `negatives` of each other, or are `ignored`."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.rate < 1:
@@ -58,11 +61,12 @@ class WRA(Objective):
     """Matching, and alignment where it has a weight.
 
     The released code draws the other image from its whole data set when an epoch begins. Here it comes from the batch, by the
-    row's seed, so that nothing is read twice. A pair with the same text is never the other one, nor is one that would make the
-    row longer than the longest of the batch, whose size was chosen by a budget of tokens.
+    row's seed, so that nothing is read twice. A pair with the same text or image is never the other one, nor is one that would
+    make the row longer than the longest of the batch, whose size was chosen by a budget of tokens.
     """
 
     abilities = frozenset({"match"})
+    contrasts = True
 
     def __init__(self, config: WRAConfig):
         super().__init__()
@@ -81,7 +85,7 @@ class WRA(Objective):
         from_image = uniform(batch.seed, (1,), SIDE_SALT) < {"image": 1.0, "text": 0.0, "both": 0.5}[c.negative]
         length, count = batch.length, require_regions(batch.regions).count
         total_BB = torch.where(from_image, length[:, None] + count, length + count[:, None])
-        fits = (batch.ids[:, None] != batch.ids).any(-1) & (total_BB <= (length + count).max())
+        fits = wrong_pairs(batch, c.equal_pairs) & (total_BB <= (length + count).max())
         other = uniform(batch.seed, (B,), OTHER_SALT).masked_fill(~fits, 2.0).argmin(1)
         wrong = (uniform(batch.seed, (1,), COIN_SALT)[:, 0] < c.rate) & fits.any(1)
         image = wrong & from_image[:, 0]

@@ -24,6 +24,7 @@ from fastvlp.eval.ranks import ranks, recall
 from fastvlp.eval.split_reading import read_captions
 from fastvlp.model.model import ModelConfig, Reading, VLModel
 from fastvlp.model.saving import Saved, load_model
+from fastvlp.objectives.equal_pairs import EqualPairs, wrong_pairs
 from fastvlp.objectives.losses import at_least_fp32
 from fastvlp.objectives.objective import Loss
 from fastvlp.objectives.saved_objectives import abilities, load_objective, saved_configs
@@ -61,6 +62,8 @@ class RetrievalOptions:
     """hard: pairs that get negatives, out of the whole batch."""
     keep: int = 31
     """hard: images, and texts, that each of these pairs is ranked against."""
+    equal_pairs: EqualPairs = "ignored"
+    """Whether pairs with the same text or the same image may be `negatives` of each other, or are `ignored`."""
 
     def __post_init__(self) -> None:
         if self.anchors < 1 or self.keep < 1:
@@ -71,9 +74,9 @@ class RetrievalOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class RetrievalConfig(RetrievalOptions, HeadConfig):
-    """A score that ranks right pairs above wrong ones. Wrong pairs are made of the batch; one with the very same text is
-    never wrong. (The released codes draw them from the whole data set: FLM's 15 texts, UNITER's 8 anchors, 31 of 399. A batch
-    of 16, or of 400, gives as many, and nothing is read twice.)"""
+    """A score that ranks right pairs above wrong ones. Wrong pairs are made of the batch; one with the very same text or image
+    is never wrong. (The released codes draw them from the whole data set: FLM's 15 texts, UNITER's 8 anchors, 31 of 399. A
+    batch of 16, or of 400, gives as many, and nothing is read twice.)"""
 
     loss: RankLoss = "hinge"
     """hinge: right pairs score higher than wrong ones by `margin` (UNITER). cross-entropy: the own text of an image is chosen
@@ -101,6 +104,8 @@ def choice_loss(score_BC: Tensor, real_BC: Tensor) -> Tensor:
 
 class Retrieval(HeadObjective):
     """A score of a pair, and the loss that ranks right pairs above wrong ones."""
+
+    contrasts = True
 
     def __init__(self, config: RetrievalConfig, model: ModelConfig):
         super().__init__(config, model, images=1, outputs=1, head=nn.Linear(model.text.width, 1))
@@ -137,10 +142,10 @@ class Retrieval(HeadObjective):
         return self.scores(model, image_BKD[image_P], batch.ids[text_P], batch.length[text_P], regions)
 
     def wrong(self, batch: Batch) -> Tensor:
-        """Which texts differ from the row's own: bool [B B]."""
+        """Which texts are wrong for a row's image: bool [B B]."""
         if len(batch) < 2 and self.training:
             raise UserError("retrieval takes its negatives from the batch, and this one has a single readable pair")
-        return (batch.ids[:, None] != batch.ids).any(-1)
+        return wrong_pairs(batch, self.config.equal_pairs)
 
     def counts(self, batch: Batch) -> dict[str, Tensor]:
         c, others_B = self.config, self.wrong(batch).sum(1)

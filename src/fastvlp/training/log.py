@@ -28,10 +28,12 @@ SILENCE_S = 10.0
 
 @dataclass(kw_only=True)
 class _Totals:
-    """Sums over the steps since the last line. `flops` are of this rank, pairs and tokens of all."""
+    """Sums over the steps since the last line. `flops` are of this rank, pairs and tokens of all. `equal_pairs` are those whose
+    text or image another pair of the step has too; None where nothing contrasts them."""
 
     steps: int = 0
     pairs: int = 0
+    equal_pairs: int | None = None
     tokens: int = 0
     seconds: float = 0.0
     data_wait: float = 0.0
@@ -41,6 +43,8 @@ class _Totals:
         self.steps += 1
         for name in ("pairs", "tokens", "seconds", "data_wait", "flops"):
             setattr(self, name, getattr(self, name) + getattr(report, name))
+        if report.equal_pairs is not None:
+            self.equal_pairs = (self.equal_pairs or 0) + report.equal_pairs
 
     def rates(self, peak: float | None) -> dict[str, float]:
         seconds = max(self.seconds, 1e-9)
@@ -50,6 +54,8 @@ class _Totals:
             "data_wait": self.data_wait / seconds,
             "flops_per_s": self.flops / seconds,
         }
+        if self.equal_pairs is not None:
+            rates["equal_pairs"] = self.equal_pairs / max(1, self.pairs)
         return rates | ({"mfu": rates["flops_per_s"] / peak} if peak else {})
 
 
@@ -193,6 +199,7 @@ def train_line(step: int, steps: int | None, fields: Mapping[str, Any]) -> str:
         f"data wait {fields['data_wait']:.0%}",
         f"MFU {fields['mfu']:.0%}" if "mfu" in fields else f"{_scaled(fields['flops_per_s'])}FLOP/s",
         f"{fields['memory'] / 1e9:.2f} GB",
+        *([f"equal pairs {fields['equal_pairs']:.1%}"] if fields.get("equal_pairs") else []),
         *(f"{name} {fields[name]}" for name in ("skipped", "dropped") if fields[name]),
         f"left {_clock(fields['left'])}",
     ]

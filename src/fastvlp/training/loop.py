@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
@@ -21,6 +21,7 @@ from fastvlp import dist
 from fastvlp.batch import Batch, Dropped
 from fastvlp.config import show
 from fastvlp.errors import UserError
+from fastvlp.objectives.equal_pairs import contents, has_equal
 from fastvlp.objectives.objective import Loss, combine
 from fastvlp.provenance import device_name
 from fastvlp.random import hash64
@@ -56,12 +57,14 @@ def steps(state: TrainState) -> Iterator[StepReport]:
         counts, shares = backward(state, micro)
 
         norm = clip_grad_norm_(parameters, run.optim.clip or math.inf)
-        totals = dist.all_reduce_sum(torch.stack([*shares.values(), norm.new_tensor(sum(map(len, micro)))]))
+        rows = norm.new_tensor(sum(map(len, micro))), equal_rows(state, micro).to(norm)
+        totals = dist.all_reduce_sum(torch.stack([*shares.values(), *rows]))
         target_counts = torch.stack([*counts.values()]).float()
         # `tolist` waits for the device. A step does this only here and where it needs a number on the CPU: to select the
         # target tokens, to pack a single stream, while a queue is filling, and for the batch sizes of other ranks.
         grad_norm, *numbers = torch.cat([norm[None], totals, target_counts]).tolist()
-        values, pairs, targets = numbers[: len(shares)], int(numbers[len(shares)]), numbers[len(shares) + 1 :]
+        n = len(shares)
+        values, pairs, equal, targets = numbers[:n], int(numbers[n]), int(numbers[n + 1]), numbers[n + 2 :]
         skipped = not all(map(math.isfinite, [*values, grad_norm]))
         if not skipped:
             state.optimiser.step()
@@ -87,6 +90,7 @@ def steps(state: TrainState) -> Iterator[StepReport]:
             grad_norm=grad_norm,
             skipped=skipped,
             dropped=dict(list(state.dropped.items())[dropped_before:]),
+            equal_pairs=equal if state.pretraining.contrasts else None,
         )
         count_skipped(state, report)
         yield report
@@ -118,7 +122,17 @@ def backward(state: TrainState, micro: list[Batch]) -> tuple[dict[str, Tensor], 
 def next_batch(state: TrainState, batches: Iterator[tuple[Batch, list[Dropped]]]) -> Batch:
     batch, dropped = next(batches)
     state.dropped |= {record.key: record.reason for record in dropped}
-    return batch.to(state.device)
+    batch = batch.to(state.device)
+    return replace(batch, content=contents(batch)) if state.pretraining.contrasts else batch
+
+
+def equal_rows(state: TrainState, micro: list[Batch]) -> Tensor:
+    """How many rows of this rank have a text or an image that another row of the step has too."""
+    if not state.pretraining.contrasts:
+        return torch.zeros((), device=state.device)
+    own = torch.cat([contents(batch) for batch in micro])
+    every, first = dist.gather(own)
+    return has_equal(every)[first : first + len(own)].sum()
 
 
 @contextmanager
@@ -331,8 +345,8 @@ def log_new_run(state: TrainState, log: RunLog) -> None:
     rows = run.data.batch_size * run.accumulate * dist.world()
     if rows > records and state.pretraining.pair_objectives() and run.data.max_tokens is None:
         log.say(
-            f"`data.batch_size` {run.data.batch_size}: a step contrasts {rows} rows of only {records} records, so that some "
-            f"rows are their own negatives; lower it"
+            f"`data.batch_size` {run.data.batch_size}: a step contrasts {rows} rows of only {records} records, so that it has "
+            f"some pairs twice; lower it"
         )
 
 

@@ -81,6 +81,11 @@ class Pretraining(nn.Module):
         """The active objectives that couple the rows of a batch."""
         return {name: part for name, part in self.active_objectives().items() if isinstance(part, PairObjective)}
 
+    @property
+    def contrasts(self) -> bool:
+        """Whether any objective takes the text of a row for wrong beside the images of others."""
+        return any(objective.contrasts for objective in self.all_objectives().values())
+
     def encode_image(self, batch: Batch) -> Tensor:
         """States of the images [B K D]. With `keep` below 1 patches are dropped before any is embedded, the same ones for the
         same row seeds."""

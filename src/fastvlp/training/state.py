@@ -29,6 +29,7 @@ class StepReport:
         losses: `loss`, which was minimised: the sum of weight * mean over its terms; and the mean of each term.
         lr: learning rate of the encoders.
         pairs: rows of the step.
+        equal_pairs: rows whose text or image another row of the step has too; None where no objective contrasts rows.
         tokens: targets of all losses.
         seconds: of the step, of which `data_wait` were spent waiting for batches.
         flops: floating-point operations of this rank.
@@ -48,6 +49,7 @@ class StepReport:
     grad_norm: float
     skipped: bool
     dropped: dict[str, str]
+    equal_pairs: int | None = None
 
 
 @dataclass(kw_only=True)
