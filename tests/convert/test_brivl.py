@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,9 @@ from torch import Tensor
 
 from fastvlp.batch import Regions
 from fastvlp.cli import main
-from fastvlp.convert.efficientnet import STAGES, efficientnet_config, efficientnet_weights
+from fastvlp.convert.efficientnet import efficientnet_config, efficientnet_weights
 from fastvlp.errors import UserError
+from fastvlp.model.encoders.efficientnet_shapes import STAGES
 from fastvlp.model.saving import Saved, load_model
 from fastvlp.tasks.pretrained import preprocessing_of
 from tests.convert.test_checkpoints import BERT, made_tokenizer
@@ -157,10 +159,10 @@ def timm_forward(w: dict[str, Tensor], image: Tensor) -> Tensor:
     return F.silu(norm(conv(x, "conv_head"), "bn2"))
 
 
-@pytest.mark.parametrize("size", [64, 76, 92])
-def test_the_cnn_gives_the_map_of_timm(size: int):
-    """At these sizes different stages halve maps of odd sides."""
-    config = efficientnet_config("tf_efficientnet_b0", size)
+@pytest.mark.parametrize(("published", "size"), [(64, 64), (76, 76), (92, 92), (64, 76), (76, 64)])
+def test_the_cnn_gives_the_map_of_timm(published: int, size: int):
+    """At these sizes different stages halve maps of odd sides, also where the weights come with another image size."""
+    config = replace(efficientnet_config("tf_efficientnet_b0", published), size=size)
     weights = cnn_weights("")
     encoder = config.build().eval()
     encoder.load_state_dict(efficientnet_weights(weights, ""))

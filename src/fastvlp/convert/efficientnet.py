@@ -2,31 +2,17 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping
-from typing import Any
 
 from torch import Tensor
 
 from fastvlp.convert.preprocessing import IMAGENET_MEAN, IMAGENET_STD
 from fastvlp.convert.weight_map import WeightMap, Weights, apply_map, layer_numbers
 from fastvlp.errors import UserError
+from fastvlp.model.encoders.efficientnet_shapes import SIZES, efficientnet
 from fastvlp.model.encoders.transformers_image import TransformersImageConfig
 
-# Factors of width and depth of each published size.
-SIZES = {
-    "b0": (1.0, 1.0),
-    "b1": (1.0, 1.1),
-    "b2": (1.1, 1.2),
-    "b3": (1.2, 1.4),
-    "b4": (1.4, 1.8),
-    "b5": (1.6, 2.2),
-    "b6": (1.8, 2.6),
-    "b7": (2.0, 3.1),
-}
-# Of each stage of b0: blocks, stride, and size of the depthwise kernel.
-STAGES = ((1, 1, 3), (2, 2, 3), (2, 2, 5), (3, 2, 3), (3, 1, 5), (4, 2, 5), (1, 1, 3))
 NORM = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 # Parts of a block, theirs -> ours: those of the first stage, whose blocks do not expand, and those of the others.
 PLAIN = {"conv_dw": "depthwise_conv.depthwise_conv", "bn1": "depthwise_conv.depthwise_norm"}
@@ -41,8 +27,7 @@ def efficientnet_config(name: str, size: int) -> TransformersImageConfig:
     """The encoder that timm calls `name`, such as tf_efficientnet_b5_ns, for images of `size` pixels. Raises UserError for a
     name that is none of these, and for an odd size, which the stem pads otherwise."""
     match = re.fullmatch(r"tf_efficientnet_(b\d)(_\w+|\.\w+)?", name)
-    factors = SIZES.get(match[1]) if match else None
-    if factors is None:
+    if match is None or match[1] not in SIZES:
         raise UserError(
             f"its image encoder is {name} of timm; of those EfficientNet b0 to b7 are known (tf_efficientnet_b5_ns)"
         )
@@ -50,35 +35,9 @@ def efficientnet_config(name: str, size: int) -> TransformersImageConfig:
         raise UserError(
             f"images of {size} pixels: an EfficientNet of TensorFlow's padding reads an even number of them"
         )
-    wide, deep = factors
-    architecture: dict[str, Any] = {
-        "model_type": "efficientnet",
-        "image_size": size,
-        "width_coefficient": wide,
-        "depth_coefficient": deep,
-        "hidden_dim": _rounded(1280 * wide),
-        "hidden_act": "swish",
-        "batch_norm_eps": 1e-3,
-        "depthwise_padding": _symmetric(size, deep),
-    }
-    return TransformersImageConfig(size=size, mean=IMAGENET_MEAN, std=IMAGENET_STD, architecture=architecture)
-
-
-def _rounded(channels: float) -> int:
-    new = max(8, int(channels + 4) // 8 * 8)
-    return new + 8 if new < 0.9 * channels else new
-
-
-def _symmetric(size: int, deep: float) -> list[int]:
-    """Numbers of the blocks whose map is halved from an odd side, and is then padded alike on both sides."""
-    side, number, found = size // 2, 0, []
-    for blocks, stride, _ in STAGES:
-        if stride == 2:
-            if side % 2:
-                found.append(number)
-            side = -(-side // 2)
-        number += math.ceil(deep * blocks)
-    return found
+    return TransformersImageConfig(
+        size=size, mean=IMAGENET_MEAN, std=IMAGENET_STD, architecture=efficientnet(match[1], size)
+    )
 
 
 def efficientnet_weights(weights: Weights, prefix: str) -> dict[str, Tensor]:

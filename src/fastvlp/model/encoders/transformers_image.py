@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from inspect import signature
 from typing import Annotated, Any
@@ -14,9 +14,15 @@ from torch import Tensor, nn
 from tyro.conf import Fixed
 
 from fastvlp.errors import UserError
+from fastvlp.model.encoders import efficientnet_shapes
 from fastvlp.model.encoders.interface import ImageEncoder
 from fastvlp.model.encoders.measured import Measured, MeasuredConfig, as_states, keep_statistics, leave_unused, measure
-from fastvlp.model.encoders.transformers_models import build_model
+from fastvlp.model.encoders.transformers_models import architecture_of, build_model, model_config
+
+# Families whose config states something of the image size that the weights do not depend on.
+AT_SIZE: Mapping[Any, Callable[[Mapping[str, Any], int], dict[str, Any]]] = {
+    "efficientnet": efficientnet_shapes.at_size
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,8 +35,22 @@ class TransformersImageConfig(MeasuredConfig):
     """Whether batch norms keep the statistics that they come with, in training too."""
 
     @property
+    def sized(self) -> Mapping[str, Any]:
+        """The architecture for images of `size` pixels. As it is where it was published for this size."""
+        change = AT_SIZE.get(self.architecture.get("model_type"))
+        if change is None or self.architecture.get("image_size") == self.size:
+            return self.architecture
+        return change(self.architecture, self.size)
+
+    @property
     def measured(self) -> Measured:
-        return _measured(json.dumps(dict(self.architecture), sort_keys=True), self.size)
+        return _measured(json.dumps(dict(self.sized), sort_keys=True), self.size)
+
+    def normal_form(self) -> TransformersImageConfig:
+        # What a config.json leaves out is stated, and what depends on the image size alone is made equal.
+        whole = architecture_of(model_config(self.architecture))
+        change = AT_SIZE.get(whole.get("model_type"))
+        return replace(self, architecture=change(whole, 0) if change else whole)
 
     def build(self) -> TransformersImage:
         return TransformersImage(self)
@@ -67,7 +87,7 @@ class TransformersImage(ImageEncoder):
     def __init__(self, config: TransformersImageConfig):
         super().__init__(config)
         self.config = config
-        self.model = build_model(config.architecture)
+        self.model = build_model(config.sized)
         leave_unused(self.model, config.measured)
 
     def train(self, mode: bool = True) -> TransformersImage:
