@@ -51,6 +51,11 @@ NEWER = ("--image", "None", "--text", "None", "--states.store", "never")
 SMALL_BATCH = ("--data.batch-size", "8")
 PHOTOS = (*SMALL_BATCH, "--vocab", "600", "--model.image.size", "64")
 SHALLOW_TOWERS = ("--model.image.depth", "2", "--model.text.depth", "1")
+SMALL_BRIVL = (
+    *("--model", "brivl_tiny", "--vocab", "600", "--data.max-length", "64", "--data.workers", "0", *SMALL_BATCH),
+    *("--data.train", "demo/world/train", "--data.val", "demo/world/val"),
+    *("--train-last.image", "2", "--train-last.text", "1", "--freeze"),
+)
 MADE_BY = {"flip_tune": "flip_photos", "clipa_full": "clipa_short"}
 
 
@@ -81,6 +86,8 @@ def recipe_cases(names: Sequence[str]) -> Iterator[Case]:
             *("--data.workers", "1", "--accumulate", "2", "--init", "None", "--model.single.depth", "2"),
             *("--data.max-tokens", "512", "--data.group", "64", "--vocab", "600"),
         ),
+        "brivl_base": SMALL_BRIVL,
+        "brivl2_base": SMALL_BRIVL,
     }
     for name in names:
         options = own.get(name, PHOTOS if not name.endswith("_demo") else SMALL_BATCH)

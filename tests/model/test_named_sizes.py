@@ -31,6 +31,8 @@ def test_the_recipe_says_which_parts_there_are():
     assert named_size("uniter_base", like=single).single.regions == single.single.regions
     pooled = named_size("tiny", like=recipe("uniter_end2end").model)
     assert pooled.single.regions.feature == 96 and pooled.image == tiny().image
+    for name, grid in (("brivl_demo", None), ("brivl_photos", 6)):
+        assert named_size("brivl_tiny", like=recipe(name).model).embed.image.regions.grid == grid
     for name in ("brivl", "tiny"):
         assert named_size(name, like=towers).embed.image.regions is None
 

@@ -21,7 +21,8 @@ from fastvlp.model.single_stream import SingleConfig
 T = TypeVar("T")
 # Fields that may differ between a run and the weights it starts from: positions are resized, pixels prepared as in the
 # weights' training, the vocabulary is the tokenizer's, and dropout is training's.
-FREE = {"size", "mean", "std", "positions", "vocab", "pad", "bos", "eos", "mask", "dropout"}
+FREE = {"size", "mean", "std", "positions", "vocab", "pad", "bos", "eos", "mask"}
+FREE |= {"dropout", "dropout_rate", "drop_connect_rate"}
 # Fields of a joint space that say how the text encoder reads a text.
 READING = ("text_mask", "text_special", "text_start", "text_length", "text_pad")
 
@@ -87,7 +88,9 @@ def with_width(layer: LayerConfig, width: int) -> LayerConfig:
 
 def same_weights(one: Any, other: Any) -> bool:
     """Whether weights of one config mean the same in the other: they differ in nothing but `FREE` fields."""
-    return _stripped(to_json(one)) == _stripped(to_json(other))
+    pair = (config.normal_form() if isinstance(config, ImageEncoderConfig) else config for config in (one, other))
+    mine, theirs = (_stripped(to_json(config)) for config in pair)
+    return mine == theirs
 
 
 def _stripped(value: Json) -> Json:

@@ -9,7 +9,9 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from fastvlp.errors import UserError
+from fastvlp.model.encoders.efficientnet_shapes import efficientnet
 from fastvlp.model.encoders.text_transformer import TextTransformerConfig
+from fastvlp.model.encoders.transformers_image import TransformersImageConfig
 from fastvlp.model.encoders.vit import ViTConfig
 from fastvlp.model.fusion import FusionConfig, ReconstructorConfig
 from fastvlp.model.joint_space import EmbedConfig, HeadConfig
@@ -211,6 +213,7 @@ def region_heads(
         text=HeadConfig(
             pool="mean",
             norm=not config.text.final_norm,
+            eps=config.text.norm_eps,
             hidden=width,
             bias=True,
             depth=depth,
@@ -221,27 +224,22 @@ def region_heads(
     )
 
 
-# Parts of the text encoder that the released BriVL does not train: all but the last four layers.
-BRIVL_FROZEN = ("text.word", "text.position", "text.norm", *(f"text.blocks.{i}" for i in range(8)))
-
-
 def brivl(*, version: Literal[1, 2] = 1, dropout: float = 0.1) -> ModelConfig:
     """BriVL 1.0 (boxes of a detector and the whole image) or 2 (a 6x6 grid and the whole image), in the released size.
 
-    As published: 4x4 sample points in a region; 4 layers with 4 heads, 2048 wide over regions and 768 wide over words; a joint
-    space of 2048 dimensions; a text encoder of BERT-base's shape. Not as published: the image encoder, which is a ViT-B/32
-    instead of an EfficientNet-B5. Its feature map has as many cells: 12x12 at 384 pixels (B5: at 380) and 15x15 at 480 pixels
-    (B5: at 456). The effect of this difference was not measured.
+    An EfficientNet-B5 of transformers, whose map has 12x12 cells at 380 pixels (1.0) and 15x15 at 456 (2), and a text encoder
+    of BERT-base's shape; 4x4 sample points in a region; 4 layers with 4 heads, 2048 wide over regions and 768 wide over words;
+    a joint space of 2048 dimensions. Other than released, batch norms keep the statistics that they start with, and BERT does
+    not attend to padding.
     """
+    size = 380 if version == 1 else 456
     bert = LayerConfig(width=768, heads=12, hidden=3072, norm="post", eps=1e-12, dropout=dropout)
     config = ModelConfig(
-        image=ViTConfig(
-            size=384 if version == 1 else 480,
-            patch=32,
-            depth=12,
-            layer=LayerConfig(width=768, heads=12, hidden=3072),
+        image=TransformersImageConfig(
+            size=size,
             mean=(0.485, 0.456, 0.406),
             std=(0.229, 0.224, 0.225),
+            architecture=efficientnet("b5", size),
         ),
         text=TextTransformerConfig(positions=512, depth=12, layer=bert, embed_eps=1e-12),
     )

@@ -80,6 +80,10 @@ class ImageEncoderConfig(abc.ABC):
         """The state dict of the module that a run starts from where it names no other weights; None: new weights."""
         return None
 
+    def normal_form(self) -> ImageEncoderConfig:
+        """The same encoder, written as two configs must be that are compared field by field. Here: as it is."""
+        return self
+
     def check(self) -> None:
         """Raises UserError where fields do not fit together, or one that a subclass has to add is missing."""
         require_fields(self, width="the numbers in a state", grid="the cells a side of the map")
