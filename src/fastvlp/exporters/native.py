@@ -32,6 +32,12 @@ class NativeExport(ExportTarget):
     def misfit(self, source: ExportSource) -> str | None:
         if usable_abilities(source.saved):
             return None
+        config = source.saved.model.config
+        if config.single or (config.embed and config.embed.reads_boxes):
+            return (
+                "nothing to serve: it reads regions of each picture, and a service is given pictures alone; use the run with "
+                "`vlp evaluate` and `vlp finetune`, or export a BriVL whose regions are a grid, such as brivl_photos"
+            )
         return (
             "nothing to serve: it has no joint space (model.embed), and neither layers that read a text beside the image nor "
             "a head that uses them; export a run of clip, siglip, moco, flm, ar, prefixlm, itm or a task"

@@ -38,7 +38,7 @@ def sample_places(low: Tensor, high: Tensor, cells: int, samples: int, place: Pl
         cells / (cells - 1), away from the edge at 0.
     corners: as with True in both: from edge to edge of the box, half a cell too far.
     """
-    step_S = torch.arange(samples, device=low.device)
+    step_S = torch.arange(samples, dtype=low.dtype, device=low.device)
     part_S = step_S / max(1, samples - 1) if place == "corners" else (step_S + 0.5) / samples
     at = (low[..., None] + (high - low)[..., None] * part_S) * cells
     if place == "corners":
