@@ -108,6 +108,24 @@ def gather_objects(value: Any) -> list[Any]:
     return values
 
 
+@contextmanager
+def together(device: torch.device) -> Iterator[None]:
+    """Context whose error is raised on every rank, not only on the one that has it, for which the others would wait. The ranks
+    must not communicate inside it."""
+    error: Exception | None = None
+    try:
+        yield
+    except Exception as caught:
+        error = caught
+    if active() and all_reduce_sum(torch.tensor([error is not None], device=device).float()).item():
+        messages = gather_objects(None if error is None else str(error))
+        if error is None:
+            rank_, message = next((i, message) for i, message in enumerate(messages) if message is not None)
+            raise UserError(f"rank {rank_}: {message}")
+    if error is not None:
+        raise error
+
+
 def barrier() -> None:
     if active():
         torch_dist.barrier()

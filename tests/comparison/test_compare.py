@@ -78,6 +78,9 @@ class World:
             losses = {"loss": 1.0, "a/next": 1.0 / state.step}
             yield SimpleNamespace(losses=losses, data_wait=0.25, skipped=False)
 
+    def check(self, state: Any) -> None:
+        pass
+
     def score(self, state: Any) -> dict[str, float]:
         self.now += 1000
         self.scored.append((state.run.name, state.run.seed, state.elapsed))
@@ -241,9 +244,43 @@ def test_a_comparison_under_torchrun_is_refused(monkeypatch):
         compare(["flm_demo"])
 
 
-def test_last_weights_of_sound_arms_are_kept_apart_by_seed(world: World, tmp_path: Path) -> None:
+def test_weights_are_kept_apart_by_seed_before_they_are_scored(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    score, kept_before = world.score, []
+
+    def noted(state: Any) -> dict[str, float]:
+        kept_before.append(world.kept[-1] == state.run.out)
+        return score(state)
+
+    monkeypatch.setattr(world, "score", noted)
     go(world, Plan(budget_s=8, out=tmp_path, seeds=2), ARMS | {"broken": replace(ARMS["mlm"], breaks_at=1)})
-    assert world.kept == [str(tmp_path / "runs" / f"{arm}-{seed}") for seed in (0, 1) for arm in ARMS]
+    assert len(kept_before) == 12 and all(kept_before)
+    assert {*world.kept} == {str(tmp_path / "runs" / f"{arm}-{seed}") for seed in (0, 1) for arm in ARMS}
+
+
+def test_what_is_scored_is_read_before_the_first_step(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unreadable(state: Any) -> None:
+        raise UserError("r003: damaged")
+
+    monkeypatch.setattr(world, "check", unreadable)
+    with pytest.raises(UserError, match="r003"):
+        go(world, Plan(budget_s=8, out=tmp_path), ARMS)
+    assert world.order == []
+
+
+def test_a_report_without_pictures_does_not_end_a_comparison(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(states: Any) -> list[Sample]:
+        raise UserError("no pictures")
+
+    monkeypatch.setattr(world, "samples", fails)
+    comparison, _ = go(world, Plan(budget_s=8, out=tmp_path, seeds=2), ARMS)
+    assert len(comparison.runs) == 4 and all(len(run.marks) == 3 for run in comparison.runs)
+    assert (tmp_path / "report.html").exists()
 
 
 def test_a_frozen_encoder_encodes_within_the_budget_unless_its_states_are_stored_by_choice(tmp_path: Path) -> None:

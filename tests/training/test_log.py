@@ -31,7 +31,7 @@ class State:
     skipped: int = 0
     dropped: dict = field(default_factory=dict)
     device = torch.device("cpu")
-    name, precision, log_every = "demo", "bf16", 10
+    name, precision, log_every, validate_every = "demo", "bf16", 10, None
 
     @property
     def run(self):

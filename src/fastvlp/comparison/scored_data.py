@@ -21,15 +21,16 @@ from fastvlp.training.state import TrainState
 from fastvlp.training.train_config import TrainConfig
 
 
-def validation_pairs(state: TrainState, options: ScoringOptions, count: int) -> Iterator[Batch]:
-    """The first `count` pairs of the scored split, as the arm reads them."""
+def validation_pairs(state: TrainState, options: ScoringOptions, count: int | None = None) -> Iterator[Batch]:
+    """The first `count` pairs of the scored split, or all, as the arm reads them."""
     rows = state.run.data.rows(options.split, state.tokenizer, state.model.config.image.size, strict=True)
     if rows is None:
         raise UserError(
             f"{state.run.name}: the data has no {options.split!r} split to score on; name its folder with "
             f"`set` data.{options.split}=FOLDER"
         )
-    for batch, _ in Loader(min(rows.count, count), rows.make, batch_size=options.probe_batch, seed=0).once():
+    count = rows.count if count is None else min(rows.count, count)
+    for batch, _ in Loader(count, rows.make, batch_size=options.probe_batch, seed=0).once():
         yield batch
 
 

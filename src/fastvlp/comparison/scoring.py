@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from fastvlp.comparison.metrics.interface import metric_types
 from fastvlp.comparison.results import Sample
 from fastvlp.comparison.samples import make_samples
+from fastvlp.comparison.scored_data import validation_pairs
 from fastvlp.comparison.scoring_options import ScoringOptions
 from fastvlp.comparison.short_finetuning import ShortFinetuning
+from fastvlp.tasks.items import batches_in_order
 from fastvlp.training.state import TrainState
 
 
@@ -19,6 +22,19 @@ class MetricScorer:
         self.options = options
         self.finetuning = ShortFinetuning(options=options)
         self.metrics = [metric(self.finetuning) for metric in metric_types()]
+        self._checked: set[Any] = set()
+
+    def check(self, state: TrainState) -> None:
+        """Reads the pairs and questions on which an arm is scored once. Raises UserError where one cannot be used."""
+        key = (state.run.data, state.run.tokenizer, state.run.text, state.model.config.image)
+        if key in self._checked:
+            return
+        self._checked.add(key)
+        for _ in validation_pairs(state, self.options):
+            pass
+        if (questions := self.finetuning.questions(state)) is not None:
+            for _ in batches_in_order(questions.held_out, self.options.probe_batch, "cpu"):
+                pass
 
     def score(self, state: TrainState) -> dict[str, float]:
         """The scores of an arm by all metrics that fit it, by name."""

@@ -25,10 +25,10 @@ from fastvlp.tasks import caption
 from fastvlp.tasks.caption import CaptionConfig
 from fastvlp.tasks.items import ItemMaker
 from fastvlp.tasks.vqa import VQAConfig, VQAData
-from fastvlp.training.loop import autocast, steps
+from fastvlp.training.loop import steps
 from fastvlp.training.optim import OptimConfig, adamw
 from fastvlp.training.pretraining import Pretraining
-from fastvlp.training.state import TrainState
+from fastvlp.training.state import TrainState, autocast
 
 
 class Questions(NamedTuple):

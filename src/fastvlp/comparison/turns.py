@@ -66,6 +66,9 @@ class Scorer(Protocol):
     @property
     def options(self) -> Any: ...
 
+    def check(self, state: TrainState) -> None:
+        """Reads all that is scored once, before the first step. Raises UserError where something cannot be read."""
+
     def score(self, state: TrainState) -> dict[str, float]: ...
 
     def samples(self, states: Mapping[str, TrainState]) -> list[Sample]:
@@ -178,8 +181,8 @@ def run_comparison(
 ) -> Comparison:
     """Trains and scores every arm with every seed.
 
-    results.json and report.html are complete after every scoring, and the last weights of each arm are in runs/ARM-SEED, as
-    those of a run.
+    results.json and report.html are complete after every scoring, and the weights of each arm are in runs/ARM-SEED, as those
+    of a run, before it is scored.
     """
     comparison = Comparison(
         arms=list(arms),
@@ -198,21 +201,29 @@ def run_comparison(
         for arm, config in arms.items():
             display.note(f"seed {seed}: building {arm}")
             state = training.begin(replace(config, seed=config.seed + seed, out=f"{config.out}-{config.seed + seed}"))
+            scorer.check(state)
             run = ArmRun(arm=arm, seed=state.run.seed)
             comparison.runs.append(run)
             reports = training.iterate(state)
             started.append(
                 ArmTraining(state=state, reports=reports, run=run, shares=plan.shares, budget_s=plan.budget_s)
             )
-        take_turns(started, plan.slice_s, scorer, display, lambda: save(comparison))
-        sound = {arm.run.arm: arm.state for arm in started if not arm.run.failure}
-        for state in sound.values():
-            training.keep(state)
+        take_turns(started, plan.slice_s, scorer, display, lambda: save(comparison), training.keep)
         if seed == 0:
-            display.note("captions and answers for the report")
-            comparison.samples = scorer.samples(sound)
-            save(comparison)
+            add_samples(comparison, {arm.run.arm: arm.state for arm in started if not arm.run.failure}, scorer, display)
     return comparison
+
+
+def add_samples(
+    comparison: Comparison, states: Mapping[str, TrainState], scorer: Scorer, display: ProgressDisplay
+) -> None:
+    """Adds pictures with captions and answers to the report, which is whole without them."""
+    display.note("captions and answers for the report")
+    try:
+        comparison.samples = scorer.samples(states)
+    except UserError as error:
+        display.note(f"no captions and answers: {error}")
+    save(comparison)
 
 
 def save(comparison: Comparison) -> None:
@@ -228,6 +239,7 @@ def take_turns(
     scorer: Scorer,
     display: ProgressDisplay,
     save_results: Callable[[], None],
+    keep: Callable[[TrainState], None],
 ) -> None:
     """Gives the arms turns until all are done. The order rotates, so that no arm always follows the same one."""
     turn = 0
@@ -235,16 +247,23 @@ def take_turns(
         first = turn % len(arms)
         for arm in [*arms[first:], *arms[:first]]:
             if not arm.done:
-                _take_turn(arm, slice_s, scorer, display, save_results)
+                _take_turn(arm, slice_s, scorer, display, save_results, keep)
         turn += 1
 
 
 def _take_turn(
-    arm: ArmTraining, slice_s: float, scorer: Scorer, display: ProgressDisplay, save_results: Callable[[], None]
+    arm: ArmTraining,
+    slice_s: float,
+    scorer: Scorer,
+    display: ProgressDisplay,
+    save_results: Callable[[], None],
+    keep: Callable[[TrainState], None],
 ) -> None:
     try:
         arm.train(slice_s)
         display.trained(arm.run, arm.spent)
+        if arm.due:
+            keep(arm.state)
         while arm.due:
             began = time.perf_counter()
             arm.add_scores(scorer.score(arm.state), time.perf_counter() - began)

@@ -189,7 +189,7 @@ def train_and_score(run: TrainConfig, task: type[Task], resume: bool) -> TaskSco
     if reasons.get("val"):
         raise UserError(f"{reasons['val']}, and val chooses the weights; remove the folder, or import answers with it")
     with dist.process_group():
-        train(run, resume=resume)
+        train(run, resume=resume, scored=[split for split in places if not reasons[split]])
         if not dist.is_main():
             return None
         scores: dict[str, dict[str, Any]] = {}

@@ -66,8 +66,8 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     return state
 
 
-def save(state: TrainState) -> None:
-    """Everything that `restore` needs, and the weights alone beside it. The main rank writes, the others wait."""
+def save(state: TrainState, *, wait: bool = True) -> None:
+    """Everything that `restore` needs, and the weights alone beside it. The main rank writes, the others wait for it."""
     if dist.is_main():
         saved: dict[str, Any] = {name: getattr(state, name) for name in COUNTERS} | {
             "dropped": state.dropped,
@@ -80,7 +80,10 @@ def save(state: TrainState) -> None:
         }
         save_checkpoint(state.run.folder / CHECKPOINT, saved)
         save_weights(state, "last")
-    dist.barrier()
+        state.saved = state.step
+    if wait:
+        dist.barrier()
+        state.saved = state.step
 
 
 def save_config(state: TrainState) -> TrainConfig:
@@ -151,3 +154,4 @@ def restore(state: TrainState, saved: Mapping[str, Any]) -> None:
     state.earlier_length = replace(state.run, **{name: saved["run"][name] for name in ("steps", "budget_s")}).length
     for name in COUNTERS:
         setattr(state, name, saved[name])
+    state.saved = state.step

@@ -20,7 +20,7 @@ from fastvlp import dist
 from fastvlp.errors import UserError, install
 from fastvlp.files import write_whole
 from fastvlp.training.hardware import peak_flops, peak_memory
-from fastvlp.training.state import StepReport, TrainState
+from fastvlp.training.state import StepReport, TrainState, validates
 
 # A line is written at least so often.
 SILENCE_S = 10.0
@@ -77,7 +77,7 @@ class RunLog:
         self._board = None
         if not self.active:
             return
-        rewind(self.path, state.step)
+        rewind(self.path, state.step, revalidates=validates(state))
         self._board = _tensorboard(run.folder, state.step) if run.tensorboard else None
         if not quiet and self.console.is_terminal:
             columns = (TextColumn("{task.description}"), BarColumn(None), TextColumn("{task.percentage:>3.0f} %"))
@@ -169,15 +169,18 @@ def _flat(losses: Mapping[str, float]) -> dict[str, float]:
     return {name if name == "loss" else f"loss/{name}": value for name, value in losses.items()}
 
 
-def rewind(path: Path, step: int) -> None:
-    """Keeps the lines up to `step`: a resumed run writes the later ones again. A line cut by a kill goes too."""
+def rewind(path: Path, step: int, *, revalidates: bool = False) -> None:
+    """Keeps the lines up to `step`: a resumed run writes the later ones again. A line cut by a kill goes too, and with
+    `revalidates` that of the validation at `step`."""
     if not path.exists():
         write_whole(path, b"")
         return
     kept = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            if json.loads(line)["step"] <= step:
+            record = json.loads(line)
+            again = revalidates and record["step"] == step and record["kind"] == "validation"
+            if record["step"] <= step and not again:
                 kept.append(line + "\n")
         except (ValueError, KeyError, TypeError):
             continue

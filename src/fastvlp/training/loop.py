@@ -6,8 +6,8 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
@@ -20,12 +20,13 @@ from torch.nn.utils import clip_grad_norm_
 from fastvlp import dist
 from fastvlp.batch import Batch, Dropped
 from fastvlp.config import show
+from fastvlp.data.pairs import Split
 from fastvlp.errors import UserError
 from fastvlp.objectives.equal_pairs import contents, has_equal
 from fastvlp.objectives.objective import Loss, combine
 from fastvlp.provenance import device_name
 from fastvlp.random import hash64
-from fastvlp.training.checkpoint import CHECKPOINT, save, save_config, save_weights
+from fastvlp.training.checkpoint import CHECKPOINT, save, save_config
 from fastvlp.training.flops import Shape
 from fastvlp.training.gradient_cache import cache_gradients
 from fastvlp.training.log import RunLog
@@ -33,9 +34,10 @@ from fastvlp.training.optim import set_rate
 from fastvlp.training.pretraining import Pretraining, augmented, draw_objective
 from fastvlp.training.schedule import rate_factor
 from fastvlp.training.start import start
-from fastvlp.training.state import StepReport, TrainState
+from fastvlp.training.state import StepReport, TrainState, autocast, due, validates
 from fastvlp.training.train_config import TrainConfig
 from fastvlp.training.trained_parts import part_sizes, sizes_line
+from fastvlp.training.validation import read_before_training, validate, validate_and_keep_best
 
 __all__ = ["StepReport", "TrainConfig", "TrainState", "start", "steps", "train", "validate"]
 
@@ -48,7 +50,8 @@ def steps(state: TrainState) -> Iterator[StepReport]:
     state.pretraining.train()
     while state.progress < 1 and not state.stop:
         began, dropped_before = time.perf_counter(), len(state.dropped)
-        micro = [next_batch(state, batches) for _ in range(run.accumulate)]
+        with dist.together(state.device):
+            micro = [next_batch(state, batches) for _ in range(run.accumulate)]
         data_wait = time.perf_counter() - began
         micro = [augmented(batch, run.augment) for batch in micro]
         state.pretraining.active = draw_objective(run.mix, run.seed, state.step)
@@ -66,6 +69,7 @@ def steps(state: TrainState) -> Iterator[StepReport]:
         n = len(shares)
         values, pairs, equal, targets = numbers[:n], int(numbers[n]), int(numbers[n + 1]), numbers[n + 2 :]
         skipped = not all(map(math.isfinite, [*values, grad_norm]))
+        state.between_steps = False
         if not skipped:
             state.optimiser.step()
             if state.ema is not None:
@@ -76,6 +80,7 @@ def steps(state: TrainState) -> Iterator[StepReport]:
         state.step += 1
         state.pairs += pairs
         state.tokens += round(sum(targets))
+        state.between_steps = True
         seconds = agree(state, dropped_before, time.perf_counter() - began)
         state.elapsed += seconds
         report = StepReport(
@@ -155,10 +160,6 @@ def no_sync(wrapped: nn.Module) -> AbstractContextManager[None]:
     return wrapped.no_sync() if isinstance(wrapped, DistributedDataParallel) else nullcontext()
 
 
-def autocast(state: TrainState) -> torch.autocast:
-    return torch.autocast(state.device.type, torch.bfloat16, enabled=state.precision == "bf16")
-
-
 def global_counts(pretraining: Pretraining, micro: list[Batch]) -> dict[str, Tensor]:
     """Counts the targets of each loss in the whole step: in all micro-batches of all ranks. Losses are divided by them, because
     the mean of the micro-batches' means would give more weight to targets of micro-batches that have few."""
@@ -202,32 +203,6 @@ def count_skipped(state: TrainState, report: StepReport) -> None:
     raise UserError(f"step {report.step}: {state.bad_steps} steps in a row were skipped, {what}; likely {cause}")
 
 
-@torch.no_grad()
-def validate(state: TrainState) -> dict[str, float]:
-    """Returns the mean of each loss over the validation targets, and `loss`, their weighted sum. Random draws are the same
-    every time."""
-    if state.val is None:
-        return {}
-    module = state.evaluated
-    module.eval()
-    sums: dict[str, tuple[float, float, float]] = {}
-    for batch, _ in state.val.once():
-        with autocast(state):
-            losses = module(batch.to(state.device))
-        for name, term in losses.items():
-            total, count, _ = sums.get(name, (0.0, 0.0, 0.0))
-            sums[name] = (total + float(term.total), count + float(term.count), term.weight)
-    module.train()
-    everyone = dist.gather_objects(sums)
-    means: dict[str, float] = {}
-    loss = 0.0
-    for name in dict.fromkeys(name for part in everyone for name in part):
-        totals, counts, weights = zip(*(part[name] for part in everyone if name in part))
-        means[name] = sum(totals) / max(sum(counts), 1)
-        loss += weights[0] * means[name]
-    return {"loss": loss} | means
-
-
 @contextmanager
 def stop_signals(state: TrainState) -> Iterator[None]:
     """Context in which SIGTERM and Ctrl-C end the run after the current step; a second Ctrl-C ends it at once."""
@@ -249,11 +224,9 @@ def stop_signals(state: TrainState) -> Iterator[None]:
             signal.signal(number, old[number])
 
 
-def due(every: int | None, step: int) -> bool:
-    return every is not None and step % every == 0
-
-
-def train(run: TrainConfig, *, resume: bool = False, verbose: bool = False) -> TrainState:
+def train(
+    run: TrainConfig, *, resume: bool = False, verbose: bool = False, scored: Collection[Split] = ()
+) -> TrainState:
     """Trains a run to its end.
 
     Its folder then holds config.json (the run), log.jsonl, the weights as best.safetensors and last.safetensors with model.json
@@ -263,6 +236,8 @@ def train(run: TrainConfig, *, resume: bool = False, verbose: bool = False) -> T
         run: What to train; a recipe (`fastvlp.recipe`) returns one.
         resume: Continue from the run's last checkpoint; if there is none, the run starts from the beginning.
         verbose: Print the whole config first.
+        scored: Splits on which the trained model is scored later. Like the validation data, they are read once before the
+            first step, so that a record that cannot be read is found then.
 
     Returns:
         The final state: `model`, `tokenizer`, `step`, `best` and more.
@@ -277,28 +252,65 @@ def train(run: TrainConfig, *, resume: bool = False, verbose: bool = False) -> T
         if not resume and (run.folder / CHECKPOINT).exists():
             raise UserError(f"{run.folder}: holds a run already; continue it with `resume`, or choose another `out`")
         state = start(run, resume=resume)
+        if state.progress < 1:
+            read_before_training(state, scored)
         whole = save_config(state)
         with RunLog(state) as log, stop_signals(state):
             if verbose:
                 log.say(show(whole))
             log_start(state, log, resume)
-            for report in steps(state):
-                log.step(report, state)
-                log_dropped(state, report.dropped, log)
-                over = state.progress >= 1
-                if due(run.validate_every, state.step) and not over:
-                    validate_and_keep_best(state, log)
-                if due(run.checkpoint_every, state.step) and not over:
-                    save(state)
-            if state.stop is None:
-                validate_and_keep_best(state, log)
-            save(state)
+            with saved_on_failure(state):
+                train_to_end(state, log)
             if state.stop is not None:
                 log.say(f"stopped at step {state.step} and saved; continue with `vlp pretrain ... --resume`")
                 raise SystemExit(128 + state.stop)
             best = f", best validation loss {state.best:.4g}" if math.isfinite(state.best) else ""
             log.say(f"{run.folder}: finished after step {state.step}{best}")
         return state
+
+
+def train_to_end(state: TrainState, log: RunLog) -> None:
+    """Trains, validates and saves until the run is over or a signal stops it. The state is on disk before each validation."""
+    run = state.run
+    if validates(state) and state.progress < 1:
+        # Its checkpoint was saved before this validation, which may have been interrupted.
+        validate_and_keep_best(state, log)
+    for report in steps(state):
+        log.step(report, state)
+        log_dropped(state, report.dropped, log)
+        if state.stop is not None or state.progress >= 1:
+            continue
+        # After a skipped step the weights may be broken, and the last checkpoint is sound.
+        if (validates(state) or due(run.checkpoint_every, state.step)) and not state.bad_steps:
+            save(state)
+        if validates(state):
+            validate_and_keep_best(state, log)
+    save(state)
+    if state.stop is None:
+        before = state.best
+        validate_and_keep_best(state, log)
+        if state.best != before:
+            save(state)
+
+
+@contextmanager
+def saved_on_failure(state: TrainState) -> Iterator[None]:
+    """Context in which an error is raised only after the state is saved, if the weights are sound."""
+    try:
+        yield
+    except Exception as error:
+        sound = state.between_steps and state.bad_steps < state.run.max_bad_steps
+        if sound and state.saved < state.step:
+            # Another rank may have failed or ended: nobody waits for it. What is saved already stays, whatever happens here.
+            with suppress(Exception):
+                save(state, wait=False)
+        if state.saved == 0 or not dist.is_main():
+            raise
+        kept = f"the state of step {state.saved} is saved, and the run can be continued with `resume`"
+        if isinstance(error, UserError):
+            raise UserError(f"{error}; {kept}") from error
+        error.add_note(f"{state.run.folder}: {kept}")
+        raise
 
 
 def log_start(state: TrainState, log: RunLog, resume: bool) -> None:
@@ -353,15 +365,3 @@ def log_new_run(state: TrainState, log: RunLog) -> None:
 def log_dropped(state: TrainState, dropped: Mapping[str, str], log: RunLog) -> None:
     for key, reason in dropped.items():
         log.event("dropped", step=state.step, elapsed=state.elapsed, record=key, reason=reason)
-
-
-def validate_and_keep_best(state: TrainState, log: RunLog) -> None:
-    """Validates, and saves the weights if their loss is the lowest so far."""
-    losses = validate(state)
-    if not losses:
-        return
-    log.event("validation", step=state.step, elapsed=state.elapsed, losses=losses)
-    if losses["loss"] < state.best:
-        state.best = losses["loss"]
-        if dist.is_main():
-            save_weights(state, "best", validation=losses)

@@ -72,6 +72,8 @@ class TrainState:
         flops: counts the FLOPs of the steps.
         signal: the signal that this process received.
         stop: the signal for which all ranks stop.
+        saved: the step of the last checkpoint; 0 where there is none.
+        between_steps: whether the weights are those after `step`; false while a step changes them.
     """
 
     run: TrainConfig
@@ -98,6 +100,8 @@ class TrainState:
     flops: FlopCounter = field(default_factory=FlopCounter)
     signal: int | None = None
     stop: int | None = None
+    saved: int = 0
+    between_steps: bool = True
 
     @property
     def precision(self) -> Precision:
@@ -123,3 +127,16 @@ class TrainState:
     def evaluated(self) -> Pretraining:
         """What is validated and saved: the averaged weights where there are any."""
         return cast(Pretraining, self.ema.module) if self.ema is not None else self.pretraining
+
+
+def autocast(state: TrainState) -> torch.autocast:
+    return torch.autocast(state.device.type, torch.bfloat16, enabled=state.precision == "bf16")
+
+
+def due(every: int | None, step: int) -> bool:
+    return every is not None and step > 0 and step % every == 0
+
+
+def validates(state: TrainState) -> bool:
+    """Whether the run validates after the step at which it stands."""
+    return due(state.run.validate_every, state.step) or state.progress >= 1

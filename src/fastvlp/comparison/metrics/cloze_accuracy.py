@@ -9,8 +9,7 @@ from fastvlp.comparison.metrics.interface import Metric, Score
 from fastvlp.comparison.scored_data import validation_pairs
 from fastvlp.eval.cloze import cloze
 from fastvlp.objectives.objective import ClozeMethod, Objective
-from fastvlp.training.loop import autocast
-from fastvlp.training.state import TrainState
+from fastvlp.training.state import TrainState, autocast
 
 
 class ClozeAccuracy(Metric):

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from fastvlp.comparison.metrics.interface import Metric, Score
 from fastvlp.tasks import vqa
-from fastvlp.training.loop import autocast
-from fastvlp.training.state import TrainState
+from fastvlp.training.state import TrainState, autocast
 
 
 class VQAAccuracy(Metric):
