@@ -61,7 +61,9 @@ def test_a_query_pools_what_is_no_padding():
     assert torch.equal(head(changed, length), vectors)
     assert not torch.allclose(head(changed), vectors)
     with pytest.raises(UserError, match="layer"):
-        HeadConfig(pool="attention").check("image", 32)
+        HeadConfig(pool="attention").check("image", 32, 8)
+    with pytest.raises(UserError, match="project"):
+        HeadConfig(pool="mean", project=False).check("image", 32, 8)
 
 
 def test_the_end_is_the_last_position_and_a_start_may_be_left_out():

@@ -16,7 +16,6 @@ from fastvlp.convert.weight_map import WeightMap, Weights
 from fastvlp.model.encoders.text_transformer import TextTransformerConfig
 from fastvlp.model.joint_space import HeadConfig
 
-LAYERS = "encoder.layer."
 TYPES = "embeddings.token_type_embeddings.weight"
 # The hub's first files have the norms' parameters by their names in TensorFlow.
 TENSORFLOW = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
@@ -25,6 +24,8 @@ TENSORFLOW = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNor
 class BERTs(TextFamily):
     model_types: ClassVar[tuple[str, ...]] = ("bert",)
     anchor = "embeddings.word_embeddings.weight"
+    layers = "encoder.layer."
+    dropout = "hidden_dropout_prob"
     defaults: ClassVar[Mapping[str, Any]] = {
         "vocab_size": 30522,
         "hidden_size": 768,
@@ -55,10 +56,16 @@ class BERTs(TextFamily):
         # The state of [CLS] was not trained to say what a text is about.
         return TextReading(head=HeadConfig(pool="mean"), mask="full")
 
-    def encoder(self, weights: Weights, depth: int) -> dict[str, Tensor]:
+    def names(self, depth: int) -> WeightMap:
         sources = {name.removeprefix("text."): parts for name, parts in roberta_encoder("text", "", depth).items()}
-        names = WeightMap(sources=sources, unused=("embeddings.position_ids",))
-        return self.mapped(with_type_in_positions(self.own_weights(weights), ""), names, LAYERS, depth)
+        return WeightMap(sources=sources, unused=("embeddings.position_ids",))
+
+    def encoder(self, weights: Weights, depth: int) -> dict[str, Tensor]:
+        return super().encoder(with_type_in_positions(self.own_weights(weights), ""), depth)
+
+    def tensors(self, state: Weights, depth: int) -> dict[str, Tensor]:
+        # The vector of the first token type is in the positions.
+        return {**super().tensors(state, depth), TYPES: state["word.weight"].new_zeros(2, state["word.weight"].shape[1])}
 
     def own_weights(self, weights: Weights) -> dict[str, Tensor]:
         renamed = {}
@@ -83,6 +90,10 @@ class RoBERTas(BERTs):
         # Its table of positions begins with rows that no token has, the last of which is that of padding.
         pad = self.given(config)["pad_token_id"]
         return replace(plain, positions=plain.positions - pad - 1, position_offset=pad + 1, pad_position=pad)
+
+    def stated(self, config: TextTransformerConfig) -> dict[str, Any]:
+        plain = super().stated(config)
+        return {**plain, "max_position_embeddings": config.positions + config.position_offset, "type_vocab_size": 2}
 
 
 class ChineseCLIPTexts(BERTs):

@@ -21,10 +21,8 @@ from fastvlp.model.encoders.text_transformer import TextTransformerConfig
 from fastvlp.model.encoders.vit import ViTConfig
 from fastvlp.model.joint_space import HeadConfig
 
-LAYERS = "encoder.layers."
 
-
-def transformers_layers(depth: int, *, ours: str = "", theirs: str = LAYERS) -> Sources:
+def transformers_layers(depth: int, *, ours: str = "", theirs: str = "encoder.layers.") -> Sources:
     """The layers of either encoder of CLIP or SigLIP."""
     sources: dict[str, tuple[str, ...]] = {}
     for i in range(depth):
@@ -76,7 +74,7 @@ class CLIPImages(ImageFamily):
     def head(self, config: Mapping[str, Any]) -> HeadConfig:
         return HeadConfig(pool="first")
 
-    def encoder(self, weights: Weights, depth: int) -> dict[str, Tensor]:
+    def names(self, depth: int) -> WeightMap:
         sources = {
             "patch.weight": ("embeddings.patch_embedding.weight",),
             "position": ("embeddings.position_embedding.weight",),
@@ -86,8 +84,7 @@ class CLIPImages(ImageFamily):
             **weight_and_bias("norm", "post_layernorm"),
             **transformers_layers(depth),
         }
-        names = WeightMap(sources=sources, unused=("embeddings.position_ids",), flattened=frozenset({"patch.weight"}))
-        return self.mapped(weights, names, LAYERS, depth)
+        return WeightMap(sources=sources, unused=("embeddings.position_ids",), flattened=frozenset({"patch.weight"}))
 
     def projection(self, weights: Weights) -> dict[str, Tensor]:
         matrix = weights.get("visual_projection.weight")
@@ -129,8 +126,8 @@ class CLIPTexts(TextFamily):
     def reading(self, config: Mapping[str, Any]) -> TextReading:
         return TextReading(head=HeadConfig(pool="last"), mask="causal")
 
-    def encoder(self, weights: Weights, depth: int) -> dict[str, Tensor]:
-        return self.mapped(weights, text_map(depth), LAYERS, depth)
+    def names(self, depth: int) -> WeightMap:
+        return text_map(depth)
 
     def projection(self, weights: Weights) -> dict[str, Tensor]:
         matrix = weights.get("text_projection.weight")

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import isqrt
 from typing import Any, ClassVar
 
 from torch import Tensor
 
-from fastvlp.convert.weight_map import WeightMap, Weights, apply_map, layer_numbers
+from fastvlp.convert.weight_map import WeightMap, Weights, apply_map, layer_numbers, undo_map
 from fastvlp.data.records.transform import Fit
 from fastvlp.errors import UserError
 from fastvlp.model.encoders.text_transformer import TextTransformerConfig
@@ -57,6 +58,44 @@ class EncoderFamily(abc.ABC):
     """Name of a tensor that all have; what comes before it in a file is the prefix of all names."""
     defaults: ClassVar[Mapping[str, Any]]
     """What transformers takes where config.json does not state it."""
+    ours: ClassVar[type]
+    """Class of our encoder."""
+    unsaid: ClassVar[tuple[str, ...]]
+    """Fields of our encoder that config.json does not state."""
+    layers: ClassVar[str] = "encoder.layers."
+    """Prefix of the tensors of the layers."""
+    dropout: ClassVar[str] = "attention_dropout"
+    """Key of the layers' dropout in config.json."""
+
+    @abc.abstractmethod
+    def names(self, depth: int) -> WeightMap:
+        """Names of the parameters of an encoder of `depth` layers, ours and theirs."""
+
+    def encoder(self, weights: Weights, depth: int) -> dict[str, Tensor]:
+        """Parameters of the encoder with its first `depth` layers, by their names in ours."""
+        return self.mapped(weights, self.names(depth), self.layers, depth)
+
+    def tensors(self, state: Weights, depth: int) -> dict[str, Tensor]:
+        """The tensors that `encoder` makes `state` of, without a prefix; the other direction of `encoder`."""
+        return undo_map(state, self.names(depth))
+
+    def settings(self, config: Any) -> dict[str, Any] | None:
+        """The config.json of an encoder of ours in this layout; None where the layout has no such encoder."""
+        if not isinstance(config, self.ours):
+            return None
+        stated = {"model_type": sorted(self.model_types)[0], **self.defaults, **self.stated(config)}
+        again = self.config(stated)
+        # What a layout does not say of an encoder: pixels are normalised elsewhere, and special tokens are the tokenizer's.
+        unsaid = {name: getattr(config, name) for name in self.unsaid}
+        return stated if again is not None and replace(again, **unsaid) == config else None
+
+    @abc.abstractmethod
+    def config(self, config: Mapping[str, Any]) -> Any:
+        """The encoder of a config.json; None where it has something that ours lacks."""
+
+    @abc.abstractmethod
+    def stated(self, config: Any) -> dict[str, Any]:
+        """A config.json of an encoder of ours, as far as it has a place there."""
 
     def given(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """The config of the encoder with the defaults filled in."""
@@ -91,6 +130,8 @@ class EncoderFamily(abc.ABC):
 class ImageFamily(EncoderFamily):
     """Vision models whose weights fit our vision transformer."""
 
+    ours = ViTConfig
+    unsaid = ("mean", "std")
     mean: ClassVar[RGB]
     std: ClassVar[RGB]
     fit: ClassVar[Fit]
@@ -104,17 +145,33 @@ class ImageFamily(EncoderFamily):
     def head(self, config: Mapping[str, Any]) -> HeadConfig:
         """How transformers makes one vector of an image's states."""
 
-    @abc.abstractmethod
-    def encoder(self, weights: Weights, depth: int) -> dict[str, Tensor]:
-        """Parameters of the encoder with its first `depth` layers, by their names in ours."""
-
     def projection(self, weights: Weights) -> dict[str, Tensor]:
         """Parameters of the head, by their names in ours, where the model has a joint space."""
         return {}
 
+    def stated(self, config: ViTConfig) -> dict[str, Any]:
+        return {
+            **stated_layer(config.depth, config.layer, dropout=self.dropout),
+            "num_channels": 3,
+            "image_size": config.size,
+            "patch_size": config.patch,
+        }
+
+    def tensors(self, state: Weights, depth: int) -> dict[str, Tensor]:
+        found = super().tensors(state, depth)
+        for ours in self.names(depth).flattened:
+            (theirs,) = self.names(depth).sources[ours]
+            x = found[theirs]
+            side = isqrt(x.shape[1] // 3)
+            found[theirs] = x.reshape(-1, 3, side, side)
+        return found
+
 
 class TextFamily(EncoderFamily):
     """Text encoders whose weights fit our text transformer."""
+
+    ours = TextTransformerConfig
+    unsaid = ("pad", "bos", "eos", "mask")
 
     @abc.abstractmethod
     def config(self, config: Mapping[str, Any]) -> TextTransformerConfig | None:
@@ -124,13 +181,19 @@ class TextFamily(EncoderFamily):
     def reading(self, config: Mapping[str, Any]) -> TextReading:
         """How transformers makes one vector of a text."""
 
-    @abc.abstractmethod
-    def encoder(self, weights: Weights, depth: int) -> dict[str, Tensor]:
-        """Parameters of the encoder with its first `depth` layers, by their names in ours."""
-
     def projection(self, weights: Weights) -> dict[str, Tensor]:
         """Parameters of the head, by their names in ours, where the model has a joint space."""
         return {}
+
+    def stated(self, config: TextTransformerConfig) -> dict[str, Any]:
+        return {
+            **stated_layer(config.depth, config.layer, dropout=self.dropout),
+            "vocab_size": config.vocab,
+            "max_position_embeddings": config.positions,
+            "bos_token_id": config.bos,
+            "eos_token_id": config.eos,
+            "pad_token_id": config.pad,
+        }
 
     def types(self, weights: Weights) -> Tensor | None:
         """Vectors of the token types, of which the positions of `encoder` have the first one added."""
@@ -151,6 +214,20 @@ def layer_config(given: Mapping[str, Any], *, dropout: str, **fields: Any) -> La
         dropout=given[dropout],
         **fields,
     )
+
+
+def stated_layer(depth: int, layer: LayerConfig, *, dropout: str) -> dict[str, Any]:
+    """What a config.json says of layers; the other direction of `layer_config`."""
+    names = {"gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "quick_gelu": "quick_gelu", "relu": "relu"}
+    return {
+        "hidden_size": layer.width,
+        "num_attention_heads": layer.heads,
+        "intermediate_size": layer.hidden,
+        "num_hidden_layers": depth,
+        "layer_norm_eps": layer.eps,
+        "hidden_act": names[layer.activation],
+        dropout: layer.dropout,
+    }
 
 
 def square(given: Mapping[str, Any]) -> bool:

@@ -57,14 +57,17 @@ def public_config(like: ModelConfig, images: PublicImages | None, texts: PublicT
 def _joint_space(like: ModelConfig, images: PublicImages | None, texts: PublicTexts | None) -> EmbedConfig | None:
     if like.embed is None:
         return None
-    width = joint_width(images, texts) or like.embed.width
-    plain = HeadConfig(pool="mean")
+    joint, plain = joint_width(images, texts), HeadConfig(pool="mean")
+    width = joint or like.embed.width
+    head = images.head if images else plain
+    # In another joint space than that of the public model its summary has to be projected.
+    head = head if joint else replace(head, project=True)
     if texts is None:
-        return EmbedConfig(width=width, image=images.head if images else plain, text=plain)
+        return EmbedConfig(width=width, image=head, text=plain)
     reading = texts.reading
     return EmbedConfig(
         width=width,
-        image=images.head if images else plain,
+        image=head,
         text=replace(reading.head, norm=not texts.config.final_norm, eps=texts.config.norm_eps),
         text_mask=reading.mask,
         text_start=reading.start,

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
-from fastvlp.convert.clip_encoders import LAYERS, text_map, transformers_layers
+from fastvlp.convert.clip_encoders import text_map, transformers_layers
 from fastvlp.convert.encoder_family import HALF, ImageFamily, TextFamily, TextReading, layer_config, square
 from fastvlp.convert.weight_map import WeightMap, Weights, weight_and_bias
 from fastvlp.model.encoders.text_transformer import TextTransformerConfig
@@ -56,17 +55,17 @@ class SigLIPImages(ImageFamily):
         given = self.given(config)
         if not given["vision_use_head"]:
             return HeadConfig(pool="mean")
-        return HeadConfig(pool="attention", layer=layer_config(given, dropout="attention_dropout"))
+        # What the query reads is the vector itself.
+        return HeadConfig(pool="attention", layer=layer_config(given, dropout="attention_dropout"), project=False)
 
-    def encoder(self, weights: Weights, depth: int) -> dict[str, Tensor]:
+    def names(self, depth: int) -> WeightMap:
         sources = {
             **weight_and_bias("patch", "embeddings.patch_embedding"),
             "position": ("embeddings.position_embedding.weight",),
             **transformers_layers(depth),
             **weight_and_bias("norm", "post_layernorm"),
         }
-        names = WeightMap(sources=sources, unused=("embeddings.position_ids",), flattened=frozenset({"patch.weight"}))
-        return self.mapped(weights, names, LAYERS, depth)
+        return WeightMap(sources=sources, unused=("embeddings.position_ids",), flattened=frozenset({"patch.weight"}))
 
     def projection(self, weights: Weights) -> dict[str, Tensor]:
         head = {
@@ -79,8 +78,6 @@ class SigLIPImages(ImageFamily):
             "attention.query": head["probe"].flatten(),
             "attention.cross.out.weight": head["attention.out_proj.weight"],
             "attention.cross.out.bias": head["attention.out_proj.bias"],
-            # What the query reads is the vector itself.
-            "out.weight": torch.eye(width),
         }
         for part in ("weight", "bias"):
             own = head[f"attention.in_proj_{part}"]
@@ -139,8 +136,8 @@ class SigLIPTexts(TextFamily):
             pad=given["pad_token_id"],
         )
 
-    def encoder(self, weights: Weights, depth: int) -> dict[str, Tensor]:
-        return self.mapped(weights, text_map(depth), LAYERS, depth)
+    def names(self, depth: int) -> WeightMap:
+        return text_map(depth)
 
     def projection(self, weights: Weights) -> dict[str, Tensor]:
         own = self.own_weights(weights)

@@ -13,11 +13,11 @@ from fastvlp.convert.weight_map import WeightMap, Weights, weight_and_bias
 from fastvlp.model.encoders.vit import ViTConfig
 from fastvlp.model.joint_space import HeadConfig
 
-LAYERS = "encoder.layer."
-
 
 class ViTs(ImageFamily):
     model_types = ("vit",)
+    layers = "encoder.layer."
+    dropout = "hidden_dropout_prob"
     anchor = "embeddings.cls_token"
     mean, std, fit = HALF, HALF, "squash"
     defaults: ClassVar[Mapping[str, Any]] = {
@@ -52,8 +52,12 @@ class ViTs(ImageFamily):
         return HeadConfig(pool="first")
 
     def encoder(self, weights: Weights, depth: int) -> dict[str, Tensor]:
-        state = self.mapped(weights, self.names(depth), LAYERS, depth)
+        state = super().encoder(weights, depth)
         return state | {"class_token": state["class_token"].flatten(), "position": state["position"][0]}
+
+    def tensors(self, state: Weights, depth: int) -> dict[str, Tensor]:
+        leading = {"class_token": state["class_token"][None, None], "position": state["position"][None]}
+        return super().tensors({**state, **leading}, depth)
 
     def names(self, depth: int) -> WeightMap:
         """Names of the encoder's parameters; tables and vectors still have leading axes of one."""
@@ -64,7 +68,7 @@ class ViTs(ImageFamily):
             **weight_and_bias("norm", "layernorm"),
         }
         for i in range(depth):
-            block, source = f"blocks.{i}", f"{LAYERS}{i}"
+            block, source = f"blocks.{i}", f"{self.layers}{i}"
             attention = f"{source}.attention.attention"
             sources |= weight_and_bias(f"{block}.attend.qkv", *(f"{attention}.{p}" for p in ("query", "key", "value")))
             sources |= weight_and_bias(f"{block}.attend.out", f"{source}.attention.output.dense")
@@ -90,3 +94,6 @@ class DeiTs(ViTs):
     def encoder(self, weights: Weights, depth: int) -> dict[str, Tensor]:
         state = super().encoder(weights, depth)
         return state | {"more_tokens": state["more_tokens"][0]}
+
+    def tensors(self, state: Weights, depth: int) -> dict[str, Tensor]:
+        return super().tensors({**state, "more_tokens": state["more_tokens"][None]}, depth)

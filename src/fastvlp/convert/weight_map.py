@@ -48,6 +48,19 @@ def apply_map(weights: Weights, names: WeightMap, *, layout: str) -> dict[str, T
     return {ours: x.flatten(1) if ours in names.flattened else x for ours, x in made.items()}
 
 
+def undo_map(state: Weights, names: WeightMap) -> dict[str, Tensor]:
+    """The source tensors that make our parameters; `flattened` ones stay matrices.
+
+    Raises UserError where a parameter is missing or left over.
+    """
+    if missing := sorted(names.sources.keys() ^ state.keys()):
+        raise UserError(f"these parameters have no place in the layout: {missing[:5]} ({len(missing)} in all)")
+    tensors: dict[str, Tensor] = {}
+    for ours, theirs in names.sources.items():
+        tensors |= zip(theirs, state[ours].chunk(len(theirs)))
+    return tensors
+
+
 def weight_and_bias(ours: str, *theirs: str) -> dict[str, tuple[str, ...]]:
     """Both parameters of a linear map or a norm."""
     return {f"{ours}.{part}": tuple(f"{name}.{part}" for name in theirs) for part in ("weight", "bias")}

@@ -39,6 +39,8 @@ class HeadConfig:
     """Of the hidden layer: relu (BriVL), or tanh (BERT's pooler)."""
     bias: bool = False
     """Whether the projection has a bias."""
+    project: bool = True
+    """Whether there is a projection; without one the summary is the vector (SigLIP's images)."""
     eps: float = 1e-5
     """Epsilon of the norm."""
     regions: RegionPool | None = None
@@ -48,9 +50,15 @@ class HeadConfig:
     layer: LayerConfig | None = None
     """Shape of these layers, and of the query's attention where it pools."""
 
-    def check(self, name: str, width: int) -> None:
-        """Raises UserError for a head that cannot be built on states of `width`; `name` is image or text."""
+    def check(self, name: str, width: int, joint: int) -> None:
+        """Raises UserError for a head that cannot be built on states of `width`, for a joint space of `joint` numbers; `name`
+        is image or text."""
         layer, regions, field = self.layer, self.regions, f"model.embed.{name}"
+        inner = self.hidden or (width if layer is None else layer.width)
+        if not self.project and inner != joint:
+            raise UserError(
+                f"`{field}.project` is off, and the summary has {inner} numbers where `model.embed.width` is {joint}"
+            )
         if layer is None and (self.depth or self.pool == "attention"):
             what = f"`{field}.depth` is {self.depth}" if self.depth else f"`{field}.pool` is attention"
             raise UserError(f"{what}: set `{field}.layer` too, the shape of these layers")
@@ -91,8 +99,8 @@ class EmbedConfig:
 
     def check(self, image: ImageEncoderConfig, text: TextEncoderConfig) -> None:
         """Raises UserError for heads that cannot be built on these encoders."""
-        self.image.check("image", image.width)
-        self.text.check("text", text.width)
+        self.image.check("image", image.width, self.width)
+        self.text.check("text", text.width, self.width)
         if self.image.pool == "patches" and not image.prefix:
             raise UserError(
                 "`model.embed.image.pool` patches leaves out the class token, and there is none; choose mean"
@@ -147,7 +155,7 @@ class Head(nn.Module):
         hidden = config.hidden
         self.hidden = nn.Linear(inner, hidden) if hidden else None
         self.activation = torch.tanh if config.hidden_activation == "tanh" else F.relu
-        self.out = nn.Linear(hidden or inner, joint, bias=config.bias)
+        self.out = nn.Linear(hidden or inner, joint, bias=config.bias) if config.project else nn.Identity()
         initialise(self, inner)
 
     def forward(self, state_BSD: Tensor, length_B: Tensor | None = None, regions: Regions | None = None) -> Tensor:

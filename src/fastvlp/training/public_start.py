@@ -141,8 +141,8 @@ def load_encoders(
     if missing := [name for name in result.fresh if name.startswith(tuple(expected) or ("\0",))]:
         raise UserError(f"{source}: has no weights for {', '.join(missing[:3])}")
     model.load_state_dict(own | {name: fitted[name] for name in (*result.loaded, *result.resized)})
-    joint = {f"embed.{part}.out.weight" for part in heads} <= {*result.loaded}
-    scale = pair_scale(images, texts) if joint else {}
+    new_heads = [name for name in result.fresh if name.startswith(tuple(heads.values()))]
+    scale = pair_scale(images, texts) if model.config.embed and not new_heads else {}
     inherit_objectives(objectives, {f"{name}.{key}": x for name in objectives for key, x in scale.items()}, result)
     return result
 
