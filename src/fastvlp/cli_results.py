@@ -57,6 +57,8 @@ def show_converted(done: Converted) -> None:
 def show_exported(exported: Exported) -> None:
     card = exported.card
     print(f"{exported.folder}: {card['name']} can {', '.join(card['can'])}; {', '.join(exported.files)}")
+    if exported.url:
+        print(exported.url)
 
 
 def show_counts(counts: Counts | None) -> None:

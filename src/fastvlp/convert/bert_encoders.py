@@ -65,7 +65,10 @@ class BERTs(TextFamily):
 
     def tensors(self, state: Weights, depth: int) -> dict[str, Tensor]:
         # The vector of the first token type is in the positions.
-        return {**super().tensors(state, depth), TYPES: state["word.weight"].new_zeros(2, state["word.weight"].shape[1])}
+        return {
+            **super().tensors(state, depth),
+            TYPES: state["word.weight"].new_zeros(2, state["word.weight"].shape[1]),
+        }
 
     def own_weights(self, weights: Weights) -> dict[str, Tensor]:
         renamed = {}
@@ -108,3 +111,6 @@ class ChineseCLIPTexts(BERTs):
     def projection(self, weights: Weights) -> dict[str, Tensor]:
         matrix = weights.get("text_projection.weight")
         return {} if matrix is None else {"out.weight": matrix}
+
+    def head_tensors(self, state: Weights) -> dict[str, Tensor]:
+        return {"text_projection.weight": state["out.weight"]}

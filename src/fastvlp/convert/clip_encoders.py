@@ -90,6 +90,9 @@ class CLIPImages(ImageFamily):
         matrix = weights.get("visual_projection.weight")
         return {} if matrix is None else {"out.weight": matrix}
 
+    def head_tensors(self, state: Weights) -> dict[str, Tensor]:
+        return {"visual_projection.weight": state["out.weight"]}
+
 
 class CLIPTexts(TextFamily):
     model_types = ("clip_text_model",)
@@ -132,6 +135,9 @@ class CLIPTexts(TextFamily):
     def projection(self, weights: Weights) -> dict[str, Tensor]:
         matrix = weights.get("text_projection.weight")
         return {} if matrix is None else {"out.weight": matrix}
+
+    def head_tensors(self, state: Weights) -> dict[str, Tensor]:
+        return {"text_projection.weight": state["out.weight"]}
 
 
 def projection_width(whole: Mapping[str, Any]) -> int | None:

@@ -105,6 +105,14 @@ class EncoderFamily(abc.ABC):
         """Width of the joint space that `projection` leads to, by the config of the encoder and of the model that it is in."""
         return None
 
+    def projection(self, weights: Weights) -> dict[str, Tensor]:
+        """Parameters of the head, by their names in ours, where the model has a joint space."""
+        return {}
+
+    def head_tensors(self, state: Weights) -> dict[str, Tensor]:
+        """The tensors that `projection` makes `state` of, by their names in a model of two encoders."""
+        raise UserError(f"{sorted(self.model_types)[0]} has no joint space")
+
     def own_weights(self, weights: Weights) -> dict[str, Tensor]:
         """The encoder's tensors without their prefix. Raises UserError where there are none."""
         prefixes = {name.removesuffix(self.anchor) for name in weights if name.endswith(self.anchor)}
@@ -145,10 +153,6 @@ class ImageFamily(EncoderFamily):
     def head(self, config: Mapping[str, Any]) -> HeadConfig:
         """How transformers makes one vector of an image's states."""
 
-    def projection(self, weights: Weights) -> dict[str, Tensor]:
-        """Parameters of the head, by their names in ours, where the model has a joint space."""
-        return {}
-
     def stated(self, config: ViTConfig) -> dict[str, Any]:
         return {
             **stated_layer(config.depth, config.layer, dropout=self.dropout),
@@ -180,10 +184,6 @@ class TextFamily(EncoderFamily):
     @abc.abstractmethod
     def reading(self, config: Mapping[str, Any]) -> TextReading:
         """How transformers makes one vector of a text."""
-
-    def projection(self, weights: Weights) -> dict[str, Tensor]:
-        """Parameters of the head, by their names in ours, where the model has a joint space."""
-        return {}
 
     def stated(self, config: TextTransformerConfig) -> dict[str, Any]:
         return {

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from fastvlp.convert.clip_encoders import text_map, transformers_layers
@@ -89,6 +90,22 @@ class SigLIPImages(ImageFamily):
             }
         return state
 
+    def head_tensors(self, state: Weights) -> dict[str, Tensor]:
+        head = {
+            "probe": state["attention.query"][None, None],
+            "attention.out_proj.weight": state["attention.cross.out.weight"],
+            "attention.out_proj.bias": state["attention.cross.out.bias"],
+        }
+        for part in ("weight", "bias"):
+            own = state[f"attention.cross.query.{part}"], state[f"attention.cross.kv.{part}"]
+            head |= {
+                f"attention.in_proj_{part}": torch.cat(own),
+                f"layernorm.{part}": state[f"attention.norm.{part}"],
+                f"mlp.fc1.{part}": state[f"attention.mlp_in.{part}"],
+                f"mlp.fc2.{part}": state[f"attention.mlp_out.{part}"],
+            }
+        return {f"vision_model.head.{name}": x for name, x in head.items()}
+
 
 class SigLIPTexts(TextFamily):
     model_types = ("siglip_text_model",)
@@ -142,3 +159,6 @@ class SigLIPTexts(TextFamily):
     def projection(self, weights: Weights) -> dict[str, Tensor]:
         own = self.own_weights(weights)
         return {f"out.{part}": own[f"head.{part}"] for part in ("weight", "bias") if f"head.{part}" in own}
+
+    def head_tensors(self, state: Weights) -> dict[str, Tensor]:
+        return {f"text_model.head.{part}": state[f"out.{part}"] for part in ("weight", "bias")}

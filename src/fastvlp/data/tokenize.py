@@ -108,6 +108,10 @@ class Tokenizer:
     def save(self, path: str | Path) -> None:
         write_whole(Path(path), self._inner.to_str(pretty=True).encode())
 
+    def copy(self) -> tokenizers.Tokenizer:
+        """A copy of what it is made of."""
+        return tokenizers.Tokenizer.from_str(self._inner.to_str())
+
     @property
     def fingerprint(self) -> str:
         """A hash of all that decides the ids of a text."""

@@ -8,28 +8,38 @@ from typing import Annotated, Any, NamedTuple
 
 from tyro.conf import arg
 
-from fastvlp.errors import UserError
+from fastvlp.errors import UserError, install
 from fastvlp.exporters.card import card_facts
-from fastvlp.exporters.interface import ExportSource, find_target, formats
+from fastvlp.exporters.interface import ExportSource, ExportTarget, find_target, formats
 from fastvlp.files import whole_folder
 from fastvlp.model.saved_run import read_saved_run
 from fastvlp.model.saving import Which, load_model
 
-Format = Annotated[str, arg(help=f"Format to write: {formats()}.")]
+Formats = Annotated[
+    tuple[str, ...], arg(help=f"Formats to write: {formats()}. Several are written into folders of their names.")
+]
 
 
 class Exported(NamedTuple):
     """`card`: facts of the run. `files`: names of what was written. `differences`: how much each part that was compared differs
-    from the run."""
+    from the run, by its name, which of several formats begins with the format. `url`: where it was uploaded."""
 
     folder: Path
     card: Mapping[str, Any]
     files: list[str]
     differences: Mapping[str, float]
+    url: str | None = None
 
 
 def export(
-    run: str | Path, out: str | Path, /, *, to: Format = "fastvlp", weights: Which = "best", license: str = ""
+    run: str | Path,
+    out: str | Path,
+    /,
+    *,
+    to: Formats = ("fastvlp",),
+    weights: Which = "best",
+    license: str = "",
+    push: str | None = None,
 ) -> Exported:
     """Make of a run a folder that stands alone, in a format of this library or of another one.
 
@@ -38,31 +48,74 @@ def export(
     Args:
         run: Folder of the run.
         out: Folder to write.
-        to: Format to write.
+        to: Formats to write. Of several, each is in a folder of its name.
         weights: Those of the lowest validation loss, or the last ones.
         license: Of the weights, for the card; a placeholder stands where none is given.
+        push: Repository of the Hugging Face hub, OWNER/NAME, that the folder is uploaded to; it is private where it is new.
 
     Raises:
-        UserError: The run cannot be exported to this format, something is in the way, or what was written differs from the run.
+        UserError: The run cannot be exported to this format, something is in the way, what was written differs from the run, or
+            the hub refused the upload; then the folder stays.
     """
-    target, run, out = find_target(to), Path(run), Path(out)
+    names = [to] if isinstance(to, str) else [*dict.fromkeys(to)]
+    targets, run, out = [find_target(name) for name in names], Path(run), Path(out)
+    if not targets:
+        raise UserError(f"`to` names no format; there are {formats()}")
+    differences: dict[str, float] = {}
     with whole_folder(out) as folder:
         saved, config = load_model(run, weights), read_saved_run(run)
         card = card_facts(saved, run, config) | {"license": license or None}
-        source = ExportSource(run=run, out=out, saved=saved, config=config, card=card)
-        if (reason := target.misfit(source)) is not None:
-            raise UserError(f"{run}: {reason}")
-        folder.mkdir(parents=True)
-        target.write(source, folder)
-        if missing := [name for name in target.files if not (folder / name).is_file()]:
-            raise UserError(f"{out}: the target {to} did not write {', '.join(missing)}, which its `files` names")
-        differences = target.differences(source, folder)
-        # Written so that a difference that is no number is too large as well.
-        if wrong := {name: value for name, value in differences.items() if not value <= target.tolerance}:
-            found = ", ".join(f"{name} by {value:.3g}" for name, value in wrong.items())
-            raise UserError(
-                f"{out}: what was written as {to} differs from the run: {found}, where {target.tolerance:.3g} is allowed; "
-                f"nothing was kept"
-            )
+        for target in targets:
+            own = "" if len(targets) == 1 else target.name
+            source = ExportSource(run=run, out=out / own, saved=saved, config=config, card=card)
+            found = _write(target, source, folder / own)
+            differences |= {f"{own} {name}".strip(): value for name, value in found.items()}
         files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-    return Exported(out, card, files, differences)
+    return Exported(out, card, files, differences, upload(out, push) if push else None)
+
+
+def _write(target: ExportTarget, source: ExportSource, folder: Path) -> Mapping[str, float]:
+    """Writes a format into a folder, and returns how much it differs from the run. Raises UserError as `export`."""
+    if (reason := target.misfit(source)) is not None:
+        raise UserError(f"{source.run}: `to` {target.name}: {reason}")
+    folder.mkdir(parents=True)
+    target.write(source, folder)
+    if missing := [name for name in target.files if not (folder / name).is_file()]:
+        raise UserError(
+            f"{source.out}: the target {target.name} did not write {', '.join(missing)}, which its `files` names"
+        )
+    differences = target.differences(source, folder)
+    # Written so that a difference that is no number is too large as well.
+    if wrong := {name: value for name, value in differences.items() if not value <= target.tolerance}:
+        found = ", ".join(f"{name} by {value:.3g}" for name, value in wrong.items())
+        raise UserError(
+            f"{source.out}: what was written as {target.name} differs from the run: {found}, where {target.tolerance:.3g} is "
+            f"allowed; nothing was kept"
+        )
+    return differences
+
+
+def upload(folder: Path, repository: str) -> str:
+    """Uploads a folder to a repository of the Hugging Face hub, which is made, private, where there is none.
+
+    Returns:
+        Its address.
+
+    Raises:
+        UserError: The extra `hub` is not installed, nobody is logged in, or the hub refused.
+    """
+    try:
+        import huggingface_hub as hub
+    except ImportError as error:
+        raise UserError(f"`push` needs a package: {install('hub')}") from error
+    try:
+        client = hub.HfApi()
+        url = str(client.create_repo(repository, private=True, exist_ok=True))
+        client.upload_folder(repo_id=repository, folder_path=folder)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise UserError(
+            f"{repository}: not uploaded ({reason}); log in with `hf auth login`, and check the name. The export is whole, in "
+            f"{folder}"
+        ) from error
+    return url

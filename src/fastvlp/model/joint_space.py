@@ -134,7 +134,7 @@ class AttentionPooling(nn.Module):
 
     def forward(self, state_BSD: Tensor, seen_BS: Tensor | None) -> Tensor:
         """What the query reads [B D]. `seen_BS`: which states are no padding; None means all."""
-        query_B1D = self.query.to(state_BSD.dtype).expand(len(state_BSD), 1, -1)
+        query_B1D = self.query.to(state_BSD.dtype).expand(state_BSD.shape[0], 1, -1)
         mask = None if seen_BS is None else seen_BS[:, None, None]
         x = self.cross(query_B1D, self.cross.keys(state_BSD), mask)[:, 0]
         return x + self.mlp_out(self.activation(self.mlp_in(self.norm(x))))
@@ -206,7 +206,7 @@ class Head(nn.Module):
         if seen_BS is None:
             seen_BS = torch.ones(state_BSD.shape[:2], dtype=torch.bool, device=state_BSD.device)
         if self.pool == "last":
-            return state_BSD[torch.arange(len(state_BSD), device=state_BSD.device), seen_BS.sum(1) - 1]
+            return state_BSD[torch.arange(state_BSD.shape[0], device=state_BSD.device), seen_BS.sum(1) - 1]
         if self.pool == "patches":
             seen_BS = seen_BS & (torch.arange(state_BSD.shape[1], device=state_BSD.device) > 0)
         weight = seen_BS / seen_BS.sum(1, keepdim=True).clamp(min=1)

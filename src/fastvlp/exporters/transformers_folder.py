@@ -1,0 +1,103 @@
+"""A folder that `transformers` loads: CLIPModel, SiglipModel or ChineseCLIPModel with image processor and tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from fastvlp.exporters.interface import ExportSource, ExportTarget
+from fastvlp.exporters.processor import image_settings, write_json, write_processor
+from fastvlp.exporters.public_pair import find_layout, public_pair
+from fastvlp.exporters.sample_inputs import sample_inputs, vector_difference
+from fastvlp.files import write_whole
+from fastvlp.model.encoders.transformers_models import quiet_transformers, transformers
+
+CARD = """---
+library_name: transformers
+license: {license}
+pipeline_tag: zero-shot-image-classification
+tags: [image-text, fastvlp]
+---
+
+# {name}
+
+```python
+from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
+
+model, tokenizer = AutoModel.from_pretrained("{place}"), AutoTokenizer.from_pretrained("{place}")
+texts = tokenizer(["a cat on a sofa"], padding={padding}, truncation=True, return_tensors="pt")
+vectors = model.get_text_features(**texts).pooler_output
+```
+
+Trained with fastvlp.
+"""
+
+
+class TransformersExport(ExportTarget):
+    """A model whose encoders and joint space are those of a model of transformers."""
+
+    name = "transformers"
+    summary = "CLIPModel, SiglipModel or ChineseCLIPModel of transformers"
+    files = (
+        "config.json",
+        "model.safetensors",
+        "preprocessor_config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "README.md",
+    )
+    tolerance = 1e-5
+
+    def misfit(self, source: ExportSource) -> str | None:
+        config = source.saved.model.config
+        if config.embed is None:
+            return "it has no joint space of images and texts (model.embed), which these models are made of"
+        layout = find_layout(config)
+        if layout is None:
+            return (
+                "its encoders or its joint space are none of CLIP, SigLIP or Chinese CLIP in transformers; sizes such as "
+                "clip_small fit, and `to` onnx takes every model with a joint space"
+            )
+        if image_settings(config.image, source.config.data.fit) is None:
+            return f"images are made square by {source.config.data.fit}, which no image processor of transformers does"
+        if layout.model_type == "clip" and source.saved.tokenizer.eos == 2:
+            return (
+                "its </s> has the id 2, at which CLIPModel summarises a text at its largest token instead of at </s>; train "
+                "with a tokenizer whose </s> has another id, such as a WordPiece"
+            )
+        return None
+
+    def write(self, source: ExportSource, folder: Path) -> None:
+        saved, pair = source.saved, public_pair(source.saved)
+        assert pair is not None
+        write_json(folder / "config.json", {**pair.config, "dtype": "float32"})
+        save_file(dict(pair.tensors), folder / "model.safetensors", metadata={"format": "pt"})
+        write_processor(source, folder)
+        place = source.out.name if source.out.is_absolute() else source.out.as_posix()
+        padding = '"max_length"' if pair.layout.model_type == "siglip" else "True"
+        license = source.card["license"] or "other"
+        card = CARD.format(license=license, name=source.card["name"], place=place, padding=padding)
+        write_whole(folder / "README.md", card.encode())
+        assert saved.model.config.embed is not None
+
+    def differences(self, source: ExportSource, folder: Path) -> Mapping[str, float]:
+        hf, inputs = transformers(), sample_inputs(source)
+        with quiet_transformers(), torch.inference_mode():
+            model, info = hf.AutoModel.from_pretrained(folder, output_loading_info=True, local_files_only=True)
+            strange = [*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"]]
+            processor = hf.AutoImageProcessor.from_pretrained(folder, local_files_only=True)
+            pixels = processor([x.numpy() for x in inputs.pictures], return_tensors="pt").pixel_values
+            tokenizer = hf.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            padding = "max_length" if source.saved.model.config.embed.text_length else True
+            tokens = tokenizer(list(inputs.texts), padding=padding, truncation=True, return_tensors="pt")
+            image = model.eval().get_image_features(pixel_values=pixels).pooler_output
+            text = model.get_text_features(**{name: tokens[name] for name in tokenizer.model_input_names}).pooler_output
+        return {
+            "tensors that transformers misses": float(len(strange)),
+            "token ids": inputs.token_difference(tokens["input_ids"]),
+            "image vectors": vector_difference(image, inputs.image_vectors),
+            "text vectors": vector_difference(text, inputs.text_vectors),
+        }
