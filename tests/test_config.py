@@ -1,12 +1,16 @@
 from __future__ import annotations
 
 import json
+import math
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from fastvlp.config import differences, show, to_json
+from fastvlp.config import Count, Positive, ShareBelowOne, check_numbers, differences, show, to_json
+from fastvlp.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -54,3 +58,36 @@ def test_show_has_a_mapping_of_numbers_on_the_line_of_its_owner():
 def test_what_is_no_config_is_refused():
     with pytest.raises(TypeError, match="object"):
         to_json({"a": object()})
+
+
+@dataclass(frozen=True)
+class Bounded:
+    rate: Positive = 1.0
+    pair: tuple[ShareBelowOne, ShareBelowOne] = (0.9, 0.99)
+    free: float = 0.0
+
+
+@dataclass(frozen=True)
+class Whole:
+    inner: Bounded = Bounded()
+    count: Count | None = None
+    mix: Mapping[str, Positive] | None = None
+
+
+@pytest.mark.parametrize(
+    ("config", "names"),
+    [
+        (Whole(inner=Bounded(rate=math.inf)), {"inner.rate"}),
+        (Whole(inner=Bounded(rate=0)), {"inner.rate"}),
+        (Whole(inner=Bounded(pair=(0.9, 1.0))), {"inner.pair"}),
+        (Whole(inner=Bounded(free=math.nan, rate=-1)), {"inner.free", "inner.rate"}),
+        (Whole(count=0), {"count"}),
+        (Whole(count=1 << 60), {"count"}),
+        (Whole(mix={"a": 1.0, "b": -2.0}), {"mix.b"}),
+    ],
+)
+def test_numbers_out_of_their_range_are_named(config, names) -> None:
+    check_numbers(Whole(count=1, mix={"a": 1.0}))
+    with pytest.raises(UserError) as refused:
+        check_numbers(config)
+    assert {*re.findall(r"`([a-z.]+)`", str(refused.value))} == names

@@ -1,11 +1,14 @@
-"""Frozen dataclasses as JSON: to save a resolved run, read it again, print it and compare it. The command line is tyro's."""
+"""Frozen dataclasses as JSON: to save a resolved run, read it again, print it and compare it; and the ranges of their numbers.
+The command line is tyro's."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import fields, is_dataclass
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields, is_dataclass
+from functools import lru_cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar, get_args, get_type_hints
 
 import cattrs
 from cattrs.errors import BaseValidationError
@@ -14,6 +17,79 @@ from fastvlp.errors import UserError
 
 T = TypeVar("T")
 Json = None | bool | int | float | str | list["Json"] | dict[str, "Json"]
+# Larger integers are no numbers of JSON elsewhere, and no sizes of anything.
+MOST = 1 << 53
+
+
+@dataclass(frozen=True)
+class Range:
+    """What a number of a config may be, as part of its type: `lr: Annotated[float, Range(above=0)]`."""
+
+    least: float | None = None
+    above: float | None = None
+    most: float | None = None
+    below: float | None = None
+
+    def holds(self, value: float) -> bool:
+        return (
+            (self.least is None or value >= self.least)
+            and (self.above is None or value > self.above)
+            and (self.most is None or value <= self.most)
+            and (self.below is None or value < self.below)
+        )
+
+    def __str__(self) -> str:
+        limits = {"at least": self.least, "above": self.above, "at most": self.most, "below": self.below}
+        return " and ".join(f"{words} {limit:g}" for words, limit in limits.items() if limit is not None)
+
+
+Count = Annotated[int, Range(least=1)]
+Positive = Annotated[float, Range(above=0)]
+NotNegative = Annotated[float, Range(least=0)]
+Share = Annotated[float, Range(least=0, most=1)]
+PositiveShare = Annotated[float, Range(above=0, most=1)]
+ShareBelowOne = Annotated[float, Range(least=0, below=1)]
+
+
+def check_numbers(config: Any, path: str = "") -> None:
+    """Raises UserError where a number in a dataclass, or in those within it, is NaN, infinite, or out of the range in its type.
+    `path`: what the dataclass is called, such as optim."""
+    if wrong := [*_number_faults(config, None, path)]:
+        raise UserError("; ".join(wrong))
+
+
+def _number_faults(value: Any, kind: Any, name: str) -> Iterator[str]:
+    if is_dataclass(value) and not isinstance(value, type):
+        kinds = _kinds(type(value))
+        for f in fields(value):
+            yield from _number_faults(getattr(value, f.name), kinds.get(f.name), f"{name}.{f.name}" if name else f.name)
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _number_faults(item, kind, f"{name}.{key}")
+    elif isinstance(value, tuple | list):
+        for item in value:
+            yield from _number_faults(item, kind, name)
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        if not math.isfinite(value) if isinstance(value, float) else abs(value) > MOST:
+            yield f"`{name}` must be a {'finite' if isinstance(value, float) else 'smaller'} number, not {value:g}"
+        elif (allowed := _range(kind)) is not None and not allowed.holds(value):
+            yield f"`{name}` must be {allowed}, not {value:g}"
+
+
+@lru_cache
+def _kinds(cls: type) -> dict[str, Any]:
+    try:
+        return get_type_hints(cls, include_extras=True)
+    except NameError:
+        return {}  # a class of the user's own, with a type that is imported for type checkers alone
+
+
+def _range(kind: Any) -> Range | None:
+    """The range in a type, which may be optional, or of the members of a tuple."""
+    if isinstance(kind, Range):
+        return kind
+    parts = (*get_args(kind), *getattr(kind, "__metadata__", ()))
+    return next(filter(None, map(_range, parts)), None)
 
 
 def to_json(value: Any) -> Json:

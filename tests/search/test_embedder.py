@@ -19,6 +19,7 @@ from fastvlp.eval.pair_scores import pair_score
 from fastvlp.search.embedder import Embedder, Unreadable
 from fastvlp.tasks.caption import caption
 from fastvlp.tasks.task_evaluation import load_task
+from fastvlp.tensor_files import read_safetensors, write_safetensors
 
 TEXTS = ["a red circle", "红色的圆形", "", "a blue square left of a small green triangle", "x" * 500, "a red circle"]
 
@@ -137,12 +138,18 @@ def test_the_fingerprint_depends_on_weights_config_and_tokenizer(exports, tmp_pa
     folder = shutil.copytree(exports["towers"], tmp_path / "changed")
     (folder / "card.json").write_text("{}")
     assert Embedder.load(folder).fingerprint == embedder.fingerprint
-    for name in ("model.safetensors", "tokenizer.json"):
-        other = shutil.copytree(exports["towers"], tmp_path / name)
-        data = (other / name).read_bytes()
-        changed = data[:-1] + bytes([data[-1] ^ 1]) if name.endswith("safetensors") else data + b"\n"
-        (other / name).write_bytes(changed)
-        assert Embedder.load(other).fingerprint != embedder.fingerprint
+    tensors, metadata = read_safetensors(folder / "model.safetensors")
+    next(iter(tensors.values())).view(-1)[0] += 1
+    write_safetensors(folder / "model.safetensors", tensors, metadata)
+    assert Embedder.load(folder).fingerprint != embedder.fingerprint
+
+    # As of earlier versions, whose model.json has no checksum of the tokenizer.
+    described = json.loads((folder / "model.json").read_text())
+    (folder / "model.json").write_text(json.dumps({name: described[name] for name in ("format", "config", "info")}))
+    before = Embedder.load(folder).fingerprint
+    with (folder / "tokenizer.json").open("a") as file:
+        file.write("\n")
+    assert Embedder.load(folder).fingerprint != before
 
 
 def test_one_text_is_one_vector_and_a_picture_may_be_a_path(exports, world, tmp_path):

@@ -8,13 +8,14 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from fastvlp.batch import Batch, Dropped
+from fastvlp.config import Count, Range
 from fastvlp.data.batching import Grouping, Lengths
 from fastvlp.data.caption_cut import CaptionCut, sample_cut
 from fastvlp.data.loader import Row
@@ -53,20 +54,20 @@ class Rows:
 class Data(abc.ABC):
     """The data of a run: how its rows are read and made into batches."""
 
-    batch_size: int
+    batch_size: Annotated[int, Range(least=1, most=1 << 24)]
     """Rows of one micro-batch on one rank."""
-    workers: int = 0
+    workers: Annotated[int, Range(least=0, most=1024)] = 0
     """Processes that load; 0 loads in a thread of the training process."""
     cache: bool = True
     """Keep decoded images in memory."""
-    max_length: int = 50
+    max_length: Annotated[int, Range(least=2)] = 50
     """The most tokens of a text, including `<s>` and `</s>`; a longer text is cut at its end."""
     fit: Fit = "crop"
     """How an image becomes a square: cut to its middle (crop), to seven eighths of that (centre), squashed, or whole on a grey
     square (letterbox)."""
-    group: int | None = None
+    group: Count | None = None
     """Make training batches of rows of about the same length, chosen among this many shuffled rows."""
-    max_tokens: int | None = None
+    max_tokens: Count | None = None
     """Token budget of one micro-batch on one rank, in place of `batch_size`: it has as many rows as fit, where each row counts
     as much as the longest. Rows are grouped by length among `group` rows, by default 32768."""
     fill: Literal["official"] | None = None

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from fastvlp.batch import Regions, has_area
+from fastvlp.config import Share
 from fastvlp.data.records.decode import StoredShape
 from fastvlp.data.records.detections import unpack
 from fastvlp.data.records.schema import confidences_fault, distribution_fault, list_fault
@@ -43,7 +44,7 @@ class RegionSource:
     stored: bool = False
     """Instead of objects, a detector's regions that were imported with the record (`vlp data import --features`), with
     their features and shares of classes."""
-    confidence: float = 0.2
+    confidence: Share = 0.2
     """Of stored regions, those with a confidence above this come along (UNITER, arXiv 1909.11740: 0.2)."""
     least: int = 10
     """Of stored regions, at least this many come along (UNITER: 10, and `most` 100); equal to `most`, their number is fixed."""

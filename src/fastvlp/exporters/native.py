@@ -19,6 +19,7 @@ from fastvlp.files import write_whole
 from fastvlp.model.saved_run import SavedRun
 from fastvlp.model.saving import Saved, load_model, save_model
 from fastvlp.objectives.saved_objectives import head_names
+from fastvlp.plain_json import with_checksum
 from fastvlp.search.embedder import usable_abilities
 
 
@@ -46,7 +47,7 @@ class NativeExport(ExportTarget):
     def write(self, source: ExportSource, folder: Path) -> None:
         saved, out = source.saved, source.out
         save_model(folder, saved.model, saved.tokenizer, saved.info, objectives=head_parameters(saved))
-        write_whole(folder / "config.json", _json_bytes(reading_config(source.config)))
+        write_whole(folder / "config.json", _json_bytes(with_checksum(reading_config(source.config))))
         write_whole(folder / "card.json", _json_bytes(source.card))
         # An absolute path says something about the machine.
         place = out.name if out.is_absolute() else out.as_posix()

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastvlp.config import Count, Positive, ShareBelowOne
 from fastvlp.errors import UserError
 
 Norm = Literal["pre", "post"]
@@ -20,19 +21,19 @@ Activation = Literal["gelu", "gelu_tanh", "quick_gelu", "relu"]
 class LayerConfig:
     """Shape of one transformer layer."""
 
-    width: int
+    width: Count
     """Numbers in each state."""
-    heads: int
+    heads: Count
     """Attention heads."""
-    hidden: int
+    hidden: Count
     """Width of the hidden layer of the MLP."""
     norm: Norm = "pre"
     """Whether a norm comes before each sublayer (pre) or after its residual sum (post, as in BERT)."""
-    eps: float = 1e-5
+    eps: Positive = 1e-5
     """Epsilon of the norms."""
     activation: Activation = "gelu"
     """Of the MLP."""
-    dropout: float = 0.0
+    dropout: ShareBelowOne = 0.0
     """Share of each sublayer's outputs that is set to zero in training."""
 
     def check(self, name: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -14,6 +13,7 @@ from fastvlp.data.regions import RegionSource
 from fastvlp.data.state_store import StatesConfig
 from fastvlp.dist import Precision
 from fastvlp.errors import UserError
+from fastvlp.plain_json import check_sum, read_strict_json
 
 T = TypeVar("T")
 
@@ -86,9 +86,6 @@ def read_saved_run(folder: str | Path) -> SavedRun:
 def read_json(path: Path) -> dict[str, Any]:
     """An object; empty where there is no such file. Raises UserError where it is damaged."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        return check_sum(read_strict_json(path)) if path.exists() else {}
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: damaged ({error}); copy the folder again, or remove the file") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: damaged, it holds no object; copy the folder again, or remove the file")
-    return value

@@ -1,6 +1,7 @@
 """A model in a folder: model.json (its config and how it was made), tokenizer.json, and weights as safetensors.
 
-A file of weights has its own `info` in its metadata, because `best` and `last` of a run are of different steps.
+A file of weights has its own `info` in its metadata, because `best` and `last` of a run are of different steps. Each file has a
+checksum, that of tokenizer.json is in model.json. They are compared when the model is loaded.
 """
 
 from __future__ import annotations
@@ -8,7 +9,8 @@ from __future__ import annotations
 import json
 import shutil
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -16,10 +18,10 @@ from typing import Any, Literal, NamedTuple
 import cattrs
 import torch
 from cattrs.errors import BaseValidationError
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from fastvlp.config import check_numbers
 from fastvlp.data.tokenize import Tokenizer
 from fastvlp.errors import UserError
 from fastvlp.extensions import variant
@@ -29,6 +31,9 @@ from fastvlp.model.encoders.text_transformer import TextTransformerConfig
 from fastvlp.model.encoders.vit import ViTConfig
 from fastvlp.model.lora import merged_state
 from fastvlp.model.model import ModelConfig, VLModel
+from fastvlp.model.outline import check_fits
+from fastvlp.plain_json import check_sum, checksum, parse_strict_json, read_strict_json, with_checksum
+from fastvlp.tensor_files import not_finite, read_safetensors, tensor_shapes, write_safetensors
 
 FORMAT = 1
 Which = Literal["best", "last"]
@@ -124,22 +129,28 @@ def save_model(
 ) -> None:
     """Writes `<name>.safetensors`, model.json and tokenizer.json. Adapters are merged into the weights.
 
-    Raises UserError where the disk is full.
+    Raises UserError where the disk is full, and where a number is not finite.
 
     Args:
         info: how the model was made, as JSON.
         objectives: parameters of objectives to keep, by `<name>.<parameter>`.
     """
     folder = Path(folder)
-    description = {"format": FORMAT, "config": _converter.unstructure(model.config), "info": dict(info)}
-    write_whole(folder / "model.json", json.dumps(description, indent=2).encode())
-    tokenizer.save(folder / "tokenizer.json")
+    path = folder / f"{name}.safetensors"
     state = merged_state(model) | {OBJECTIVES + key: value for key, value in (objectives or {}).items()}
     tensors = {key: value.detach().cpu().contiguous() for key, value in state.items()}
-    path = folder / f"{name}.safetensors"
+    _check_finite(model, tensors, path)
+    tokenizer.save(folder / "tokenizer.json")
+    description = {
+        "format": FORMAT,
+        "config": _converter.unstructure(model.config),
+        "info": dict(info),
+        "tokenizer": checksum([(folder / "tokenizer.json").read_bytes()]),
+    }
+    write_whole(folder / "model.json", json.dumps(with_checksum(description), indent=2).encode())
     with whole_file(path, f"{path.name}.tmp") as part:
         try:
-            save_file(tensors, part, metadata={"info": json.dumps(dict(info))})
+            write_safetensors(part, tensors, {"info": json.dumps(dict(info))})
             # `save_file` leaves it readable by its owner alone.
             shutil.copymode(folder / "model.json", part)
         except SafetensorError as error:
@@ -150,22 +161,40 @@ def load_model(folder: str | Path, which: Which = "best") -> Saved:
     """The model of a run, an export, or a converted checkpoint, in evaluation mode on the CPU.
 
     A run without validation has no best weights: `best` then reads model.safetensors or the last ones. Raises UserError where
-    the folder is no such, where a file is damaged, where a newer version wrote it, and where the class of an encoder is not
-    known (it is in a file that was not imported).
+    the folder is no such, where a file is damaged or hostile (before it takes memory or time beyond the size of its files),
+    where a weight is not finite, where a newer version wrote it, and where the class of an encoder is not known (it is in a
+    file that was not imported).
     """
     folder = Path(folder)
-    config, info = _read_description(folder / "model.json")
+    description = _read_description(folder / "model.json")
     path = _weights_file(folder, which)
-    tensors, own_info = _read_tensors(path)
+    with _damage(path, "copy it again or load another checkpoint"):
+        check_fits(description.config, tensor_shapes(path), path)
+        tensors, metadata = read_safetensors(path)
+        own_info = _object(parse_strict_json(metadata.get("info", "{}")))
+    tokenizer_file = folder / "tokenizer.json"
+    tokenizer = Tokenizer.load(tokenizer_file)
+    if description.tokenizer not in (None, checksum([tokenizer_file.read_bytes()])):
+        raise UserError(f"{tokenizer_file}: not the one that was saved with the model; copy the folder again")
     objectives = {key.removeprefix(OBJECTIVES): tensors.pop(key) for key in list(tensors) if key.startswith(OBJECTIVES)}
-    model = VLModel(config)
+    model = VLModel(description.config)
     load_exactly(model, tensors, path)
-    return Saved(model.eval(), Tokenizer.load(folder / "tokenizer.json"), info | own_info, objectives, path)
+    _check_finite(model, tensors | objectives, path)
+    return Saved(model.eval(), tokenizer, description.info | own_info, objectives, path)
 
 
 def read_config(folder: str | Path) -> ModelConfig:
     """The config of a saved model, without its weights. Raises UserError as `load_model` does."""
-    return _read_description(Path(folder) / "model.json")[0]
+    return _read_description(Path(folder) / "model.json").config
+
+
+def _check_finite(model: VLModel, tensors: Mapping[str, Tensor], source: Path) -> None:
+    wrong = not_finite(tensors, {name for name, _ in model.named_buffers()})
+    if wrong:
+        raise UserError(
+            f"{source}: {len(wrong)} tensors hold numbers that are not finite, such as {wrong[0]}: the training diverged; use "
+            f"earlier weights, or train with a lower `optim.lr`"
+        )
 
 
 def load_exactly(module: nn.Module, state: Mapping[str, Tensor], source: str | Path) -> None:
@@ -247,25 +276,55 @@ def _few(names: list[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def _read_description(path: Path) -> tuple[ModelConfig, dict[str, Any]]:
+class _Description(NamedTuple):
+    """What model.json says. `tokenizer`: checksum of tokenizer.json; None in files of earlier versions."""
+
+    config: ModelConfig
+    info: dict[str, Any]
+    tokenizer: str | None
+
+
+def _read_description(path: Path) -> _Description:
     if not path.is_file():
         raise UserError(f"{path.parent}: not the folder of a run or a saved model, it has no {path.name}")
+    with _damage(path, "copy the folder again"):
+        written = _object(read_strict_json(path))
+        version = int(written["format"])
+        if version > FORMAT:
+            raise UserError(
+                f"{path}: written by a newer fastvlp (format {version}, this one reads {FORMAT}); upgrade fastvlp"
+            )
+        description = check_sum(written)
+        tokenizer, info = description.get("tokenizer"), _object(description["info"])
     try:
-        description = json.loads(path.read_text(encoding="utf-8"))
-        version = int(description["format"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: damaged ({error!r}); copy the folder again") from error
-    if version > FORMAT:
-        raise UserError(
-            f"{path}: written by a newer fastvlp (format {version}, this one reads {FORMAT}); upgrade fastvlp"
-        )
-    try:
-        return _converter.structure(description["config"], ModelConfig), dict(description["info"])
-    except (BaseValidationError, KeyError, TypeError, ValueError) as error:
+        config = _converter.structure(description["config"], ModelConfig)
+    except (BaseValidationError, KeyError, TypeError, ValueError, ArithmeticError) as error:
         if isinstance(error, BaseValidationError) and (user_errors := error.subgroup(UserError)) is not None:
             raise UserError(f"{path}: {_first(user_errors)}") from error
         causes = "; ".join(cattrs.transform_error(error))
         raise UserError(f"{path}: not a model this version knows ({causes}); copy the folder again") from error
+    try:
+        check_numbers(config, "model")
+    except UserError as error:
+        raise UserError(f"{path}: {error}; copy the folder again") from None
+    return _Description(config, info, tokenizer)
+
+
+@contextmanager
+def _damage(path: Path, remedy: str) -> Iterator[None]:
+    """Turns what the readers of a damaged file raise into a UserError."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, ArithmeticError) as error:
+        raise UserError(f"{path}: damaged ({error or type(error).__name__}); {remedy}") from error
+
+
+def _object(value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ValueError(f"a {type(value).__name__} where an object is expected")
+    return value
 
 
 def _first(group: BaseExceptionGroup) -> BaseException:
@@ -280,12 +339,3 @@ def _weights_file(folder: Path, which: Which) -> Path:
         if (path := folder / f"{name}.safetensors").is_file():
             return path
     raise UserError(f"{folder}: no weights here, looked for {', '.join(f'{n}.safetensors' for n in order)}")
-
-
-def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    try:
-        with safe_open(path, "pt") as file:
-            info = json.loads((file.metadata() or {}).get("info", "{}"))
-            return {key: file.get_tensor(key) for key in file.keys()}, info  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"{path}: damaged ({error}); copy it again or load another checkpoint") from error

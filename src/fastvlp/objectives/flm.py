@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fastvlp.batch import Batch
+from fastvlp.config import NotNegative
 from fastvlp.data.tokenize import Tokenizer
 from fastvlp.model import masks
 from fastvlp.model.model import Bos, ModelConfig, Streams, VLModel
@@ -36,9 +37,9 @@ class FLMConfig(ObjectiveConfig):
     it (the released code); or `uniform`, a span of such a length placed uniformly over it, inside the text."""
     span_rate: float = 0.0
     """Share of the M predictable tokens that a span has on average; for `centred` and `uniform`."""
-    forward_weight: float = 1.0
+    forward_weight: NotNegative = 1.0
     """Weight of the forward stream's next-token loss; 0 leaves it out."""
-    reverse_weight: float = 1.0
+    reverse_weight: NotNegative = 1.0
     """Weight of the reverse stream's loss; 0 leaves it out."""
     bos: Bos = "blind"
     """What <s> sees: `blind`, no text, so that the first word is learned and every query sees something; or `official`: all

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from fastvlp.batch import Batch
+from fastvlp.config import NotNegative
 from fastvlp.errors import UserError
 from fastvlp.model.frozen_states import TextUse
 from fastvlp.model.keep import TextPolicy, keep_count, keep_text
@@ -24,7 +25,7 @@ class PairsConfig(ObjectiveConfig, abc.ABC):
     """Share of the text positions that are encoded; in FLIP 1 is best (arXiv 2212.00794, section 4.1)."""
     text_policy: TextPolicy = "random"
     """Which positions are encoded: `random` ones of all, or `prioritised`, where padding is dropped first."""
-    weight: float = 1.0
+    weight: NotNegative = 1.0
     """Weight of the loss beside those of other objectives."""
     equal_pairs: EqualPairs = "ignored"
     """Whether pairs with the same text or the same image are `negatives` of each other, as published, or `ignored`."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastvlp.batch import Batch
+from fastvlp.config import Share
 from fastvlp.data.tokenize import Tokenizer
 from fastvlp.errors import UserError
 from fastvlp.model import masks
@@ -33,9 +34,9 @@ class MLMConfig(ObjectiveConfig):
     """Share of the words that are corrupted, or of the tokens."""
     predict_rate: float | None = None
     """Share of all tokens that are predicted, at most mask_rate; by default all corrupted ones."""
-    keep_mask: float = 0.8
+    keep_mask: Share = 0.8
     """Share of the corrupted tokens that become the mask."""
-    keep_random: float = 0.1
+    keep_random: Share = 0.1
     """Share of the corrupted tokens that become a random one. The others stay as they are."""
     whole_word: bool = True
     """Corrupt all pieces of a word together."""

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from fastvlp.batch import Batch
+from fastvlp.config import PositiveShare, Share
 from fastvlp.data.tokenize import Tokenizer
 from fastvlp.errors import UserError
 from fastvlp.model.absent import Absent
@@ -37,19 +38,19 @@ class MoCoConfig(PairsConfig):
     """Candidates of a row: its own key and the queue, or all keys of the step and the queue (ALBEF, BriVL 2)."""
     queue: int = 9600
     """Keys of each modality that are remembered. A batch may be larger."""
-    momentum: float = 0.99
+    momentum: Share = 0.99
     """Share of itself that the copy keeps at each step."""
     temperature: float = 0.07
     """Temperature of the softmax, or where it starts if it is learned."""
     temperature_learned: bool = False
     """Whether the temperature is learned."""
-    alpha: float = 0.0
+    alpha: Share = 0.0
     """With batch+queue: share of a row's target that is the copy's own prediction (ALBEF, arXiv 2107.07651, section 3.4)."""
     directions: Literal["sum", "mean"] = "sum"
     """How the losses of images and of texts are combined."""
     warm: bool = False
     """Until the queue is full, use only the keys that were written; otherwise it begins as random vectors, as released."""
-    key_keep: float = 1.0
+    key_keep: PositiveShare = 1.0
     """Share of an image's patches that the copy encodes. If it equals the run's `keep`, they are the same patches."""
     buffers: Literal["copy", "own"] = "copy"
     """Buffers of the copy, such as those of batch norms: `copy` takes the model's, `own` updates its own, as released."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastvlp.batch import Batch
+from fastvlp.config import Count, NotNegative
 from fastvlp.data.tokenize import Tokenizer
 from fastvlp.errors import UserError
 from fastvlp.model.encoders.vit import patchify, sincos_positions
@@ -24,13 +25,13 @@ class ReconstructConfig(ObjectiveConfig):
     """Predict the pixels of the dropped patches. The decoder's size is MAE's and the weight of 1 is ours: FLIP states
     neither."""
 
-    depth: int = 8
+    depth: Count = 8
     """Layers of the decoder."""
-    width: int = 512
+    width: Count = 512
     """Width of the decoder."""
-    heads: int = 16
+    heads: Count = 16
     """Attention heads of the decoder."""
-    weight: float = 1.0
+    weight: NotNegative = 1.0
     """Weight of the loss beside those of other objectives."""
 
     def __post_init__(self) -> None:

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastvlp.batch import Batch
+from fastvlp.config import Count
 from fastvlp.data.tokenize import Tokenizer
 from fastvlp.errors import UserError
 from fastvlp.model.layers import initialise
@@ -59,7 +60,7 @@ class MRFRConfig(MaskedRegionsConfig):
 class MRCConfig(MaskedRegionsConfig):
     """Predict the detector's class of each hidden region."""
 
-    classes: int = 1601
+    classes: Count = 1601
     """Classes of the detector."""
     background: bool = True
     """Whether the first class is the background."""

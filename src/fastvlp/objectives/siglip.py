@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastvlp.batch import Batch
+from fastvlp.config import Positive
 from fastvlp.data.tokenize import Tokenizer
 from fastvlp.model.model import ModelConfig, VLModel
 from fastvlp.objectives.contrastive import sigmoid_loss
@@ -21,7 +22,7 @@ from fastvlp.objectives.objective import Loss, PairObjective
 class SigLIPConfig(PairsConfig):
     """Decide of each image and each text of all rows whether they belong together."""
 
-    scale: float = 10.0
+    scale: Positive = 10.0
     """Scale of the logits at the start (arXiv 2303.15343, section 3.2); it is learned."""
     bias: float = -10.0
     """What is added to the logits at the start; it is learned."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastvlp.batch import Batch
+from fastvlp.config import Count, NotNegative
 from fastvlp.data.augment import AugmentConfig, augment
 from fastvlp.data.tokenize import Tokenizer
 from fastvlp.errors import UserError
@@ -34,13 +35,13 @@ class SimCLRConfig(ObjectiveConfig):
     """Random changes of an image that make a view of it; by default the paper's, whose blur is meant for 224 pixels."""
     keep: float = 1.0
     """Share of a view's patches that are encoded, drawn for each view."""
-    hidden: int | None = None
+    hidden: Count | None = None
     """Width of the projection's hidden layer; by default that of the image encoder."""
-    width: int = 128
+    width: Count = 128
     """Numbers of a projected view."""
     temperature: float = 0.1
     """Temperature of the softmax; it is not learned."""
-    weight: float = 1.0
+    weight: NotNegative = 1.0
     """Weight of the loss (SLIP: 1)."""
 
     def __post_init__(self) -> None:

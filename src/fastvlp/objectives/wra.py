@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils import _pytree
 
 from fastvlp.batch import Batch
+from fastvlp.config import Count, NotNegative, Positive
 from fastvlp.data.tokenize import Tokenizer
 from fastvlp.errors import UserError
 from fastvlp.model.model import ModelConfig, VLModel
@@ -35,16 +36,16 @@ class WRAConfig(ObjectiveConfig):
     """Which half of a wrong pair is another's: the image (the released code), the text, or either by a coin (the paper)."""
     loss: Literal["ce", "bce"] = "ce"
     """`ce`, the cross-entropy of both logits, or `bce`, of the second alone (the paper), which later is the retrieval score."""
-    align: float = 0.1
+    align: NotNegative = 0.1
     """Weight of the transport distance; 0 leaves it out."""
     sign: Literal["code", "paper"] = "code"
     """Distances that count: `code`, those of right pairs, minus those of wrong pairs; or `paper`, those of right pairs
     alone."""
     special: bool = True
     """Whether <s> and </s> are among the words that are aligned."""
-    beta: float = 0.5
+    beta: Positive = 0.5
     """Strength of the entropy term in the transport problem (IPOT)."""
-    iterations: int = 50
+    iterations: Count = 50
     """Steps in which the transport problem is solved."""
     equal_pairs: EqualPairs = "ignored"
     """Whether pairs with the same text or the same image may be `negatives` of each other, or are `ignored`."""

@@ -6,7 +6,6 @@ A file is written whole or not at all.
 from __future__ import annotations
 
 import json
-import pickle
 import re
 from collections.abc import Mapping
 from dataclasses import replace
@@ -25,6 +24,7 @@ from fastvlp.model.saving import load_exactly, save_model
 from fastvlp.objectives.objective import Ability
 from fastvlp.objectives.saved_objectives import describe
 from fastvlp.provenance import about
+from fastvlp.tensor_files import check_torch_file, not_finite
 from fastvlp.training.state import TrainState
 from fastvlp.training.train_config import CHANGEABLE, TrainConfig
 
@@ -49,13 +49,16 @@ def save_checkpoint(path: str | Path, state: dict[str, Any]) -> None:
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
-    """The saved state on the CPU, whatever device it was saved from. Raises UserError where the file is missing or damaged."""
+    """The saved state on the CPU, whatever device it was saved from. Raises UserError where the file is missing, or is not what
+    was written."""
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no checkpoint here; give the folder of a run that has saved one")
     try:
+        check_torch_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
+    # Given hostile bytes, torch raises anything.
+    except Exception as error:
         # Torch goes on with advice, such as to load the file without its safeguard.
         cause = re.split(r"\.\s|\n", str(error))[0] or type(error).__name__
         raise UserError(
@@ -67,7 +70,11 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
 
 
 def save(state: TrainState, *, wait: bool = True) -> None:
-    """Everything that `restore` needs, and the weights alone beside it. The main rank writes, the others wait for it."""
+    """Everything that `restore` needs, and the weights alone beside it. The main rank writes, the others wait for it.
+
+    Raises UserError where a weight is not finite; what was saved before stays as it is.
+    """
+    check_finite(state)
     if dist.is_main():
         saved: dict[str, Any] = {name: getattr(state, name) for name in COUNTERS} | {
             "dropped": state.dropped,
@@ -84,6 +91,16 @@ def save(state: TrainState, *, wait: bool = True) -> None:
     if wait:
         dist.barrier()
         state.saved = state.step
+
+
+def check_finite(state: TrainState) -> None:
+    """Raises UserError, on every rank, where a weight is NaN or infinite."""
+    module = state.pretraining
+    if wrong := not_finite(module.state_dict(), {name for name, _ in module.named_buffers()}):
+        raise UserError(
+            f"{state.run.folder}: after step {state.step} {len(wrong)} tensors hold numbers that are not finite, such as "
+            f"{wrong[0]}, and are not saved; lower `optim.lr` or lengthen `optim.warmup`"
+        )
 
 
 def save_config(state: TrainState) -> TrainConfig:

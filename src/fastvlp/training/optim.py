@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from fastvlp.config import NotNegative, Positive, PositiveShare, ShareBelowOne, check_numbers
 from fastvlp.errors import UserError
 from fastvlp.training.pretraining import Pretraining
 from fastvlp.training.schedule import Decay
@@ -19,44 +20,35 @@ from fastvlp.training.trained_parts import layer_rates
 class OptimConfig:
     """AdamW, and the learning rate of each part of the model over the run."""
 
-    lr: float
+    lr: Positive
     """Learning rate of the encoders, at its highest."""
-    betas: tuple[float, float] = (0.9, 0.98)
+    betas: tuple[ShareBelowOne, ShareBelowOne] = (0.9, 0.98)
     """Decay of AdamW's averages of the gradient and of its square."""
-    eps: float = 1e-8
+    eps: Positive = 1e-8
     """What AdamW adds to the denominator."""
-    weight_decay: float = 0.01
+    weight_decay: NotNegative = 0.01
     """Share of a weight, times the learning rate, that each step takes off."""
     spared: Literal["vectors", "flip"] = "vectors"
     """Parameters without weight decay: `vectors`, all of one dimension; or `flip`, as in FLIP's released code, biases, norms
     and tables of positions: there the class token and the temperature decay."""
-    clip: float | None = 1.0
+    clip: Positive | None = 1.0
     """Largest norm of the gradient; a longer one is scaled down. None leaves it as it is."""
-    cross_multiplier: float = 5.0
+    cross_multiplier: NotNegative = 5.0
     """Times the rate, for fusion and reconstructor. METER and FLM start from trained encoders and use 5; from scratch use 1."""
-    head_multiplier: float = 5.0
+    head_multiplier: NotNegative = 5.0
     """Times the rate, for vocabulary heads and what objectives own. From scratch use 1."""
-    warmup: float = 0.05
+    warmup: ShareBelowOne = 0.05
     """Share of the run in which the rate rises linearly from 0."""
     decay: Decay = "linear"
     """How the rate falls after that: to 0 linearly or as a cosine, or not at all (constant)."""
-    layer_decay: float = 1.0
+    layer_decay: PositiveShare = 1.0
     """Share of the next layer's rate that each layer of an encoder learns at, down to its embeddings; 1: all alike."""
-    parts: Mapping[str, float] = field(default_factory=dict)
+    parts: Mapping[str, Positive] = field(default_factory=dict)
     """Times the rate that a part would have otherwise, by its name, such as `image 0.1 text.word 10`; objectives.vqa is what
     the objective vqa owns."""
 
     def __post_init__(self) -> None:
-        if self.lr <= 0:
-            raise UserError(f"`optim.lr` must be above 0, not {self.lr}")
-        if not 0 <= self.warmup < 1:
-            raise UserError(f"`optim.warmup` is a share of the run, from 0 to below 1, not {self.warmup}")
-        if not 0 < self.layer_decay <= 1:
-            raise UserError(f"`optim.layer_decay` is a share of the rate, above 0 and up to 1, not {self.layer_decay}")
-        if not all(times > 0 for times in self.parts.values()):
-            raise UserError(
-                f"`optim.parts` are numbers above 0, not {dict(self.parts)}; `freeze` keeps a part as it is"
-            )
+        check_numbers(self, "optim")
 
 
 def scaled_rate(base: float, batch: int) -> float:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
 
+from fastvlp.config import Count, Positive, PositiveShare, Range, check_numbers
 from fastvlp.data.augment import AugmentConfig
 from fastvlp.data.pairs import Data
 from fastvlp.data.state_store import StatesConfig
@@ -24,17 +26,12 @@ CHANGEABLE = {
     "states.folder",
 }  # fmt: skip
 
-# Numbers that must be at least 1.
-COUNTS = (
-    "steps", "accumulate", "log_every", "validate_every", "checkpoint_every", "max_bad_steps", "vocab", "threads",
-)  # fmt: skip
-
 
 @dataclass(frozen=True, kw_only=True)
 class TrainOptions:
     """How a run trains, whatever it learns."""
 
-    accumulate: int = 1
+    accumulate: Count = 1
     """Micro-batches of a step, on each rank. Contrastive losses see all rows of the step, with exact gradients."""
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     """Random changes of the images, in training alone."""
@@ -53,17 +50,17 @@ class TrainOptions:
     losses are fp32 in both."""
     compile: bool = False
     """Compile the transformer blocks. A step whose FLOPs are counted runs uncompiled."""
-    ema: float | None = None
+    ema: Annotated[float, Range(above=0, below=1)] | None = None
     """Decay of averaged weights, such as 0.999; then these are validated and saved. By default there are none."""
-    log_every: int = 20
+    log_every: Count = 20
     """Steps between lines of the log; a line also comes after 10 seconds."""
-    max_bad_steps: int = 10
+    max_bad_steps: Count = 10
     """End the run after so many steps in a row whose loss or gradient is not finite; such a step changes no weights."""
     device: str = "auto"
     """Device such as cpu or cuda:1; auto takes a GPU if there is one."""
     tensorboard: bool = False
     """Write the log for TensorBoard too."""
-    threads: int | None = None
+    threads: Annotated[int, Range(least=1, most=4096)] | None = None
     """CPU threads of PyTorch, for the whole process; its own choice by default."""
 
 
@@ -90,31 +87,31 @@ class TrainConfig(TrainOptions):
     """Folder of the run; by default runs/NAME."""
     tokenizer: str | None = None
     """File of a tokenizer. By default it is that of the weights to start from, or is trained on the texts of the data."""
-    vocab: int = 8000
+    vocab: Count = 8000
     """Tokens of a tokenizer that is trained on the texts of the data."""
-    steps: int | None = None
+    steps: Count | None = None
     """Steps after which the run ends."""
-    budget_s: float | None = None
+    budget_s: Positive | None = None
     """Seconds of training after which the run ends; validation and checkpoints do not count."""
-    mix: Mapping[str, float] | None = None
+    mix: Mapping[str, Positive] | None = None
     """Share of the steps that each objective gets: a step runs one of them (UNITER, arXiv 1909.11740, section 3.1). By default
     each step runs all."""
-    keep: float = 1.0
+    keep: PositiveShare = 1.0
     """Share of an image's patches that are encoded in training (FLIP, arXiv 2212.00794)."""
-    validate_every: int | None = None
+    validate_every: Count | None = None
     """Steps between validations; there is always one at the end. The weights with the lowest loss are kept as best."""
-    checkpoint_every: int | None = None
+    checkpoint_every: Count | None = None
     """Steps between checkpoints; there is always one at the end."""
     init: str | None = None
     """Folder of a run or an export to take weights from: the model's, and those of objectives of the same names."""
     image: str | None = None
     """Public image encoder to start from, in place of the model's: the folder of a model in the layout of transformers, or its
     name on the Hugging Face hub."""
-    image_layers: int | None = None
+    image_layers: Count | None = None
     """How many of its first layers to take; None for all."""
     text: str | None = None
     """Public text encoder to start from, in place of the model's, with its tokenizer."""
-    text_layers: int | None = None
+    text_layers: Count | None = None
     """How many of its first layers to take; None for all."""
 
     @property
@@ -134,22 +131,13 @@ def check(run: TrainConfig) -> None:
         raise UserError(f"{name}: it has {given} of `steps` and `budget_s` (seconds); give one of the two")
     if not run.objectives:
         raise UserError(f"{name}: it has no objectives; a recipe names at least one")
-    counts = {count: getattr(run, count) for count in COUNTS} | {"data.batch_size": run.data.batch_size}
-    if wrong := {key: value for key, value in counts.items() if value is not None and value < 1}:
-        raise UserError(
-            f"{name}: {', '.join(f'`{key}` must be at least 1, not {value}' for key, value in wrong.items())}"
-        )
-    if run.budget_s is not None and run.budget_s <= 0:
-        raise UserError(f"{name}: `budget_s` is seconds of training, above 0, not {run.budget_s}")
-    if run.data.workers < 0:
-        raise UserError(f"{name}: `data.workers` is a number of processes, 0 for none, not {run.data.workers}")
-    if run.ema is not None and not 0 < run.ema < 1:
-        raise UserError(f"{name}: `ema` is a decay between 0 and 1, such as 0.999, not {run.ema}")
+    try:
+        check_numbers(run)
+    except UserError as error:
+        raise UserError(f"{name}: {error}") from None
     mix = run.mix
-    if mix is not None and (mix.keys() != run.objectives.keys() or not all(share > 0 for share in mix.values())):
+    if mix is not None and mix.keys() != run.objectives.keys():
         raise UserError(f"{name}: `mix` gives each of {', '.join(run.objectives)} a number above 0, not {dict(mix)}")
-    if not 0 < run.keep <= 1:
-        raise UserError(f"{name}: `keep` is a share of the patches, above 0 and up to 1, not {run.keep}")
     if run.keep < 1:
         run.model.image.check_can_drop()
     if run.data.max_length > run.model.longest_text:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor, nn
 
+from fastvlp.config import Count
 from fastvlp.errors import UserError
 from fastvlp.model.encoders.layer_names import LayerNames, find_layers
 from fastvlp.model.keep import random_keep
@@ -37,7 +38,7 @@ class ImageEncoderConfig(abc.ABC):
     row by row. A subclass has `width` and `grid` as fields or properties.
     """
 
-    size: int
+    size: Count
     """Side of the square image, in pixels."""
     mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
     """What is subtracted from pixels scaled to 0..1, by channel; CLIP's values by default."""

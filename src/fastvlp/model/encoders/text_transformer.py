@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from fastvlp.config import Positive
 from fastvlp.model.encoders.interface import TextEncoder, TextEncoderConfig
 from fastvlp.model.encoders.layer_names import LayerNames, layers_in
 from fastvlp.model.layers import KeyValue, LayerConfig, initialise, stack
@@ -21,7 +22,7 @@ class TextTransformerConfig(TextEncoderConfig):
     """Layers."""
     layer: LayerConfig
     """Shape of each layer."""
-    embed_eps: float = 1e-5
+    embed_eps: Positive = 1e-5
     """Epsilon of the norm of the embeddings."""
     position_offset: int = 0
     """Row of the position table that position 0 has (RoBERTa: 2)."""

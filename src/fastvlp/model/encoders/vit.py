@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastvlp.config import Count, Positive
 from fastvlp.errors import UserError
 from fastvlp.model.encoders.interface import ImageEncoder, ImageEncoderConfig
 from fastvlp.model.encoders.layer_names import LayerNames, layers_in
@@ -20,7 +21,7 @@ from fastvlp.model.layers import LayerConfig, initialise, stack
 class ViTConfig(ImageEncoderConfig):
     """A vision transformer (arXiv 2010.11929)."""
 
-    patch: int
+    patch: Count
     """Side of a patch, in pixels."""
     depth: int
     """Layers."""
@@ -36,7 +37,7 @@ class ViTConfig(ImageEncoderConfig):
     """Whether the embedded patches are normalised (CLIP's ln_pre)."""
     patch_bias: bool = True
     """Whether the embedding of patches has a bias (not in CLIP)."""
-    norm_eps: float = 1e-5
+    norm_eps: Positive = 1e-5
     """Epsilon of the norms before and after the layers."""
 
     can_drop_patches: ClassVar[bool] = True
