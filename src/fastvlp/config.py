@@ -65,7 +65,8 @@ def _number_faults(value: Any, kind: Any, name: str) -> Iterator[str]:
             yield from _number_faults(getattr(value, f.name), kinds.get(f.name), f"{name}.{f.name}" if name else f.name)
     elif isinstance(value, Mapping):
         for key, item in value.items():
-            yield from _number_faults(item, kind, f"{name}.{key}")
+            # The options of a mapping of numbers are one option; those of a mapping of dataclasses have dotted names.
+            yield from _number_faults(item, kind, f"{name}.{key}" if is_dataclass(item) else name)
     elif isinstance(value, tuple | list):
         for item in value:
             yield from _number_faults(item, kind, name)
