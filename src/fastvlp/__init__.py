@@ -4,7 +4,9 @@ What a notebook needs, in the order of its use:
 
 - `import_data`: your files to shards.
 - `recipe`, `train`: a named recipe, or a `TrainConfig` of your own, to a run.
+- `finetune_contrast`: a model such as CLIP, public or of your own, on your pairs.
 - `finetune`, `evaluate`, `compare`: a run on a task, its scores, and several recipes at equal time.
+- `starting_from`, `named_size`: what a recipe of your own is made of, from a saved model or a size's name.
 - `export`, `Embedder`, `load_model`: a run to a folder that stands alone, and to vectors.
 - `embed_shards`, `build_index`, `search_index`, `open_index`: search.
 - `import_file`, and the interfaces `Objective`, `PairObjective`, `ImageEncoder`, `TextEncoder`, `Task`, `Source`,
@@ -45,6 +47,7 @@ if TYPE_CHECKING:
     from fastvlp.model.encoders.interface import TextEncoderConfig as TextEncoderConfig
     from fastvlp.model.model import ModelConfig as ModelConfig
     from fastvlp.model.model import VLModel as VLModel
+    from fastvlp.model.named_sizes import named_size as named_size
     from fastvlp.model.saving import load_model as load_model
     from fastvlp.model.saving import save_model as save_model
     from fastvlp.objectives.ar import ARConfig as ARConfig
@@ -73,11 +76,13 @@ if TYPE_CHECKING:
     from fastvlp.search.indexing import build_index as build_index
     from fastvlp.search.indexing import search_index as search_index
     from fastvlp.tasks.caption import caption as caption
+    from fastvlp.tasks.contrast import finetune_contrast as finetune_contrast
     from fastvlp.tasks.evaluate import evaluate as evaluate
     from fastvlp.tasks.finetune import finetune as finetune
     from fastvlp.tasks.interface import Task as Task
     from fastvlp.training.loop import train as train
     from fastvlp.training.optim import OptimConfig as OptimConfig
+    from fastvlp.training.starting_point import starting_from as starting_from
     from fastvlp.training.train_config import TrainConfig as TrainConfig
 
 _HOME = {
@@ -131,14 +136,17 @@ _HOME = {
     "evaluate": "tasks.evaluate",
     "export": "exporters.export",
     "finetune": "tasks.finetune",
+    "finetune_contrast": "tasks.contrast",
     "import_data": "data.sources.importing",
     "import_file": "extensions",
     "load_model": "model.saving",
+    "named_size": "model.named_sizes",
     "official_flm": "objectives.flm",
     "open_index": "search.engines.interface",
     "recipe": "recipes",
     "save_model": "model.saving",
     "search_index": "search.indexing",
+    "starting_from": "training.starting_point",
     "train": "training.loop",
 }
 

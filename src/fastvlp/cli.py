@@ -20,7 +20,9 @@ from typing import Any
 from fastvlp.cli_options import (
     Run,
     as_flags,
+    contrast_options,
     format_options,
+    parse_contrast,
     parse_evaluate_task,
     parse_finetune,
     parse_function,
@@ -42,6 +44,7 @@ from fastvlp.cli_results import (
     show_imported,
     show_inspection,
     show_task_scores,
+    show_tuned,
 )
 from fastvlp.errors import UserError
 from fastvlp.extensions import import_file
@@ -95,6 +98,13 @@ COMMANDS: Mapping[str, Command] = {
         options=tune_options,
         show=show_task_scores,
     ),
+    "finetune contrast": Command(
+        summary="Tune a model such as CLIP on your pairs.",
+        function="fastvlp.tasks.contrast:finetune_contrast",
+        parse=parse_contrast,
+        options=contrast_options,
+        show=show_tuned,
+    ),
     "evaluate task": Command(
         summary="Score a fine-tuned run on its task.",
         function="fastvlp.tasks.task_evaluation:evaluate_task",
@@ -121,6 +131,8 @@ COMMANDS: Mapping[str, Command] = {
 
 def find_command(argv: Sequence[str]) -> tuple[str, Sequence[str]]:
     """Split `argv` into a command and its words. Raises UserError with the nearest name for a misspelt word."""
+    if (two := " ".join(argv[:2])) in COMMANDS:
+        return two, argv[2:]
     words = dict.fromkeys(name.split()[0] for name in COMMANDS)
     if argv[0] not in words:
         raise UserError(f"{argv[0]}: no command of `vlp`; {_nearest(argv[0], list(words))}")

@@ -164,6 +164,7 @@ def parse_finetune(argv: Sequence[str]) -> Run:
     if not argv or argv[0].startswith("-"):
         print("usage: vlp finetune TASK --from RUN --data FOLDER [options]\n")
         print("\n".join(f"  {task.name:20}{task.summary()}" for task in tasks()))
+        print("  contrast            Two encoders, such as CLIP's, on your own pairs.")
         print("\n`vlp finetune TASK --help` lists the options, with those of the task.")
         raise SystemExit(0 if argv else 2)
 
@@ -179,6 +180,24 @@ def tune_options() -> list[str]:
     from fastvlp.tasks.finetune import TuneOptions
 
     return [*task_options(), *(field.name for field in fields(TuneOptions))]
+
+
+def parse_contrast(argv: Sequence[str]) -> Run:
+    """`argv`: options, among them how long and how fast the model learns."""
+    from fastvlp.tasks.contrast import finetune_contrast
+    from fastvlp.tasks.contrast_settings import ContrastSettings
+
+    def bind(*, settings: Any, **options: Any) -> Run:
+        chosen = {field.name: getattr(settings, field.name) for field in fields(settings)}
+        return functools.partial(finetune_contrast, **options, **chosen)
+
+    return parse_with_groups("finetune contrast", finetune_contrast, argv, bind, {"settings": ContrastSettings})
+
+
+def contrast_options() -> list[str]:
+    from fastvlp.tasks.contrast_settings import setting_names
+
+    return setting_names()
 
 
 def task_options() -> list[str]:

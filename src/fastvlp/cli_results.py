@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from fastvlp.search.bulk import Counts
     from fastvlp.search.engines.interface import Hit
     from fastvlp.search.indexing import Built
+    from fastvlp.tasks.contrast import Tuned
     from fastvlp.tasks.task_scores import TaskScores
 
 
@@ -28,6 +29,20 @@ def show_task_scores(result: TaskScores | None) -> None:
     if result is not None:
         print(format_scores(result.scores))
         print(f"results: {result.path}")
+
+
+def show_tuned(tuned: Tuned | None) -> None:
+    from fastvlp.tasks.contrast_scores import change_line
+
+    if tuned is None:
+        return
+    for name, after in tuned.after.items():
+        print(change_line(name, tuned.before[name], after))
+        if name != "original" and after["recall"] < tuned.before[name]["recall"]:
+            print("  no better than before: try --lr at a third, or import more pairs")
+    if "original" not in tuned.after:
+        print("what the model lost elsewhere is measured with --original FOLDER: held-out pairs unlike the new ones")
+    print(f"results: {tuned.path}")
 
 
 def show_evaluation(result: Evaluation) -> None:

@@ -322,3 +322,34 @@ def test_a_cut_shard_is_logged_once_at_the_start(tmp_path):
 def test_what_cannot_be_run_is_said_first(pairs, tmp_path, changes, message):
     with pytest.raises(UserError, match=message):
         start(replace(made_run(pairs, tmp_path / "a", "mlm"), **changes))
+
+
+def test_a_run_ends_when_the_validation_loss_no_longer_falls(pairs, tmp_path, capsys):
+    # A rate of nearly 0 leaves the loss as it is after the first validation.
+    run = made_run(pairs, tmp_path / "a", "mlm", validate_every=1, patience=2)
+    run = replace(run, optim=replace(run.optim, lr=1e-30))
+    state = train(run)
+    assert (state.step, state.stale) == (3, 2)
+    assert "not fallen for 2 validations" in capsys.readouterr().out
+    lines = [json.loads(line) for line in (tmp_path / "a/log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if line["kind"] == "validation"] == [1, 2, 3]
+    assert train(run, resume=True).step == 3
+    assert "raise `patience`" in capsys.readouterr().out
+    assert train(replace(run, patience=3), resume=True).step == 4
+    assert train(replace(run, patience=None), resume=True).step == 6
+
+
+def test_patience_is_that_of_the_whole_run(pairs, tmp_path):
+    run = made_run(pairs, tmp_path / "a", "mlm", validate_every=1, steps=2, patience=2)
+    run = replace(run, optim=replace(run.optim, lr=1e-30))
+    assert train(run).stale == 1
+    assert train(replace(run, steps=6), resume=True).step == 3
+
+
+def test_a_checkpoint_without_a_count_of_validations_is_resumed(pairs, tmp_path):
+    run = made_run(pairs, tmp_path / "a", "mlm", steps=1)
+    train(run)
+    saved = load_checkpoint(tmp_path / "a/last.pt")
+    del saved["stale"]
+    torch.save(saved, tmp_path / "a/last.pt")
+    assert train(replace(run, steps=2), resume=True).step == 2

@@ -280,6 +280,8 @@ def _named(folder: PublicFolder, read: Callable[[], T]) -> T:
     try:
         return read()
     except UserError as error:
+        if str(error).startswith(folder.source):
+            raise
         raise UserError(f"{folder.source}: {error}") from error
     except KeyError as error:
         raise UserError(f"{folder.source}: its weights have no {error.args[0]}") from error

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import abc
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -38,6 +38,10 @@ class PairsConfig(ObjectiveConfig, abc.ABC):
     def text_use(self) -> TextUse:
         """Of some words alone there are no stored states."""
         return "embedding" if self.text_keep == 1 else "words"
+
+    def for_tuning(self) -> PairsConfig:
+        """The objective with which a model that was trained by this one goes on on few pairs: alone, and on whole texts."""
+        return replace(self, text_keep=1.0, weight=1.0)
 
     def check(self, model: ModelConfig) -> None:
         """Raises UserError where a share of the text is encoded whose length differs from batch to batch."""

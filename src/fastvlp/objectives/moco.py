@@ -21,6 +21,7 @@ from fastvlp.errors import UserError
 from fastvlp.model.absent import Absent
 from fastvlp.model.joint_space import unit
 from fastvlp.model.model import ModelConfig, VLModel
+from fastvlp.objectives.clip import CLIPConfig
 from fastvlp.objectives.contrastive import queue_nce
 from fastvlp.objectives.mismatched_pairs import PairsConfig, embed_pair, pair_contents
 from fastvlp.objectives.objective import Loss, PairObjective
@@ -67,6 +68,10 @@ class MoCoConfig(PairsConfig):
             raise ValueError(f'`alpha` {self.alpha} is a share of the target, 0 to 1, and needs mode "batch+queue"')
         if not 0 < self.key_keep <= 1:
             raise ValueError(f"`key_keep` is a share of the patches, above 0 and up to 1, not {self.key_keep}")
+
+    def for_tuning(self) -> PairsConfig:
+        """Without the queue, which is longer than an epoch of few pairs."""
+        return CLIPConfig(temperature=max(self.temperature, 1 / CLIPConfig.max_scale))
 
     def build(self, model: ModelConfig, tokenizer: Tokenizer) -> MoCo:
         self.check(model)

@@ -31,6 +31,8 @@ from fastvlp.training.train_config import CHANGEABLE, TrainConfig
 CHECKPOINT = "last.pt"
 # Fields of the state that are saved and restored as they are.
 COUNTERS = ("step", "elapsed", "pairs", "tokens", "bad_steps", "skipped", "best")
+# Those that older checkpoints lack: 0 there.
+LATER_COUNTERS = ("stale", "validated")
 
 
 def save_checkpoint(path: str | Path, state: dict[str, Any]) -> None:
@@ -76,7 +78,7 @@ def save(state: TrainState, *, wait: bool = True) -> None:
     """
     check_finite(state)
     if dist.is_main():
-        saved: dict[str, Any] = {name: getattr(state, name) for name in COUNTERS} | {
+        saved: dict[str, Any] = {name: getattr(state, name) for name in (*COUNTERS, *LATER_COUNTERS)} | {
             "dropped": state.dropped,
             "run": to_json(state.run),
             "rows": state.train.count,
@@ -171,4 +173,6 @@ def restore(state: TrainState, saved: Mapping[str, Any]) -> None:
     state.earlier_length = replace(state.run, **{name: saved["run"][name] for name in ("steps", "budget_s")}).length
     for name in COUNTERS:
         setattr(state, name, saved[name])
+    for name in LATER_COUNTERS:
+        setattr(state, name, saved.get(name, 0))
     state.saved = state.step

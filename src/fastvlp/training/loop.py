@@ -265,7 +265,8 @@ def train(
                 log.say(f"stopped at step {state.step} and saved; continue with `vlp pretrain ... --resume`")
                 raise SystemExit(128 + state.stop)
             best = f", best validation loss {state.best:.4g}" if math.isfinite(state.best) else ""
-            log.say(f"{run.folder}: finished after step {state.step}{best}")
+            early = f", which has not fallen for {state.stale} validations" if state.out_of_patience else ""
+            log.say(f"{run.folder}: finished after step {state.step}{best}{early}")
         return state
 
 
@@ -286,7 +287,7 @@ def train_to_end(state: TrainState, log: RunLog) -> None:
         if validates(state):
             validate_and_keep_best(state, log)
     save(state)
-    if state.stop is None:
+    if state.stop is None and not state.out_of_patience:
         before = state.best
         validate_and_keep_best(state, log)
         if state.best != before:
@@ -325,7 +326,8 @@ def log_start(state: TrainState, log: RunLog, resume: bool) -> None:
             log.say(f"{run.folder}: no checkpoint here to resume from; the run starts from the beginning")
         log_new_run(state, log)
     elif state.progress >= 1:
-        log.say(f"{run.folder}: was at its end already; raise `steps` or `budget_s` to train on")
+        longer = "`patience`" if state.out_of_patience else "`steps` or `budget_s`"
+        log.say(f"{run.folder}: was at its end already; raise {longer} to train on")
 
 
 def log_new_run(state: TrainState, log: RunLog) -> None:

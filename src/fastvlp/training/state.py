@@ -66,6 +66,8 @@ class TrainState:
         bad_steps: steps in a row that were skipped.
         skipped: steps that were skipped so far.
         best: lowest validation loss so far.
+        stale: validations since then.
+        validated: step of the last validation.
         inherited: what became of the weights that the run started from.
         stored: where the states of frozen encoders are.
         earlier_length: of a resumed run, its length when it was saved.
@@ -94,6 +96,8 @@ class TrainState:
     bad_steps: int = 0
     skipped: int = 0
     best: float = math.inf
+    stale: int = 0
+    validated: int = 0
     inherited: Inheritance | None = None
     stored: Stored | None = None
     earlier_length: str | None = None
@@ -108,8 +112,15 @@ class TrainState:
         return pick_precision(self.run.precision, self.device)
 
     @property
+    def out_of_patience(self) -> bool:
+        """Whether the run ends early, because its validation loss no longer falls."""
+        return self.run.patience is not None and self.stale >= self.run.patience
+
+    @property
     def progress(self) -> float:
         """0 at the start, 1 at the end."""
+        if self.out_of_patience:
+            return 1.0
         if self.run.steps is not None:
             return self.step / self.run.steps
         return self.elapsed / (self.run.budget_s or math.inf)

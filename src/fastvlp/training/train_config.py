@@ -21,7 +21,7 @@ from fastvlp.training.trained_parts import LastLayers
 
 # A resumed run may change these; anything else would make it another run.
 CHANGEABLE = {
-    "name", "out", "steps", "budget_s", "log_every", "validate_every", "checkpoint_every", "max_bad_steps", "init",
+    "name", "out", "steps", "budget_s", "log_every", "validate_every", "patience", "checkpoint_every", "max_bad_steps", "init",
     "compile", "device", "tensorboard", "threads", "tokenizer", "data.workers", "data.cache", "data.test",
     "states.folder",
 }  # fmt: skip
@@ -100,6 +100,8 @@ class TrainConfig(TrainOptions):
     """Share of an image's patches that are encoded in training (FLIP, arXiv 2212.00794)."""
     validate_every: Count | None = None
     """Steps between validations; there is always one at the end. The weights with the lowest loss are kept as best."""
+    patience: Count | None = None
+    """End the run after so many validations in a row whose loss was no new lowest; None: never."""
     checkpoint_every: Count | None = None
     """Steps between checkpoints; there is always one at the end."""
     init: str | None = None

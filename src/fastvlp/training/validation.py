@@ -79,7 +79,10 @@ def validate_and_keep_best(state: TrainState, log: RunLog) -> None:
     if not losses:
         return
     log.event("validation", step=state.step, elapsed=state.elapsed, losses=losses)
+    # A resumed run may validate after the same step again.
+    state.stale += state.validated != state.step
+    state.validated = state.step
     if losses["loss"] < state.best:
-        state.best = losses["loss"]
+        state.best, state.stale = losses["loss"], 0
         if dist.is_main():
             save_weights(state, "best", validation=losses)
