@@ -48,7 +48,7 @@ def show_tuned(tuned: Tuned | None) -> None:
 def show_evaluation(result: Evaluation) -> None:
     from fastvlp.eval.evaluation import score_table
 
-    Console().print(score_table(result.scores))
+    Console().print(score_table(result))
     for name, values in {"counts": result.counts, "seconds": result.seconds}.items():
         if values:
             print(f"{name}: " + ", ".join(f"{key} {value:,}" for key, value in values.items()))

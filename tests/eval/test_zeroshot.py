@@ -103,6 +103,7 @@ def test_a_run_is_scored_from_the_command_line(runs, world, tmp_path, capsys):
     assert main([*argv, "--keep", "0.5", "--views", "2"]) == 0
     printed = capsys.readouterr().out
     assert "mean_per_class" in printed and f"classes {len(labels) + 1}" in printed and "templates 7" in printed
+    assert "chance" in printed and f"{100 / (len(labels) + 1):.2f} %" in printed
     (path,) = (runs["both"] / "evaluations").glob("zeroshot-*.json")
     assert str(path) in printed
     content = json.loads(path.read_text())

@@ -15,6 +15,7 @@ from fastvlp.data.records.shards import Shards
 from fastvlp.data.regions import RegionSource
 from fastvlp.data.splits import find_split, find_splits
 from fastvlp.errors import UserError
+from fastvlp.eval.caption_metrics import WORDS_NOTE
 from fastvlp.model.encoders.vit import resize_positions
 from fastvlp.model.saving import load_model
 from fastvlp.tasks.finetune import data_for
@@ -225,6 +226,7 @@ def test_options_of_decoding_are_saved_beside_the_scores(runs, world, tmp_path):
     assert scores["test"]["decoding"] == {"beams": 2, "most": 30, "length_penalty": 0.5}
     printed = format_scores(scores)
     assert "cider" in printed and "penalty" not in printed and "beams" not in printed
+    assert f" test note: {WORDS_NOTE}" in printed
     with pytest.raises(UserError, match="`beams` 0"):
         evaluate_task(str(tmp_path / "run"), beams=0)
 
@@ -278,3 +280,5 @@ def test_vqa_scores_are_those_of_a_loop(runs, world):
     existence = [r for r, kind in zip(right, kinds) if kind == "existence"]
     assert found["accuracy/existence"] == pytest.approx(sum(existence) / len(existence))
     assert found["count"] == len(made.items)
+    # Here the first of the answers is always chosen.
+    assert found["chance"] == found["accuracy"]

@@ -51,6 +51,51 @@ def test_a_split_without_answers_is_not_scored(task, runs, world, tmp_path, caps
     assert main(["evaluate", str(out), "--split", "val"]) == 0
 
 
+@pytest.mark.parametrize("lacking", [{"answers": {}}, {"answers": None}, {}])
+def test_questions_without_answers_are_left_out_of_the_score_and_counted(lacking, runs, world, tmp_path):
+    """The score is that of the other questions alone."""
+    few, half = tmp_path / "few", tmp_path / "half"
+    for split in ("train", "val"):
+        for folder in (few, half):
+            shutil.copytree(world / split, folder / split)
+    total = 0
+    with ShardWriter(few / "test") as scored, ShardWriter(half / "test") as mixed:
+        for record in Shards(world / "test"):
+            asked = record.info["questions"]
+            total += len(asked)
+            bare = [{k: v for k, v in entry.items() if k != "answers"} | lacking for entry in asked]
+            record.info["questions"] = [pair[k % 2] for k, pair in enumerate(zip(asked, bare))]
+            mixed.write(record)
+            record.info["questions"] = asked[::2]
+            scored.write(record)
+    scores, _ = tune("vqa", runs["mlm"], half, tmp_path / "run")
+    known = evaluate_task(str(tmp_path / "run"), data=str(few)).scores["test"]
+    assert known["unanswered"] == 0 and 0 < known["count"] < total
+    assert scores["test"]["unanswered"] == total - known["count"] and scores["val"]["unanswered"] == 0
+    for name, value in known.items():
+        if name not in ("unanswered", "data"):
+            assert scores["test"][name] == pytest.approx(value), name
+    assert f" test unanswered               {total - known['count']:.0f}\n" in format_scores(scores) + "\n"
+
+
+def test_a_question_with_a_fault_is_refused_all_the_same(runs, world, tmp_path):
+    data = tmp_path / "data"
+    for split in ("train", "val"):
+        shutil.copytree(world / split, data / split)
+    with ShardWriter(data / "test") as writer:
+        for record in Shards(world / "test"):
+            record.info["questions"][0] = {"question": "what is it?", "answers": ["yes"]}
+            writer.write(record)
+    with pytest.raises(UserError, match=r"leaves none out"):
+        tune("vqa", runs["mlm"], data, tmp_path / "run")
+
+
+@pytest.mark.parametrize("task", ["vqa", "nlvr", "nlvr2", "grounding", "entailment", "vcr", "retrieval"])
+def test_scores_come_with_chance_and_uncertainty(task, runs, world, tmp_path):
+    scores, _ = tune(task, runs["uniter" if task in ("grounding", "vcr") else "mlm"], world, tmp_path / "run", steps=1)
+    assert 0 < scores["test"]["chance"] < 1 and 0 <= scores["test"]["standard_error"] < 0.5
+
+
 def test_scores_are_kept_where_the_next_split_cannot_be_read(runs, world, tmp_path):
     data, out = tmp_path / "data", tmp_path / "run"
     for split in ("train", "val", "test"):

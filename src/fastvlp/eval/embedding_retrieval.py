@@ -19,7 +19,18 @@ from fastvlp.eval.embedding import SplitEmbeddings, embed_split
 from fastvlp.eval.encoding import WHOLE_IMAGES, LoadedModel, MaskedEncoding, open_run, open_towers
 from fastvlp.eval.evaluation import Evaluation, evaluation
 from fastvlp.eval.pair_scores import Match, pair_score
-from fastvlp.eval.ranks import ROUNDING, cosine, ranks, recall, reranked, score_shortlists, shortlist, transposed
+from fastvlp.eval.ranks import (
+    ROUNDING,
+    cosine,
+    ranks,
+    recall,
+    recall_chance,
+    recall_errors,
+    reranked,
+    score_shortlists,
+    shortlist,
+    transposed,
+)
 from fastvlp.eval.rerank import score_pairs
 from fastvlp.eval.split_reading import open_split, read_captions
 
@@ -65,17 +76,19 @@ def evaluate_retrieval(
     embeddings = embed_split(loaded, shards, captions_of)
     clock.stop("embed")
     tower_ranks = ranks(cosine(*embeddings[:2]), embeddings.image_of_text_T, len(shards), tie=ROUNDING)
-    scores = {"towers": recall(*tower_ranks)}
+    found = {"towers": tower_ranks}
     clock.stop("rank")
     details = {}
     if rerank is not None:
         second, second_saved = (loaded, saved) if rerank == "self" else open_run(rerank, encoding)[:2]
         details["reranked_by"], match = pair_score(second_saved, rerank_by)
         texts = [text for its in captions_of for text in its]
-        scores["reranked"] = recall(*rerank_best(second, match, shards, texts, embeddings, tower_ranks, top))
+        found["reranked"] = rerank_best(second, match, shards, texts, embeddings, tower_ranks, top)
         clock.stop("rerank")
     return Evaluation(
-        scores=scores,
+        scores={name: recall(*both) for name, both in found.items()},
+        chance=recall_chance([len(its) for its in captions_of]),
+        errors={name: recall_errors(*both, embeddings.image_of_text_T) for name, both in found.items()},
         counts={"images": len(shards), "texts": len(embeddings.text_TE), **count_shared(captions_of)},
         data=shards.url,
         weights=saved.weights.name,

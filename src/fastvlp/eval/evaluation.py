@@ -36,6 +36,8 @@ class Evaluation:
         data: folder of the shards that were scored.
         weights: name of the weights' file.
         step: training step of the weights.
+        chance: what a random order would score, by metric, where that is known.
+        errors: standard errors of the scores, where there are any.
         seconds: time of each part, where it was measured.
         details: what else a reader of the numbers needs, by name.
         path: file to which the result was added.
@@ -46,6 +48,8 @@ class Evaluation:
     data: str
     weights: str
     step: int | None
+    chance: Mapping[str, float] = field(default_factory=dict)
+    errors: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     seconds: Mapping[str, float] = field(default_factory=dict)
     details: Mapping[str, Any] = field(default_factory=dict)
     path: Path | None = None
@@ -142,14 +146,22 @@ def _read_results(path: Path) -> dict[str, Any]:
         ) from error
 
 
-def score_table(columns: Mapping[str, Mapping[str, float]]) -> Table:
-    """A table to print: a row for each metric, a column for each method; shares are shown as per cent."""
+def score_table(result: Evaluation) -> Table:
+    """A table to print: a row for each metric, a column for each method, with standard errors, and one for chance. Shares are
+    shown as per cent."""
+    columns = {**result.scores, **({"chance": result.chance} if result.chance else {})}
     table = Table("", *columns, show_edge=False)
     for name in dict.fromkeys(name for scores in columns.values() for name in scores):
-        cells = [_format_score(name, scores[name]) if name in scores else "-" for scores in columns.values()]
+        errors = [result.errors.get(column, {}).get(name) for column in columns]
+        cells = [
+            _format_score(name, scores[name], error) if name in scores else "-"
+            for scores, error in zip(columns.values(), errors)
+        ]
         table.add_row(name, *cells)
     return table
 
 
-def _format_score(name: str, value: float) -> str:
-    return f"{value:.1f}" if name.endswith("rank") else f"{100 * value:.2f} %"
+def _format_score(name: str, value: float, error: float | None) -> str:
+    times, digits, unit = (1, 1, "") if name.endswith("rank") else (100, 2, " %")
+    spread = "" if error is None else f" ± {times * error:.{digits}f}"
+    return f"{times * value:.{digits}f}{spread}{unit}"

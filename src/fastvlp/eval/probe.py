@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastvlp.data.records.shards import Shards
 from fastvlp.data.splits import find_splits
-from fastvlp.eval.classification import class_ranks, class_scores
+from fastvlp.eval.classification import class_chance, class_ranks, class_scores
 from fastvlp.eval.embedding import Features, image_features
 from fastvlp.eval.encoding import AS_IN_TRAINING, Encoding, LoadedModel, open_run
 from fastvlp.eval.evaluation import Evaluation, evaluation
@@ -65,6 +65,7 @@ def evaluate_probe(
     counts = {name: len(part) for name, part in shards.items()}
     return Evaluation(
         scores={"probe": scores},
+        chance=class_chance(len(place)),
         counts=counts | {"classes": len(place), "classes_only_in_test": len(unseen)},
         data=shards["test"].url,
         weights=saved.weights.name,

@@ -10,6 +10,7 @@ one. So a model that gives all pairs the same score, or NaN, has the last rank, 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
@@ -87,6 +88,38 @@ def recall(image_rank_I: Tensor, text_rank_T: Tensor) -> dict[str, float]:
     means = {f"{name}/mean_rank": float(rank.mean()) for name, rank in named.items()}
     medians = {f"{name}/median_rank": float(rank.quantile(0.5)) for name, rank in named.items()}
     return shares | means | medians | {"recall": sum(shares.values()) / len(shares)}
+
+
+def recall_chance(captions_I: Sequence[int]) -> dict[str, float]:
+    """What `recall` is on average if the order is random, without the median ranks. `captions_I`: captions of each image."""
+    images, texts = len(captions_I), sum(captions_I)
+    shares: dict[str, float] = {}
+    for k in (1, 5, 10):
+        missed = [math.comb(texts - own, k) / math.comb(texts, k) if k <= texts else 0.0 for own in captions_I]
+        shares[f"image_to_text/r{k}"] = 1 - sum(missed) / images
+    shares |= {f"text_to_image/r{k}": min(1.0, k / images) for k in (1, 5, 10)}
+    image_to_text = sum((texts + 1) / (own + 1) for own in captions_I) / images
+    means = {"image_to_text/mean_rank": image_to_text, "text_to_image/mean_rank": (images + 1) / 2}
+    return shares | means | {"recall": sum(shares.values()) / len(shares)}
+
+
+def recall_errors(image_rank_I: Tensor, text_rank_T: Tensor, image_of_text_T: Tensor) -> dict[str, float]:
+    """Standard errors of `recall`, without those of the median ranks. The captions of one image depend on each other, so that
+    images count as independent, not captions."""
+    images, texts = len(image_rank_I), len(text_rank_T)
+    if images < 2:
+        return {}
+    parts: dict[str, Tensor] = {}  # what each image adds to the difference of a mean from its expectation
+    for name, measure in (
+        *((f"r{k}", lambda rank, k=k: rank <= k) for k in (1, 5, 10)),
+        ("mean_rank", lambda rank: rank),
+    ):
+        image_I, text_T = measure(image_rank_I).double(), measure(text_rank_T).double()
+        parts[f"image_to_text/{name}"] = (image_I - image_I.mean()) / images
+        by_image_I = torch.zeros_like(image_I).index_add(0, image_of_text_T, text_T - text_T.mean())
+        parts[f"text_to_image/{name}"] = by_image_I / texts
+    parts["recall"] = torch.stack([part for name, part in parts.items() if "/r" in name]).mean(0)
+    return {name: float((part.square().sum() * images / (images - 1)).sqrt()) for name, part in parts.items()}
 
 
 def retrieval_scores(

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastvlp.data.records.shards import Shards
 from fastvlp.errors import UserError
-from fastvlp.eval.classification import accuracy_by_class, class_ranks, class_scores
+from fastvlp.eval.classification import accuracy_by_class, class_chance, class_errors, class_ranks, class_scores
 from fastvlp.eval.embedding import embed_images, embed_texts
 from fastvlp.eval.encoding import WHOLE_IMAGES, LoadedModel, MaskedEncoding, open_towers
 from fastvlp.eval.evaluation import Evaluation, evaluation
@@ -74,6 +74,8 @@ def evaluate_zeroshot(
     by_class = accuracy_by_class(rank_I, label_I, len(names_of)).tolist()
     return Evaluation(
         scores={"zero-shot": class_scores(rank_I, label_I, len(names_of))},
+        chance=class_chance(len(names_of)),
+        errors={"zero-shot": class_errors(rank_I, label_I, len(names_of))},
         counts={
             "images": len(shards),
             "classes": len(names_of),

@@ -18,7 +18,7 @@ from fastvlp.data.records.schema import usable_captions
 from fastvlp.data.records.shards import RecordError
 from fastvlp.data.tokenize import Tokenizer
 from fastvlp.errors import UserError
-from fastvlp.eval.caption_metrics import bleu, caption_words, cider, rouge_l
+from fastvlp.eval.caption_metrics import WORDS_NOTE, bleu, caption_words, cider, rouge_l
 from fastvlp.eval.mode import evaluating
 from fastvlp.model.model import ModelConfig, Reading, VLModel
 from fastvlp.objectives.ar import next_token_loss
@@ -156,4 +156,4 @@ class CaptionTask(Task):
         captions: list[str] = []
         for batch, _ in Loader(rows.count, rows.make, batch_size=data.batch_size, seed=0).once():
             captions += caption(model, tuned.saved.tokenizer, batch.image.to(device), **decoding)
-        return scores(captions, references) | {"decoding": decoding, "captions": captions}
+        return scores(captions, references) | {"note": WORDS_NOTE, "decoding": decoding, "captions": captions}

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -18,6 +19,7 @@ from fastvlp.data.records.transform import Fit
 from fastvlp.data.tokenize import Tokenizer
 from fastvlp.eval.classification import mean_by
 from fastvlp.eval.mode import evaluating
+from fastvlp.eval.uncertainty import with_error
 from fastvlp.model.model import ModelConfig, VLModel
 from fastvlp.objectives.objective import Loss
 from fastvlp.tasks.heads import HeadConfig, HeadObjective, image_states, target_of
@@ -81,7 +83,8 @@ class Entailment(HeadObjective):
 
 def measure(model: VLModel, objective: Entailment, items: ItemMaker, batch_size: int) -> dict[str, float]:
     """accuracy, and accuracy/LABEL of the statements with each label. accuracy/decided: of the statements that are not neutral.
-    (Whether a statement is neutral may show in its words alone; in the embedded corpus it does.)"""
+    (Whether a statement is neutral may show in its words alone; in the embedded corpus it does.) chance: accuracy of always
+    giving the most frequent label."""
     right: list[bool] = []
     device = next(model.parameters()).device
     with evaluating(model, objective):
@@ -91,7 +94,9 @@ def measure(model: VLModel, objective: Entailment, items: ItemMaker, batch_size:
     labels = [str(item.entry["label"]) for item in items.items]
     by_label = mean_by([float(r) for r in right], labels)
     decided = [r for r, label in zip(right, labels) if label != "neutral"]
-    scores = {"accuracy": sum(right) / len(right), "accuracy/decided": sum(decided) / max(1, len(decided))}
+    scores = with_error([float(r) for r in right], [item.record for item in items.items])
+    scores |= {"chance": max(Counter(labels).values()) / len(labels)}
+    scores |= {"accuracy/decided": sum(decided) / max(1, len(decided))}
     return scores | {f"accuracy/{label}": value for label, value in by_label.items()} | {"count": float(len(right))}
 
 

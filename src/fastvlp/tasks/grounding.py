@@ -17,6 +17,7 @@ from fastvlp.data.records.shards import Shards
 from fastvlp.data.records.transform import Fit
 from fastvlp.data.tokenize import Tokenizer
 from fastvlp.eval.mode import evaluating
+from fastvlp.eval.uncertainty import with_error
 from fastvlp.model.layers import initialise
 from fastvlp.model.model import ModelConfig, VLModel
 from fastvlp.model.region_embedding import box_vector, require_regions
@@ -182,8 +183,13 @@ def measure(model: VLModel, objective: Grounding, items: ItemMaker, batch_size: 
             fits = (overlap(regions.box, target_of(batch)[:, None]) > RIGHT_OVERLAP) & regions.mask
             chosen = fits.gather(1, scores.argmax(1, keepdim=True))[:, 0]
             hits.append(torch.stack([chosen, fits.any(1), fits.sum(1) / regions.mask.sum(1)]).cpu())
-    accuracy, reachable, chance = torch.cat(hits, 1).double().mean(1).tolist()
-    return {"accuracy": accuracy, "reachable": reachable, "chance": chance, "count": float(len(items.items))}
+    hit, possible, random = torch.cat(hits, 1).double()
+    scores = with_error(hit.tolist(), [item.record for item in items.items])
+    return scores | {
+        "reachable": float(possible.mean()),
+        "chance": float(random.mean()),
+        "count": float(len(items.items)),
+    }
 
 
 @dataclass(frozen=True, kw_only=True)

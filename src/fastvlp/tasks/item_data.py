@@ -41,7 +41,11 @@ class ItemData(Data, abc.ABC):
         """What the items are scored against, one row an item."""
 
     def used_in_training(self, item: Item) -> bool:
-        """Whether training uses the item. Evaluation uses all."""
+        """Whether training uses the item."""
+        return True
+
+    def used_in_evaluation(self, item: Item) -> bool:
+        """Whether validation and scores use the item; others are counted."""
         return True
 
     @property
@@ -57,9 +61,11 @@ class ItemData(Data, abc.ABC):
             return None
         shards = split_shards(self, split)
         items, transform = self.read(shards), Transform(size=size, mode=self.fit)
+        is_used = self.used_in_training if split == "train" else self.used_in_evaluation
+        used = [item for item in items if is_used(item)]
         return ItemMaker(
             shards,
-            [item for item in items if self.used_in_training(item)] if split == "train" else items,
+            used,
             transform,
             tokenizer,
             images=self.images,
@@ -69,6 +75,7 @@ class ItemData(Data, abc.ABC):
             strict=strict,
             regions=self.regions,
             states=stored.images.open(shards, transform, self.images) if stored and stored.images else None,
+            left_out=len(items) - len(used),
         )
 
     def rows(
@@ -80,7 +87,7 @@ class ItemData(Data, abc.ABC):
     def evaluation_items(
         self, split: Split, tokenizer: Tokenizer, size: int, stored: Stored | None = None
     ) -> ItemMaker:
-        """Items to be scored, none left out. Raises UserError where there is no such split or, when its batch is made, for a
+        """Items to be scored. Raises UserError where there is no such split or, when its batch is made, for a
         record that cannot be used."""
         items = self.items(split, tokenizer, size, strict=True, stored=stored)
         if items is None:

@@ -91,7 +91,8 @@ def _item(i: int, entry: Any, field: str, text: str, answer: str, check: Check |
     complete = isinstance(entry, dict) and entry.get(answer) is not None
     clean = clean_text(entry.get(text)) if complete else None
     if clean is None:
-        return Item(i, "", {}, f"field {field}: an entry that lacks its {text} or {answer}")
+        given = entry if isinstance(entry, dict) else {}
+        return Item(i, "", given, f"field {field}: an entry that lacks its {text} or {answer}")
     fault = check(entry[answer]) if check else None
     return Item(i, "", {}, f"field {field}: {fault}") if fault else Item(i, clean, entry)
 
@@ -107,6 +108,7 @@ class ItemMaker:
         strict: raise UserError for an item that cannot be used (evaluation), instead of dropping it by name (training).
         regions: where the parts of each image come from, for a model that reads some.
         states: stored states of the images, which are read in place of their pixels.
+        left_out: how many items of the split are not among `items`.
     """
 
     def __init__(
@@ -123,12 +125,14 @@ class ItemMaker:
         strict: bool,
         regions: RegionSource | None = None,
         states: StatesFile | None = None,
+        left_out: int = 0,
     ):
         self.reader = RecordReader(
             shards, transform, images=images, regions=regions, cache=cache, states=states, strict=strict
         )
         self.shards, self.items, self.transform, self.tokenizer = shards, items, transform, tokenizer
         self.images, self.target, self.max_length, self.regions = images, target, max_length, regions
+        self.left_out = left_out
 
     def __call__(self, rows: list[Row]) -> tuple[Batch, list[Dropped]]:
         read, dropped = self.reader.read_each(lambda row: (self._read(self.items[row.index]), row.seed), rows)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,7 @@ from fastvlp.data.records.transform import Fit
 from fastvlp.data.tokenize import Tokenizer
 from fastvlp.eval.classification import mean_by
 from fastvlp.eval.mode import evaluating
+from fastvlp.eval.uncertainty import with_error
 from fastvlp.model.model import ModelConfig, VLModel
 from fastvlp.objectives.objective import Loss
 from fastvlp.tasks.heads import HeadConfig, HeadObjective, image_states, target_of
@@ -73,17 +75,20 @@ class NLVR(Truth):
 
 def measure(model: VLModel, objective: Truth, items: ItemMaker, batch_size: int) -> dict[str, float]:
     """accuracy: share of statements that are classified right. consistency: share of different statements that are classified
-    right beside every image they come with (Suhr et al. 2019, arXiv 1811.00491, section 5)."""
+    right beside every image they come with (Suhr et al. 2019, arXiv 1811.00491, section 5). chance: accuracy of always giving
+    the more frequent label."""
     right: list[bool] = []
+    labels: list[int] = []
     device = next(model.parameters()).device
     with evaluating(model, objective):
         for batch in batches_in_order(items, batch_size, device):
             logits = objective.logits(model, image_states(model, batch), batch)
             right += logits.argmax(1).eq(target_of(batch)).tolist()
+            labels += target_of(batch).tolist()
     by_statement = mean_by([float(r) for r in right], [item.text for item in items.items])
     consistent = [share == 1.0 for share in by_statement.values()]
-    return {
-        "accuracy": sum(right) / len(right),
+    return with_error([float(r) for r in right], [item.record for item in items.items]) | {
+        "chance": max(Counter(labels).values()) / len(labels),
         "consistency": sum(consistent) / len(consistent),
         "count": float(len(right)),
     }

@@ -20,7 +20,7 @@ from fastvlp.data.pairs import PairData, Split
 from fastvlp.data.tokenize import Tokenizer
 from fastvlp.errors import UserError
 from fastvlp.eval.mode import evaluating
-from fastvlp.eval.ranks import ranks, recall
+from fastvlp.eval.ranks import ranks, recall, recall_chance, recall_errors
 from fastvlp.eval.split_reading import read_captions
 from fastvlp.model.model import ModelConfig, Reading, VLModel
 from fastvlp.model.saving import Saved, load_model
@@ -286,14 +286,17 @@ class RetrievalTask(RetrievalOptions, Task):
 
     @classmethod
     def score(cls, tuned: FineTuned, split: Split, options: Any) -> dict[str, Any]:
-        """Recall over all pairs of the split's images and captions."""
+        """Recall over all pairs of the split's images and captions; `chance` and `standard_error` are those of `recall`."""
         data: RetrievalData = tuned.data
         captions = read_captions(split_shards(data, split), data.captions)
         texts = [text for its in captions for text in its]
         place = {text: t for t, text in enumerate(dict.fromkeys(texts))}
         score_IT = score_all(tuned, split, list(place))[:, [place[text] for text in texts]]
         own_T = torch.arange(len(captions)).repeat_interleave(torch.tensor([len(its) for its in captions]))
-        scores = recall(*ranks(lambda i, t: score_IT[i, t], own_T, len(captions)))
+        found = ranks(lambda i, t: score_IT[i, t], own_T, len(captions))
+        scores = recall(*found) | {"chance": recall_chance([len(its) for its in captions])["recall"]}
+        if errors := recall_errors(*found, own_T):
+            scores["standard_error"] = errors["recall"]
         return scores | {"images": float(len(captions)), "count": float(len(texts))}
 
     @classmethod

@@ -9,6 +9,9 @@ from typing import Any, NamedTuple
 
 from fastvlp.files import write_whole
 
+# Scores that are numbers of things, and texts that are printed beside the scores.
+NUMBERS, SAID = ("count", "images", "unanswered"), ("not scored", "note")
+
 
 class TaskScores(NamedTuple):
     """scores: of each split, by name; floats are scores, anything else says how they came about. path: the file that
@@ -31,12 +34,12 @@ def new_scores_path(folder: Path) -> Path:
 
 
 def format_scores(scores: Mapping[str, Mapping[str, Any]]) -> str:
-    """A line for each score, and for each split that could not be scored."""
+    """A line for each score, for what a reader has to know of them, and for each split that could not be scored."""
     return "\n".join(
-        f"{split:>5} {name:24} {value:{'.0f' if name == 'count' else '.4f'}}"
+        f"{split:>5} {name:24} {value:{'.0f' if name in NUMBERS else '.4f'}}"
         if isinstance(value, float)
         else f"{split:>5} {name}: {value}"
         for split, values in scores.items()
         for name, value in values.items()
-        if isinstance(value, float) or name == "not scored"
+        if isinstance(value, float) or name in SAID
     )

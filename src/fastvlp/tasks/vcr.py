@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
@@ -19,6 +19,7 @@ from fastvlp.data.records.transform import Fit
 from fastvlp.data.tokenize import Tokenizer
 from fastvlp.errors import UserError
 from fastvlp.eval.mode import evaluating
+from fastvlp.eval.uncertainty import with_error
 from fastvlp.model.model import ModelConfig, VLModel
 from fastvlp.tasks.heads import HeadConfig, image_states
 from fastvlp.tasks.interface import FineTuned, Task
@@ -149,25 +150,33 @@ def text_types(ids_BL: Tensor, eos: int) -> Tensor:
 
 def measure(model: VLModel, objective: VCR, items: ItemMaker, batch_size: int) -> dict[str, float]:
     """answer, also called accuracy: share of questions whose best-scored answer is right (Q->A). rationale: the same for
-    rationales, given the right answer (QA->R). both: share of questions with both right (Q->AR)."""
+    rationales, given the right answer (QA->R). both: share of questions with both right (Q->AR). chance: accuracy of an answer
+    drawn at random."""
     scores: list[float] = []
     device = next(model.parameters()).device
     with evaluating(model, objective):
         for batch in batches_in_order(items, batch_size, device):
             scores += objective.logits(model, image_states(model, batch), batch)[:, 1].tolist()
     right: dict[str, dict[int, bool]] = {"answer": {}, "rationale": {}}
+    records: list[int] = []
+    chance: list[float] = []
     for (question, part), rows in groupby(
         zip(items.items, scores), lambda row: (row[0].entry["question"], row[0].entry["part"])
     ):
-        best, _ = max(rows, key=lambda row: row[1])
+        candidates = list(rows)
+        best, _ = max(candidates, key=lambda row: row[1])
+        if part == "answer":
+            records.append(best.record)
+            chance.append(1 / len(candidates))
         right[part][question] = best.entry["label"]
     shares = {name: _share(list(values.values())) for name, values in right.items() if values}
     rationales = right["rationale"]
     both = {"both": _share([right["answer"][q] and rationales[q] for q in rationales])} if rationales else {}
-    return {"accuracy": shares["answer"]} | shares | both | {"count": float(len(right["answer"]))}
+    scores = with_error([float(r) for r in right["answer"].values()], records) | {"chance": _share(chance)}
+    return scores | shares | both | {"count": float(len(right["answer"]))}
 
 
-def _share(right: list[bool]) -> float:
+def _share(right: Sequence[float]) -> float:
     return sum(right) / len(right)
 
 

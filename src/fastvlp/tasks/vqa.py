@@ -13,12 +13,13 @@ from torch import Tensor, nn
 
 from fastvlp.batch import Batch
 from fastvlp.data.pairs import Split
-from fastvlp.data.records.schema import answers_fault
+from fastvlp.data.records.schema import answers_fault, clean_text
 from fastvlp.data.records.shards import Shards
 from fastvlp.data.tokenize import Tokenizer
 from fastvlp.errors import UserError
 from fastvlp.eval.classification import mean_by
 from fastvlp.eval.mode import evaluating
+from fastvlp.eval.uncertainty import with_error
 from fastvlp.model.model import ModelConfig, Reading, VLModel
 from fastvlp.objectives.objective import Loss
 from fastvlp.tasks.heads import HeadConfig, HeadObjective, image_states, target_of
@@ -47,7 +48,8 @@ def _answers(item: Item) -> dict[str, float]:
 
 @dataclass(frozen=True, kw_only=True)
 class VQAData(ItemData):
-    """Questions with scored answers. Training leaves out a question none of whose answers can be chosen."""
+    """Questions with scored answers. Training leaves out a question none of whose answers can be chosen, evaluation one
+    without any answers."""
 
     answers: tuple[str, ...]
     """Answers to choose from, as `frequent_answers` gives them."""
@@ -59,6 +61,13 @@ class VQAData(ItemData):
 
     def used_in_training(self, item: Item) -> bool:
         return not item.text or not _answers(item).keys().isdisjoint(self.answers)
+
+    def used_in_evaluation(self, item: Item) -> bool:
+        """No answer to the question would be right, whereas an entry with a fault is refused."""
+        if item.text:
+            return bool(_answers(item))
+        is_question = clean_text(item.entry.get("question")) is not None
+        return not (is_question and item.entry.get("answers") is None)
 
     def target(self, items: list[Item]) -> Tensor:
         """How right each answer is: float [items answers]."""
@@ -115,16 +124,19 @@ def choose(scores_A: Tensor, choices: Sequence[str], place: Mapping[str, int]) -
 def measure(
     model: VLModel, objective: VQA, answers: Sequence[str], items: ItemMaker, batch_size: int
 ) -> dict[str, float]:
-    """Accuracies in 0..1 over all questions.
+    """Accuracies in 0..1 over the questions that have answers.
 
-    accuracy: mean score of the chosen answer. accuracy/KIND: the same for each kind of question. answerable: the best
-    accuracy that the answers allow. Where questions have choices of their own, choice_accuracy, and choice_unanswerable:
-    the share of questions none of whose choices is among the answers; they count as wrong.
+    accuracy: mean score of the chosen answer, with its standard_error. chance: the same of always choosing the first of the
+    answers, the most frequent one. accuracy/KIND: the same for each kind of question. answerable: the best accuracy that the
+    answers allow. unanswered: number of questions without answers, which are left out. Where questions have choices of their
+    own, choice_accuracy, choice_chance of a random choice, and choice_unanswerable: the share of questions none of whose
+    choices is among the answers; they count as wrong.
     """
     place = {answer: a for a, answer in enumerate(answers)}
     scores: list[float] = []
+    first: list[float] = []
     best: list[float] = []
-    chosen: list[tuple[float, bool]] = []
+    chosen: list[tuple[float, float, bool]] = []
     device = next(model.parameters()).device
     following = iter(items.items)
     with evaluating(model, objective):
@@ -132,17 +144,21 @@ def measure(
             logits = objective.logits(model, image_states(model, batch), batch).cpu()
             target = target_of(batch).cpu()
             scores += target.gather(1, logits.argmax(1, keepdim=True))[:, 0].tolist()
+            first += target[:, 0].tolist()
             best += target.max(1).values.tolist()
             for row, item in zip(logits, following):
                 if choices := item.entry.get("choices"):
-                    choice = choose(row, choices, place)
-                    chosen.append((_answers(item).get(choice or "", 0.0), choice is None))
+                    choice, right = choose(row, choices, place), _answers(item)
+                    random = _mean([right.get(one, 0.0) for one in choices])
+                    chosen.append((right.get(choice or "", 0.0), random, choice is None))
     kinds = mean_by(scores, [str(item.entry.get("kind", "")) for item in items.items])
-    result = {"accuracy": _mean(scores)} | {f"accuracy/{kind}": value for kind, value in kinds.items() if kind}
-    result |= {"answerable": _mean(best), "count": float(len(scores))}
+    result = with_error(scores, [item.record for item in items.items]) | {"chance": _mean(first)}
+    result |= {f"accuracy/{kind}": value for kind, value in kinds.items() if kind}
+    result |= {"answerable": _mean(best), "count": float(len(scores)), "unanswered": float(items.left_out)}
     if chosen:
-        right, unanswerable = zip(*chosen)
-        result |= {"choice_accuracy": _mean(right), "choice_unanswerable": _mean(unanswerable)}
+        rights, randoms, unanswerable = zip(*chosen)
+        result |= {"choice_accuracy": _mean(rights), "choice_chance": _mean(randoms)}
+        result |= {"choice_unanswerable": _mean(unanswerable)}
     return result
 
 
