@@ -93,10 +93,17 @@ class Loader:
         _ = self.plan  # its error is raised here, before there are processes
         return self._run((s, self.rows(s)) for s in itertools.count(start))
 
-    def once(self) -> Iterator[Made]:
-        """Every record once, in order, `rank::world` on each rank; the last batch is short. For evaluation."""
+    def once(self, rows: int | None = None) -> Iterator[Made]:
+        """Every record once, in order, `rank::world` on each rank; the last batch is short. For evaluation.
+
+        `rows`: of a batch, in place of `batch_size`; batches then are of equal size, but for one row.
+        """
         mine = range(self.rank, self.count, self.world)
-        parts = (mine[i : i + self.batch_size] for i in range(0, len(mine), self.batch_size))
+        if rows is None:
+            parts = [mine[i : i + self.batch_size] for i in range(0, len(mine), self.batch_size)]
+        else:
+            n, k = len(mine), max(1, round(len(mine) / rows))
+            parts = [mine[i * n // k : (i + 1) * n // k] for i in range(k if n else 0)]
         return self._run(enumerate([Row(i, hash64(self.seed, 0, i)) for i in part] for part in parts))
 
     def rows(self, s: int) -> list[Row]:

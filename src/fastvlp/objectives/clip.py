@@ -55,7 +55,7 @@ class CLIP(PairObjective):
         return dict.fromkeys(("image", "text"), batch.length.new_tensor(len(batch)))
 
     def embed(self, model: VLModel, image_BKD: Tensor, batch: Batch) -> tuple[Tensor, ...]:
-        return embed_pair(model, image_BKD, batch, self.config)
+        return embed_pair(model, image_BKD, batch, self.config, drops_parts=self.drops_parts)
 
     def constants(self, model: VLModel, batch: Batch) -> tuple[Tensor, ...]:
         return pair_contents(batch, self.config)

@@ -54,10 +54,13 @@ def pair_contents(batch: Batch, config: PairsConfig) -> tuple[Tensor, ...]:
     return (contents(batch),) if config.equal_pairs == "ignored" else ()
 
 
-def embed_pair(model: VLModel, image_BKD: Tensor, batch: Batch, config: PairsConfig) -> tuple[Tensor, ...]:
-    """Unit vectors of images and texts, two [B E]. Which positions of a text are encoded depends on its row's seed."""
+def embed_pair(
+    model: VLModel, image_BKD: Tensor, batch: Batch, config: PairsConfig, *, drops_parts: bool = True
+) -> tuple[Tensor, ...]:
+    """Unit vectors of images and texts, two [B E]. Which positions of a text are encoded depends on its row's seed; without
+    `drops_parts` all are."""
     keep_BK = None
-    if config.text_keep < 1:
+    if drops_parts and config.text_keep < 1:
         ids, length = model.embed.words(batch.ids, batch.length, model.config.text)
         L = ids.shape[1]
         keep_BK = keep_text(batch.seed, length, L, keep_count(L, config.text_keep), config.text_policy)

@@ -136,13 +136,14 @@ class MoCo(PairObjective):
         return dict.fromkeys(("image", "text"), batch.length.new_tensor(len(batch)))
 
     def embed(self, model: VLModel, image_BKD: Tensor, batch: Batch) -> tuple[Tensor, ...]:
-        return embed_pair(model, image_BKD, batch, self.config)
+        return embed_pair(model, image_BKD, batch, self.config, drops_parts=self.drops_parts)
 
     @torch.no_grad()
     def constants(self, model: VLModel, batch: Batch) -> tuple[Tensor, ...]:
         """Keys of images and texts, two [B E], and maybe the contents of the pairs."""
-        keep_BK = self.slow.config.image.random_patches(batch.seed, self.config.key_keep)
-        keys = embed_pair(self.slow, self.slow.encode_image(batch.image, keep_BK), batch, self.config)
+        keep_BK = self.slow.config.image.random_patches(batch.seed, self.config.key_keep if self.drops_parts else 1.0)
+        image_BKD = self.slow.encode_image(batch.image, keep_BK)
+        keys = embed_pair(self.slow, image_BKD, batch, self.config, drops_parts=self.drops_parts)
         return *keys, *pair_contents(batch, self.config)
 
     def score(self, *rows: Tensor) -> dict[str, Loss]:

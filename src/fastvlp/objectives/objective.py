@@ -68,6 +68,8 @@ class Objective(nn.Module, abc.ABC):
             that it gets, or their pixels. States of a frozen encoder are stored, pixels are decoded at each step.
         text_use: the least that it reads of the texts: their vectors in the joint space (`embed_text`), or their words.
         contrasts: whether a row's text is wrong for the images of other rows, so that the log tells how many rows are equal.
+            A single row then has no loss in validation, whose batches have a fixed number of rows.
+        masked_validation: whether validation encodes the same shares of images and texts as training.
     """
 
     reading: Reading = "full"
@@ -77,6 +79,13 @@ class Objective(nn.Module, abc.ABC):
     image_use: ImageUse = "states"
     text_use: TextUse = "words"
     contrasts: bool = False
+    masked_validation: bool = False
+
+    @property
+    def drops_parts(self) -> bool:
+        """Whether images and texts are encoded in part, where the options say so: in training, since a trained model sees them
+        whole."""
+        return self.training or self.masked_validation
 
     @abc.abstractmethod
     def forward(self, model: VLModel, image_BKD: Tensor, batch: Batch) -> dict[str, Loss]:
@@ -145,8 +154,8 @@ class PairObjective(Objective):
     def gather_rows(self, rows: Tensor, least: int = 2) -> tuple[Tensor, int]:
         """Rows of all ranks, [B ...] -> [M ...], and where this rank's begin.
 
-        In validation they are this rank's alone, since ranks may have different numbers of batches. Raises UserError for fewer
-        than `least` rows.
+        In validation they are the `rows` alone, which come from all ranks (`training/validation.py`). Raises UserError for
+        fewer than `least` rows.
         """
         if not self.training:
             return rows, 0

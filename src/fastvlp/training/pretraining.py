@@ -56,12 +56,23 @@ class Pretraining(nn.Module):
     """The model and its objectives.
 
     Attributes:
-        keep: share of an image's patches that are encoded.
+        keep: share of an image's patches that are encoded in training.
+        masked_validation: whether it is so in validation too.
         active: the objective that training runs alone, until another is chosen; None runs all.
     """
 
-    def __init__(self, model: VLModel, objectives: Mapping[str, Objective], keep: float = 1.0):
+    def __init__(
+        self,
+        model: VLModel,
+        objectives: Mapping[str, Objective],
+        keep: float = 1.0,
+        *,
+        masked_validation: bool = False,
+    ):
         super().__init__()
+        self.masked_validation = masked_validation
+        for objective in objectives.values():
+            objective.masked_validation = masked_validation
         self.model = model
         self.objectives = nn.ModuleDict(objectives)
         self.keep = keep
@@ -87,9 +98,10 @@ class Pretraining(nn.Module):
         return any(objective.contrasts for objective in self.all_objectives().values())
 
     def encode_image(self, batch: Batch) -> Tensor:
-        """States of the images [B K D]. With `keep` below 1 patches are dropped before any is embedded, the same ones for the
-        same row seeds."""
-        keep = self.model.config.image.random_patches(batch.seed, self.keep)
+        """States of the images [B K D]. With `keep` below 1 training drops patches before any is embedded, the same ones for
+        the same row seeds."""
+        share = self.keep if self.training or self.masked_validation else 1.0
+        keep = self.model.config.image.random_patches(batch.seed, share)
         return self.model.encode_image(batch.image, keep, batch.regions)
 
     def forward(self, batch: Batch, cached: Mapping[str, RowGrads] | None = None) -> dict[str, Loss]:
@@ -111,6 +123,20 @@ class Pretraining(nn.Module):
                 continue
             losses |= {f"{name}/{term}": loss for term, loss in objective(self.model, image_BKD, batch).items()}
         return losses
+
+    def validation(self, batch: Batch) -> tuple[dict[str, Loss], dict[str, tuple[Tensor, ...]]]:
+        """Losses of a batch by the objectives that need no other batch; and of those that couple rows what they score, which is
+        for `score` to do, of rows from several batches."""
+        image_BKD, losses = self.encode_image(batch), {}
+        pairs = self.pair_objectives()
+        rows = {
+            name: (*part.embed(self.model, image_BKD, batch), *part.constants(self.model, batch))
+            for name, part in pairs.items()
+        }
+        for name, objective in self.active_objectives().items():
+            if name not in pairs and not (objective.contrasts and len(batch) == 1):
+                losses |= {f"{name}/{term}": loss for term, loss in objective(self.model, image_BKD, batch).items()}
+        return losses, rows
 
     def counts(self, batch: Batch) -> dict[str, Tensor]:
         """Targets of each loss, from the batch alone."""

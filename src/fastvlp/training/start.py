@@ -156,7 +156,7 @@ def make_pretraining(
     check_tokens(model, objectives, tokenizer)
     for objective in objectives.values():
         objective.begin(model)
-    return Pretraining(model, objectives, run.keep), inherited
+    return Pretraining(model, objectives, run.keep, masked_validation=run.masked_validation), inherited
 
 
 def compile_blocks(module: nn.Module) -> None:

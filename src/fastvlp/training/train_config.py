@@ -23,7 +23,7 @@ from fastvlp.training.trained_parts import LastLayers
 CHANGEABLE = {
     "name", "out", "steps", "budget_s", "log_every", "validate_every", "patience", "checkpoint_every", "max_bad_steps", "init",
     "compile", "device", "tensorboard", "threads", "tokenizer", "data.workers", "data.cache", "data.test",
-    "states.folder",
+    "states.folder", "masked_validation", "validation_rows",
 }  # fmt: skip
 
 
@@ -54,6 +54,8 @@ class TrainOptions:
     """Decay of averaged weights, such as 0.999; then these are validated and saved. By default there are none."""
     log_every: Count = 20
     """Steps between lines of the log; a line also comes after 10 seconds."""
+    validation_rows: Count = 256
+    """Rows that a contrastive loss tells apart in validation, whatever the batch size."""
     max_bad_steps: Count = 10
     """End the run after so many steps in a row whose loss or gradient is not finite; such a step changes no weights."""
     device: str = "auto"
@@ -98,6 +100,9 @@ class TrainConfig(TrainOptions):
     each step runs all."""
     keep: PositiveShare = 1.0
     """Share of an image's patches that are encoded in training (FLIP, arXiv 2212.00794)."""
+    masked_validation: bool = False
+    """Validate as in training, on a share of each image and text, where `keep` and `text_keep` say so; by default on whole
+    ones, as the model will be used."""
     validate_every: Count | None = None
     """Steps between validations; there is always one at the end. The weights with the lowest loss are kept as best."""
     patience: Count | None = None
