@@ -166,3 +166,13 @@ def test_questions_that_cannot_be_used_are_named(tmp_path, tokenizer):
     batch, dropped = made([Row(k, k) for k in range(len(made.items))])
     assert [d.key for d in dropped] == ["bad0", "bad1", "bad2"] and batch.target.tolist() == [0, 1, 0, 1]
     assert "the right one of its 2 answers is 2" in dropped[0].reason
+
+
+@pytest.mark.parametrize("score", [0.5, float("nan")])
+def test_a_model_that_scores_all_choices_alike_has_chance(world, tokenizer, score):
+    """The right choice may be stored first in all questions (Visual7W)."""
+    data = VCRData(train=str(world / "train"), test=str(world / "test"), batch_size=4, regions=RegionSource())
+    items = data.evaluation_items("test", tokenizer, SIZE)
+    found = vcr.measure(single_model(crop=4), Fixed(torch.full((len(items.items), 2), score)), items, 4)
+    choices = [item for item in items.items if item.entry["part"] == "answer"]
+    assert found["answer"] == pytest.approx(found["count"] / len(choices))

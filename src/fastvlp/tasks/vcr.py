@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -150,30 +151,36 @@ def text_types(ids_BL: Tensor, eos: int) -> Tensor:
 
 def measure(model: VLModel, objective: VCR, items: ItemMaker, batch_size: int) -> dict[str, float]:
     """answer, also called accuracy: share of questions whose best-scored answer is right (Q->A). rationale: the same for
-    rationales, given the right answer (QA->R). both: share of questions with both right (Q->AR). chance: accuracy of an answer
-    drawn at random."""
+    rationales, given the right answer (QA->R). both: share of questions with both right (Q->AR). Of several that score the
+    same, or not a number, each counts in part: the order of the choices says nothing. chance: accuracy of an answer drawn at
+    random."""
     scores: list[float] = []
     device = next(model.parameters()).device
     with evaluating(model, objective):
         for batch in batches_in_order(items, batch_size, device):
             scores += objective.logits(model, image_states(model, batch), batch)[:, 1].tolist()
-    right: dict[str, dict[int, bool]] = {"answer": {}, "rationale": {}}
+    right: dict[str, dict[int, float]] = {"answer": {}, "rationale": {}}
     records: list[int] = []
     chance: list[float] = []
     for (question, part), rows in groupby(
         zip(items.items, scores), lambda row: (row[0].entry["question"], row[0].entry["part"])
     ):
-        candidates = list(rows)
-        best, _ = max(candidates, key=lambda row: row[1])
+        choices = list(rows)
         if part == "answer":
-            records.append(best.record)
-            chance.append(1 / len(candidates))
-        right[part][question] = best.entry["label"]
+            records.append(choices[0][0].record)
+            chance.append(1 / len(choices))
+        right[part][question] = share_of_right([(score, item.entry["label"]) for item, score in choices])
     shares = {name: _share(list(values.values())) for name, values in right.items() if values}
     rationales = right["rationale"]
-    both = {"both": _share([right["answer"][q] and rationales[q] for q in rationales])} if rationales else {}
-    scores = with_error([float(r) for r in right["answer"].values()], records) | {"chance": _share(chance)}
-    return scores | shares | both | {"count": float(len(right["answer"]))}
+    both = {"both": _share([right["answer"][q] * rationales[q] for q in rationales])} if rationales else {}
+    scored = with_error(list(right["answer"].values()), records) | {"chance": _share(chance)}
+    return scored | shares | both | {"count": float(len(right["answer"]))}
+
+
+def share_of_right(choices: Sequence[tuple[float, bool]]) -> float:
+    """The share of right choices among those with the highest score; NaN is the lowest."""
+    scores = [-math.inf if math.isnan(score) else score for score, _ in choices]
+    return _share([float(right) for score, (_, right) in zip(scores, choices) if score == max(scores)])
 
 
 def _share(right: Sequence[float]) -> float:
