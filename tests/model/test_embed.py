@@ -88,6 +88,21 @@ def test_a_two_layer_head_is_linear_relu_linear():
     torch.testing.assert_close(head(x), y / y.norm(dim=1, keepdim=True))
 
 
+def test_a_skip_is_added_to_the_hidden_layer():
+    head = Head(HeadConfig(pool="first", hidden=5, skip=True), 3, 4)
+    x = torch.randn(2, 1, 3)
+    y = head.out(head.hidden(x[:, 0]).relu()) + head.skip(x[:, 0])
+    torch.testing.assert_close(head(x), y / y.norm(dim=1, keepdim=True))
+
+
+def test_dropout_of_a_head_is_of_its_hidden_layer_in_training_alone():
+    head = Head(HeadConfig(pool="first", hidden=5, bias=True, dropout=1 - 1e-9), 3, 4)
+    x, bias = torch.randn(2, 1, 3), head.out.bias
+    torch.nn.init.normal_(bias)
+    torch.testing.assert_close(head(x), (bias / bias.norm()).expand(2, -1))
+    assert not torch.allclose(head.eval()(x)[0], head(x)[1])
+
+
 def test_parts_that_are_absent_are_named():
     model, batch = towers(), made_batch(lengths=(4,))
     image = model.encode_image(batch.image)
@@ -102,5 +117,7 @@ def test_configs_that_do_not_fit_are_refused():
     embed = EmbedConfig(width=8, image=HeadConfig(pool="patches"), text=HeadConfig(pool="first"))
     with pytest.raises(UserError, match=r"model\.embed\.image\.pool.*choose mean"):
         VLModel(replace(config, embed=embed, image=replace(config.image, class_token=False)))
+    with pytest.raises(UserError, match=r"model\.embed\.image\.skip.*hidden"):
+        VLModel(replace(config, embed=replace(embed, image=HeadConfig(pool="mean", skip=True))))
     with pytest.raises(UserError, match="text_length` 99"):
         VLModel(replace(config, embed=replace(embed, image=HeadConfig(pool="mean"), text_length=99)))

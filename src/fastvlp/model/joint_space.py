@@ -37,6 +37,10 @@ class HeadConfig:
     """Width of a hidden layer before the projection; None: the projection alone."""
     hidden_activation: Literal["relu", "tanh"] = "relu"
     """Of the hidden layer: relu (BriVL), or tanh (BERT's pooler)."""
+    skip: bool = False
+    """Whether a second projection, without a hidden layer, is added to that of the hidden layer."""
+    dropout: float = 0.0
+    """Share of the hidden layer's outputs that is set to zero in training."""
     bias: bool = False
     """Whether the projection has a bias."""
     project: bool = True
@@ -59,6 +63,9 @@ class HeadConfig:
             raise UserError(
                 f"`{field}.project` is off, and the summary has {inner} numbers where `model.embed.width` is {joint}"
             )
+        if self.hidden is None and (self.skip or self.dropout):
+            given = "skip" if self.skip else "dropout"
+            raise UserError(f"`{field}.{given}`: there is no hidden layer; set `{field}.hidden`, its width")
         if layer is None and (self.depth or self.pool == "attention"):
             what = f"`{field}.depth` is {self.depth}" if self.depth else f"`{field}.pool` is attention"
             raise UserError(f"{what}: set `{field}.layer` too, the shape of these layers")
@@ -155,6 +162,8 @@ class Head(nn.Module):
         hidden = config.hidden
         self.hidden = nn.Linear(inner, hidden) if hidden else None
         self.activation = torch.tanh if config.hidden_activation == "tanh" else F.relu
+        self.drop = nn.Dropout(config.dropout)
+        self.skip = nn.Linear(inner, joint, bias=False) if config.skip else None
         self.out = nn.Linear(hidden or inner, joint, bias=config.bias) if config.project else nn.Identity()
         initialise(self, inner)
 
@@ -162,9 +171,10 @@ class Head(nn.Module):
         """Unit vectors [B E]. `length_B`: how many states of each row are real; None means all. `regions`: the batch's, which
         a head without a grid of its own reads."""
         x = self.summary(state_BSD, length_B, regions)
-        if self.hidden is not None:
-            x = self.activation(self.hidden(x))
-        return unit(self.out(x))
+        if self.hidden is None:
+            return unit(self.out(x))
+        y = self.out(self.drop(self.activation(self.hidden(x))))
+        return unit(y if self.skip is None else y + self.skip(x))
 
     def summary(self, state_BSD: Tensor, length_B: Tensor | None = None, regions: Regions | None = None) -> Tensor:
         """What the projection reads: [B D]."""
