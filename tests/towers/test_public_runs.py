@@ -105,6 +105,15 @@ def special_ids(text) -> dict[str, int]:
     return {name: getattr(text, name) for name in ("vocab", "pad", "bos", "eos", "mask")}
 
 
+def test_encoders_without_a_joint_space_keep_the_heads_of_the_recipe(folder):
+    run = recipe("clip_photos")
+    head = replace(run.model.embed.text, hidden=64, skip=True, dropout=0.1)
+    run = replace(run, model=replace(run.model, embed=replace(run.model.embed, image=head, text=head)))
+    made = with_public_encoders(run, image=str(folder / "efficientnet"), text=str(folder / "bert")).model.embed
+    for own in (made.image, made.text):
+        assert (own.pool, own.hidden, own.skip, own.dropout) == ("mean", 64, True, 0.1)
+
+
 @pytest.mark.parametrize("name", ["clip", "siglip"])
 def test_both_encoders_of_a_model_bring_its_joint_space(name, folder, tmp_path, capsys):
     """Before its first step the run's model gives the public model's vectors."""

@@ -59,21 +59,30 @@ def _joint_space(like: ModelConfig, images: PublicImages | None, texts: PublicTe
         return None
     joint, plain = joint_width(images, texts), HeadConfig(pool="mean")
     width = joint or like.embed.width
-    head = images.head if images else plain
+    image = _head(like.embed.image, images.head, images.joint) if images else plain
     # In another joint space than that of the public model its summary has to be projected.
-    head = head if joint else replace(head, project=True)
+    image = image if joint else replace(image, project=True)
     if texts is None:
-        return EmbedConfig(width=width, image=head, text=plain)
+        return EmbedConfig(width=width, image=image, text=plain)
     reading = texts.reading
+    text = _head(like.embed.text, reading.head, texts.joint)
     return EmbedConfig(
         width=width,
-        image=head,
-        text=replace(reading.head, norm=not texts.config.final_norm, eps=texts.config.norm_eps),
+        image=image,
+        text=replace(text, norm=not texts.config.final_norm, eps=texts.config.norm_eps),
         text_mask=reading.mask,
         text_start=reading.start,
         text_length=reading.length,
         text_pad=reading.pad,
     )
+
+
+def _head(like: HeadConfig, public: HeadConfig, joint: int | None) -> HeadConfig:
+    """The public model's head where it was trained, else the recipe's, which summarises states as the public model does. The
+    recipe's own layers and queries stay."""
+    if joint is not None or like.depth or like.regions:
+        return public
+    return like if like.pool == "attention" else replace(like, pool=public.pool)
 
 
 def joint_width(images: PublicImages | None, texts: PublicTexts | None) -> int | None:
