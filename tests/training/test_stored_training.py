@@ -105,6 +105,15 @@ def test_losses_are_those_of_encoding_at_each_step(name, tmp_path):
         assert stored == pytest.approx(exact, rel=5e-3)
 
 
+def test_a_mirrored_image_has_stored_states_too(pairs, tmp_path):
+    """Of the rows that `augment` mirrors, the states of the mirrored images are read."""
+    run = replace(made_run(pairs, tmp_path / "run", "clip"), freeze=("image",), augment=AugmentConfig(flip=0.5))
+    encoded = losses(run, NEVER)
+    assert losses(run, FP32) == encoded != losses(replace(run, augment=AugmentConfig()), FP32)
+    # Of the training images two files; of those that validate, one.
+    assert [len([*(pairs / split).glob("states-*")]) for split in ("train", "val")] == [2, 1]
+
+
 def text_head(run: TrainConfig, **changes) -> TrainConfig:
     """`depth` or `pool` are of the head, the rest of the joint space."""
     layer = LayerConfig(width=32, heads=4, hidden=64)
@@ -268,7 +277,7 @@ def test_two_halves_are_a_whole(pairs, tmp_path):
         ("clip", {"freeze": ()}, "no encoder is frozen"),
         ("clip", {"freeze": ("image.blocks",)}, "no encoder is frozen"),
         ("clip", {"keep": 0.5}, "leaves out other patches"),
-        ("clip", {"augment": AugmentConfig(flip=0.5)}, "`augment` changes"),
+        ("clip", {"augment": AugmentConfig(flip=0.5, gray=0.2)}, "`augment` changes"),
         ("simclr", {}, "simclr reads their pixels"),
         ("moco", {"objectives": {"moco": MoCoConfig(queue=24, key_keep=0.5)}}, "moco reads their pixels"),
     ],

@@ -70,7 +70,7 @@ def augment(
         view: each number is another draw, for objectives that compare two views of an image (SimCLR).
     """
     x = image_BCHW.float() / 255 if image_BCHW.dtype == torch.uint8 else image_BCHW.float()
-    chance = uniform(seed_B, (4,), CHANCE_SALT + VIEW * view)[..., None, None, None].unbind(1)
+    chance = chances(seed_B, view)[..., None, None, None].unbind(1)
     # Half types hold 8 or 11 bits of a position: too few for the weights of a crop.
     with torch.no_grad(), torch.autocast(image_BCHW.device.type, enabled=False):
         if config.crop is not None:
@@ -95,6 +95,17 @@ def augment(
             weight = gaussian(draw_sigma(seed_B, config.sigma, view), x.shape[2])
             x = torch.where(chance[3] < config.blur, _apply_along_axes(x, weight, weight), x)
     return ((x * 255).round() if image_BCHW.dtype == torch.uint8 else x).to(image_BCHW.dtype), box_BR4
+
+
+def chances(seed_B: Tensor, view: int = 0) -> Tensor:
+    """Random numbers from 0 to 1 [B 4]. Where one is below the share of such rows, the row is mirrored, changed in colour, made
+    grey or blurred."""
+    return uniform(seed_B, (4,), CHANCE_SALT + VIEW * view)
+
+
+def is_mirrored(seed: int, flip: float) -> bool:
+    """Whether `augment` mirrors the row of this seed, where it mirrors this share of the rows."""
+    return bool(chances(torch.tensor([seed], dtype=torch.int64))[0, 0] < flip)
 
 
 def draw_crops(seed_B: Tensor, area: tuple[float, float], view: int) -> Tensor:

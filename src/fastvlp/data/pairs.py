@@ -16,6 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from fastvlp.batch import Batch, Dropped
 from fastvlp.config import Count, Range
+from fastvlp.data.augment import is_mirrored
 from fastvlp.data.batching import Grouping, Lengths
 from fastvlp.data.caption_cut import CaptionCut, sample_cut
 from fastvlp.data.loader import Row
@@ -86,6 +87,11 @@ class Data(abc.ABC):
         given = {} if self.group is None else {"group": self.group}
         return Grouping(**given, max_tokens=self.max_tokens, reset_longest=self.fill != "official")
 
+    @property
+    def reads_mirrored_states(self) -> bool:
+        """Whether training can read stored states of mirrored images too."""
+        return False
+
     @abc.abstractmethod
     def rows(
         self, split: Split, tokenizer: Tokenizer, size: int, *, strict: bool, stored: Stored | None = None
@@ -134,6 +140,13 @@ class PairData(Data):
             return None
         shards = Shards(folder)
         transform = Transform(size=size, mode=self.fit)
+        images = stored.images if stored else None
+        states = images.open(shards, transform) if images else None
+        mirrored = None
+        if images and states and images.flip and split == "train":
+            mirrored = images.open(shards, transform, mirrored=True)
+            # Without room for both, all images are encoded.
+            states = mirrored and states
         make = PairMaker(
             shards,
             transform,
@@ -142,13 +155,19 @@ class PairData(Data):
             max_length=self.max_length,
             regions=self.regions,
             cache=self.cache,
-            states=stored.images.open(shards, transform) if stored and stored.images else None,
+            states=states,
+            mirrored=mirrored,
+            flip=images.flip if images else 0.0,
             texts=self._stored_texts(stored, shards, tokenizer),
             strict=strict,
         )
         regions = partial(region_count, self.regions)
         lengths = partial(caption_lengths, shards, tokenizer, self.captions, self.max_length, regions)
         return Rows(len(shards), make, tuple(shards.damage), lengths)
+
+    @property
+    def reads_mirrored_states(self) -> bool:
+        return self.regions is None
 
     def _stored_texts(self, stored: Stored | None, shards: Shards, tokenizer: Tokenizer) -> StatesFile | None:
         if stored is None or stored.texts is None:
@@ -195,6 +214,8 @@ class PairMaker:
         max_length: tokens of a row, <s> and </s> included; longer captions are cut.
         regions, cache, states, strict: as `RecordReader` takes them.
         texts: stored states of all captions, which come along.
+        mirrored: stored states of the mirrored images.
+        flip: share of the rows that read these; those that `augment` would mirror.
     """
 
     def __init__(
@@ -209,9 +230,13 @@ class PairMaker:
         cache: bool = False,
         states: StatesFile | None = None,
         texts: StatesFile | None = None,
+        mirrored: StatesFile | None = None,
+        flip: float = 0.0,
         strict: bool = False,
     ):
         self.texts = texts
+        self.mirrored = mirrored
+        self.flip = flip
         self.reader = RecordReader(shards, transform, regions=regions, cache=cache, states=states, strict=strict)
         self.tokenizer = tokenizer
         self.captions = captions
@@ -244,7 +269,10 @@ class PairMaker:
         # A hash of the seed, because the objective draws from the seed itself: the two draws must be independent.
         k = hash64(row.seed) % len(captions)
         states = None if self.texts is None else self.texts.entry(self.texts.of_record(row.index)[k])
-        return Pair(record.images[0], captions[k], row.seed, record.regions, states)
+        image = record.images[0]
+        if self.mirrored is not None and is_mirrored(row.seed, self.flip):
+            image = self.mirrored.image(row.index)
+        return Pair(image, captions[k], row.seed, record.regions, states)
 
 
 def readable_infos(shards: Shards) -> Iterator[dict[str, Any]]:

@@ -29,15 +29,23 @@ class ImageStore:
         store: opens files of states.
         encode: uint8 [B 3 H W] on the CPU -> states [B S D] on the CPU.
         states: S, of an image.
+        flip: share of the images that training mirrors, whose states are stored too.
     """
 
     store: StateStore
     encode: Callable[[Tensor], Tensor]
     states: int
+    flip: float = 0.0
 
-    def open(self, shards: Shards, transform: Transform, images: int | Literal["first"] = "first") -> StatesFile | None:
-        """The states of the images of each record that are used: entry i * n + k is image k of record i. None where they are
-        not stored."""
+    def open(
+        self,
+        shards: Shards,
+        transform: Transform,
+        images: int | Literal["first"] = "first",
+        mirrored: bool = False,
+    ) -> StatesFile | None:
+        """The states of the images of each record that are used, or of the mirrored images: entry i * n + k is image k of
+        record i. None where they are not stored."""
         number = 1 if images == "first" else images
         reader = RecordReader(shards, transform, images="first" if number == 1 else number)
 
@@ -54,8 +62,9 @@ class ImageStore:
             records = sorted({entry // number for entry in entries})
             found = (one for part in in_threads(read, records) for one in part if one.entry in wanted)
             while rows := [*islice(found, ROWS)]:
-                states = self.encode(torch.stack([one.states for one in rows]))
+                pixels = torch.stack([one.states for one in rows])
+                states = self.encode(pixels.flip(-1) if mirrored else pixels)
                 yield from (one._replace(states=own) for one, own in zip(rows, states))
 
-        about = {"transform": asdict(transform), "images": number}
+        about = {"transform": asdict(transform), "images": number, **({"mirrored": True} if mirrored else {})}
         return self.store.open(shards, about, lambda: EntryShape([self.states] * (number * len(shards))), compute)

@@ -37,9 +37,16 @@ def fingerprint(config: Any, encoder: nn.Module) -> str:
 
 
 def image_store(
-    model: VLModel, config: StatesConfig, *, precision: Precision, use: ImageUse = "states", reads: float | None = None
+    model: VLModel,
+    config: StatesConfig,
+    *,
+    precision: Precision,
+    use: ImageUse = "states",
+    reads: float | None = None,
+    flip: float = 0.0,
 ) -> ImageStore:
-    """Where the states of images by the model's image encoder are, computed in this precision.
+    """Where the states of images by the model's image encoder are, computed in this precision; where training mirrors a share
+    of them (`flip`), the states of the mirrored images too.
 
     Where their vectors in the joint space alone are read, fewer states are stored, if the head makes the same of them: their
     mean in place of a whole map takes a fiftieth of the space.
@@ -62,7 +69,7 @@ def image_store(
         "states": "all" if head is None else head.pool,
     }
     store = StateStore(what="images", about=about, width=image.width, config=config, reads=reads)
-    return ImageStore(store=store, encode=encode, states=states)
+    return ImageStore(store=store, encode=encode, states=states, flip=flip)
 
 
 def text_store(model: VLModel, config: StatesConfig, *, precision: Precision, reads: float | None = None) -> TextStore:

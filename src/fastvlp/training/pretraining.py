@@ -42,8 +42,9 @@ def draw_objective(mix: Mapping[str, float] | None, seed: int, step: int) -> str
 
 
 def augmented(batch: Batch, config: AugmentConfig) -> Batch:
-    """A batch with its images changed at random, by the rows' seeds, and its boxes moved along."""
-    if config == AugmentConfig():
+    """A batch with its images changed at random, by the rows' seeds, and its boxes moved along. Stored states of images stay:
+    they were chosen by the same seeds."""
+    if config == AugmentConfig() or batch.image.ndim == 3:
         return batch
     regions = batch.regions
     image, box_BR4 = augment(batch.image, batch.seed, config, None if regions is None else regions.box)

@@ -79,7 +79,14 @@ def start(run: TrainConfig, *, resume: bool = False) -> TrainState:
         load_exactly(pretraining, saved["pretraining"], run.folder / CHECKPOINT)
     # After the weights: stored states are those of one encoder.
     reads = rows_read(run.data, run.steps, run.accumulate)
-    stored = stored_inputs(pretraining, run.states, augment=run.augment, precision=precision, reads=reads)
+    stored = stored_inputs(
+        pretraining,
+        run.states,
+        augment=run.augment,
+        mirrors=run.data.reads_mirrored_states,
+        precision=precision,
+        reads=reads,
+    )
     given: dict[str, Any] = {"stored": stored} if stored is not None and (stored.images or stored.texts) else {}
     rows = run.data.rows("train", tokenizer, size, strict=False, **given)
     if rows is None:

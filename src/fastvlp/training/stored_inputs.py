@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from fastvlp import dist
 from fastvlp.data.augment import AugmentConfig
 from fastvlp.data.pairs import Data
@@ -18,6 +20,7 @@ def stored_inputs(
     config: StatesConfig,
     *,
     augment: AugmentConfig,
+    mirrors: bool,
     precision: Precision,
     reads: float | None,
 ) -> Stored | None:
@@ -25,6 +28,7 @@ def stored_inputs(
 
     Args:
         augment: what training does to the images.
+        mirrors: whether the data can read states of mirrored images too.
         precision: in which the encoders run.
         reads: rows that the run reads in all; None where nobody knows.
 
@@ -36,14 +40,14 @@ def stored_inputs(
     frozen = frozen_encoders(model)
     if config.store == "always" and not frozen:
         raise UserError("`states.store` is always, and no encoder is frozen; name image in `freeze`, or text, or both")
-    reasons = {"image": why_no_images(pretraining, augment), "text": why_no_texts(pretraining)}
+    reasons = {"image": why_no_images(pretraining, augment, mirrors), "text": why_no_texts(pretraining)}
     # Texts that are read beside images have no states of their own to store.
     if config.store == "always" and "image" in frozen and reasons["image"] is not None:
         raise UserError(f"`states.store` is always, and states of the images cannot be stored: {reasons['image']}")
     embeds = all(objective.image_use == "embedding" for objective in pretraining.all_objectives().values())
     use: ImageUse = "embedding" if embeds else "states"
     stored = Stored(
-        images=image_store(model, config, use=use, precision=precision, reads=reads)
+        images=image_store(model, config, use=use, precision=precision, reads=reads, flip=augment.flip)
         if reasons["image"] is None
         else None,
         texts=text_store(model, config, precision=precision, reads=reads) if reasons["text"] is None else None,
@@ -52,13 +56,14 @@ def stored_inputs(
     return stored._replace(skipped=tuple(skipped)) if frozen else None
 
 
-def why_no_images(pretraining: Pretraining, augment: AugmentConfig) -> str | None:
+def why_no_images(pretraining: Pretraining, augment: AugmentConfig, mirrors: bool) -> str | None:
     """Why images are encoded at each step; None where their stored states are read."""
+    stored = replace(augment, flip=0.0) if mirrors else augment
     if "image" not in frozen_encoders(pretraining.model):
         return "the image encoder is trained"
     if pretraining.keep < 1:
         return f"`keep` {pretraining.keep} leaves out other patches each time"
-    if augment != AugmentConfig():
+    if stored != AugmentConfig():
         return "`augment` changes the images each time"
     for name, objective in pretraining.all_objectives().items():
         if objective.image_use == "pixels":
