@@ -10,6 +10,7 @@ import torch
 from fastvlp.errors import UserError
 from fastvlp.model import sizes
 from fastvlp.model.joint_space import EmbedConfig, Head, HeadConfig
+from fastvlp.model.like_lengths import ROWS
 from fastvlp.model.model import VLModel
 from tests.made import made_batch, made_config
 
@@ -29,6 +30,19 @@ def test_padding_does_not_move_a_text(mask, pool):
     alone = model.embed_text(batch.ids[:1, :5], batch.length[:1])
     torch.testing.assert_close(model.embed_text(batch.ids, batch.length)[:1], alone)
     torch.testing.assert_close(alone.norm(dim=1), torch.ones(1))
+
+
+@pytest.mark.parametrize("pool", ["first", "last", "mean"])
+def test_texts_of_a_large_batch_are_encoded_in_groups_of_like_length(pool, monkeypatch):
+    """The vectors are the same, their order too, and most of the padding is not encoded."""
+    model = towers(text_mask="full", text=HeadConfig(pool=pool, norm=True))
+    batch = made_batch(lengths=tuple(3 + 7 * i % 11 for i in range(2 * ROWS)))
+    encoded = []
+    model.text.register_forward_pre_hook(lambda _, inputs: encoded.append(inputs[0].numel()))
+    grouped = model.embed_text(batch.ids, batch.length)
+    monkeypatch.setattr("fastvlp.model.like_lengths.ROWS", len(batch))
+    torch.testing.assert_close(grouped, model.embed_text(batch.ids, batch.length))
+    assert len(encoded) == 3 and sum(encoded[:2]) < 0.85 * encoded[2]
 
 
 def test_without_a_mask_a_text_of_fixed_length_sees_its_padding():

@@ -122,6 +122,11 @@ class EmbedConfig:
         """Whether the data must bring boxes of each image."""
         return self.image.regions is not None and self.image.regions.grid is None
 
+    @property
+    def sees_padding(self) -> bool:
+        """Whether the vector of a text depends on how far it is padded."""
+        return self.text_mask == "none" or self.text_length is not None or self.text.pool == "end"
+
     def positions(self, length: int) -> int:
         """How many positions are encoded of texts that are padded to `length` tokens with <s> and </s>."""
         return self.text_length or max(1, length - int(not (self.text_special and self.text_start)))

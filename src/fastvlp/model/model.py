@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastvlp.batch import Regions
 from fastvlp.errors import UserError
-from fastvlp.model import masks
+from fastvlp.model import like_lengths, masks
 from fastvlp.model.absent import Absent
 from fastvlp.model.encoders.interface import ImageEncoder, ImageEncoderConfig, TextEncoder, TextEncoderConfig
 from fastvlp.model.freezing import Freezable
@@ -223,8 +223,7 @@ class VLModel(Freezable):
             slot_B: as in `SingleStream.forward`.
             kind_BL: the row of the type table for each word; None means row 0.
         """
-        position_L = torch.arange(ids_BL.shape[1], device=ids_BL.device)
-        kinds = self.single.kinds
+        position_L, kinds = torch.arange(ids_BL.shape[1], device=ids_BL.device), self.single.kinds
         words = self.text.embed(ids_BL, position_L, kinds[0] if kind_BL is None else kinds[kind_BL])
         return self.single(words, length_B, feature_BRF, require_regions(regions), hidden_BR=hidden_BR, slot_B=slot_B)
 
@@ -251,12 +250,17 @@ class VLModel(Freezable):
         """Returns the states of texts [B L D] that the joint space pools, and the number of real states in each row [B]."""
         config = self.embed.config
         ids, length = self.embed.words(ids_BL, length_B, self.config.text)
-        position = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
         if keep_BK is not None:
-            ids, position = ids.gather(1, keep_BK), keep_BK
-            length = (keep_BK < length[:, None]).sum(1)
-        full = masks.full(length, ids.shape[1]) if config.text_mask == "full" else None
-        return self.text(ids, position, mask=full, causal=config.text_mask == "causal"), length
+            ids, length = ids.gather(1, keep_BK), (keep_BK < length[:, None]).sum(1)
+        elif not config.sees_padding and like_lengths.worthwhile(ids):
+            return like_lengths.in_groups(self._text_states, ids, length), length
+        return self._text_states(ids, length, keep_BK), length
+
+    def _text_states(self, ids_BL: Tensor, length_B: Tensor, position_BL: Tensor | None = None) -> Tensor:
+        mask, L = self.embed.config.text_mask, ids_BL.shape[1]
+        position = torch.arange(L, device=ids_BL.device).expand_as(ids_BL) if position_BL is None else position_BL
+        seen = masks.full(length_B, L) if mask == "full" else None
+        return self.text(ids_BL, position, mask=seen, causal=mask == "causal")
 
     def read(
         self,

@@ -33,7 +33,7 @@ from fastvlp.training.optim import adamw
 from fastvlp.training.pretraining import Pretraining
 from fastvlp.training.public_start import check_tokens, completed, load_encoders, public_tokenizer, read_encoders
 from fastvlp.training.state import TrainState
-from fastvlp.training.stored_inputs import rows_read, stored_inputs
+from fastvlp.training.stored_inputs import stored_inputs
 from fastvlp.training.train_config import TrainConfig, check
 from fastvlp.training.trained_parts import freeze
 
@@ -78,15 +78,7 @@ def start(run: TrainConfig, *, resume: bool = False) -> TrainState:
     if saved is not None:
         load_exactly(pretraining, saved["pretraining"], run.folder / CHECKPOINT)
     # After the weights: stored states are those of one encoder.
-    reads = rows_read(run.data, run.steps, run.accumulate)
-    stored = stored_inputs(
-        pretraining,
-        run.states,
-        augment=run.augment,
-        mirrors=run.data.reads_mirrored_states,
-        precision=precision,
-        reads=reads,
-    )
+    stored = stored_inputs(pretraining, run, precision)
     given: dict[str, Any] = {"stored": stored} if stored is not None and (stored.images or stored.texts) else {}
     rows = run.data.rows("train", tokenizer, size, strict=False, **given)
     if rows is None:

@@ -7,47 +7,38 @@ from dataclasses import replace
 from fastvlp import dist
 from fastvlp.data.augment import AugmentConfig
 from fastvlp.data.pairs import Data
-from fastvlp.data.state_store import StatesConfig, StoreNote
+from fastvlp.data.state_store import StoreNote
 from fastvlp.data.stores import Stored
 from fastvlp.dist import Precision
 from fastvlp.errors import UserError
 from fastvlp.model.frozen_states import ImageUse, frozen_encoders, image_store, text_store
 from fastvlp.training.pretraining import Pretraining
+from fastvlp.training.train_config import TrainConfig
 
 
-def stored_inputs(
-    pretraining: Pretraining,
-    config: StatesConfig,
-    *,
-    augment: AugmentConfig,
-    mirrors: bool,
-    precision: Precision,
-    reads: float | None,
-) -> Stored | None:
+def stored_inputs(pretraining: Pretraining, run: TrainConfig, precision: Precision) -> Stored | None:
     """Where the states are that a run reads, as its weights stand. None where it has no frozen encoder, or stores nothing.
 
     Args:
-        augment: what training does to the images.
-        mirrors: whether the data can read states of mirrored images too.
         precision: in which the encoders run.
-        reads: rows that the run reads in all; None where nobody knows.
 
     Raises UserError where the run says that states are always stored, and those of a frozen encoder cannot be used.
     """
-    model = pretraining.model
+    model, config, reads = pretraining.model, run.states, rows_read(run.data, run.steps, run.accumulate)
     if config.store == "never":
         return None
     frozen = frozen_encoders(model)
     if config.store == "always" and not frozen:
         raise UserError("`states.store` is always, and no encoder is frozen; name image in `freeze`, or text, or both")
-    reasons = {"image": why_no_images(pretraining, augment, mirrors), "text": why_no_texts(pretraining)}
+    mirrors = run.data.reads_mirrored_states
+    reasons = {"image": why_no_images(pretraining, run.augment, mirrors), "text": why_no_texts(pretraining)}
     # Texts that are read beside images have no states of their own to store.
     if config.store == "always" and "image" in frozen and reasons["image"] is not None:
         raise UserError(f"`states.store` is always, and states of the images cannot be stored: {reasons['image']}")
     embeds = all(objective.image_use == "embedding" for objective in pretraining.all_objectives().values())
     use: ImageUse = "embedding" if embeds else "states"
     stored = Stored(
-        images=image_store(model, config, use=use, precision=precision, reads=reads, flip=augment.flip)
+        images=image_store(model, config, use=use, precision=precision, reads=reads, flip=run.augment.flip)
         if reasons["image"] is None
         else None,
         texts=text_store(model, config, precision=precision, reads=reads) if reasons["text"] is None else None,
