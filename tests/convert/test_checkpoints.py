@@ -26,8 +26,9 @@ from fastvlp.data.world.corpus import WorldConfig, write_world
 from fastvlp.data.world.detector import WIDTH
 from fastvlp.data.world.scene import COMBINATIONS
 from fastvlp.model import sizes
+from fastvlp.model.inherited_config import inheritable_weights
 from fastvlp.model.model import ModelConfig, VLModel
-from fastvlp.model.saving import Inheritance, load_model
+from fastvlp.model.saving import Inheritance, inherit, load_model
 from fastvlp.objectives.clip import CLIPConfig
 from fastvlp.objectives.objective import ObjectiveConfig
 from fastvlp.recipes import recipe
@@ -178,8 +179,14 @@ def test_bert_is_what_uniter_begins_with(tmp_path: Path, capsys):
     assert found.config == sizes.with_tokenizer(
         sizes.uniter(width=64, depth=2), Tokenizer.load(tmp_path / "tokenizer.json")
     )
+    new = {name for name in wanted if name.startswith(("single.regions.", "single.match."))}
     for name, x in found.state_dict().items():
-        assert name.startswith(("single.regions.", "single.match.")) or torch.equal(x, wanted[name]), name
+        assert name in new or torch.equal(x, wanted[name]), name
+    # A run that starts from it has new weights for what BERT lacks.
+    started = VLModel(found.config)
+    result = inherit(started, inheritable_weights(load_model(tmp_path / "bert"), found.config))
+    assert {*result.fresh} == new and {*result.loaded} == wanted.keys() - new
+    assert all(torch.equal(started.state_dict()[name], wanted[name]) for name in result.loaded)
 
 
 @pytest.mark.parametrize(

@@ -50,6 +50,8 @@ OPTIONAL = (
     "embed.image.",
     "embed.text.",
     "single.",
+    "single.regions.",
+    "single.match.",
 )
 
 # Parts whose class varies, and the class of those that were saved before its name was.
