@@ -166,27 +166,3 @@ def write_public(name: str, folder: Path) -> str:
         model, config = kinds[name]
         save(model(config(**{**ROBERTA, "vocab_size": size})), folder)
     return str(folder)
-
-
-def published_configs() -> dict[str, Any]:
-    """Configs of public encoders as they were published."""
-    width, deep = 1.6, 2.2
-    return {
-        "clip": hf.CLIPConfig(
-            vision_config={"patch_size": 32}, text_config={"eos_token_id": 49407, "bos_token_id": 49406}
-        ),
-        "roberta": hf.RobertaConfig(
-            vocab_size=50265, max_position_embeddings=514, type_vocab_size=1, layer_norm_eps=1e-5
-        ),
-        "bert": hf.BertConfig(vocab_size=28996),
-        "chinese-roberta": hf.BertConfig(vocab_size=21128),
-        "efficientnet": hf.EfficientNetConfig(
-            image_size=456,
-            width_coefficient=width,
-            depth_coefficient=deep,
-            hidden_dim=2048,
-            dropout_rate=0.4,
-            batch_norm_momentum=0.99,
-            depthwise_padding=[13, 27],
-        ),
-    }
