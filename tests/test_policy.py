@@ -27,7 +27,19 @@ SOURCE = Path(fastvlp.__file__).parent
 TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in sorted(SOURCE.rglob("*.py"))}
 # A module may import from its own level and from those before it: the order of the data flow (docs/why.md).
 LEVELS = [
-    {"errors", "batch", "config", "dist", "extensions", "files", "plain_json", "provenance", "random", "tensor_files"},
+    {
+        "errors",
+        "batch",
+        "config",
+        "dist",
+        "extensions",
+        "files",
+        "plain_json",
+        "provenance",
+        "random",
+        "tensor_files",
+        "writer_lock",
+    },
     {"data"},
     {"model"},
     {"objectives"},

@@ -25,6 +25,7 @@ from fastvlp.objectives.objective import Ability
 from fastvlp.objectives.saved_objectives import describe
 from fastvlp.provenance import about
 from fastvlp.tensor_files import check_torch_file, not_finite
+from fastvlp.training.run_folder import check_in_place
 from fastvlp.training.state import TrainState
 from fastvlp.training.train_config import CHANGEABLE, TrainConfig
 
@@ -74,10 +75,11 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
 def save(state: TrainState, *, wait: bool = True) -> None:
     """Everything that `restore` needs, and the weights alone beside it. The main rank writes, the others wait for it.
 
-    Raises UserError where a weight is not finite; what was saved before stays as it is.
+    Raises UserError where a weight is not finite, so that what was saved before stays, and where the folder was removed.
     """
     check_finite(state)
     if dist.is_main():
+        check_in_place(state.lock)
         saved: dict[str, Any] = {name: getattr(state, name) for name in (*COUNTERS, *LATER_COUNTERS)} | {
             "dropped": state.dropped,
             "run": to_json(state.run),
@@ -119,6 +121,7 @@ def save_config(state: TrainState) -> TrainConfig:
 def save_weights(state: TrainState, name: str, **more: Any) -> None:
     """`name`.safetensors: the model and what is kept of the objectives, averaged where the run averages. Adapters are merged
     into it, and written beside it too."""
+    check_in_place(state.lock)
     module = state.evaluated
     objectives = module.all_objectives()
     info = {

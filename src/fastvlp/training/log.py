@@ -158,6 +158,8 @@ class RunLog:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(line + "\n")
         except OSError as error:
+            if not self.path.parent.is_dir():
+                raise UserError(f"{self.path.parent}: was removed or renamed while the run went on") from error
             raise UserError(f"{self.path}: cannot write ({error.strerror}); free space and resume the run") from error
         if self._board is not None:
             for name, value in clean.items():

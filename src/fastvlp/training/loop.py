@@ -32,6 +32,7 @@ from fastvlp.training.gradient_cache import cache_gradients
 from fastvlp.training.log import RunLog
 from fastvlp.training.optim import set_rate
 from fastvlp.training.pretraining import Pretraining, augmented, draw_objective
+from fastvlp.training.run_folder import locked
 from fastvlp.training.schedule import rate_factor
 from fastvlp.training.start import start
 from fastvlp.training.state import StepReport, TrainState, autocast, due, validates
@@ -248,10 +249,11 @@ def train(
     """
     if not isinstance(run, TrainConfig):
         raise UserError(f"`run` is a TrainConfig, not {run!r}; fastvlp.recipe(NAME) returns that of a recipe")
-    with dist.process_group():
+    with dist.process_group(), locked(run.folder) as lock:
         if not resume and (run.folder / CHECKPOINT).exists():
             raise UserError(f"{run.folder}: holds a run already; continue it with `resume`, or choose another `out`")
         state = start(run, resume=resume)
+        state.lock = lock
         if state.progress < 1:
             read_before_training(state, scored)
         whole = save_config(state)
@@ -292,6 +294,10 @@ def train_to_end(state: TrainState, log: RunLog) -> None:
         validate_and_keep_best(state, log)
         if state.best != before:
             save(state)
+    if state.progress >= 1 and state.skipped == state.step > 0:
+        raise UserError(
+            f"{run.folder}: every step was skipped, because its loss or gradient is not finite; lower `optim.lr`"
+        )
 
 
 @contextmanager
@@ -305,7 +311,7 @@ def saved_on_failure(state: TrainState) -> Iterator[None]:
             # Another rank may have failed or ended: nobody waits for it. What is saved already stays, whatever happens here.
             with suppress(Exception):
                 save(state, wait=False)
-        if state.saved == 0 or not dist.is_main():
+        if state.saved == 0 or not dist.is_main() or not (state.run.folder / CHECKPOINT).exists():
             raise
         kept = f"the state of step {state.saved} is saved, and the run can be continued with `resume`"
         if isinstance(error, UserError):

@@ -19,6 +19,7 @@ from fastvlp.model.saving import Inheritance
 from fastvlp.training.flops import FlopCounter
 from fastvlp.training.pretraining import Pretraining
 from fastvlp.training.train_config import TrainConfig
+from fastvlp.writer_lock import WriterLock
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +76,7 @@ class TrainState:
         signal: the signal that this process received.
         stop: the signal for which all ranks stop.
         saved: the step of the last checkpoint; 0 where there is none.
+        lock: of the run's folder, which one process writes to; None where nothing is locked.
         between_steps: whether the weights are those after `step`; false while a step changes them.
     """
 
@@ -106,6 +108,7 @@ class TrainState:
     stop: int | None = None
     saved: int = 0
     between_steps: bool = True
+    lock: WriterLock | None = None
 
     @property
     def precision(self) -> Precision:

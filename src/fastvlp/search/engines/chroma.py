@@ -24,7 +24,7 @@ from fastvlp.search.checks import OWN_FIELDS, EngineError, Scalar
 from fastvlp.search.distinct import vector_keys
 from fastvlp.search.engines.interface import Hit, IndexEngine, Item, Stamp, checked_stamp
 from fastvlp.search.exact import ExactItems, fits
-from fastvlp.search.writer_lock import WriterLock
+from fastvlp.writer_lock import WriterLock
 
 if TYPE_CHECKING:
     from fastvlp.search.pictures import PictureStore
@@ -51,7 +51,7 @@ class ChromaIndex(IndexEngine):
         self.folder = None if "://" in uri else Path(uri)
         # Its time of change tells other processes that something was written.
         self._mark = self.folder / "written" if self.folder else None
-        self._lock = WriterLock(self.folder / "writer.lock") if self.folder else None
+        self._lock = WriterLock(self.folder / "writer.lock", self._refusal) if self.folder else None
         if self.folder and not create and not (self.folder / FILE).exists():
             from fastvlp.search.embedded import PLAN
 
@@ -132,6 +132,12 @@ class ChromaIndex(IndexEngine):
         what = f"{self.uri}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         remedy = "is the disk full, or the folder damaged? Restore it, or build the index again"
         return EngineError(f"{what}; {remedy if self.folder else 'is a Chroma server running there?'}")
+
+    def _refusal(self, holder: str) -> EngineError:
+        return EngineError(
+            f"{self.uri}: another process (number {holder}) writes to this index; stop it, add through its `vlp serve`, or "
+            f"keep the index on a server"
+        )
 
     def _written(self) -> int:
         """When a process last wrote to the folder."""

@@ -1,0 +1,93 @@
+"""One process writes to the folder of a run; what was left unfinished goes; a folder that goes is an error."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from fastvlp.errors import UserError
+from fastvlp.training import loop
+from fastvlp.training.loop import train
+from fastvlp.training.run_folder import locked
+from tests.training.runs import made_pairs, made_run
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory):
+    return made_pairs(tmp_path_factory.mktemp("pairs"), 12)
+
+
+HOLD = """
+import sys
+from pathlib import Path
+from fastvlp.writer_lock import WriterLock
+lock = WriterLock(Path(sys.argv[1]) / "writer.lock", lambda holder: SystemExit(holder))
+lock.take()
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_second_process_cannot_train_into_a_folder(pairs, tmp_path):
+    run = made_run(pairs, tmp_path / "run", "clip", steps=1)
+    run.folder.mkdir()
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLD, run.folder], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as holder:
+        assert holder.stdout is not None and holder.stdout.readline() == "held\n"
+        for resume in (False, True):
+            with pytest.raises(UserError, match=str(holder.pid)):
+                train(run, resume=resume)
+        assert [path.name for path in run.folder.iterdir()] == ["writer.lock"]
+        holder.kill()
+    # A killed process does not keep the lock.
+    train(run)
+    assert (run.folder / "last.pt").exists() and not (run.folder / "writer.lock").exists()
+
+
+def test_files_that_a_killed_run_left_unfinished_are_removed(tmp_path):
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    stale = [
+        "last.pt.tmp",
+        "best.safetensors.tmp",
+        f"model.json.{ended.pid}.tmp",
+        "model.json.99999999999999999999.tmp",
+    ]
+    for name in (*stale, f"results.json.{os.getpid()}.tmp", "notes.txt"):
+        (tmp_path / name).write_text("x")
+    with locked(tmp_path):
+        assert {path.name for path in tmp_path.iterdir()} == {
+            "writer.lock", "notes.txt", f"results.json.{os.getpid()}.tmp"
+        }  # fmt: skip
+
+
+def test_a_run_that_cannot_begin_leaves_no_folder(tmp_path):
+    with pytest.raises(ValueError, match="here"), locked(tmp_path / "a/run"):
+        raise ValueError("here")
+    assert not (tmp_path / "a/run").exists()
+
+
+@pytest.mark.parametrize("how", ["removed", "replaced"])
+def test_a_folder_that_is_removed_while_the_run_goes_on_is_an_error(pairs, tmp_path, monkeypatch, how):
+    run = made_run(pairs, tmp_path / "run", "clip", steps=3, log_every=100)
+    straight = loop.steps
+
+    def steps(state):
+        for report in straight(state):
+            if report.step == 2:
+                shutil.rmtree(run.folder)
+                if how == "replaced":
+                    run.folder.mkdir()
+                    (run.folder / "last.pt").write_text("of another run")
+            yield report
+
+    monkeypatch.setattr(loop, "steps", steps)
+    with pytest.raises(UserError, match=str(run.folder)):
+        train(run)
+    left = [path.name for path in run.folder.iterdir()] if run.folder.exists() else []
+    assert left == ([] if how == "removed" else ["last.pt"])
