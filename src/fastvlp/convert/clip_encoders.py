@@ -40,6 +40,8 @@ class CLIPImages(ImageFamily):
     model_types = ("clip_vision_model", "chinese_clip_vision_model")
     anchor = "embeddings.class_embedding"
     mean, std, fit = CLIP_MEAN, CLIP_STD, "crop"
+    # The last norm is computed of the first state alone.
+    states = "pooler_output"
     defaults: ClassVar[Mapping[str, Any]] = {
         "hidden_size": 768,
         "intermediate_size": 3072,

@@ -66,6 +66,8 @@ class EncoderFamily(abc.ABC):
     """Prefix of the tensors of the layers."""
     dropout: ClassVar[str] = "attention_dropout"
     """Key of the layers' dropout in config.json."""
+    states: ClassVar[str] = "last_hidden_state"
+    """Output of the model in transformers that has our states."""
 
     @abc.abstractmethod
     def names(self, depth: int) -> WeightMap:

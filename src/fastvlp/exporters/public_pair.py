@@ -77,8 +77,8 @@ def public_pair(saved: Saved) -> PublicPair | None:
     config = with_last_norm(saved.model.config)
     settings = _settings(layout, config)
     assert settings is not None
-    state = _last_norm_state(saved)
-    image, text = (_part(state, f"{name}.") for name in ("image", "text"))
+    state = last_norm_state(saved)
+    image, text = (part(state, f"{name}.") for name in ("image", "text"))
     tensors = {
         f"{theirs}.{name}": x
         for theirs, family, own, depth in (
@@ -87,8 +87,8 @@ def public_pair(saved: Saved) -> PublicPair | None:
         )
         for name, x in family.tensors(own, depth).items()
     }
-    tensors |= layout.image.head_tensors(_part(state, "embed.image."))
-    tensors |= layout.text.head_tensors(_part(state, "embed.text."))
+    tensors |= layout.image.head_tensors(part(state, "embed.image."))
+    tensors |= layout.text.head_tensors(part(state, "embed.text."))
     learned = learned_scale(saved)
     tensors["logit_scale"] = learned.get("log_scale", torch.tensor(SCALE)).reshape(())
     if layout.model_type == "siglip":
@@ -122,7 +122,8 @@ def _norm_moves(model: ModelConfig) -> bool:
     return embed is not None and has_place and embed.text.norm and embed.text.eps == text.norm_eps
 
 
-def _last_norm_state(saved: Saved) -> dict[str, Tensor]:
+def last_norm_state(saved: Saved) -> dict[str, Tensor]:
+    """Returns a model's parameters in fp32, by the names of `with_last_norm`."""
     state = {name: x.detach().float() for name, x in saved.model.state_dict().items()}
     if not _norm_moves(saved.model.config):
         return state
@@ -142,7 +143,7 @@ def _settings(layout: PairLayout, model: ModelConfig) -> dict[str, Any] | None:
     parts = {"vision_config": image, "text_config": text}
     width = {} if layout.model_type == "siglip" else {"projection_dim": embed.width}
     names = {"vision_config": f"{layout.model_type}_vision_model", "text_config": f"{layout.model_type}_text_model"}
-    stated = {part: {**settings, "model_type": names[part]} for part, settings in parts.items()}
+    stated = {name: {**settings, "model_type": names[name]} for name, settings in parts.items()}
     return {"model_type": layout.model_type, "architectures": [layout.model_class], **width, **stated}
 
 
@@ -157,5 +158,6 @@ def _same_joint_space(
     return public == own
 
 
-def _part(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+def part(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Returns the parameters whose names begin with a prefix, without it."""
     return {name.removeprefix(prefix): x for name, x in state.items() if name.startswith(prefix)}

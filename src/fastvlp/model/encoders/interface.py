@@ -132,6 +132,10 @@ class ImageEncoder(nn.Module, abc.ABC):
         """Encodes images, uint8 [B 3 H W] -> [B prefix+N D], or [B prefix+K D] of the cells in `keep_BK` alone, in their
         order. `keep_BK` is None where the config cannot drop patches."""
 
+    def public_module(self) -> nn.Module | None:
+        """The model of transformers that computes the states, where one does."""
+        return None
+
     def layer_names(self) -> LayerNames:
         """Its parts in the order in which they compute: to train the last layers alone, or each at a rate of its own."""
         return find_layers(self)
@@ -235,6 +239,10 @@ class TextEncoder(nn.Module, abc.ABC):
     @abc.abstractmethod
     def step(self, ids_B1: Tensor, position_B1: Tensor, past: list[KeyValue]) -> Tensor:
         """The last state of one more token of each row, read left to right -> [B 1 D]. `past` grows in place."""
+
+    def public_module(self) -> nn.Module | None:
+        """The model of transformers that computes the states, where one does."""
+        return None
 
     def layer_names(self) -> LayerNames:
         """Its parts in the order in which they compute: to train the last layers alone, or each at a rate of its own."""

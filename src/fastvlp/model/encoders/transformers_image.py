@@ -96,5 +96,8 @@ class TransformersImage(ImageEncoder):
             keep_statistics(self.model)
         return self
 
+    def public_module(self) -> nn.Module:
+        return self.model
+
     def forward(self, image: Tensor, keep_BK: Tensor | None = None) -> Tensor:
         return as_states(_last_state(self.model, self.normalised(image)))

@@ -11,7 +11,7 @@ from inspect import signature
 from typing import Annotated, Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tyro.conf import Fixed
 
 from fastvlp.errors import UserError
@@ -78,6 +78,9 @@ class TransformersText(TextEncoder):
             raise UserError(f"`model.text` is a {self._name}, which cannot be read beside regions: choose a BERT")
         word_BLD = cast(Any, self.model).get_input_embeddings()(ids_BL) + kind
         return self._hidden(ids_BL, position_BL, word_BLD=word_BLD)[0]
+
+    def public_module(self) -> nn.Module:
+        return self.model
 
     def states(
         self, ids_BL: Tensor, position_BL: Tensor, *, mask: Tensor | None = None, causal: bool = False
