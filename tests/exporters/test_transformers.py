@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import io
+import random
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from fastvlp.cli import main
 from fastvlp.errors import UserError
 from fastvlp.exporters.export import export
 from fastvlp.model.saving import load_model
 from fastvlp.model.sizes import flip_tiny
+from fastvlp.search.embedder import Embedder
 from tests.convert.public_models import write_model
 from tests.exporters.made_runs import CAPTIONS, clip_shaped, made_run
 
@@ -63,3 +68,39 @@ def test_what_does_not_fit_is_named(tmp_path: Path):
     with pytest.raises(UserError, match="id 2"):
         export(run, tmp_path / "out", to="transformers")
     assert not (tmp_path / "out").exists()
+
+
+def odd_texts() -> list[str]:
+    """500 texts in two languages, with marks, odd spaces, other scripts and symbols."""
+    alphabet = [*"abc XYZ 09 .,!?-'\"()/#@&", "\u00a0", "\t", "\n", "\u200b", "\ufeff", "é", "ß", "ﬁ", "½", "–", "…"]
+    alphabet += [*"狗海滩红色的杯子，。！“”《》", "🐕", "한", "ج", "\u0301", "\x07", "[SEP]", "[MASK]", "##a"]
+    generator = random.Random(0)
+    return ["".join(generator.choices(alphabet, k=generator.randrange(40))) for _ in range(500)]
+
+
+def test_the_exported_tokenizer_gives_our_ids_of_odd_texts(tmp_path: Path):
+    run = made_run(tmp_path / "run", clip_shaped())
+    export(run, tmp_path / "out", to=("transformers", "fastvlp"))
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out" / "transformers")
+    embedder = Embedder.load(tmp_path / "out" / "fastvlp")
+    texts = odd_texts()
+    ids = theirs(texts, padding=True, truncation=True).input_ids
+    assert embedder._ids(texts)[0].tolist() == ids
+
+
+def test_the_exported_processor_gives_our_pixels(tmp_path: Path):
+    run = made_run(tmp_path / "run", clip_shaped())
+    export(run, tmp_path / "out", to=("transformers", "fastvlp"))
+    processor = transformers.AutoImageProcessor.from_pretrained(tmp_path / "out" / "transformers")
+    embedder = Embedder.load(tmp_path / "out" / "fastvlp")
+    generator = np.random.default_rng(0)
+    for i, (height, width) in enumerate([(32, 32), (33, 50), (101, 64), (64, 64), (40, 90), (200, 51), (7, 9)]):
+        small = generator.integers(0, 256, (9, 7, 3), dtype=np.uint8)
+        image = Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC)
+        data = io.BytesIO()
+        image.save(data, "PNG" if i % 2 else "JPEG")
+        ours = embedder.model.image.normalised(embedder.pixels([data.getvalue()]))
+        known = processor(Image.open(data), return_tensors="pt").pixel_values
+        # In levels of 255: resampling differs by one or two, and a JPEG is decoded at a smaller scale by us.
+        levels = (ours - known).abs() * 255 * 0.27
+        assert levels.max() <= 2.5 if i % 2 else levels.mean() <= 4

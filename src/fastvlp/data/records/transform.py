@@ -17,6 +17,9 @@ Rectangle = tuple[int, int, int, int]  # left, top, width, height in pixels
 Fit = Literal["crop", "centre", "squash", "letterbox"]
 # Share of the short side that `centre` takes: ImageNet models resize it to 256 pixels, and cut 224 from the middle.
 CENTRE = 7 / 8
+# Of a picture that is longer than so many times its short side, the ends are cut off before it is resized: a strip of 2 x
+# 10,000 pixels, resized by its short side, would take gigabytes.
+LONGEST = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +30,7 @@ class Transform:
         size: pixels of a side.
         mode: `crop` takes the central square (as CLIP); `centre` the middle seven eighths of it (as DINOv2); `squash` takes
             the whole image and changes its shape; `letterbox` takes the whole image in its shape and fills the rest of the
-            square.
+            square. Both crops resize first, so that pixels are where torchvision and transformers have them.
         fill: grey level of the rest.
     """
 
@@ -51,10 +54,10 @@ class Transform:
     def __call__(self, pixels_HWC: Tensor) -> Tensor:
         height, width, _ = pixels_HWC.shape
         (x, y, w, h), (to_x, to_y, to_w, to_h) = self._moves(height, width)
-        # The crop comes first: resizing a strip of 2 x 10,000 pixels by its short side would take gigabytes.
         part = _resize(pixels_HWC.permute(2, 0, 1)[:, y : y + h, x : x + w], to_h, to_w)
-        if (to_h, to_w) == (self.size, self.size):
-            return part
+        part = part[:, max(0, -to_y) :, max(0, -to_x) :][:, : self.size, : self.size]
+        if part.shape[1:] == (self.size, self.size):
+            return part.contiguous()
         square = torch.full((3, self.size, self.size), self.fill, dtype=torch.uint8)
         square[:, to_y : to_y + to_h, to_x : to_x + to_w] = part
         return square
@@ -68,11 +71,15 @@ class Transform:
         return (box_R4 * torch.tensor([along, down] * 2) + shift_4) / self.size
 
     def _moves(self, height: int, width: int) -> tuple[Rectangle, Rectangle]:
-        """The part of an image that is shown, and its place in the square."""
+        """The part of an image that is resized, and where it then lies; what is outside the square is cut off."""
         if self.mode in ("crop", "centre"):
-            side = min(height, width)
-            side = max(1, round(side * CENTRE)) if self.mode == "centre" else side
-            return ((width - side) // 2, (height - side) // 2, side, side), (0, 0, self.size, self.size)
+            short = min(height, width)
+            w, h = min(width, LONGEST * short), min(height, LONGEST * short)
+            to_short = round(self.size / CENTRE) if self.mode == "centre" else self.size
+            # Rounded as transformers does.
+            to_w, to_h = int(to_short * w / short), int(to_short * h / short)
+            source = (width - w) // 2, (height - h) // 2, w, h
+            return source, (-((to_w - self.size) // 2), -((to_h - self.size) // 2), to_w, to_h)
         if self.mode == "squash":
             return (0, 0, width, height), (0, 0, self.size, self.size)
         scale = self.size / max(height, width)
