@@ -28,9 +28,11 @@ from fastvlp.data.records.captions import caption_texts, merge_captions
 from fastvlp.data.records.tar_index import TarIndex, scan
 from fastvlp.errors import UserError
 from fastvlp.files import write_whole
+from fastvlp.plain_json import parse_json
 
 _OPEN_FILES = 256
-
+# An index takes a few dozen bytes for each member, a tar at least 512: one that is larger by more than this is not read.
+_INDEX_MORE = 1 << 20
 _MAGIC = (
     (b"\xff\xd8", "jpg"),
     (b"\x89PNG", "png"),
@@ -80,11 +82,10 @@ class ShardWriter:
             self.folder.mkdir(parents=True, exist_ok=True)
             there = sorted(self.folder.glob("*.tar"))
             if there and not self.append:
-                raise UserError(
-                    f"{self.folder}: already holds shards; remove them, choose another split or folder, or `append` to them"
-                )
+                remedy = "remove them, choose another split or folder, or `append` to them"
+                raise UserError(f"{self.folder}: already holds shards; {remedy}")
             self._first = 1 + max((int(tar.stem) for tar in there if tar.stem.isdecimal()), default=-1)
-            for stale in self.folder.glob("*.tar.tmp"):
+            for stale in self.folder.glob("*.tmp"):
                 stale.unlink()
         return self
 
@@ -188,8 +189,8 @@ class Shards:
         in their indexes. The tars are not read, nor the times of tars at a URL, because uploading changes them."""
         digest = hashlib.sha256()
         for tar, index in zip(self._tars, self._indexes):
-            digest.update(f"{Path(tar).name} {index.size} {index.mtime_ns} {len(index.keys)}\n".encode())
-            digest.update("\n".join(index.keys).encode())
+            head = f"{Path(tar).name} {index.size} {index.mtime_ns} {len(index.keys)}\n"
+            digest.update((head + "\n".join(index.keys)).encode())
             digest.update(b"".join(part.tobytes() for part in (index.first, index.offset, index.length)))
         return digest.hexdigest()
 
@@ -239,7 +240,7 @@ class Shards:
                 info = _parse(self._bytes(tar, at, n), index.keys[r])
             elif kind == "txt":
                 caption = _text(self._bytes(tar, at, n), index.keys[r], "txt")
-        text = [] if caption is None else caption_texts(caption)
+        text = caption_texts(caption or "")
         return merge_captions(info, text if "captions" not in info else None) if text or "caption" in info else info
 
     def __iter__(self) -> Iterator[Record]:
@@ -296,10 +297,8 @@ def _explain_write_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(
-            f"{path}: cannot write ({error.strerror or error}); free space or choose another folder, "
-            f"then run the same command again"
-        ) from error
+        remedy = "free space or choose another folder, then run the same command again"
+        raise UserError(f"{path}: cannot write ({error.strerror or error}); {remedy}") from error
 
 
 def _members(record: Record) -> list[tuple[str, bytes]]:
@@ -336,8 +335,8 @@ def _text(data: bytes, key: str, member: str) -> str:
 
 def _parse(data: bytes, key: str) -> dict[str, Any]:
     try:
-        info = json.loads(_text(data, key, "json"))
-    except (ValueError, RecursionError) as error:
+        info = parse_json(_text(data, key, "json"))
+    except ValueError as error:
         raise RecordError(key, f"json cannot be parsed ({error})") from error
     if not isinstance(info, dict):
         raise RecordError(key, f"json is a {type(info).__name__}, not an object")
@@ -355,7 +354,7 @@ def _where_shards_are(url: str, fs: Any, root: str) -> str:
 
 def _find_tars(fs: Any, root: str) -> list[str]:
     try:
-        # `ls` of a file returns the file itself, so the URL of one tar works too.
+        # `ls` of a file returns the file itself.
         return sorted(name for name in fs.ls(root, detail=False) if name.endswith(".tar"))
     except (FileNotFoundError, NotADirectoryError):
         return []
@@ -369,7 +368,8 @@ def _local_index(tar: Path) -> TarIndex:
     path = Path(_index_name(str(tar)))
     try:
         stat = tar.stat()
-        index = TarIndex.from_json(path.read_bytes()) if path.exists() else None
+        plausible = path.exists() and path.stat().st_size <= stat.st_size + _INDEX_MORE
+        index = TarIndex.from_json(path.read_bytes()) if plausible else None
         if index is not None and (index.size, index.mtime_ns) == (stat.st_size, stat.st_mtime_ns):
             return index
         with tar.open("rb") as file:
@@ -390,7 +390,8 @@ def _remote_index(fs: Any, tar: str) -> TarIndex:
         size = int(fs.info(tar)["size"])
         path = _index_name(tar)
         # Only sizes are compared, because uploading changes the time of a file.
-        index = TarIndex.from_json(fs.cat_file(path)) if fs.exists(path) else None
+        plausible = fs.exists(path) and int(fs.info(path)["size"]) <= size + _INDEX_MORE
+        index = TarIndex.from_json(fs.cat_file(path)) if plausible else None
         if index is not None and index.size == size:
             return index
         with fs.open(tar, "rb") as file:

@@ -6,16 +6,18 @@ import json
 import re
 import tarfile
 from collections.abc import Iterator, Sequence, Set
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import groupby
 from typing import IO
 
 import numpy as np
 
 from fastvlp.batch import Dropped
+from fastvlp.data.records import tar_members
 from fastvlp.data.records.captions import CAPTION_SUFFIXES
+from fastvlp.plain_json import checksum, parse_strict_json
 
-_VERSION = 3
+_VERSION = 4
 _IMAGE = re.compile(r"(?:(\d+)\.)?(?:jpe?g|png|webp|gif|bmp|tiff?|ppm|avif|hei[cf]|img)")
 # Suffixes of the texts of a record.
 TEXT_SUFFIXES = frozenset({"json", "cls", *CAPTION_SUFFIXES})
@@ -59,22 +61,41 @@ class TarIndex:
             for name, value in vars(self).items()
             if name != "damage"
         }
-        return json.dumps({"version": _VERSION, **fields, "damage": [asdict(d) for d in self.damage]}).encode()
+        damage = [asdict(d) for d in self.damage]
+        return json.dumps({"version": _VERSION, "checksum": self._checksum(), **fields, "damage": damage}).encode()
 
     @classmethod
     def from_json(cls, data: bytes) -> TarIndex | None:
-        """The index in a file; None where it is not one of this version."""
+        """The index in a file; None where it is not one of this version, or not what was written."""
         try:
-            fields = json.loads(data)
+            fields = parse_strict_json(data)
             if fields.pop("version") != _VERSION:
                 return None
+            written = fields.pop("checksum")
             fields["damage"] = [Dropped(**d) for d in fields["damage"]]
             for name in ("first", "offset", "length"):
                 fields[name] = np.asarray(fields[name], dtype=np.int64)
             fields["kind"] = np.asarray(fields["kind"], dtype=np.uint8)
-            return cls(**fields)
-        except (ValueError, KeyError, TypeError, AttributeError):
+            index = cls(**fields)
+            return index if index._is_sound() and index._checksum() == written else None
+        except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError):
             return None
+
+    def _checksum(self) -> str:
+        words = [str(self.size), str(self.mtime_ns), *self.keys, *(f"{d.key} {d.reason} {d.file}" for d in self.damage)]
+        arrays = [self.first, self.kind, self.offset, self.length]
+        return checksum(["\n".join(words).encode("utf-8", "backslashreplace"), *(x.tobytes() for x in arrays)])
+
+    def _is_sound(self) -> bool:
+        """Whether every member lies within the tar. The checksum shows damage; this shows what was made with intent."""
+        count = len(self.kind)
+        if not all(isinstance(key, str) for key in self.keys) or len(self.first) != len(self.keys) + 1:
+            return False
+        if self.first.ndim != 1 or not self.kind.shape == self.offset.shape == self.length.shape == (count,):
+            return False
+        starts = bool(self.first[0] == 0 and self.first[-1] == count and (np.diff(self.first) > 0).all())
+        inside = (self.offset >= 0) & (self.length >= 0) & (self.length <= self.size - self.offset)
+        return starts and bool((inside & (self.kind < len(KINDS)) & (self.length <= tar_members.MOST_BYTES)).all())
 
 
 KINDS = ("image", "json", "txt", "npz")
@@ -83,45 +104,57 @@ KINDS = ("image", "json", "txt", "npz")
 def scan(file: IO[bytes], name: str, size: int, mtime_ns: int) -> TarIndex:
     """Indexes a tar of `size` bytes by reading its headers. Damaged parts are left out and listed under `damage`."""
     damage: list[Dropped] = []
-    keys: list[str] = []
-    first: list[int] = [0]
-    flat: list[tuple[int, int, int]] = []
-
-    def close(key: str, members: list[tuple[int, int, int, int]]) -> None:
-        # Sorted by kind, then by the number before the suffix: `key.jpg`, `key.1.jpg`, `key.json`.
-        flat.extend((kind, offset, length) for kind, _, offset, length in sorted(members))
-        keys.append(key)
-        first.append(len(flat))
-
-    places = [(member.name, member.offset_data, member.size) for member in _members(file, name, size, damage)]
-    current: str | None = None
-    members: list[tuple[int, int, int, int]] = []
-    for (key, suffix), (_, offset, length) in zip(split_names([place[0] for place in places]), places):
-        sort = _kind(suffix)
-        if sort is None:
-            continue
-        if key != current:
-            if current is not None:
-                close(current, members)
-            current, members = key, []
-        members.append((*sort, offset, length))
+    places = list(_members(file, name, size, damage))
+    records = _records(places)
     # A cut may have taken members of the last record, which then would pass for a record without text.
-    if current is not None:
-        if damage:
-            damage.append(Dropped(key=current, reason=f"{name} is damaged behind this record, which may be incomplete"))
-        else:
-            close(current, members)
+    if damage and records:
+        damage.append(
+            Dropped(key=records.pop().key, reason=f"{name} is damaged behind this record, which may be incomplete")
+        )
+    damage += [Dropped(key=record.key, reason=f"{name}: {record.fault}") for record in records if record.fault]
+    sound = [record for record in records if not record.fault]
+    # Sorted by kind, then by the number before the suffix: `key.jpg`, `key.1.jpg`, `key.json`.
+    flat = [(kind, offset, length) for record in sound for kind, _, offset, length in sorted(record.members)]
     table = np.asarray(flat, dtype=np.int64).reshape(-1, 3)
     return TarIndex(
         size=size,
         mtime_ns=mtime_ns,
-        keys=keys,
-        first=np.asarray(first, dtype=np.int64),
+        keys=[record.key for record in sound],
+        first=np.cumsum([0, *(len(record.members) for record in sound)], dtype=np.int64),
         kind=table[:, 0].astype(np.uint8),
         offset=table[:, 1].copy(),
         length=table[:, 2].copy(),
         damage=damage,
     )
+
+
+@dataclass
+class _Members:
+    """Members that follow each other and share a key: (place in KINDS, number, offset, length) of each."""
+
+    key: str
+    members: list[tuple[int, int, int, int]] = field(default_factory=list)
+    suffixes: set[str] = field(default_factory=set)
+    fault: str | None = None
+
+
+def _records(places: Sequence[tarfile.TarInfo]) -> list[_Members]:
+    """The records of a tar, in order. A member whose name comes twice begins another record, which is not used: nobody can say
+    which of the two belongs to the members beside them."""
+    records: list[_Members] = []
+    for (key, suffix), member in zip(split_names([member.name for member in places]), places):
+        sort = _kind(suffix)
+        if sort is None:
+            continue
+        if not records or records[-1].key != key:
+            records.append(_Members(key))
+        elif suffix in records[-1].suffixes:
+            records.append(_Members(key, fault=f"{member.name} comes twice"))
+        record = records[-1]
+        record.suffixes.add(suffix)
+        record.members.append((*sort, member.offset_data, member.size))
+        record.fault = record.fault or tar_members.fault(member)
+    return records
 
 
 def split_names(names: Sequence[str]) -> list[tuple[str, str]]:
@@ -172,16 +205,16 @@ def _members(file: IO[bytes], name: str, size: int, damage: list[Dropped]) -> It
 
     end = 0
     try:
-        with tarfile.open(fileobj=file, mode="r:") as tar:
-            for member in tar:
-                end = member.offset_data + member.size
+        with tarfile.open(fileobj=file, mode="r:", tarinfo=tar_members.CheckedMember) as tar:
+            for member in tar_members.members(tar):
+                # A sparse member states the size that it would have, and stores less.
+                end = tar.offset if member.issparse() else member.offset_data + member.size
                 if end > size:
                     note(f"cut in the middle of {member.name}: {size} bytes are there, {end} were expected")
                     yield member  # its record is the damaged one
                     return
-                if member.isreg() and not member.issparse():
+                if member.isreg():
                     yield member
-                vars(tar)["members"].clear()  # tarfile would keep every header
     except (tarfile.TarError, EOFError, ValueError) as error:
         note(f"damaged after byte {end} ({error}); the records before it are used")
         return
