@@ -83,7 +83,9 @@ def parse_pretrain(argv: Sequence[str]) -> Run:
 
     # Not a class statement: its annotations would be strings, and tyro looks their names up in this module.
     again = Annotated[bool, arg(help="Continue from the last checkpoint.")]
-    Overrides = make_dataclass("Overrides", [("run", Annotated[TrainConfig, arg(name="")]), ("resume", again, False)])
+    shown = Annotated[bool, arg(help="Print the whole config first.")]
+    own = [("run", Annotated[TrainConfig, arg(name="")]), ("resume", again, False), ("show_config", shown, False)]
+    Overrides = make_dataclass("Overrides", own)
 
     run, args = with_size(recipe(argv[0]), argv[1:])
     folder, args = take_option(args, "--from")
@@ -99,7 +101,7 @@ def parse_pretrain(argv: Sequence[str]) -> Run:
         f"over its encoders. `--model SIZE` replaces the model's size: {', '.join(named_sizes())}.",
         config=(tyro.conf.AvoidSubcommands,),
     )
-    return functools.partial(loop.train, one_length(parsed.run, args), resume=parsed.resume, verbose=True)
+    return functools.partial(loop.train, one_length(parsed.run, args), resume=parsed.resume, verbose=parsed.show_config)
 
 
 def with_encoders(run: TrainConfig, argv: Sequence[str]) -> tuple[TrainConfig, list[str]]:

@@ -25,7 +25,7 @@ class State:
     folder: Path
     steps: int | None = 100
     budget_s: float | None = None
-    tensorboard: bool = False
+    report_to: tuple[str, ...] = ()
     step: int = 0
     elapsed: float = 0.0
     skipped: int = 0
@@ -158,13 +158,66 @@ def test_resuming_drops_later_lines_and_the_one_cut_by_a_kill(tmp_path):
 
 def test_tensorboard_by_option(tmp_path, monkeypatch):
     pytest.importorskip("tensorboard")
-    state = State(tmp_path, tensorboard=True)
+    state = State(tmp_path, report_to=("tensorboard",))
     with RunLog(state, quiet=True) as log:
         train(log, state, 10)
     assert list((tmp_path / "tensorboard").iterdir())
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(UserError, match=r"-e '.\[tensorboard\]'"):
         RunLog(state, quiet=True)
+
+
+class FakeTracker:
+    """As much of wandb, mlflow and trackio as is used; `runs` has what was logged, by id."""
+
+    def __init__(self):
+        self.runs, self.open = {}, None
+
+    def init(self, **options):
+        self.open = options.get("id") or options["name"]
+        self.runs.setdefault(self.open, [])
+        return self
+
+    def log(self, values, step):
+        self.runs[self.open].append((step, values["train/loss"]))
+
+    def finish(self):
+        self.open = None
+
+    set_experiment = log_params = lambda self, *args: None
+    end_run = finish
+
+    def start_run(self, run_id, run_name):
+        self.init(id=run_id, name=run_name)
+        return SimpleNamespace(info=SimpleNamespace(run_id=self.open))
+
+    def log_metrics(self, values, step, run_id):
+        assert run_id == self.open
+        self.log(values, step)
+
+
+@pytest.mark.parametrize("name", ["wandb", "mlflow", "trackio"])
+def test_a_resumed_run_goes_on_in_the_same_run_of_a_tracker(name, tmp_path, monkeypatch):
+    tracker = FakeTracker()
+    monkeypatch.setitem(sys.modules, name, tracker)
+    for first, last in ((0, 10), (10, 20)):
+        state = State(tmp_path, step=first, report_to=(name,))
+        with RunLog(state, quiet=True) as log:
+            train(log, state, last)
+        assert tracker.open is None
+    assert [*tracker.runs.values()] == [[(10, 2.0), (20, 2.0)]]
+    state = State(tmp_path, report_to=(name,))
+    (tmp_path / "log.jsonl").unlink()
+    with RunLog(state, quiet=True) as log:
+        train(log, state, 10)
+    # One that begins anew is another run there; MLflow's fake has no ids of its own.
+    assert len(tracker.runs) == 2 or name == "mlflow"
+
+
+def test_a_tracker_that_is_missing_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(UserError, match="pip install wandb"):
+        RunLog(State(tmp_path, report_to=("wandb",)), quiet=True)
 
 
 def test_other_ranks_are_silent(tmp_path, monkeypatch):

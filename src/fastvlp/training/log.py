@@ -1,4 +1,4 @@
-"""The log of a run: one JSON object a line, TensorBoard by option, and a live view on a terminal."""
+"""The log of a run: one JSON object a line, trackers by option, and a live view on a terminal."""
 
 from __future__ import annotations
 
@@ -17,10 +17,13 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.text import Text
 
 from fastvlp import dist
-from fastvlp.errors import UserError, install
+from fastvlp.config import flatten
+from fastvlp.errors import UserError
 from fastvlp.files import write_whole
+from fastvlp.model.saved_run import read_json
 from fastvlp.training.hardware import peak_flops, peak_memory
 from fastvlp.training.state import StepReport, TrainState, validates
+from fastvlp.training.trackers import Tracker, open_tracker
 
 # A line is written at least so often.
 SILENCE_S = 10.0
@@ -74,11 +77,14 @@ class RunLog:
         self.quiet, self.console = quiet, console or Console()
         self._totals, self._seconds_a_step = _Totals(), 0.0
         self._live: Live | None = None
-        self._board = None
+        self._trackers: list[Tracker] = []
         if not self.active:
             return
         rewind(self.path, state.step, revalidates=validates(state))
-        self._board = _tensorboard(run.folder, state.step) if run.tensorboard else None
+        shown = flatten(read_json(run.folder / "config.json")) if run.report_to else {}
+        self._trackers = [
+            open_tracker(name, run.folder, run=run.name, step=state.step, config=shown) for name in run.report_to
+        ]
         if not quiet and self.console.is_terminal:
             columns = (TextColumn("{task.description}"), BarColumn(None), TextColumn("{task.percentage:>3.0f} %"))
             self._progress = Progress(*columns, console=self.console, expand=True)
@@ -139,8 +145,8 @@ class RunLog:
         if self._live is not None:
             self._live.stop()
             self._live = None
-        if self._board is not None:
-            self._board.close()
+        for tracker in self._trackers:
+            tracker.close()
 
     def __enter__(self) -> RunLog:
         return self
@@ -161,10 +167,9 @@ class RunLog:
             if not self.path.parent.is_dir():
                 raise UserError(f"{self.path.parent}: was removed or renamed while the run went on") from error
             raise UserError(f"{self.path}: cannot write ({error.strerror}); free space and resume the run") from error
-        if self._board is not None:
-            for name, value in clean.items():
-                if isinstance(value, int | float):
-                    self._board.add_scalar(f"{kind}/{name}", value, step)
+        numbers = {f"{kind}/{k}": v for k, v in clean.items() if isinstance(v, int | float) and not isinstance(v, bool)}
+        for tracker in self._trackers if numbers else ():
+            tracker.log(numbers, step)
 
 
 def _flat(losses: Mapping[str, float]) -> dict[str, float]:
@@ -209,14 +214,6 @@ def train_line(step: int, steps: int | None, fields: Mapping[str, Any]) -> str:
         f"left {_clock(fields['left'])}",
     ]
     return "  ".join(parts)
-
-
-def _tensorboard(folder: Path, step: int) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise UserError(f"TensorBoard is not installed: {install('tensorboard')}, or leave it off") from error
-    return SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 
 
 def _short(value: Any) -> str:

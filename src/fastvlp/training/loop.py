@@ -363,11 +363,30 @@ def log_new_run(state: TrainState, log: RunLog) -> None:
         log.event("cut", step=0, elapsed=0.0, text=text, **asdict(cut))
     run, records = state.run, state.train.count
     rows = run.data.batch_size * run.accumulate * dist.world()
+    log_data(state, log, rows)
     if rows > records and state.pretraining.pair_objectives() and run.data.max_tokens is None:
         log.say(
             f"`data.batch_size` {run.data.batch_size}: a step contrasts {rows} rows of only {records} records, so that it has "
             f"some pairs twice; lower it"
         )
+
+
+def log_data(state: TrainState, log: RunLog, rows: int) -> None:
+    """Logs how much a run reads, in batches of so many `rows`, and how."""
+    facts = {
+        "records": state.train.count,
+        "validation": state.val.count if state.val is not None else 0,
+        "rows": rows,
+        "image": state.model.config.image.size,
+        "vocabulary": state.tokenizer.vocab_size,
+    }
+    text = (
+        f"reads {facts['records']:,} records ({facts['validation']:,} for validation), {rows:,} a step; images of "
+        f"{facts['image']} px; a vocabulary of {facts['vocabulary']:,} tokens"
+    )
+    # With a token budget the rows of a step vary.
+    text = text if state.run.data.max_tokens is None else text.replace(f", {rows:,} a step", "")
+    log.event("data", step=0, elapsed=0.0, text=text, **facts)
 
 
 def log_dropped(state: TrainState, dropped: Mapping[str, str], log: RunLog) -> None:

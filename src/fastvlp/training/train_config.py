@@ -17,12 +17,13 @@ from fastvlp.model.lora import LoRAConfig
 from fastvlp.model.model import ModelConfig
 from fastvlp.objectives.objective import ObjectiveConfig
 from fastvlp.training.optim import OptimConfig
+from fastvlp.training.trackers import TrackerName
 from fastvlp.training.trained_parts import LastLayers
 
 # A resumed run may change these; anything else would make it another run.
 CHANGEABLE = {
     "name", "out", "steps", "budget_s", "log_every", "validate_every", "patience", "checkpoint_every", "max_bad_steps", "init",
-    "compile", "device", "tensorboard", "threads", "tokenizer", "data.workers", "data.cache", "data.test",
+    "compile", "device", "report_to", "threads", "tokenizer", "data.workers", "data.cache", "data.test",
     "states.folder", "masked_validation", "validation_rows",
 }  # fmt: skip
 
@@ -60,8 +61,8 @@ class TrainOptions:
     """End the run after so many steps in a row whose loss or gradient is not finite; such a step changes no weights."""
     device: str = "auto"
     """Device such as cpu or cuda:1; auto takes a GPU if there is one."""
-    tensorboard: bool = False
-    """Write the log for TensorBoard too."""
+    report_to: tuple[TrackerName, ...] = ()
+    """Where else the log is shown: tensorboard, wandb, mlflow or trackio, or several of them."""
     threads: Annotated[int, Range(least=1, most=4096)] | None = None
     """CPU threads of PyTorch, for the whole process; its own choice by default."""
 
