@@ -174,7 +174,7 @@ def parse_finetune(argv: Sequence[str]) -> Run:
         return functools.partial(finetune, task, **options, **vars(tuning))
 
     task = task_named(argv[0])
-    groups = {"task": task, "tuning": TuneOptions(optim=task.optim)}
+    groups = {"task": task, "tuning": TuneOptions(optim=task.optim, decoder=task.decoder)}
     return parse_with_groups(f"finetune {argv[0]}", finetune, argv[1:], bind, groups, getdoc(task) or "")
 
 

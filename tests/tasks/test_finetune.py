@@ -2,7 +2,6 @@ import json
 import shutil
 from dataclasses import replace
 from itertools import islice
-from types import SimpleNamespace
 from unittest.mock import patch
 
 import fsspec
@@ -64,7 +63,7 @@ def test_a_single_stream_reads_the_regions_it_was_pretrained_with(runs, world, t
         tune("nlvr2", runs["mlm"], world, tmp_path / "run", form="triplet")
     with pytest.raises(UserError, match="`anchors` 0"):
         planned("retrieval", runs["uniter"], world, tmp_path / "run", anchors=0)
-    with pytest.raises(UserError, match="no fusion"):
+    with pytest.raises(UserError, match="single stream over words"):
         tune("caption", runs["uniter"], world, tmp_path / "caption")
     with pytest.raises(UserError, match=r"grounding: `loss` cannot be 'bce'"):
         planned("grounding", runs["mlm"], world, tmp_path / "run", loss="bce")
@@ -168,7 +167,7 @@ def test_images_and_texts_are_prepared_as_in_pretraining(runs, world, tmp_path):
 
     def seen(task, source=squashed, model=config, **options):
         start = load_pretrained(str(source))
-        start = start._replace(saved=start.saved._replace(model=SimpleNamespace(config=model)))
+        start = start._replace(config=model)
         data = data_for(make_task(task, {}), start, str(world), **options)
         return data.fit, data.max_length
 

@@ -21,6 +21,8 @@ class FusionConfig:
     """Shape of each layer; its width is the text encoder's."""
     slots: int = 2
     """Images that a text may be read beside, each with its own type vector (2 for NLVR2)."""
+    image_depth: int = 0
+    """Layers of self-attention over the states of an image, before texts read them (FLIP's captioner: 3)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +38,8 @@ class ReconstructorConfig:
 
 
 class Fusion(nn.Module):
-    """Self-attention over the text, cross-attention to the image, MLP. The image's states are not updated."""
+    """Self-attention over the text, cross-attention to the image, MLP. The image's states are not updated, except by layers of
+    their own before the first of these."""
 
     def __init__(self, config: FusionConfig, image_width: int):
         super().__init__()
@@ -45,15 +48,20 @@ class Fusion(nn.Module):
         self.image_in = nn.Linear(image_width, width)
         self.text_type = nn.Parameter(torch.empty(width))
         self.image_type = nn.Parameter(torch.empty(config.slots, width))
+        self.image_blocks = stack(config.layer, config.image_depth)
         self.blocks = stack(config.layer, config.depth, cross=True)
         pre = config.layer.norm == "pre"
+        self.image_norm = nn.LayerNorm(width, eps=config.layer.eps) if pre and config.image_depth else nn.Identity()
         self.norm = nn.LayerNorm(width, eps=config.layer.eps) if pre else nn.Identity()
         initialise(self, width)
 
     def image_memory(self, image_BKD: Tensor, slot_B: Tensor | None) -> Tensor:
         """What cross-attention reads of an image [B K D]. `slot_B`: which image of its item it is; None means the first."""
         image_type = self.image_type[0] if slot_B is None else self.image_type[slot_B][:, None]
-        return self.image_in(image_BKD) + image_type
+        x = self.image_in(image_BKD) + image_type
+        for block in self.image_blocks:
+            x = block(x)
+        return self.image_norm(x)
 
 
 class Reconstructor(nn.Module):

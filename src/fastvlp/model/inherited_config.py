@@ -66,7 +66,7 @@ def with_image(like: ModelConfig, image: ImageEncoderConfig) -> ModelConfig:
 
 def inheritable_weights(saved: Saved, config: ModelConfig) -> dict[str, Tensor]:
     """The weights of a saved model that a model of `config` may inherit: neither those that were never trained, nor a head of
-    the joint space that reads otherwise than that of `config`."""
+    the joint space that reads otherwise than that of `config`, nor a text encoder in whose place a decoder has words alone."""
     own, new = saved.model.config.embed, config.embed
     left_out = list(saved.info.get("untrained", ()))
     if own is not None and new is not None:
@@ -74,8 +74,14 @@ def inheritable_weights(saved: Saved, config: ModelConfig) -> dict[str, Tensor]:
         left_out += [
             name for name, (old, head) in heads.items() if own.width != new.width or not same_weights(old, head)
         ]
+    if config.fusion is not None and config.text.depth == 0 and _two_encoders(saved.model.config):
+        left_out.append("text.")
     state = saved.model.state_dict()
     return {name: x for name, x in state.items() if not name.startswith(tuple(left_out) or ("\0",))}
+
+
+def _two_encoders(config: ModelConfig) -> bool:
+    return config.fusion is None and config.single is None and config.text.depth > 0
 
 
 def with_width(layer: LayerConfig, width: int) -> LayerConfig:

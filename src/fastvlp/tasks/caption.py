@@ -23,6 +23,7 @@ from fastvlp.eval.mode import evaluating
 from fastvlp.model.model import ModelConfig, Reading, VLModel
 from fastvlp.objectives.ar import next_token_loss
 from fastvlp.objectives.objective import Loss, Objective, ObjectiveConfig
+from fastvlp.tasks.decoder import CAPTION_DECODER
 from fastvlp.tasks.generation import beam_search, greedy
 from fastvlp.tasks.interface import USUAL_OPTIM, FineTuned, Task
 from fastvlp.tasks.item_data import split_shards
@@ -138,12 +139,13 @@ class CaptionTask(Task):
     # Pretraining has trained the vocabulary head already: it learns no faster than the towers.
     optim = replace(USUAL_OPTIM, head_multiplier=1)
     scoring = Decoding
+    decoder = CAPTION_DECODER
 
     def objective(self, data: CaptionData, pretrained: Pretrained, reading: Reading | None) -> CaptionConfig:
-        if pretrained.saved.model.config.fusion is None:
+        if pretrained.config.fusion is None:
             raise UserError(
-                f"{pretrained.folder}: a caption is written beside an image, and the model has no fusion layers; choose a run "
-                f"of flm, mlm, ar or prefixlm"
+                f"{pretrained.folder}: a single stream over words and regions reads a text in both directions, and a caption "
+                f"is written left to right; choose a run with fusion layers (flm, mlm, ar, prefixlm) or two encoders (clip)"
             )
         return CaptionConfig()
 

@@ -15,6 +15,7 @@ from fastvlp.errors import UserError
 from fastvlp.model.model import ModelConfig, Reading
 from fastvlp.model.saved_run import read_saved_run
 from fastvlp.objectives.objective import ObjectiveConfig
+from fastvlp.tasks.decoder import USUAL_DECODER, DecoderConfig, needs_decoder, slower_encoders, with_decoder
 from fastvlp.tasks.interface import USUAL_OPTIM, Task, make_task, with_options
 from fastvlp.tasks.item_data import TaskData
 from fastvlp.tasks.pretrained import Pretrained, load_pretrained
@@ -32,7 +33,10 @@ class TuneOptions(TrainOptions):
     image_size: int | None = None
     """Side of the square images in pixels; by default as in pretraining. Positions are resized."""
     optim: OptimConfig = USUAL_OPTIM
-    """The optimiser, and the learning rates of encoders, fusion layers (cross) and heads; by default the task's own."""
+    """The optimiser, and the learning rates of encoders, fusion layers (cross) and heads; by default the task's own, at which
+    encoders under a new decoder learn a tenth as fast."""
+    decoder: DecoderConfig = USUAL_DECODER
+    """The decoder that two encoders without fusion layers get, such as a run of clip or flip."""
 
 
 def finetune(
@@ -80,21 +84,45 @@ def finetune(
     """
     names = {field.name for field in fields(TuneOptions)}
     chosen = make_task(task, {name: value for name, value in options.items() if name not in names})
-    given = {"optim": chosen.optim} | {name: value for name, value in options.items() if name in names}
+    given = {"optim": chosen.optim, "decoder": chosen.decoder} | {
+        name: value for name, value in options.items() if name in names
+    }
     tuning, start = with_options(TuneOptions, given, "fine-tuning"), load_pretrained(str(source))
     out = str(out) if out else None
     run_name = name or f"{Path(source).name}-{chosen.name}"
     if resume:
         fit, max_length = earlier_input(Path(out or f"runs/{run_name}"), fit, max_length)
+    start = adapted(chosen, start, tuning, max(max_length or 0, 64))
     batches = {"batch_size": batch_size, "max_tokens": max_tokens, "workers": workers}
     task_data = data_for(chosen, start, str(data), field, fit, max_length, **batches)
-    if lr is not None:
-        if lr <= 0:
-            raise UserError(f"`lr` must be above 0, not {lr}")
-        tuning = replace(tuning, optim=replace(tuning.optim, lr=lr))
+    tuning = replace(tuning, optim=rates(chosen, start, tuning, lr))
     objective = chosen.objective(task_data, start, reading)
     run = run_for(chosen, start, task_data, objective, tuning, steps=steps, name=run_name, out=out)
     return train_and_score(run, type(chosen), resume)
+
+
+def adapted(task: Task, start: Pretrained, tuning: TuneOptions, longest: int) -> Pretrained:
+    """The pretrained model as it is fine-tuned: with fusion layers, room for the task's types of tokens, and images of the
+    chosen size. `longest`: tokens that a text may have at least, where its words are new."""
+    if needs_decoder(start.config):
+        start = with_decoder(start, tuning.decoder, max(task.max_length, longest))
+    elif tuning.decoder != task.decoder:
+        raise UserError(
+            f"{start.folder}: `decoder` is for two encoders alone, and a text reads the image in this model already"
+        )
+    config = with_token_types(start.config, task.token_types)
+    return start._replace(config=with_image_size(config, tuning.image_size))
+
+
+def rates(task: Task, start: Pretrained, tuning: TuneOptions, lr: float | None) -> OptimConfig:
+    """The chosen optimiser; where its rates are the task's own, with slower encoders under a new decoder."""
+    if lr is not None and lr <= 0:
+        raise UserError(f"`lr` must be above 0, not {lr}")
+    optim, names = tuning.optim, ("lr", "cross_multiplier", "head_multiplier", "parts")
+    usual = all(getattr(optim, name) == getattr(task.optim, name) for name in names)
+    if usual and needs_decoder(start.saved.model.config):
+        optim = slower_encoders(optim, tuning.decoder)
+    return optim if lr is None else replace(optim, lr=lr)
 
 
 def data_for(
@@ -110,7 +138,7 @@ def data_for(
     they are. Raises UserError where there is no training split."""
     if max_length is not None and max_length < 3:
         raise UserError(f"`max_length` {max_length} leaves no room between <s> and </s>; give 3 or more")
-    places, seen, model = find_splits(folder, task.split_prefixes), start.preprocessing, start.saved.model.config
+    places, seen, model = find_splits(folder, task.split_prefixes), start.preprocessing, start.config
     field = field or task.field
     fields: dict[str, Any] = {
         **places,
@@ -146,12 +174,11 @@ def run_for(
     """The run that is trained."""
     often = max(1, steps // 5)
     options = {field.name: getattr(tuning, field.name) for field in fields(TrainOptions)}
-    model = with_token_types(start.saved.model.config, task.token_types)
     return TrainConfig(
         name=name,
         out=out,
         data=data,
-        model=with_image_size(model, tuning.image_size),
+        model=start.config,
         objectives={task.name: objective},
         optim=tuning.optim,
         steps=steps,

@@ -20,6 +20,7 @@ from fastvlp.extensions import variants
 from fastvlp.model.model import Reading
 from fastvlp.model.saving import Saved
 from fastvlp.objectives.objective import Objective, ObjectiveConfig
+from fastvlp.tasks.decoder import USUAL_DECODER, DecoderConfig
 from fastvlp.tasks.item_data import ItemData, TaskData, no_split
 from fastvlp.tasks.items import ItemMaker, batches_in_order
 from fastvlp.tasks.pretrained import Pretrained
@@ -92,6 +93,7 @@ class Task(abc.ABC):
         answer: key of what is right for a text, in its entry of the field; None where the texts themselves are right
             (captions). A split whose entries all lack it is not scored.
         optim: the optimiser and its learning rates, unless others are chosen.
+        decoder: the layers that two encoders without fusion layers get, unless others are chosen.
         max_length: tokens of a text that are never cut, as far as the model has positions for them.
         token_types: rows of a single stream's type table: 2 for words and one image.
         needs_regions: whether every model reads regions for it, not a single stream over regions alone.
@@ -105,6 +107,7 @@ class Task(abc.ABC):
     field: ClassVar[str]
     answer: ClassVar[str | None] = None
     optim: ClassVar[OptimConfig] = USUAL_OPTIM
+    decoder: ClassVar[DecoderConfig] = USUAL_DECODER
     max_length: ClassVar[int] = 50
     token_types: ClassVar[int] = 2
     needs_regions: ClassVar[bool] = False

@@ -124,7 +124,7 @@ class NLVR2Task(Task):
     """How a pair of images is read; by default pair-biattn on a single stream over regions, else pair."""
 
     def objective(self, data: NLVR2Data, pretrained: Pretrained, reading: Reading | None) -> NLVR2Config:
-        usual: Form = "pair" if pretrained.saved.model.config.single is None else "pair-biattn"
+        usual: Form = "pair" if pretrained.config.single is None else "pair-biattn"
         return NLVR2Config(reading=reading or pretrained.reading, bos=pretrained.bos, form=self.form or usual)
 
     @classmethod

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from fastvlp.data.records.transform import Fit
 from fastvlp.data.regions import RegionSource
-from fastvlp.model.model import Bos, Reading
+from fastvlp.model.model import Bos, ModelConfig, Reading
 from fastvlp.model.saved_run import read_saved_run
 from fastvlp.model.saving import Saved, load_model
 from fastvlp.objectives.saved_objectives import saved_bos
@@ -32,17 +32,21 @@ class Preprocessing:
 
 
 class Pretrained(NamedTuple):
-    """A pretrained run: its folder, its best weights and what was saved with them, and its preprocessing."""
+    """A pretrained run.
+
+    Attributes:
+        folder: its folder.
+        saved: its best weights and what was saved with them.
+        preprocessing: how it prepared images and texts.
+        config: the model that is fine-tuned: its own, or one that has further parts or larger images.
+        reading: how that model reads texts: as in pretraining.
+    """
 
     folder: str
     saved: Saved
     preprocessing: Preprocessing
-
-    @property
-    def reading(self) -> Reading:
-        """How the model read texts in pretraining."""
-        reading: Reading = self.saved.info.get("reading", "full")
-        return reading
+    config: ModelConfig
+    reading: Reading
 
     @property
     def bos(self) -> Bos:
@@ -52,7 +56,8 @@ class Pretrained(NamedTuple):
 
 def load_pretrained(folder: str) -> Pretrained:
     """Raises UserError where the folder is no run, or its config is damaged."""
-    return Pretrained(folder, load_model(folder), preprocessing_of(folder))
+    saved = load_model(folder)
+    return Pretrained(folder, saved, preprocessing_of(folder), saved.model.config, saved.info.get("reading", "full"))
 
 
 def preprocessing_of(folder: str | Path) -> Preprocessing:

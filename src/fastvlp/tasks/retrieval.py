@@ -273,7 +273,7 @@ class RetrievalTask(RetrievalOptions, Task):
     def objective(self, data: RetrievalData, pretrained: Pretrained, reading: Reading | None) -> RetrievalConfig:
         # The matching head, which it starts from, reads a text in full.
         matched = reading is None and matching_head(pretrained.saved) is not None
-        hinge = self.negatives == "hard" or pretrained.saved.model.config.single is not None
+        hinge = self.negatives == "hard" or pretrained.config.single is not None
         options = {**self.options(), "loss": self.loss or ("hinge" if hinge else "cross-entropy")}
         if options["loss"] != "hinge" and self.negatives == "hard":
             raise UserError("`negatives` hard are those of the hinge; set `loss` to hinge, or leave them random")
