@@ -8,7 +8,7 @@ import torch
 from PIL import Image, features
 
 from fastvlp.batch import Record
-from fastvlp.data.records.decode import DecodeError, decode, read_pixels, stored_shape
+from fastvlp.data.records.decode import DecodeError, decode, open_image, read_pixels, stored_shape
 from fastvlp.data.records.transform import Transform
 
 SIZE = Transform(size=32, mode="squash")
@@ -273,3 +273,36 @@ def test_heic_where_pillow_can():
     pytest.importorskip("pillow_heif").register_heif_opener()
     data = encoded(Image.fromarray(smooth()), "HEIF", quality=95)
     assert gap(one(data), expected(smooth())) < 3
+
+
+def jpeg_of_scans(count, progressive=True):
+    """A grey JPEG whose last scan is there `count` times more."""
+    data = encoded(Image.new("RGB", (64, 64), (90, 90, 90)), "JPEG", progressive=progressive)
+    last = data.rindex(b"\xff\xda")
+    return data[:-2] + data[last:-2] * count + b"\xff\xd9"
+
+
+def test_a_jpeg_of_hundreds_of_scans_is_refused_before_it_is_decoded(monkeypatch):
+    """A few bytes of a progressive JPEG are another pass over all its pixels."""
+    assert one(jpeg_of_scans(8)).shape == (3, 32, 32)
+    monkeypatch.setattr("simplejpeg.decode_jpeg", lambda *_, **__: pytest.fail("decoded"))
+    for data in (jpeg_of_scans(300), jpeg_of_scans(60)):
+        assert "scans, more than 50" in reason(data)
+        with pytest.raises(ValueError, match="scans"):
+            open_image(data)
+
+
+def test_scans_are_counted_of_a_jpeg_that_is_not_progressive():
+    data = jpeg_of_scans(60, progressive=False)
+    first = data.index(b"\xff\xda")
+    one_component = data[: first + 2] + b"\x00\x08\x01\x01\x00\x00\x3f\x00" + data[first + 14 :]
+    assert "scans, more than 50" in reason(one_component)
+
+
+def test_a_tiff_of_a_huge_tile_is_refused():
+    """16 pixels a side, in a tile of 40,000: libtiff would take 1.6 GB."""
+    packed = zlib.compress(bytes(1000))
+    tags = [(256, 16), (257, 16), (258, 8), (259, 8), (262, 1), (277, 1), (322, 40_000), (323, 40_000), (324, 8)]
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in [*tags, (325, len(packed))])
+    data = b"II*\0" + struct.pack("<I", 8 + len(packed)) + packed + struct.pack("<H", 10) + entries + bytes(4)
+    assert "tiles of 40000x40000" in reason(data)

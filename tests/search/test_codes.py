@@ -118,7 +118,7 @@ def test_pictures_are_read_from_the_shards(index, folder, world, tmp_path):
 def test_the_service_shows_pictures_and_refuses_additions(index, folder, exports, pictures, tmp_path):
     def shown_picture(store):
         app = create_app(Embedder.load(exports["towers"], "cpu"), index, pictures=store)
-        with TestClient(app, raise_server_exceptions=False) as client:
+        with TestClient(app, "http://localhost", raise_server_exceptions=False) as client:
             first = client.get("/v1/items").json()["results"][0]
             added = client.post("/v1/items", data={"id": first["id"]}, files={"image": pictures[0]})
             assert added.status_code == 400 and "vlp index build" in added.text

@@ -44,7 +44,7 @@ def test_the_service_searches_it(exports, world, tmp_path, monkeypatch, capsys):
     uri, export = f"numpy:{tmp_path}/photos.npz", str(exports["towers"])
 
     def ask(server: Any, sockets: Any) -> None:
-        with TestClient(server.config.app) as client:
+        with TestClient(server.config.app, "http://localhost") as client:
             for id, record in enumerate(pictures):
                 assert client.post("/v1/items", data={"id": f"p{id}"}, files={"image": record}).status_code == 201
             hits = client.post("/v1/search", files={"image": pictures[1]}).json()["results"]

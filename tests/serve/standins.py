@@ -14,7 +14,6 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-import uvicorn
 from PIL import Image
 from starlette.testclient import TestClient
 from torch import Tensor
@@ -27,6 +26,7 @@ from fastvlp.search.embedder import Unreadable
 from fastvlp.search.engines.interface import Hit, Item, Stamp
 from fastvlp.search.pictures import PictureFolder
 from fastvlp.serve.api import create_app
+from fastvlp.serve.connections import make_server
 
 
 def hashed(data: bytes, width: int) -> np.ndarray:
@@ -148,7 +148,7 @@ class StandinIndex:
 @contextmanager
 def listening(app: Any) -> Iterator[str]:
     """The address at which `app` answers over a real socket of this machine."""
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning"))
+    server = make_server(app, app.state.service.limits, port=0)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     while not server.started:
@@ -170,7 +170,7 @@ def opened(folder: Path, embedder: StandinEmbedder | None = None, **options: Any
         pictures=PictureFolder(folder / "pictures"),
         **options,
     )
-    return TestClient(app, raise_server_exceptions=False)
+    return TestClient(app, "http://localhost", raise_server_exceptions=False)
 
 
 def refused(answer: Any, status: int, words: str) -> None:

@@ -48,7 +48,7 @@ def address(app: FastAPI) -> Iterator[str]:
 @pytest.fixture
 def client(app: FastAPI, address: str) -> TestClient:
     """Beside the socket: a 500 is raised here as the exception that it hides."""
-    return TestClient(app)
+    return TestClient(app, "http://localhost")
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +95,7 @@ def test_slow_senders_are_cut_off_and_left_requests_dropped(tmp_path: Path):
     embedder = StandinEmbedder()
     app = create_app(embedder, StandinIndex(), limits=Limits(seconds=1.5, window_ms=0))
     service = app.state.service
-    head = b"POST /v1/embeddings HTTP/1.1\r\nhost: a\r\ncontent-type: application/json\r\ncontent-length: 14\r\n\r\n"
+    head = b"POST /v1/embeddings HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: 14\r\n\r\n"
     with listening(app) as address:
         place = ("127.0.0.1", int(address.rpartition(":")[2]))
         with socket.create_connection(place) as slow:

@@ -17,9 +17,10 @@ from starlette.types import Message
 from fastvlp.search.checks import EngineError
 from fastvlp.search.embedder import Embedder
 from fastvlp.search.engines.interface import open_index
+from fastvlp.serve.access import Access
 from fastvlp.serve.api import create_app
 from fastvlp.serve.guard import Guard
-from fastvlp.serve.limits import Limits
+from fastvlp.serve.limits import Limits, Memory
 from fastvlp.serve.monitoring import Metrics
 from tests.search.made_items import STAMP, made_vectors
 from tests.serve.standins import StandinEmbedder, StandinIndex, b64, opened, picture, refused, shade
@@ -85,7 +86,9 @@ def test_the_model_answers_while_its_engine_fails_or_is_busy(tmp_path: Path):
 def test_too_large_pictures_are_refused_by_their_sent_size(exports: dict[str, Path]):
     """The model's own size is none of the sender's business."""
     embedder = Embedder.load(exports["all"], "cpu")
-    with TestClient(create_app(embedder, limits=Limits(pixels=100)), raise_server_exceptions=False) as client:
+    with TestClient(
+        create_app(embedder, limits=Limits(pixels=100)), "http://localhost", raise_server_exceptions=False
+    ) as client:
         small = b64(picture((200, 30, 30), side=8))
         assert client.post("/v1/caption", json={"image": small}).status_code == 200
         assert "match" in client.post("/v1/score", json={"pairs": [{"text": "a", "image": small}]}).json()["scores"][0]
@@ -172,9 +175,12 @@ def test_the_size_of_a_body_is_counted_in_linear_time():
         async def send(message: Message) -> None:
             pass
 
-        guard = Guard(app, limits=Limits(), keys=(), origins=(), metrics=Metrics())
-        await guard({"type": "http", "method": "POST", "path": "/", "headers": []}, receive, send)
-        assert guard.held_bytes == 0
+        memory = Memory(1e9)
+        guard = Guard(app, limits=Limits(), access=Access(), origins=(), metrics=Metrics(), memory=memory)
+        await guard(
+            {"type": "http", "method": "POST", "path": "/", "headers": [(b"host", b"localhost")]}, receive, send
+        )
+        assert memory.held == 0
 
     asyncio.run(ask())
     assert bodies == [b"ab" * 100] and weighed <= 400

@@ -36,7 +36,7 @@ def index(exports: dict[str, Path], world: Path, tmp_path: Path) -> str:
 def client(exports: dict[str, Path], index: str) -> Iterator[TestClient]:
     embedder = Embedder.load(exports["all"], "cpu")
     app = create_app(embedder, open_index(index, embedder.stamp), pictures=pictures_of(index))
-    with TestClient(app) as client:
+    with TestClient(app, "http://localhost") as client:
         yield client
 
 

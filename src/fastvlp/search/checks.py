@@ -15,6 +15,8 @@ Scalar = str | int | float | bool
 Where = Mapping[str, Scalar | Sequence[Scalar]]
 # How deep a search goes: `k` and `offset` together.
 DEEPEST = 10_000
+# Fields of a filter, and values of one: a database's expressions may be a thousand deep.
+MOST_CONDITIONS, MOST_VALUES = 32, 256
 # How the names begin of fields that an engine keeps for itself.
 OWN_FIELDS = "fastvlp:"
 RESERVED = ("$", "#", "chroma:", OWN_FIELDS)
@@ -54,9 +56,13 @@ def check_items(
 
 def check_where(where: Where | None) -> dict[str, list[Scalar]]:
     """Returns for each field the list of its values. Raises UserError for a field or value that no item can have."""
+    if len(where or {}) > MOST_CONDITIONS:
+        raise UserError(f"`where` has {len(where or {})} fields; give at most {MOST_CONDITIONS}")
     choices: dict[str, list[Scalar]] = {}
     for name, wanted in (where or {}).items():
         values = [wanted] if isinstance(wanted, str | int | float) else list(wanted)
+        if len(values) > MOST_VALUES:
+            raise UserError(f"where {name!r} has {len(values)} values; give at most {MOST_VALUES}")
         if not _is_field(name) or not all(map(_storable, values)):
             raise UserError(f"where {name!r} is {wanted!r}; {FIELD}")
         choices[name] = values

@@ -25,6 +25,7 @@ from fastvlp.search.embedder import Embedder
 from fastvlp.search.engines.interface import IndexEngine
 from fastvlp.search.pictures import PictureStore
 from fastvlp.serve import messages
+from fastvlp.serve.access import Access
 from fastvlp.serve.guard import Guard, error_response
 from fastvlp.serve.limits import Limits, Refusal, bad_request
 from fastvlp.serve.routes import body_schemas, router
@@ -48,6 +49,7 @@ def create_app(
     pictures: PictureStore | None = None,
     limits: Limits | None = None,
     keys: Sequence[str] = (),
+    hosts: Sequence[str] = (),
     origins: Sequence[str] = (),
     report: Path | None = None,
 ) -> FastAPI:
@@ -59,14 +61,14 @@ def create_app(
         pictures: Of the index's items.
         limits: Of requests.
         keys: Where there are any, every request needs one, but for the page itself and /docs.
+        hosts: Names of this machine under which requests may come without a key, beside localhost and its addresses.
         origins: Other sites whose pages may use the service (CORS).
         report: An HTML file to show at /report.
 
     Raises:
         UserError: A key cannot be sent in a header.
     """
-    if any(not key or not key.isascii() or not key.isprintable() or key != key.strip() for key in keys):
-        raise UserError("`api_key`: a key is of printable ASCII characters, with no space around it")
+    access = Access(keys, hosts)
     limits = limits or Limits()
     service = Service(embedder, index, pictures, limits)
 
@@ -77,13 +79,15 @@ def create_app(
 
     # FastAPI's own pages of documentation load files from another host: fastapi_offline brings them.
     app = FastAPI(title="fastvlp", version=_version(), lifespan=lifespan, docs_url=None, redoc_url=None)
-    app.state.service, app.state.report, app.state.keys = service, report, keys
+    app.state.service, app.state.report, app.state.access = service, report, access
     app.include_router(router)
     app.add_api_route("/", _static_page("index.html"), include_in_schema=False)
     app.add_api_route("/docs", _static_page("docs.html"), include_in_schema=False)
     app.mount("/page/swagger", StaticFiles(packages=[("fastapi_offline", "static")]))
     app.mount("/page", StaticFiles(directory=PAGE))
-    app.add_middleware(Guard, limits=limits, keys=keys, origins=origins, metrics=service.metrics)
+    app.add_middleware(
+        Guard, limits=limits, access=access, origins=origins, metrics=service.metrics, memory=service.memory
+    )
     if origins:
         app.add_middleware(CORSMiddleware, allow_origins=origins, allow_methods=["*"], allow_headers=["*"])
     for kind in (Refusal, HTTPException, RequestValidationError, UserError):
@@ -121,7 +125,7 @@ def _openapi(app: FastAPI) -> dict[str, Any]:
     if app.openapi_schema is None:
         document = get_openapi(title=app.title, version=app.version, routes=app.routes)
         document.setdefault("components", {}).setdefault("schemas", {}).update(body_schemas(BODIES))
-        if app.state.keys:
+        if app.state.access.keys:
             document["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
             document["security"] = [{"key": []}]
         app.openapi_schema = document

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-import hmac
 import time
 from collections.abc import Mapping, Sequence
-from http.cookies import CookieError, SimpleCookie
-from urllib.parse import unquote
 
 from pydantic_core import to_json
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from fastvlp.serve.limits import Limits, Refusal
+from fastvlp.serve.access import Access
+from fastvlp.serve.limits import Limits, Memory, Refusal
 from fastvlp.serve.monitoring import Metrics
 
-COOKIE = "fastvlp_key"
 # Paths that a browser may load without a key: nothing in them is about the data.
 OPEN_PATHS = ("/", "/health", "/openapi.json", "/docs", "/session")
 POLICY = "default-src 'self'; img-src 'self' blob: data:; base-uri 'none'; form-action 'self'; frame-ancestors 'none'"
@@ -27,6 +24,7 @@ HEADERS = {
     "referrer-policy": "no-referrer",
     "cross-origin-resource-policy": "same-origin",
 }
+MESSAGE = 500
 TYPES = {401: "authentication_error", 403: "permission_error", 503: "overloaded_error"}
 
 
@@ -35,34 +33,19 @@ def json_response(content: object, status: int = 200, headers: Mapping[str, str]
     return Response(to_json(content), status, headers, media_type="application/json")
 
 
+def shortened(message: str) -> str:
+    """Returns a message that may quote what a request had, of at most MESSAGE characters."""
+    return message if len(message) <= MESSAGE else f"{message[:MESSAGE]}..."
+
+
 def error_response(error: Refusal) -> Response:
     """Returns an error in OpenAI's shape."""
     kind = TYPES.get(error.status, "invalid_request_error")
-    content = {"error": {"message": error.message, "type": kind, "code": error.code}}
+    content = {"error": {"message": shortened(error.message), "type": kind, "code": error.code}}
     headers = {"retry-after": str(error.retry_s)} if error.retry_s is not None else {}
     return json_response(
         content, error.status, headers | ({"www-authenticate": "Bearer"} if error.status == 401 else {})
     )
-
-
-def given_key(headers: Headers) -> str:
-    """Returns the bearer token, or else the content of the page's cookie; an empty text where there is neither."""
-    scheme, _, token = headers.get("authorization", "").partition(" ")
-    return token.strip() if scheme.lower() == "bearer" else _cookie(headers)
-
-
-def has_key(headers: Headers, keys: Sequence[str]) -> bool:
-    """Whether a request has one of the keys. The comparison takes as long for a key that is nearly right."""
-    given = given_key(headers)
-    return sum(hmac.compare_digest(given.encode(), key.encode()) for key in keys) > 0
-
-
-def _cookie(headers: Headers) -> str:
-    try:
-        cookie = SimpleCookie(headers.get("cookie", "")).get(COOKIE)
-    except CookieError:
-        return ""
-    return unquote(cookie.value) if cookie else ""
 
 
 class Guard:
@@ -71,13 +54,15 @@ class Guard:
 
     Attributes:
         requests: How many are being read or answered.
-        held_bytes: Of the bodies of these requests.
+        memory: Of the bodies of these requests.
     """
 
-    def __init__(self, app: ASGIApp, *, limits: Limits, keys: Sequence[str], origins: Sequence[str], metrics: Metrics):
-        self.app, self.limits, self.keys, self.origins, self.metrics = app, limits, keys, origins, metrics
+    def __init__(
+        self, app: ASGIApp, *, limits: Limits, access: Access, origins: Sequence[str], metrics: Metrics, memory: Memory
+    ):
+        self.app, self.limits, self.access, self.origins, self.metrics = app, limits, access, origins, metrics
+        self.memory = memory
         self.requests = 0
-        self.held_bytes = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -112,7 +97,7 @@ class Guard:
             if await self._read(receive, parts):
                 await self._route(scope, b"".join(parts), receive, send)
         finally:
-            self.held_bytes -= sum(map(len, parts))
+            self.memory.add(-sum(map(len, parts)))
 
     async def _read(self, receive: Receive, parts: list[bytes]) -> bool:
         """Appends the body's parts. Returns False where the client left before its end."""
@@ -125,7 +110,7 @@ class Guard:
                         return False
                     parts.append(message.get("body", b""))
                     length += len(parts[-1])
-                    self.held_bytes += len(parts[-1])
+                    self.memory.add(len(parts[-1]))
                     self._check_size(length)
                     if not message.get("more_body", False):
                         return True
@@ -138,18 +123,26 @@ class Guard:
             raise Refusal(503, "busy", f"{limits.requests} requests are being answered already", retry_s=1)
         length = headers.get("content-length", "0")
         self._check_size(int(length) if length.isdecimal() and len(length) < 20 else 0)
+        if not self.access.knows_host(headers):
+            name = headers.get("host", "none")
+            raise Refusal(
+                403,
+                "host",
+                f"host {name}: ask by an address of this machine, or serve with {name} as `host`, or with a key",
+            )
         origin = headers.get("origin")
         same = origin is None or origin.partition("://")[2] == headers.get("host")
         # Forms of other sites need no permission from CORS to be sent: they are stopped here.
         if not same and not {origin, "*"} & {*self.origins} and scope["method"] not in ("GET", "HEAD", "OPTIONS"):
             raise Refusal(403, "origin", f"pages of {origin} may not use this service")
-        if self.keys and path not in OPEN_PATHS and not path.startswith("/page/") and not has_key(headers, self.keys):
+        if path not in OPEN_PATHS and not path.startswith("/page/") and not self.access.allows(headers):
             raise Refusal(401, "invalid_api_key", "this needs a key: Authorization: Bearer KEY")
 
     def _check_size(self, length: int) -> None:
         if length > self.limits.body_mb * 1e6:
             raise Refusal(413, "too_large", f"a request may have {self.limits.body_mb:g} MB")
-        if self.held_bytes > self.limits.held_mb * 1e6:
+        # Without a body there is nothing to hold.
+        if length and self.memory.held > self.memory.limit:
             raise Refusal(503, "busy", "the requests of others fill the memory", retry_s=2)
 
     async def _route(self, scope: Scope, body: bytes, receive: Receive, send: Send) -> None:

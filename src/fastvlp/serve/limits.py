@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 
@@ -13,9 +16,14 @@ class Limits:
     body_mb: float = 24.0
     """Megabytes that a request may have."""
     held_mb: float = 512.0
-    """Megabytes that all requests together may have that are being read or answered."""
+    """Megabytes that all requests together may have that are being read or answered, with the pictures that are being
+    decoded for them. A picture that needs more than all of it is decoded alone."""
     requests: int = 256
     """Requests that may be read or answered at the same time."""
+    connections: int = 512
+    """Connections that may be open; one more ends the one that has been idle for longest."""
+    idle_s: float = 10.0
+    """Seconds that a connection may take to send the head of a request, and that it may be idle."""
     waiting: int = 512
     """Texts and pictures that may wait for the model."""
     inputs: int = 64
@@ -32,6 +40,35 @@ class Limits:
     """Milliseconds that a request waits for others to share a batch with, if the batch before it was shared."""
     batch: int = 32
     """Pictures of a batch, or texts of 64 tokens; of shorter texts a batch has more."""
+
+
+class Memory:
+    """Bytes that are held for requests: bodies, and decoded pictures. Threads may use it."""
+
+    def __init__(self, limit: float):
+        self.limit, self.held, self._decoding = limit, 0, 0
+        self._changed = threading.Condition()
+
+    def add(self, count: int) -> None:
+        """Counts bytes of a body; fewer with a negative number."""
+        with self._changed:
+            self.held += count
+            self._changed.notify_all()
+
+    @contextmanager
+    def decoding(self, count: int) -> Iterator[None]:
+        """Waits until there is room for the bytes of a picture, or no other is decoded."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._decoding or self.held + count <= self.limit)
+            self.held += count
+            self._decoding += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self.held -= count
+                self._decoding -= 1
+                self._changed.notify_all()
 
 
 class Refusal(Exception):  # noqa: N818 (an answer, not a failure)

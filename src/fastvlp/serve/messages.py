@@ -5,10 +5,8 @@ from __future__ import annotations
 
 import base64
 import binascii
-import json
-import re
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
@@ -16,15 +14,13 @@ from pydantic import (
     ConfigDict,
     Field,
     StringConstraints,
-    ValidationError,
     WithJsonSchema,
     model_validator,
 )
-from starlette.datastructures import UploadFile
-from starlette.formparsers import MultiPartException
-from starlette.requests import Request
+from pydantic_core import from_json
 
-from fastvlp.serve.limits import Refusal, bad_request
+from fastvlp.search.checks import MOST_CONDITIONS
+from fastvlp.serve.limits import bad_request
 
 
 def picture_bytes(value: Any) -> Any:
@@ -50,7 +46,8 @@ Id = Annotated[str, Printable]
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9_]{0,63}$")]
 Whole = Annotated[int, Field(ge=-(2**53), le=2**53)]
 Scalar = Annotated[str, Printable] | bool | Whole | float
-Where = dict[Name, Scalar | Annotated[list[Scalar], Field(min_length=1, max_length=64)]]
+Scalars = Annotated[list[Scalar], Field(min_length=1, max_length=64)]
+Where = Annotated[dict[Name, Scalar | Scalars], Field(max_length=MOST_CONDITIONS)]
 Encoded = Annotated[
     bytes,
     Field(min_length=1),
@@ -176,50 +173,12 @@ class ItemRequest(RequestBody):
     image: Encoded
     id: Id | None = None
     caption: Annotated[str, Printable] | None = None
-    info: dict[Name, Scalar] = {}
+    info: Annotated[dict[Name, Scalar], Field(max_length=64)] = {}
 
 
 def parse_json(name: str, value: str | bytes) -> Any:
+    """Parses JSON without NaN or infinity. Raises Refusal for anything else, and for what is nested deeply."""
     try:
-        return json.loads(value)
+        return from_json(value, allow_inf_nan=False)
     except (ValueError, RecursionError) as error:
-        raise bad_request(f"{name}: not JSON") from error
-
-
-M = TypeVar("M", bound=RequestBody)
-
-
-async def read_body(kind: type[M], request: Request, max_parts: int) -> M:
-    """Reads the body of a request. Raises Refusal that says what is wrong, and in which field."""
-    media = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    try:
-        if media == "multipart/form-data":
-            return kind.model_validate(kind.from_form(await _read_form(request, max_parts)))
-        if media and media != "application/json":
-            raise Refusal(415, "unsupported_media_type", f"{media}: send application/json or multipart/form-data")
-        return kind.model_validate_json(await request.body())
-    except ValidationError as error:
-        raise bad_request(_describe(error)) from error
-
-
-def _describe(error: ValidationError) -> str:
-    """Describes the deepest error: of a choice of types, it is of the one that fits best."""
-    errors = error.errors(include_url=False, include_input=False, include_context=False)
-    worst = max(errors, key=lambda e: len(e["loc"]))
-    # Names of fields and places in lists; not those of the types that were tried.
-    where = ".".join(str(part) for part in worst["loc"] if re.fullmatch("[a-z_]+|[0-9]+", str(part)))
-    what = worst["msg"].removeprefix("Value error, ")
-    return f"{where}: {what}" if where else what
-
-
-async def _read_form(request: Request, max_parts: int) -> list[tuple[str, str | bytes]]:
-    try:
-        async with request.form(max_files=max_parts, max_fields=max_parts + 8) as form:
-            return [
-                (name, await value.read() if isinstance(value, UploadFile) else value)
-                for name, value in form.multi_items()
-            ]
-    except MultiPartException as error:
-        raise bad_request(f"malformed multipart form: {error.message}") from error
-    except (ValueError, KeyError, LookupError) as error:
-        raise bad_request(f"malformed multipart form ({error})") from error
+        raise bad_request(f"{name}: not JSON ({error})") from error

@@ -18,7 +18,8 @@ from torch import Tensor
 from fastvlp.search.embedder import mean_direction
 from fastvlp.search.engines.interface import Hit
 from fastvlp.serve import messages, responses
-from fastvlp.serve.guard import COOKIE, given_key, has_key, json_response
+from fastvlp.serve.access import COOKIE, SESSION_S, Access
+from fastvlp.serve.guard import json_response
 from fastvlp.serve.limits import Refusal, bad_request
 from fastvlp.serve.service import Service, picture_id, random_direction
 
@@ -63,7 +64,7 @@ INPUTS_FORM = {"input": {"type": "array", "items": STRING}, "image": {"type": "a
 )
 async def embeddings(request: Request, service: Served) -> Response:
     """Returns unit vectors of texts and pictures in one space, in the format of OpenAI's API."""
-    body = await messages.read_body(messages.EmbeddingsRequest, request, service.limits.inputs)
+    body = await service.read(messages.EmbeddingsRequest, request)
     if body.model not in (None, service.name, service.embedder.fingerprint):
         raise Refusal(404, "model_not_found", f"{body.model}: this service has {service.name}")
     if body.dimensions not in (None, service.embedder.width):
@@ -109,7 +110,7 @@ async def picture_pixels(service: Service, body: messages.PictureRequest | messa
 )
 async def score(request: Request, service: Served) -> Response:
     """Scores how well texts fit pictures: by the cosine of their vectors and, if the model has learned it, by a match score."""
-    body = await messages.read_body(messages.ScoreRequest, request, service.limits.inputs)
+    body = await service.read(messages.ScoreRequest, request)
     if "embed" not in service.embedder.can:
         service.require("match")
     service.check_count(body.pairs)
@@ -145,7 +146,7 @@ SEARCH_FORM = {
 async def search(request: Request, service: Served) -> Response:
     """Returns one page of the items of the index, the most similar first."""
     began = time.perf_counter()
-    body = await messages.read_body(messages.SearchRequest, request, 1)
+    body = await service.read(messages.SearchRequest, request)
     end = body.offset + body.limit
     if end > service.limits.results:
         raise bad_request(
@@ -218,7 +219,7 @@ ITEM_FORM = {"image": FILE, "id": STRING, "caption": STRING, "info": STRING}
 )
 async def add_item(request: Request, service: Served) -> Response:
     """Adds a picture to the index. Searches find it as soon as the response arrives."""
-    body = await messages.read_body(messages.ItemRequest, request, 1)
+    body = await service.read(messages.ItemRequest, request)
     id = body.id or picture_id(body.image)
     info = body.info | ({"caption": body.caption} if body.caption is not None else {})
     pixels = await service.pixels([body.image])
@@ -262,7 +263,7 @@ PICTURE_FORM = {"image": FILE, "id": STRING}
 )
 async def caption(request: Request, service: Served) -> Response:
     """Captions a picture."""
-    body = await messages.read_body(messages.CaptionRequest, request, 1)
+    body = await service.read(messages.CaptionRequest, request)
     service.require("caption")
     return json_response({"model": service.name, "caption": await service.caption(await picture_pixels(service, body))})
 
@@ -275,7 +276,7 @@ async def caption(request: Request, service: Served) -> Response:
 )
 async def answer(request: Request, service: Served) -> Response:
     """Answers a question about a picture."""
-    body = await messages.read_body(messages.AnswerRequest, request, 1)
+    body = await service.read(messages.AnswerRequest, request)
     service.require("answer")
     return json_response(
         {"model": service.name, "answer": await service.answer(await picture_pixels(service, body), body.question)}
@@ -291,7 +292,7 @@ async def health(request: Request, service: Served) -> Response:
     facts |= {"languages": service.embedder.languages, "items": await service.count()}
     facts |= {
         "report": state.report is not None,
-        "key": bool(state.keys) and not has_key(request.headers, state.keys),
+        "key": not state.access.allows(request.headers),
     }
     alive = service.batcher.alive
     return json_response({"status": "ok" if alive else "failed", **facts}, 200 if alive else 503)
@@ -308,13 +309,15 @@ async def metrics(service: Served) -> Response:
 @router.post("/session", response_model=responses.Status, tags=["service"])
 async def session(request: Request) -> Response:
     """Sets a cookie that replaces the bearer token, for the search page: a browser loads pictures without the token."""
-    keys = request.app.state.keys
-    if keys and not has_key(request.headers, keys):
+    access: Access = request.app.state.access
+    if not access.allows(request.headers):
         raise Refusal(401, "invalid_api_key", "not a key of this service")
     response = json_response({"status": "ok"})
-    if keys:
-        key, secure = quote(given_key(request.headers), safe=""), request.url.scheme == "https"
-        response.set_cookie(COOKIE, key, httponly=True, samesite="strict", secure=secure)
+    if access.keys:
+        secure = request.url.scheme == "https"
+        response.set_cookie(
+            COOKIE, access.open_session(), max_age=SESSION_S, httponly=True, samesite="strict", secure=secure
+        )
     return response
 
 

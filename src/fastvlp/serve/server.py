@@ -45,7 +45,8 @@ def serve(
         index: Address of the index, as for `vlp index build`; without one there is no search.
         create: Make an empty index where there is none.
         pictures: Folder of the items' pictures; by default the index's own place for them.
-        host: Address to listen at; 0.0.0.0 lets other machines ask.
+        host: Name or address to listen at; 0.0.0.0 lets other machines ask. Without a key, requests come under this name,
+            localhost, or an address.
         port: Port to listen at; 0 takes a free one.
         api_key: Requests need one of these keys as a bearer token. Other users of this machine can read a command line: the
             variable FASTVLP_API_KEY does as well.
@@ -67,7 +68,9 @@ def serve(
         engine = None if index is None else open_index(index, embedder.stamp, create)
         store = None if index is None else pictures_of(index, pictures)
         report = Path(report or Path(export) / "report.html")
-        run(embedder, engine, store, listening, limits, keys, allow_origin, report if report.is_file() else None)
+        run(
+            embedder, engine, store, listening, limits, keys, [host], allow_origin, report if report.is_file() else None
+        )
 
 
 def require_extra() -> None:
@@ -87,25 +90,24 @@ def run(
     listening: socket.socket,
     limits: Limits,
     keys: Sequence[str],
+    hosts: Sequence[str],
     origins: Sequence[str],
     report: Path | None,
 ) -> None:
     """Answers until it is stopped. Its address is the first line that it prints."""
-    import uvicorn
-
     from fastvlp.serve.api import create_app
+    from fastvlp.serve.connections import make_server
 
-    app = create_app(embedder, index, pictures=pictures, limits=limits, keys=keys, origins=origins, report=report)
+    app = create_app(
+        embedder, index, pictures=pictures, limits=limits, keys=keys, hosts=hosts, origins=origins, report=report
+    )
     host, port = listening.getsockname()[:2]
     items = "no index" if index is None else f"{index.count():,} items"
     name = f"[{host}]" if ":" in host else host
     print(f"http://{name}:{port}/  {embedder.card.get('name')}, {items}; Ctrl-C stops", flush=True)
     if not keys and not host.startswith(("127.", "::1")):
         print(f"anyone who reaches this address can ask, add and delete: ask for a key, by {KEY_VARIABLE} for one")
-    config = uvicorn.Config(
-        app, log_level="warning", access_log=False, timeout_graceful_shutdown=10, server_header=False
-    )
-    uvicorn.Server(config).run(sockets=[listening])
+    make_server(app, limits).run(sockets=[listening])
 
 
 def listen(host: str, port: int) -> socket.socket:

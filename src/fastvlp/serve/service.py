@@ -7,13 +7,14 @@ import hashlib
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from starlette.requests import Request
 from torch import Tensor
 
+from fastvlp.data.records.decode import open_image
 from fastvlp.data.streams import blocks
 from fastvlp.errors import UserError
 from fastvlp.search.checks import EngineError, Where
@@ -22,7 +23,8 @@ from fastvlp.search.engines.interface import Hit, IndexEngine, Item
 from fastvlp.search.pictures import PictureStore
 from fastvlp.search.thumbnails import thumbnail
 from fastvlp.serve.batcher import Batcher, InputError, Lane
-from fastvlp.serve.limits import Limits, Refusal, bad_request
+from fastvlp.serve.bodies import M, read_body
+from fastvlp.serve.limits import Limits, Memory, Refusal, bad_request
 from fastvlp.serve.monitoring import Metrics
 
 T = TypeVar("T")
@@ -55,7 +57,8 @@ class Service:
             max_waiting=limits.waiting,
             on_batch=self.metrics.batch,
         )
-        # Few threads, because each may hold a decoded picture of up to `Limits.pixels`.
+        self.memory = Memory(limits.held_mb * 1e6)
+        self._readers = ThreadPoolExecutor(2, "read")
         self._decoders = ThreadPoolExecutor(min(4, os.cpu_count() or 1), "decode")
         # One thread makes all calls of the index, so engines need not be thread-safe. Searches that wait share a call.
         self._engine = Batcher(
@@ -72,6 +75,7 @@ class Service:
         """Ends all threads, and closes the index."""
         self.batcher.close()
         self._decoders.shutdown(cancel_futures=True)
+        self._readers.shutdown(cancel_futures=True)
         self._engine.close()
         if self.index is not None:
             self.index.close()
@@ -82,11 +86,20 @@ class Service:
             abilities = ", ".join(sorted(self.embedder.can))
             raise Refusal(404, "not_supported", f"{self.name} cannot {ability}; it can {abilities}")
 
+    async def read(self, kind: type[M], request: Request) -> M:
+        """Reads the body of a request."""
+        return await read_body(kind, request, self.limits, self._readers)
+
+    def decode(self, data: bytes) -> Tensor:
+        """Decodes a picture within the memory that all requests have. Called in a thread."""
+        with self.memory.decoding(decoded_bytes(data)):
+            return self.embedder.pixels([data])
+
     async def pixels(self, pictures: Sequence[bytes]) -> list[Tensor]:
         """Decodes pictures to the model's input, uint8 [3 size size] each."""
         self.check_count(pictures)
         loop = asyncio.get_running_loop()
-        decoded = [loop.run_in_executor(self._decoders, self.embedder.pixels, [data]) for data in pictures]
+        decoded = [loop.run_in_executor(self._decoders, self.decode, data) for data in pictures]
         try:
             return [pixels[0] for pixels in await asyncio.gather(*decoded)]
         except Unreadable as error:
@@ -181,7 +194,11 @@ class Service:
             info: Fields of the item.
             data: Its picture, encoded.
         """
-        shrink = partial(thumbnail, data, max_pixels=self.limits.pixels)
+
+        def shrink() -> bytes:
+            with self.memory.decoding(decoded_bytes(data)):
+                return thumbnail(data, max_pixels=self.limits.pixels)
+
         small = await asyncio.get_running_loop().run_in_executor(self._decoders, shrink)
 
         def add(index: IndexEngine) -> None:
@@ -223,6 +240,15 @@ class Service:
         longest = max(map(len, texts), default=0)
         if longest > self.limits.characters:
             raise bad_request(f"a text of {longest} characters; {self.limits.characters} are allowed", "too_long")
+
+
+def decoded_bytes(data: bytes) -> int:
+    """Estimates the most memory that decoding a picture takes, from its header."""
+    try:
+        with open_image(data) as image:
+            return image.width * image.height * (8 if image.format in ("JPEG", "MPO") else 16)
+    except Exception:  # whatever decoders raise for damaged bytes; they will again
+        return 0
 
 
 def search_together(index: IndexEngine, searches: Sequence[tuple[np.ndarray, int, Where]]) -> list[list[Hit]]:

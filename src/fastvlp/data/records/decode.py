@@ -12,6 +12,8 @@ import numpy as np
 import simplejpeg
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError, features
+from PIL.JpegImagePlugin import JpegImageFile
+from PIL.TiffImagePlugin import TiffImageFile
 from torch import Tensor
 
 from fastvlp.batch import Example, Record
@@ -26,6 +28,12 @@ _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 # Chunks of a PNG that are no pixels and may be megabytes: Pillow refuses a picture for their size.
 _PNG_TEXTS = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
 ORIENTATION = 0x0112
+
+
+# Of a JPEG. Encoders write about ten scans; each is decoded over the whole image, and a few bytes make one.
+MAX_SCANS = 50
+# Of a TIFF: the sides of a tile, which is decoded whole.
+TILE = (322, 323)
 
 
 class StoredShape(NamedTuple):
@@ -101,8 +109,27 @@ def read_pixels(
 
 def open_image(data: bytes) -> Image.Image:
     """The image with Pillow, its pixels not read yet. The texts and the colour profile of a PNG, which may be of any size, are
-    left out. Raises what the decoders raise."""
-    return Image.open(io.BytesIO(_without_texts(data)), formats=_all_formats())
+    left out. Raises what the decoders raise; ValueError for an image that costs far more than its pixels."""
+    data = _without_texts(data)
+    image = Image.open(io.BytesIO(data), formats=_all_formats())
+    _check_cost(image, data)
+    return image
+
+
+def _check_cost(image: Image.Image, data: bytes) -> None:
+    if isinstance(image, JpegImageFile) and image.fp is not None:
+        # Pillow has read to the end of the first scan's head: marker, length, number of components, two bytes for each, three.
+        head = b"\xff\xda\x00" + bytes([6 + 2 * image.layers, image.layers])
+        first = image.fp.tell() - 3 - 2 * image.layers
+        # A scan of all components that is not progressive is the only one.
+        if image.info.get("progressive") or image.format == "MPO" or data[first - len(head) : first] != head:
+            scans = data.count(b"\xff\xda")
+            if scans > MAX_SCANS:
+                raise ValueError(f"a JPEG of {scans} scans, more than {MAX_SCANS}; save it again")
+    elif isinstance(image, TiffImageFile):
+        across, down = (int(image.tag_v2.get(tag, 0)) for tag in TILE)
+        if across * down > MAX_PIXELS:
+            raise ValueError(f"tiles of {across}x{down} pixels are more than the {MAX_PIXELS} allowed; save it again")
 
 
 @lru_cache
