@@ -7,10 +7,14 @@ from fastvlp.model.model import VLModel
 from fastvlp.model.sizes import two_towers
 from fastvlp.objectives.clip import CLIPConfig
 from fastvlp.objectives.itm import ITMConfig
+from fastvlp.objectives.moco import albef
+from fastvlp.objectives.region import MRFRConfig
+from fastvlp.objectives.siglip import SigLIPConfig
 from fastvlp.training.optim import OptimConfig, flip_optim, parameter_groups
 from fastvlp.training.pretraining import Pretraining
 from fastvlp.training.schedule import rate_factor
 from tests.made import made_config, made_model, made_tokenizer
+from tests.made_single import single_model
 
 
 def test_groups_follow_the_module_and_leave_no_parameter_out():
@@ -26,6 +30,34 @@ def test_groups_follow_the_module_and_leave_no_parameter_out():
     assert settings[id(model.reconstructor.query_type)] == (3, 0)
     assert settings[id(model.reverse_head.vocabulary.weight)] == (7, 0.01)
     assert settings[id(pretraining.objectives["itm"].match.bias)] == (7, 0)
+
+
+@pytest.mark.parametrize("config", [CLIPConfig(), SigLIPConfig(), albef(queue=8)])
+def test_temperature_and_bias_learn_as_fast_as_the_encoders(config):
+    model = VLModel(two_towers(made_config()))
+    pretraining = Pretraining(model, {"pairs": config.build(model.config, made_tokenizer())})
+    groups = parameter_groups(pretraining, OptimConfig(lr=1.0, head_multiplier=7))
+    rate = {id(p): group["lr"] for group in groups for p in group["params"]}
+    learned = [p for p in pretraining.objectives.parameters() if p.requires_grad]
+    assert learned and all(rate[id(parameter)] == 1 for parameter in learned)
+
+
+def test_the_heads_of_a_single_stream_and_what_objectives_own_learn_faster():
+    model = single_model()
+    pretraining = Pretraining(model, {"mrfr": MRFRConfig().build(model.config, made_tokenizer())})
+    groups = parameter_groups(pretraining, OptimConfig(lr=1.0, head_multiplier=7))
+    rate = {
+        name: group["lr"]
+        for group in groups
+        for p in group["params"]
+        for name, q in pretraining.named_parameters()
+        if p is q
+    }
+    heads = {name for name, value in rate.items() if value == 7}
+    assert heads == {
+        name for name in rate if name.startswith(("model.single.words.", "model.single.match.", "objectives."))
+    }
+    assert len(heads) > 6 and {value for name, value in rate.items() if name not in heads} == {1}
 
 
 def test_a_part_has_a_rate_of_its_own():

@@ -89,6 +89,11 @@ class SingleStream(nn.Module):
         initialise(self, width)
         self.regions.centre()
 
+    @property
+    def heads(self) -> list[nn.Module]:
+        """What predicts words and matches. The pooler is a part of the stream, which every task reads."""
+        return [self.words, self.match]
+
     def resized(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Saved weights of a stream with fewer types; the types that they lack stay as they are here."""
         kinds = state.get("kinds")

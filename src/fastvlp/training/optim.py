@@ -36,7 +36,8 @@ class OptimConfig:
     cross_multiplier: NotNegative = 5.0
     """Times the rate, for fusion and reconstructor. METER and FLM start from trained encoders and use 5; from scratch use 1."""
     head_multiplier: NotNegative = 5.0
-    """Times the rate, for vocabulary heads and what objectives own. From scratch use 1."""
+    """Times the rate, for vocabulary and matching heads and for what objectives own, except single numbers such as a
+    temperature. From scratch use 1."""
     warmup: ShareBelowOne = 0.05
     """Share of the run in which the rate rises linearly from 0."""
     decay: Decay = "linear"
@@ -82,9 +83,12 @@ def parameter_groups(pretraining: Pretraining, config: OptimConfig) -> list[dict
     model = pretraining.model
     cross: list[nn.Module] = [model.fusion, *([model.reconstructor] if model.reconstructor else [])]
     heads = [head for head in (model.head, model.forward_head, model.reverse_head) if head is not None]
+    heads += model.single.heads if model.config.single is not None else []
+    # A temperature and the bias of all logits are no layer of a head: their rate is that of the encoders that they suit.
+    owned = [parameter for parameter in pretraining.objectives.parameters() if parameter.dim()]
     multiplier = layer_rates(model, config.layer_decay) if config.layer_decay < 1 else {}
     multiplier |= {id(p): config.cross_multiplier for p in _parameters(cross)}
-    multiplier |= {id(p): config.head_multiplier for p in _parameters([*heads, pretraining.objectives])}
+    multiplier |= {id(p): config.head_multiplier for p in (*_parameters(heads), *owned)}
     for part, times in config.parts.items():
         multiplier |= {id(p): multiplier.get(id(p), 1.0) * times for p in _part(pretraining, part)}
     without_decay = spared(pretraining, config)
