@@ -19,8 +19,8 @@ from fastvlp.objectives.mlm import MLMConfig
 from fastvlp.objectives.objective import Objective, ObjectiveConfig, combine
 from fastvlp.objectives.region import MRCConfig, MRFRConfig, class_divergence, class_nll, feature_error
 from fastvlp.objectives.transport import transport_distance
-from fastvlp.objectives.wra import OTHER_SALT, WRAConfig, match_loss
-from fastvlp.random import mix64, uniform
+from fastvlp.objectives.wra import WRAConfig, match_loss
+from fastvlp.random import mix64
 from fastvlp.recipes.uniter_demo import uniter_demo
 from fastvlp.training.loop import start, steps
 from tests.made import SPECIALS, made_config, made_tokenizer
@@ -200,16 +200,16 @@ def test_wrong_pairs(negative):
 
 
 @pytest.mark.parametrize("negative", ["image", "text", "both"])
-def test_wrong_pairs_stay_within_the_budget_of_tokens(negative):
+def test_wrong_pairs_stay_within_the_budget_and_cannot_be_told_by_their_number_of_regions(negative):
     """Text and regions as UNITER's data has them, cut into batches of 10,240 tokens; of another pair a row would be up to
-    1.4 times that long (bug U-7)."""
+    1.4 times that long (bug U-7). Were only shorter ones drawn, a right pair would have more regions with a chance of 0.55."""
     generator = torch.Generator().manual_seed(0)
     text, count = (
         (mean + std * torch.randn(6000, generator=generator)).round().clamp(*limits).long()
         for mean, std, limits in ((13.5, 3.5, (3, 62)), (36, 16, (10, 100)))
     )
     order = (text + count).argsort(descending=True)
-    objective, rights = build(WRAConfig(negative=negative)), []
+    objective, rights, counts = build(WRAConfig(negative=negative)), [], []
     for row in order.split(budget_sizes((text + count)[order], 10240)):
         batch = Batch(
             image=row[:, None],
@@ -219,22 +219,50 @@ def test_wrong_pairs_stay_within_the_budget_of_tokens(negative):
             regions=Regions(box=torch.zeros(len(row), 100, 4), count=count[row]),
         )
         words, image, right = objective.pairs(batch)
-        assert len(row) * (batch.length[words] + count[row][image]).max() <= 10240
+        counts.append(objective.regions(batch, words, image).count)
+        assert len(row) * (batch.length[words] + counts[-1]).max() <= 10240
         rights.append(right)
-    assert torch.cat(rights).float().mean().item() == pytest.approx(0.5, abs=0.03)
+    right, found = torch.cat(rights), torch.cat(counts)
+    assert right.float().mean().item() == pytest.approx(0.5, abs=0.03)
+    more = (found[right, None] > found[~right]).double().mean() + (
+        found[right, None] == found[~right]
+    ).double().mean() / 2
+    assert more.item() == pytest.approx(0.5, abs=0.025)
+    assert found[right].double().mean().item() == pytest.approx(found[~right].double().mean().item(), abs=0.8)
 
 
-def test_a_pair_that_no_other_fits_stays_right_and_where_all_fit_any_may_come():
+def test_wrong_pairs_exchange_their_images():
+    """Wrong rows come in twos, so that they have the same images, and numbers of regions, as before; of a row that would be too
+    long the last regions are left out."""
     batch = region_batch(lengths=(9, 4), counts=(3, 8))
-    seeds = mix64(torch.arange(40)).view(20, 2)
-    for negative, kept in (("image", 0), ("text", 1)):
-        objective = build(WRAConfig(negative=negative, rate=0.9))
-        right = torch.stack([objective.pairs(replace(batch, seed=seed))[2] for seed in seeds])
-        assert right[:, kept].all() and not right[:, 1 - kept].all()
-    batch = region_batch(lengths=(9, 4, 7, 6), counts=(6, 3, 5, 2))
-    _, image, right = build(WRAConfig(rate=0.99)).pairs(batch)
-    drawn = uniform(batch.seed, (4,), OTHER_SALT) + torch.eye(4)
-    assert torch.equal(image, torch.where(right, torch.arange(4), drawn.argmin(1))) and not right.all()
+    seeds, kinds = mix64(torch.arange(40)).view(20, 2), set()
+    for seed in seeds:
+        for negative in ("image", "text"):
+            objective = build(WRAConfig(negative=negative))
+            moved = replace(batch, seed=seed)
+            text, image, right = objective.pairs(moved)
+            kinds.add((negative, tuple(right.tolist())))
+            assert (text if negative == "text" else image).tolist() == ([0, 1] if right.all() else [1, 0])
+            regions = objective.regions(moved, text, image)
+            # The longest row has 12 tokens.
+            wrong = [3, 3]
+            assert regions.count.tolist() == ([3, 8] if right.all() else wrong)
+            assert torch.equal(regions.box, batch.regions.box[image]) and regions.mask.sum(1).equal(regions.count)
+    assert kinds == {(n, both) for n in ("image", "text") for both in ((True, True), (False, False))}
+    many = region_batch(lengths=(5,) * 100, counts=tuple(1 + i % 7 for i in range(100)))
+    _, image, right = build(WRAConfig(rate=0.99)).pairs(many)
+    own = torch.arange(100)
+    assert torch.equal(image[image], own) and torch.equal(image == own, right) and (~right).sum() > 90
+    count = many.regions.count
+    assert (count[image] - count).abs().max() <= 1, "the other has nearly as many regions"
+
+
+def test_a_pair_with_nothing_but_copies_stays_right():
+    batch = region_batch(lengths=(5, 5, 5), counts=(2, 2, 2))
+    copies = replace(batch, ids=batch.ids[:1].expand(3, -1))
+    assert build(WRAConfig(rate=0.99)).pairs(copies)[2].all()
+    objective = build(WRAConfig(rate=0.99, equal_pairs="negatives"))
+    assert not all(objective.pairs(replace(copies, seed=mix64(copies.seed + k)))[2].all() for k in range(3))
 
 
 @pytest.mark.parametrize("sign", ["code", "paper"])

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils import _pytree
 
-from fastvlp.batch import Batch
+from fastvlp.batch import Batch, Regions
 from fastvlp.config import Count, NotNegative, Positive
 from fastvlp.data.tokenize import Tokenizer
 from fastvlp.errors import UserError
@@ -21,9 +21,11 @@ from fastvlp.objectives.equal_pairs import EqualPairs, wrong_pairs
 from fastvlp.objectives.losses import at_least_fp32
 from fastvlp.objectives.objective import MORE_ROWS, Loss, Objective, ObjectiveConfig
 from fastvlp.objectives.transport import transport_distance
-from fastvlp.random import uniform
+from fastvlp.random import mix64, uniform
 
-COIN_SALT, SIDE_SALT, OTHER_SALT = 611, 612, 613
+COIN_SALT, SIDE_SALT, OTHER_SALT, ORDER_SALT = 611, 612, 613, 620
+# Rounds in which rows are divided into twos: more than one, since two neighbours may have the same text or image.
+ROUNDS = 6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,8 +64,9 @@ class WRA(Objective):
     """Matching, and alignment where it has a weight.
 
     The released code draws the other image from its whole data set when an epoch begins. Here it comes from the batch, by the
-    row's seed, so that nothing is read twice. A pair with the same text or image is never the other one, nor is one that would
-    make the row longer than the longest of the batch, whose size was chosen by a budget of tokens.
+    rows' seeds, so that nothing is read twice. Two pairs with nearly as many regions exchange their images (or texts): wrong
+    pairs then have as many words and regions as right ones, and a model cannot tell them apart by these numbers. Two with the
+    same text or image exchange nothing.
     """
 
     abilities = frozenset({"match"})
@@ -74,8 +77,8 @@ class WRA(Objective):
         self.config = config
 
     def pairs(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """(text, image, right): the rows from which each pair takes its two halves, and whether they belong together. Where no
-        other row fits, the pair stays right."""
+        """(text, image, right): the rows from which each pair takes its two halves, and whether they belong together. A pair
+        that finds no other stays right."""
         c, B = self.config, len(batch)
         if B < 2 and self.training:
             raise UserError(
@@ -83,14 +86,21 @@ class WRA(Objective):
                 f"{MORE_ROWS}"
             )
         own = torch.arange(B, device=batch.ids.device)
-        from_image = uniform(batch.seed, (1,), SIDE_SALT) < {"image": 1.0, "text": 0.0, "both": 0.5}[c.negative]
-        length, count = batch.length, require_regions(batch.regions).count
-        total_BB = torch.where(from_image, length[:, None] + count, length + count[:, None])
-        fits = wrong_pairs(batch, c.equal_pairs) & (total_BB <= (length + count).max())
-        other = uniform(batch.seed, (B,), OTHER_SALT).masked_fill(~fits, 2.0).argmin(1)
-        wrong = (uniform(batch.seed, (1,), COIN_SALT)[:, 0] < c.rate) & fits.any(1)
-        image = wrong & from_image[:, 0]
-        return torch.where(wrong & ~image, other, own), torch.where(image, other, own), ~wrong
+        other = random_twos(require_regions(batch.regions).count, batch.seed, wrong_pairs(batch, c.equal_pairs))
+        # The sum is the same for both of two rows.
+        mixed = mix64(batch.seed)
+        both = mixed + mixed[other]
+        wrong = (uniform(both, (), COIN_SALT) < c.rate) & (other != own)
+        from_image = uniform(both, (), SIDE_SALT) < {"image": 1.0, "text": 0.0, "both": 0.5}[c.negative]
+        return torch.where(wrong & ~from_image, other, own), torch.where(wrong & from_image, other, own), ~wrong
+
+    def regions(self, batch: Batch, text: Tensor, image: Tensor) -> Regions:
+        """The regions of the rows `image`, beside the texts of the rows `text`. No row may become longer than the longest of
+        the batch, whose size was chosen by a budget of tokens: the last regions, the least certain ones, are left out."""
+        regions = require_regions(batch.regions)
+        most_B = (batch.length + regions.count).max() - batch.length[text]
+        regions = _pytree.tree_map_only(Tensor, lambda x: x[image], regions)
+        return replace(regions, count=regions.count.minimum(most_B))
 
     def counts(self, batch: Batch) -> dict[str, Tensor]:
         count = batch.length.new_tensor(len(batch))
@@ -101,7 +111,7 @@ class WRA(Objective):
         c = self.config
         text, image, right = self.pairs(batch)
         ids, length = batch.ids[text], batch.length[text]
-        regions = _pytree.tree_map_only(Tensor, lambda x: x[image], require_regions(batch.regions))
+        regions = self.regions(batch, text, image)
         joint = model.read_regions(image_BKD[image], regions, ids, length)
         logits, counts = at_least_fp32(model.single.match(joint.pooled)), self.counts(batch)
         losses = {"match": Loss(match_loss(logits, right, c.loss).sum(), counts["match"])}
@@ -114,6 +124,31 @@ class WRA(Objective):
             signed = torch.where(right, distance, 0 if c.sign == "paper" else -distance)
             losses["align"] = Loss(signed.sum(), counts["align"], c.align)
         return losses
+
+
+def random_twos(count_B: Tensor, seed_B: Tensor, wrong_BB: Tensor) -> Tensor:
+    """Divides rows at random into twos with nearly the same count -> the other row of each [B].
+
+    A row that is left over gets one with the nearest count, of which it is not the other; itself, if there is none.
+
+    Args:
+        wrong_BB: which two rows may be together, symmetric.
+    """
+    own = torch.arange(len(count_B), device=count_B.device)
+    other = own
+    for k in range(ROUNDS):
+        free = other == own
+        # Rows with a count follow each other in random order. Every second time the first of them is left out.
+        key = torch.where(free, count_B + uniform(seed_B, (), ORDER_SALT + k), torch.inf)
+        order = key.argsort()[k % 2 :]
+        half = len(order) // 2
+        a, b = order[: 2 * half].view(half, 2).unbind(1)
+        fits = free[a] & free[b] & wrong_BB[a, b]
+        other = other.scatter(0, a, torch.where(fits, b, other[a]))
+        other = other.scatter(0, b, torch.where(fits, a, other[b]))
+    gap_BB = (count_B[:, None] - count_B).abs() + uniform(seed_B, (len(own),), OTHER_SALT)
+    nearest = gap_BB.masked_fill(~wrong_BB, torch.inf).argmin(1)
+    return torch.where((other == own) & wrong_BB.any(1), nearest, other)
 
 
 def match_loss(logits_B2: Tensor, right_B: Tensor, loss: Literal["ce", "bce"]) -> Tensor:
