@@ -16,6 +16,7 @@ from fastvlp.eval.embedding import embed_images, image_features
 from fastvlp.eval.embedding_retrieval import evaluate_retrieval
 from fastvlp.eval.encoding import MaskedEncoding, open_run, open_towers
 from fastvlp.eval.split_reading import image_batches
+from fastvlp.model.joint_space import unit
 from fastvlp.model.sizes import joint_space, tiny, two_towers
 from fastvlp.objectives.clip import CLIPConfig
 from fastvlp.objectives.flm import FLMConfig
@@ -71,6 +72,18 @@ def test_embeddings_are_those_of_the_images(stored_runs, world, name):
     assert torch.equal(torch.cat(features[None]), torch.cat(features[loaded.states]))
     number = {int(StatesFile(path).lengths()[0]) for path in stored_runs["states"].iterdir()}
     assert number == {1, 17}
+
+
+def test_an_image_and_its_mirror_image_have_one_vector(stored_runs, world):
+    """The mean of both, read from stored states or computed."""
+    loaded = replace(open_towers(stored_runs["towers"]).loaded, mirror=True)
+    shards = Shards(world / "test")
+    stored = embed_images(loaded, shards)
+    images = torch.cat([images.image for _, images in image_batches(shards, replace(loaded, states=None))])
+    with loaded.inference():
+        both = [loaded.model.embed_image(loaded.model.encode_image(x)) for x in (images, images.flip(-1))]
+    torch.testing.assert_close(stored, unit(both[0] + both[1]))
+    assert torch.equal(embed_images(replace(loaded, states=None), shards), stored)
 
 
 def test_retrieval_and_reranking_give_the_same_scores(stored_runs, world, tmp_path):

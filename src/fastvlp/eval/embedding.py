@@ -86,12 +86,17 @@ def image_features(model: VLModel, images: Images, features: Features = "pooled"
 
 def embed_images(loaded: LoadedModel, shards: Shards) -> Tensor:
     """Unit vectors [I E] of the first image of every record."""
+    vectors = _embed_images(loaded, shards)
+    return unit(vectors + _embed_images(loaded, shards, mirrored=True)) if loaded.mirror else vectors
+
+
+def _embed_images(loaded: LoadedModel, shards: Shards, mirrored: bool = False) -> Tensor:
     parts = []
     # A model with fusion layers was trained on all states, which are stored already.
     use: ImageUse = "embedding" if loaded.model.config.fusion is None else "states"
     use = use if loaded.keep == loaded.views == 1 else "pixels"
     with loaded.inference():
-        for rows, images in image_batches(shards, loaded, use=use):
+        for rows, images in image_batches(shards, loaded, use=use, mirrored=mirrored):
             seed_B = hash64_rows(0, torch.arange(rows.start, rows.stop)).to(loaded.device)
             parts.append(embed_views(loaded.model, images.to(loaded.device), seed_B, loaded.keep, loaded.views))
     return torch.cat(parts)

@@ -56,6 +56,8 @@ class MaskedEncoding(Encoding):
     """Share of the patches of an image that one view of it shows (FLIP)."""
     views: int = 1
     """Views of an image, no patch in two of them, whose embeddings are averaged; 2 views of half of the patches show it all."""
+    mirror: bool = False
+    """Average the embeddings of an image and of its mirror image."""
 
 
 AS_IN_TRAINING = Encoding()
@@ -71,6 +73,7 @@ class LoadedModel:
         states: how states of the image encoder are stored; None where images are encoded each time.
         keep: share of the patches in a view of an image.
         views: views of an image.
+        mirror: whether the embeddings of an image and of its mirror image are averaged.
         show: whether progress bars are printed.
     """
 
@@ -84,6 +87,7 @@ class LoadedModel:
     precision: Precision = "fp32"
     keep: float = 1.0
     views: int = 1
+    mirror: bool = False
     show: bool = False
 
     @property
@@ -128,6 +132,7 @@ def open_run(run: str | Path, encoding: Encoding = AS_IN_TRAINING) -> OpenedRun:
         precision=pick_precision(encoding.precision, device, trained.precision),
         keep=encoding.keep if isinstance(encoding, MaskedEncoding) else 1.0,
         views=encoding.views if isinstance(encoding, MaskedEncoding) else 1,
+        mirror=isinstance(encoding, MaskedEncoding) and encoding.mirror,
         show=True,
     )
     return OpenedRun(loaded, saved, data.captions)

@@ -46,20 +46,27 @@ def open_split(data: str, split: str) -> Shards:
 
 
 def image_batches(
-    shards: Shards, loaded: LoadedModel, description: str = "images", use: ImageUse = "states"
+    shards: Shards,
+    loaded: LoadedModel,
+    description: str = "images",
+    use: ImageUse = "states",
+    mirrored: bool = False,
 ) -> Iterator[tuple[slice, Images]]:
     """The first image of every record, in order; decoded on all CPU cores, ahead of their use. `use`: what is read of them;
     the states of an encoder that training kept as it was are stored, and then read in place of pixels.
 
-    Yields the range of records of each batch, and their images. Raises UserError for an image that cannot be read.
+    Yields the range of records of each batch, and their images, mirrored or not. Raises UserError for an image that cannot be
+    read, and where images with boxes are to be mirrored.
     """
     config = loaded.model.config
     transform = Transform(size=config.image.size, mode=loaded.fit)
     source = loaded.regions if config.embed is not None and config.embed.reads_boxes else None
+    if mirrored and source is not None:
+        raise UserError("images cannot be mirrored where boxes are read; leave out `mirror`")
     states = None
     if loaded.states is not None and use != "pixels":
         store = image_store(loaded.model, loaded.states, precision=loaded.precision, use=use)
-        states = store.open(shards, transform)
+        states = store.open(shards, transform, mirrored=mirrored)
     records = RecordReader(shards, transform, regions=source, states=states, strict=True)
 
     def read(i: int) -> tuple[Tensor, list[ImageRegions]] | Dropped:
@@ -78,7 +85,9 @@ def image_batches(
                 raise refusal(shards, dropped)
             images, regions = zip(*(row for row in part if not isinstance(row, Dropped)))
             padded = None if source is None else pad_regions([one for own in regions for one in own])
-            yield slice(first, first + len(part)), Images(torch.stack(images), padded)
+            image = torch.stack(images)
+            image = image.flip(-1) if mirrored and states is None else image
+            yield slice(first, first + len(part)), Images(image, padded)
 
     return Prefetch(batches())
 
