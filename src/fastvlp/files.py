@@ -1,14 +1,36 @@
-"""Files written whole or not at all."""
+"""Files written whole or not at all, and read only where they are plain and of a plausible size."""
 
 from __future__ import annotations
 
 import os
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from fastvlp.errors import UserError
+
+# The largest single thing that is read whole: no picture has a gigabyte.
+MOST_BYTES = 1 << 30
+
+
+class TooLargeError(OSError):
+    """A file is larger than anything of its kind can be."""
+
+
+class NoPlainFileError(OSError):
+    """A pipe, a socket or a device, on which reading could wait for ever."""
+
+
+def read_plain(path: Path, most: int = MOST_BYTES) -> bytes:
+    """The bytes of a file. Raises OSError, such as TooLargeError for more than `most` bytes or NoPlainFileError for a pipe."""
+    found = path.stat()
+    if not stat.S_ISREG(found.st_mode):
+        raise (IsADirectoryError if stat.S_ISDIR(found.st_mode) else NoPlainFileError)(None, "no plain file", str(path))
+    if found.st_size > most:
+        raise TooLargeError(None, f"{found.st_size} bytes are more than the {most} allowed", str(path))
+    return path.read_bytes()
 
 
 @contextmanager

@@ -9,6 +9,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from fastvlp.files import read_plain
+
 # A config is a few kilobytes; a vocabulary or the list of an index may be tens of megabytes.
 MOST_BYTES = 1 << 28
 # Code that walks through a value calls itself for each level; Python allows a thousand calls in all.
@@ -30,10 +32,8 @@ def parse_strict_json(text: str | bytes) -> Any:
 
 
 def read_strict_json(path: Path) -> Any:
-    """A file that the library wrote. Raises OSError, and ValueError as `parse_strict_json` or for a file that is too large."""
-    if (size := path.stat().st_size) > MOST_BYTES:
-        raise ValueError(f"{size} bytes, where at most {MOST_BYTES} are plausible")
-    return parse_strict_json(path.read_bytes())
+    """A file that the library wrote. Raises OSError as `read_plain`, and ValueError as `parse_strict_json`."""
+    return parse_strict_json(read_plain(path, MOST_BYTES))
 
 
 def with_checksum(value: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import ast
-import json
 from collections.abc import Iterator, Mapping
 from typing import Any
+
+from fastvlp.plain_json import parse_json
 
 # Where a caption is an object, its text is in the first of these that it has (Karpathy: `raw`, COCO: `caption`).
 TEXT_KEYS = ("raw", "caption", "captions", "text", "sentence", "sentences", "value", "content", "en")
@@ -32,7 +33,7 @@ def parse_list(text: str) -> Any:
     stripped = text.strip()
     if not (stripped.startswith("[") and stripped.endswith("]")):
         return text
-    for parse in (json.loads, ast.literal_eval):
+    for parse in (parse_json, ast.literal_eval):
         try:
             value = parse(stripped)
         except (ValueError, SyntaxError, RecursionError, MemoryError):

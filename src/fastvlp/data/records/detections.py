@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import zipfile
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -74,10 +75,29 @@ def read_npz(data: bytes) -> dict[str, np.ndarray]:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             if sum(member.file_size for member in archive.infolist()) > MOST_BYTES:
                 raise ValueError(f"holds more than {MOST_BYTES >> 20} MiB")
+            for member in archive.infolist():
+                _check_size(archive, member)
         with np.load(io.BytesIO(data), allow_pickle=False) as file:
+            if len(set(file.files)) != len(file.files):
+                raise ValueError("holds two arrays of one name")
             return {name: file[name] for name in file.files}
     except ValueError:
         raise
     # Given hostile bytes, zip, zlib and npy readers raise anything.
     except Exception as error:
         raise ValueError(f"not readable as npz ({type(error).__name__}: {error})") from None
+
+
+def _check_size(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> None:
+    """Raises ValueError where an array states another size than its member has: numpy allocates what it states."""
+    with archive.open(member) as file:
+        if file.peek(6)[:6] != np.lib.format.MAGIC_PREFIX:
+            return  # no array
+        version = np.lib.format.read_magic(file)
+        read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+        shape, _, dtype = read_header[version](file)
+        if dtype.hasobject:
+            return  # numpy refuses it
+        stated = math.prod(shape) * dtype.itemsize
+        if min(shape, default=0) < 0 or stated != member.file_size - file.tell():
+            raise ValueError(f"{member.filename} states {stated} bytes and has others")

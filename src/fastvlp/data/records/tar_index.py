@@ -15,6 +15,7 @@ import numpy as np
 from fastvlp.batch import Dropped
 from fastvlp.data.records import tar_members
 from fastvlp.data.records.captions import CAPTION_SUFFIXES
+from fastvlp.files import MOST_BYTES
 from fastvlp.plain_json import checksum, parse_strict_json
 
 _VERSION = 4
@@ -95,7 +96,7 @@ class TarIndex:
             return False
         starts = bool(self.first[0] == 0 and self.first[-1] == count and (np.diff(self.first) > 0).all())
         inside = (self.offset >= 0) & (self.length >= 0) & (self.length <= self.size - self.offset)
-        return starts and bool((inside & (self.kind < len(KINDS)) & (self.length <= tar_members.MOST_BYTES)).all())
+        return starts and bool((inside & (self.kind < len(KINDS)) & (self.length <= MOST_BYTES)).all())
 
 
 KINDS = ("image", "json", "txt", "npz")

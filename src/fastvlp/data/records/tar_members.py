@@ -6,8 +6,8 @@ import re
 import tarfile
 from collections.abc import Iterator
 
-# The largest member that is read: no picture has a gigabyte.
-MOST_BYTES = 1 << 30
+from fastvlp.files import MOST_BYTES
+
 # The longest name, or list of extended attributes, of a member.
 MOST_HEADER = 1 << 20
 

@@ -12,6 +12,7 @@ from fastvlp.data.sources.interface import Item, Match, Note, Source
 from fastvlp.data.sources.row_source import USUAL_FOLDERS
 from fastvlp.data.sources.source_files import IMAGE_SUFFIXES, walk_files
 from fastvlp.data.sources.split_names import USUAL, usual_split
+from fastvlp.files import read_plain
 
 # So many files tell whether images have texts beside them.
 LOOKED_AT = 2000
@@ -52,7 +53,7 @@ class ClassFoldersSource(Source):
                 continue
             info = {"label": label} | ({"split": split} if split else {})
             try:
-                yield Record(key=key, images=(file.read_bytes(),), info=info, file=name)
+                yield Record(key=key, images=(read_plain(file),), info=info, file=name)
             except OSError as error:
                 yield Dropped(key=key, reason=f"image cannot be read ({type(error).__name__})", file=name)
 

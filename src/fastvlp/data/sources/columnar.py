@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from fastvlp.batch import Dropped
 from fastvlp.data.sources.delimited import Row
 from fastvlp.data.sources.interface import Note
 from fastvlp.errors import UserError, install
+from fastvlp.plain_json import parse_json
 
 ROWS = 256
 ClassNames = Mapping[str, Sequence[str]]
@@ -47,7 +47,7 @@ def read_arrow(path: Path) -> tuple[Iterator[Row | Dropped | Note], ClassNames]:
 def class_names(schema: Any) -> dict[str, list[str]]:
     """The names of the classes of each ClassLabel column, which the `datasets` library keeps in the schema."""
     try:
-        features = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))["info"]["features"]
+        features = parse_json((schema.metadata or {}).get(b"huggingface", b"{}"))["info"]["features"]
         return {name: list(one["names"]) for name, one in features.items() if one.get("_type") == "ClassLabel"}
     except (ValueError, KeyError, TypeError, AttributeError):
         return {}

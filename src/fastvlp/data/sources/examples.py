@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zipfile
-import zlib
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +14,7 @@ from fastvlp.data.sources.interface import Item, Match, Source
 from fastvlp.data.sources.nlvr import BOX_ORDERS, statement_info
 from fastvlp.data.sources.source_files import read_json_lines, to_corners
 from fastvlp.errors import UserError
+from fastvlp.files import MOST_BYTES
 
 ROWS, IMAGES = "examples.jsonl", "images.zip"
 # Place and size of an image are others in a shard.
@@ -40,15 +41,23 @@ class ExamplesSource(Source):
         """Yields one record an image."""
         try:
             archive = zipfile.ZipFile(path / IMAGES)
-        except (zipfile.BadZipFile, OSError) as error:
+        # Given hostile bytes, the reader raises anything from struct.error to OverflowError.
+        except Exception as error:
             raise UserError(f"{path / IMAGES}: cannot be read as a zip ({error})") from None
         with archive:
+            names = Counter(archive.namelist())
+            twice = {name for name, count in names.items() if count > 1}
             for number, row in enumerate(read_json_lines(path / ROWS), 1):
                 if isinstance(row, Dropped):
                     yield row
                     continue
                 for item in _images(str(row.get("image", f"row-{number}")), row):
-                    yield item if isinstance(item, Dropped) else _record(archive, item)
+                    if isinstance(item, Dropped):
+                        yield item
+                    elif item.member in twice:
+                        yield Dropped(key=item.row, reason=f"{IMAGES} has two members of this name")
+                    else:
+                        yield _record(archive, item)
 
     def count(self, path: Path) -> int:
         return sum(1 if isinstance(row, Dropped) else len(_images("", row)) for row in read_json_lines(path / ROWS))
@@ -126,9 +135,15 @@ def _record(archive: zipfile.ZipFile, image: _Image) -> Record | Dropped:
     """The record with its image. A member of the zip is read by its exact name into memory and never extracted, so no path can
     lead outside."""
     try:
-        data = archive.read(image.member)
+        member = archive.getinfo(image.member)
     except KeyError:
         return Dropped(key=image.row, reason=f"image is not in {IMAGES}")
-    except (zipfile.BadZipFile, zlib.error, OSError, RuntimeError) as error:
+    if member.file_size > MOST_BYTES:
+        return Dropped(
+            key=image.row, reason=f"image in {IMAGES} unfolds to {member.file_size} bytes, too many for a picture"
+        )
+    try:
+        data = archive.read(member)
+    except Exception as error:
         return Dropped(key=image.row, reason=f"image cannot be read from {IMAGES} ({error})")
     return Record(key=image.key, images=(data,), info=image.info)

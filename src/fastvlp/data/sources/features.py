@@ -3,7 +3,6 @@ them. Each has `norm_bb`, `features`, `conf` and `soft_labels`, one row a region
 
 from __future__ import annotations
 
-import json
 import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,6 +17,8 @@ from fastvlp.batch import Dropped, Record
 from fastvlp.data.records.detections import Detections, check_arrays, pack, read_npz
 from fastvlp.data.sources.interface import Item
 from fastvlp.errors import UserError, install
+from fastvlp.files import read_plain
+from fastvlp.plain_json import parse_json
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ def open_store(path: Path) -> FeatureStore:
     names = sorted(file.name for file in path.glob("*.npz")) if path.is_dir() else []
     if not names:
         raise UserError(f"{path}: neither an LMDB (data.mdb) nor a folder of npz files with a detector's regions")
-    return FeatureStore(names, lambda name: read_npz((path / name).read_bytes()))
+    return FeatureStore(names, lambda name: read_npz(read_plain(path / name)))
 
 
 def by_confidence(arrays: Mapping[str, Any]) -> tuple[Detections, list[float]]:
@@ -113,7 +114,7 @@ def _open_lmdb(path: Path) -> FeatureStore:
     place = str(path.resolve())
     keys = _lmdb_value(place, "__keys__")
     try:
-        names = [str(name) for name in json.loads(keys)] if keys is not None else _lmdb_keys(place)
+        names = [str(name) for name in parse_json(keys)] if keys is not None else _lmdb_keys(place)
     except (ValueError, TypeError):
         raise UserError(f"{path}: its __keys__ are not a JSON list of names; make the LMDB again") from None
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,8 @@ from fastvlp.batch import Dropped, Record
 from fastvlp.data.records.captions import CAPTION_SUFFIXES, caption_texts, merge_captions
 from fastvlp.data.sources.interface import Item, Match, Note, Source
 from fastvlp.data.sources.source_files import IMAGE_SUFFIXES, walk_files
+from fastvlp.files import read_plain
+from fastvlp.plain_json import parse_json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,10 +45,10 @@ class FolderSource(Source):
                 if not beside:
                     yield Dropped(key=key, reason=lacking, file=name)
                     continue
-                yield Record(key=key, images=(file.read_bytes(),), info=_info(beside), file=name)
+                yield Record(key=key, images=(read_plain(file),), info=_info(beside), file=name)
             except UnicodeDecodeError:
                 yield Dropped(key=key, reason="its .txt is not UTF-8", file=name)
-            except (ValueError, RecursionError):
+            except ValueError:
                 yield Dropped(key=key, reason="its .json is not JSON", file=name)
             except OSError as error:
                 yield Dropped(key=key, reason=f"image or text cannot be read ({type(error).__name__})", file=name)
@@ -78,10 +79,10 @@ def _info(beside: list[Path]) -> dict[str, Any]:
     info: Any = {}
     lines: list[str] = []
     for file in beside:
-        text = file.read_text(encoding="utf-8-sig")
+        text = read_plain(file).decode("utf-8-sig")
         if file.suffix.lower() != ".json":
             lines += text.splitlines()
             continue
-        info = json.loads(text)
+        info = parse_json(text)
         info = info if isinstance(info, dict) else {"captions": caption_texts(info)}
     return merge_captions(info, lines if any(map(str.strip, lines)) or not info else None)

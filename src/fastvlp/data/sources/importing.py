@@ -116,7 +116,7 @@ def import_data(
         raise UserError("`max_side` is 0 or a number of pixels, `per_shard` at least 1")
     reader = make_source(find_format(source, format), options)
     paths = matching_paths(source)
-    items: Iterator[Item] = chain.from_iterable(map(reader.read, paths))
+    items: Iterator[Item] = chain.from_iterable(_read_on(reader, path) for path in paths)
     if features is not None:
         items = add_regions(items, Path(features))
     prepared = in_threads(partial(_prepare, max_side=max_side), items)
@@ -127,6 +127,20 @@ def import_data(
     imported = _write(source, out, shown, partial(_split, split=split, val=val, test=test), per_shard, append)
     imported.cut = cut
     return imported
+
+
+def _read_on(reader: Source, path: Path) -> Iterator[Item]:
+    """The items of a path. Where a format fails on what it did not expect, the rest of the path is dropped by name."""
+    last = "its start"
+    try:
+        for item in reader.read(path):
+            last = item.key if isinstance(item, Record | Dropped) else last
+            yield item
+    except (UserError, OSError):
+        raise
+    except Exception as error:
+        reason = f"the rest cannot be read as {reader.name} ({type(error).__name__}: {str(error)[:80]})"
+        yield Dropped(key=f"{path.name}: after {last}", reason=reason)
 
 
 def _counted(items: Iterable[Item], cut: CaptionCut, tokenizer: Tokenizer) -> Iterator[Item]:

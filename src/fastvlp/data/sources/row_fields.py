@@ -14,6 +14,7 @@ from fastvlp.data.records.captions import caption_texts, has_other_values, parse
 from fastvlp.data.records.schema import is_absent
 from fastvlp.data.sources.delimited import plain_name
 from fastvlp.data.sources.interface import Note
+from fastvlp.plain_json import parse_json
 
 IMAGE_COLUMNS = (
     *("image", "file", "filepath", "file_name", "filename", "image_path", "path", "images", "img", "img_path"),
@@ -95,7 +96,7 @@ def conversation(turns: Any) -> dict[str, Any] | None:
     turn. None where it is none."""
     if isinstance(turns, str):
         try:
-            turns = json.loads(turns)
+            turns = parse_json(turns)
         except ValueError:
             return None
     if not isinstance(turns, list) or not all(isinstance(turn, Mapping) for turn in turns):

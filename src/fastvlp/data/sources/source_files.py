@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import os
 import re
 import unicodedata
@@ -11,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 from urllib.parse import unquote
 
 from PIL import Image
@@ -19,11 +18,16 @@ from PIL import Image
 from fastvlp.batch import Dropped, Record
 from fastvlp.data.sources.interface import Note
 from fastvlp.errors import UserError
+from fastvlp.files import read_plain
+from fastvlp.plain_json import parse_json
 
 IMAGE_SUFFIXES = frozenset(
     {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
     | {".avif", ".heic", ".heif"}
 )
+# The longest line, which may hold a picture in base64, and the largest text or JSON file, such as the instances of COCO.
+MOST_LINE = 1 << 27
+MOST_TEXT = 1 << 33
 _URL = re.compile(r"(?:https?|ftp|s3|gs|hf)://", re.IGNORECASE)
 URL_REASON = "its image is a URL; download the images first (`img2dataset`), then import the folder of tars"
 
@@ -52,7 +56,7 @@ def read_image(root: Path | None, name: str, key: str) -> bytes | Dropped:
             return Dropped(
                 key=key, reason="image path leaves the source folder (`images` can name another one)", file=name
             )
-        return path.read_bytes()
+        return read_plain(path)
     except FileNotFoundError:
         return Dropped(key=key, reason=f"image file is missing in {root.resolve()}", file=name)
     except (OSError, ValueError) as error:
@@ -147,7 +151,7 @@ def image_record(key: str, info: Mapping[str, Any], root: Path | None, *names: s
 def read_text(path: Path) -> str:
     """A text file as UTF-8, without its byte-order mark. Raises UserError where it is anything else."""
     try:
-        return path.read_text(encoding="utf-8-sig")
+        return read_plain(path, MOST_TEXT).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(
             f"{path}: byte {error.start} is not UTF-8; convert it with `iconv -f ITS_ENCODING -t UTF-8`"
@@ -159,8 +163,8 @@ def read_text(path: Path) -> str:
 def read_json(path: Path) -> Any:
     """A whole JSON file. Raises UserError where it is none."""
     try:
-        return json.loads(read_text(path))
-    except (ValueError, RecursionError) as error:
+        return parse_json(read_text(path))
+    except ValueError as error:
         raise UserError(f"{path}: not JSON ({error}); copy the file again") from None
 
 
@@ -168,23 +172,37 @@ def read_json_lines(path: Path) -> Iterator[dict[str, Any] | Dropped]:
     """One JSON object a line; blank lines are skipped. A line that is anything else is Dropped, called by file and line."""
     try:
         with path.open("rb") as file:
-            for number, line in enumerate(file, 1):
+            for number, line in enumerate(_lines(file), 1):
                 place = f"{path.name}:{number}"
+                if line is None:
+                    yield Dropped(key=place, reason=f"line is longer than {MOST_LINE} bytes")
+                    continue
                 try:
                     text = line.decode("utf-8-sig" if number == 1 else "utf-8")
                     if not text.strip():
                         continue
-                    row = json.loads(text)
+                    row = parse_json(text)
                 except UnicodeDecodeError:
                     yield Dropped(key=place, reason="line is not UTF-8; convert the file with `iconv -t UTF-8`")
                     continue
-                except (ValueError, RecursionError) as error:
-                    yield Dropped(key=place, reason=f"line is not JSON ({getattr(error, 'msg', type(error).__name__)})")
+                except ValueError as error:
+                    yield Dropped(key=place, reason=f"line is not JSON ({getattr(error, 'msg', str(error))})")
                     continue
                 is_object = isinstance(row, dict)
                 yield row if is_object else Dropped(key=place, reason="line is JSON and not an object {...}")
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
+
+
+def _lines(file: IO[bytes]) -> Iterator[bytes | None]:
+    """The lines of a file; None for one that is too long to be read whole."""
+    while line := file.readline(MOST_LINE + 1):
+        if len(line) <= MOST_LINE:
+            yield line
+            continue
+        while line and not line.endswith(b"\n"):
+            line = file.readline(MOST_LINE)
+        yield None
 
 
 def number_of_lines(path: Path) -> int:

@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from fastvlp.batch import Dropped, Record
+from fastvlp.data.records import tar_members
 from fastvlp.data.records.captions import CAPTION_SUFFIXES, caption_texts, merge_captions
 from fastvlp.data.records.tar_index import split_names
 from fastvlp.data.sources.interface import Item, Match, Note, Source
 from fastvlp.data.sources.source_files import IMAGE_SUFFIXES, walk_files
 from fastvlp.errors import UserError
+from fastvlp.plain_json import parse_json
 
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 # Names of the classes, a line each, beside tars whose `.cls` are numbers (CLIP_benchmark).
@@ -74,13 +76,14 @@ def _read_tar(file: Path, classes: list[str]) -> Iterator[Item]:
     found: list[tarfile.TarInfo] = []
     error: Exception | None = None
     try:
-        tar = tarfile.open(file, "r:*")  # noqa: SIM115 (closed below)
-    except (tarfile.TarError, EOFError, OSError) as wrong:
+        tar = tarfile.open(file, "r:*", tarinfo=tar_members.CheckedMember)  # noqa: SIM115 (closed below)
+    # Given hostile bytes, tarfile and the readers of packed files raise anything.
+    except Exception as wrong:
         yield Dropped(key=f"{file.name}: after its start", reason=f"tar is cut or damaged ({wrong})")
         return
     with tar:
         try:
-            for member in tar:
+            for member in tar_members.members(tar):
                 if member.isfile():
                     found.append(member)
                 elif not member.isdir():
@@ -92,9 +95,12 @@ def _read_tar(file: Path, classes: list[str]) -> Iterator[Item]:
             # A cut may have taken members of the last record, which is dropped with the damage.
             if error is not None and number == len(records) - 1:
                 break
+            if wrong := next(filter(None, map(tar_members.fault, record.members.values())), None):
+                yield Dropped(key=record.key, reason=wrong)
+                continue
             try:
                 content = {suffix: _content(tar, member) for suffix, member in record.members.items()}
-            except (tarfile.TarError, EOFError, OSError, UserError) as wrong:
+            except Exception as wrong:
                 error = wrong
                 break
             yield from _record(record.key, content, classes)
@@ -147,8 +153,6 @@ def _record(key: str, members: dict[str, bytes], classes: list[str]) -> Iterator
         info = _info(members, classes)
     except UnicodeDecodeError:
         yield Dropped(key=key, reason="its text is not UTF-8", file=file)
-    except RecursionError:
-        yield Dropped(key=key, reason="its .json is nested too deeply", file=file)
     except ValueError as error:
         yield Dropped(key=key, reason=str(error), file=file)
     else:
@@ -161,8 +165,8 @@ def _info(members: dict[str, bytes], classes: list[str]) -> dict[str, Any]:
     if "json" in members:
         text = members["json"].decode("utf-8-sig")
         try:
-            info = json.loads(text)
-        except ValueError:
+            info = parse_json(text)
+        except json.JSONDecodeError:
             raise ValueError("its .json is not JSON") from None
         if isinstance(info, list | str):
             # A list of captions, or of objects with one each.
