@@ -39,7 +39,7 @@ def show_tuned(tuned: Tuned | None) -> None:
     for name, after in tuned.after.items():
         print(change_line(name, tuned.before[name], after))
         if name != "original" and after["recall"] < tuned.before[name]["recall"]:
-            print("  no better than before: try --lr at a third, or import more pairs")
+            print("  no better than before: compare other rates, such as --lr at a third and three times as much")
     if "original" not in tuned.after:
         print("what the model lost elsewhere is measured with --original FOLDER: held-out pairs unlike the new ones")
     print(f"results: {tuned.path}")

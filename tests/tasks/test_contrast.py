@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import shutil
 from pathlib import Path
@@ -17,10 +16,8 @@ from fastvlp.cli import main
 from fastvlp.data.records.shards import ShardWriter
 from fastvlp.errors import UserError
 from fastvlp.eval.embedding_retrieval import evaluate_retrieval
-from fastvlp.eval.ranks import recall
 from fastvlp.model.saving import load_model
 from fastvlp.tasks.contrast import field_in, finetune_contrast, loss_of
-from fastvlp.tasks.contrast_scores import chance
 from fastvlp.tasks.contrast_settings import LONGEST_WARMUP, ContrastSettings, plan
 from fastvlp.tasks.interpolation import interpolate
 from fastvlp.training.loop import train
@@ -89,31 +86,13 @@ def test_a_narrow_model_learns_faster():
 
 @pytest.mark.parametrize("wrong", [{"locked": 1.5}, {"alpha": -0.1}, {"lr": 0.0}, {"epochs": -1}, {"batch_size": 0}])
 def test_settings_that_make_no_sense_are_refused(wrong):
-    with pytest.raises(UserError, match=next(iter(wrong))):
+    with pytest.raises(UserError, match=f"`{next(iter(wrong))}` must be"):
         ContrastSettings(**wrong)
 
 
 def test_one_pair_is_too_few():
     with pytest.raises(UserError, match="contrasted with others"):
         plan(ContrastSettings(), 1, 768)
-
-
-# ---- scores ----
-
-
-@pytest.mark.parametrize("own", [[0, 1, 2, 3], [0, 0, 1, 1, 1]])
-def test_chance_is_the_mean_over_all_orders(own):
-    own_T = torch.tensor(own)
-    images, texts = max(own) + 1, len(own)
-    of_texts = [
-        [1 + min(order.index(t) for t in range(texts) if own[t] == i) for i in range(images)]
-        for order in itertools.permutations(range(texts))
-    ]
-    of_images = [[1 + order.index(i) for i in own] for order in itertools.permutations(range(images))]
-    values = [
-        recall(torch.tensor(sum(of_texts, [])), torch.tensor(sum(of_images, [])))["recall"]  # noqa: RUF017
-    ]
-    assert chance(own_T) == pytest.approx(values[0])
 
 
 # ---- a run ----
@@ -129,6 +108,7 @@ def test_a_public_model_becomes_a_run_that_other_commands_take(tuned, pairs):
     for name, folder in (("val before", tuned / "start"), ("val", tuned)):
         found = evaluate_retrieval(folder, **options).scores["towers"]
         assert scores[name]["recall"] == pytest.approx(found["recall"]), name
+        assert 0 < scores[name]["chance"] < 1 and scores[name]["error"] >= 0
     assert scores["val"]["images"] == 6
     # Half of two layers is locked, and so is what comes before them.
     before, after = start.model.state_dict(), run.model.state_dict()

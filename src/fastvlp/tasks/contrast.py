@@ -115,7 +115,7 @@ def finetune_contrast(
         start = saved_start(str(source), folder, resume)
         saved = two_encoders(load_model(start), str(source))
         pairs = replace(pairs, **reading_of(start, saved.model.config), workers=workers)
-        made = planned(saved, pairs, settings)
+        made = planned(saved, pairs, settings, freeze)
         run = run_for(
             saved, pairs, made, settings, freeze=freeze, name=run_name, out=str(folder), init=start, **machine
         )
@@ -218,7 +218,7 @@ def reading_of(start: str, model: ModelConfig) -> dict[str, Any]:
     return {"fit": data.fit, "regions": data.regions, "max_length": min(data.max_length, model.longest_text)}
 
 
-def planned(saved: Saved, pairs: PairData, settings: ContrastSettings) -> Plan:
+def planned(saved: Saved, pairs: PairData, settings: ContrastSettings, freeze: tuple[str, ...]) -> Plan:
     """The plan for as many pairs as there are. Raises UserError where the model does not know the words of the captions."""
     shards = Shards(pairs.train)
     step = max(1, len(shards) // 200)
@@ -229,7 +229,9 @@ def planned(saved: Saved, pairs: PairData, settings: ContrastSettings) -> Plan:
             "this language, or name another field with `captions`"
         )
     config = saved.model.config
-    return plan(settings, len(shards), max(config.image.width, config.text.width), dist.world())
+    widths = {"image": config.image.width, "text": config.text.width}
+    width = max(own for part, own in widths.items() if part not in freeze or {*widths} <= {*freeze})
+    return plan(settings, len(shards), width, dist.world())
 
 
 def unknown_share(tokenizer: Tokenizer, texts: list[str]) -> float:

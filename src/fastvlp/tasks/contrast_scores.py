@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import math
-from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from torch import Tensor
-
 from fastvlp.data.records.shards import Shards
 from fastvlp.eval.embedding import embed_split
 from fastvlp.eval.encoding import MaskedEncoding, open_towers
-from fastvlp.eval.ranks import retrieval_scores
+from fastvlp.eval.ranks import ROUNDING, cosine, ranks, recall, recall_chance, recall_errors
 from fastvlp.eval.split_reading import read_captions
 
 
@@ -25,30 +21,23 @@ class Held(NamedTuple):
 
 
 def recall_on(model: str | Path, held: Held, encoding: MaskedEncoding) -> dict[str, float]:
-    """Retrieval among all pairs of a split: the metrics of `recall`, `chance`, `images` and `texts`. Raises UserError where a
-    record cannot be used: an evaluation leaves none out."""
+    """Retrieval among all pairs of a split: the metrics of `recall`, and of the mean recall also the standard error (`error`)
+    and what a random order has (`chance`); numbers of `images` and `texts`. Raises UserError where a record cannot be used: an
+    evaluation leaves none out."""
     loaded = open_towers(model, encoding).loaded
     shards = Shards(held.place)
-    embeddings = embed_split(loaded, shards, read_captions(shards, held.captions))
-    counts = {"images": float(len(shards)), "texts": float(len(embeddings.text_TE))}
-    return retrieval_scores(*embeddings) | {"chance": chance(embeddings.image_of_text_T)} | counts
-
-
-def chance(image_of_text_T: Tensor) -> float:
-    """Expected mean recall (R@1, 5, 10 in both directions) of a random order, where an image is found by any of its texts."""
-    texts, own_texts = len(image_of_text_T), Counter(image_of_text_T.bincount().tolist())
-    images, shares = own_texts.total(), []
-    for k in (1, 5, 10):
-        # That none of an image's own texts is among the first k is hypergeometric.
-        missed = {own: math.comb(texts - own, k) / math.comb(texts, k) if texts >= k else 0.0 for own in own_texts}
-        shares += [1 - sum(missed[own] * count for own, count in own_texts.items()) / images, min(k, images) / images]
-    return sum(shares) / len(shares)
+    captions_of = read_captions(shards, held.captions)
+    image_IE, text_TE, own_T = embed_split(loaded, shards, captions_of)
+    found = ranks(cosine(image_IE, text_TE), own_T, len(shards), tie=ROUNDING)
+    error = recall_errors(*found, own_T).get("recall", 0.0)
+    chance = recall_chance([len(its) for its in captions_of])["recall"]
+    return recall(*found) | {"error": error, "chance": chance, "images": len(shards), "texts": len(text_TE)}
 
 
 def change_line(name: str, before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
-    """The mean recall of both models on one split, for people."""
+    """The mean recall of both models on one split in per cent, with standard errors, for people."""
     old, new = 100 * before["recall"], 100 * after["recall"]
     return (
-        f"{name}: mean recall {old:.1f} % before, {new:.1f} % now ({new - old:+.1f}; chance {100 * after['chance']:.1f}), "
-        f"{after['images']:,.0f} images, {after['texts']:,.0f} texts"
+        f"{name}: mean recall {old:.1f} ± {100 * before['error']:.1f} % before, {new:.1f} ± {100 * after['error']:.1f} % now "
+        f"({new - old:+.1f}; chance {100 * after['chance']:.1f}), {after['images']:,} images, {after['texts']:,} texts"
     )

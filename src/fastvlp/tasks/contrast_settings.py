@@ -9,6 +9,7 @@ from bisect import bisect_right
 from dataclasses import dataclass, fields
 from typing import NamedTuple
 
+from fastvlp.config import Count, NotNegative, Positive, PositiveShare, Share, ShareBelowOne, check_numbers
 from fastvlp.errors import UserError
 
 # The width for which `Usual.lr` is meant, that of ViT-B. Under Adam a weight matrix keeps its pace if the rate falls as its
@@ -53,37 +54,30 @@ USUAL = {
 class ContrastSettings:
     """How long and how fast the encoders learn. What is not given, the number of pairs decides."""
 
-    epochs: float | None = None
+    epochs: Positive | None = None
     """How often each pair is read, unless validation ends the run before."""
-    batch_size: int | None = None
+    batch_size: Count | None = None
     """Pairs of a micro-batch on each rank. A step contrasts all pairs of its micro-batches and ranks with each other."""
-    accumulate: int = 1
+    accumulate: Count = 1
     """Micro-batches of a step: as many pairs are contrasted in less memory, each encoded twice."""
-    lr: float | None = None
+    lr: Positive | None = None
     """Learning rate of the last layers, at its highest."""
-    warmup: float | None = None
+    warmup: ShareBelowOne | None = None
     """Share of the run in which the rate rises."""
-    layer_decay: float | None = None
+    layer_decay: PositiveShare | None = None
     """Share of the next layer's rate at which each layer learns; 1: all alike."""
-    locked: float | None = None
+    locked: Share | None = None
     """Share of each encoder's layers, from the first on, that stay as they are, 0 to 1."""
-    weight_decay: float = 0.1
+    weight_decay: NotNegative = 0.1
     """Share of a weight, times the learning rate, that each step takes off."""
-    patience: int | None = 5
+    patience: Count | None = 5
     """End the run after so many validations in a row without a new lowest loss; None: never."""
-    alpha: float = 1.0
+    alpha: Share = 1.0
     """How far the weights move from the old to the tuned ones: 0.5 is the mean of both, which keeps more of what the model
     could do before (WiSE-FT, arXiv 2109.01903); 1: all the way."""
 
     def __post_init__(self) -> None:
-        for name in ("locked", "alpha"):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value <= 1:
-                raise UserError(f"`{name}` is a share, 0 to 1, not {value}")
-        for name in ("epochs", "lr", "layer_decay", "batch_size", "accumulate"):
-            value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise UserError(f"`{name}` must be above 0, not {value}")
+        check_numbers(self)
 
 
 class Plan(NamedTuple):
@@ -116,7 +110,7 @@ def plan(settings: ContrastSettings, pairs: int, width: int, ranks: int = 1) -> 
 
     Args:
         pairs: of the training split.
-        width: of the wider encoder.
+        width: of the widest encoder that learns.
         ranks: processes that train together.
 
     Raises UserError where there are too few pairs to contrast any.

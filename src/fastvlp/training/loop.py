@@ -56,7 +56,8 @@ def steps(state: TrainState) -> Iterator[StepReport]:
         data_wait = time.perf_counter() - began
         micro = [augmented(batch, run.augment) for batch in micro]
         state.pretraining.active = draw_objective(run.mix, run.seed, state.step)
-        set_rate(state.optimiser, rate_factor(state.midway, run.optim.warmup, run.optim.decay))
+        factor = rate_factor(state.midway, run.optim.warmup, run.optim.decay)
+        set_rate(state.optimiser, factor)
         state.flops.begin_step()
         counts, shares = backward(state, micro)
 
@@ -87,7 +88,7 @@ def steps(state: TrainState) -> Iterator[StepReport]:
         report = StepReport(
             step=state.step,
             losses=dict(zip(shares, values)),
-            lr=state.optimiser.param_groups[0]["lr"],
+            lr=run.optim.lr * factor,
             pairs=pairs,
             tokens=round(sum(targets)),
             seconds=seconds,

@@ -28,7 +28,7 @@ class StepReport:
 
     Attributes:
         losses: `loss`, which was minimised: the sum of weight * mean over its terms; and the mean of each term.
-        lr: learning rate of the encoders.
+        lr: learning rate of the encoders, of their last layers where layers learn at different rates.
         pairs: rows of the step.
         equal_pairs: rows whose text or image another row of the step has too; None where no objective contrasts rows.
         tokens: targets of all losses.
