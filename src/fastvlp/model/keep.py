@@ -21,9 +21,9 @@ def keep_count(patches: int, share: float) -> int:
     return max(1, int(patches * share + 1e-6))
 
 
-def random_keep(seed_B: Tensor, patches: int, share: float) -> Tensor:
+def random_keep(seed_B: Tensor, patches: int, share: float, salt: int = KEEP_SALT) -> Tensor:
     """Sorted indices [B K] of the patches that each row keeps, a function of the row's seed."""
-    noise_BN = uniform(seed_B, (patches,), KEEP_SALT)
+    noise_BN = uniform(seed_B, (patches,), salt)
     return noise_BN.argsort(1)[:, : keep_count(patches, share)].sort(1).values
 
 

@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 from fastvlp.batch import Batch
 from fastvlp.data.augment import AugmentConfig, augment
+from fastvlp.model.keep import random_keep
 from fastvlp.model.model import VLModel
 from fastvlp.objectives.objective import Loss, Objective, PairObjective
 from fastvlp.random import hash64
 
-MIX_SALT = 701
+MIX_SALT, STATE_SALT = 701, 702
 
 
 class RowGrads(NamedTuple):
@@ -58,6 +59,7 @@ class Pretraining(nn.Module):
 
     Attributes:
         keep: share of an image's patches that are encoded in training.
+        keep_states: share of an image's states that an objective which predicts words reads in training.
         masked_validation: whether it is so in validation too.
         active: the objective that training runs alone, until another is chosen; None runs all.
     """
@@ -68,6 +70,7 @@ class Pretraining(nn.Module):
         objectives: Mapping[str, Objective],
         keep: float = 1.0,
         *,
+        keep_states: float = 1.0,
         masked_validation: bool = False,
     ):
         super().__init__()
@@ -76,7 +79,7 @@ class Pretraining(nn.Module):
             objective.masked_validation = masked_validation
         self.model = model
         self.objectives = nn.ModuleDict(objectives)
-        self.keep = keep
+        self.keep, self.keep_states = keep, keep_states
         self.active: str | None = None
 
     def all_objectives(self) -> Mapping[str, Objective]:
@@ -105,6 +108,17 @@ class Pretraining(nn.Module):
         keep = self.model.config.image.random_patches(batch.seed, share)
         return self.model.encode_image(batch.image, keep, batch.regions)
 
+    def states_for(self, objective: Objective, image_BKD: Tensor, batch: Batch) -> Tensor:
+        """The states of the images that an objective reads. One that predicts words may be given a random share of those of the
+        map, after the whole image was encoded (OpenVision 2, arXiv 2509.01644, section 3)."""
+        masked = self.training or self.masked_validation
+        if self.keep_states == 1 or not masked or objective.cloze_method is None:
+            return image_BKD
+        first = self.model.config.image.prefix
+        keep_BK = random_keep(batch.seed, image_BKD.shape[1] - first, self.keep_states, STATE_SALT) + first
+        kept = image_BKD.gather(1, keep_BK[..., None].expand(-1, -1, image_BKD.shape[-1]))
+        return torch.cat([image_BKD[:, :first], kept], 1)
+
     def forward(self, batch: Batch, cached: Mapping[str, RowGrads] | None = None) -> dict[str, Loss]:
         """Named losses of a batch. The images are encoded once for all objectives.
 
@@ -122,7 +136,8 @@ class Pretraining(nn.Module):
                     objective.embed(self.model, image_BKD, batch), objective
                 )
                 continue
-            losses |= {f"{name}/{term}": loss for term, loss in objective(self.model, image_BKD, batch).items()}
+            states = self.states_for(objective, image_BKD, batch)
+            losses |= {f"{name}/{term}": loss for term, loss in objective(self.model, states, batch).items()}
         return losses
 
     def validation(self, batch: Batch) -> tuple[dict[str, Loss], dict[str, tuple[Tensor, ...]]]:
@@ -136,7 +151,8 @@ class Pretraining(nn.Module):
         }
         for name, objective in self.active_objectives().items():
             if name not in pairs and not (objective.contrasts and len(batch) == 1):
-                losses |= {f"{name}/{term}": loss for term, loss in objective(self.model, image_BKD, batch).items()}
+                states = self.states_for(objective, image_BKD, batch)
+                losses |= {f"{name}/{term}": loss for term, loss in objective(self.model, states, batch).items()}
         return losses, rows
 
     def counts(self, batch: Batch) -> dict[str, Tensor]:

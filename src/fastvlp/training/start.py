@@ -155,7 +155,8 @@ def make_pretraining(
     check_tokens(model, objectives, tokenizer)
     for objective in objectives.values():
         objective.begin(model)
-    return Pretraining(model, objectives, run.keep, masked_validation=run.masked_validation), inherited
+    shares = {"keep_states": run.keep_states, "masked_validation": run.masked_validation}
+    return Pretraining(model, objectives, run.keep, **shares), inherited
 
 
 def compile_blocks(module: nn.Module) -> None:

@@ -101,9 +101,12 @@ class TrainConfig(TrainOptions):
     each step runs all."""
     keep: PositiveShare = 1.0
     """Share of an image's patches that are encoded in training (FLIP, arXiv 2212.00794)."""
+    keep_states: PositiveShare = 1.0
+    """Share of an image's encoded states that objectives which predict words read in training (OpenVision 2, arXiv 2509.01644:
+    0.35)."""
     masked_validation: bool = False
-    """Validate as in training, on a share of each image and text, where `keep` and `text_keep` say so; by default on whole
-    ones, as the model will be used."""
+    """Validate as in training, on a share of each image and text, where `keep`, `keep_states` and `text_keep` say so; by
+    default on whole ones, as the model will be used."""
     validate_every: Count | None = None
     """Steps between validations; there is always one at the end. The weights with the lowest loss are kept as best."""
     patience: Count | None = None

@@ -1,0 +1,18 @@
+"""CapPa (arXiv 2306.07915) on the embedded corpus: flm_demo with another objective.
+
+    vlp data demo
+    vlp pretrain cappa_demo
+
+Not measured yet.
+"""
+
+from dataclasses import replace
+
+from fastvlp.model.sizes import tiny
+from fastvlp.objectives.cappa import CapPaConfig
+from fastvlp.recipes.flm_demo import flm_demo
+from fastvlp.training.train_config import TrainConfig
+
+
+def cappa_demo() -> TrainConfig:
+    return replace(flm_demo(), name="cappa_demo", model=tiny(reconstructor=False), objectives={"cappa": CapPaConfig()})
