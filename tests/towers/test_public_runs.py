@@ -261,3 +261,15 @@ def test_the_whole_public_encoder_is_loaded(folder, tmp_path):
         for name, value in public.weights().items():
             if "position" not in name:
                 assert torch.allclose(state[f"{part}.{name}"].float(), value.float(), atol=1e-6), name
+
+
+def test_a_token_that_nobody_ever_trained_is_not_read(folder, tmp_path, capsys):
+    """CLIP's tokenizer has no mask: its new vector is random, and stays so where the table of words is frozen."""
+    frozen = ("--freeze", "text.word")
+    assert main(["convert", str(folder / "clip"), str(tmp_path / "clip")]) == 0
+    for source in (encoders(folder, None, "clip"), ["--from", str(tmp_path / "clip")]):
+        capsys.readouterr()
+        assert pretrain(folder, "mlm_photos", tmp_path / "run", *source, *frozen, *STILL) == 2
+        error = capsys.readouterr().err
+        assert "objective mlm reads mask" in error and "--freeze" in error
+    assert pretrain(folder, "ar_photos", tmp_path / "ar", "--from", str(tmp_path / "clip"), *frozen, *STILL) == 0

@@ -99,7 +99,7 @@ def convert(
         # A public model's preprocessing may be for another image size than its positions.
         load_exactly(model, model.resized(completed(release, model)), source)
         objectives = {name: made.build(model.config, words) for name, made in release.objectives.items()}
-        info: dict[str, Any] = {"name": out.name, "step": 0, "untrained": list(release.untrained)}
+        info: dict[str, Any] = {"name": out.name, "step": 0, **never_trained(release, words)}
         if objectives:
             info |= {"task": next(iter(objectives)), **describe(release.objectives, objectives)}
         save_model(part, model, words, info, objectives=release.objective_weights)
@@ -108,6 +108,11 @@ def convert(
     present = {"image": model.config.image.present, "text": model.config.text.present}
     absent = tuple(name for name, there in present.items() if not there)
     return Converted(out, kind.name, sum(p.numel() for p in model.parameters()), release.untrained, absent)
+
+
+def never_trained(release: Release, words: Tokenizer) -> dict[str, list[str]]:
+    """What is random in a converted model, as part of its `info`: parameters, and the roles of tokens that were added."""
+    return {"untrained": list(release.untrained), "untrained_tokens": list(words.added)}
 
 
 def layouts() -> dict[str, type[Layout]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -147,13 +147,14 @@ def load_encoders(
     return result
 
 
-def check_tokens(model: VLModel, objectives: Mapping[str, Objective], tokenizer: Tokenizer) -> None:
-    """Raises UserError where an objective reads a token that the public tokenizer lacked, whose new vector is not trained."""
-    if not tokenizer.added or model.text.word_table.requires_grad:
+def check_tokens(model: VLModel, objectives: Mapping[str, Objective], new: Collection[str]) -> None:
+    """Raises UserError where an objective reads a token that is never trained. `new`: the roles of the tokens that the public
+    tokenizer lacked, whose vectors are random."""
+    if not new or model.text.word_table.requires_grad:
         return
     for name, objective in objectives.items():
         reads = {"mask": objective.reads_mask, "bos": objective.bos is not None}
-        if lacking := [role for role in tokenizer.added if reads.get(role)]:
+        if lacking := [role for role in new if reads.get(role)]:
             raise UserError(
                 f"objective {name} reads {' and '.join(lacking)}, which the tokenizer of the public text encoder lacked: the "
                 "vectors of new words are random, and `freeze` keeps them so; train the table of words too, or take another "

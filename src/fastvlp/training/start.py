@@ -140,7 +140,7 @@ def make_pretraining(
     run: TrainConfig, tokenizer: Tokenizer, images: PublicImages | None = None, texts: PublicTexts | None = None
 ) -> tuple[Pretraining, Inheritance | None]:
     """The model and objectives with weights drawn from the run's seed, or inherited."""
-    config, inherited = with_tokenizer(run.model, tokenizer), None
+    config, inherited, new_tokens = with_tokenizer(run.model, tokenizer), None, list(tokenizer.added)
     torch.manual_seed(hash64(run.seed))
     model = VLModel(config)
     objectives = {name: objective.build(config, tokenizer) for name, objective in run.objectives.items()}
@@ -148,11 +148,12 @@ def make_pretraining(
         source = load_model(run.init)
         inherited = inherit(model, inheritable_weights(source, config), source.weights)
         inherit_objectives(objectives, source.objectives, inherited)
+        new_tokens += source.info.get("untrained_tokens", [])
     else:
         inherited = load_encoders(model, objectives, images, texts)
     freeze(model, run.freeze, run.train_last)
     add_adapters(model, run.lora)
-    check_tokens(model, objectives, tokenizer)
+    check_tokens(model, objectives, new_tokens)
     for objective in objectives.values():
         objective.begin(model)
     shares = {"keep_states": run.keep_states, "masked_validation": run.masked_validation}
