@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import transformers as hf
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+from torch import nn
 
 SPECIALS = {
     "bert": ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"],
@@ -77,10 +78,22 @@ def write_layout(name: str, folder: Path, texts: Iterable[str] = ()) -> Path:
     torch.manual_seed(0)
     kind = {"bert-base-cased": hf.BertForPreTraining}.get(name)
     model = kind(config) if kind else hf.AutoModel.from_config(config)
+    if norms := [part for part in model.modules() if isinstance(part, nn.BatchNorm2d)]:
+        set_statistics(model, norms)
     model.save_pretrained(folder)
     if hasattr(config, "vocab_size"):
         write_tokenizer(folder, "roberta" if name.startswith("roberta") else "bert", config.vocab_size, texts)
     return folder
+
+
+def set_statistics(model: nn.Module, norms: Iterable[nn.BatchNorm2d]) -> None:
+    """Gives batch norms weights of one and the statistics of noise. As transformers draws them, a deep CNN gives next to
+    nothing."""
+    for norm in norms:
+        norm.reset_parameters()
+        norm.momentum = None  # the mean of all batches, of which there is one
+    with torch.no_grad():
+        model.train()(torch.randn(4, 3, 128, 128))
 
 
 def write_tokenizer(folder: Path, kind: str, size: int, texts: Iterable[str]) -> None:
