@@ -52,6 +52,15 @@ def test_exact_samples_lie_within_the_box():
         assert ((box_weights(box, CELLS, RegionPool(place=place)) @ states - wanted) > 0.01).all()
 
 
+def test_an_exact_sample_is_on_the_map_and_a_released_one_may_be_off_it():
+    """At least half a cell from the edge along each axis; as released, all samples of a box may be zero."""
+    low = torch.rand(500, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    box = torch.cat([low, low + (1 - low) * low.flip(0)], 1)
+    seen = {place: box_weights(box, CELLS, RegionPool(place=place)).sum(-1) for place in ("exact", "released")}
+    assert seen["exact"].min() > 0.25 and seen["exact"].max() <= 1 + 1e-9
+    assert seen["released"].min() == 0
+
+
 def test_the_cells_of_a_grid_that_fits_the_map_are_the_map():
     weight = box_weights(grid_boxes(CELLS), CELLS, RegionPool(place="exact", samples=1))
     columns = torch.eye(CELLS**2).reshape(CELLS, CELLS, -1).transpose(0, 1).flatten(0, 1)

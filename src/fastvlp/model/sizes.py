@@ -229,8 +229,8 @@ def brivl(*, version: Literal[1, 2] = 1, dropout: float = 0.1) -> ModelConfig:
 
     An EfficientNet-B5 of transformers, whose map has 12x12 cells at 380 pixels (1.0) and 15x15 at 456 (2), and a text encoder
     of BERT-base's shape; 4x4 sample points in a region; 4 layers with 4 heads, 2048 wide over regions and 768 wide over words;
-    a joint space of 2048 dimensions. Other than released, batch norms keep the statistics that they start with, and BERT does
-    not attend to padding.
+    a joint space of 2048 dimensions. Other than released, samples lie within their box, batch norms keep the statistics that
+    they start with, and BERT does not attend to padding.
     """
     size = 380 if version == 1 else 456
     bert = LayerConfig(width=768, heads=12, hidden=3072, norm="post", eps=1e-12, dropout=dropout)
@@ -245,7 +245,7 @@ def brivl(*, version: Literal[1, 2] = 1, dropout: float = 0.1) -> ModelConfig:
     )
     layer = LayerConfig(width=2048, heads=4, hidden=2048, norm="post", activation="relu", dropout=dropout)
     grid = None if version == 1 else 6
-    return replace(config, embed=region_heads(config, width=2048, layer=layer, depth=4, grid=grid, place="released"))
+    return replace(config, embed=region_heads(config, width=2048, layer=layer, depth=4, grid=grid))
 
 
 def brivl_tiny(*, size: int = 48, grid: int | None = None) -> ModelConfig:

@@ -12,17 +12,16 @@ from dataclasses import replace
 
 from fastvlp.model import sizes
 from fastvlp.objectives.moco import MoCoConfig
-from fastvlp.recipes.brivl_base import brivl_base
+from fastvlp.recipes.brivl_base import brivl_base, brivl_data
 from fastvlp.training.train_config import TrainConfig
 
 
 def brivl2_base() -> TrainConfig:
-    run = brivl_base()
     return replace(
-        run,
+        brivl_base(),
         name="brivl2_base",
         # The cells of the grid are the head's own.
-        data=replace(run.data, regions=None),
+        data=brivl_data(None),
         model=sizes.brivl(version=2),
         objectives={"moco": MoCoConfig(mode="batch+queue")},
     )

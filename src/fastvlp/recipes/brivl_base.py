@@ -7,16 +7,19 @@ pooled at a detector's boxes and the whole image, a Chinese RoBERTa, and queues 
 Both encoders are fetched from the hub; where it cannot be reached, name folders: `--image B5 --text ROBERTA`. Also for other
 encoders, for which the parts that are trained are then named too:
 
-    vlp pretrain brivl_base --image CNN --freeze image                          # the CNN as it is
-    vlp pretrain brivl_base --image CNN --freeze --train-last.image 2           # its last two stages
+    vlp pretrain brivl_base --image CNN --freeze --train-last.image 2                       # its last two stages
+    vlp pretrain brivl_base --image CNN --freeze image --train-last.image None              # the CNN as it is
+
+With a frozen CNN and `--augment.jitter 0 --augment.gray 0` its maps are stored, and not computed at each step.
 
 As released: the size; which parts are trained (the stages 4 to 7 of the CNN, the last four layers of the RoBERTa, and the
-heads); regions, with the place of samples; the queue, its momentum and temperature; colours that change. Other than released:
-batch norms keep the statistics of the weights that the run starts from, in the momentum copy too; and words do not attend to
-padding. Neither the release nor what could be read of the paper says with which optimiser, rate and batch it was trained:
-these are ALBEF's rate and decay (arXiv 2107.07651), and a batch that fits. brivl2_base needs no boxes.
+heads); which regions are pooled; the queue, its momentum and temperature; colours that change. Other than released: samples
+lie within their box (`model.embed.image.regions.place`); batch norms keep the statistics of the weights that the run starts
+from, in the momentum copy too; and words do not attend to padding. docs/why.md has the reasons. Neither the release nor what
+could be read of the paper says with which optimiser, rate and batch it was trained: these are ALBEF's rate and decay (arXiv
+2107.07651), and a batch that fits. brivl2_base needs no boxes.
 
-Not run at this size, so no result; bench/published_sizes.py takes one step of it.
+Not run at this size, so no result; bench/published_sizes.py takes two steps of it.
 """
 
 from fastvlp.data.augment import AugmentConfig
@@ -29,21 +32,25 @@ from fastvlp.training.train_config import TrainConfig
 from fastvlp.training.trained_parts import LastLayers
 
 
+def brivl_data(regions: RegionSource | None) -> PairData:
+    return PairData(
+        train="pairs/train",
+        val="pairs/val",
+        batch_size=64,
+        max_length=80,
+        workers=8,
+        cache=False,
+        # Boxes are scaled along both sides separately, and a crop would leave some out.
+        fit="squash",
+        captions="captions_zh",
+        regions=regions,
+    )
+
+
 def brivl_base() -> TrainConfig:
     return TrainConfig(
         name="brivl_base",
-        data=PairData(
-            train="pairs/train",
-            val="pairs/val",
-            batch_size=64,
-            max_length=80,
-            workers=8,
-            cache=False,
-            # Boxes are scaled along both sides separately, and a crop would leave some out.
-            fit="squash",
-            captions="captions_zh",
-            regions=RegionSource(whole=True, empty="whole"),
-        ),
+        data=brivl_data(RegionSource(whole=True, empty="whole")),
         model=sizes.brivl(version=1),
         objectives={"moco": MoCoConfig()},
         augment=AugmentConfig(jitter=0.8, gray=0.2),
