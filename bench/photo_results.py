@@ -35,7 +35,7 @@ RECALLS = [f"{way}/r{k}" for way in ("text_to_image", "image_to_text") for k in 
 @dataclass(frozen=True, kw_only=True)
 class Options:
     arms: Annotated[tuple[Arm, ...], tyro.conf.Positional]
-    """Which runs; `tuned` starts from `heads` of the same seed."""
+    """Which runs: recipes/photo_ARM.py."""
     seeds: int = 1
     """Runs of each, with different seeds."""
     first: int = 0
@@ -68,9 +68,8 @@ def trained(o: Options, arm: Arm, seed: int) -> Path:
     out = o.runs / f"photo_{arm}-{seed}"
     if not (out / "last.safetensors").exists():
         data = ("--data.train", f"{o.data}/train", "--data.val", f"{o.data}/val", "--threads", o.threads)
-        start = ("--from", trained(o, "heads", seed)) if arm == "tuned" else ()
         began = cpu_seconds()
-        vlp("pretrain", RECIPES / f"photo_{arm}.py", "--out", out, "--seed", seed, *data, *start)
+        vlp("pretrain", RECIPES / f"photo_{arm}.py", "--out", out, "--seed", seed, *data)
         (out / "cpu_seconds.json").write_text(json.dumps(cpu_seconds() - began), encoding="utf-8")
     return out
 
