@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
+import resource
 import shlex
 from pathlib import Path
 
 import pytest
 
-from fastvlp.cli import main
+from fastvlp.cli import keep_freed_memory, main
 
 ROOT = Path(__file__).parent.parent
 COMMAND = re.compile(r"(?:^|&& |\|\| |@|@?\.venv/bin/)(vlp [^#\n]*?)(?= +#|$| &&| \|\|)", re.MULTILINE)
@@ -36,3 +37,15 @@ def test_each_is_understood(name, command, monkeypatch):
     monkeypatch.setattr("fastvlp.training.public_start.with_public_encoders", lambda run, **names: run)
     monkeypatch.setattr("fastvlp.training.starting_point.starting_from", lambda run, folder: run)
     assert main(shlex.split(command)[1:]) == 0 and len(runs) == 1
+
+
+@pytest.mark.skipif(not keep_freed_memory(), reason="not glibc")
+def test_freed_memory_is_used_again():
+    """Else the system would clear all pages of each large tensor anew."""
+    faults = []
+    for _ in range(3):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        block = b"x" * (64 << 20)
+        del block
+        faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    assert max(faults[1:]) < (64 << 20) // resource.getpagesize() / 10

@@ -1,7 +1,7 @@
 """FLM on the map of a frozen CNN with public weights, with the text layers of flm_photos from scratch:
 
     R=bench/recipes
-    vlp compare $R/photo_flm.py $R/photo_mlm.py $R/photo_ar.py $R/photo_ar_minilm.py --budget 210s
+    vlp compare $R/photo_flm.py $R/photo_mlm.py $R/photo_ar.py $R/photo_ar_minilm.py --budget 150s
 """
 
 from dataclasses import replace
@@ -22,7 +22,7 @@ def photo_flm() -> TrainConfig:
         data=data,
         model=with_image(run.model, lite0_images()),
         freeze=("image",),
-        budget_s=210,
+        budget_s=150,
         validate_every=None,
         checkpoint_every=None,
     )

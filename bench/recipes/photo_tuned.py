@@ -11,5 +11,5 @@ from fastvlp.training.train_config import TrainConfig
 def photo_tuned() -> TrainConfig:
     run = photo_heads()
     optim = replace(run.optim, layer_decay=0.8, parts={"text": 0.3})
-    # 10 epochs.
-    return replace(run, name="photo_tuned", optim=optim, freeze=("image", "text.word"), steps=120)
+    # 8 epochs.
+    return replace(run, name="photo_tuned", optim=optim, freeze=("image", "text.word"), steps=94)

@@ -6,6 +6,7 @@ function, and how its result is printed. A module that imports torch is imported
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import os
 import sys
@@ -185,11 +186,23 @@ def run(name: str, ready: Run) -> None:
     COMMANDS[name].show(ready())
 
 
+def keep_freed_memory() -> bool:
+    """Lets this process keep the memory that it frees for what it allocates next. Returns whether it can: with glibc.
+
+    By default glibc gives blocks of 32 MB and more back at once, and the system clears them again when the next large tensor
+    is made: a third of a step on a CPU, or more (docs/log.md, entry 22).
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    # M_MMAP_THRESHOLD and M_TRIM_THRESHOLD of malloc.h, at the highest values that they take.
+    return mallopt is not None and all(mallopt(*setting) == 1 for setting in ((-3, 1 << 30), (-1, (1 << 31) - 1)))
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command. Returns 0, or 2 after saying what is wrong where the user can mend it; tyro exits with 2 too."""
     argv = list(sys.argv[1:] if argv is None else argv)
     # Torch's threads spin while they wait for each other: on cores that others use too, a step then takes 50 times as long.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    keep_freed_memory()
     name = ""
     try:
         while argv[:1] == ["--import"] and len(argv) > 1:
