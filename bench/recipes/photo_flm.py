@@ -1,7 +1,7 @@
 """FLM on the map of a frozen CNN with public weights, with the text layers of flm_photos from scratch:
 
-    R=bench/recipes
-    vlp compare $R/photo_flm.py $R/photo_mlm.py $R/photo_ar.py $R/photo_ar_minilm.py --budget 150s
+R=bench/recipes
+vlp compare $R/photo_flm.py $R/photo_mlm.py $R/photo_ar.py $R/photo_ar_minilm.py --budget 150s
 """
 
 from dataclasses import replace
