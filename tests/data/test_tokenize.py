@@ -155,3 +155,14 @@ def test_numbers_without_a_token_count_and_leave_no_room_for_new_ones(tmp_path):
     RawTokenizer(models.WordLevel(words, unk_token="[UNK]")).save(str(path))
     with pytest.raises(UserError, match="pad"):
         Tokenizer.load(path, complete=True)
+
+
+@pytest.mark.parametrize("kind", ["wordpiece", "bpe"])
+def test_a_prefix_is_read_as_if_it_were_written(kind, tmp_path):
+    plain = Tokenizer.train(["query: a red box and a blue ball"] * 3, kind, vocab_size=300)
+    plain.with_prefix("query: ").save(tmp_path / "tokenizer.json")
+    prefixed = Tokenizer.load(tmp_path / "tokenizer.json")
+    texts = ["a red box", "Ball"]
+    expected = plain.encode([f"query: {text}" for text in texts], 20)
+    assert all(map(torch.equal, prefixed.encode(texts, 20), expected))
+    assert not torch.equal(plain.encode(texts, 20)[0], expected[0])

@@ -12,7 +12,8 @@ import torch
 from PIL import Image
 
 from fastvlp.cli import main
-from fastvlp.convert.public_encoders import read_images, read_texts
+from fastvlp.convert.public_encoders import read_images, read_texts, read_tokenizer
+from fastvlp.convert.public_folder import open_public
 from fastvlp.data.world.corpus import WorldConfig, write_world
 from fastvlp.errors import UserError
 from fastvlp.model.saving import load_model
@@ -273,3 +274,14 @@ def test_a_token_that_nobody_ever_trained_is_not_read(folder, tmp_path, capsys):
         error = capsys.readouterr().err
         assert "objective mlm reads mask" in error and "--freeze" in error
     assert pretrain(folder, "ar_photos", tmp_path / "ar", "--from", str(tmp_path / "clip"), *frozen, *STILL) == 0
+
+
+def test_texts_get_the_prefix_that_their_encoder_was_trained_with(folder, tmp_path):
+    plain, run = read_tokenizer(open_public(folder / "bert")), tmp_path / "run"
+    assert (
+        pretrain(folder, "clip_photos", run, *encoders(folder, None, "bert"), "--text-prefix", "a red: ", *STILL) == 0
+    )
+    # It is kept with the model, so that all that embeds texts by it agrees.
+    saved = load_model(run).tokenizer
+    assert torch.equal(saved.encode(["small circle"], 20)[0], plain.encode(["a red: small circle"], 20)[0])
+    assert pretrain(folder, "clip_photos", tmp_path / "other", "--text-prefix", "a red: ", *STILL) == 2

@@ -112,6 +112,16 @@ class Tokenizer:
         """A copy of what it is made of."""
         return tokenizers.Tokenizer.from_str(self._inner.to_str())
 
+    def with_prefix(self, prefix: str) -> Tokenizer:
+        """A tokenizer that puts `prefix` before every text, such as "query: " for e5 (arXiv 2212.03533). It is a part of
+        tokenizer.json: whatever reads that file puts it there too."""
+        inner = tokenizers.Tokenizer.from_str(self._inner.to_str())
+        own = [] if inner.normalizer is None else [inner.normalizer]
+        inner.normalizer = normalizers.Sequence([normalizers.Prepend(prefix), *own])
+        prefixed = Tokenizer(inner, "tokenizer")
+        prefixed.added = self.added
+        return prefixed
+
     @property
     def fingerprint(self) -> str:
         """A hash of all that decides the ids of a text."""

@@ -72,6 +72,8 @@ def read_encoders(run: TrainConfig) -> tuple[PublicImages | None, PublicTexts | 
         raise UserError(
             f"{run.name}: it starts from the saved model `init` and from public encoders; give one of the two alone"
         )
+    if run.text_prefix is not None and not run.text:
+        raise UserError(f"{run.name}: `text_prefix` is for a public text encoder; name it as `text`")
     folders = {source: open_public(source) for source in (run.image, run.text) if source}
     images = read_images(folders[run.image], layers=run.image_layers) if run.image else None
     texts = read_texts(folders[run.text], layers=run.text_layers) if run.text else None

@@ -175,7 +175,8 @@ def find_tokenizer(run: TrainConfig, resume: bool, texts: PublicTexts | None = N
     if resume and own.exists():
         return Tokenizer.load(own)
     if texts is not None:
-        return public_tokenizer(texts, run.tokenizer)
+        words = public_tokenizer(texts, run.tokenizer)
+        return words if run.text_prefix is None else words.with_prefix(run.text_prefix)
     if run.tokenizer is not None:
         return Tokenizer.load(run.tokenizer)
     if run.init is not None and read_config(run.init).text.present:

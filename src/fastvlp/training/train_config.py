@@ -124,6 +124,8 @@ class TrainConfig(TrainOptions):
     """Public text encoder to start from, in place of the model's, with its tokenizer."""
     text_layers: Count | None = None
     """How many of its first layers to take; None for all."""
+    text_prefix: str | None = None
+    """What the public text encoder was trained to find before every text, such as "query: " (e5)."""
 
     @property
     def folder(self) -> Path:
