@@ -183,3 +183,37 @@ def test_absurd_options_are_refused_by_name_before_anything_is_written(pairs, tm
         train(changed(made_run(pairs, tmp_path / "run", "clip"), name, value))
     assert f"`{name}`" in str(refused.value) or f"`{name.rpartition('.')[2]}`" in str(refused.value)
     assert not (tmp_path / "run").exists()
+
+
+CONTENTS = {
+    "a step of words": lambda saved: saved.update(step="x"),
+    "a negative step": lambda saved: saved.update(step=-1),
+    "no time": lambda saved: saved.update(elapsed=math.nan),
+    "no run": lambda saved: saved.update(run=[]),
+    "no optimiser": lambda saved: saved.update(optimiser=None),
+    "another optimiser": lambda saved: saved["optimiser"].update(param_groups=[]),
+    "a rate that is not finite": lambda saved: saved["optimiser"]["param_groups"][0].update(base_lr=math.inf),
+    "moments of another shape": lambda saved: saved["optimiser"]["state"][0].update(exp_avg=torch.zeros(3)),
+    "moments that are not finite": lambda saved: saved["optimiser"]["state"][0]["exp_avg"].fill_(math.nan),
+    "weights of another shape": lambda saved: saved["pretraining"].update(
+        {next(iter(saved["pretraining"])): torch.zeros(3)}
+    ),
+    "weights that are no tensors": lambda saved: saved["pretraining"].update({next(iter(saved["pretraining"])): 1}),
+    "no weights": lambda saved: saved.update(pretraining=[]),
+    "weights of a terabyte that share their bytes": lambda saved: saved["pretraining"].update(
+        {next(iter(saved["pretraining"])): torch.zeros(1).expand(1 << 40)}
+    ),
+    "dropped records of another form": lambda saved: saved.update(dropped=[1]),
+    "rows": lambda saved: saved.update(rows="x"),
+    "ranks": lambda saved: saved.update(ranks=None),
+}
+
+
+@pytest.mark.parametrize("kind", CONTENTS)
+def test_a_checkpoint_of_other_contents_is_refused(finished, pairs, tmp_path, kind):
+    shutil.copytree(finished / "run", tmp_path / "run")
+    saved = load_checkpoint(tmp_path / "run/last.pt")
+    CONTENTS[kind](saved)
+    save_checkpoint(tmp_path / "run/last.pt", saved)
+    with pytest.raises(UserError, match=r"last\.pt"):
+        start(made_run(pairs, tmp_path / "run", "clip", steps=2), resume=True)

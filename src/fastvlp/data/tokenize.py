@@ -16,7 +16,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor
 
 from fastvlp.errors import UserError
-from fastvlp.files import write_whole
+from fastvlp.files import read_plain, write_whole
 
 _ROLES = {
     "pad": ("[PAD]", "<pad>", "<|pad|>"),
@@ -60,7 +60,13 @@ class Tokenizer:
                 raise UserError(f"{source}: numbers without a token, so that none can be added; it lacks {self.added}")
             inner.add_special_tokens([_ROLES[role][-1] for role in self.added])
         # Some vocabularies have numbers without a token.
-        self.vocab_size = 1 + max(inner.get_vocab(with_added_tokens=True).values())
+        vocabulary = inner.get_vocab(with_added_tokens=True)
+        self.vocab_size = 1 + max(vocabulary.values(), default=0)
+        if self.vocab_size > 4 * len(vocabulary) + 100_000:
+            raise UserError(
+                f"{source}: {len(vocabulary)} tokens have numbers up to {self.vocab_size - 1}, and a model has a row for each "
+                f"number; number them from 0"
+            )
         self.pad = _special(inner, "pad", source)
         self.bos = _special(inner, "bos", source)
         self.eos = _special(inner, "eos", source)
@@ -79,7 +85,7 @@ class Tokenizer:
         """
         path = Path(path)
         try:
-            text = path.read_text(encoding="utf-8")
+            text = read_plain(path).decode("utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(
                 f"{path}: cannot read a tokenizer here ({error}); give the path of a tokenizer.json"

@@ -34,8 +34,8 @@ def check_fits(config: ModelConfig, shapes: Mapping[str, tuple[int, ...]], sourc
         raise UserError(
             f"{source}: has {len(shapes)} tensors, and the model that model.json describes more; copy the folder again"
         ) from None
-    except UserError:
-        raise
+    except UserError as error:
+        raise UserError(f"{source.parent}/model.json: {error}") from error
     # What a config of impossible numbers makes torch raise.
     except Exception as error:
         raise UserError(

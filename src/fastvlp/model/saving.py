@@ -211,7 +211,11 @@ def load_exactly(module: nn.Module, state: Mapping[str, Tensor], source: str | P
             f"{source}: saved from another model, it has {_few(extra)} besides; use the config it was saved with"
         )
     for name, value in own.items():
+        if not isinstance(state[name], Tensor):
+            raise UserError(f"{source}: {name} is a {type(state[name]).__name__} and no tensor; copy it again")
         _same_shape(name, state[name], value, source, "use the config it was saved with")
+        if state[name].is_floating_point() != value.is_floating_point():
+            raise UserError(f"{source}: {name} holds {state[name].dtype}, the model has {value.dtype}; copy it again")
     module.load_state_dict(dict(state))
 
 
@@ -300,7 +304,10 @@ def _read_description(path: Path) -> _Description:
         tokenizer, info = description.get("tokenizer"), _object(description["info"])
     try:
         config = _converter.structure(description["config"], ModelConfig)
-    except (BaseValidationError, KeyError, TypeError, ValueError, ArithmeticError) as error:
+    # Given hostile values, the converters raise anything.
+    except Exception as error:
+        if isinstance(error, UserError):
+            raise UserError(f"{path}: {error}") from error
         if isinstance(error, BaseValidationError) and (user_errors := error.subgroup(UserError)) is not None:
             raise UserError(f"{path}: {_first(user_errors)}") from error
         causes = "; ".join(cattrs.transform_error(error))

@@ -6,8 +6,10 @@ A file is written whole or not at all.
 from __future__ import annotations
 
 import json
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -150,7 +152,8 @@ def read_checkpoint(run: TrainConfig) -> dict[str, Any]:
     saved = load_checkpoint(path)
     if missing := {"run", "rows", "ranks", "pretraining", "optimiser", "ema", "dropped", *COUNTERS} - set(saved):
         raise UserError(f"{path}: not a checkpoint of a run, it lacks {', '.join(sorted(missing))}")
-    changed = {k: v for k, v in differences(saved["run"], to_json(run)).items() if k not in CHANGEABLE}
+    with _expect_form(path):
+        changed = {k: v for k, v in differences(saved["run"], to_json(run)).items() if k not in CHANGEABLE}
     refuse(path, changed | ({} if saved["ranks"] == dist.world() else {"ranks": (saved["ranks"], dist.world())}))
     return saved
 
@@ -166,16 +169,42 @@ def refuse(path: Path, changed: Mapping[str, tuple[Any, Any]]) -> None:
 
 def restore(state: TrainState, saved: Mapping[str, Any]) -> None:
     """Brings a new state, whose weights are loaded, to where the checkpoint stood. Raises UserError where its data had other
-    rows."""
+    rows, and where it holds something else than was saved."""
     path, rows = state.run.folder / CHECKPOINT, state.train.count
     refuse(path, {} if saved["rows"] == rows else {"rows": (saved["rows"], rows)})
-    if state.ema is not None:
-        load_exactly(state.ema, saved["ema"], path)
-    state.optimiser.load_state_dict(saved["optimiser"])
-    state.dropped = saved["dropped"] | state.dropped
-    state.earlier_length = replace(state.run, **{name: saved["run"][name] for name in ("steps", "budget_s")}).length
-    for name in COUNTERS:
-        setattr(state, name, saved[name])
-    for name in LATER_COUNTERS:
-        setattr(state, name, saved.get(name, 0))
+    with _expect_form(path):
+        if state.ema is not None:
+            load_exactly(state.ema, saved["ema"], path)
+        load_optimiser(state.optimiser, saved["optimiser"])
+        state.dropped = {str(key): str(reason) for key, reason in saved["dropped"].items()} | state.dropped
+        state.earlier_length = replace(state.run, **{name: saved["run"][name] for name in ("steps", "budget_s")}).length
+        for name in (*COUNTERS, *LATER_COUNTERS):
+            kind, value = type(getattr(state, name)), saved.get(name, 0)
+            if not isinstance(value, kind | int) or isinstance(value, bool) or not value >= 0:
+                raise ValueError(f"{name} is {value!r}")
+            setattr(state, name, kind(value))
     state.saved = state.step
+
+
+def load_optimiser(optimiser: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
+    """Raises ValueError where its moments are of other parameters, or a number of it is not finite."""
+    optimiser.load_state_dict(saved)
+    numbers = [(name, x) for group in saved["param_groups"] for name, x in group.items() if isinstance(x, float)]
+    if wrong := [name for name, x in numbers if not math.isfinite(x)]:
+        raise ValueError(f"{wrong[0]} of the optimiser is not finite")
+    for parameter, moments in optimiser.state.items():
+        shapes = {name: x.shape for name, x in moments.items() if isinstance(x, torch.Tensor) and name != "step"}
+        if wrong := [name for name, shape in shapes.items() if shape != parameter.shape] or not_finite(moments):
+            raise ValueError(f"{wrong[0]} of the optimiser is of another shape, or not finite")
+
+
+@contextmanager
+def _expect_form(path: Path) -> Iterator[None]:
+    """Turns what reading a checkpoint of another form raises into a UserError."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        reason = str(error).partition("\n")[0][:200] or type(error).__name__
+        raise UserError(f"{path}: not what a run saves ({reason}); restore the file or start the run anew") from error

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor, nn
 
-from fastvlp.config import Count
+from fastvlp.config import Count, Positive
 from fastvlp.errors import UserError
 from fastvlp.model.encoders.layer_names import LayerNames, find_layers
 from fastvlp.model.keep import random_keep
@@ -42,7 +42,7 @@ class ImageEncoderConfig(abc.ABC):
     """Side of the square image, in pixels."""
     mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
     """What is subtracted from pixels scaled to 0..1, by channel; CLIP's values by default."""
-    std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
+    std: tuple[Positive, Positive, Positive] = (0.26862954, 0.26130258, 0.27577711)
     """What they are then divided by."""
 
     can_drop_patches: ClassVar[bool] = False
