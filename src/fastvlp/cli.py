@@ -47,7 +47,7 @@ from fastvlp.cli_results import (
     show_task_scores,
     show_tuned,
 )
-from fastvlp.errors import UserError
+from fastvlp.errors import UserError, remedy
 from fastvlp.extensions import import_file
 
 
@@ -227,6 +227,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         # As when piped into `head`: Python would fail once more on flushing stdout at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except OSError as error:
+        advice = remedy(error)
+        if advice is None:
+            raise
+        place = f"{error.filename}: " if error.filename else ""
+        print(f"error: {place}{error.strerror}; {as_flags(advice, ['data'])}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 130

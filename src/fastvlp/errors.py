@@ -1,4 +1,8 @@
-"""The one exception whose message is meant for the person at the keyboard."""
+"""The one exception whose message is meant for the person at the keyboard, and remedies of what the system refuses."""
+
+from __future__ import annotations
+
+import errno
 
 
 class UserError(Exception):
@@ -8,3 +12,29 @@ class UserError(Exception):
 def install(extra: str) -> str:
     """The remedy where an optional package is missing."""
     return f"pip install -e '.[{extra}]'"
+
+
+_SPACE = "free space, or choose another folder"
+_PERMISSION = "ask for the permission, or choose another folder"
+_HANDLES = "raise the number of files that may be open with `ulimit -n 4096`, or lower `data.workers`"
+_DISK = "the disk or its connection has failed; look at it, then run the same command again"
+_REMEDIES = {
+    errno.ENOSPC: _SPACE,
+    errno.EDQUOT: _SPACE,
+    errno.EFBIG: "files may not be so large here (`ulimit -f`); choose another folder",
+    errno.EACCES: _PERMISSION,
+    errno.EPERM: _PERMISSION,
+    errno.EROFS: "it is read-only here; choose another folder",
+    errno.EMFILE: _HANDLES,
+    errno.ENFILE: _HANDLES,
+    errno.EIO: _DISK,
+    errno.ESTALE: _DISK,
+    errno.ENOTCONN: _DISK,
+    errno.ENOMEM: "memory has run out; lower `data.batch_size` or `data.workers`",
+    errno.EAGAIN: "no further process can be started (`ulimit -u`); lower `data.workers`",
+}
+
+
+def remedy(error: OSError, otherwise: str | None = None) -> str | None:
+    """What to do about an error of the system; `otherwise` where that is not known."""
+    return _REMEDIES.get(error.errno or 0, otherwise)

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from fastvlp.errors import UserError
+from fastvlp.errors import UserError, remedy
 
 # The largest single thing that is read whole: no picture has a gigabyte.
 MOST_BYTES = 1 << 30
@@ -49,7 +49,8 @@ def whole_file(path: Path, temporary: str) -> Iterator[Path]:
             os.fsync(file.fileno())
         part.replace(path)
     except OSError as error:
-        raise UserError(f"{path}: cannot write ({error.strerror}); free space or choose another folder") from error
+        advice = remedy(error, "free space or choose another folder")
+        raise UserError(f"{path}: cannot write ({error.strerror}); {advice}") from error
     finally:
         part.unlink(missing_ok=True)
 
@@ -75,6 +76,6 @@ def whole_folder(out: Path) -> Iterator[Path]:
         yield part
         part.rename(out)
     except OSError as error:
-        raise UserError(f"{out}: cannot write ({error.strerror}); choose another folder") from error
+        raise UserError(f"{out}: cannot write ({error.strerror}); {remedy(error, 'choose another folder')}") from error
     finally:
         shutil.rmtree(part, ignore_errors=True)

@@ -21,7 +21,8 @@ from torch.utils.data import DataLoader, Dataset
 from fastvlp.batch import Batch, Dropped
 from fastvlp.data.batching import Grouping, Lengths, Plan
 from fastvlp.data.prefetch import Prefetch
-from fastvlp.errors import UserError
+from fastvlp.data.worker_processes import LESS_MEMORY, from_workers
+from fastvlp.errors import UserError, remedy
 from fastvlp.random import hash64, hash64_rows
 
 
@@ -158,7 +159,7 @@ class Loader:
             # Without its own generator the loader draws from the global one, and the run depends on `workers`.
             generator=torch.Generator().manual_seed(0),
         )
-        made = self._finish(iter(loader))
+        made = self._finish(from_workers(loader))
         return Prefetch(made) if self.pin else made
 
     def _finish(self, made: Iterator[Made | UserError]) -> Iterator[Made]:
@@ -183,6 +184,13 @@ class _Batches(Dataset[Made | UserError]):
             batch, dropped = self.make(rows)
         except UserError as error:
             return error
+        except OSError as error:
+            advice = remedy(error)
+            if advice is None:
+                raise
+            return UserError(f"{error.filename or 'the data'}: {error.strerror}; {advice}")
+        except MemoryError:
+            return UserError(f"memory has run out in making a batch; {LESS_MEMORY}")
         if len(batch) == 0:
             names = "; ".join(f"{d.key}: {d.reason}" for d in dropped[:8])
             return UserError(f"no record of batch {s} can be used ({names}); look at the data with `vlp data inspect`")

@@ -18,7 +18,7 @@ from rich.text import Text
 
 from fastvlp import dist
 from fastvlp.config import flatten
-from fastvlp.errors import UserError
+from fastvlp.errors import UserError, remedy
 from fastvlp.files import write_whole
 from fastvlp.model.saved_run import read_json
 from fastvlp.training.hardware import peak_flops, peak_memory
@@ -166,7 +166,8 @@ class RunLog:
         except OSError as error:
             if not self.path.parent.is_dir():
                 raise UserError(f"{self.path.parent}: was removed or renamed while the run went on") from error
-            raise UserError(f"{self.path}: cannot write ({error.strerror}); free space and resume the run") from error
+            advice = remedy(error, "free space and resume the run")
+            raise UserError(f"{self.path}: cannot write ({error.strerror}); {advice}") from error
         numbers = {f"{kind}/{k}": v for k, v in clean.items() if isinstance(v, int | float) and not isinstance(v, bool)}
         for tracker in self._trackers if numbers else ():
             tracker.log(numbers, step)

@@ -13,6 +13,7 @@ import hashlib
 import io
 import json
 import os
+import resource
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,11 +27,10 @@ from fsspec.implementations.local import LocalFileSystem
 from fastvlp.batch import Dropped, Record
 from fastvlp.data.records.captions import caption_texts, merge_captions
 from fastvlp.data.records.tar_index import TarIndex, scan
-from fastvlp.errors import UserError
+from fastvlp.errors import UserError, remedy
 from fastvlp.files import write_whole
 from fastvlp.plain_json import parse_json
 
-_OPEN_FILES = 256
 # An index takes a few dozen bytes for each member, a tar at least 512: one that is larger by more than this is not read.
 _INDEX_MORE = 1 << 20
 _MAGIC = (
@@ -259,7 +259,8 @@ class Shards:
             else:
                 data = self._filesystem().cat_file(tar, start=offset, end=offset + length)
         except OSError as error:
-            raise UserError(f"{tar}: cannot read ({error}); is the file still there?") from error
+            advice = remedy(error, "is the file still there?")
+            raise UserError(f"{tar}: cannot read ({error.strerror or error}); {advice}") from error
         if len(data) != length:
             raise UserError(f"{tar}: became shorter while it was in use; start again, and its index is rebuilt")
         return data
@@ -270,7 +271,7 @@ class Shards:
             return os.pread(fd, length, offset)
         fd = os.open(tar, os.O_RDONLY)
         # Files in `_files` stay open as long as `self` exists, because another thread may be reading from them.
-        if len(self._files) < _OPEN_FILES and self._files.setdefault(tar, fd) == fd:
+        if len(self._files) < _most_open() and self._files.setdefault(tar, fd) == fd:
             return os.pread(fd, length, offset)
         try:
             return os.pread(fd, length, offset)
@@ -297,8 +298,10 @@ def _explain_write_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        remedy = "free space or choose another folder, then run the same command again"
-        raise UserError(f"{path}: cannot write ({error.strerror or error}); {remedy}") from error
+        raise UserError(
+            f"{path}: cannot write ({error.strerror or error}); {remedy(error, 'free space or choose another folder')}, "
+            f"then run the same command again"
+        ) from error
 
 
 def _members(record: Record) -> list[tuple[str, bytes]]:
@@ -360,6 +363,11 @@ def _find_tars(fs: Any, root: str) -> list[str]:
         return []
 
 
+def _most_open() -> int:
+    """Files that stay open: at most a quarter of those that the process may open."""
+    return min(256, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4)
+
+
 def _index_name(tar: str) -> str:
     return tar.removesuffix(".tar") + ".index.json"
 
@@ -376,7 +384,7 @@ def _local_index(tar: Path) -> TarIndex:
             index = scan(file, str(tar), stat.st_size, stat.st_mtime_ns)
     except OSError as error:
         raise UserError(
-            f"{tar}: cannot read ({error.strerror or error}); check the path and its permissions"
+            f"{tar}: cannot read ({error.strerror or error}); {remedy(error, 'check the path and its permissions')}"
         ) from error
     try:
         write_whole(path, index.to_json())
