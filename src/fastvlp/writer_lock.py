@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from fastvlp.errors import UserError
+from fastvlp.errors import UserError, remedy
 
 try:
     import fcntl
@@ -33,7 +33,8 @@ class WriterLock:
         try:
             file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
         except OSError as error:
-            raise UserError(f"{self.path.parent}: cannot write ({error.strerror}); choose another folder") from error
+            advice = remedy(error, "choose another folder")
+            raise UserError(f"{self.path.parent}: cannot write ({error.strerror}); {advice}") from error
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:

@@ -7,6 +7,7 @@ import os
 import resource
 import signal
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -100,7 +101,7 @@ def test_what_the_system_refuses_is_an_error_with_a_remedy(workers, error, advic
 @pytest.fixture
 def few_handles():
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    taken = max(map(int, os.listdir("/proc/self/fd"))) + 1
+    taken = max(int(fd.name) for fd in Path("/proc/self/fd").iterdir()) + 1
     resource.setrlimit(resource.RLIMIT_NOFILE, (taken + 6, hard))
     yield
     resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
@@ -148,3 +149,10 @@ def test_absurdly_many_workers_are_refused(tmp_path):
     run = made_run(made_pairs(tmp_path / "pairs"), tmp_path / "a", "mlm", workers=10**6)
     with pytest.raises(UserError, match=r"data\.workers"):
         start(run)
+
+
+def test_a_folder_that_cannot_be_made_is_named_with_the_reason(tmp_path):
+    (tmp_path / "file").write_text("no folder")
+    run = made_run(made_pairs(tmp_path / "pairs"), tmp_path / "file" / "run", "mlm")
+    with pytest.raises(UserError, match=r"file/run: .*Not a directory"):
+        train(run)

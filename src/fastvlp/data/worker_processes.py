@@ -16,7 +16,9 @@ from torch.utils.data import DataLoader
 from fastvlp.errors import UserError, remedy
 
 LESS_MEMORY = "lower `data.workers` or `data.batch_size`, or set `data.cache` to false"
-_CRASHED = "a library crashed in reading a record; `vlp data inspect` finds the record, and Pillow or simplejpeg may need an update"
+_CRASHED = (
+    "a library crashed in reading a record; update Pillow and simplejpeg, or find the record with `vlp data inspect`"
+)
 _CAUSES: Mapping[int, str] = {
     signal.SIGKILL: f"most likely because memory ran out, which the kernel's log says (`dmesg`); {LESS_MEMORY}",
     signal.SIGBUS: "most likely because /dev/shm is full; give it more room (docker: --shm-size), or set `data.workers` to 0",
@@ -59,7 +61,7 @@ def _watched(iterator: Iterator[Any], workers: list[BaseProcess]) -> Iterator[An
             reason = why(error, workers)
             if reason is None:
                 raise
-            # A traceback keeps its frames, and they the workers, which take 5 s each to end where the garbage collector ends them.
+            # A traceback keeps its frames, and they the workers: left to the garbage collector these take 5 s each to end.
             del iterator
             raise UserError(reason) from error.with_traceback(None)
         yield made

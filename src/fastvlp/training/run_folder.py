@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from fastvlp import dist
-from fastvlp.errors import UserError
+from fastvlp.errors import UserError, remedy
 from fastvlp.writer_lock import WriterLock
 
 LOCK = "writer.lock"
@@ -25,8 +25,11 @@ def locked(folder: Path) -> Iterator[WriterLock]:
     lock = WriterLock(folder / LOCK, lambda holder: _refusal(folder, holder))
     with dist.together(torch.device("cpu")):
         if dist.is_main():
-            with suppress(OSError):  # `take` says what is wrong
+            try:
                 folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                advice = remedy(error, "choose another folder with `out`")
+                raise UserError(f"{folder}: cannot make this folder ({error.strerror}); {advice}") from error
             lock.take()
             remove_unfinished(folder)
     try:
