@@ -17,6 +17,7 @@ from fastvlp.cli import main
 from fastvlp.data.loader import Loader, Row
 from fastvlp.data.pairs import PairMaker
 from fastvlp.data.records.shards import Shards, ShardWriter
+from fastvlp.data.worker_processes import reserve_handles
 from fastvlp.errors import UserError
 from fastvlp.training.checkpoint import load_checkpoint
 from fastvlp.training.loop import start, train
@@ -156,3 +157,14 @@ def test_a_folder_that_cannot_be_made_is_named_with_the_reason(tmp_path):
     run = made_run(made_pairs(tmp_path / "pairs"), tmp_path / "file" / "run", "mlm")
     with pytest.raises(UserError, match=r"file/run: .*Not a directory"):
         train(run)
+
+
+def test_worker_processes_get_the_handles_that_they_need_or_are_refused(monkeypatch):
+    limits = {"soft": 40, "hard": 4096}
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (limits["soft"], limits["hard"]))
+    monkeypatch.setattr(resource, "setrlimit", lambda _, new: limits.update(soft=new[0]))
+    reserve_handles(8)
+    assert 8 * 16 < limits["soft"] <= 4096
+    limits.update(soft=40, hard=40)
+    with pytest.raises(UserError, match=r"`data\.workers` 8.*only 40.*ulimit -n"):
+        reserve_handles(8)

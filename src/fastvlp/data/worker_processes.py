@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import multiprocessing
+import os
+import resource
 import signal
 import threading
 from collections.abc import Iterator, Mapping
@@ -34,6 +36,7 @@ _HANDLES = ("too many open files", "ancdata", "errno 24")
 
 def from_workers(loader: DataLoader[Any]) -> Iterator[Any]:
     """What the processes of a loader make. Raises UserError where they cannot be started, or one of them dies."""
+    reserve_handles(loader.num_workers)
     before = {*multiprocessing.active_children()}
     handler = signal.getsignal(signal.SIGCHLD)
     try:
@@ -49,6 +52,22 @@ def from_workers(loader: DataLoader[Any]) -> Iterator[Any]:
         # dead worker is noticed within 5 s, when its batch is due.
         signal.signal(signal.SIGCHLD, handler)
     return _watched(iterator, workers)
+
+
+def reserve_handles(workers: int) -> None:
+    """Raises the number of files that the process may open to what its loader processes take, since these would wait forever
+    for a handle. Raises UserError where the system allows fewer."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    # A process has its pipes, the tensors of two batches, and files of its own. Those that are open now are its too.
+    needed = len(os.listdir("/dev/fd")) + 32 + 16 * workers  # noqa: PTH208 (names alone)
+    if soft == resource.RLIM_INFINITY or soft >= needed:
+        return
+    if hard != resource.RLIM_INFINITY and hard < needed:
+        raise UserError(
+            f"`data.workers` {workers}: they need {needed} open files, and only {hard} are allowed; lower it, or raise the "
+            f"limit with `ulimit -n {2 * needed}`"
+        )
+    resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
 
 def _watched(iterator: Iterator[Any], workers: list[BaseProcess]) -> Iterator[Any]:
@@ -70,8 +89,6 @@ def _watched(iterator: Iterator[Any], workers: list[BaseProcess]) -> Iterator[An
 def why(error: Exception, workers: list[BaseProcess]) -> str | None:
     """Why a loader's processes no longer answer; None where they are not the cause."""
     text = str(error).lower()
-    if any(part in text for part in _HANDLES):
-        return f"the loader's processes: too many open files; {remedy(OSError(errno.EMFILE, ''))}"
     # Tensors that a dead process has sent cannot be received any more: that is an error of the connection.
     lost = isinstance(error, ConnectionError | EOFError | FileNotFoundError)
     if lost:
@@ -79,6 +96,8 @@ def why(error: Exception, workers: list[BaseProcess]) -> str | None:
         for worker in workers:
             worker.join(1 if worker.sentinel in ended else 0)
     dead = [worker for worker in workers if worker.exitcode]
+    if any(part in text for part in _HANDLES) or (lost and not dead):
+        return f"the loader's processes cannot send their batches: too many open files; {remedy(OSError(errno.EMFILE, ''))}"
     if not dead or not (lost or "worker" in text):
         return None
     code = dead[0].exitcode or 0
