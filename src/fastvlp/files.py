@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import shutil
 import stat
 from collections.abc import Iterator
@@ -79,3 +80,8 @@ def whole_folder(out: Path) -> Iterator[Path]:
         raise UserError(f"{out}: cannot write ({error.strerror}); {remedy(error, 'choose another folder')}") from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
+
+
+def most_open() -> int:
+    """How many files a reader may keep open: at most a quarter of those that the process may open."""
+    return min(256, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4)

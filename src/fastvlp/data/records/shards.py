@@ -13,7 +13,6 @@ import hashlib
 import io
 import json
 import os
-import resource
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,7 +27,7 @@ from fastvlp.batch import Dropped, Record
 from fastvlp.data.records.captions import caption_texts, merge_captions
 from fastvlp.data.records.tar_index import TarIndex, scan
 from fastvlp.errors import UserError, remedy
-from fastvlp.files import write_whole
+from fastvlp.files import most_open, write_whole
 from fastvlp.plain_json import parse_json
 
 # An index takes a few dozen bytes for each member, a tar at least 512: one that is larger by more than this is not read.
@@ -271,7 +270,7 @@ class Shards:
             return os.pread(fd, length, offset)
         fd = os.open(tar, os.O_RDONLY)
         # Files in `_files` stay open as long as `self` exists, because another thread may be reading from them.
-        if len(self._files) < _most_open() and self._files.setdefault(tar, fd) == fd:
+        if len(self._files) < most_open() and self._files.setdefault(tar, fd) == fd:
             return os.pread(fd, length, offset)
         try:
             return os.pread(fd, length, offset)
@@ -361,11 +360,6 @@ def _find_tars(fs: Any, root: str) -> list[str]:
         return sorted(name for name in fs.ls(root, detail=False) if name.endswith(".tar"))
     except (FileNotFoundError, NotADirectoryError):
         return []
-
-
-def _most_open() -> int:
-    """Files that stay open: at most a quarter of those that the process may open."""
-    return min(256, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4)
 
 
 def _index_name(tar: str) -> str:
