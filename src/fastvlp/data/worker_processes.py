@@ -23,7 +23,7 @@ _CRASHED = (
 )
 _CAUSES: Mapping[int, str] = {
     signal.SIGKILL: f"most likely because memory ran out, which the kernel's log says (`dmesg`); {LESS_MEMORY}",
-    signal.SIGBUS: "most likely because /dev/shm is full; give it more room (the option `shm-size` of docker), or set `data.workers` to 0",
+    signal.SIGBUS: "most likely because /dev/shm is full; give it more room (docker: `shm-size`), or set `data.workers` to 0",
     signal.SIGTERM: "somebody, or the job queue, ended it",
     signal.SIGSEGV: _CRASHED,
     signal.SIGABRT: _CRASHED,

@@ -25,13 +25,12 @@ from fsspec.implementations.local import LocalFileSystem
 
 from fastvlp.batch import Dropped, Record
 from fastvlp.data.records.captions import caption_texts, merge_captions
-from fastvlp.data.records.tar_index import TarIndex, scan
+from fastvlp.data.records.shard_places import find_tars, local_index, remote_index, where_shards_are
+from fastvlp.data.records.tar_index import TarIndex
 from fastvlp.errors import UserError, remedy
-from fastvlp.files import most_open, write_whole
+from fastvlp.files import most_open
 from fastvlp.plain_json import parse_json
 
-# An index takes a few dozen bytes for each member, a tar at least 512: one that is larger by more than this is not read.
-_INDEX_MORE = 1 << 20
 _MAGIC = (
     (b"\xff\xd8", "jpg"),
     (b"\x89PNG", "png"),
@@ -130,7 +129,7 @@ class ShardWriter:
                 with _explain_write_errors(part):
                     part.replace(part.with_suffix(""))
             for part in self._parts:
-                _local_index(part.with_suffix(""))
+                local_index(part.with_suffix(""))
             self._parts = []
         finally:
             if self._parts:
@@ -162,13 +161,13 @@ class Shards:
         self.url = str(url)
         fs, root = fsspec.core.url_to_fs(self.url)
         self._local = isinstance(fs, LocalFileSystem)
-        self._tars = _find_tars(fs, root)
+        self._tars = find_tars(fs, root)
         if not self._tars:
-            raise UserError(f"{self.url}: no shards (*.tar) here; {_where_shards_are(self.url, fs, root)}")
+            raise UserError(f"{self.url}: no shards (*.tar) here; {where_shards_are(self.url, fs, root)}")
         if self._local:
-            self._indexes = [_local_index(Path(tar)) for tar in self._tars]
+            self._indexes = [local_index(Path(tar)) for tar in self._tars]
         else:
-            self._indexes = [_remote_index(fs, tar) for tar in self._tars]
+            self._indexes = [remote_index(fs, tar) for tar in self._tars]
         self.damage: list[Dropped] = [d for index in self._indexes for d in index.damage]
         self._starts = np.cumsum([0, *(len(index.keys) for index in self._indexes)])
         if len(self) == 0:
@@ -343,60 +342,3 @@ def _parse(data: bytes, key: str) -> dict[str, Any]:
     if not isinstance(info, dict):
         raise RecordError(key, f"json is a {type(info).__name__}, not an object")
     return info
-
-
-def _where_shards_are(url: str, fs: Any, root: str) -> str:
-    """Returns the advice for a folder without shards: give one of the splits inside it, or make shards."""
-    inside = fs.ls(root, detail=False) if fs.isdir(root) else []
-    splits = sorted(Path(place).name for place in inside if fs.isdir(place) and _find_tars(fs, place))
-    if splits:
-        return f"its folders {', '.join(splits)} have some: give one of them, such as {url.rstrip('/')}/{splits[0]}"
-    return "make them with `vlp data import` or `vlp data demo`"
-
-
-def _find_tars(fs: Any, root: str) -> list[str]:
-    try:
-        # `ls` of a file returns the file itself.
-        return sorted(name for name in fs.ls(root, detail=False) if name.endswith(".tar"))
-    except (FileNotFoundError, NotADirectoryError):
-        return []
-
-
-def _index_name(tar: str) -> str:
-    return tar.removesuffix(".tar") + ".index.json"
-
-
-def _local_index(tar: Path) -> TarIndex:
-    path = Path(_index_name(str(tar)))
-    try:
-        stat = tar.stat()
-        plausible = path.exists() and path.stat().st_size <= stat.st_size + _INDEX_MORE
-        index = TarIndex.from_json(path.read_bytes()) if plausible else None
-        if index is not None and (index.size, index.mtime_ns) == (stat.st_size, stat.st_mtime_ns):
-            return index
-        with tar.open("rb") as file:
-            index = scan(file, str(tar), stat.st_size, stat.st_mtime_ns)
-    except OSError as error:
-        raise UserError(
-            f"{tar}: cannot read ({error.strerror or error}); {remedy(error, 'check the path and its permissions')}"
-        ) from error
-    try:
-        write_whole(path, index.to_json())
-    except UserError:
-        return index  # the folder is read-only or full: the index is built again next time
-    return index
-
-
-def _remote_index(fs: Any, tar: str) -> TarIndex:
-    try:
-        size = int(fs.info(tar)["size"])
-        path = _index_name(tar)
-        # Only sizes are compared, because uploading changes the time of a file.
-        plausible = fs.exists(path) and int(fs.info(path)["size"]) <= size + _INDEX_MORE
-        index = TarIndex.from_json(fs.cat_file(path)) if plausible else None
-        if index is not None and index.size == size:
-            return index
-        with fs.open(tar, "rb") as file:
-            return scan(file, tar, size, 0)
-    except OSError as error:
-        raise UserError(f"{tar}: cannot read ({error}); check the address and your access to it") from error
