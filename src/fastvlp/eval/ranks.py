@@ -109,12 +109,11 @@ def recall_errors(image_rank_I: Tensor, text_rank_T: Tensor, image_of_text_T: Te
     images, texts = len(image_rank_I), len(text_rank_T)
     if images < 2:
         return {}
+    measured = {f"r{k}": (image_rank_I <= k, text_rank_T <= k) for k in (1, 5, 10)}
+    measured["mean_rank"] = image_rank_I, text_rank_T
     parts: dict[str, Tensor] = {}  # what each image adds to the difference of a mean from its expectation
-    for name, measure in (
-        *((f"r{k}", lambda rank, k=k: rank <= k) for k in (1, 5, 10)),
-        ("mean_rank", lambda rank: rank),
-    ):
-        image_I, text_T = measure(image_rank_I).double(), measure(text_rank_T).double()
+    for name, (image, text) in measured.items():
+        image_I, text_T = image.double(), text.double()
         parts[f"image_to_text/{name}"] = (image_I - image_I.mean()) / images
         by_image_I = torch.zeros_like(image_I).index_add(0, image_of_text_T, text_T - text_T.mean())
         parts[f"text_to_image/{name}"] = by_image_I / texts

@@ -82,7 +82,7 @@ def parameter_groups(pretraining: Pretraining, config: OptimConfig) -> list[dict
     are in no group."""
     model = pretraining.model
     cross: list[nn.Module] = [model.fusion, *([model.reconstructor] if model.reconstructor else [])]
-    heads = [head for head in (model.head, model.forward_head, model.reverse_head) if head is not None]
+    heads: list[nn.Module] = [head for head in (model.head, model.forward_head, model.reverse_head) if head is not None]
     heads += model.single.heads if model.config.single is not None else []
     # A temperature and the bias of all logits are no layer of a head: their rate is that of the encoders that they suit.
     owned = [parameter for parameter in pretraining.objectives.parameters() if parameter.dim()]
