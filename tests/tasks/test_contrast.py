@@ -48,16 +48,16 @@ def tuned(pairs, clip, tmp_path_factory) -> Path:
 # ---- what the number of pairs decides ----
 
 
-def test_a_thousand_pairs_are_read_often_and_slowly():
+def test_a_thousand_pairs_are_read_often():
     made = plan(ContrastSettings(), 1000, 768)
-    assert (made.rows, made.batch_size, made.lr) == (128, 128, 1e-5)
+    assert (made.rows, made.batch_size, made.lr) == (128, 128, 5e-5)
     assert made.steps == round(20 * 1000 / 128) and made.locked == 0.5
     assert made.warmup == 0.1 and made.validate_every == 8
 
 
-def test_a_million_pairs_are_read_few_times_and_faster():
+def test_a_million_pairs_are_read_few_times():
     few, many = plan(ContrastSettings(), 1000, 768), plan(ContrastSettings(), 1_000_000, 768)
-    assert many.lr > few.lr and many.steps * many.rows / 1_000_000 < few.steps * few.rows / 1000
+    assert many.lr <= few.lr and many.steps * many.rows / 1_000_000 < few.steps * few.rows / 1000
     assert many.rows > few.rows and many.locked == 0
     assert many.steps * many.warmup <= LONGEST_WARMUP
 
@@ -81,7 +81,7 @@ def test_micro_batches_and_ranks_share_the_pairs_of_a_step():
 
 
 def test_a_narrow_model_learns_faster():
-    assert plan(ContrastSettings(), 1000, 192).lr == pytest.approx(4e-5)
+    assert plan(ContrastSettings(), 1000, 192).lr == pytest.approx(2e-4)
 
 
 @pytest.mark.parametrize("wrong", [{"locked": 1.5}, {"alpha": -0.1}, {"lr": 0.0}, {"epochs": -1}, {"batch_size": 0}])

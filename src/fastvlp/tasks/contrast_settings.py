@@ -43,9 +43,9 @@ class Usual(NamedTuple):
 
 # The least number of pairs for which each line is meant.
 USUAL = {
-    0: Usual(128, 20, 1e-5, 0.7, 0.5, "few pairs would be learned by heart: late layers learn, slowly"),
-    10_000: Usual(256, 10, 1e-5, 0.75, 0.0, "enough pairs for all layers, the first ones slowly"),
-    100_000: Usual(512, 5, 2e-5, 0.85, 0.0, "many pairs need few epochs, and allow a higher rate"),
+    0: Usual(128, 20, 5e-5, 0.7, 0.5, "few pairs: late layers alone, and a high rate for a run of few steps"),
+    10_000: Usual(256, 10, 3e-5, 0.75, 0.0, "enough pairs for all layers, the first ones slowly"),
+    100_000: Usual(512, 5, 3e-5, 0.85, 0.0, "many pairs need few epochs"),
     1_000_000: Usual(1024, 3, 3e-5, 0.9, 0.0, "so many pairs are a short pretraining"),
 }
 
