@@ -85,17 +85,22 @@ def family(name: str, folder: Path, out: Path) -> TrainConfig:
 
 PAIRS = ("clip", "siglip", "moco", "albef", "moco boxes", "moco grid")
 FAMILIES = (*PAIRS, "flm", "mlm+itm", "ar", "prefixlm", "single", "clip+flm")
+# Like another one in what they read of images and texts.
+ALIKE = {"siglip", "albef", "ar", "prefixlm"}
 
 
 def losses(run: TrainConfig, states: StatesConfig) -> list[dict[str, float]]:
-    state = start(replace(run, states=states))
+    """Of three steps, an epoch, and of a validation."""
+    state = start(replace(run, states=states, steps=3))
     found = [report.losses for report in steps(state)] + [validate(state)]
     stored = state.stored is not None and all(note.path is not None for note in state.stored.notes)
     assert stored == (states.store == "always")
     return found
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name in ALIKE else ()) for name in FAMILIES]
+)
 def test_losses_are_those_of_encoding_at_each_step(name, tmp_path):
     """Bit for bit where the states are stored in single precision; else within the rounding of half precision, 2**-11."""
     run = family(name, tmp_path, tmp_path / "run")
@@ -134,7 +139,7 @@ TEXTS = {
 }
 
 
-@pytest.mark.parametrize("objective", ["clip", "moco"])
+@pytest.mark.parametrize("objective", ["clip", pytest.param("moco", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("reading", TEXTS)
 def test_losses_on_stored_texts_are_those_of_encoding_at_each_step(pairs, tmp_path, objective, reading):
     """Texts are encoded in other batches, so that the last bits differ."""
