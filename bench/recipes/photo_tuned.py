@@ -1,5 +1,5 @@
 """photo_heads with the text encoder trained too, at a lower rate, from the start: heads that have learned the training images
-by heart leave it little to learn (docs/log.md, entry 22)."""
+by heart leave it little to learn (docs/log.md, entry 23)."""
 
 from dataclasses import replace
 

@@ -190,7 +190,7 @@ def keep_freed_memory() -> bool:
     """Lets this process keep the memory that it frees for what it allocates next. Returns whether it can: with glibc.
 
     By default glibc gives blocks of 32 MB and more back at once, and the system clears them again when the next large tensor
-    is made: a third of a step on a CPU, or more (docs/log.md, entry 22).
+    is made: a third of a step on a CPU, or more (docs/log.md, entry 23).
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     # M_MMAP_THRESHOLD and M_TRIM_THRESHOLD of malloc.h, at the highest values that they take.
