@@ -13,7 +13,7 @@ from rich.console import Console
 from fastvlp.comparison import turns
 from fastvlp.comparison.compare import check_distinct, compare, named_arms, reference_arm, with_budget, with_tokenizers
 from fastvlp.comparison.progress import ProgressDisplay, print_tables
-from fastvlp.comparison.results import Comparison, Sample
+from fastvlp.comparison.results import Comparison, Sample, Scored
 from fastvlp.comparison.turns import Plan, Training, run_comparison
 from fastvlp.data.state_store import StatesConfig
 from fastvlp.errors import UserError
@@ -58,8 +58,12 @@ class World:
         self.order: list[str] = []
         self.scored: list[tuple[str, int, float]] = []
         self.kept: list[str] = []
+        self.tuned: list[bool] = []
+        self.scoring_s = 1000.0
         clock = SimpleNamespace(
-            perf_counter=lambda: self.now, process_time=lambda: 2 * self.now, monotonic=lambda: self.now
+            perf_counter=lambda: self.now,
+            process_time=lambda: torch.get_num_threads() * self.now,
+            monotonic=lambda: self.now,
         )
         monkeypatch.setattr(turns, "time", clock)
 
@@ -81,10 +85,11 @@ class World:
     def check(self, state: Any) -> None:
         pass
 
-    def score(self, state: Any) -> dict[str, float]:
-        self.now += 1000
+    def score(self, state: Any, *, tuned: bool = True) -> Scored:
+        self.now += self.scoring_s if tuned else 1
         self.scored.append((state.run.name, state.run.seed, state.elapsed))
-        return {"vqa": state.step / 100}
+        self.tuned.append(tuned)
+        return Scored({"vqa": state.step / 100}, {"vqa": 0.01}, {"vqa": 0.1})
 
     def keep(self, state: Any) -> None:
         self.kept.append(state.run.out)
@@ -115,6 +120,10 @@ def go(world: World, plan: Plan, arms: Mapping[str, Run]) -> tuple[Comparison, s
     return comparison, console.export_text()
 
 
+def thirds(out: Path) -> Plan:
+    return Plan(budget_s=8, out=out, marks=(0.25, 0.5))
+
+
 ARMS = {"flm": Run(objectives={"flm": FLMConfig()}, step_s=2.0), "mlm": Run(objectives={"mlm": MLMConfig()})}
 
 
@@ -124,20 +133,21 @@ def test_turns_alternate_and_rotate(world: World, tmp_path: Path) -> None:
 
 
 def test_only_time_inside_the_steps_counts(world: World, tmp_path: Path) -> None:
-    comparison, _ = go(world, Plan(budget_s=16, out=tmp_path, slice_s=3), ARMS)
+    comparison, _ = go(world, Plan(budget_s=16, out=tmp_path, slice_s=3, marks=(0.25, 0.5)), ARMS)
     for arm, steps in (("flm", [2, 4, 8]), ("mlm", [4, 8, 16])):
         (run,) = comparison.runs_of(arm)
         assert [m.share for m in run.marks] == [0.25, 0.5, 1.0]
         assert [m.spent.time for m in run.marks] == [4, 8, 16]
-        assert [m.spent.cpu for m in run.marks] == [8, 16, 32]
+        assert [m.spent.cpu for m in run.marks] == [m.spent.time * torch.get_num_threads() for m in run.marks]
         assert [m.spent.steps for m in run.marks] == steps
-        assert [m.scoring_s for m in run.marks] == [1000] * 3
+        # At the middle nothing is known yet of how long fine-tuning takes.
+        assert [m.scoring_s for m in run.marks] == [1, 1000, 1000]
         assert run.marks[-1].spent.wait == 0.25 * steps[-1]
         assert run.curve[-1].losses == {"a/next": pytest.approx(1 / steps[-1], rel=0.5)}
 
 
 def test_a_long_step_is_scored_late_and_once_for_each_share(world: World, tmp_path: Path) -> None:
-    comparison, _ = go(world, Plan(budget_s=8, out=tmp_path), {"slow": Run(objectives={"ar": ARConfig()}, step_s=5.0)})
+    comparison, _ = go(world, thirds(tmp_path), {"slow": Run(objectives={"ar": ARConfig()}, step_s=5.0)})
     (run,) = comparison.runs
     assert [m.spent.time for m in run.marks] == [5, 5, 10]
 
@@ -151,7 +161,7 @@ def test_seeds_come_one_after_another(world: World, tmp_path: Path) -> None:
 
 def test_an_arm_that_fails_leaves_the_others_alone(world: World, tmp_path: Path) -> None:
     arms = {"mlm": ARMS["mlm"], "ar": Run(objectives={"ar": ARConfig()}, breaks_at=3)}
-    comparison, text = go(world, Plan(budget_s=8, out=tmp_path), arms)
+    comparison, text = go(world, thirds(tmp_path), arms)
     assert comparison.runs_of("ar")[0].failure == "the loss is not finite"
     assert [m.share for m in comparison.runs_of("ar")[0].marks] == [0.25]
     assert len(comparison.runs_of("mlm")[0].marks) == 3
@@ -162,17 +172,18 @@ def test_an_arm_that_fails_leaves_the_others_alone(world: World, tmp_path: Path)
 def test_results_are_complete_after_every_scoring(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def dies(state: Any) -> dict[str, float]:
+    def dies(state: Any, *, tuned: bool) -> Scored:
         if len(world.scored) == 3:
             raise KeyboardInterrupt
-        return World.score(world, state)
+        return World.score(world, state, tuned=tuned)
 
     monkeypatch.setattr(world, "score", dies)
     with pytest.raises(KeyboardInterrupt):
         go(world, Plan(budget_s=8, out=tmp_path), ARMS)
     comparison = Comparison.load(tmp_path / "results.json")
     assert sum(len(run.marks) for run in comparison.runs) == 3
-    assert not list(tmp_path.glob("*.tmp"))
+    assert not comparison.finished and not list(tmp_path.glob("*.tmp"))
+    assert "not finished" in (tmp_path / "report.html").read_text()
     assert 'class="tiles"' in (tmp_path / "report.html").read_text()
 
 
@@ -249,12 +260,12 @@ def test_weights_are_kept_apart_by_seed_before_they_are_scored(
 ) -> None:
     score, kept_before = world.score, []
 
-    def noted(state: Any) -> dict[str, float]:
+    def noted(state: Any, *, tuned: bool) -> Scored:
         kept_before.append(world.kept[-1] == state.run.out)
-        return score(state)
+        return score(state, tuned=tuned)
 
     monkeypatch.setattr(world, "score", noted)
-    go(world, Plan(budget_s=8, out=tmp_path, seeds=2), ARMS | {"broken": replace(ARMS["mlm"], breaks_at=1)})
+    go(world, replace(thirds(tmp_path), seeds=2), ARMS | {"broken": replace(ARMS["mlm"], breaks_at=1)})
     assert len(kept_before) == 12 and all(kept_before)
     assert {*world.kept} == {str(tmp_path / "runs" / f"{arm}-{seed}") for seed in (0, 1) for arm in ARMS}
 
@@ -278,7 +289,7 @@ def test_a_report_without_pictures_does_not_end_a_comparison(
         raise UserError("no pictures")
 
     monkeypatch.setattr(world, "samples", fails)
-    comparison, _ = go(world, Plan(budget_s=8, out=tmp_path, seeds=2), ARMS)
+    comparison, _ = go(world, replace(thirds(tmp_path), seeds=2), ARMS)
     assert len(comparison.runs) == 4 and all(len(run.marks) == 3 for run in comparison.runs)
     assert (tmp_path / "report.html").exists()
 
@@ -288,3 +299,31 @@ def test_a_frozen_encoder_encodes_within_the_budget_unless_its_states_are_stored
     arms = {"auto": Run(objectives={}), "stored": Run(objectives={}, states=stored)}
     configs = with_budget(arms, Plan(budget_s=5, out=tmp_path))  # type: ignore[arg-type]
     assert configs["auto"].states.store == "never" and configs["stored"].states == stored
+
+
+def test_fine_tuning_before_a_score_is_left_out_where_it_would_take_longer_than_training(
+    world: World, tmp_path: Path
+) -> None:
+    plan = Plan(budget_s=16, out=tmp_path / "a", marks=(0.25,), tuned_marks=(0.5, 0.75))
+    go(world, plan, {"mlm": ARMS["mlm"]})
+    assert world.tuned == [False, True, False, True]
+    world.tuned, world.scoring_s = [], 5.0
+    go(world, replace(plan, out=tmp_path / "b"), {"mlm": ARMS["mlm"]})
+    assert world.tuned == [False, True, True, True]
+
+
+def test_marks_are_eighths_and_the_results_say_when_they_are_whole(world: World, tmp_path: Path) -> None:
+    comparison, _ = go(world, Plan(budget_s=16, out=tmp_path), ARMS)
+    assert comparison.shares == [i / 8 for i in range(1, 9)] and comparison.finished
+    assert comparison.chance == {"vqa": 0.1} and comparison.runs[0].marks[0].errors == {"vqa": 0.01}
+    assert Comparison.load(tmp_path / "results.json").finished
+
+
+def test_a_busy_machine_gives_an_arm_as_much_work(world: World, tmp_path: Path, monkeypatch) -> None:
+    """Half of the wall time goes to other programs: twice as much of it is spent, and as many steps are taken."""
+    clock = turns.time
+    monkeypatch.setattr(turns, "time", SimpleNamespace(**{**vars(clock), "perf_counter": lambda: 2 * world.now}))
+    comparison, text = go(world, Plan(budget_s=16, out=tmp_path, marks=(1.0,)), {"mlm": ARMS["mlm"]})
+    (mark,) = comparison.runs[0].marks[-1:]
+    assert (mark.spent.steps, mark.spent.time, mark.spent.wall) == (16, 16, 32)
+    assert ("The machine was busy" in text) == (torch.get_num_threads() == 1)

@@ -138,8 +138,10 @@ def test_a_difference_within_the_noise_is_no_win() -> None:
     for run in comparison.runs:
         run.marks[-1].scores["vqa"] = {"flm": 0.5}.get(run.arm, 0.1) + 0.02 * run.seed
     assert "<b>flm</b>" in lead(page(comparison)) and "within" not in lead(page(comparison))
-    close, apart = (Speedup(Spread(mean, 0.2, 3), False, 3, 3) for mean in (1.1, 1.5))
-    assert "about as long" in describe_speedup(close, "mlm") and "about as long" not in describe_speedup(apart, "mlm")
+    close, apart = (Speedup(Spread(mean, 0.2, 3), False, 3, 3, (0.6, 0.7, 0.8)) for mean in (1.1, 1.5))
+    assert "about as long" in describe_speedup(
+        close, "mlm"
+    ) and "in 0.70 of its time, 0.60 to 0.80" in describe_speedup(apart, "mlm")
 
 
 def test_a_comparison_before_its_first_run_has_a_page() -> None:

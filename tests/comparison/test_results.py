@@ -125,10 +125,11 @@ def test_results_are_read_back_as_they_were(tmp_path: Path) -> None:
     assert again == comparison and again.folder == tmp_path
     content = json.loads((tmp_path / "results.json").read_text())
     assert {*content} == {
-        "arms", "reference", "budget_s", "seeds", "shares", "about", "settings", "configs", "runs", "samples",
+        "arms", "reference", "budget_s", "seeds", "shares", "about", "settings", "configs", "runs", "samples", "chance",
+        "finished",
     }  # fmt: skip
     assert {*content["runs"][0]} == {"arm", "seed", "marks", "curve", "dropped", "failure"}
-    assert {*content["runs"][0]["marks"][0]} == {"share", "spent", "scores", "scoring_s"}
+    assert {*content["runs"][0]["marks"][0]} == {"share", "spent", "scores", "errors", "scoring_s"}
 
 
 def test_comparisons_of_earlier_versions_are_read() -> None:
@@ -142,6 +143,10 @@ def test_noise_is_the_spread_over_seeds() -> None:
     assert a and b and c and within_noise(a, b) and not within_noise(b, c)
     one, other = spread([0.5]), spread([0.51])
     assert one and other and not within_noise(one, other)
+    # Of single runs the standard error over their items counts.
+    one, other = spread([0.5], 0.004), spread([0.51], 0.004)
+    assert one and other and within_noise(one, other) and not within_noise(one, other._replace(mean=0.512))
+    assert format_score(VQA, one) == "50.0 ± 0.4 %"
 
 
 def test_other_files_are_refused(tmp_path: Path) -> None:

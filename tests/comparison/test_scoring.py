@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from fastvlp.cli import main
-from fastvlp.comparison.metrics.cloze_accuracy import own_cloze_method
+from fastvlp.comparison.metrics.cloze_accuracy import cloze_methods
 from fastvlp.comparison.metrics.interface import Metric, Score, metric_types
 from fastvlp.comparison.results import Comparison
 from fastvlp.comparison.samples import data_url
@@ -79,9 +79,11 @@ def test_scoring_changes_nothing(world: Path, objective: ObjectiveConfig) -> Non
     for _ in steps(scored):
         if scored.step in (2, 5):
             before = weights(scored)
-            scores = scorer.score(scored)
-            assert set(scores) == {"cloze", "vqa", "cider"}
-            assert all(0 <= scores[name] <= 1 for name in ("cloze", "vqa"))
+            found = scorer.score(scored)
+            assert {"vqa", "cider"} < set(found.values) <= {"cloze", "next_word", "vqa", "cider"}
+            assert all(0 <= value <= 1 for name, value in found.values.items() if name != "cider")
+            assert found.errors.keys() == found.values.keys() - {"cider"} and 0 < found.chance["vqa"] < 1
+            assert scorer.score(scored, tuned=False).values.keys() <= {"cloze", "next_word"}
             assert all(torch.equal(a, b) for a, b in zip(before, weights(scored)))
             assert scored.pretraining.training
     assert all(torch.equal(a, b) for a, b in zip(weights(straight), weights(scored)))
@@ -103,14 +105,14 @@ def test_averaged_weights_are_scored(world: Path) -> None:
 
 
 def test_each_objective_has_its_own_cloze_method(world: Path) -> None:
-    for objective, method in (
-        (FLMConfig(), predict_flm),
-        (MLMConfig(), predict_masked),
-        (PrefixLMConfig(), predict_causal),
-        (ITMConfig(), None),
+    for objective, methods in (
+        (FLMConfig(), {"cloze": predict_flm, "next_word": predict_causal}),
+        (MLMConfig(), {"cloze": predict_masked}),
+        (PrefixLMConfig(), {"next_word": predict_causal}),
+        (ITMConfig(), {}),
     ):
-        found = own_cloze_method(start(run(world, objective)))
-        assert getattr(found, "func", found) == method
+        found = cloze_methods(start(run(world, objective)))
+        assert {name: getattr(method, "func", method) for name, method in found.items()} == methods
 
 
 def test_questions_come_from_the_records_or_the_folder(world: Path, tmp_path: Path) -> None:
@@ -236,7 +238,7 @@ def test_a_metric_of_ones_own_is_measured(world: Path) -> None:
         assert metric_types()[-1] is StepsTaken
         state = start(run(world, ITMConfig()))
         scores = MetricScorer(replace(OPTIONS, caption_items=0)).score(state)
-        assert set(scores) == {"vqa", "steps"} and scores["steps"] == 0
+        assert set(scores.values) == {"vqa", "steps"} and scores.values["steps"] == 0
     finally:
         # `variants` lists the classes that are still there.
         del StepsTaken
@@ -259,7 +261,7 @@ def test_two_towers_are_scored_by_retrieval_alone(world: Path, tmp_path: Path) -
     )
     state = start(run)
     scorer = MetricScorer(ScoringOptions())
-    scores = scorer.score(state)
+    scores = scorer.score(state).values
     assert set(scores) == {"recall", "image_to_text/r1", "text_to_image/r1"}
     assert all(0 <= score <= 1 for score in scores.values())
     assert scorer.samples({"towers": state}) == []

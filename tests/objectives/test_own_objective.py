@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from fastvlp.cli import main
-from fastvlp.comparison.metrics.cloze_accuracy import own_cloze_method
+from fastvlp.comparison.metrics.cloze_accuracy import cloze_methods
 from fastvlp.data.pairs import PairData
 from fastvlp.data.world.corpus import WorldConfig, write_world
 from fastvlp.errors import UserError
@@ -190,9 +190,8 @@ def test_their_export_embeds_and_matches(trained: Path, folder: Path, capsys: py
 
 
 def test_the_cloze_method_is_the_objectives_own(folder: Path, run: TrainConfig) -> None:
-    method = own_cloze_method(start(replace(run, out=str(folder / "cloze"))))
-    batch = made_batch(lengths=(5, 4))
-    assert method is not None and method(None, None, batch).eq(7).all()
+    (method,) = cloze_methods(start(replace(run, out=str(folder / "cloze")))).values()
+    assert method(None, None, made_batch(lengths=(5, 4))).eq(7).all()
 
 
 def test_a_type_that_is_not_known_is_named_with_the_remedy(trained: Path) -> None:

@@ -115,7 +115,13 @@ def _line(line: Line, x: Scale, y: Scale, unit: str) -> list[str]:
 
 
 def line_chart(
-    lines: Sequence[Line], *, label: str, unit: str = "", target: float | None = None, describe: str = ""
+    lines: Sequence[Line],
+    *,
+    label: str,
+    unit: str = "",
+    target: float | None = None,
+    chance: float | None = None,
+    describe: str = "",
 ) -> str:
     """One chart as SVG; empty if there is no point. The horizontal axis starts at 0.
 
@@ -123,21 +129,23 @@ def line_chart(
         label: name of the horizontal axis.
         unit: unit of the values, for the texts shown on hovering.
         target: a value that is drawn as a dashed line.
+        chance: a value that is drawn as a dotted line.
         describe: what the chart shows, for screen readers.
     """
     points = [p for line in lines for p in line.points]
     if not points:
         return ""
     faint = [b for line in lines for seed in line.seeds for _, b in seed]
-    values = [v for p in points for v in (p.low, p.high)] + faint + ([] if target is None else [target])
+    values = [v for p in points for v in (p.low, p.high)] + faint + [v for v in (target, chance) if v is not None]
     right = max([p.x for p in points] + [a for line in lines for seed in line.seeds for a, _ in seed]) or 1.0
     ys = nice_ticks(min(values), max(values) if max(values) > min(values) else min(values) + 1)
     x = Scale(0, right * 1.02, LEFT, WIDTH - RIGHT)
     y = Scale(ys[0], ys[-1], HEIGHT - BOTTOM, TOP)
     xs = [t for t in nice_ticks(0, right) if t <= right * 1.02]
     parts = _axes(x, y, xs, ys, label)
-    if target is not None:
-        parts.append(f'<line class="target" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(target)}" y2="{y(target)}"/>')
+    for kind, level in (("target", target), ("target chance", chance)):
+        if level is not None:
+            parts.append(f'<line class="{kind}" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(level)}" y2="{y(level)}"/>')
     for line in lines:
         parts.extend(_line(line, x, y, unit))
     aria = escape(describe or label, quote=True)

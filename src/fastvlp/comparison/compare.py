@@ -17,7 +17,7 @@ from fastvlp.comparison.results import Comparison
 from fastvlp.comparison.scoring import MetricScorer
 from fastvlp.comparison.scoring_options import ScoringOptions
 from fastvlp.comparison.settings import check_arms, duration, with_settings
-from fastvlp.comparison.turns import Plan, run_comparison
+from fastvlp.comparison.turns import EIGHTHS, Plan, run_comparison
 from fastvlp.data.tokenize import Tokenizer
 from fastvlp.errors import UserError
 from fastvlp.provenance import about
@@ -51,7 +51,8 @@ def compare(
     budget: str = "120s",
     seeds: int = 1,
     out: str | Path = Path("comparison"),
-    marks: Sequence[float] = (0.25, 0.5, 1.0),
+    marks: Sequence[float] = EIGHTHS,
+    tuned_marks: Sequence[float] = (0.5, 1.0),
     slice: str = "5s",
     scoring: ScoringOptions = SCORING,
     set: Annotated[Sequence[str], arg(constructor=flat_settings)] = (),
@@ -63,10 +64,13 @@ def compare(
 
     Args:
         recipes: Names of recipes, paths of your own files, or in Python also configs.
-        budget: Training time of each recipe and seed: 90s, 20m, 1.5h.
+        budget: Training time of each recipe and seed: 90s, 20m, 1.5h. On a CPU this is CPU time for each thread, so that other
+            programs take none of it.
         seeds: Runs of each recipe, with different seeds.
         out: Folder for results.json, report.html and the runs; results and report are complete after every scoring.
         marks: Shares of the budget after which the recipes are scored; the end is always one of them.
+        tuned_marks: Those after which scores with a short fine-tuning are measured too, such as VQA. One before the end is left
+            out where scoring would take longer than training.
         slice: Length of a turn.
         scoring: How the recipes are scored.
         set: Changes of the recipes' fields: FIELD=VALUE for all, RECIPE:FIELD=VALUE for one.
@@ -80,7 +84,14 @@ def compare(
     if threads:
         torch.set_num_threads(threads)
     arms = named_arms(recipes, set)
-    plan = Plan(budget_s=duration(budget), out=Path(out), seeds=seeds, marks=tuple(marks), slice_s=duration(slice))
+    plan = Plan(
+        budget_s=duration(budget),
+        out=Path(out),
+        seeds=seeds,
+        marks=tuple(marks),
+        tuned_marks=tuple(tuned_marks),
+        slice_s=duration(slice),
+    )
     if (plan.out / "results.json").exists():
         raise UserError(f"{plan.out}: holds a comparison already; choose another folder with `out`, or delete it")
     device = dist.pick_device(next(iter(arms.values())).device)

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from fastvlp.comparison.results import ArmRun, Comparison, Measurement, TrainingCost
 from fastvlp.comparison.summary import (
+    busy_note,
     format_duration,
     format_score,
     format_speedup,
@@ -40,6 +41,8 @@ class ProgressDisplay:
         self.console = console or Console(file=sys.stderr)
         self.arms, self.budget_s, self.seeds, self.scorings = list(arms), budget_s, seeds, scorings
         self.trained_s: dict[tuple[str, int], float] = {}
+        self.pace = 1.0
+        self.tuning_s: list[float] = []
         self.scoring_s: list[float] = []
         self.began = time.monotonic()
         self.printed: dict[str, float] = {}
@@ -70,11 +73,15 @@ class ProgressDisplay:
 
     @property
     def left_s(self) -> float:
-        """Seconds left: the rest of the training, and the scorings at their mean time so far."""
+        """Seconds left: the rest of the training at its pace so far, and the scorings at their mean times. Until one was tuned
+        for, that takes as long as a quarter of the training."""
         runs = len(self.arms) * self.seeds
-        scoring = sum(self.scoring_s) / len(self.scoring_s) if self.scoring_s else 0.0
+        mean = sum(self.scoring_s) / len(self.scoring_s) if self.scoring_s else 0.0
+        tuning = sum(self.tuning_s) / len(self.tuning_s) if self.tuning_s else self.budget_s * self.pace / 4
         training = runs * self.budget_s - sum(self.trained_s.values())
-        return max(training, 0.0) + scoring * (runs * self.scorings - len(self.scoring_s))
+        scored = len(self.scoring_s) + len(self.tuning_s)
+        cheap = max(0, runs * (self.scorings - 1) - len(self.scoring_s))
+        return max(training, 0.0) * self.pace + mean * cheap + tuning * min(runs, runs * self.scorings - scored)
 
     def note(self, text: str) -> None:
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
@@ -82,6 +89,8 @@ class ProgressDisplay:
     def trained(self, run: ArmRun, spent: TrainingCost) -> None:
         """Shows an arm after a turn."""
         self.trained_s[run.arm, run.seed] = min(spent.time, self.budget_s)
+        # A busy machine takes more wall time for the same work.
+        self.pace = (spent.wall or spent.time) / max(spent.time, 1e-9)
         share = spent.time / self.budget_s
         time_s = max(spent.time, 1e-9)
         rates = f"{spent.pairs / time_s:,.0f} pairs/s  {spent.tokens / time_s:,.0f} predicted tokens/s"
@@ -93,12 +102,18 @@ class ProgressDisplay:
             self.printed[run.arm] = time.monotonic()
             self.note(f"{name}: {share:.0%}  {rates}  {left}")
 
-    def scored(self, run: ArmRun, mark: Measurement) -> None:
-        """Shows the scores of an arm."""
-        self.scoring_s.append(mark.scoring_s)
+    def scoring(self, run: ArmRun, share: float) -> None:
+        """Shows that an arm is being scored."""
+        if self.bars is not None:
+            self.bars.update(self.tasks[run.arm], scores=f"scoring at {share:.0%}")
+
+    def scored(self, run: ArmRun, mark: Measurement, *, tuned: bool = True) -> None:
+        """Shows the scores of an arm. `tuned`: whether a copy was fine-tuned for them."""
+        (self.tuning_s if tuned else self.scoring_s).append(mark.scoring_s)
         known = {name: known_score(name) for name in mark.scores}
         scores = "  ".join(
-            f"{known[name].title} {format_score(known[name], spread([value]))}" for name, value in mark.scores.items()
+            f"{known[name].title} {format_score(known[name], spread([value], mark.errors.get(name)))}"
+            for name, value in mark.scores.items()
         )
         if self.bars is not None:
             self.bars.update(self.tasks[run.arm], scores=scores)
@@ -124,13 +139,17 @@ def print_tables(comparison: Comparison, console: Console) -> None:
             "arm", caption=f"time-to-quality: how many times as fast to the final score of {comparison.reference}"
         )
         table.title = f"{score.title}, {score.note}".rstrip(", ")
-        for share in comparison.shares:
-            table.add_column(format_duration(share * comparison.budget_s), justify="right")
+        # Of many marks a few are shown, so that the table fits.
+        shown = [i for i, share in enumerate(comparison.shares) if 4 * share % 1 == 0 or len(comparison.shares) <= 4]
+        for i in shown:
+            table.add_column(format_duration(comparison.shares[i] * comparison.budget_s), justify="right")
         table.add_column("time-to-quality", justify="right")
         for row in rows:
-            cells = [format_score(score, value) for value in row.scores[score.name]]
+            cells = [format_score(score, row.scores[score.name][i]) for i in shown]
             table.add_row(row.arm, *cells, format_speedup(comparison, row.arm, score.name))
         console.print(table)
+    if (busy := busy_note(rows)) is not None:
+        console.print(busy, markup=False)
     for row in rows:
         for failure in row.failures:
             console.print(f"{row.arm}, {failure}", markup=False)

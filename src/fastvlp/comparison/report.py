@@ -17,6 +17,7 @@ from fastvlp.comparison.summary import (
     Speedup,
     Spread,
     Summary,
+    busy_note,
     format_duration,
     format_score,
     format_speedup,
@@ -76,9 +77,14 @@ def describe_speedup(speed: Speedup, reference: str) -> str:
         return f"not timed, because {reference} already had its final score at the first scoring, or has no score"
     if speed.ratio is None:
         return f"did not reach the final score of {reference}"
-    if speed.ratio.n > 1 and within_noise(speed.ratio, Spread(1.0, 0.0, speed.ratio.n)):
+    several = speed.ratio.n > 1
+    if several and within_noise(speed.ratio, Spread(1.0, 0.0, speed.ratio.n)):
         return f"took about as long as {reference} to reach its final score ({speed})"
-    return f"reached the final score of {reference} {speed} as fast"
+    mean = sum(speed.shares) / len(speed.shares)
+    bound = "at most " if speed.at_least else ""
+    interval = f", {min(speed.shares):.2f} to {max(speed.shares):.2f} over seeds" if several else ""
+    some = f" ({speed.reached} of {speed.n} seeds)" if speed.reached < speed.n else ""
+    return f"reached the final score of {reference} in {bound}{mean:.2f} of its time{interval}{some}"
 
 
 def _head(comparison: Comparison, rows: Sequence[Summary], scores: Sequence[Score]) -> str:
@@ -86,6 +92,10 @@ def _head(comparison: Comparison, rows: Sequence[Summary], scores: Sequence[Scor
     over = f"fastvlp {about.get('fastvlp', '')} · {about.get('date', '')} · {about.get('device', '')}"
     failures = [f"{escape(row.arm)}, {escape(text)}" for row in rows for text in row.failures]
     warning = f'<p class="warning">Stopped early: {"; ".join(failures)}</p>' if failures else ""
+    if not comparison.finished:
+        warning = f'<p class="warning">This comparison is not finished: its numbers will change.</p>{warning}'
+    if (busy := busy_note(rows)) is not None:
+        warning += f'<p class="warning">{escape(busy)}</p>'
     heading, lead = escape(_title(comparison)), _lead(comparison, rows, scores)
     return f'<p class="overline">{escape(over)}</p><h1>{heading}</h1><p class="lead">{lead}</p>{warning}'
 
@@ -95,7 +105,7 @@ def _lead(comparison: Comparison, rows: Sequence[Summary], scores: Sequence[Scor
     several = comparison.seeds > 1
     sentences = [
         f"Each arm trained for the same time on the same device, with {comparison.seeds} seed{'s' if several else ''}. "
-        "The arms took turns of a few seconds, so other programs on the machine slowed all of them alike."
+        "The arms took turns of a few seconds; on a CPU its time is counted, so that other programs take none of it."
     ]
     finals = {row.arm: final for row in rows if scores and (final := row.final(scores[0].name))}
     if finals:
@@ -105,12 +115,14 @@ def _lead(comparison: Comparison, rows: Sequence[Summary], scores: Sequence[Scor
         sentences.append(f"Highest {score.title}{f' ({score.note})' if score.note else ''}: {result}.")
         if close:
             named = ", ".join(f"{escape(arm)} ({format_score(score, finals[arm])})" for arm in close)
-            sentences.append(f"The difference from {named} is within the spread over seeds.")
+            sentences.append(f"The difference from {named} is within two standard errors: there is no winner.")
         elif best != comparison.reference:
             speed = next(row for row in rows if row.arm == best).speedups[score.name]
             sentences.append(f"It {describe_speedup(speed, escape(comparison.reference))}." if speed.n else "")
         if not several:
-            sentences.append("These are single runs: small differences may be chance.")
+            sentences.append(
+                "These are single runs: ± is the standard error over what was scored, and seeds differ by more."
+            )
     return " ".join(filter(None, sentences))
 
 
@@ -154,6 +166,8 @@ def _score_section(comparison: Comparison, rows: Sequence[Summary], score: Score
     if score.percent:
         note += f"{', ' if note else ''}in per cent"
     note += f"{'; ' if note else ''}the dashed line is the final score of {comparison.reference}"
+    if (chance := comparison.chance.get(score.name)) is not None:
+        note += f"; the dotted line is chance, {format_score(score, spread([chance]))}"
     if comparison.seeds > 1:
         note += "; lines show the mean over seeds, whiskers the range, thin lines the single seeds"
     note = f"{note[0].upper()}{note[1:]}."
@@ -178,8 +192,10 @@ def _score_charts(comparison: Comparison, score: Score) -> str:
             points = list(_points(runs, comparison.shares, name, at, scale))
             lines.append(Line(arm, i, points, seeds if len(runs) > 1 else ()))
         target = level.mean if level and label == TIME else None
+        chance = comparison.chance[name] * scale if name in comparison.chance else None
         description = f"{score.title} against {label}"
-        charts.append(line_chart(lines, label=label, unit=unit, target=target, describe=description))
+        chart = line_chart(lines, label=label, unit=unit, target=target, chance=chance, describe=description)
+        charts.append(chart)
     return "".join(charts)
 
 
@@ -213,12 +229,13 @@ def _speed(comparison: Comparison, rows: Sequence[Summary]) -> str:
     ]
     reference = comparison.reference
     note = (
-        "All numbers are means over seeds; ± gives the sample standard deviation. "
+        "All numbers are means over seeds; ± gives the sample standard deviation, or of a single run the standard error over "
+        "what was scored. "
         f"Time-to-quality compares how soon two arms reach the final score of {reference}: it is the time that "
         f"{reference} needs divided by the time that the arm needs, computed for each seed. Between two scorings, scores are "
         "interpolated linearly. A ≥ marks an arm that had already reached it at its first scoring. "
-        "Training time is the wall time of the training steps, including waiting for data but not scoring. "
-        "CPU s per s: processor seconds of the main process in each second of training."
+        "Training time is that of the training steps, without scoring: on a CPU the CPU time of the process for each of its "
+        "threads, on a GPU wall time. CPU s per s: processor seconds of the main process in each wall second of training."
     )
     return f'<h2>Work done in that time</h2>{_html_table(head, cells)}<p class="note">{escape(note)}</p>'
 
@@ -275,7 +292,8 @@ def _samples(comparison: Comparison) -> str:
     cards = "".join(_sample(comparison, sample) for sample in comparison.samples)
     note = (
         "The first pictures of the scored split, not chosen by hand. "
-        "The captions and answers are those of each arm after the same short fine-tuning; first seed."
+        "Answers are those of each arm after the same short fine-tuning, captions those of the arms that learned to write, "
+        "without any, unless CIDEr was measured; first seed."
     )
     return f'<h2>Captions and answers</h2><p class="note">{note}</p><div class="samples">{cards}</div>'
 

@@ -13,20 +13,31 @@ from fastvlp.errors import UserError
 from fastvlp.files import write_whole
 
 
+@dataclass(frozen=True)
+class Scored:
+    """Values of an arm by score, their standard errors, and what chance would score, where these are known."""
+
+    values: dict[str, float] = field(default_factory=dict)
+    errors: dict[str, float] = field(default_factory=dict)
+    chance: dict[str, float] = field(default_factory=dict)
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainingCost:
     """What an arm's training took so far.
 
     Attributes:
-        time: wall seconds inside the training steps, waiting for data included.
+        time: seconds inside the training steps by the clock of the budget: CPU seconds per thread, or wall seconds on a GPU.
+        wall: wall seconds inside the training steps, waiting for data included.
         cpu: CPU seconds of this process inside the training steps.
-        wait: the part of `time` that was spent waiting for data.
+        wait: the part of `wall` that was spent waiting for data.
         steps: optimiser steps.
         pairs: image-text pairs.
         tokens: predicted tokens.
     """
 
     time: float = 0.0
+    wall: float = 0.0
     cpu: float = 0.0
     wait: float = 0.0
     steps: int = 0
@@ -36,11 +47,13 @@ class TrainingCost:
 
 @dataclass(frozen=True, kw_only=True)
 class Measurement:
-    """The scores of an arm after a share of its training time; `scoring_s`: seconds that scoring took."""
+    """The scores of an arm after a share of its training time, with their standard errors where these are known; `scoring_s`:
+    seconds that scoring took."""
 
     share: float
     spent: TrainingCost
     scores: dict[str, float]
+    errors: dict[str, float] = field(default_factory=dict)
     scoring_s: float = 0.0
 
 
@@ -103,6 +116,8 @@ class Comparison:
         settings: options of the comparison.
         configs: the whole config of each arm.
         samples: pictures for the report.
+        chance: what chance would score, by score.
+        finished: whether all arms were trained and scored.
         folder: where results.json and report.html are; not saved.
     """
 
@@ -116,6 +131,8 @@ class Comparison:
     configs: dict[str, dict[str, Any]]
     runs: list[ArmRun] = field(default_factory=list)
     samples: list[Sample] = field(default_factory=list)
+    chance: dict[str, float] = field(default_factory=dict)
+    finished: bool = True
     folder: Path | None = field(default=None, compare=False)
 
     def runs_of(self, arm: str) -> list[ArmRun]:

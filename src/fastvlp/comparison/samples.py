@@ -37,7 +37,7 @@ def make_samples(states: Mapping[str, TrainState], finetuning: ShortFinetuning) 
     first = next(iter(writing.values()))
     same_data = {arm: state for arm, state in writing.items() if state.run.data == first.run.data}
     images = torch.cat([batch.image for batch in validation_pairs(first, options, options.pictures)])
-    captions = {arm: finetuning.captions(state, options.pictures) for arm, state in same_data.items()}
+    captions = {arm: finetuning.sample_captions(state, options.pictures) for arm, state in same_data.items()}
     references = reference_captions(first.run, options.split)
     shards = Shards(split_folder(first.run.data, options.split))
     return [
@@ -45,7 +45,7 @@ def make_samples(states: Mapping[str, TrainState], finetuning: ShortFinetuning) 
             key=shards.key(i),
             picture=data_url(images[i]),
             references=references[i],
-            captions={arm: texts[i] for arm, texts in captions.items()},
+            captions={arm: texts[i] for arm, texts in captions.items() if texts},
             questions=answer_questions(same_data, finetuning, shards.info(i), images[i]),
         )
         for i in range(len(images))

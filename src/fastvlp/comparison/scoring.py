@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from fastvlp.comparison.metrics.interface import metric_types
-from fastvlp.comparison.results import Sample
+from fastvlp.comparison.results import Sample, Scored
 from fastvlp.comparison.samples import make_samples
 from fastvlp.comparison.scored_data import validation_pairs
 from fastvlp.comparison.scoring_options import ScoringOptions
@@ -36,13 +36,16 @@ class MetricScorer:
             for _ in batches_in_order(questions.held_out, self.options.probe_batch, "cpu"):
                 pass
 
-    def score(self, state: TrainState) -> dict[str, float]:
-        """The scores of an arm by all metrics that fit it, by name."""
-        scores: dict[str, float] = {}
+    def score(self, state: TrainState, *, tuned: bool = True) -> Scored:
+        """The scores of an arm by all metrics that fit it; without `tuned`, by those that fine-tune nothing."""
+        found = Scored()
         for metric in self.metrics:
-            if metric.fits(state):
-                scores |= metric.measure(state)
-        return scores
+            if metric.fits(state) and (tuned or not metric.tunes):
+                metric.errors, metric.chance = {}, {}
+                found.values.update(metric.measure(state))
+                found.errors.update(metric.errors)
+                found.chance.update(metric.chance)
+        return found
 
     def samples(self, states: Mapping[str, TrainState]) -> list[Sample]:
         """Pictures with the captions and answers of each arm, whose last scoring was just before."""

@@ -52,10 +52,12 @@ class ShortFinetuning:
 
     Attributes:
         answering: the last copy of each arm that was tuned for questions, for the report.
+        captioning: the same, tuned for captions.
     """
 
     options: ScoringOptions
     answering: dict[str, Tuned] = field(default_factory=dict)
+    captioning: dict[str, Tuned] = field(default_factory=dict)
     _questions: dict[Any, Questions | None] = field(default_factory=dict)
 
     def questions(self, state: TrainState) -> Questions | None:
@@ -90,11 +92,25 @@ class ShortFinetuning:
         data = caption_data(state.run)
         rows = data.rows("train", state.tokenizer, state.model.config.image.size, strict=False)
         assert rows is not None
-        tuned = self.tune(state, CaptionConfig(), data, rows)
+        self.captioning[state.run.name] = tuned = self.tune(state, CaptionConfig(), data, rows)
+        return self._written(state, tuned.model, count)
+
+    def sample_captions(self, state: TrainState, count: int) -> list[str]:
+        """Greedy captions without further training: by the copy that was tuned last, else by the arm as it is; none of an arm
+        that cannot write."""
+        tuned = self.captioning.get(state.run.name)
+        if tuned is not None:
+            return self._written(state, tuned.model, count)
+        trained = cast(Mapping[str, Objective], state.pretraining.objectives).values()
+        # At an <s> that saw the whole text in training there is no text yet.
+        writes = any("write" in part.abilities and part.bos == "blind" for part in trained)
+        return self._written(state, state.evaluated.model, count) if writes else []
+
+    def _written(self, state: TrainState, model: VLModel, count: int) -> list[str]:
         captions: list[str] = []
         for batch in validation_pairs(state, self.options, count):
-            with autocast(state):
-                captions += caption.caption(tuned.model, state.tokenizer, batch.image.to(state.device))
+            with evaluating(model), autocast(state):
+                captions += caption.caption(model, state.tokenizer, batch.image.to(state.device))
         return captions
 
     def answers(self, state: TrainState, questions: list[str], image: Tensor) -> list[str]:

@@ -2,33 +2,42 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from fastvlp.comparison.metrics.interface import Score, known_scores
-from fastvlp.comparison.results import ArmRun, Comparison, TrainingCost
+from fastvlp.comparison.results import ArmRun, Comparison, Measurement, TrainingCost
 
 
 class Spread(NamedTuple):
-    """Mean and sample standard deviation over n seeds; the deviation of one seed is 0."""
+    """Mean and sample standard deviation over n seeds; the deviation of one seed is 0. `error`: standard error of a single run,
+    over the items that were scored; 0 where it is not known."""
 
     mean: float
     deviation: float
     n: int
+    error: float = 0.0
+
+    @property
+    def standard_error(self) -> float:
+        """Of the mean over seeds; of a single run, over its items."""
+        return self.deviation / math.sqrt(self.n) if self.n > 1 else self.error
 
 
-def spread(values: Sequence[float]) -> Spread | None:
+def spread(values: Sequence[float], error: float | None = None) -> Spread | None:
     if not values:
         return None
-    return Spread(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0, len(values))
+    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
+    return Spread(statistics.fmean(values), deviation, len(values), error or 0.0)
 
 
 def within_noise(a: Spread, b: Spread) -> bool:
-    """Whether two means are no further apart than their standard deviations together. One seed shows no deviation, so
-    single runs are apart unless they are equal."""
-    return abs(a.mean - b.mean) <= a.deviation + b.deviation
+    """Whether two means are no further apart than two standard errors of their difference. Single runs whose error is not
+    known are apart unless they are equal."""
+    return abs(a.mean - b.mean) <= 2 * math.hypot(a.standard_error, b.standard_error)
 
 
 def measured_scores(comparison: Comparison) -> list[Score]:
@@ -75,12 +84,14 @@ class Speedup(NamedTuple):
         at_least: in some seed the arm was there at its first measurement, so the ratio may be higher.
         reached: seeds in which the arm got there.
         n: seeds that can be timed.
+        shares: the arm's time divided by the reference's, of each seed in which it got there.
     """
 
     ratio: Spread | None
     at_least: bool
     reached: int
     n: int
+    shares: tuple[float, ...] = ()
 
     def __str__(self) -> str:
         if self.ratio is None:
@@ -110,7 +121,7 @@ def speedup(comparison: Comparison, arm: str, score: str) -> Speedup:
         if own:
             ratios.append(theirs.time / own.time)
             at_least |= own.at_first
-    return Speedup(spread(ratios), at_least, len(ratios), n)
+    return Speedup(spread(ratios), at_least, len(ratios), n, tuple(1 / ratio for ratio in ratios))
 
 
 def format_speedup(comparison: Comparison, arm: str, score: str) -> str:
@@ -125,7 +136,7 @@ class Summary:
     Attributes:
         steps: optimiser steps; like all that follows, a mean over seeds at the last measurement.
         wait: share of the training time that was spent waiting for data.
-        cpu: CPU seconds for each second of training.
+        cpu: CPU seconds for each wall second of training.
         scores: by score, the spread at each share of the budget; None where it was not measured.
         failures: a line for each seed that failed.
     """
@@ -154,9 +165,13 @@ def summarise(comparison: Comparison) -> list[Summary]:
         runs = comparison.runs_of(arm)
         last = [run.marks[-1].spent for run in runs if run.marks] or [TrainingCost()]
         time = max(sum(s.time for s in last), 1e-9)
+        wall = max(sum(s.wall or s.time for s in last), 1e-9)
         scores = {
             name: [
-                spread([m.scores[name] for run in runs for m in run.marks if m.share == share and name in m.scores])
+                measured(
+                    [m for run in runs for m in run.marks if m.share == share and name in m.scores],
+                    name,
+                )
                 for share in comparison.shares
             ]
             for name in names
@@ -168,8 +183,8 @@ def summarise(comparison: Comparison) -> list[Summary]:
                 pairs=statistics.fmean(s.pairs for s in last),
                 pairs_per_s=sum(s.pairs for s in last) / time,
                 tokens_per_s=sum(s.tokens for s in last) / time,
-                wait=sum(s.wait for s in last) / time,
-                cpu=sum(s.cpu for s in last) / time,
+                wait=sum(s.wait for s in last) / wall,
+                cpu=sum(s.cpu for s in last) / wall,
                 scores=scores,
                 speedups={name: speedup(comparison, arm, name) for name in names},
                 failures=[f"seed {run.seed}: {run.failure}" for run in runs if run.failure],
@@ -178,12 +193,31 @@ def summarise(comparison: Comparison) -> list[Summary]:
     return rows
 
 
+def measured(marks: Sequence[Measurement], name: str) -> Spread | None:
+    """The spread of a score over the marks of several seeds."""
+    errors = [mark.errors.get(name) for mark in marks]
+    return spread([mark.scores[name] for mark in marks], errors[0] if len(errors) == 1 else None)
+
+
+def busy_note(rows: Sequence[Summary]) -> str | None:
+    """Says which arms got less than four fifths of a core; None where all had more, or nothing is known of it."""
+    busy = [f"{row.arm} {row.cpu:.2f}" for row in rows if 0 < row.cpu < 0.8]
+    if not busy:
+        return None
+    return (
+        f"The machine was busy: of a core's time the arms got {', '.join(busy)}. Budgets count CPU time, "
+        f"so that this is fair to all arms; it took longer."
+    )
+
+
 def format_score(score: Score, value: Spread | None) -> str:
-    """A score to read: in per cent where it is a share, with its deviation where there are several seeds."""
+    """A score to read: in per cent where it is a share, with its deviation over several seeds, or with the standard error of
+    a single run."""
     if value is None:
         return "-"
     scale, digits = (100, 1) if score.percent else (1, 3)
-    deviation = f" ± {value.deviation * scale:.{digits}f}" if value.n > 1 else ""
+    around = value.deviation if value.n > 1 else value.error
+    deviation = f" ± {around * scale:.{digits}f}" if value.n > 1 or around else ""
     return f"{value.mean * scale:.{digits}f}{deviation}{' %' if score.percent else ''}"
 
 

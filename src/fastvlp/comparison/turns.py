@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any, Protocol, cast
@@ -17,7 +18,7 @@ import torch
 
 from fastvlp.comparison.progress import ProgressDisplay
 from fastvlp.comparison.report import write_report
-from fastvlp.comparison.results import ArmRun, Comparison, LossPoint, Measurement, Sample, TrainingCost
+from fastvlp.comparison.results import ArmRun, Comparison, LossPoint, Measurement, Sample, Scored, TrainingCost
 from fastvlp.config import to_json
 from fastvlp.errors import UserError
 from fastvlp.training.checkpoint import save_config, save_weights
@@ -25,6 +26,7 @@ from fastvlp.training.loop import start, steps
 from fastvlp.training.state import StepReport, TrainState
 from fastvlp.training.train_config import TrainConfig
 
+EIGHTHS = tuple(i / 8 for i in range(1, 9))
 # Points of each training-loss curve.
 CURVE_POINTS = 120
 
@@ -38,13 +40,16 @@ class Plan:
         out: folder of results.json, report.html and the runs.
         seeds: runs of each arm, with consecutive seeds.
         marks: shares of the budget after which the arms are scored; the end is always one of them.
+        tuned_marks: those after which a copy is fine-tuned for a score, too; the end is always one of them. The others are left
+            out where scoring would take longer than training.
         slice_s: seconds of one turn.
     """
 
     budget_s: float
     out: Path
     seeds: int = 1
-    marks: tuple[float, ...] = (0.25, 0.5, 1.0)
+    marks: tuple[float, ...] = EIGHTHS
+    tuned_marks: tuple[float, ...] = (0.5, 1.0)
     slice_s: float = 5.0
 
     def __post_init__(self) -> None:
@@ -52,12 +57,13 @@ class Plan:
             raise UserError("`budget` and `slice` must be times above 0, such as 120s or 20m")
         if self.seeds < 1:
             raise UserError(f"`seeds` must be at least 1, not {self.seeds}")
-        if not all(0 < mark <= 1 for mark in self.marks):
-            raise UserError(f"`marks` must be shares of the budget, above 0 and up to 1, not {self.marks}")
+        for name, marks in (("marks", self.marks), ("tuned_marks", self.tuned_marks)):
+            if not all(0 < mark <= 1 for mark in marks):
+                raise UserError(f"`{name}` must be shares of the budget, above 0 and up to 1, not {marks}")
 
     @property
     def shares(self) -> list[float]:
-        return sorted({*self.marks, 1.0})
+        return sorted({*self.marks, *self.tuned_marks, 1.0})
 
 
 class Scorer(Protocol):
@@ -69,7 +75,8 @@ class Scorer(Protocol):
     def check(self, state: TrainState) -> None:
         """Reads all that is scored once, before the first step. Raises UserError where something cannot be read."""
 
-    def score(self, state: TrainState) -> dict[str, float]: ...
+    def score(self, state: TrainState, *, tuned: bool = True) -> Scored:
+        """The scores of an arm; without `tuned` those for which nothing is fine-tuned."""
 
     def samples(self, states: Mapping[str, TrainState]) -> list[Sample]:
         """Pictures with the captions and answers of each arm; called right after the last scores."""
@@ -92,6 +99,14 @@ class Training:
 TRAINING = Training()
 
 
+def budget_clock(device: torch.device) -> float:
+    """Seconds by which a budget is counted. On a CPU, CPU seconds of this process for each of its threads, so that a busy
+    machine gives each arm as much work as a free one; elsewhere wall seconds."""
+    if device.type == "cpu":
+        return time.process_time() / torch.get_num_threads()
+    return time.perf_counter()
+
+
 @dataclass(kw_only=True)
 class ArmTraining:
     """The training of one arm with one seed, which can be interrupted after each step.
@@ -102,6 +117,7 @@ class ArmTraining:
         spent: what the training took so far.
         ended: the loop has run its last step.
         recent: losses of the steps since the last point of the curve.
+        tuning_s: the longest time that scores with fine-tuning took so far.
     """
 
     state: TrainState
@@ -112,6 +128,7 @@ class ArmTraining:
     spent: TrainingCost = field(default_factory=TrainingCost)
     ended: bool = False
     recent: list[dict[str, float]] = field(default_factory=list)
+    tuning_s: float = 0.0
 
     @property
     def next_scoring(self) -> float:
@@ -134,15 +151,16 @@ class ArmTraining:
             self._step(until)
 
     def _step(self, until: float) -> None:
-        wall, cpu = time.perf_counter(), time.process_time()
+        wall, cpu, began = time.perf_counter(), time.process_time(), budget_clock(self.state.device)
         report = next(self.reports, None)
         before = self.spent
-        last = report is None or before.time + time.perf_counter() - wall >= until
+        last = report is None or before.time + budget_clock(self.state.device) - began >= until
         if last and self.state.device.type == "cuda":
             # Work that is still queued belongs to this arm and not to the next one.
             torch.cuda.synchronize(self.state.device)
         self.spent = TrainingCost(
-            time=before.time + time.perf_counter() - wall,
+            time=before.time + budget_clock(self.state.device) - began,
+            wall=before.wall + time.perf_counter() - wall,
             cpu=before.cpu + time.process_time() - cpu,
             wait=before.wait + (report.data_wait if report else 0.0),
             steps=self.state.step,
@@ -163,9 +181,27 @@ class ArmTraining:
             self.run.curve.append(LossPoint(spent=self.spent, losses=losses))
             self.recent.clear()
 
-    def add_scores(self, scores: dict[str, float], scoring_s: float) -> None:
-        share = self.shares[len(self.run.marks)]
-        self.run.marks.append(Measurement(share=share, spent=self.spent, scores=scores, scoring_s=scoring_s))
+    @property
+    def next_share(self) -> float:
+        """The share of the budget after which it is scored next."""
+        return self.shares[len(self.run.marks)]
+
+    def affords_tuning(self, plan: Plan) -> bool:
+        """Whether a copy is fine-tuned for the next scores: at the end, and at a mark where all scoring will take no more time
+        than the training of the whole run does."""
+        if self.next_share == 1:
+            return True
+        took = [mark.scoring_s for mark in self.run.marks]
+        pace = self.spent.wall / max(self.spent.time, 1e-9)
+        # The last scores are fine-tuned for in any case.
+        return self.next_share in plan.tuned_marks and sum(took) + 2 * self.tuning_s <= pace * plan.budget_s
+
+    def add_scores(self, scored: Scored, scoring_s: float) -> None:
+        self.run.marks.append(
+            Measurement(
+                share=self.next_share, spent=self.spent, scores=scored.values, errors=scored.errors, scoring_s=scoring_s
+            )
+        )
         self.run.dropped = len(self.state.dropped)
 
 
@@ -194,6 +230,7 @@ def run_comparison(
         settings={k: v for k, v in asdict(plan).items() if k != "out"} | asdict(scorer.options),
         configs={arm: cast(dict[str, Any], to_json(run)) for arm, run in arms.items()},
         folder=plan.out,
+        finished=False,
     )
     save(comparison)
     for seed in range(plan.seeds):
@@ -201,6 +238,7 @@ def run_comparison(
         for arm, config in arms.items():
             display.note(f"seed {seed}: building {arm}")
             state = training.begin(replace(config, seed=config.seed + seed, out=f"{config.out}-{config.seed + seed}"))
+            state.clock = partial(budget_clock, state.device)
             scorer.check(state)
             run = ArmRun(arm=arm, seed=state.run.seed)
             comparison.runs.append(run)
@@ -208,9 +246,11 @@ def run_comparison(
             started.append(
                 ArmTraining(state=state, reports=reports, run=run, shares=plan.shares, budget_s=plan.budget_s)
             )
-        take_turns(started, plan.slice_s, scorer, display, lambda: save(comparison), training.keep)
+        take_turns(started, plan, comparison, scorer, display, training.keep)
         if seed == 0:
             add_samples(comparison, {arm.run.arm: arm.state for arm in started if not arm.run.failure}, scorer, display)
+    comparison.finished = True
+    save(comparison)
     return comparison
 
 
@@ -218,7 +258,6 @@ def add_samples(
     comparison: Comparison, states: Mapping[str, TrainState], scorer: Scorer, display: ProgressDisplay
 ) -> None:
     """Adds pictures with captions and answers to the report, which is whole without them."""
-    display.note("captions and answers for the report")
     try:
         comparison.samples = scorer.samples(states)
     except UserError as error:
@@ -235,10 +274,10 @@ def save(comparison: Comparison) -> None:
 
 def take_turns(
     arms: Sequence[ArmTraining],
-    slice_s: float,
+    plan: Plan,
+    comparison: Comparison,
     scorer: Scorer,
     display: ProgressDisplay,
-    save_results: Callable[[], None],
     keep: Callable[[TrainState], None],
 ) -> None:
     """Gives the arms turns until all are done. The order rotates, so that no arm always follows the same one."""
@@ -247,30 +286,35 @@ def take_turns(
         first = turn % len(arms)
         for arm in [*arms[first:], *arms[:first]]:
             if not arm.done:
-                _take_turn(arm, slice_s, scorer, display, save_results, keep)
+                _take_turn(arm, plan, comparison, scorer, display, keep)
         turn += 1
 
 
 def _take_turn(
     arm: ArmTraining,
-    slice_s: float,
+    plan: Plan,
+    comparison: Comparison,
     scorer: Scorer,
     display: ProgressDisplay,
-    save_results: Callable[[], None],
     keep: Callable[[TrainState], None],
 ) -> None:
     try:
-        arm.train(slice_s)
+        arm.train(plan.slice_s)
         display.trained(arm.run, arm.spent)
         if arm.due:
             keep(arm.state)
         while arm.due:
-            began = time.perf_counter()
-            arm.add_scores(scorer.score(arm.state), time.perf_counter() - began)
-            display.scored(arm.run, arm.run.marks[-1])
-            save_results()
+            display.scoring(arm.run, arm.next_share)
+            began, tuned = time.perf_counter(), arm.affords_tuning(plan)
+            scored = scorer.score(arm.state, tuned=tuned)
+            took = time.perf_counter() - began
+            arm.tuning_s = max(arm.tuning_s, took if tuned else 0.0)
+            arm.add_scores(scored, took)
+            comparison.chance |= scored.chance
+            display.scored(arm.run, arm.run.marks[-1], tuned=tuned)
+            save(comparison)
     except UserError as error:
         # An arm that diverges, in its training or in the fine-tuning before a score, is a result; the others go on.
         arm.run.failure = str(error)
         display.note(f"{arm.run.arm}: {error}")
-        save_results()
+        save(comparison)

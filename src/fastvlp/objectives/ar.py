@@ -37,6 +37,7 @@ def next_token_loss(model: VLModel, state_BLD: Tensor, batch: Batch, target_BL: 
 
 class AR(Objective):
     reading = "causal"
+    cloze_context = "before"
     abilities = frozenset({"write"})
 
     def __init__(self, config: ARConfig):

@@ -41,6 +41,7 @@ class CapPa(Objective):
     """
 
     reading = "causal"
+    cloze_context = "before"
     bos = "blind"
     reads_mask = True
     abilities = frozenset({"write"})

@@ -18,7 +18,7 @@ from fastvlp.config import NotNegative
 from fastvlp.data.tokenize import Tokenizer
 from fastvlp.model import masks
 from fastvlp.model.model import Bos, ModelConfig, Streams, VLModel
-from fastvlp.objectives.cloze_methods import likeliest
+from fastvlp.objectives.cloze_methods import likeliest, predict_causal
 from fastvlp.objectives.losses import head_loss
 from fastvlp.objectives.objective import ClozeMethod, Loss, Objective, ObjectiveConfig
 from fastvlp.random import uniform
@@ -111,6 +111,11 @@ class FLM(Objective):
     @property
     def cloze_method(self) -> ClozeMethod:
         return partial(predict_flm, bos=self.config.bos)
+
+    @property
+    def next_word_method(self) -> ClozeMethod:
+        """By its stream from left to right, with that stream's own head."""
+        return partial(predict_causal, bos=self.config.bos)
 
     def reaches_all(self, model: ModelConfig) -> bool:
         return bool(model.reconstructor and (self.config.forward_weight or self.config.reverse_weight))

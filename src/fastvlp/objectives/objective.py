@@ -63,6 +63,7 @@ class Objective(nn.Module, abc.ABC):
         reading: how the model best reads a text for a task later.
         bos: what `<s>` sees where the objective reads left to right; None where it does not read so.
         reads_mask: whether it reads the token that stands for a hidden word.
+        cloze_context: what `cloze_method` reads of a text beside the word: all others, or those before it.
         abilities: what a model trained by it can do. They are saved with the weights.
         image_use: the least that it reads of a batch's images: their vectors in the joint space (`embed_image`), the states
             that it gets, or their pixels. States of a frozen encoder are stored, pixels are decoded at each step.
@@ -75,6 +76,7 @@ class Objective(nn.Module, abc.ABC):
     reading: Reading = "full"
     bos: Bos | None = None
     reads_mask: bool = False
+    cloze_context: Literal["both", "before"] = "both"
     abilities: frozenset[Ability] = frozenset()
     image_use: ImageUse = "states"
     text_use: TextUse = "words"
@@ -120,6 +122,11 @@ class Objective(nn.Module, abc.ABC):
     def cloze_method(self) -> ClozeMethod | None:
         """How a model trained by it predicts single words; None where it does not learn to."""
         return None
+
+    @property
+    def next_word_method(self) -> ClozeMethod | None:
+        """How it predicts each word from those before it; None where it does not learn to."""
+        return self.cloze_method if self.cloze_context == "before" else None
 
     @property
     def pair_scorer(self) -> PairScorer | None:

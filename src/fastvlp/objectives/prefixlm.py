@@ -39,6 +39,7 @@ class PrefixLMConfig(ObjectiveConfig):
 class PrefixLM(Objective):
     bos = "blind"
     abilities = frozenset({"write"})
+    cloze_context = "before"
 
     def __init__(self, config: PrefixLMConfig):
         super().__init__()

@@ -50,10 +50,10 @@ def steps(state: TrainState) -> Iterator[StepReport]:
     batches = state.train.batches(start=state.step * run.accumulate)
     state.pretraining.train()
     while state.progress < 1 and not state.stop:
-        began, dropped_before = time.perf_counter(), len(state.dropped)
+        began, waited, dropped_before = state.clock(), time.perf_counter(), len(state.dropped)
         with dist.together(state.device):
             micro = [next_batch(state, batches) for _ in range(run.accumulate)]
-        data_wait = time.perf_counter() - began
+        data_wait = time.perf_counter() - waited
         micro = [augmented(batch, run.augment) for batch in micro]
         state.pretraining.active = draw_objective(run.mix, run.seed, state.step)
         factor = rate_factor(state.midway, run.optim.warmup, run.optim.decay)
@@ -83,7 +83,7 @@ def steps(state: TrainState) -> Iterator[StepReport]:
         state.pairs += pairs
         state.tokens += round(sum(targets))
         state.between_steps = True
-        seconds = agree(state, dropped_before, time.perf_counter() - began)
+        seconds = agree(state, dropped_before, state.clock() - began)
         state.elapsed += seconds
         report = StepReport(
             step=state.step,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -76,6 +78,7 @@ class TrainState:
         signal: the signal that this process received.
         stop: the signal for which all ranks stop.
         saved: the step of the last checkpoint; 0 where there is none.
+        clock: gives the seconds by which `elapsed` grows; a comparison on a CPU counts CPU time.
         lock: of the run's folder, which one process writes to; None where nothing is locked.
         between_steps: whether the weights are those after `step`; false while a step changes them.
     """
@@ -109,6 +112,7 @@ class TrainState:
     saved: int = 0
     between_steps: bool = True
     lock: WriterLock | None = None
+    clock: Callable[[], float] = time.perf_counter
 
     @property
     def precision(self) -> Precision:

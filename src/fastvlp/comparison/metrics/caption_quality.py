@@ -11,6 +11,7 @@ from fastvlp.training.state import TrainState
 class CaptionQuality(Metric):
     scores = (Score("cider", "CIDEr", "of greedy captions after the same short fine-tuning"),)
     order = 3
+    tunes = True
 
     def fits(self, state: TrainState) -> bool:
         return state.model.config.fusion is not None and self.options.caption_items > 0

@@ -1,7 +1,11 @@
-"""Cloze accuracy: the share of the words of the captions that an arm predicts right by the method that it was trained for."""
+"""Cloze accuracy: the share of the words of the captions that an arm predicts right, from all other words or from those before.
+
+Arms are compared only where they read the same: FLM is measured in both ways, MLM in the first, AR in the second.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import cast
 
@@ -14,27 +18,31 @@ from fastvlp.training.state import TrainState, autocast
 
 class ClozeAccuracy(Metric):
     scores = (
-        Score(
-            "cloze",
-            "Cloze accuracy",
-            "from the words on both sides for FLM and MLM, from those before it for AR and PrefixLM",
-            percent=True,
-        ),
+        Score("cloze", "Cloze accuracy", "each word from the image and all other words", percent=True),
+        Score("next_word", "Next-word accuracy", "each word from the image and the words before it", percent=True),
     )
-    order = 1
+    order = 0
 
     def fits(self, state: TrainState) -> bool:
-        return own_cloze_method(state) is not None
+        return bool(cloze_methods(state))
 
     def measure(self, state: TrainState) -> dict[str, float]:
-        method = own_cloze_method(state)
-        assert method is not None
-        pairs = validation_pairs(state, self.options, self.options.cloze_items)
-        with autocast(state):
-            return {"cloze": cloze(state.evaluated.model, method, pairs).accuracy}
+        values = {}
+        for name, method in cloze_methods(state).items():
+            pairs = validation_pairs(state, self.options, self.options.cloze_items)
+            with autocast(state):
+                found = cloze(state.evaluated.model, method, pairs)
+            values[name] = p = found.accuracy
+            self.errors[name] = math.sqrt(p * (1 - p) / max(1, found.words))
+        return values
 
 
-def own_cloze_method(state: TrainState) -> ClozeMethod | None:
-    """How the arm predicts single words: as the first of its objectives that learns to; None if none does."""
-    objectives = cast(Mapping[str, Objective], state.pretraining.objectives).values()
-    return next((method for objective in objectives if (method := objective.cloze_method) is not None), None)
+def cloze_methods(state: TrainState) -> dict[str, ClozeMethod]:
+    """How the arm predicts single words, by score: as the first of its objectives that learns to."""
+    methods: dict[str, ClozeMethod] = {}
+    for objective in cast(Mapping[str, Objective], state.pretraining.objectives).values():
+        both = objective.cloze_method if objective.cloze_context == "both" else None
+        for name, method in (("cloze", both), ("next_word", objective.next_word_method)):
+            if method is not None:
+                methods.setdefault(name, method)
+    return methods

@@ -35,14 +35,20 @@ class Metric(abc.ABC):
     Attributes:
         scores: the numbers that it gives.
         order: the place of its scores in the report, which begins with the lowest; the first one is the headline.
+        tunes: whether a copy of the arm is fine-tuned first, so that it is measured at a few marks alone.
+        errors: standard errors of the last measurement, by score, as far as they are known.
+        chance: what knowing nothing of the images would score, by score, as far as that is known.
     """
 
     scores: ClassVar[tuple[Score, ...]]
     order: ClassVar[int] = 100
+    tunes: ClassVar[bool] = False
 
     def __init__(self, finetuning: ShortFinetuning) -> None:
         self.finetuning = finetuning
         self.options = finetuning.options
+        self.errors: dict[str, float] = {}
+        self.chance: dict[str, float] = {}
 
     @abc.abstractmethod
     def fits(self, state: TrainState) -> bool:

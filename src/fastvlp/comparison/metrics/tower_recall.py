@@ -25,7 +25,7 @@ class TowerRecall(Metric):
         ),
         Score("text_to_image/r1", "Image R@1", "share of captions for which their own image comes first", percent=True),
     )
-    order = 2
+    order = 1
 
     def fits(self, state: TrainState) -> bool:
         return state.model.config.embed is not None

@@ -9,7 +9,8 @@ from fastvlp.training.state import TrainState, autocast
 
 class VQAAccuracy(Metric):
     scores = (Score("vqa", "VQA accuracy", "after the same short fine-tuning", percent=True),)
-    order = 0
+    order = 2
+    tunes = True
 
     def fits(self, state: TrainState) -> bool:
         return state.model.config.fusion is not None and self.finetuning.questions(state) is not None
@@ -21,4 +22,5 @@ class VQAAccuracy(Metric):
         with autocast(state):
             batch = 4 * self.options.probe_batch
             scores = vqa.measure(tuned.model, tuned.objective, questions.data.answers, questions.held_out, batch)
+        self.errors["vqa"], self.chance["vqa"] = scores["standard_error"], scores["chance"]
         return {"vqa": scores["accuracy"]}
