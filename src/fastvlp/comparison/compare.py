@@ -92,8 +92,7 @@ def compare(
         tuned_marks=tuple(tuned_marks),
         slice_s=duration(slice),
     )
-    if (plan.out / "results.json").exists():
-        raise UserError(f"{plan.out}: holds a comparison already; choose another folder with `out`, or delete it")
+    check_new(plan.out)
     device = dist.pick_device(next(iter(arms.values())).device)
     arms = with_tokenizers(with_precision(with_budget(arms, plan)), plan.out)
     with ProgressDisplay(list(arms), budget_s=plan.budget_s, seeds=seeds, scorings=len(plan.shares)) as display:
@@ -105,12 +104,23 @@ def compare(
             scorer=MetricScorer(scoring),
             display=display,
         )
+    check_trained(comparison, plan)
+    return comparison
+
+
+def check_new(out: Path) -> None:
+    """Raises UserError where a folder holds a comparison already."""
+    if (out / "results.json").exists():
+        raise UserError(f"{out}: holds a comparison already; choose another folder with `out`, or delete it")
+
+
+def check_trained(comparison: Comparison, plan: Plan) -> None:
+    """Raises UserError where no arm was trained to its end."""
     if all(run.failure for run in comparison.runs):
         raise UserError(
-            f"no recipe could be trained for {budget}: {comparison.runs[0].failure}; "
-            f"what was measured is in {plan.out / 'report.html'}"
+            f"no recipe could be trained for {plan.budget_s:g} s: {comparison.runs[0].failure}; what was measured is in "
+            f"{plan.out / 'report.html'}"
         )
-    return comparison
 
 
 def with_precision(arms: Mapping[str, TrainConfig]) -> dict[str, TrainConfig]:
