@@ -95,15 +95,9 @@ def compare(
     check_new(plan.out)
     device = dist.pick_device(next(iter(arms.values())).device)
     arms = with_tokenizers(with_precision(with_budget(arms, plan)), plan.out)
+    reference, machine, scorer = reference_arm(arms), about(device), MetricScorer(scoring)
     with ProgressDisplay(list(arms), budget_s=plan.budget_s, seeds=seeds, scorings=len(plan.shares)) as display:
-        comparison = run_comparison(
-            plan,
-            arms,
-            reference=reference_arm(arms),
-            about=about(device),
-            scorer=MetricScorer(scoring),
-            display=display,
-        )
+        comparison = run_comparison(plan, arms, reference=reference, about=machine, scorer=scorer, display=display)
     check_trained(comparison, plan)
     return comparison
 
