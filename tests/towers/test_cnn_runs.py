@@ -12,7 +12,7 @@ from fastvlp.cli import main
 from fastvlp.data.world.corpus import WorldConfig, write_world
 from fastvlp.model.saving import load_model
 from fastvlp.training.checkpoint import load_checkpoint
-from tests.towers.public import write_public
+from tests.towers.public import image_models, randomised, save, write_public
 
 RUNS = {
     # The heads of the released size have 130 M parameters.
@@ -36,6 +36,9 @@ def folder(tmp_path_factory) -> Path:
     write_world(folder / "world", WorldConfig(size=48, captions=2), train=24, val=4, test=6, pairs=0, singles=0)
     for name in PUBLIC:
         write_public(name, folder / name)
+    # As transformers draws them, the states of a CNN are all nearly zero.
+    for name in ("efficientnet", "resnet", "convnext"):
+        save(randomised(image_models()[name]), folder / name)
     return folder
 
 
@@ -84,3 +87,15 @@ def test_recipes_train_resume_are_evaluated_and_exported(name, folder, tmp_path,
     exported = load_model(tmp_path / "export").model.state_dict()
     own = load_model(tmp_path / "a").model.state_dict()
     assert own.keys() == exported.keys() and all(torch.equal(own[key], exported[key]) for key in own)
+
+
+@pytest.mark.slow
+def test_the_grid_of_a_frozen_cnn_is_computed_once_as_a_detectors_regions_are(folder, tmp_path):
+    losses = {}
+    for store in ("always", "never"):
+        states = ("--states.store", store, "--states.dtype", "fp32", "--states.folder", str(tmp_path / "states"))
+        pretrain(folder, "uniter_end2end", tmp_path / store, "--steps", "3", *states)
+        lines = [json.loads(line) for line in (tmp_path / store / "log.jsonl").read_text().splitlines()]
+        losses[store] = [line["loss"] for line in lines if line["kind"] in ("train", "validation")]
+    assert len([*(tmp_path / "states").iterdir()]) == 2, "of train and of val"
+    assert losses["always"] == pytest.approx(losses["never"], rel=1e-5)

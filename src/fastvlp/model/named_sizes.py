@@ -86,8 +86,8 @@ def _of_kind(config: ModelConfig, like: ModelConfig) -> ModelConfig:
         embed = config.embed if same else joint_space(config, width=like.embed.width)
     if embed and like.embed and embed.image.regions and like.embed.image.regions:
         # Boxes of the data or a grid: that is the recipe's.
-        regions = replace(embed.image.regions, grid=like.embed.image.regions.grid)
-        embed = replace(embed, image=replace(embed.image, regions=regions))
+        pooled = replace(embed.image.regions, grid=like.embed.image.regions.grid)
+        embed = replace(embed, image=replace(embed.image, regions=pooled))
     return replace(
         config,
         fusion=config.fusion if like.fusion else None,
