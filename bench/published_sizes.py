@@ -161,6 +161,7 @@ def main(o: Options) -> None:
                 pool.apply(prepared, (name, Path(folder)))
             with multiprocessing.get_context("spawn").Pool(1) as pool:
                 rows.append(pool.apply(measure, (name, Path(folder), o.threads)))
+        append(o.out, [stamp("cpu", "published_sizes.py") | {"threads": o.threads, "batch": BATCH} | rows[-1]])
     table = Table(title=f"steps of {BATCH} pairs, fp32")
     for column in ("run", "M parameters", "M trained", "tensors changed", "loss", "CPU s a step", "GB"):
         table.add_column(column, justify="left" if column == "run" else "right")
@@ -176,7 +177,6 @@ def main(o: Options) -> None:
             f"{row['peak_bytes'] / 1e9:.2f}",
         )
     Console().print(table)
-    append(o.out, [stamp("cpu", "published_sizes.py") | {"threads": o.threads, "batch": BATCH} | row for row in rows])
 
 
 if __name__ == "__main__":
