@@ -25,7 +25,7 @@ EVALUATED = {
     "brivl_base": "evaluate retrieval RUN --data WORLD --split test",
     "brivl2_base": "evaluate retrieval RUN --data WORLD --split test",
     "uniter_end2end": "evaluate task RUN --data WORLD --split test --zero-shot",
-    "flm_photos": "finetune vqa --from RUN --data WORLD --steps 1",
+    "flm_photos": "finetune vqa --from RUN --data WORLD --steps 1 --out RUN-vqa",
 }
 PUBLIC = ("efficientnet", "resnet", "convnext", "bert", "roberta")
 
