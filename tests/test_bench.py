@@ -15,8 +15,10 @@ import tyro
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastvlp.config import flatten, to_json
+from fastvlp.exporters.export import export
 from fastvlp.recipes import recipe
-from tests.training.runs import made_pairs
+from fastvlp.training.loop import train
+from tests.training.runs import made_pairs, made_run
 
 BENCH = Path(__file__).parents[1] / "bench"
 
@@ -241,3 +243,14 @@ def test_training_on_stored_states_is_compared_with_encoding(tmp_path):
     ]
     assert all(row["loss_difference"] < 0.01 and row["cpu_s"] > 0 for row in rows)
     assert all((row["stored_bytes_per_image"] > 0) == (row["arm"] == "stored") for row in rows)
+
+
+def test_damage_costs_a_record_or_is_refused(bench, tmp_path):
+    damaged = bench("damaged_files")
+    assert not [outcome for _, outcome in damaged.damaged_records(16, seed=7) if outcome.startswith("FAILED")]
+    pairs = made_pairs(tmp_path / "pairs", 12)
+    train(made_run(pairs, tmp_path / "run", "clip", steps=1))
+    export(tmp_path / "run", tmp_path / "export")
+    outcomes = damaged.damaged_files(12, tmp_path / "run", tmp_path / "export", pairs / "train", seed=7)
+    assert sum(outcomes.values()) == 12
+    assert not [outcome for _, outcome in outcomes if outcome.startswith("FAILED")]

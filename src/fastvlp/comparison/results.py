@@ -10,7 +10,8 @@ from typing import Any
 import cattrs
 
 from fastvlp.errors import UserError
-from fastvlp.files import write_whole
+from fastvlp.files import read_plain, write_whole
+from fastvlp.plain_json import parse_json
 
 
 @dataclass(frozen=True)
@@ -148,7 +149,7 @@ class Comparison:
     def load(path: Path) -> Comparison:
         """Reads a results.json. Raises UserError for a file that is none."""
         try:
-            comparison = cattrs.structure(json.loads(path.read_bytes()), Comparison)
+            comparison = cattrs.structure(parse_json(read_plain(path)), Comparison)
         except OSError as error:
             raise UserError(f"{path}: cannot read ({error.strerror}); give the results.json of a comparison") from error
         except (ValueError, KeyError, TypeError, cattrs.BaseValidationError) as error:

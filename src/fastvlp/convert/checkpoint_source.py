@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from fastvlp.convert.public_folder import WEIGHTS, PublicFolder, open_public
+from fastvlp.convert.public_folder import WEIGHTS, PublicFolder, open_public, part_names
 from fastvlp.convert.weight_files import Contents, read_contents, tensor_names
 from fastvlp.errors import UserError, install
+from fastvlp.files import read_plain
+from fastvlp.plain_json import parse_json
 
 # Files with weights as other projects call them.
 OTHER_WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin")
@@ -37,11 +38,11 @@ def open_checkpoint(source: str, config: Path | None = None) -> Checkpoint:
 def read_config_file(path: Path) -> dict[str, Any]:
     """An object in JSON or YAML. Raises UserError where there is none."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_plain(path).decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot read a config here ({error})") from error
     try:
-        value = json.loads(text) if path.suffix == ".json" else _yaml(text)
+        value = parse_json(text) if path.suffix == ".json" else _yaml(text)
     except ValueError as error:
         raise UserError(f"{path}: damaged ({error}); copy it again") from error
     if not isinstance(value, dict):
@@ -56,7 +57,7 @@ def _yaml(text: str) -> Any:
         raise UserError(f"a config in YAML: {install('towers')}, or write it as JSON") from None
     try:
         return yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:
         raise ValueError(str(error).partition("\n")[0]) from error
 
 
@@ -120,10 +121,7 @@ class Checkpoint(PublicFolder):
             first = self._only_file()
         if first.suffix != ".json":
             return [first]
-        parts = (self.json(first.name) or {}).get("weight_map")
-        if not isinstance(parts, dict) or not parts:
-            raise UserError(f"{first}: damaged, it has no weight_map; copy the folder again")
-        return [self.file(name) for name in sorted({str(name) for name in parts.values()})]
+        return [self.file(name) for name in part_names(first, self.json(first.name))]
 
     def _only_file(self) -> Path:
         here = [] if self.local is None else sorted(self.local.iterdir())
@@ -148,7 +146,7 @@ def read_answers(path: Path | None) -> tuple[str, ...]:
     if path is None:
         return ()
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = parse_json(read_plain(path))
         if isinstance(value, dict):
             pairs = [(int(n), a) if isinstance(a, str) else (int(a), n) for n, a in value.items()]
             value = (

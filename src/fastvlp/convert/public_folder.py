@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,8 @@ from torch import Tensor
 
 from fastvlp.convert.weight_files import read_weights
 from fastvlp.errors import UserError, install
+from fastvlp.files import read_plain
+from fastvlp.plain_json import parse_json
 
 # Files with weights, in the order in which they are looked for. An index lists the files of a model in several parts.
 WEIGHTS = (
@@ -73,7 +74,7 @@ class PublicFolder:
         if path is None:
             return None
         try:
-            value = json.loads(path.read_text(encoding="utf-8"))
+            value = parse_json(read_plain(path))
         except (OSError, ValueError) as error:
             raise UserError(f"{path}: damaged ({error}); copy the folder again") from error
         if not isinstance(value, dict):
@@ -99,8 +100,7 @@ class PublicFolder:
         first = self.file(*WEIGHTS)
         if first.suffix != ".json":
             return [first]
-        index = self.json(first.name) or {}
-        return [self.file(name) for name in sorted(set(index.get("weight_map", {}).values()))]
+        return [self.file(name) for name in part_names(first, self.json(first.name))]
 
     @cached_property
     def weights(self) -> dict[str, Tensor]:
@@ -116,6 +116,15 @@ class PublicFolder:
         names = ("config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt")
         found = [path for name in (*names, *TOKENIZERS) if (path := self.find(name)) is not None]
         return found[0].parent
+
+
+def part_names(path: Path, index: dict[str, Any] | None) -> list[str]:
+    """The files of weights that an index lists. Raises UserError where it lists none, or one outside the folder."""
+    parts = (index or {}).get("weight_map")
+    names = sorted({str(name) for name in parts.values()}) if isinstance(parts, dict) else []
+    if not names or any(Path(name).name != name for name in names):
+        raise UserError(f"{path}: damaged, its weight_map lists no files of this folder; copy the folder again")
+    return names
 
 
 def _fetch(source: str, name: str) -> Path | None:

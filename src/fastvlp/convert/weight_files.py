@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from fastvlp.convert.archives import is_torchscript, read_archive
 from fastvlp.errors import UserError
+from fastvlp.tensor_files import check_torch_file
 
 # How a file begins that stands for a large one in a repository.
 POINTER = b"version https://git-lfs"
@@ -61,7 +63,11 @@ def read_contents(path: Path) -> Contents:
 
 
 def _load(path: Path) -> Any:
-    if is_torchscript(path):
+    scripted = is_torchscript(path)
+    if zipfile.is_zipfile(path):
+        # TorchScript packs its code, and its tensors are compared when they are read.
+        check_torch_file(path, scripted=scripted)
+    if scripted:
         return read_archive(path)
     try:
         return torch.load(path, map_location="cpu", weights_only=True)

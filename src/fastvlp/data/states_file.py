@@ -15,6 +15,7 @@ Its format is safetensors, so other tools can read it too:
 from __future__ import annotations
 
 import json
+import math
 import os
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,6 +29,8 @@ from torch import Tensor
 
 from fastvlp.data.records.decode import StoredShape
 from fastvlp.errors import UserError
+from fastvlp.plain_json import checksum as checksum_of
+from fastvlp.plain_json import parse_json
 
 try:
     import fcntl
@@ -55,7 +58,7 @@ class Table(NamedTuple):
 
     @property
     def end(self) -> int:
-        return self.offset + self.dtype.itemsize * int(np.prod(self.shape))
+        return self.offset + self.dtype.itemsize * math.prod(self.shape)
 
 
 class EntryShape(NamedTuple):
@@ -84,7 +87,10 @@ class Entries(NamedTuple):
         }
         if self.shape.records is not None:
             shapes["records"] = ("I64", (len(self.shape.records),))
-        fields: dict[str, Any] = {"__metadata__": {"about": json.dumps(self.about, sort_keys=True)}}
+        first = np.concatenate([[0], np.cumsum(np.asarray(self.shape.lengths, np.int64))])
+        records = [] if self.shape.records is None else [np.asarray(self.shape.records, "<i8")]
+        layout = checksum_of([first.astype("<i8"), *records])
+        fields: dict[str, Any] = {"__metadata__": {"about": json.dumps(self.about, sort_keys=True), "layout": layout}}
         offset = 0
         for name, (code, shape) in shapes.items():
             end = offset + np.dtype(DTYPES[code]).itemsize * int(np.prod(shape))
@@ -98,14 +104,22 @@ class Entries(NamedTuple):
     def size(self) -> int:
         """Bytes of the file."""
         header = self.header()
-        return max(table.end for table in read_header(header)[0].values())
+        return max(table.end for table in read_header(header).tables.values())
 
 
-def read_header(data: bytes) -> tuple[dict[str, Table], dict[str, Any]]:
-    """Reads the tables of a file from its first bytes, and what its states depend on. Raises DamagedStatesError."""
+class Header(NamedTuple):
+    """The tables of a file, what its states depend on, and the checksum of `first` and `records`, which older files lack."""
+
+    tables: dict[str, Table]
+    about: dict[str, Any]
+    layout: str | None
+
+
+def read_header(data: bytes) -> Header:
+    """Reads the first bytes of a file. Raises DamagedStatesError."""
     try:
-        fields = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-        about = json.loads(fields.pop("__metadata__")["about"])
+        fields = parse_json(data[8 : 8 + int.from_bytes(data[:8], "little")])
+        metadata = fields.pop("__metadata__")
         start = 8 + int.from_bytes(data[:8], "little")
         tables = {
             name: Table(np.dtype(DTYPES[t["dtype"]]), tuple(map(int, t["shape"])), start + int(t["data_offsets"][0]))
@@ -113,7 +127,9 @@ def read_header(data: bytes) -> tuple[dict[str, Table], dict[str, Any]]:
         }
         if missing := {"states", "first", "image_shape", "checksum", "filled"} - {*tables}:
             raise DamagedStatesError(f"it lacks {', '.join(sorted(missing))}")
-        return tables, about
+        if any(table.offset < start or min(table.shape, default=0) < 0 for table in tables.values()):
+            raise DamagedStatesError("its tables are not where its header says")
+        return Header(tables, parse_json(metadata["about"]), metadata.get("layout"))
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise DamagedStatesError("its header cannot be read") from error
 
@@ -137,7 +153,7 @@ class StatesFile:
                 if length > MOST_BYTES:
                     raise DamagedStatesError("its header cannot be read")
                 file.seek(0)
-                self._tables, self.about = read_header(file.read(8 + length))
+                self._tables, self.about, layout = read_header(file.read(8 + length))
                 size = os.fstat(file.fileno()).st_size
         except OSError as error:
             raise DamagedStatesError(error.strerror or str(error)) from error
@@ -147,8 +163,21 @@ class StatesFile:
         self._shape, self._checksum, self._filled = (self._table(n) for n in ("image_shape", "checksum", "filled"))
         self._records = self._table("records") if "records" in self._tables else np.arange(len(self) + 1)
         self._checked = np.zeros(len(self), dtype=bool)
-        if self._first[0] or self._first[-1] != len(self._states) or (np.diff(self._first) < 0).any():
-            raise DamagedStatesError("its entries are not where its header says")
+        names: list[Name] = ["first", "records"]
+        starts = [self._table(name) for name in names if name in self._tables]
+        if layout not in (None, checksum_of(starts)):
+            raise DamagedStatesError("its entries are not where they were written")
+        shapes = {name: table.shape for name, table in self._tables.items()}
+        n, m = len(self), len(self._records) - 1
+        expected = {"first": (n + 1,), "image_shape": (n, 3), "checksum": (n,), "filled": (n,), "records": (m + 1,)}
+        if (
+            any(shapes[name] != expected[name] for name in shapes.keys() & expected.keys())
+            or len(shapes["states"]) != 2
+        ):
+            raise DamagedStatesError("its tables have other shapes")
+        for first, end in ((self._first, len(self._states)), (self._records, n)):
+            if len(first) < 1 or first[0] or first[-1] != end or (np.diff(first) < 0).any():
+                raise DamagedStatesError("its entries are not where its header says")
 
     def _table(self, name: Name) -> np.ndarray:
         table = self._tables[name]
@@ -203,7 +232,7 @@ class StatesWriter:
 
     def __init__(self, file: int, entries: Entries):
         self._file, header = file, entries.header()
-        self._tables, _ = read_header(header)
+        self._tables = read_header(header).tables
         self.first = np.concatenate([[0], np.cumsum(np.asarray(entries.shape.lengths, np.int64))])
         size = max(table.end for table in self._tables.values())
         if os.pread(file, len(header), 0) != header or os.fstat(file).st_size != size:

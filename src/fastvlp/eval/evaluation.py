@@ -20,7 +20,8 @@ from rich.table import Table
 from fastvlp.config import to_json
 from fastvlp.dist import pick_device
 from fastvlp.errors import UserError
-from fastvlp.files import write_whole
+from fastvlp.files import read_plain, write_whole
+from fastvlp.plain_json import parse_json
 from fastvlp.provenance import about
 
 P = ParamSpec("P")
@@ -138,7 +139,7 @@ def add_result(run: str | Path, task: str, data: str, result: Mapping[str, Any])
 
 def _read_results(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(read_plain(path))
         return {"task": content["task"], "data": content["data"], "results": list(content["results"])}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(

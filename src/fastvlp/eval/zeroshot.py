@@ -134,7 +134,7 @@ def _json_classes(path: Path, text: str) -> dict[str, list[str]]:
 
     try:
         content = json.loads(text, object_pairs_hook=once)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not JSON ({error}); write {{label: name}} or {{label: [names]}}") from error
     if not isinstance(content, dict) or not content:
         raise UserError(f"{path}: no class in it; write {{label: name}} or {{label: [names]}}")

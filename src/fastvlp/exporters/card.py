@@ -10,6 +10,7 @@ from typing import Any
 from fastvlp.config import flatten
 from fastvlp.model.saved_run import SavedRun, read_json
 from fastvlp.model.saving import Saved
+from fastvlp.plain_json import parse_json
 from fastvlp.provenance import data_name
 from fastvlp.search.embedder import usable_abilities
 
@@ -142,7 +143,7 @@ def _read_log(path: Path, step: int | None) -> dict[str, Any]:
     log: dict[str, Any] = {}
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
         try:
-            entry = json.loads(line)
+            entry = parse_json(line)
             log["step"] = entry["step"]
         except (ValueError, KeyError, TypeError):
             continue  # a line that was cut when the run was killed

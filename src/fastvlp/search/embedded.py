@@ -17,7 +17,8 @@ from safetensors.numpy import save
 
 from fastvlp.batch import Dropped
 from fastvlp.errors import UserError
-from fastvlp.files import write_whole
+from fastvlp.files import read_plain, write_whole
+from fastvlp.plain_json import parse_json
 from fastvlp.search.checks import Scalar
 from fastvlp.search.engines.interface import Stamp
 
@@ -78,7 +79,7 @@ def read_part(path: Path) -> Part:
     """Raises UserError where the file is damaged."""
     try:
         with safe_open(path, "np") as file:
-            metadata = json.loads(file.metadata()["part"])
+            metadata = parse_json(file.metadata()["part"])
             image, text, image_of_text = (file.get_tensor(name) for name in ("image", "text", "image_of_text"))
         records = metadata["records"]
         return Part(
@@ -119,7 +120,7 @@ def write_plan(path: Path, plan: Mapping[str, Any]) -> None:
 
 def _read_plan(path: Path) -> dict[str, Any]:
     try:
-        plan = json.loads(path.read_text(encoding="utf-8"))
+        plan = parse_json(read_plain(path))
     except FileNotFoundError as error:
         raise UserError(f"{path.parent}: not a folder that `vlp embed` wrote, it has no {path.name}") from error
     except (OSError, ValueError) as error:
@@ -152,6 +153,6 @@ def write_dropped(path: Path, dropped: Iterable[Dropped]) -> None:
 def read_dropped(path: Path) -> list[Dropped]:
     """Reads what `write_dropped` wrote. Raises UserError where it is missing: the run was stopped just before its end."""
     try:
-        return [Dropped(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
+        return [Dropped(**parse_json(line)) for line in path.read_text(encoding="utf-8").splitlines()]
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{path}: cannot be read ({error}); run `vlp embed` again, which writes it") from error

@@ -21,6 +21,7 @@ from fastvlp.config import flatten
 from fastvlp.errors import UserError, remedy
 from fastvlp.files import write_whole
 from fastvlp.model.saved_run import read_json
+from fastvlp.plain_json import parse_json
 from fastvlp.training.hardware import peak_flops, peak_memory
 from fastvlp.training.state import StepReport, TrainState, validates
 from fastvlp.training.trackers import Tracker, open_tracker
@@ -186,7 +187,7 @@ def rewind(path: Path, step: int, *, revalidates: bool = False) -> None:
     kept = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            record = json.loads(line)
+            record = parse_json(line)
             again = revalidates and record["step"] == step and record["kind"] == "validation"
             if record["step"] <= step and not again:
                 kept.append(line + "\n")

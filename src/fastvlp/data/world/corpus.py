@@ -46,7 +46,8 @@ from fastvlp.data.world.scene import (
     render,
 )
 from fastvlp.errors import UserError
-from fastvlp.files import write_whole
+from fastvlp.files import read_plain, write_whole
+from fastvlp.plain_json import parse_json
 
 CLASS_NAMES = tuple(f"{colour} {shape}" for colour, shape in COMBINATIONS)
 HELD_OUT_NAMES = tuple(f"{colour} {shape}" for colour, shape in HELD_OUT)
@@ -272,7 +273,7 @@ def _claim(folder: Path, card: Mapping[str, Any]) -> bool:
     path = folder / "corpus.json"
     if path.exists():
         try:
-            existing = dict(json.loads(path.read_text(encoding="utf-8")))
+            existing = dict(parse_json(read_plain(path)))
         except (ValueError, TypeError) as error:
             raise UserError(f"{path}: not a corpus card ({error}); delete the folder or choose another") from error
         if existing == {**card, "complete": True}:
