@@ -111,10 +111,10 @@ def finetune_contrast(
     if (folder / CHECKPOINT).exists() and not resume:
         raise UserError(f"{folder}: holds a run already; continue it with `resume`, or choose another `out`")
     with dist.process_group():
-        pairs = pairs_in(str(data), settings, captions)
+        pairs = splits_in(str(data), settings)
         start = saved_start(str(source), folder, resume)
         saved = two_encoders(load_model(start), str(source))
-        pairs = replace(pairs, **reading_of(start, saved.model.config), workers=workers)
+        pairs = replace(pairs, **reading_of(start, saved.model.config, pairs.train, captions), workers=workers)
         made = planned(saved, pairs, settings, freeze)
         run = run_for(
             saved, pairs, made, settings, freeze=freeze, name=run_name, out=str(folder), init=start, **machine
@@ -142,11 +142,8 @@ def train_and_compare(run: TrainConfig, held: Mapping[str, Held], alpha: float, 
     return Tuned(folder=run.folder, before=before, after=after, path=path)
 
 
-def pairs_in(folder: str, settings: ContrastSettings, captions: str | None) -> PairData:
-    """The data of the run, but for what depends on the model and the number of pairs.
-
-    Raises UserError where a split or captions are missing.
-    """
+def splits_in(folder: str, settings: ContrastSettings) -> PairData:
+    """The splits of the run's data; all else depends on the model. Raises UserError where one is missing."""
     places = find_splits(folder)
     if "val" not in places and settings.patience is not None:
         raise UserError(
@@ -157,17 +154,16 @@ def pairs_in(folder: str, settings: ContrastSettings, captions: str | None) -> P
         train=places["train"],
         val=places.get("val"),
         test=places.get("test"),
-        captions=captions or field_in(places["train"]),
         batch_size=1,
     )
 
 
-def field_in(place: str) -> str:
-    """The field with the captions of a split: English, or Chinese where there are no others. Raises UserError where there are
-    none."""
+def field_in(place: str, own: str) -> str:
+    """The field with the captions of a split: that of the model's training where it is there, else the English or the Chinese
+    ones. Raises UserError where there are none."""
     shards = Shards(place)
     infos = [shards.info(i) for i in range(min(100, len(shards)))]
-    found = [name for name in ("captions", "captions_zh") if any(usable_captions(info, name) for info in infos)]
+    found = [name for name in (own, "captions", "captions_zh") if any(usable_captions(info, name) for info in infos)]
     if not found:
         fields = ", ".join(sorted({name for info in infos for name in info})) or "none"
         raise UserError(
@@ -212,10 +208,16 @@ def two_encoders(saved: Saved, source: str) -> Saved:
     return saved
 
 
-def reading_of(start: str, model: ModelConfig) -> dict[str, Any]:
-    """How the model's training read images and texts, as fields of the data."""
+def reading_of(start: str, model: ModelConfig, place: str, captions: str | None) -> dict[str, Any]:
+    """How images and texts are read, as in the model's training, as fields of the data; of the captions, those of the split
+    `place`."""
     data = read_saved_run(start).data
-    return {"fit": data.fit, "regions": data.regions, "max_length": min(data.max_length, model.longest_text)}
+    return {
+        "fit": data.fit,
+        "regions": data.regions,
+        "max_length": min(data.max_length, model.longest_text),
+        "captions": captions or field_in(place, data.captions),
+    }
 
 
 def planned(saved: Saved, pairs: PairData, settings: ContrastSettings, freeze: tuple[str, ...]) -> Plan:

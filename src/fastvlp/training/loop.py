@@ -265,7 +265,7 @@ def train(
             with saved_on_failure(state):
                 train_to_end(state, log)
             if state.stop is not None:
-                log.say(f"stopped at step {state.step} and saved; continue with `vlp pretrain ... --resume`")
+                log.say(f"stopped at step {state.step} and saved; the same command continues it: `vlp ... --resume`")
                 raise SystemExit(128 + state.stop)
             best = f", best validation loss {state.best:.4g}" if math.isfinite(state.best) else ""
             early = f", which has not fallen for {state.stale} validations" if state.out_of_patience else ""
