@@ -166,3 +166,13 @@ def test_a_prefix_is_read_as_if_it_were_written(kind, tmp_path):
     expected = plain.encode([f"query: {text}" for text in texts], 20)
     assert all(map(torch.equal, prefixed.encode(texts, 20), expected))
     assert not torch.equal(plain.encode(texts, 20)[0], expected[0])
+    assert prefixed.readings(["a red xylophone"], 20)[0].unknown == ["xylophone"]
+
+
+@pytest.mark.parametrize("kind", ["wordpiece", "bpe"])
+def test_unknown_words_are_those_in_letters(kind):
+    tokenizer = Tokenizer.train(["a red circle", "红色的圆", "two blue squares"] * 50, kind, 400)
+    (reading,) = tokenizer.readings(["a red xylophone, 红色 blue xylophone"], 100)
+    assert reading.unknown == ["xylophone"] and reading.cut == ""
+    (reading,) = tokenizer.readings(["red blue squares circle"], 5)
+    assert reading.cut == "circle" and reading.tokens == 6 and reading.unknown == []

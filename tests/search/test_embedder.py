@@ -162,3 +162,45 @@ def test_one_text_is_one_vector_and_a_picture_may_be_a_path(exports, world, tmp_
         np.testing.assert_array_equal(embedder.images(picture), embedder.images([data]))
     with pytest.raises(Unreadable):
         embedder.images([tmp_path / "none"])
+
+
+def test_a_picture_may_be_a_path_bytes_an_open_file_or_an_image(exports, pictures, tmp_path):
+    embedder = Embedder.load(exports["all"])
+    path, data = tmp_path / "p", pictures[0]
+    path.write_bytes(data)
+    wanted, caption = embedder.images([data]), embedder.caption([data])
+    with path.open("rb") as file, path.open("rb") as begun, path.open("rb", buffering=0) as raw:
+        begun.read(10)
+        image = Image.open(io.BytesIO(data))
+        for given in (
+            path,
+            str(path),
+            data,
+            bytearray(data),
+            memoryview(data),
+            file,
+            begun,
+            raw,
+            io.BytesIO(data),
+            image,
+        ):
+            np.testing.assert_array_equal(embedder.images(given), wanted)
+            np.testing.assert_allclose(embedder.images([given, given]), np.repeat(wanted, 2, 0), atol=1e-6)
+            assert embedder.caption(given) == caption
+            assert embedder.match(given, "a red circle").shape == (1,)
+
+
+@pytest.mark.parametrize("wrong", [io.StringIO("text"), 7, None, ["a", "b"]])
+def test_what_is_no_picture_is_named(embedder, pictures, wrong):
+    with pytest.raises(Unreadable, match=r"picture 1: a \w+ is no picture"):
+        embedder.images([pictures[0], wrong])
+
+
+def test_cut_texts_and_unknown_words_are_told(embedder):
+    short, long, odd, empty = embedder.readings(["a red circle", "a red circle " * 30, "a 🦓 rqzvx 红色 circle", ""])
+    assert short == (5, "", []) and empty == (2, "", [])
+    assert long.tokens == 92 and long.unknown == []
+    assert long.cut == ("a red circle " * 30)[len("a red circle " * 12 + "a red ") :].strip()
+    assert odd.cut == "" and odd.unknown[:2] == ["🦓", "rqzvx"] and "circle" not in odd.unknown
+    assert embedder.readings("a red circle") == [short]
+    assert embedder.lengths(["a red circle " * 30]) == [embedder.max_length]

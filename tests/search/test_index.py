@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from fastvlp.errors import UserError
+from fastvlp.search.calibration import Calibration
 from fastvlp.search.checks import EngineError
 from fastvlp.search.engines.interface import open_index, pictures_of
 from tests.search.made_items import STAMP, made_vectors, vector_of
@@ -157,6 +158,19 @@ def test_an_index_keeps_its_items_and_stamp(uri):
     assert again.stamp == STAMP and again.count() == 50
     assert again.search(vectors[[4]], 1)[0][0].id == "i4"
     again.close()
+
+
+def test_an_index_keeps_what_its_cosines_mean(index, uri):
+    calibration = Calibration(0.1, 0.5, 0.25, 0.125)
+    assert index.calibration() is None
+    if index.calibrate(calibration):
+        fill(index)
+        index.close()
+        again = open_index(uri, STAMP)
+        assert again.calibration() == calibration and again.stamp == STAMP and again.count() == 50
+        again.close()
+    else:
+        assert uri.startswith("numpy:")
 
 
 def test_another_model_is_refused(uri):

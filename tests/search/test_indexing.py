@@ -1,11 +1,13 @@
 """Building an index and searching it: items are found, pictures are stored, and building again changes nothing."""
 
+import io
 import shutil
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from fastvlp.batch import Record
 from fastvlp.cli import main
@@ -14,8 +16,8 @@ from fastvlp.errors import UserError
 from fastvlp.search import indexing
 from fastvlp.search.bulk import embed_shards
 from fastvlp.search.engines.chroma import ChromaIndex
-from fastvlp.search.engines.interface import open_index, pictures_of
-from fastvlp.search.indexing import Built, build_index, parse_conditions, search_index
+from fastvlp.search.engines.interface import Hit, open_index, pictures_of
+from fastvlp.search.indexing import Built, build_index, hits_table, parse_conditions, search_index
 from fastvlp.search.thumbnails import thumbnail
 
 pytest.importorskip("chromadb", reason="chromadb is not installed: pip install -e '.[serve]'")
@@ -186,3 +188,15 @@ def test_commands_from_run_to_search(runs, world, tmp_path, capsys):
         assert words in output
     assert main(["index", "search", place["index"], "--export", place["export"]]) == 2
     assert "give --text, --image, or both" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("width", [60, 80, 200])
+def test_a_caption_is_one_line_of_a_table(width):
+    long = "a [red] circle\nbeside " + "a very long caption " * 30
+    hits = [Hit(f"photos/{i:05d}", 0.12345, {"caption": long, "source": "s" * 100}) for i in range(3)]
+    console = Console(width=width, file=io.StringIO())
+    console.print(hits_table(hits))
+    lines = console.file.getvalue().splitlines()
+    assert len(lines) == 2 + 3 and all(len(line) <= width for line in lines)
+    for i, line in enumerate(lines[2:]):
+        assert f"photos/{i:05d}" in line and "0.123" in line and "a [red" in line and "…" in line

@@ -21,6 +21,8 @@ from torch import Tensor
 from fastvlp.batch import Record
 from fastvlp.data.records.decode import DecodeError, decode
 from fastvlp.data.records.transform import Transform
+from fastvlp.data.tokenize import Reading
+from fastvlp.search.calibration import Calibration
 from fastvlp.search.checks import check_where
 from fastvlp.search.embedder import Unreadable
 from fastvlp.search.engines.interface import Hit, Item, Stamp
@@ -39,7 +41,7 @@ def hashed(data: bytes, width: int) -> np.ndarray:
 class StandinEmbedder:
     """A text's vector is its words'; a picture's is that of the name of its mean colour, so that "red" finds red."""
 
-    width, fingerprint, max_pixels = 16, "f" * 32, 10**9
+    width, fingerprint, max_pixels, max_length = 16, "f" * 32, 10**9, 32
     card: ClassVar[dict[str, Any]] = {"name": "standin"}
     colours: ClassVar = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255), "white": (255, 255, 255)}
     chinese: ClassVar = {"红色": "red", "绿色": "green", "蓝色": "blue", "白色": "white"}
@@ -91,8 +93,10 @@ class StandinEmbedder:
             vectors.append(total / np.linalg.norm(total))
         return np.stack(vectors)
 
-    def lengths(self, texts: Sequence[str]) -> list[int]:
-        return [2 + len(text.split()) for text in texts]
+    def readings(self, texts: Sequence[str]) -> list[Reading]:
+        """A text of more than 30 words is cut; words with a q are unknown."""
+        words = [text.split() for text in texts]
+        return [Reading(2 + len(one), " ".join(one[30:]), [word for word in one[:30] if "q" in word]) for one in words]
 
     def caption(self, pixels: Tensor) -> list[str]:
         self._seen(pixels)
@@ -113,7 +117,8 @@ class StandinIndex:
 
     stamp = Stamp(fingerprint=StandinEmbedder.fingerprint, width=StandinEmbedder.width)
 
-    def __init__(self) -> None:
+    def __init__(self, calibration: Calibration | None = None) -> None:
+        self.calibrated = calibration
         self.items: dict[str, Item] = {}
         self.closed = False
 
@@ -134,6 +139,9 @@ class StandinIndex:
         ]
         hits = [[Hit(item.id, float(vector @ item.vector), item.info) for item in kept] for vector in vectors]
         return [sorted(row, key=lambda hit: -hit.score)[offset : offset + k] for row in hits]
+
+    def calibration(self) -> Calibration | None:
+        return self.calibrated
 
     def count(self) -> int:
         return len(self.items)
@@ -182,9 +190,11 @@ def b64(data: bytes) -> str:
     return base64.b64encode(data).decode()
 
 
-def picture(colour: tuple[int, int, int], side: int = 32, format: str = "PNG") -> bytes:
+def picture(
+    colour: tuple[int, int, int], side: int = 32, format: str = "PNG", shape: tuple[int, int] | None = None
+) -> bytes:
     file = io.BytesIO()
-    Image.new("RGB", (side, side), colour).save(file, format)
+    Image.new("RGB", shape or (side, side), colour).save(file, format)
     return file.getvalue()
 
 

@@ -18,6 +18,7 @@ from PIL import Image
 from starlette.testclient import TestClient
 
 from fastvlp.errors import UserError
+from fastvlp.search.calibration import Calibration
 from fastvlp.serve.api import create_app
 from fastvlp.serve.batcher import InputError
 from fastvlp.serve.limits import Limits
@@ -125,6 +126,39 @@ def test_pairs_are_scored(client: TestClient):
     assert [score["match"] for score in scores] == [1.0, 0.0]
     form = [("text", (None, "red")), ("text", (None, "blue")), ("image", ("x", shade("blue", 0)))]
     assert [score["match"] for score in client.post("/v1/score", files=form).json()["scores"]] == [0.0, 1.0]
+
+
+def test_cut_texts_and_unknown_words_are_told(client: TestClient):
+    long, image = " ".join(["red"] * 35), b64(shade("red", 0))
+    cut, odd = {"cut": "red red red red red", "unknown": []}, {"cut": None, "unknown": ["qat"]}
+    answer = client.post("/v1/embeddings", json={"input": ["red", {"image": image}, long, "a qat"]}).json()
+    assert answer["notes"] == [{"index": 2, **cut}, {"index": 3, **odd}]
+    assert answer["usage"]["prompt_tokens"] == 3 + 32 + 4
+    pairs = [{"text": text, "image": image} for text in (long, "red", "qat")]
+    assert client.post("/v1/score", json={"pairs": pairs}).json()["notes"] == [{"index": 0, **cut}, {"index": 2, **odd}]
+    for body, notes in (({"text": long}, [{"index": 0, **cut}]), ({"text": "red"}, []), ({"image": image}, [])):
+        assert client.post("/v1/search", json=body).json()["notes"] == notes
+    assert client.post("/v1/answer", json={"image": image, "question": "qat"}).json()["notes"] == [{"index": 0, **odd}]
+
+
+def test_results_say_how_near_they_are(tmp_path: Path):
+    """Between the cosine of random pairs, 0, and that of pictures with their own captions, 1."""
+    index = StandinIndex(Calibration(random=0.2, own=0.7, near=0.6, images=0.5))
+    with opened(tmp_path, index=index) as client:
+        for colour in COLOURS:
+            client.post("/v1/items", data={"id": colour}, files={"image": shade(colour, 0)})
+        near, far = (client.post("/v1/search", json={"text": text}).json() for text in ("red", "unheard of"))
+        assert near["near"] is True and far["near"] is False
+        for hit in near["results"] + far["results"]:
+            assert hit["relevance"] == pytest.approx(min(1, max(0, (hit["score"] - 0.2) / 0.5)))
+        later = client.post("/v1/search", json={"text": "red", "offset": 2}).json()
+        assert later["near"] is True
+        by_item = client.post("/v1/search", json={"id": "red"}).json()
+        assert by_item["near"] is None
+        for hit in by_item["results"]:
+            assert hit["relevance"] == pytest.approx(min(1, max(0, (hit["score"] - 0.5) / 0.5)))
+        both = client.post("/v1/search", json={"id": "red", "text": "red"}).json()
+        assert both["near"] is None and {hit["relevance"] for hit in both["results"]} == {None}
 
 
 def test_health_has_the_languages_of_the_model(tmp_path: Path):
@@ -312,7 +346,7 @@ def test_pages_of_other_sites_are_refused(tmp_path: Path):
 def test_nothing_loads_from_another_host(client: TestClient):
     page = client.get("/")
     assert "default-src 'self'" in page.headers["content-security-policy"]
-    for path in ("/", "/page/app.js", "/page/style.css"):
+    for path in ("/", *(f"/page/{name}" for name in ("app.js", "pictures.js", "meaning.js", "style.css"))):
         assert "//" not in client.get(path).text.replace("// ", "").replace("http://www.w3.org/2000/svg", ""), path
     assert client.get("/docs").status_code == 200
 

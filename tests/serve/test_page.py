@@ -15,7 +15,7 @@ import pytest
 from fastvlp.search.pictures import PictureFolder
 from fastvlp.search.thumbnails import thumbnail
 from fastvlp.serve.api import create_app
-from tests.serve.standins import StandinEmbedder, StandinIndex, listening, shade
+from tests.serve.standins import StandinEmbedder, StandinIndex, listening, picture, shade
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: the page is not tested")
 expect = playwright.expect
@@ -242,6 +242,34 @@ def test_empty_and_failed_searches_say_so(page: Any, address: str):
     page.route("**/v1/search", lambda route: route.fulfill(json={"results": [], "next_offset": None}))
     page.keyboard.press("Enter")
     expect(page.locator("#status")).to_have_text("Nothing found.")
+
+
+def test_unknown_words_and_far_results_are_told(page: Any, parts: dict[str, Any]):
+    page.fill("#text", "blue qat")
+    expect(page.locator("#notes")).to_contain_text("does not know: qat")
+    page.route("**/v1/search", lambda route: route.fulfill(json=route.fetch().json() | {"near": False}))
+    page.fill("#text", "blue")
+    expect(page.locator("#notes")).to_contain_text("Nothing here is near")
+    page.unroute("**/v1/search")
+    page.fill("#text", "green")
+    captions_of(page, "green")
+    expect(page.locator("#notes")).to_be_empty()
+
+
+def test_a_picture_that_was_given_survives_a_reload(page: Any):
+    page.evaluate(DROP, [base64.b64encode(shade("green", 3)).decode(), "drop"])
+    captions_of(page, "green")
+    page.reload()
+    assert captions_of(page, "green")[0] == "green number 3" and page.is_visible("#chip")
+
+
+def test_tiles_of_portraits_are_square(page: Any):
+    tall = thumbnail(picture((9, 9, 9), 30, shape=(20, 300)))
+    page.route("**/v1/pictures/**", lambda route: route.fulfill(body=tall, content_type="image/webp"))
+    page.reload()
+    page.wait_for_selector(".tile img.here")
+    box = page.locator(".tile .photo").first.bounding_box()
+    assert abs(box["width"] - box["height"]) < 1
 
 
 def test_the_report_is_one_click_away(page: Any):

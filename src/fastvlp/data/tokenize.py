@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import unicodedata
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import tokenizers
 import torch
@@ -32,6 +33,21 @@ _CHARS_PER_TOKEN = 64
 
 _HAN = "\u2e80-\u2fdf\u3000-\u303f\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff00-\uffef"
 _SPACE_BETWEEN_HAN = re.compile(f"(?<=[{_HAN}]) +(?=[{_HAN}])")
+
+
+class Reading(NamedTuple):
+    """How a text is read.
+
+    Attributes:
+        tokens: How many it has, <s> and </s> included, before it is cut.
+        cut: Its end that is not read; empty where it is read whole.
+        unknown: Words of what is read, each once, that have no token of their own nor larger pieces: fewer than two bytes a
+            token, or the token for the unknown.
+    """
+
+    tokens: int
+    cut: str
+    unknown: list[str]
 
 
 class Tokenizer:
@@ -71,6 +87,7 @@ class Tokenizer:
         self.bos = _special(inner, "bos", source)
         self.eos = _special(inner, "eos", source)
         self.mask = _special(inner, "mask", source)
+        self._unknown = _unknown(inner)
         self.starts_word = _starts_word(inner)
         self.starts_word[[self.pad, self.bos, self.eos, self.mask]] = False
 
@@ -149,6 +166,25 @@ class Tokenizer:
         padded = [row + [self.pad] * (longest - len(row)) for row in rows]
         return torch.tensor(padded, dtype=torch.int64).reshape(len(rows), longest), length_B
 
+    def readings(self, texts: Sequence[str], max_length: int) -> list[Reading]:
+        """Says of each text what of it `encode` reads, and which of its words are unknown."""
+        encodings = self._inner.encode_batch([*texts], add_special_tokens=False)
+        return [self._reading(text, encoding, max_length - 2) for text, encoding in zip(texts, encodings)]
+
+    def _reading(self, text: str, encoding: Any, room: int) -> Reading:
+        pieces: dict[int, list[int]] = {}
+        for place, word in enumerate(encoding.word_ids[:room]):
+            pieces.setdefault(-1 - place if word is None else word, []).append(place)
+        unknown = []
+        for places in pieces.values():
+            begin, end = encoding.offsets[places[0]][0], encoding.offsets[places[-1]][1]
+            word = text[begin:end].strip()
+            split = len(word.encode()) < 2 * len(places) and len(places) > 1
+            if not _is_punctuation(word) and (split or self._unknown in [encoding.ids[place] for place in places]):
+                unknown.append(word)
+        cut = text[encoding.offsets[room][0] :].strip() if len(encoding.ids) > room else ""
+        return Reading(len(encoding.ids) + 2, cut, list(dict.fromkeys(unknown)))
+
     def decode(self, ids: Iterable[int] | Tensor) -> str:
         """The text of ids, without special tokens and without the spaces that WordPiece puts between Chinese characters."""
         text = self._inner.decode([int(i) for i in ids], skip_special_tokens=True)
@@ -183,6 +219,17 @@ def _special(inner: tokenizers.Tokenizer, role: str, source: str) -> int:
         f"{source}: no {role} token, looked for {', '.join(_ROLES[role])}; "
         f"add one to the vocabulary with tokenizers.Tokenizer.add_special_tokens and save it again"
     )
+
+
+def _is_punctuation(word: str) -> bool:
+    return all(unicodedata.category(letter)[0] in "PZ" for letter in word)
+
+
+def _unknown(inner: tokenizers.Tokenizer) -> int | None:
+    """The token that stands for words of which there is no part; None in a byte-level vocabulary, which has parts of all."""
+    model = json.loads(inner.to_str())["model"]
+    name = model.get("unk_token")
+    return inner.token_to_id(name) if name else model.get("unk_id")
 
 
 def _starts_word(inner: tokenizers.Tokenizer) -> Tensor:

@@ -9,8 +9,9 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from os import PathLike
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, BinaryIO, Literal, TypeAlias
 
 import numpy as np
 import torch
@@ -23,6 +24,7 @@ from fastvlp.data.records.schema import clean_text
 from fastvlp.data.records.shards import RecordError
 from fastvlp.data.records.transform import Transform
 from fastvlp.data.streams import blocks, in_threads
+from fastvlp.data.tokenize import Reading
 from fastvlp.dist import Precision, PrecisionChoice, pick_device, pick_precision
 from fastvlp.errors import UserError
 from fastvlp.eval.pair_scores import pair_score
@@ -32,10 +34,10 @@ from fastvlp.objectives.saved_objectives import abilities, learned_abilities, lo
 from fastvlp.search.engines.interface import Stamp
 from fastvlp.tasks.generation import greedy
 
-# The path of a file, its bytes, or an image that Pillow has opened.
-Picture: TypeAlias = str | Path | bytes | Image.Image
-# Pictures, or what `Embedder.pixels` returns, uint8 [n 3 size size].
-PictureBatch: TypeAlias = Sequence[Picture] | Tensor
+# The path of a file, its bytes, a file opened for bytes, or an image that Pillow has opened.
+Picture: TypeAlias = str | PathLike[str] | bytes | bytearray | memoryview | BinaryIO | Image.Image
+# One picture, several, or what `Embedder.pixels` returns, uint8 [n 3 size size].
+PictureBatch: TypeAlias = Picture | Sequence[Picture] | Tensor
 # What an embedder can do; `usable_abilities` derives it from what the model has learned (`objectives.objective.Ability`).
 EmbedderAbility = Literal["embed", "caption", "answer", "match"]
 # Image states [B K D], token ids [B L] and lengths [B] -> one row of scores for each picture and its text, [B ...].
@@ -177,9 +179,11 @@ class Embedder:
         """
         if isinstance(pictures, Tensor):
             return pictures
-        if isinstance(pictures, str | Path | bytes | Image.Image):
-            pictures = [pictures]
-        decoded = [*in_threads(lambda numbered: self._decode(*numbered), enumerate(pictures))]
+        # An open file may be given twice, and is read in its turn.
+        given = [
+            _read(i, picture) if hasattr(picture, "read") else picture for i, picture in enumerate(_as_list(pictures))
+        ]
+        decoded = [*in_threads(lambda numbered: self._decode(*numbered), enumerate(given))]
         size = self.transform.size
         return torch.stack(decoded) if decoded else torch.empty(0, 3, size, size, dtype=torch.uint8)
 
@@ -187,7 +191,8 @@ class Embedder:
         """Embeds pictures.
 
         Args:
-            pictures: Paths of files, their bytes, Pillow's images, or what `pixels` returned; one picture is a list of one.
+            pictures: Paths of files, their bytes, files opened for bytes, Pillow's images, or what `pixels` returned; one
+                picture is a list of one.
 
         Returns:
             Unit vectors, float32 [n width].
@@ -229,6 +234,11 @@ class Embedder:
         """Counts the tokens of each text, <s> and </s> included, after it is cut."""
         return self._ids(texts)[1].tolist()
 
+    def readings(self, texts: str | Sequence[str]) -> list[Reading]:
+        """Says how each text is read: how many tokens it has, what is cut off, and which of its words are unknown."""
+        texts = [texts] if isinstance(texts, str) else texts
+        return self.tokenizer.readings([clean_text(text) or "" for text in texts], self.max_length)
+
     def caption(self, pictures: PictureBatch) -> list[str]:
         """Captions each picture by greedy decoding.
 
@@ -237,13 +247,14 @@ class Embedder:
             UserError: The model cannot caption.
         """
         self._require("caption")
+        pictures = _as_list(pictures)
         captions: list[str] = []
         for rows in blocks(len(pictures), ROWS):
             ids_BT = self._run(partial(greedy, self.model), self.pixels(pictures[rows]))
             captions += map(self.tokenizer.decode, ids_BT.tolist())
         return captions
 
-    def answer(self, pictures: PictureBatch, questions: Sequence[str]) -> list[str]:
+    def answer(self, pictures: PictureBatch, questions: str | Sequence[str]) -> list[str]:
         """Answers a question about each picture, with one of the answers that the model was fine-tuned to choose from.
 
         Raises:
@@ -253,7 +264,7 @@ class Embedder:
         self._require("answer")
         return [self._answers[i] for part in self._pairs(self._answer, pictures, questions) for i in part.argmax(1)]
 
-    def match(self, pictures: PictureBatch, texts: Sequence[str]) -> np.ndarray:
+    def match(self, pictures: PictureBatch, texts: str | Sequence[str]) -> np.ndarray:
         """Scores how well each picture fits its text, by layers that read both together.
 
         Returns:
@@ -266,9 +277,10 @@ class Embedder:
         self._require("match")
         return np.concatenate([np.empty(0, np.float32), *map(np.asarray, self._pairs(self._match, pictures, texts))])
 
-    def _pairs(self, head: PairHead | None, pictures: PictureBatch, texts: Sequence[str]) -> Iterator[Tensor]:
+    def _pairs(self, head: PairHead | None, pictures: PictureBatch, texts: str | Sequence[str]) -> Iterator[Tensor]:
         """Runs a head on picture i and text i, and yields the rows of each pass."""
         assert head is not None
+        pictures, texts = _as_list(pictures), [texts] if isinstance(texts, str) else texts
         if len(pictures) != len(texts):
             raise UserError(f"{len(pictures)} pictures and {len(texts)} texts; give as many of one as of the other")
         for rows in blocks(len(texts), ROWS):
@@ -289,9 +301,8 @@ class Embedder:
 
     def _decode(self, i: int, picture: Picture) -> Tensor:
         try:
-            if isinstance(picture, str | Path):
-                picture = Path(picture).read_bytes()
-            if isinstance(picture, bytes):
+            if not isinstance(picture, Image.Image):
+                picture = _encoded(picture)
                 record = Record(key=str(i), images=(picture,), info={})
                 return decode(record, self.transform, max_pixels=self.max_pixels).images[0]
             if picture.width * picture.height > self.max_pixels:
@@ -308,6 +319,36 @@ class Embedder:
                 f"{self.card.get('name', 'this export')} cannot {ability}; it can {', '.join(sorted(self.can)) or 'nothing'}: "
                 f"export a run that learned it"
             )
+
+
+def _as_list(pictures: PictureBatch) -> Sequence[Picture] | Tensor:
+    """Returns one picture as a list of one."""
+    if isinstance(pictures, str | PathLike | bytes | bytearray | memoryview | Image.Image) or hasattr(pictures, "read"):
+        return [pictures]  # type: ignore[list-item]
+    return pictures  # type: ignore[return-value]
+
+
+def _read(i: int, picture: Picture) -> bytes:
+    try:
+        return _encoded(picture)
+    except (OSError, ValueError) as error:
+        raise Unreadable(i, str(error)) from error
+
+
+def _encoded(picture: Any) -> bytes:
+    """Returns the bytes of a file. Raises OSError, or ValueError for what is none."""
+    if isinstance(picture, str | PathLike):
+        return Path(picture).read_bytes()
+    if hasattr(picture, "read"):
+        # Whoever opened it may have read its head.
+        if picture.seekable():
+            picture.seek(0)
+        picture = picture.read()
+    if not isinstance(picture, bytes | bytearray | memoryview):
+        raise ValueError(
+            f"a {type(picture).__name__} is no picture; give a path, bytes, a file opened with 'rb' or an image"
+        )
+    return bytes(picture)
 
 
 def answer_head(saved: Saved) -> PairHead:

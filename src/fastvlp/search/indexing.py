@@ -9,6 +9,7 @@ from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
 from rich.table import Table
+from rich.text import Text
 from tyro.conf import arg
 from tyro.constructors import PrimitiveConstructorSpec
 
@@ -18,6 +19,7 @@ from fastvlp.data.streams import in_threads, with_progress
 from fastvlp.dist import PrecisionChoice
 from fastvlp.errors import UserError
 from fastvlp.search.bulk import embed_spans
+from fastvlp.search.calibration import PairSample
 from fastvlp.search.checks import Scalar, Where
 from fastvlp.search.embedded import DROPPED, Part, open_embedded, read_dropped, read_part
 from fastvlp.search.embedder import Embedder, Unreadable, mean_direction
@@ -146,17 +148,21 @@ def build_index(
             dropped += _add_part(engine, store, source.shards, part, prefix)
             ids += [prefix + id for id in part.ids]
             queries.add(part)
+        if (calibration := queries.pairs.calibrated()) is not None:
+            engine.calibrate(calibration)
         return Built(index, engine.count(), dropped, measured_recall(engine, ids, queries.vectors()))
 
 
 class _Sample:
-    """Vectors of images and of texts, drawn from all parts with equal chance."""
+    """Vectors of images and of texts, and pairs of them, drawn from all parts with equal chance."""
 
     def __init__(self, width: int):
+        self.pairs = PairSample(width)
         self._draw = np.random.default_rng(0)
         self._kinds = {kind: (np.empty(0), np.empty((0, width), np.float32)) for kind in ("image", "text")}
 
     def add(self, part: Part) -> None:
+        self.pairs.add(part.image[part.image_of_text], part.text)
         for kind, rows in (("image", part.image), ("text", part.text)):
             # Those with the smallest numbers stay.
             numbers, kept = self._kinds[kind]
@@ -286,7 +292,15 @@ def query_vector(embedder: Embedder, text: str | None, image: str | Path | None)
 
 def hits_table(hits: Sequence[Hit]) -> Table:
     """Lays out hits for a terminal."""
-    table = Table("score", "id", "caption", "source", show_edge=False)
+    table = Table(show_edge=False)
+    for name in ("score", "id"):
+        table.add_column(name, no_wrap=True, overflow="fold")
+    for name in ("caption", "source"):
+        # The column gives way to the others; a text in it is cut and not wrapped.
+        table.add_column(name)
     for hit in hits:
-        table.add_row(f"{hit.score:.3f}", hit.id, str(hit.info.get("caption", "")), str(hit.info.get("source", "")))
+        fields = (" ".join(str(hit.info.get(name, "")).split()) for name in ("caption", "source"))
+        cut = (Text(text, no_wrap=True, overflow="ellipsis") for text in fields)
+        # As they are: not as rich's markup.
+        table.add_row(f"{hit.score:.4f}", Text(hit.id), *cut)
     return table

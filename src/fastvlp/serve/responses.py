@@ -11,6 +11,15 @@ class ResponseBody(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
 
+class Note(ResponseBody):
+    """Of a text that was not read whole, or has words that the tokenizer does not know. `index`: of the text or input. `cut`:
+    its end that was not read."""
+
+    index: int
+    cut: str | None
+    unknown: list[str]
+
+
 class Embedding(ResponseBody):
     """One vector. `embedding`: numbers, or base64 of little-endian float32."""
 
@@ -32,6 +41,7 @@ class Embeddings(ResponseBody):
     model: str
     fingerprint: str
     usage: Usage
+    notes: list[Note]
 
 
 class Score(ResponseBody):
@@ -46,6 +56,7 @@ class Score(ResponseBody):
 class Scores(ResponseBody):
     model: str
     scores: list[Score]
+    notes: list[Note]
 
 
 class Item(ResponseBody):
@@ -57,7 +68,11 @@ class Item(ResponseBody):
 
 
 class Hit(Item):
+    """`score`: cosine. `relevance`: the same between that of pairs at random, 0, and that of pictures with their own captions
+    (or with themselves, where a picture was searched by), 1; null where the index does not know these."""
+
     score: float
+    relevance: float | None
     match: float | None = None
 
 
@@ -66,12 +81,16 @@ class ItemList(ResponseBody):
 
 
 class SearchResults(ItemList):
-    """One page of results. `next_offset`: of the next page; null at the end."""
+    """One page of results. `next_offset`: of the next page; null at the end. `near`: whether the best result is as near to the
+    text as 19 of 20 captions are to their own pictures; null where the index does not know this, or a picture was searched
+    by."""
 
     offset: int
     limit: int
     next_offset: int | None
+    near: bool | None
     took_ms: float
+    notes: list[Note]
 
 
 class Deleted(ResponseBody):
@@ -87,6 +106,7 @@ class Caption(ResponseBody):
 class Answer(ResponseBody):
     model: str
     answer: str
+    notes: list[Note]
 
 
 class Status(ResponseBody):

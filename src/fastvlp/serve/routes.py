@@ -15,6 +15,8 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, Response
 from torch import Tensor
 
+from fastvlp.data.tokenize import Reading
+from fastvlp.search.calibration import Calibration
 from fastvlp.search.embedder import mean_direction
 from fastvlp.search.engines.interface import Hit
 from fastvlp.serve import messages, responses
@@ -74,7 +76,8 @@ async def embeddings(request: Request, service: Served) -> Response:
     texts = [value for value in inputs if isinstance(value, str)]
     images = [value.image for value in inputs if not isinstance(value, str)]
     pixels = await service.pixels(images)
-    (text_rows, tokens), image_rows = await asyncio.gather(service.texts(texts), service.images(pixels))
+    (text_rows, readings), image_rows = await asyncio.gather(service.texts(texts), service.images(pixels))
+    tokens = sum(min(reading.tokens, service.embedder.max_length) for reading in readings)
     rows = {True: iter(text_rows), False: iter(image_rows)}
     vectors = [next(rows[isinstance(value, str)]) for value in inputs]
     data = [
@@ -83,7 +86,19 @@ async def embeddings(request: Request, service: Served) -> Response:
     ]
     usage = {"prompt_tokens": tokens, "total_tokens": tokens}
     model = {"model": service.name, "fingerprint": service.embedder.fingerprint}
-    return json_response({"object": "list", "data": data, **model, "usage": usage})
+    places = [i for i, value in enumerate(inputs) if isinstance(value, str)]
+    return json_response({"object": "list", "data": data, **model, "usage": usage, "notes": notes(readings, places)})
+
+
+def notes(readings: Sequence[Reading], places: Sequence[int] | None = None) -> list[dict[str, Any]]:
+    """Returns what the sender should know of texts that were not read whole, or have unknown words. `places`: of the texts in
+    the request."""
+    numbered = zip(places if places is not None else range(len(readings)), readings)
+    return [
+        {"index": i, "cut": reading.cut or None, "unknown": reading.unknown}
+        for i, reading in numbered
+        if reading.cut or reading.unknown
+    ]
 
 
 def encode_vector(vector: np.ndarray, encoding: str) -> list[float] | str:
@@ -124,7 +139,8 @@ async def score(request: Request, service: Served) -> Response:
     if "match" in service.embedder.can:
         for pair_scores, value in zip(scores, await service.match(pixels, texts)):
             pair_scores["match"] = value
-    return json_response({"model": service.name, "scores": scores})
+    texts_notes = notes(await service.readings(texts))
+    return json_response({"model": service.name, "scores": scores, "notes": texts_notes})
 
 
 SEARCH_FORM = {
@@ -156,7 +172,7 @@ async def search(request: Request, service: Served) -> Response:
         raise bad_request("rerank: needs a text to compare with the pictures")
     if body.rerank:
         service.require("match")
-    vector = await query_vector(service, body)
+    vector, readings = await query_vector(service, body)
     # Pages after the re-ranked results keep the order of the index.
     read = body.rerank if body.offset < body.rerank else 0
     # If the query is an item's own picture, that item is left out: it would be its own first result.
@@ -169,26 +185,38 @@ async def search(request: Request, service: Served) -> Response:
         hits.sort(key=lambda hit: -matches.get(hit.id, float("-inf")))
     page = hits[body.offset : end]
     more = len(hits) > end and end < service.limits.results
-    results = [hit_fields(hit) | ({"match": matches[hit.id]} if hit.id in matches else {}) for hit in page]
+    calibration = await service.calibration()
+    by_text, by_picture = body.text is not None, body.image is not None or body.id is not None
+    meaning = None if by_text and by_picture else calibration
+    results = [
+        hit_fields(hit, meaning, by_text) | ({"match": matches[hit.id]} if hit.id in matches else {}) for hit in page
+    ]
+    best = max((hit.score for hit in hits), default=None)
+    near = None if by_picture or calibration is None or best is None else best >= calibration.near
     took = {"next_offset": end if more else None, "took_ms": round(1000 * (time.perf_counter() - began), 2)}
-    return json_response({"results": results, "offset": body.offset, "limit": body.limit, **took})
+    page_fields = {"results": results, "offset": body.offset, "limit": body.limit}
+    return json_response({**page_fields, **took, "near": near, "notes": notes(readings)})
 
 
-async def query_vector(service: Service, body: messages.SearchRequest) -> np.ndarray:
-    """Returns the unit vector [E] to search by: the mean direction of the text, picture and item in the request."""
-    parts = []
+async def query_vector(service: Service, body: messages.SearchRequest) -> tuple[np.ndarray, list[Reading]]:
+    """Returns the unit vector [E] to search by: the mean direction of the text, picture and item in the request; and how the
+    text was read."""
+    parts, readings = [], list[Reading]()
     if body.text is not None:
-        parts.append((await service.texts([body.text]))[0][0])
+        rows, readings = await service.texts([body.text])
+        parts.append(rows[0])
     if body.image is not None:
         parts.append((await service.images(await service.pixels([body.image])))[0])
     if body.id is not None:
         parts.append((await service.item(body.id)).vector)
-    return mean_direction(parts)
+    return mean_direction(parts), readings
 
 
-def hit_fields(hit: Hit) -> dict[str, Any]:
+def hit_fields(hit: Hit, calibration: Calibration | None = None, by_text: bool = False) -> dict[str, Any]:
     """Returns the fields of a hit in a response."""
-    return {"id": hit.id, "score": hit.score, "info": dict(hit.info), "image": picture_path(hit.id)}
+    relevance = None if calibration is None else calibration.relevance(hit.score, by_text)
+    fields = {"id": hit.id, "score": hit.score, "relevance": relevance}
+    return {**fields, "info": dict(hit.info), "image": picture_path(hit.id)}
 
 
 def picture_path(id: str) -> str:
@@ -278,9 +306,9 @@ async def answer(request: Request, service: Served) -> Response:
     """Answers a question about a picture."""
     body = await service.read(messages.AnswerRequest, request)
     service.require("answer")
-    return json_response(
-        {"model": service.name, "answer": await service.answer(await picture_pixels(service, body), body.question)}
-    )
+    answered = await service.answer(await picture_pixels(service, body), body.question)
+    texts_notes = notes(await service.readings([body.question]))
+    return json_response({"model": service.name, "answer": answered, "notes": texts_notes})
 
 
 @router.get("/health", response_model=responses.Health, tags=["service"])

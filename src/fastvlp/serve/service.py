@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import math
 import os
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
@@ -16,7 +18,9 @@ from torch import Tensor
 
 from fastvlp.data.records.decode import open_image
 from fastvlp.data.streams import blocks
+from fastvlp.data.tokenize import Reading
 from fastvlp.errors import UserError
+from fastvlp.search.calibration import Calibration
 from fastvlp.search.checks import EngineError, Where
 from fastvlp.search.embedder import Embedder, Unreadable
 from fastvlp.search.engines.interface import Hit, IndexEngine, Item
@@ -30,6 +34,8 @@ from fastvlp.serve.monitoring import Metrics
 T = TypeVar("T")
 # `Limits.batch` counts pictures; for texts, each unit of it stands for this many tokens.
 TOKENS = 64
+# Seconds after which it is read again what the index's cosines mean: another process may have built it anew.
+CALIBRATION_S = 60.0
 # Seconds to wait for the index to count its items.
 COUNT_S = 1.0
 
@@ -57,6 +63,7 @@ class Service:
             max_waiting=limits.waiting,
             on_batch=self.metrics.batch,
         )
+        self._calibrated: tuple[float, Calibration | None] = (-math.inf, None)
         self.memory = Memory(limits.held_mb * 1e6)
         self._readers = ThreadPoolExecutor(2, "read")
         self._decoders = ThreadPoolExecutor(min(4, os.cpu_count() or 1), "decode")
@@ -112,19 +119,20 @@ class Service:
             return np.empty((0, self.embedder.width), np.float32)
         return np.array(await self.batcher.submit("images", pixels))
 
-    async def texts(self, texts: Sequence[str]) -> tuple[np.ndarray, int]:
-        """Embeds texts: unit vectors [n E], and the number of tokens that were read."""
+    async def texts(self, texts: Sequence[str]) -> tuple[np.ndarray, list[Reading]]:
+        """Embeds texts: unit vectors [n E], and how each was read."""
         self.require("embed")
         if not texts:
-            return np.empty((0, self.embedder.width), np.float32), 0
-        lengths = await self.lengths(texts)
-        return np.array(await self.batcher.submit("texts", texts, lengths)), sum(lengths)
+            return np.empty((0, self.embedder.width), np.float32), []
+        readings = await self.readings(texts)
+        lengths = [min(reading.tokens, self.embedder.max_length) for reading in readings]
+        return np.array(await self.batcher.submit("texts", texts, lengths)), readings
 
-    async def lengths(self, texts: Sequence[str]) -> list[int]:
-        """Counts the tokens of each text."""
+    async def readings(self, texts: Sequence[str]) -> list[Reading]:
+        """Says how each text is read."""
         self.check_count(texts)
         self.check_characters(texts)
-        return await asyncio.to_thread(self.embedder.lengths, texts)
+        return await asyncio.to_thread(self.embedder.readings, texts)
 
     async def caption(self, pixels: Tensor) -> str:
         """Captions a picture."""
@@ -178,6 +186,14 @@ class Service:
                 return await self.call_index(lambda index: index.count())
         except Exception:
             return None
+
+    async def calibration(self) -> Calibration | None:
+        """Returns what the index's cosines mean; None where it does not know."""
+        read_at, calibration = self._calibrated
+        if time.monotonic() - read_at > CALIBRATION_S:
+            calibration = await self.call_index(lambda index: index.calibration())
+            self._calibrated = time.monotonic(), calibration
+        return calibration
 
     async def picture(self, id: str) -> bytes | None:
         """Returns the thumbnail of an item; None if there is none."""

@@ -20,6 +20,8 @@ import numpy as np
 
 from fastvlp.data.streams import blocks
 from fastvlp.errors import UserError, install
+from fastvlp.search.calibration import FIELD as CALIBRATION
+from fastvlp.search.calibration import Calibration
 from fastvlp.search.checks import OWN_FIELDS, EngineError, Scalar
 from fastvlp.search.distinct import vector_keys
 from fastvlp.search.engines.interface import Hit, IndexEngine, Item, Stamp, checked_stamp
@@ -299,6 +301,15 @@ class ChromaIndex(IndexEngine):
                 copies = _items(self._copies, where=condition, limit=k)
                 hits |= {copy.id: Hit(copy.id, float(copy.vector @ vector_E), copy.info) for copy in copies}
         return sorted(hits.values(), key=lambda hit: -hit.score)[:k]
+
+    def calibration(self) -> Calibration | None:
+        self._refresh()
+        return Calibration.read(self._collection.metadata)
+
+    def calibrate(self, calibration: Calibration) -> bool:
+        with self._writing():
+            self._collection.modify(metadata={**self._collection.metadata, CALIBRATION: calibration.to_json()})
+        return True
 
     def count(self) -> int:
         self._refresh()

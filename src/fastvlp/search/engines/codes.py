@@ -15,6 +15,7 @@ import numpy as np
 
 from fastvlp.errors import UserError
 from fastvlp.files import whole_file
+from fastvlp.search.calibration import Calibration, PairSample
 from fastvlp.search.checks import Scalar
 from fastvlp.search.distinct import vector_keys
 from fastvlp.search.engines.interface import Hit, IndexEngine, Item, Stamp, checked_stamp
@@ -52,11 +53,14 @@ class CodesIndex(IndexEngine):
         self._ids: list[str] = []
         self._infos: list[dict[str, Scalar]] = []
         texts, total_E, keys = 0, np.zeros(self.stamp.width), []
+        pairs = PairSample(self.stamp.width)
         for part in map(read_part, embedded.parts):
+            pairs.add(part.image[part.image_of_text], part.text)
             keys.append(_numbers(vector_keys(part.image)))
             self._ids += part.ids
             self._infos += part.infos
             texts, total_E = texts + len(part.text), total_E + part.text.sum(0)
+        self._calibration = pairs.calibrated()
         if not self._ids:
             raise UserError(f"{folder}: no image is embedded in it; dropped.jsonl says why")
         # Which distinct vector each item has, the rows in the order of these, and where those of each begin.
@@ -126,6 +130,9 @@ class CodesIndex(IndexEngine):
         scores = self._search_codes.vector_NE[found] @ query_E
         order = np.argsort(-scores, kind="stable")[:depth]
         return [Hit(self._ids[found[i]], float(scores[i]), self._infos[found[i]]) for i in order]
+
+    def calibration(self) -> Calibration | None:
+        return self._calibration
 
     def count(self) -> int:
         return len(self._ids)

@@ -18,6 +18,7 @@ import numpy as np
 
 from fastvlp.errors import UserError
 from fastvlp.extensions import variants
+from fastvlp.search.calibration import Calibration
 from fastvlp.search.checks import (
     Scalar,
     Where,
@@ -125,6 +126,14 @@ class IndexEngine(ABC):
     @abstractmethod
     def close(self) -> None:
         """Gives up files and connections."""
+
+    def calibration(self) -> Calibration | None:
+        """Returns what cosines mean in this index, where the engine keeps it."""
+        return None
+
+    def calibrate(self, calibration: Calibration) -> bool:
+        """Keeps what cosines mean. Returns whether the engine can."""
+        return False
 
     def is_small(self, items: int) -> bool:
         """Whether so many items are few enough to be compared one by one."""

@@ -18,6 +18,8 @@ from urllib.parse import urldefrag
 import numpy as np
 
 from fastvlp.errors import UserError, install
+from fastvlp.search.calibration import FIELD as CALIBRATION
+from fastvlp.search.calibration import Calibration
 from fastvlp.search.checks import EngineError, Scalar
 from fastvlp.search.distinct import vector_keys
 from fastvlp.search.engines.interface import Hit, IndexEngine, Item, Stamp, checked_stamp
@@ -48,8 +50,8 @@ class PgIndex(IndexEngine):
         with self._engine_errors():
             if create and stamp is not None:
                 self._make(stamp)
-            comment = self._one("SELECT obj_description(%s::regclass, 'pg_class')", self._table)
-        self.stamp = checked_stamp(_json_object(comment), stamp, self.uri)
+            fields = self._fields()
+        self.stamp = checked_stamp(fields, stamp, self.uri)
         self._type = _column_type(self.stamp.width)
         with self._engine_errors():
             self._upgrade()
@@ -86,8 +88,23 @@ class PgIndex(IndexEngine):
             )
             self._make_graph(type)
             self._connection.execute(f"CREATE INDEX ON {table} USING gin (info jsonb_path_ops)")
-            quoted = json.dumps(asdict(stamp)).replace("'", "''")
-            self._connection.execute(f"COMMENT ON TABLE {table} IS '{quoted}'")
+            self._comment(asdict(stamp))
+
+    def _comment(self, fields: Mapping[str, Any]) -> None:
+        quoted = json.dumps(fields).replace("'", "''")
+        self._connection.execute(f"COMMENT ON TABLE {self._table} IS '{quoted}'")
+
+    def _fields(self) -> dict[str, Any] | None:
+        return _json_object(self._one("SELECT obj_description(%s::regclass, 'pg_class')", self._table))
+
+    def calibration(self) -> Calibration | None:
+        with self._engine_errors():
+            return Calibration.read(self._fields())
+
+    def calibrate(self, calibration: Calibration) -> bool:
+        with self._engine_errors(), self._alone():
+            self._comment({**(self._fields() or {}), CALIBRATION: calibration.to_json()})
+        return True
 
     def _make_graph(self, type: str) -> None:
         self._connection.execute(

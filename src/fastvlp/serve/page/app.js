@@ -1,15 +1,18 @@
 // The search page. The address of the page has the search, so that Back, reload and links work. A dropped picture cannot be in
-// an address; it is kept in memory under a number.
+// an address; it is kept under a number in this tab's storage.
+
+import { captions, digits, remarks } from "./meaning.js";
+import { dropped, keep, restorePictures } from "./pictures.js";
 
 const PAGE = 24;
 const by = (id) => document.getElementById(id);
 const [text, grid, panel, status, problem] = ["text", "grid", "panel", "status", "problem"].map(by);
-const dropped = new Map();
 let service = { can: [], languages: [], items: 0 };
 let current = {}; // the search that is shown: text, id, picture (a number in `dropped`)
 let next = null; // offset of the next page, or null
 let running = null; // AbortController of the search that is under way
 let typing = 0;
+let scale = 2; // digits of a score
 
 // ---- the service
 
@@ -56,6 +59,7 @@ async function show(to) {
   document.title = to.text ? `${to.text} · picture search` : "Picture search";
   const home = !to.text && !to.id && !to.picture;
   by("intro").hidden = !home;
+  by("notes").replaceChildren();
   if (!samePicture) showPanel(to);
   scrollTo({ top: 0 });
   await (home ? sample() : search());
@@ -78,6 +82,10 @@ async function more(first = false) {
     const page = await ask("/v1/search", { ...fields(current), offset: next, limit: PAGE }, own.signal);
     if (first) grid.replaceChildren();
     next = page.next_offset;
+    if (first) {
+      scale = digits(page.results);
+      by("notes").replaceChildren(...remarks(page).map((line) => make("p", "", line)));
+    }
     grid.append(...page.results.map(tile));
     if (grid.firstElementChild && first) grid.querySelector(".tile").tabIndex = 0;
     showCount();
@@ -137,11 +145,6 @@ const waiting = () => {
   return cell;
 };
 
-function captions(info) {
-  const named = Object.keys(info).filter((name) => name.startsWith("caption")).sort();
-  return named.flatMap((name) => String(info[name]).split("\n")).filter(Boolean);
-}
-
 function tile(hit) {
   const [caption = hit.id] = captions(hit.info);
   const cell = make("li");
@@ -159,10 +162,17 @@ function tile(hit) {
   photo.append(image);
   button.ariaLabel = caption;
   if (current.text || current.id || current.picture) {
-    const score = make("span", "score", hit.score.toFixed(2));
-    score.title = `cosine ${hit.score.toFixed(4)}`;
+    const known = hit.relevance != null;
+    const shown = known ? `${Math.round(100 * hit.relevance)} %` : hit.score.toFixed(scale);
+    const score = make("span", "score", shown);
+    score.title = known ? `relevance, of the cosine ${hit.score.toFixed(4)}` : `cosine ${hit.score.toFixed(4)}`;
     photo.append(score);
-    button.ariaLabel += `, score ${hit.score.toFixed(2)}`;
+    if (known) {
+      const bar = make("span", "bar");
+      bar.style.width = `${100 * hit.relevance}%`;
+      photo.append(bar);
+    }
+    button.ariaLabel += `, ${known ? "relevance" : "score"} ${shown}`;
   }
   button.append(photo, make("span", "caption", caption));
   button.type = "button";
@@ -254,20 +264,7 @@ by("question").onsubmit = async (event) => {
 
 async function searchBy(file) {
   if (!file?.type.startsWith("image/")) return;
-  const number = dropped.size + 1;
-  dropped.set(number, await smaller(file));
-  go({ text: "", id: null, picture: number });
-}
-
-// A photograph has many times the pixels that a model reads, and is sent again for every page of results.
-async function smaller(file) {
-  if (file.size < 1e6) return file;
-  const image = await createImageBitmap(file).catch(() => null);
-  if (!image) return file;
-  const scale = Math.min(1, 1024 / Math.max(image.width, image.height));
-  const canvas = new OffscreenCanvas(Math.round(image.width * scale), Math.round(image.height * scale));
-  canvas.getContext("2d").drawImage(image, 0, 0, canvas.width, canvas.height);
-  return canvas.convertToBlob({ type: "image/jpeg", quality: 0.92 });
+  go({ text: "", id: null, picture: await keep(file) });
 }
 
 // ---- typing, pictures, keys
@@ -389,6 +386,7 @@ function hint(languages) {
 }
 
 async function start() {
+  if (!dropped.size) restorePictures();
   service = await ask("/health").catch(() => service);
   hint(service.languages);
   by("report").hidden = !service.report;
