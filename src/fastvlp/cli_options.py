@@ -84,7 +84,13 @@ def parse_pretrain(argv: Sequence[str]) -> Run:
     # Not a class statement: its annotations would be strings, and tyro looks their names up in this module.
     again = Annotated[bool, arg(help="Continue from the last checkpoint.")]
     shown = Annotated[bool, arg(help="Print the whole config first.")]
-    own = [("run", Annotated[TrainConfig, arg(name="")]), ("resume", again, False), ("show_config", shown, False)]
+    change = Annotated[tuple[str, ...], arg(help="Fields in which a resumed run may differ, such as data.batch-size.")]
+    own = [
+        ("run", Annotated[TrainConfig, arg(name="")]),
+        ("resume", again, False),
+        ("change", change, ()),
+        ("show_config", shown, False),
+    ]
     Overrides = make_dataclass("Overrides", own)
 
     run, args = with_size(recipe(argv[0]), argv[1:])
@@ -101,7 +107,8 @@ def parse_pretrain(argv: Sequence[str]) -> Run:
         f"over its encoders. `--model SIZE` replaces the model's size: {', '.join(named_sizes())}.",
         config=(tyro.conf.AvoidSubcommands,),
     )
-    return functools.partial(loop.train, one_length(parsed.run, args), resume=parsed.resume, verbose=parsed.show_config)
+    run = one_length(parsed.run, args)
+    return functools.partial(loop.train, run, resume=parsed.resume, change=parsed.change, verbose=parsed.show_config)
 
 
 def with_encoders(run: TrainConfig, argv: Sequence[str]) -> tuple[TrainConfig, list[str]]:
@@ -145,7 +152,7 @@ def take_option(argv: Sequence[str], name: str) -> tuple[str | None, list[str]]:
 def run_fields() -> list[str]:
     from fastvlp.training.train_config import TrainConfig
 
-    return [*(field.name for field in fields(TrainConfig)), "resume"]
+    return [*(field.name for field in fields(TrainConfig)), "resume", "change"]
 
 
 def one_length(run: TrainConfig, argv: Sequence[str]) -> TrainConfig:

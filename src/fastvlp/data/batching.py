@@ -10,6 +10,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -126,6 +127,25 @@ class Plan:
         b = bisect_right(self._first, t) - 1
         return self.bucket(b)[t - self._first[b]]
 
+    def place(self, t: int) -> int:
+        """How many rows are before batch number t."""
+        while self._first[-1] <= t:
+            self._first.append(self._first[-1] + len(self.bucket(len(self._first) - 1)))
+        b = bisect_right(self._first, t) - 1
+        return self._range(b)[0] + sum(map(len, self.bucket(b)[: t - self._first[b]]))
+
+    def batch_behind(self, place: int) -> int:
+        """The first batch that begins behind so many rows."""
+        b = 0
+        while self._range(b)[1] <= place:
+            b += 1
+        t = sum(len(self.bucket(i)) for i in range(b))
+        return t + next(n for n, before in enumerate(self._before(b)) if self._range(b)[0] + before >= place)
+
+    def _before(self, b: int) -> list[int]:
+        """Rows of a bucket that are before each of its batches, and behind the last."""
+        return [0, *accumulate(map(len, self.bucket(b)))]
+
     def bucket(self, b: int) -> list[Tensor]:
         """The batches of bucket number b."""
         if self._last[0] != b:
@@ -143,16 +163,19 @@ class Plan:
         """Buckets of an epoch, where there is a budget."""
         return -(-self.count // self.grouping.group)
 
+    def _range(self, b: int) -> tuple[int, int]:
+        """The places of the rows of a bucket: the first, and the one behind the last."""
+        if self.grouping.max_tokens is None:
+            whole = self.batch_size * self.world
+            rows = max(1, min(self.grouping.group, self.count) // whole) * whole
+            return b * rows, (b + 1) * rows
+        epoch, part = divmod(b, self._buckets)
+        first, end = (epoch * self.count + p * self.count // self._buckets for p in (part, part + 1))
+        return first, end
+
     def _cut(self, b: int) -> list[Tensor]:
         grouping = self.grouping
-        if grouping.max_tokens is None:
-            whole = self.batch_size * self.world
-            rows = max(1, min(grouping.group, self.count) // whole) * whole
-            first, end = b * rows, (b + 1) * rows
-        else:
-            epoch, part = divmod(b, self._buckets)
-            first, end = (epoch * self.count + p * self.count // self._buckets for p in (part, part + 1))
-        place_N = torch.arange(first, end)
+        place_N = torch.arange(*self._range(b))
         length_N, order_N = self.lengths(place_N).sort(descending=True, stable=True)
         place_N = place_N[order_N]
         if grouping.max_tokens is None:

@@ -107,6 +107,16 @@ class Loader:
             parts = [mine[i * n // k : (i + 1) * n // k] for i in range(k if n else 0)]
         return self._run(enumerate([Row(i, hash64(self.seed, 0, i)) for i in part] for part in parts))
 
+    def place(self, s: int) -> int:
+        """How many rows of the endless sequence of epochs are before batch number s, of all ranks."""
+        return s * self.world * self.batch_size if self.plan is None else self.plan.place(s * self.world)
+
+    def batch_behind(self, place: int) -> int:
+        """The first batch that begins behind so many rows."""
+        if self.plan is None:
+            return -(-place // (self.world * self.batch_size))
+        return -(-self.plan.batch_behind(place) // self.world)
+
     def rows(self, s: int) -> list[Row]:
         """The rows of this rank in batch number s."""
         t = s * self.world + self.rank

@@ -43,12 +43,14 @@ class Rows:
         make: makes a batch of rows, and names the records that could not be used.
         damage: the parts of the shards that cannot be read, which have no rows.
         lengths: reads the number of tokens of every row, to group rows by length.
+        content: a hash of the records, by which data that moved are recognised; None where there is none.
     """
 
     count: int
     make: Callable[[list[Row]], tuple[Batch, list[Dropped]]]
     damage: tuple[Dropped, ...] = ()
     lengths: Callable[[], Lengths] | None = None
+    content: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,7 +165,7 @@ class PairData(Data):
         )
         regions = partial(region_count, self.regions)
         lengths = partial(caption_lengths, shards, tokenizer, self.captions, self.max_length, regions)
-        return Rows(len(shards), make, tuple(shards.damage), lengths)
+        return Rows(len(shards), make, tuple(shards.damage), lengths, shards.content)
 
     @property
     def reads_mirrored_states(self) -> bool:

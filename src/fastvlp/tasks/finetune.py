@@ -57,6 +57,7 @@ def finetune(
     out: str | Path | None = None,
     workers: int = 0,
     resume: bool = False,
+    change: tuple[str, ...] = (),
     **options: Any,
 ) -> TaskScores | None:
     """Fine-tune a pretrained run on a task, and score its best weights on the splits val and test.
@@ -77,6 +78,7 @@ def finetune(
         out: Folder of the new run; by default runs/NAME.
         workers: Processes that load data; 0 loads it in a thread.
         resume: Continue from the last checkpoint.
+        change: Fields in which a resumed run may differ, such as data.batch_size or optim.lr.
         **options: How it trains, the fields of `TuneOptions`, such as `image_size`, `accumulate`, `augment` or `optim`; and the
             task's own options.
 
@@ -98,7 +100,7 @@ def finetune(
     tuning = replace(tuning, optim=rates(chosen, start, tuning, lr))
     objective = chosen.objective(task_data, start, reading)
     run = run_for(chosen, start, task_data, objective, tuning, steps=steps, name=run_name, out=out)
-    return train_and_score(run, type(chosen), resume)
+    return train_and_score(run, type(chosen), resume, change)
 
 
 def adapted(task: Task, start: Pretrained, tuning: TuneOptions, longest: int) -> Pretrained:
@@ -209,14 +211,16 @@ def with_token_types(config: ModelConfig, count: int) -> ModelConfig:
     return replace(config, single=replace(config.single, types=count))
 
 
-def train_and_score(run: TrainConfig, task: type[Task], resume: bool) -> TaskScores | None:
+def train_and_score(
+    run: TrainConfig, task: type[Task], resume: bool, change: tuple[str, ...] = ()
+) -> TaskScores | None:
     """Trains, then scores the splits val and test. Raises UserError, before training, where val does not say what is right."""
     places = {split: place for split in ("val", "test") if (place := getattr(run.data, split)) is not None}
     reasons = {split: why_not_scored(task, place, run.data) for split, place in places.items()}
     if reasons.get("val"):
         raise UserError(f"{reasons['val']}, and val chooses the weights; remove the folder, or import answers with it")
     with dist.process_group():
-        train(run, resume=resume, scored=[split for split in places if not reasons[split]])
+        train(run, resume=resume, change=change, scored=[split for split in places if not reasons[split]])
         if not dist.is_main():
             return None
         scores: dict[str, dict[str, Any]] = {}

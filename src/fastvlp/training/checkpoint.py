@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from fastvlp import dist
-from fastvlp.config import differences, to_json
+from fastvlp.config import to_json
 from fastvlp.errors import UserError
 from fastvlp.files import whole_file, write_whole
 from fastvlp.model.frozen_states import frozen_encoders
@@ -27,9 +27,10 @@ from fastvlp.objectives.objective import Ability
 from fastvlp.objectives.saved_objectives import describe
 from fastvlp.provenance import about
 from fastvlp.tensor_files import check_torch_file, not_finite
+from fastvlp.training.continuing import changed_data, changed_fields, first_batch, refuse
 from fastvlp.training.run_folder import check_in_place
 from fastvlp.training.state import TrainState
-from fastvlp.training.train_config import CHANGEABLE, TrainConfig
+from fastvlp.training.train_config import TrainConfig
 
 CHECKPOINT = "last.pt"
 # Fields of the state that are saved and restored as they are.
@@ -86,6 +87,9 @@ def save(state: TrainState, *, wait: bool = True) -> None:
             "dropped": state.dropped,
             "run": to_json(state.run),
             "rows": state.train.count,
+            "contents": state.contents,
+            "batches": state.batches,
+            "places": state.train.place(state.batches),
             "ranks": dist.world(),
             "pretraining": state.pretraining.state_dict(),
             "optimiser": state.optimiser.state_dict(),
@@ -146,34 +150,30 @@ def inherited_abilities(state: TrainState) -> list[Ability]:
     return ["embed"] if came else []
 
 
-def read_checkpoint(run: TrainConfig) -> dict[str, Any]:
-    """The last checkpoint of a run. Raises UserError where another run saved it."""
+def read_checkpoint(run: TrainConfig, change: Collection[str] = ()) -> dict[str, Any]:
+    """The last checkpoint of a run. Raises UserError where another run saved it. `change`: fields that may differ."""
     path = run.folder / CHECKPOINT
     saved = load_checkpoint(path)
     if missing := {"run", "rows", "ranks", "pretraining", "optimiser", "ema", "dropped", *COUNTERS} - set(saved):
         raise UserError(f"{path}: not a checkpoint of a run, it lacks {', '.join(sorted(missing))}")
     with _expect_form(path):
-        changed = {k: v for k, v in differences(saved["run"], to_json(run)).items() if k not in CHANGEABLE}
-    refuse(path, changed | ({} if saved["ranks"] == dist.world() else {"ranks": (saved["ranks"], dist.world())}))
+        changed = changed_fields(saved, run)
+    refuse(path, changed, change)
     return saved
 
 
-def refuse(path: Path, changed: Mapping[str, tuple[Any, Any]]) -> None:
-    """Raises UserError where another run saved the checkpoint. `changed`: what differs, by name: (then, now)."""
-    if changed:
-        fields = "; ".join(f"{name}: {old} then, {new} now" for name, (old, new) in changed.items())
-        raise UserError(
-            f"{path}: saved by another run ({fields}); resume with the same values, or choose another folder with `out`"
-        )
-
-
-def restore(state: TrainState, saved: Mapping[str, Any]) -> None:
+def restore(state: TrainState, saved: Mapping[str, Any], change: Collection[str] = ()) -> None:
     """Brings a new state, whose weights are loaded, to where the checkpoint stood. Raises UserError where its data had other
-    rows, and where it holds something else than was saved."""
-    path, rows = state.run.folder / CHECKPOINT, state.train.count
-    refuse(path, {} if saved["rows"] == rows else {"rows": (saved["rows"], rows)})
+    records, and where it holds something else than was saved. `change`: fields that may differ."""
+    path = state.run.folder / CHECKPOINT
     with _expect_form(path):
-        if state.ema is not None:
+        changed = changed_data(saved, state.run, state.contents, state.train.count)
+    refuse(path, changed, change)
+    with _expect_form(path):
+        state.changed = changed_fields(saved, state.run) | changed
+        if state.ema is not None and saved["ema"] is None:
+            state.ema.module.load_state_dict(state.pretraining.state_dict())
+        elif state.ema is not None:
             load_exactly(state.ema, saved["ema"], path)
         load_optimiser(state.optimiser, saved["optimiser"])
         state.dropped = {str(key): str(reason) for key, reason in saved["dropped"].items()} | state.dropped
@@ -183,12 +183,17 @@ def restore(state: TrainState, saved: Mapping[str, Any]) -> None:
             if not isinstance(value, kind | int) or isinstance(value, bool) or not value >= 0:
                 raise ValueError(f"{name} is {value!r}")
             setattr(state, name, kind(value))
+        state.skipped_batches = first_batch(saved, state.run, state.train) - state.step * state.run.accumulate
     state.saved = state.step
 
 
 def load_optimiser(optimiser: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
-    """Raises ValueError where its moments are of other parameters, or a number of it is not finite."""
+    """Takes the moments alone: rates and the like are those of the run. Raises ValueError where they are of other parameters,
+    or a number is not finite."""
+    options = [{name: x for name, x in group.items() if name != "params"} for group in optimiser.param_groups]
     optimiser.load_state_dict(saved)
+    for group, own in zip(optimiser.param_groups, options):
+        group.update(own)
     numbers = [(name, x) for group in saved["param_groups"] for name, x in group.items() if isinstance(x, float)]
     if wrong := [name for name, x in numbers if not math.isfinite(x)]:
         raise ValueError(f"{wrong[0]} of the optimiser is not finite")

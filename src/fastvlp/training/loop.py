@@ -47,7 +47,7 @@ def steps(state: TrainState) -> Iterator[StepReport]:
     """Trains one step each time that the next report is asked for, until the run is over or a signal stops it."""
     run = state.run
     parameters = [p for group in state.optimiser.param_groups for p in group["params"]]
-    batches = state.train.batches(start=state.step * run.accumulate)
+    batches = state.train.batches(start=state.batches)
     state.pretraining.train()
     while state.progress < 1 and not state.stop:
         began, waited, dropped_before = state.clock(), time.perf_counter(), len(state.dropped)
@@ -227,7 +227,12 @@ def stop_signals(state: TrainState) -> Iterator[None]:
 
 
 def train(
-    run: TrainConfig, *, resume: bool = False, verbose: bool = False, scored: Collection[Split] = ()
+    run: TrainConfig,
+    *,
+    resume: bool = False,
+    change: Collection[str] = (),
+    verbose: bool = False,
+    scored: Collection[Split] = (),
 ) -> TrainState:
     """Trains a run to its end.
 
@@ -237,6 +242,8 @@ def train(
     Args:
         run: What to train; a recipe (`fastvlp.recipe`) returns one.
         resume: Continue from the run's last checkpoint; if there is none, the run starts from the beginning.
+        change: Names of fields, such as `data.batch_size` or `optim.lr`, in which a resumed run may differ from the one that
+            was saved; it continues where that one stood in its data. Data that only moved need not be named.
         verbose: Print the whole config first.
         scored: Splits on which the trained model is scored later. Like the validation data, they are read once before the
             first step, so that a record that cannot be read is found then.
@@ -253,7 +260,7 @@ def train(
     with dist.process_group(), locked(run.folder) as lock:
         if not resume and (run.folder / CHECKPOINT).exists():
             raise UserError(f"{run.folder}: holds a run already; continue it with `resume`, or choose another `out`")
-        state = start(run, resume=resume)
+        state = start(run, resume=resume, change=change)
         state.lock = lock
         if state.progress < 1:
             read_before_training(state, scored)
@@ -326,6 +333,9 @@ def log_start(state: TrainState, log: RunLog, resume: bool) -> None:
     run = state.run
     if state.earlier_length not in (None, run.length):
         log.say(f"{run.folder}: length was {state.earlier_length}, now {run.length}")
+    if state.changed:
+        fields = "; ".join(f"{name} was {old}, now {new}" for name, (old, new) in state.changed.items())
+        log.say(f"{run.folder}: continues with changes ({fields})")
     machine: dict[str, Any] = {"device": device_name(state.device), "precision": state.precision}
     log.event("start", step=state.step, elapsed=state.elapsed, **machine)
     if state.step == 0:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from fastvlp.model.saving import Inheritance, inherit, inherit_objectives, load_
 from fastvlp.model.sizes import with_tokenizer
 from fastvlp.random import hash64
 from fastvlp.training.checkpoint import CHECKPOINT, read_checkpoint, restore
+from fastvlp.training.continuing import check_names
 from fastvlp.training.flops import FlopCounter
 from fastvlp.training.optim import adamw
 from fastvlp.training.pretraining import Pretraining
@@ -55,14 +56,16 @@ def check_image_encoder(model: VLModel) -> None:
         )
 
 
-def start(run: TrainConfig, *, resume: bool = False) -> TrainState:
-    """Everything that the loop needs; from the run's last checkpoint with `resume`, where there is one.
+def start(run: TrainConfig, *, resume: bool = False, change: Collection[str] = ()) -> TrainState:
+    """Everything that the loop needs; from the run's last checkpoint with `resume`, where there is one. `change`: names of the
+    fields that may differ from the run that was saved.
 
     Raises UserError where the config, the data or the checkpoint cannot be used.
     """
     images, texts = read_encoders(run)
     run = completed(run, images, texts)
     check(run)
+    change = check_names(run, change)
     if run.threads:
         torch.set_num_threads(run.threads)
     device, again = pick_device(run.device), resume and (run.folder / CHECKPOINT).exists()
@@ -74,7 +77,7 @@ def start(run: TrainConfig, *, resume: bool = False) -> TrainState:
     check_image_encoder(pretraining.model)
     model, size = pretraining.model, pretraining.model.config.image.size
     ema = AveragedModel(pretraining, multi_avg_fn=get_ema_multi_avg_fn(run.ema)) if run.ema is not None else None
-    saved = read_checkpoint(run) if again else None
+    saved = read_checkpoint(run, change) if again else None
     if saved is not None:
         load_exactly(pretraining, saved["pretraining"], run.folder / CHECKPOINT)
     # After the weights: stored states are those of one encoder.
@@ -100,10 +103,11 @@ def start(run: TrainConfig, *, resume: bool = False) -> TrainState:
         dropped={part.key: part.reason for part in rows.damage},
         inherited=inherited,
         stored=stored,
+        contents={"train": rows.content, "val": None if held_out is None else held_out.content},
         flops=FlopCounter(model.config.image.tokens),
     )
     if saved is not None:
-        restore(state, saved)
+        restore(state, saved, change)
     if run.compile:
         compile_blocks(pretraining)
     if dist.world() > 1:

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -74,6 +74,9 @@ class TrainState:
         inherited: what became of the weights that the run started from.
         stored: where the states of frozen encoders are.
         earlier_length: of a resumed run, its length when it was saved.
+        contents: hashes of the records of the splits train and val; None where that is not known.
+        changed: of a resumed run, what the user let it change: (then, now) by name.
+        skipped_batches: how many batches, more than steps have taken, are behind a resumed run whose batches are others now.
         flops: counts the FLOPs of the steps.
         signal: the signal that this process received.
         stop: the signal for which all ranks stop.
@@ -106,6 +109,9 @@ class TrainState:
     inherited: Inheritance | None = None
     stored: Stored | None = None
     earlier_length: str | None = None
+    contents: dict[str, str | None] = field(default_factory=dict)
+    changed: dict[str, tuple[Any, Any]] = field(default_factory=dict)
+    skipped_batches: int = 0
     flops: FlopCounter = field(default_factory=FlopCounter)
     signal: int | None = None
     stop: int | None = None
@@ -117,6 +123,11 @@ class TrainState:
     @property
     def precision(self) -> Precision:
         return pick_precision(self.run.precision, self.device)
+
+    @property
+    def batches(self) -> int:
+        """The number of the batch that comes next on each rank."""
+        return self.skipped_batches + self.step * self.run.accumulate
 
     @property
     def out_of_patience(self) -> bool:

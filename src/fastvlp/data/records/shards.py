@@ -193,6 +193,19 @@ class Shards:
         return digest.hexdigest()
 
     @property
+    def content(self) -> str:
+        """Hash of the records in their order, wherever they are and whenever they were written: of all keys, sizes and kinds of
+        members, and of all that a few records hold."""
+        digest = hashlib.sha256("\n".join(self.keys).encode())
+        for parts in zip(*((np.diff(index.first), index.kind, index.length) for index in self._indexes)):
+            digest.update(np.concatenate(parts).tobytes())
+        for i in range(0, len(self), -(-len(self) // 8)):
+            tar, index, r = self._place(i)
+            for _, at, n in index.members(r):
+                digest.update(self._bytes(tar, at, n))
+        return digest.hexdigest()
+
+    @property
     def folder(self) -> Path | None:
         """The local folder of the tars; None if they are at a URL."""
         return Path(self._tars[0]).parent if self._local else None

@@ -1,0 +1,80 @@
+"""What a continued run may change: data that moved are recognised by their content, and other values are taken where the user
+names them."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from fastvlp import dist
+from fastvlp.config import Json, differences, flatten, to_json
+from fastvlp.data.loader import Loader
+from fastvlp.errors import UserError
+from fastvlp.training.train_config import CHANGEABLE, TrainConfig
+
+# Fields that say where data are, and not what they are.
+PLACES = {"data.train": "train", "data.val": "val"}
+# What decides which rows batch number s has.
+ORDER = ("data.batch_size", "data.max_tokens", "data.group", "data.fill", "seed")
+
+
+def check_names(run: TrainConfig, change: Collection[str]) -> set[str]:
+    """The names of the fields that may differ, as the config has them. Raises UserError for one that it does not have."""
+    known = {*flatten(to_json(run)), "ranks"}
+    names = {name.replace("-", "_") for name in change}
+    for name in sorted(names - known):
+        near = get_close_matches(name, known, n=1)
+        raise UserError(f"`change`: a run has no field {name}" + (f"; did you mean {near[0]}?" if near else ""))
+    return names
+
+
+def changed_fields(saved: Mapping[str, Any], run: TrainConfig) -> dict[str, tuple[Json, Json]]:
+    """Fields that differ and make another run, by name: (then, now). The places of data are compared by content, later."""
+    changed = differences(saved["run"], to_json(run))
+    if saved["ranks"] != dist.world():
+        changed["ranks"] = (saved["ranks"], dist.world())
+    return {name: values for name, values in changed.items() if name not in CHANGEABLE and name not in PLACES}
+
+
+def changed_data(
+    saved: Mapping[str, Any], run: TrainConfig, contents: Mapping[str, str | None], rows: int
+) -> dict[str, tuple[Json, Json]]:
+    """The places whose data are others than when the run was saved: (then, now). Where a content is not known, its place must
+    be the same."""
+    then, now, changed = flatten(saved["run"]), flatten(to_json(run)), {}
+    known = saved.get("contents", {})
+    for name, split in PLACES.items():
+        if known.get(split) is not None and contents.get(split) is not None:
+            same = known[split] == contents[split]
+        else:
+            same = then.get(name) == now.get(name) and (split != "train" or saved["rows"] == rows)
+        if not same:
+            changed[name] = (then.get(name), now.get(name))
+    return changed
+
+
+def refuse(path: Path, changed: Mapping[str, tuple[Any, Any]], change: Collection[str] = ()) -> None:
+    """Raises UserError where another run saved the checkpoint. `changed`: what differs; `change`: what may."""
+    unwanted = {name: values for name, values in changed.items() if name not in change}
+    if not unwanted:
+        return
+    fields = "; ".join(
+        f"{name}: {old} then, {new} now" if old != new else f"{name}: {new} holds other records now"
+        for name, (old, new) in unwanted.items()
+    )
+    raise UserError(
+        f"{path}: saved by another run ({fields}); resume with the same values, name what may differ in `change` "
+        f"({' '.join(unwanted)}), or choose another folder with `out`"
+    )
+
+
+def first_batch(saved: Mapping[str, Any], run: TrainConfig, train: Loader) -> int:
+    """Which batch of a rank comes next. Where batches are others than before, it is the first one behind as many rows as were
+    read."""
+    then, now = flatten(saved["run"]), flatten(to_json(run))
+    same = all(then.get(name) == now.get(name) for name in ORDER)
+    same = same and saved["rows"] == train.count and saved["ranks"] == dist.world()
+    taken = int(saved.get("batches", saved["step"] * int(saved["run"].get("accumulate", 1))))
+    return taken if same or "places" not in saved else train.batch_behind(int(saved["places"]))
