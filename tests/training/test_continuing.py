@@ -26,9 +26,8 @@ def with_data(run, **changes):
 
 
 def test_data_are_recognised_by_content(pairs, tmp_path):
-    run = made_run(pairs, tmp_path / "a", "mlm", steps=3)
+    run = made_run(pairs, tmp_path / "a", "mlm", steps=1)
     train(run)
-    straight = train(replace(run, out=str(tmp_path / "b"), steps=6))
     # Copied elsewhere, cut into other tars, with new times.
     for split in ("train", "val"):
         with ShardWriter(tmp_path / "moved" / split, per_shard=7) as writer:
@@ -36,9 +35,7 @@ def test_data_are_recognised_by_content(pairs, tmp_path):
                 writer.write(record)
     shutil.rmtree(pairs)
     moved = with_data(run, train=str(tmp_path / "moved/train"), val=str(tmp_path / "moved/val"))
-    assert train(replace(moved, steps=3), resume=True).changed == {}
-    resumed = train(replace(moved, steps=6), resume=True)
-    assert resumed.step == 6 and abs(resumed.best - straight.best) < 1
+    assert start(moved, resume=True).changed == {}
 
 
 def test_a_moved_run_ends_with_the_weights_of_the_straight_one(pairs, tmp_path):
@@ -88,15 +85,13 @@ def test_another_batch_size_and_rate_go_on_where_the_run_stood(pairs, tmp_path):
     changed = replace(
         with_data(run, batch_size=5), steps=6, accumulate=2, optim=replace(run.optim, lr=1e-3, betas=(0.8, 0.9))
     )
-    with pytest.raises(UserError, match=r"accumulate: 1 then, 2 now.*data\.batch_size.*optim\.lr"):
+    with pytest.raises(UserError, match=r"accumulate: 1 then, 2 now.*optim\.lr: 0\.01 then, 0\.001 now"):
         train(changed, resume=True, change=["data.batch-size"])
     names = ["data.batch-size", "accumulate", "optim.lr", "optim.betas"]
     state = start(changed, resume=True, change=names)
     assert state.step == 3 and state.batches == 5 and state.optimiser.param_groups[0]["betas"] == (0.8, 0.9)
     assert {group["base_lr"] for group in state.optimiser.param_groups} <= {1e-3, 5e-3}
-    assert {*state.changed} == {"data.batch_size", "accumulate", "optim.lr", "optim.betas.0", "optim.betas.1"} or {
-        *state.changed
-    } == {"data.batch_size", "accumulate", "optim.lr", "optim.betas"}
+    assert {*state.changed} == {"data.batch_size", "accumulate", "optim.lr", "optim.betas"}
     end = train(changed, resume=True, change=names)
     assert end.step == 6 and end.batches == 5 + 3 * 2
     # Resumed once more, it goes on from there and not from a count of steps.
@@ -121,12 +116,11 @@ def test_an_average_may_begin_later(pairs, tmp_path):
 def test_a_batch_is_found_by_the_rows_before_it(grouping):
     tokens = torch.arange(2, 9).repeat(3)
     lengths = Lengths(tokens, torch.arange(len(tokens) + 1))
-    loader = Loader(21, None, batch_size=2, seed=0, world=2, grouping=grouping, lengths=lambda: lengths)
-    before = 0
+
+    def loader_of(rank: int) -> Loader:
+        return Loader(21, None, batch_size=2, seed=0, rank=rank, world=2, grouping=grouping, lengths=lambda: lengths)
+
+    loader, before = loader_of(0), 0
     for s in range(14):
         assert loader.place(s) == before and loader.batch_behind(before) == s
-        ranks = [
-            Loader(21, None, batch_size=2, seed=0, rank=r, world=2, grouping=grouping, lengths=lambda: lengths)
-            for r in (0, 1)
-        ]
-        before += sum(len(rank.rows(s)) for rank in ranks)
+        before += sum(len(loader_of(rank).rows(s)) for rank in (0, 1))

@@ -86,9 +86,7 @@ def finetune(
     """
     names = {field.name for field in fields(TuneOptions)}
     chosen = make_task(task, {name: value for name, value in options.items() if name not in names})
-    given = {"optim": chosen.optim, "decoder": chosen.decoder} | {
-        name: value for name, value in options.items() if name in names
-    }
+    given = {"optim": chosen.optim, "decoder": chosen.decoder} | {k: x for k, x in options.items() if k in names}
     tuning, start = with_options(TuneOptions, given, "fine-tuning"), load_pretrained(str(source))
     out = str(out) if out else None
     run_name = name or f"{Path(source).name}-{chosen.name}"

@@ -1,0 +1,90 @@
+"""What the log says of a run before its first step: what it starts from, its sizes and its data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+from fastvlp import dist
+from fastvlp.provenance import device_name
+from fastvlp.training.log import RunLog
+from fastvlp.training.state import TrainState
+from fastvlp.training.trained_parts import part_sizes, sizes_line
+
+
+def log_start(state: TrainState, log: RunLog, resume: bool) -> None:
+    """Logs the device of the run, and what it starts from or is resumed from."""
+    run = state.run
+    if state.earlier_length not in (None, run.length):
+        log.say(f"{run.folder}: length was {state.earlier_length}, now {run.length}")
+    if state.changed:
+        fields = "; ".join(f"{name} was {old}, now {new}" for name, (old, new) in state.changed.items())
+        log.say(f"{run.folder}: continues with changes ({fields})")
+    machine: dict[str, Any] = {"device": device_name(state.device), "precision": state.precision}
+    log.event("start", step=state.step, elapsed=state.elapsed, **machine)
+    if state.step == 0:
+        if resume:
+            log.say(f"{run.folder}: no checkpoint here to resume from; the run starts from the beginning")
+        log_new_run(state, log)
+    elif state.progress >= 1:
+        longer = "`patience`" if state.out_of_patience else "`steps` or `budget_s`"
+        log.say(f"{run.folder}: was at its end already; raise {longer} to train on")
+
+
+def log_new_run(state: TrainState, log: RunLog) -> None:
+    """Logs which weights were inherited, the sizes of the parts, stored states and unreadable records, and warns if a step has
+    more rows than there are records."""
+    if state.inherited is not None:
+        sources = dict.fromkeys(filter(None, (state.run.init, state.run.image, state.run.text)))
+        source, added = " and ".join(sources) or None, list(state.tokenizer.added)
+        words = f"; tokens added: {', '.join(added)}" if added else ""
+        log.event(
+            "inherited",
+            step=0,
+            elapsed=0.0,
+            text=f"starts from {source or 'the weights of its encoder'}: {state.inherited.summary()}{words}",
+            source=source,
+            **asdict(state.inherited),
+        )
+    sizes = part_sizes(state.model, state.pretraining.objectives)
+    parts = {name: size._asdict() for name, size in sizes.items()}
+    log.event("parameters", step=0, elapsed=0.0, text=sizes_line(sizes), parts=parts)
+    for note in state.stored.notes if state.stored is not None else ():
+        facts = {**note._asdict(), "path": str(note.path or "")}
+        log.event("states", step=0, elapsed=0.0, text=str(note), **facts)
+    log_dropped(state, state.dropped, log)
+    if (cut := state.run.data.cut(state.tokenizer)) is not None and cut.cut:
+        text = str(cut).replace("`max_length`", "`data.max_length`")
+        log.event("cut", step=0, elapsed=0.0, text=text, **asdict(cut))
+    run, records = state.run, state.train.count
+    rows = run.data.batch_size * run.accumulate * dist.world()
+    log_data(state, log, rows)
+    if rows > records and state.pretraining.pair_objectives() and run.data.max_tokens is None:
+        log.say(
+            f"`data.batch_size` {run.data.batch_size}: a step contrasts {rows} rows of only {records} records, so that it has "
+            f"some pairs twice; lower it"
+        )
+
+
+def log_data(state: TrainState, log: RunLog, rows: int) -> None:
+    """Logs how much a run reads, in batches of so many `rows`, and how."""
+    facts = {
+        "records": state.train.count,
+        "validation": state.val.count if state.val is not None else 0,
+        "rows": rows,
+        "image": state.model.config.image.size,
+        "vocabulary": state.tokenizer.vocab_size,
+    }
+    text = (
+        f"reads {facts['records']:,} records ({facts['validation']:,} for validation), {rows:,} a step; images of "
+        f"{facts['image']} px; a vocabulary of {facts['vocabulary']:,} tokens"
+    )
+    # With a token budget the rows of a step vary.
+    text = text if state.run.data.max_tokens is None else text.replace(f", {rows:,} a step", "")
+    log.event("data", step=0, elapsed=0.0, text=text, **facts)
+
+
+def log_dropped(state: TrainState, dropped: Mapping[str, str], log: RunLog) -> None:
+    for key, reason in dropped.items():
+        log.event("dropped", step=state.step, elapsed=state.elapsed, record=key, reason=reason)
