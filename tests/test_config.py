@@ -91,3 +91,24 @@ def test_numbers_out_of_their_range_are_named(config, names) -> None:
     with pytest.raises(UserError) as refused:
         check_numbers(config)
     assert {*re.findall(r"`([a-z.]+)`", str(refused.value))} == names
+
+
+def test_the_remedy_for_a_missing_extra_is_that_of_the_installation(monkeypatch):
+    from types import SimpleNamespace
+
+    from fastvlp import errors
+
+    origins = {
+        "checkout": '{"url": "file:///x", "dir_info": {"editable": true}}',
+        "index": None,
+        "wheel": '{"url": "x"}',
+    }
+    found = {}
+    for name, text in origins.items():
+        monkeypatch.setattr(errors, "distribution", lambda _, text=text: SimpleNamespace(read_text=lambda _: text))
+        found[name] = errors.install("serve")
+    assert found == {
+        "checkout": "pip install -e '.[serve]'",
+        "index": "pip install 'fastvlp[serve]'",
+        "wheel": "pip install 'fastvlp[serve]'",
+    }

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import json
+from importlib.metadata import PackageNotFoundError, distribution
 
 
 class UserError(Exception):
@@ -10,8 +12,17 @@ class UserError(Exception):
 
 
 def install(extra: str) -> str:
-    """The remedy where an optional package is missing."""
-    return f"pip install -e '.[{extra}]'"
+    """The remedy where an optional package is missing: from the checkout that is installed, or from the package index."""
+    return f"pip install -e '.[{extra}]'" if is_editable() else f"pip install 'fastvlp[{extra}]'"
+
+
+def is_editable() -> bool:
+    """Whether the package is installed from a checkout (`pip install -e`), or runs from one."""
+    try:
+        origin = json.loads(distribution("fastvlp").read_text("direct_url.json") or "{}")
+    except (PackageNotFoundError, ValueError):
+        return True
+    return bool(origin.get("dir_info", {}).get("editable"))
 
 
 _SPACE = "free space, or choose another folder"

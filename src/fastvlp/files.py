@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import resource
 import shutil
 import stat
 from collections.abc import Iterator
@@ -11,6 +10,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from fastvlp.errors import UserError, remedy
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
 
 # The largest single thing that is read whole: no picture has a gigabyte.
 MOST_BYTES = 1 << 30
@@ -84,4 +88,6 @@ def whole_folder(out: Path) -> Iterator[Path]:
 
 def most_open() -> int:
     """How many files a reader may keep open: at most a quarter of those that the process may open."""
+    if resource is None:
+        return 256
     return min(256, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4)

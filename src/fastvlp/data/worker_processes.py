@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import multiprocessing
 import os
-import resource
 import signal
 import threading
 from collections.abc import Iterator, Mapping
@@ -16,6 +15,11 @@ from typing import Any
 from torch.utils.data import DataLoader
 
 from fastvlp.errors import UserError, remedy
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
 
 LESS_MEMORY = "lower `data.workers` or `data.batch_size`, or set `data.cache` to false"
 _CRASHED = (
@@ -57,6 +61,8 @@ def from_workers(loader: DataLoader[Any]) -> Iterator[Any]:
 def reserve_handles(workers: int) -> None:
     """Raises the number of files that the process may open to what its loader processes take, since these would wait forever
     for a handle. Raises UserError where the system allows fewer."""
+    if resource is None:
+        return
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     # A process has its pipes, the tensors of two batches, and files of its own. Those that are open now are its too.
     needed = len(os.listdir("/dev/fd")) + 32 + 16 * workers  # noqa: PTH208 (names alone)

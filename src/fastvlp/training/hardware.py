@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-import resource
 import sys
 from pathlib import Path
 
 import torch
 
 from fastvlp.dist import Precision
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
 
 
 def adamw_bytes(parameters: int) -> int:
@@ -46,4 +50,6 @@ def peak_memory(device: torch.device | str) -> int:
     if status.exists():
         # Not ru_maxrss: Linux lets a new process begin with the peak of the one that started it.
         return next(int(line.split()[1]) * 1024 for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+    if resource is None:
+        return 0
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
