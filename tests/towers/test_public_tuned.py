@@ -57,6 +57,7 @@ def test_two_public_encoders_are_tuned(folder, tmp_path, source):
         assert load_model(tmp_path / task).model.config.image == load_model(start).model.config.image
 
 
+@pytest.mark.slow
 def test_an_image_encoder_alone_writes_captions(folder, tmp_path):
     """It has no words: they are those of the captions."""
     small = DecoderConfig(text="new", layers=1, image_layers=1, width=32)

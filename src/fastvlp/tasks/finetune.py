@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import tyro
 
 from fastvlp import dist
+from fastvlp.data.pairs import Split
 from fastvlp.data.records.transform import Fit
 from fastvlp.data.splits import find_splits
 from fastvlp.errors import UserError
@@ -213,7 +214,8 @@ def train_and_score(
     run: TrainConfig, task: type[Task], resume: bool, change: tuple[str, ...] = ()
 ) -> TaskScores | None:
     """Trains, then scores the splits val and test. Raises UserError, before training, where val does not say what is right."""
-    places = {split: place for split in ("val", "test") if (place := getattr(run.data, split)) is not None}
+    splits: tuple[Split, ...] = ("val", "test")
+    places = {split: place for split in splits if (place := getattr(run.data, split)) is not None}
     reasons = {split: why_not_scored(task, place, run.data) for split, place in places.items()}
     if reasons.get("val"):
         raise UserError(f"{reasons['val']}, and val chooses the weights; remove the folder, or import answers with it")
