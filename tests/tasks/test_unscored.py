@@ -11,6 +11,7 @@ from fastvlp.data.splits import find_splits
 from fastvlp.errors import UserError
 from fastvlp.tasks.task_evaluation import evaluate_task
 from fastvlp.tasks.task_scores import format_scores
+from fastvlp.training.loop import train
 from tests.tasks.tuning import tune
 
 # As published: the answer is missing (VCR, NLVR2), empty (VQA), or there are images alone (COCO's captions).
@@ -96,14 +97,27 @@ def test_scores_come_with_chance_and_uncertainty(task, runs, world, tmp_path):
     assert 0 < scores["test"]["chance"] < 1 and 0 <= scores["test"]["standard_error"] < 0.5
 
 
-def test_scores_are_kept_where_the_next_split_cannot_be_read(runs, world, tmp_path):
+def test_scores_are_kept_where_the_next_split_cannot_be_read(runs, world, tmp_path, monkeypatch):
+    """A damaged split is found before training; one that is damaged later still leaves the scores of the others."""
     data, out = tmp_path / "data", tmp_path / "run"
     for split in ("train", "val", "test"):
         shutil.copytree(world / split, data / split)
     tar = data / "test" / "00000.tar"
-    tar.write_bytes(tar.read_bytes()[: tar.stat().st_size // 2])
+    whole = tar.read_bytes()
+    tar.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(UserError, match="leaves none out"):
         tune("vqa", runs["mlm"], data, out)
+    assert not (out / "last.safetensors").exists()
+    tar.write_bytes(whole)
+
+    def train_and_damage(*args, **options):
+        train(*args, **options)
+        tar.write_bytes(whole[: len(whole) // 2])
+
+    monkeypatch.setattr("fastvlp.tasks.finetune.train", train_and_damage)
+    with pytest.raises(UserError, match="leaves none out"):
+        tune("vqa", runs["mlm"], data, tmp_path / "later")
+    out = tmp_path / "later"
     assert json.loads((out / "results.json").read_text()).keys() == {"val"}
 
 
