@@ -24,6 +24,6 @@ def photo_brivl() -> TrainConfig:
         objectives={"moco": MoCoConfig(queue=4096, warm=True)},
         optim=replace(run.optim, lr=5e-4),
         steps=None,
-        budget_s=150,
+        budget_s=120,
         validate_every=None,
     )

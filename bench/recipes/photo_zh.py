@@ -20,6 +20,6 @@ def photo_zh() -> TrainConfig:
         freeze=("image",),
         vocab=5000,
         steps=None,
-        budget_s=150,
+        budget_s=120,
         validate_every=None,
     )
