@@ -32,6 +32,7 @@ from fastvlp.model.saved_run import SavedData, read_json, read_saved_run
 from fastvlp.model.saving import Saved, load_model
 from fastvlp.objectives.saved_objectives import abilities, learned_abilities, load_objective, saved_bos
 from fastvlp.search.engines.interface import Stamp
+from fastvlp.search.public_source import content_fingerprint, converted, is_public
 from fastvlp.tasks.generation import greedy
 
 # The path of a file, its bytes, a file opened for bytes, or an image that Pillow has opened.
@@ -127,10 +128,11 @@ class Embedder:
     def load(
         cls, folder: str | Path, device: str = "auto", precision: PrecisionChoice = "auto", threads: int | None = None
     ) -> Embedder:
-        """Loads what `vlp export` wrote.
+        """Loads what `vlp export` wrote, or a public model.
 
         Args:
-            folder: The export.
+            folder: The export; or the folder of a public model with two towers, or its name on the Hugging Face hub, such as
+                openai/clip-vit-base-patch32.
             device: auto, cpu, cuda or cuda:N.
             precision: In which the model computes: fp32, bf16, or auto: bf16 if it was trained so and the device is fast at it.
                 Results are in fp32.
@@ -141,19 +143,29 @@ class Embedder:
         """
         if threads:
             torch.set_num_threads(threads)
+        if is_public(folder):
+            with converted(folder) as made:
+                return cls._loaded(made, {"name": str(folder)}, device, precision, content_fingerprint(made))
         folder = Path(folder)
         if not (folder / "card.json").is_file():
             raise UserError(f"{folder}: not an export, it has no card.json; make one with `vlp export RUN {folder}`")
+        card = read_json(folder / "card.json")
+        return cls._loaded(folder, card, device, precision, fingerprint(folder))
+
+    @classmethod
+    def _loaded(
+        cls, folder: Path, card: dict[str, Any], device: str, precision: PrecisionChoice, hashed: str
+    ) -> Embedder:
         saved = load_model(folder)
         place = pick_device(device)
         saved.model.to(place)
-        run, card = read_saved_run(folder), read_json(folder / "card.json")
+        run = read_saved_run(folder)
         reading = run.data
         if missing := {"fit", "max_length", "captions"} - reading.stated:
             raise UserError(
                 f"{folder}: a damaged export, config.json lacks {', '.join(sorted(missing))}; export the run again"
             )
-        return cls(saved, reading, card, fingerprint(folder), pick_precision(precision, place, run.precision))
+        return cls(saved, reading, card, hashed, pick_precision(precision, place, run.precision))
 
     @property
     def device(self) -> torch.device:

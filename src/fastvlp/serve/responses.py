@@ -109,6 +109,23 @@ class Answer(ResponseBody):
     notes: list[Note]
 
 
+class Model(ResponseBody):
+    """The model, in OpenAI's shape. `created`: 0, nobody knows when."""
+
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+    fingerprint: str
+    width: int
+    can: list[str]
+
+
+class Models(ResponseBody):
+    object: Literal["list"]
+    data: list[Model]
+
+
 class Status(ResponseBody):
     status: Literal["ok", "failed"]
 

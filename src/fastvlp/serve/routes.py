@@ -311,6 +311,27 @@ async def answer(request: Request, service: Served) -> Response:
     return json_response({"model": service.name, "answer": answered, "notes": texts_notes})
 
 
+@router.get("/v1/models", response_model=responses.Models, tags=["model"])
+async def models(service: Served) -> Response:
+    """Lists the model of this service, in the format of OpenAI's API."""
+    return json_response({"object": "list", "data": [model_fields(service)]})
+
+
+@router.get("/v1/models/{id:path}", response_model=responses.Model, tags=["model"])
+async def model(id: str, service: Served) -> Response:
+    """Returns the model of this service."""
+    if id not in (service.name, service.embedder.fingerprint):
+        raise Refusal(404, "model_not_found", f"{id}: this service has {service.name}")
+    return json_response(model_fields(service))
+
+
+def model_fields(service: Service) -> dict[str, Any]:
+    """Returns what is said of the model."""
+    embedder = service.embedder
+    facts = {"fingerprint": embedder.fingerprint, "width": embedder.width, "can": sorted(embedder.can)}
+    return {"id": service.name, "object": "model", "created": 0, "owned_by": "fastvlp", **facts}
+
+
 @router.get("/health", response_model=responses.Health, tags=["service"])
 async def health(request: Request, service: Served) -> Response:
     """Returns what this service offers, and whether the thread that runs the model is alive."""

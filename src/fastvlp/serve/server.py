@@ -41,7 +41,8 @@ def serve(
     them. OpenAPI is at /openapi.json, Prometheus at /metrics.
 
     Args:
-        export: Folder that `vlp export` wrote.
+        export: Folder that `vlp export` wrote; or the folder of a public model with two towers, or its name on the Hugging Face
+            hub, such as openai/clip-vit-base-patch32.
         index: Address of the index, as for `vlp index build`; without one there is no search.
         create: Make an empty index where there is none.
         pictures: Folder of the items' pictures; by default the index's own place for them.
