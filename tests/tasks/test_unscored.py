@@ -52,7 +52,10 @@ def test_a_split_without_answers_is_not_scored(task, runs, world, tmp_path, caps
     assert main(["evaluate", str(out), "--split", "val"]) == 0
 
 
-@pytest.mark.parametrize("lacking", [{"answers": {}}, {"answers": None}, {}])
+@pytest.mark.parametrize(
+    "lacking",
+    [{"answers": {}}, *(pytest.param(lacking, marks=pytest.mark.slow) for lacking in ({"answers": None}, {}))],
+)
 def test_questions_without_answers_are_left_out_of_the_score_and_counted(lacking, runs, world, tmp_path):
     """The score is that of the other questions alone."""
     few, half = tmp_path / "few", tmp_path / "half"
@@ -91,7 +94,13 @@ def test_a_question_with_a_fault_is_refused_all_the_same(runs, world, tmp_path):
         tune("vqa", runs["mlm"], data, tmp_path / "run")
 
 
-@pytest.mark.parametrize("task", ["vqa", "nlvr", "nlvr2", "grounding", "entailment", "vcr", "retrieval"])
+@pytest.mark.parametrize(
+    "task",
+    [
+        *("vqa", "grounding", "retrieval"),
+        *(pytest.param(task, marks=pytest.mark.slow) for task in ("nlvr", "nlvr2", "entailment", "vcr")),
+    ],
+)
 def test_scores_come_with_chance_and_uncertainty(task, runs, world, tmp_path):
     scores, _ = tune(task, runs["uniter" if task in ("grounding", "vcr") else "mlm"], world, tmp_path / "run", steps=1)
     assert 0 < scores["test"]["chance"] < 1 and 0 <= scores["test"]["standard_error"] < 0.5
