@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import fsspec
-
 from fastvlp.data.pairs import Split
+from fastvlp.data.records.remote import FIRST_WAITS, attempt, is_url, open_url
 from fastvlp.errors import UserError
 
 # Names of each split's folder. RefCOCO's testA and testB are none of them: each is half of a test.
@@ -45,8 +44,5 @@ def parent(place: str) -> str:
 
 def is_folder(place: str) -> bool:
     """Whether a path or URL is a folder. Raises UserError where it cannot be looked at."""
-    try:
-        fs, root = fsspec.core.url_to_fs(place)
-        return bool(fs.isdir(root))
-    except (ImportError, ValueError, OSError) as error:
-        raise UserError(f"{place}: cannot look here ({error}); check the address and your access to it") from error
+    fs, root = open_url(place)
+    return attempt(place, lambda: bool(fs.isdir(root)), FIRST_WAITS if is_url(place) else ())

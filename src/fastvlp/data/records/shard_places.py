@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from fastvlp.data.records.remote import attempt, is_url
 from fastvlp.data.records.tar_index import TarIndex, scan
 from fastvlp.errors import UserError, remedy
 from fastvlp.files import write_whole
@@ -24,6 +25,8 @@ def where_shards_are(url: str, fs: Any, root: str) -> str:
 
 def find_tars(fs: Any, root: str) -> list[str]:
     """The tars in a folder, sorted, or the one that `root` is."""
+    if root.endswith(".tar") and is_url(root):
+        return [root]  # over HTTP, `ls` would read it whole
     try:
         # `ls` of a file returns the file itself.
         return sorted(name for name in fs.ls(root, detail=False) if name.endswith(".tar"))
@@ -59,7 +62,8 @@ def local_index(tar: Path) -> TarIndex:
 
 def remote_index(fs: Any, tar: str) -> TarIndex:
     """The same of a tar at a URL, where nothing is written."""
-    try:
+
+    def read() -> TarIndex:
         size = int(fs.info(tar)["size"])
         path = index_name(tar)
         # Only sizes are compared, because uploading changes the time of a file.
@@ -69,5 +73,5 @@ def remote_index(fs: Any, tar: str) -> TarIndex:
             return index
         with fs.open(tar, "rb") as file:
             return scan(file, tar, size, 0)
-    except OSError as error:
-        raise UserError(f"{tar}: cannot read ({error}); check the address and your access to it") from error
+
+    return attempt(tar, read)

@@ -19,12 +19,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import fsspec
 import numpy as np
 from fsspec.implementations.local import LocalFileSystem
 
 from fastvlp.batch import Dropped, Record
 from fastvlp.data.records.captions import caption_texts, merge_captions
+from fastvlp.data.records.remote import FIRST_WAITS, attempt, open_url, read_range
 from fastvlp.data.records.shard_places import find_tars, local_index, remote_index, where_shards_are
 from fastvlp.data.records.tar_index import TarIndex
 from fastvlp.errors import UserError, remedy
@@ -159,11 +159,13 @@ class Shards:
 
     def __init__(self, url: str | Path):
         self.url = str(url)
-        fs, root = fsspec.core.url_to_fs(self.url)
+        fs, root = open_url(self.url)
         self._local = isinstance(fs, LocalFileSystem)
-        self._tars = find_tars(fs, root)
+        waits = () if self._local else FIRST_WAITS
+        self._tars = attempt(self.url, lambda: find_tars(fs, root), waits)
         if not self._tars:
-            raise UserError(f"{self.url}: no shards (*.tar) here; {where_shards_are(self.url, fs, root)}")
+            advice = attempt(self.url, lambda: where_shards_are(self.url, fs, root), waits)
+            raise UserError(f"{self.url}: no shards (*.tar) here; {advice}")
         if self._local:
             self._indexes = [local_index(Path(tar)) for tar in self._tars]
         else:
@@ -264,11 +266,10 @@ class Shards:
         return self._tars[t], self._indexes[t], i - int(self._starts[t])
 
     def _bytes(self, tar: str, offset: int, length: int) -> bytes:
+        if not self._local:
+            return read_range(self._filesystem(), tar, offset, length)
         try:
-            if self._local:
-                data = self._pread(tar, offset, length)
-            else:
-                data = self._filesystem().cat_file(tar, start=offset, end=offset + length)
+            data = self._pread(tar, offset, length)
         except OSError as error:
             advice = remedy(error, "is the file still there?")
             raise UserError(f"{tar}: cannot read ({error.strerror or error}); {advice}") from error
@@ -292,7 +293,7 @@ class Shards:
     def _filesystem(self) -> Any:
         # Each process opens its own, because the event loop of an fsspec file system does not survive a fork.
         if self._fs is None or self._fs[0] != os.getpid():
-            self._fs = (os.getpid(), fsspec.core.url_to_fs(self.url)[0])
+            self._fs = (os.getpid(), open_url(self.url)[0])
         return self._fs[1]
 
     def __getstate__(self) -> dict[str, Any]:

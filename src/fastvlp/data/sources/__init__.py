@@ -73,7 +73,7 @@ def matching_paths(path: Path) -> list[Path]:
     if paths := [Path(name) for name in sorted(glob(str(path), recursive=True))]:  # noqa: PTH207 (of any path)
         return paths
     if re.match(r"[a-z0-9]+:/", str(path)):
-        raise UserError(f"{path}: a URL; download it, then import the file")
+        raise UserError(f"{path}: a URL, and here a path is needed; download it first")
     raise UserError(f"{path}: no such file or folder")
 
 

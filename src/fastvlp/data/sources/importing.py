@@ -20,6 +20,7 @@ from PIL import Image
 from fastvlp.batch import Dropped, Record
 from fastvlp.data.caption_cut import CaptionCut
 from fastvlp.data.records.decode import ORIENTATION, decode, open_image, orientation, read_pixels
+from fastvlp.data.records.remote import at_hand
 from fastvlp.data.records.schema import LISTS_OF_OBJECTS, LISTS_OF_TEXT, fault, is_absent, unstorable, usable_captions
 from fastvlp.data.records.shards import RecordError, Shards, ShardWriter
 from fastvlp.data.records.transform import Transform
@@ -88,7 +89,7 @@ def import_data(
     """Import what you have into shards. Every image is decoded once; what is broken is dropped and named.
 
     Args:
-        source: What to import, a file or a folder in one of the formats.
+        source: What to import, a file or a folder in one of the formats, or the URL of one.
         out: Folder to write; each split becomes a folder of shards in it, OUT/SPLIT/00000.tar and so on.
         format: Format of the source; `auto` recognises it by the names of its files.
         split: Split of the records that name none.
@@ -109,24 +110,29 @@ def import_data(
         UserError: where no record is usable, where a split of the source holds shards already, where the disk is full, or
             for an option that the format does not have. Then nothing is written.
     """
-    source, out = Path(source), Path(out)
+    out = Path(out)
+    _check_numbers(val, test, max_side, per_shard)
+    with at_hand(source, out) as source:
+        reader = make_source(find_format(source, format), options)
+        paths = matching_paths(source)
+        items: Iterator[Item] = chain.from_iterable(_read_on(reader, path) for path in paths)
+        if features is not None:
+            items = add_regions(items, Path(features))
+        prepared = in_threads(partial(_prepare, max_side=max_side), items)
+        shown = with_progress(prepared, partial(_count, reader, paths), source.name, progress)
+        cut = None if tokenizer is None else CaptionCut(max_length=max_length)
+        if tokenizer is not None and cut is not None:
+            shown = _counted(shown, cut, Tokenizer.load(tokenizer))
+        imported = _write(source, out, shown, partial(_split, split=split, val=val, test=test), per_shard, append)
+        imported.cut = cut
+        return imported
+
+
+def _check_numbers(val: float, test: float, max_side: int, per_shard: int) -> None:
     if not (val >= 0 and test >= 0 and val + test < 1):
         raise UserError(f"`val` {val} and `test` {test} are shares from 0 to 1 that leave something to train on")
     if max_side < 0 or per_shard < 1:
         raise UserError("`max_side` is 0 or a number of pixels, `per_shard` at least 1")
-    reader = make_source(find_format(source, format), options)
-    paths = matching_paths(source)
-    items: Iterator[Item] = chain.from_iterable(_read_on(reader, path) for path in paths)
-    if features is not None:
-        items = add_regions(items, Path(features))
-    prepared = in_threads(partial(_prepare, max_side=max_side), items)
-    shown = with_progress(prepared, partial(_count, reader, paths), source.name, progress)
-    cut = None if tokenizer is None else CaptionCut(max_length=max_length)
-    if tokenizer is not None and cut is not None:
-        shown = _counted(shown, cut, Tokenizer.load(tokenizer))
-    imported = _write(source, out, shown, partial(_split, split=split, val=val, test=test), per_shard, append)
-    imported.cut = cut
-    return imported
 
 
 def _read_on(reader: Source, path: Path) -> Iterator[Item]:
