@@ -233,7 +233,8 @@ def table(made: Made) -> None:
         writer = csv.writer(text)
         writer.writerow(["image", "caption"])
         for row in rows:
-            writer.writerow([str(value) for value in row.values()] if isinstance(row, dict) else [str(row)])
+            # A blank line is no record.
+            writer.writerow([str(value) for value in row.values()] or ["x"] if isinstance(row, dict) else [str(row)])
         made.put("pairs.csv", text.getvalue().encode("utf-8", "surrogatepass"))
 
     made.rows.append((rows, write))

@@ -214,3 +214,26 @@ def test_no_damage_of_a_detectors_regions_raises_anything_but_a_value_error():
         except ValueError:
             continue
         assert regions.box_R4.shape == (1, 4)
+
+
+def test_a_name_that_no_file_can_have_drops_its_record_alone(tmp_path):
+    images = [{"id": i, "file_name": name} for i, name in enumerate(("a.png", "x" * 5000 + ".png", "b\0.png", "c.png"))]
+    captions = [{"id": i, "image_id": i, "caption": "a cat"} for i in range(4)]
+    (tmp_path / "annotations").mkdir()
+    content = {"images": images, "annotations": captions}
+    (tmp_path / "annotations/captions_train2017.json").write_text(json.dumps(content))
+    for name in "ac":
+        (tmp_path / f"{name}.png").write_bytes(picture())
+    records, dropped = read(tmp_path)
+    assert records == ["train2017/a", "train2017/c"] and len(dropped) == 2
+
+
+def test_a_question_about_half_an_image_is_not_moved_to_another(tmp_path):
+    questions = [{"question_id": i, "image_id": number, "question": "what?"} for i, number in enumerate((1, 1.5, 2))]
+    (tmp_path / "v2_OpenEnded_mscoco_train2014_questions.json").write_text(json.dumps({"questions": questions}))
+    (tmp_path / "train2014").mkdir()
+    for number in (1, 2):
+        (tmp_path / f"train2014/COCO_train2014_{number:012d}.jpg").write_bytes(picture())
+    items = list(make_source(find_format(tmp_path, "vqa"), {}).read(tmp_path))
+    assert [len(item.info["questions"]) for item in items if isinstance(item, Record)] == [1, 1]
+    assert len([item for item in items if isinstance(item, Dropped)]) == 1

@@ -20,6 +20,7 @@ from fastvlp.data.sources.source_files import (
     find_image,
     form_fault,
     image_record,
+    is_there,
     read_json,
     to_corners,
 )
@@ -99,7 +100,7 @@ class CocoSource(AnnotationSource):
         names += [
             f"{stem}/{file_name}" for stem in (split_of(name), "val2014" if "val" in name else "train2014") if stem
         ]
-        there = (one for one in names if (path := find_image(root, one)) is not None and path.is_file())
+        there = (one for one in names if (path := find_image(root, one)) is not None and is_there(path))
         return root, next(there, names[0] if name else file_name)
 
 

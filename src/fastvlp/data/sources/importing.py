@@ -142,7 +142,7 @@ def _read_on(reader: Source, path: Path) -> Iterator[Item]:
         for item in reader.read(path):
             last = item.key if isinstance(item, Record | Dropped) else last
             yield item
-    except (UserError, OSError):
+    except UserError:
         raise
     except Exception as error:
         reason = f"the rest cannot be read as {reader.name} ({type(error).__name__}: {str(error)[:80]})"

@@ -46,7 +46,7 @@ class RefCOCOSource(AnnotationSource):
             annotations = instances["annotations"]
 
         def add_image(image: dict[str, Any]) -> None:
-            file_of[image["id"]] = image["file_name"]
+            file_of[image["id"]] = str(image["file_name"])
 
         def add_object(item: dict[str, Any]) -> None:
             objects[item["image_id"]][item["id"]] = instance(item, classes)

@@ -79,11 +79,19 @@ def find_image(root: Path, name: str) -> Path | None:
             if not real.is_relative_to(top.resolve()):
                 return None
             path = real
-        if path.exists():
+        if is_there(path):
             return path
         if (similar := _similar_path(top, path)) is not None:
             return similar
     return _absolute(top / name)
+
+
+def is_there(path: Path) -> bool:
+    """Whether there is a file or a folder; no error for a name that none can have."""
+    try:
+        return path.exists()
+    except (OSError, ValueError):
+        return False
 
 
 def _absolute(path: Path) -> Path:
@@ -95,7 +103,7 @@ def _similar_path(top: Path, path: Path) -> Path | None:
     """The one path below `top` whose names differ from those of `path` only in Unicode form or in capital letters."""
     place = top
     for part in path.relative_to(top).parts:
-        if not (place / part).exists():
+        if not is_there(place / part):
             names = _names_by_plain(str(place), place.stat().st_mtime_ns if place.is_dir() else 0).get(_plain(part), [])
             if len(names) != 1:
                 return None
@@ -142,6 +150,8 @@ def walk_files(folder: Path, notes: list[Note] | None = None) -> list[Path]:
 
 def image_record(key: str, info: Mapping[str, Any], root: Path | None, *names: str) -> Record | Dropped:
     """A record with the images `names` in the folder `root`; Dropped, as of `read_image`, where one cannot be read."""
+    if wrong := [name for name in names if not isinstance(name, str)]:
+        return Dropped(key=str(key), reason=f"image name {str(wrong[0])[:40]!r} is no text")
     images = [read_image(root, name, key) for name in names]
     dropped = next((image for image in images if isinstance(image, Dropped)), None)
     read = tuple(image for image in images if isinstance(image, bytes))

@@ -45,7 +45,7 @@ class VCRSource(AnnotationSource):
             boxes: dict[str, tuple[str, list[str]]] = {}
 
             def add(row: dict[str, Any], by_image: Any = by_image, boxes: Any = boxes) -> None:
-                name, choice, place = row["img_fn"], _choice(row), (row["metadata_fn"], row["objects"])
+                name, choice, place = str(row["img_fn"]), _choice(row), (str(row["metadata_fn"]), list(row["objects"]))
                 by_image[name].append(choice)
                 boxes[name] = place
 

@@ -47,7 +47,10 @@ class VQASource(AnnotationSource):
                     **answers.get(number, {}),
                     "question_id": number,
                 }
-                by_image[int(item["image_id"])].append(question)
+                image = item["image_id"]
+                if isinstance(image, float) and image != int(image):
+                    raise ValueError(f"image_id {image} is no whole number")
+                by_image[int(image)].append(question)
 
             with expect_form(file, FORM):
                 questions = content["questions"]
