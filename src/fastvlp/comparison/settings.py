@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import io
+import math
 import re
 from collections.abc import Collection, Sequence
 
@@ -53,9 +54,12 @@ def duration(text: str) -> float:
     units = {"s": 1.0, "m": 60.0, "h": 3600.0}
     number, unit = (text[:-1], text[-1]) if text[-1:] in units else (text, "s")
     try:
-        return float(number) * units[unit]
+        seconds = float(number) * units[unit]
     except ValueError:
-        raise UserError(f"{text!r} is no duration; write 120s, 20m or 1.5h") from None
+        seconds = math.nan
+    if not math.isfinite(seconds):
+        raise UserError(f"{text!r} is no duration; write 120s, 20m or 1.5h")
+    return seconds
 
 
 def _set(run: TrainConfig, field: str, value: str, setting: str) -> TrainConfig:

@@ -91,8 +91,9 @@ def read_npz(data: bytes) -> dict[str, np.ndarray]:
 def _check_size(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> None:
     """Raises ValueError where an array states another size than its member has: numpy allocates what it states."""
     with archive.open(member) as file:
-        if file.peek(6)[:6] != np.lib.format.MAGIC_PREFIX:
+        if file.read(6) != np.lib.format.MAGIC_PREFIX:
             return  # no array
+        file.seek(0)
         version = np.lib.format.read_magic(file)
         read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
         shape, _, dtype = read_header[version](file)

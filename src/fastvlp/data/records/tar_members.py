@@ -33,7 +33,7 @@ class CheckedMember(tarfile.TarInfo):
         return super()._proc_member(tar)  # type: ignore[misc]
 
 
-def members(tar: tarfile.TarFile) -> Iterator[CheckedMember]:
+def members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
     """The members in order. Raises tarfile.TarError or OSError at the first damage."""
     end = -1
     try:
