@@ -303,6 +303,8 @@ def survived(watched: Watched, requests: Sequence[tuple[str, bytes]], clients: i
                 lost.append(f"{name}: {status}")
     lost += [line.strip() for line in watched.printed[printed:] if "Traceback" in line]
     lost += [f"/health: {status}" for status in watched.failed[failed:]]
+    if watched.slowest_s > 1:
+        lost.append(f"/health: after {watched.slowest_s:.1f} s")
     return {
         "tried": len(requests),
         "survived": len(requests) - len(lost),

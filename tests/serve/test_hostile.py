@@ -232,6 +232,15 @@ def test_one_connection_too_many_ends_the_one_that_was_idle_for_longest():
             one.close()
 
 
+def test_bodies_in_chunks_are_refused_before_they_are_read():
+    app = create_app(StandinEmbedder(), StandinIndex())
+    with listening(app) as address, socket.create_connection(("127.0.0.1", int(address.rpartition(":")[2]))) as one:
+        one.settimeout(10)
+        head = b"POST /v1/embeddings HTTP/1.1\r\nhost: localhost\r\ntransfer-encoding: chunked\r\n\r\n"
+        one.sendall(head + b"1\r\na\r\n" * 100)
+        assert one.recv(1000).startswith(b"HTTP/1.1 411")
+
+
 @pytest.mark.parametrize("head", [b"x: " + b"a" * 3_000_000, b"".join(b"x%d: a\r\n" % i for i in range(200_000))])
 def test_huge_heads_are_refused(head: bytes):
     app = create_app(StandinEmbedder(), StandinIndex())

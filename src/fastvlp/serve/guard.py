@@ -121,6 +121,9 @@ class Guard:
         limits, path = self.limits, scope["path"]
         if self.requests > limits.requests:
             raise Refusal(503, "busy", f"{limits.requests} requests are being answered already", retry_s=1)
+        if "transfer-encoding" in headers:
+            # A million chunks of a byte would keep the event loop for seconds, whatever is done with them.
+            raise Refusal(411, "no_length", "send the request with a Content-Length, not in chunks")
         length = headers.get("content-length", "0")
         self._check_size(int(length) if length.isdecimal() and len(length) < 20 else 0)
         if not self.access.knows_host(headers):
