@@ -92,15 +92,16 @@ def region_features(config: RegionConfig, image_B3HW: Tensor, regions: Regions |
     return regions.feature
 
 
-def random_hide(seed_B: Tensor, region_BR: Tensor, rate: float) -> Tensor:
+def random_hide(seed_B: Tensor, region_BR: Tensor, rate: float, *, salt: int = HIDE_SALT) -> Tensor:
     """Which regions are masked, drawn by the row's seed: bool [B R], each with probability `rate`, and at least one in a row
     that has any."""
-    noise = uniform(seed_B, (region_BR.shape[1],), HIDE_SALT).masked_fill(~region_BR, 2.0)
+    noise = uniform(seed_B, (region_BR.shape[1],), salt).masked_fill(~region_BR, 2.0)
     return ((noise < rate) | (noise == noise.amin(1, keepdim=True))) & region_BR
 
 
-# The mean of `box_vector` over boxes whose edges are drawn uniformly.
-_MEAN_BOX = (1 / 3, 1 / 3, 2 / 3, 2 / 3, 1 / 3, 1 / 3, 1 / 9)
+# The mean over boxes whose edges are drawn uniformly, and that of their `box_vector`.
+MEAN_BOX = (1 / 3, 1 / 3, 2 / 3, 2 / 3)
+_MEAN_VECTOR = (*MEAN_BOX, 1 / 3, 1 / 3, 1 / 9)
 
 
 class RegionEmbedder(nn.Module):
@@ -122,7 +123,7 @@ class RegionEmbedder(nn.Module):
     def centre(self) -> None:
         """Sets the bias of boxes so that the mean box is projected to zero. Otherwise what all boxes have in common is nine
         tenths of their normalised vectors, and training loses the rest before it needs it."""
-        self.box.bias.copy_(-self.box.weight @ self.box.weight.new_tensor(_MEAN_BOX))
+        self.box.bias.copy_(-self.box.weight @ self.box.weight.new_tensor(_MEAN_VECTOR))
 
     def forward(
         self, feature_BRF: Tensor, box_BR4: Tensor, kind_BRD: Tensor, hidden_BR: Tensor | None = None
