@@ -1,4 +1,4 @@
-"""uniter_demo with masked box regression, whose states keep where regions are (docs/log.md, entry 25).
+"""uniter_demo with masked box regression, whose states keep where regions are (docs/log.md, entry 27).
 
 vlp pretrain uniter_boxes.py
 """
