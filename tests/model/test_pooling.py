@@ -160,3 +160,11 @@ def test_a_head_attends_to_unit_vectors():
         for block in head.blocks:
             x = block(x)
         torch.testing.assert_close(F.normalize(head.out(head.hidden(x.mean(1)).relu())), vector[:1])
+
+
+def test_cells_of_a_grid_do_not_keep_the_default_device_of_their_first_use():
+    """A loaded model is made without memory first, and then in earnest."""
+    side = 11
+    with torch.device("meta"):
+        grid_boxes(side)
+    assert grid_boxes(side).device.type == "cpu"
