@@ -193,7 +193,7 @@ def class_shares(key: str, objects: Sequence[Mapping[str, Any]], column: Mapping
 def grid_boxes(side: int) -> Tensor:
     """Cells of a grid, then the whole image, [side*side + 1, 4]. The outer loop is over x, as in BriVL 2's released code."""
     cells = [(x / side, y / side, (x + 1) / side, (y + 1) / side) for x in range(side) for y in range(side)]
-    # Kept for later calls, so on no device that happens to be the default: a model is first made without memory when it is loaded.
+    # Not on the default device, since it is kept: a model that is loaded is first made on the meta device, then on the CPU.
     return torch.tensor([*cells, WHOLE], device="cpu")
 
 
