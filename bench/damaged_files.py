@@ -234,7 +234,9 @@ def table(made: Made) -> None:
         writer.writerow(["image", "caption"])
         for row in rows:
             # A blank line is no record.
-            writer.writerow([str(value) for value in row.values()] or ["x"] if isinstance(row, dict) else [str(row)])
+            writer.writerow(
+                [str(value) for value in row.values()] or ["x"] if isinstance(row, dict) else [str(row).strip() or "x"]
+            )
         made.put("pairs.csv", text.getvalue().encode("utf-8", "surrogatepass"))
 
     made.rows.append((rows, write))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import math
 import os
 import tarfile
 import zipfile
@@ -229,11 +230,13 @@ def test_a_name_that_no_file_can_have_drops_its_record_alone(tmp_path):
 
 
 def test_a_question_about_half_an_image_is_not_moved_to_another(tmp_path):
-    questions = [{"question_id": i, "image_id": number, "question": "what?"} for i, number in enumerate((1, 1.5, 2))]
+    questions = [
+        {"question_id": i, "image_id": number, "question": "what?"} for i, number in enumerate((1, 1.5, math.inf, 2))
+    ]
     (tmp_path / "v2_OpenEnded_mscoco_train2014_questions.json").write_text(json.dumps({"questions": questions}))
     (tmp_path / "train2014").mkdir()
     for number in (1, 2):
         (tmp_path / f"train2014/COCO_train2014_{number:012d}.jpg").write_bytes(picture())
     items = list(make_source(find_format(tmp_path, "vqa"), {}).read(tmp_path))
     assert [len(item.info["questions"]) for item in items if isinstance(item, Record)] == [1, 1]
-    assert len([item for item in items if isinstance(item, Dropped)]) == 1
+    assert len([item for item in items if isinstance(item, Dropped)]) == 2

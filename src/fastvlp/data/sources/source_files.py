@@ -222,7 +222,7 @@ def number_of_lines(path: Path) -> int:
 
 
 # What reading a row of another form raises.
-FORM_ERRORS = (KeyError, IndexError, TypeError, ValueError, AttributeError)
+FORM_ERRORS = (KeyError, IndexError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError)
 
 
 def form_fault(error: Exception) -> str:
