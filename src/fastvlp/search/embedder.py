@@ -337,7 +337,7 @@ def _as_list(pictures: PictureBatch) -> Sequence[Picture] | Tensor:
     """Returns one picture as a list of one."""
     if isinstance(pictures, str | PathLike | bytes | bytearray | memoryview | Image.Image) or hasattr(pictures, "read"):
         return [pictures]  # type: ignore[list-item]
-    return pictures  # type: ignore[return-value]
+    return pictures
 
 
 def _read(i: int, picture: Picture) -> bytes:

@@ -28,8 +28,8 @@ class Connection(H11Protocol):
         self.since = time.monotonic()
         super().connection_made(transport)
         if len(self.connections) > self.limits.connections:
-            oldest = min(filter(Connection.is_idle, self.connections), key=lambda one: one.since, default=self)
-            oldest.transport.abort()
+            idle = [one for one in self.connections if isinstance(one, Connection) and one.is_idle()]
+            min(idle, key=lambda one: one.since, default=self).transport.abort()
 
     def on_response_complete(self) -> None:
         self.since = time.monotonic()
