@@ -184,8 +184,7 @@ def measure(model: VLModel, objective: Grounding, items: ItemMaker, batch_size: 
             chosen = fits.gather(1, scores.argmax(1, keepdim=True))[:, 0]
             hits.append(torch.stack([chosen, fits.any(1), fits.sum(1) / regions.mask.sum(1)]).cpu())
     hit, possible, random = torch.cat(hits, 1).double()
-    scores = with_error(hit.tolist(), [item.record for item in items.items])
-    return scores | {
+    return with_error(hit.tolist(), [item.record for item in items.items]) | {
         "reachable": float(possible.mean()),
         "chance": float(random.mean()),
         "count": float(len(items.items)),
