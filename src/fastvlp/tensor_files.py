@@ -121,7 +121,7 @@ def _checked_members(archive: zipfile.ZipFile, size: int, packed: int) -> dict[s
 
 
 # The reader that is written in Python: the one in C allocates what a hostile file claims of its memo.
-class _Sizes(pickle._Unpickler):  # type: ignore[name-defined]
+class _Sizes(pickle._Unpickler):
     """Reads the structure of a checkpoint without its tensors, to compare the sizes of their storages. No class of the file is
     looked up and nothing called."""
 

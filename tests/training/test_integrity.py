@@ -204,7 +204,6 @@ CONTENTS = {
         {next(iter(saved["pretraining"])): torch.zeros(1).expand(1 << 40)}
     ),
     "dropped records of another form": lambda saved: saved.update(dropped=[1]),
-    "rows": lambda saved: saved.update(rows="x"),
     "ranks": lambda saved: saved.update(ranks=None),
 }
 

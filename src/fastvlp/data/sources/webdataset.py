@@ -95,8 +95,8 @@ def _read_tar(file: Path, classes: list[str]) -> Iterator[Item]:
             # A cut may have taken members of the last record, which is dropped with the damage.
             if error is not None and number == len(records) - 1:
                 break
-            if wrong := next(filter(None, map(tar_members.fault, record.members.values())), None):
-                yield Dropped(key=record.key, reason=wrong)
+            if unread := next(filter(None, map(tar_members.fault, record.members.values())), None):
+                yield Dropped(key=record.key, reason=unread)
                 continue
             try:
                 content = {suffix: _content(tar, member) for suffix, member in record.members.items()}
