@@ -42,8 +42,11 @@ def test_photographs_and_a_public_model_become_a_search(tmp_path, monkeypatch):
     from fastvlp.serve.api import create_app
 
     question = next(shlex.split(line) for line in lines if line.startswith("curl "))
-    with TestClient(create_app(embedder, index, pictures=pictures)) as client:
+    app = create_app(embedder, index, pictures=pictures)
+    with TestClient(app, base_url="http://127.0.0.1:8000") as client:
         path = question[1].removeprefix("http://127.0.0.1:8000")
-        found = client.post(path, json=json.loads(question[-1])).json()["results"]
+        answer = client.post(path, json=json.loads(question[-1]))
+        assert answer.status_code == 200, answer.text
+        found = answer.json()["results"]
         assert len(found) == 3 and all(client.get(hit["image"]).status_code == 200 for hit in found)
         assert "search" in client.get("/").text
