@@ -188,9 +188,11 @@ def restore(state: TrainState, saved: Mapping[str, Any], change: Collection[str]
 
 
 def load_optimiser(optimiser: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
-    """Takes the moments alone: rates and the like are those of the run. Raises ValueError where they are of other parameters,
-    or a number is not finite."""
-    options = [{name: x for name, x in group.items() if name != "params"} for group in optimiser.param_groups]
+    """Takes the moments, and the rate of the last step; everything else is the run's own. Raises ValueError where they are of
+    other parameters, or a number is not finite."""
+    options = [
+        {name: x for name, x in group.items() if name not in ("params", "lr")} for group in optimiser.param_groups
+    ]
     optimiser.load_state_dict(saved)
     for group, own in zip(optimiser.param_groups, options):
         group.update(own)
