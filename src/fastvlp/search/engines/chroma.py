@@ -263,8 +263,13 @@ class ChromaIndex(IndexEngine):
         if not self._measured and self.folder is not None:
             self._small = None
             if self.is_small(self._count()):
+                try:
+                    items = [*_items(self._copies), *_items(self._collection)]
+                except Exception:
+                    # While another process writes, Chroma cannot read all vectors, but searches: once more next time.
+                    return None
                 self._small = ExactItems(self.stamp.width)
-                for item in [*_items(self._copies), *_items(self._collection)]:
+                for item in items:
                     self._small.put([item.id], item.vector[None], [item.info])
             self._measured = True
         return self._small
