@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -12,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastvlp.batch import Batch, Dropped, Record
-from fastvlp.data.batching import Grouping, Lengths, avoid_single_row, budget_sizes
+from fastvlp.data.batching import Grouping, Lengths, Plan, avoid_single_row, budget_sizes
 from fastvlp.data.loader import Loader, Row
 from fastvlp.data.pairs import PairData, PairMaker, caption_lengths
 from fastvlp.data.records.shards import Shards, ShardWriter
@@ -285,3 +287,19 @@ def test_options_that_cannot_be_grouped_by_are_refused(options):
 def test_data_without_lengths_cannot_be_grouped():
     with pytest.raises(UserError, match=r"leave out `data\.group` and `data\.max_tokens`"):
         Loader(5, make, batch_size=1, seed=0, grouping=FIXED)
+
+
+def test_threads_share_a_plan():
+    def lengths(place_N):
+        time.sleep(1e-4)  # lets the other thread in
+        return place_N % 7 + 1
+
+    def plan():
+        shape = {"count": 40, "batch_size": 2, "world": 1, "seed": 0}
+        return Plan(Grouping(group=8, max_tokens=14, multiple=1), lengths, 7, **shape)
+
+    alone, shared = plan(), plan()
+    expected = [(alone.place(t), alone.batch(t).tolist()) for t in range(60)]
+    with ThreadPoolExecutor(2) as pool:
+        places, batches = pool.map(lambda f: [f(t) for t in range(60)], (shared.place, shared.batch))
+    assert [(place, batch.tolist()) for place, batch in zip(places, batches)] == expected

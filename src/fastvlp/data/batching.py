@@ -7,6 +7,7 @@ released code: data/sampler.py), except that the running maximum of a bucket is 
 
 from __future__ import annotations
 
+import threading
 from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -117,22 +118,28 @@ class Plan:
         self.batch_size = batch_size
         self.world = world
         self.seed = seed
+        # A loader's thread asks for batches while the main thread saves their place.
+        self._lock = threading.RLock()
         self._first = [0]
         self._last: tuple[int, list[Tensor]] = (-1, [])
 
     def batch(self, t: int) -> Tensor:
         """The places int64 [B] of a batch, longest rows first."""
-        while self._first[-1] <= t:
-            self._first.append(self._first[-1] + len(self.bucket(len(self._first) - 1)))
-        b = bisect_right(self._first, t) - 1
-        return self.bucket(b)[t - self._first[b]]
+        with self._lock:
+            b = self._bucket_of(t)
+            return self.bucket(b)[t - self._first[b]]
 
     def place(self, t: int) -> int:
         """How many rows are before batch number t."""
+        with self._lock:
+            b = self._bucket_of(t)
+            return self._range(b)[0] + sum(map(len, self.bucket(b)[: t - self._first[b]]))
+
+    def _bucket_of(self, t: int) -> int:
+        """The bucket that has batch number t. The caller holds the lock."""
         while self._first[-1] <= t:
             self._first.append(self._first[-1] + len(self.bucket(len(self._first) - 1)))
-        b = bisect_right(self._first, t) - 1
-        return self._range(b)[0] + sum(map(len, self.bucket(b)[: t - self._first[b]]))
+        return bisect_right(self._first, t) - 1
 
     def batch_behind(self, place: int) -> int:
         """The first batch that begins behind so many rows."""
@@ -148,9 +155,10 @@ class Plan:
 
     def bucket(self, b: int) -> list[Tensor]:
         """The batches of bucket number b."""
-        if self._last[0] != b:
-            self._last = (b, self._cut(b))
-        return self._last[1]
+        with self._lock:
+            if self._last[0] != b:
+                self._last = (b, self._cut(b))
+            return self._last[1]
 
     def epoch(self) -> float:
         """Batches of a rank in an epoch. With a budget, in the first epoch: others have other captions, and lengths."""
