@@ -12,6 +12,7 @@ from fastvlp.data.batching import Grouping, Lengths
 from fastvlp.data.loader import Loader
 from fastvlp.data.records.shards import Shards, ShardWriter
 from fastvlp.errors import UserError
+from fastvlp.objectives.superclip import SuperCLIPConfig
 from fastvlp.training.loop import start, train
 from tests.training.runs import assert_equal, made_pairs, made_records, made_run, weights
 
@@ -124,3 +125,13 @@ def test_a_batch_is_found_by_the_rows_before_it(grouping):
     for s in range(14):
         assert loader.place(s) == before and loader.batch_behind(before) == s
         before += sum(len(loader_of(rank).rows(s)) for rank in (0, 1))
+
+
+def test_averaged_weights_of_a_resumed_run_have_the_frequencies_of_its_words(pairs, tmp_path):
+    run = made_run(pairs, tmp_path / "a", "mlm", steps=1, ema=0.9)
+    run = replace(run, objectives={"superclip": SuperCLIPConfig()})
+    train(run)
+    state = start(replace(run, steps=2), resume=True)
+    weight = state.pretraining.objectives["superclip"].weight
+    assert weight.unique().numel() > 1
+    assert torch.equal(state.evaluated.objectives["superclip"].weight, weight)

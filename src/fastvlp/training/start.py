@@ -76,7 +76,6 @@ def start(run: TrainConfig, *, resume: bool = False, change: Collection[str] = (
     pretraining.to(device)
     check_image_encoder(pretraining.model)
     model, size = pretraining.model, pretraining.model.config.image.size
-    ema = AveragedModel(pretraining, multi_avg_fn=get_ema_multi_avg_fn(run.ema)) if run.ema is not None else None
     saved = read_checkpoint(run, change) if again else None
     if saved is not None:
         load_exactly(pretraining, saved["pretraining"], run.folder / CHECKPOINT)
@@ -88,6 +87,8 @@ def start(run: TrainConfig, *, resume: bool = False, change: Collection[str] = (
         raise UserError(f"{run.name}: the data has no training split; name its folder in `data.train`")
     for objective in pretraining.all_objectives().values():
         objective.check(samples(rows))
+    # After the checks, which fill buffers that are not saved.
+    ema = AveragedModel(pretraining, multi_avg_fn=get_ema_multi_avg_fn(run.ema)) if run.ema is not None else None
     held_out = run.data.rows("val", tokenizer, size, strict=True, **given)
     state = TrainState(
         run=run,
