@@ -108,7 +108,9 @@ def begin(run: TrainConfig, world: int, before: Callable[[], None] = lambda: Non
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     said = Path(f"{run.folder}.txt")
-    children = [FORK.Process(target=as_child, args=(run, r, world, port, said, before)) for r in range(world)]
+    children: list[BaseProcess] = [
+        FORK.Process(target=as_child, args=(run, r, world, port, said, before)) for r in range(world)
+    ]
     for child in children:
         child.start()
     return children

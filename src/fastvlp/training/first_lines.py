@@ -69,7 +69,7 @@ def log_new_run(state: TrainState, log: RunLog) -> None:
 
 def log_data(state: TrainState, log: RunLog, rows: int) -> None:
     """Logs how much a run reads, in batches of so many `rows`, and how."""
-    facts = {
+    facts: dict[str, Any] = {
         "records": state.train.count,
         "validation": state.val.count if state.val is not None else 0,
         "rows": rows,

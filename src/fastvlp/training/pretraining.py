@@ -143,7 +143,8 @@ class Pretraining(nn.Module):
     def validation(self, batch: Batch) -> tuple[dict[str, Loss], dict[str, tuple[Tensor, ...]]]:
         """Losses of a batch by the objectives that need no other batch; and of those that couple rows what they score, which is
         for `score` to do, of rows from several batches."""
-        image_BKD, losses = self.encode_image(batch), {}
+        image_BKD = self.encode_image(batch)
+        losses: dict[str, Loss] = {}
         pairs = self.pair_objectives()
         rows = {
             name: (*part.embed(self.model, image_BKD, batch), *part.constants(self.model, batch))

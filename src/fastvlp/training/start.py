@@ -161,7 +161,7 @@ def make_pretraining(
     check_tokens(model, objectives, new_tokens)
     for objective in objectives.values():
         objective.begin(model)
-    shares = {"keep_states": run.keep_states, "masked_validation": run.masked_validation}
+    shares: dict[str, Any] = {"keep_states": run.keep_states, "masked_validation": run.masked_validation}
     return Pretraining(model, objectives, run.keep, **shares), inherited
 
 

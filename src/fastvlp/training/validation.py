@@ -94,8 +94,9 @@ def losses_of(state: TrainState, batches: Iterable[Batch], count: int | None = N
             add(sums, losses)
             for name, rows in embedded.items():
                 parts[name].append(tuple(x.cpu() for x in rows))
-        for name, tensors in parts.items() if count is not None else ():
-            score_together(state, name, [torch.cat(rows) for rows in zip(*tensors)], count, sums)
+        if count is not None:
+            for name, tensors in parts.items():
+                score_together(state, name, [torch.cat(rows) for rows in zip(*tensors)], count, sums)
     finally:
         module.train(training)
     return sums
