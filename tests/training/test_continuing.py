@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from dataclasses import replace
 
@@ -13,6 +14,7 @@ from fastvlp.data.loader import Loader
 from fastvlp.data.records.shards import Shards, ShardWriter
 from fastvlp.errors import UserError
 from fastvlp.objectives.superclip import SuperCLIPConfig
+from fastvlp.training.checkpoint import load_checkpoint, save_checkpoint
 from fastvlp.training.loop import start, train
 from tests.training.runs import assert_equal, made_pairs, made_records, made_run, weights
 
@@ -135,3 +137,38 @@ def test_averaged_weights_of_a_resumed_run_have_the_frequencies_of_its_words(pai
     weight = state.pretraining.objectives["superclip"].weight
     assert weight.unique().numel() > 1
     assert torch.equal(state.evaluated.objectives["superclip"].weight, weight)
+
+
+def test_the_lowest_loss_begins_anew_where_validation_measures_something_else(pairs, tmp_path, capsys):
+    run = made_run(pairs, tmp_path / "a", "mlm", steps=1)
+    best = train(run).best
+    assert start(replace(run, steps=2), resume=True).best == best
+    state = start(replace(run, steps=2, validation_rows=2), resume=True)
+    assert (state.best, state.stale, state.validated) == (math.inf, 0, 0)
+    train(replace(run, steps=2, validation_rows=2), resume=True)
+    assert "begins anew" in capsys.readouterr().out
+
+
+def test_what_the_config_has_no_longer_may_be_named(pairs, tmp_path):
+    run = made_run(pairs, tmp_path / "a", "mlm", steps=1)
+    run = replace(run, optim=replace(run.optim, parts={"image": 2.0, "text": 2.0}))
+    train(run)
+    without = replace(run, optim=replace(run.optim, parts={"text": 2.0, "image": 3.0, "fusion": 3.0}))
+    with pytest.raises(UserError, match=r"optim\.parts\.fusion optim\.parts\.image"):
+        start(without, resume=True)
+    plain = replace(run, optim=replace(run.optim, parts={}))
+    for change in (["optim.parts"], ["optim.parts.image", "optim.parts.text"]):
+        assert {*start(plain, resume=True, change=change).changed} == {"optim.parts.image", "optim.parts.text"}
+
+
+def test_moments_are_those_of_the_same_parameters(pairs, tmp_path):
+    run = made_run(pairs, tmp_path / "a", "mlm", steps=1)
+    train(run)
+    # As many groups as before, of other parameters.
+    other = replace(run, optim=replace(run.optim, spared="flip"))
+    with pytest.raises(UserError, match=r"`optim\.spared`"):
+        start(other, resume=True, change=["optim.spared"])
+    saved = load_checkpoint(tmp_path / "a/last.pt")
+    del saved["groups"]
+    save_checkpoint(tmp_path / "a/last.pt", saved)
+    assert start(run, resume=True).step == 1

@@ -352,3 +352,11 @@ def test_a_checkpoint_without_a_count_of_validations_is_resumed(pairs, tmp_path)
     del saved["stale"]
     torch.save(saved, tmp_path / "a/last.pt")
     assert train(replace(run, steps=2), resume=True).step == 2
+
+
+def test_patience_without_validations_is_refused(pairs, tmp_path):
+    run = made_run(pairs, tmp_path / "a", "mlm", patience=2)
+    with pytest.raises(UserError, match="`validate_every`"):
+        start(run)
+    with pytest.raises(UserError, match=r"`data\.val`"):
+        start(replace(run, validate_every=1, data=replace(run.data, val=None)))

@@ -27,7 +27,7 @@ from fastvlp.objectives.objective import Ability
 from fastvlp.objectives.saved_objectives import describe
 from fastvlp.provenance import about
 from fastvlp.tensor_files import check_torch_file, not_finite
-from fastvlp.training.continuing import changed_data, changed_fields, first_batch, refuse
+from fastvlp.training.continuing import changed_data, changed_fields, check_names, first_batch, refuse, remeasured
 from fastvlp.training.run_folder import check_in_place
 from fastvlp.training.state import TrainState
 from fastvlp.training.train_config import TrainConfig
@@ -93,6 +93,7 @@ def save(state: TrainState, *, wait: bool = True) -> None:
             "ranks": dist.world(),
             "pretraining": state.pretraining.state_dict(),
             "optimiser": state.optimiser.state_dict(),
+            "groups": group_names(state),
             "ema": None if state.ema is None else state.ema.state_dict(),
         }
         save_checkpoint(state.run.folder / CHECKPOINT, saved)
@@ -158,7 +159,8 @@ def read_checkpoint(run: TrainConfig, change: Collection[str] = ()) -> dict[str,
         raise UserError(f"{path}: not a checkpoint of a run, it lacks {', '.join(sorted(missing))}")
     with _expect_form(path):
         changed = changed_fields(saved, run)
-    refuse(path, changed, change)
+        allowed = check_names(run, change, saved["run"])
+    refuse(path, changed, allowed)
     return saved
 
 
@@ -168,13 +170,21 @@ def restore(state: TrainState, saved: Mapping[str, Any], change: Collection[str]
     path = state.run.folder / CHECKPOINT
     with _expect_form(path):
         changed = changed_data(saved, state.run, state.contents, state.train.count)
-    refuse(path, changed, change)
+        allowed = check_names(state.run, change, saved["run"])
+    refuse(path, changed, allowed)
     with _expect_form(path):
         state.changed = changed_fields(saved, state.run) | changed
         if state.ema is not None and saved["ema"] is None:
             state.ema.module.load_state_dict(state.pretraining.state_dict())
         elif state.ema is not None:
             load_exactly(state.ema, saved["ema"], path)
+        # Moments are matched by order; older checkpoints do not name their parameters.
+        if saved.get("groups", own := group_names(state)) != own:
+            raise UserError(
+                f"{path}: its optimiser has other groups of parameters; `optim.head_multiplier`, `optim.cross_multiplier`, "
+                f"`optim.layer_decay`, `optim.spared`, `optim.parts` and what is trained cannot group them otherwise in a "
+                f"continued run: give the values that it was saved with, or start a new run from its weights with `init`"
+            )
         load_optimiser(state.optimiser, saved["optimiser"])
         state.dropped = {str(key): str(reason) for key, reason in saved["dropped"].items()} | state.dropped
         state.earlier_length = replace(state.run, **{name: saved["run"][name] for name in ("steps", "budget_s")}).length
@@ -183,8 +193,17 @@ def restore(state: TrainState, saved: Mapping[str, Any], change: Collection[str]
             if not isinstance(value, kind | int) or isinstance(value, bool) or not value >= 0:
                 raise ValueError(f"{name} is {value!r}")
             setattr(state, name, kind(value))
+        state.remeasured = remeasured(saved, state.run, state.changed)
+        if state.remeasured:
+            state.best, state.stale, state.validated = math.inf, 0, 0
         state.skipped_batches = first_batch(saved, state.run, state.train) - state.step * state.run.accumulate
     state.saved = state.step
+
+
+def group_names(state: TrainState) -> list[list[str]]:
+    """The names of the parameters in each group of the optimiser."""
+    names = {id(parameter): name for name, parameter in state.pretraining.named_parameters()}
+    return [[names[id(parameter)] for parameter in group["params"]] for group in state.optimiser.param_groups]
 
 
 def load_optimiser(optimiser: torch.optim.Optimizer, saved: dict[str, Any]) -> None:

@@ -19,12 +19,18 @@ PLACES = {"data.train": "train", "data.val": "val"}
 # What decides which rows batch number s has.
 ORDER = ("data.batch_size", "data.max_tokens", "data.group", "data.fill", "seed")
 
+# Changeable fields that decide what validation measures.
+MEASURES = ("validation_rows", "masked_validation")
 
-def check_names(run: TrainConfig, change: Collection[str]) -> set[str]:
-    """The names of the fields that may differ, as the config has them. Raises UserError for one that it does not have."""
-    known = {*flatten(to_json(run)), "ranks"}
+
+def check_names(run: TrainConfig, change: Collection[str], saved: Mapping[str, Any] | None = None) -> set[str]:
+    """The names of the fields that may differ, as the config has them; that of a part or mapping stands for all its fields.
+    Raises UserError for a name that neither the run nor the `saved` config has."""
+    known = {*flatten(to_json(run)), *flatten(dict(saved or {})), "ranks"}
     names = {name.replace("-", "_") for name in change}
     for name in sorted(names - known):
+        if any(field.startswith(f"{name}.") for field in known):
+            continue
         near = get_close_matches(name, known, n=1)
         raise UserError(f"`change`: a run has no field {name}" + (f"; did you mean {near[0]}?" if near else ""))
     return names
@@ -57,7 +63,9 @@ def changed_data(
 
 def refuse(path: Path, changed: Mapping[str, tuple[Any, Any]], change: Collection[str] = ()) -> None:
     """Raises UserError where another run saved the checkpoint. `changed`: what differs; `change`: what may."""
-    unwanted = {name: values for name, values in changed.items() if name not in change}
+    unwanted = {
+        name: values for name, values in changed.items() if not any(f"{name}.".startswith(f"{c}.") for c in change)
+    }
     if not unwanted:
         return
     fields = "; ".join(
@@ -68,6 +76,14 @@ def refuse(path: Path, changed: Mapping[str, tuple[Any, Any]], change: Collectio
         f"{path}: saved by another run ({fields}); resume with the same values, name what may differ in `change` "
         f"({' '.join(unwanted)}), or choose another folder with `out`"
     )
+
+
+def remeasured(saved: Mapping[str, Any], run: TrainConfig, changed: Collection[str]) -> tuple[str, ...]:
+    """Fields that decide what validation measures and are others than when the run was saved. `changed`: what the user let it
+    change."""
+    then, now = flatten(saved["run"]), flatten(to_json(run))
+    free = [name for name in MEASURES if name in then and then[name] != now.get(name)]
+    return (*free, *(name for name in changed if name == "data.val" or name.startswith("objectives.")))
 
 
 def first_batch(saved: Mapping[str, Any], run: TrainConfig, train: Loader) -> int:

@@ -21,6 +21,11 @@ def log_start(state: TrainState, log: RunLog, resume: bool) -> None:
     if state.changed:
         fields = "; ".join(f"{name} was {old}, now {new}" for name, (old, new) in state.changed.items())
         log.say(f"{run.folder}: continues with changes ({fields})")
+    if state.remeasured:
+        fields = ", ".join(state.remeasured)
+        log.say(
+            f"{run.folder}: the lowest validation loss begins anew, because validation measures something else ({fields})"
+        )
     machine: dict[str, Any] = {"device": device_name(state.device), "precision": state.precision}
     log.event("start", step=state.step, elapsed=state.elapsed, **machine)
     if state.step == 0:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -65,10 +65,11 @@ def start(run: TrainConfig, *, resume: bool = False, change: Collection[str] = (
     images, texts = read_encoders(run)
     run = completed(run, images, texts)
     check(run)
-    change = check_names(run, change)
     if run.threads:
         torch.set_num_threads(run.threads)
     device, again = pick_device(run.device), resume and (run.folder / CHECKPOINT).exists()
+    if not again:
+        check_names(run, change)
     precision = run_precision(run, device, again)
     run = replace(run, precision=precision)
     tokenizer = find_tokenizer(run, resume, texts)
@@ -89,7 +90,7 @@ def start(run: TrainConfig, *, resume: bool = False, change: Collection[str] = (
         objective.check(samples(rows))
     # After the checks, which fill buffers that are not saved.
     ema = AveragedModel(pretraining, multi_avg_fn=get_ema_multi_avg_fn(run.ema)) if run.ema is not None else None
-    held_out = run.data.rows("val", tokenizer, size, strict=True, **given)
+    held_out = held_out_rows(run, tokenizer, size, given)
     state = TrainState(
         run=run,
         device=device,
@@ -114,6 +115,14 @@ def start(run: TrainConfig, *, resume: bool = False, change: Collection[str] = (
     if dist.world() > 1:
         state.wrapped = distributed(run, pretraining)
     return state
+
+
+def held_out_rows(run: TrainConfig, tokenizer: Tokenizer, size: int, given: Mapping[str, Any]) -> Rows | None:
+    """The rows to validate on. Raises UserError where there are none and the run counts on them."""
+    rows = run.data.rows("val", tokenizer, size, strict=True, **given)
+    if rows is None and run.patience is not None:
+        raise UserError(f"{run.name}: `patience` counts validations, which need data; give `data.val`, or leave it out")
+    return rows
 
 
 def distributed(run: TrainConfig, pretraining: Pretraining) -> nn.Module:

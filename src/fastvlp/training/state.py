@@ -76,6 +76,7 @@ class TrainState:
         earlier_length: of a resumed run, its length when it was saved.
         contents: hashes of the records of the splits train and val; None where that is not known.
         changed: of a resumed run, what the user let it change: (then, now) by name.
+        remeasured: of a resumed run, the changed fields that decide what validation measures; its lowest loss begins anew.
         skipped_batches: how many batches, more than steps have taken, are behind a resumed run whose batches are others now.
         flops: counts the FLOPs of the steps.
         signal: the signal that this process received.
@@ -111,6 +112,7 @@ class TrainState:
     earlier_length: str | None = None
     contents: dict[str, str | None] = field(default_factory=dict)
     changed: dict[str, tuple[Any, Any]] = field(default_factory=dict)
+    remeasured: tuple[str, ...] = ()
     skipped_batches: int = 0
     flops: FlopCounter = field(default_factory=FlopCounter)
     signal: int | None = None

@@ -151,6 +151,10 @@ def check(run: TrainConfig) -> None:
     mix = run.mix
     if mix is not None and mix.keys() != run.objectives.keys():
         raise UserError(f"{name}: `mix` gives each of {', '.join(run.objectives)} a number above 0, not {dict(mix)}")
+    if run.patience is not None and run.validate_every is None:
+        raise UserError(
+            f"{name}: `patience` counts validations, of which there is one at the end; give `validate_every` too"
+        )
     if run.keep < 1:
         run.model.image.check_can_drop()
     if run.data.max_length > run.model.longest_text:
