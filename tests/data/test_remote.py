@@ -149,3 +149,12 @@ def test_an_import_reads_urls(server, pairs, tmp_path):
     import_data(Path(f"{server.url}/train"), tmp_path / "all", progress=False)
     assert Shards(tmp_path / "all" / "train").keys == Shards(pairs / "train").keys
     assert not list(tmp_path.glob("*.download"))
+
+
+def test_what_a_failed_import_downloaded_is_not_kept(server, pairs, tmp_path):
+    with pytest.raises(RuntimeError), remote.at_hand(f"{server.url}/train/00000.tar", tmp_path / "out") as path:
+        assert path.is_file()
+        raise RuntimeError
+    assert not path.exists() and not list(tmp_path.glob("*.download"))
+    with remote.at_hand(f"{server.url}/val/00000.tar", tmp_path / "out") as other:
+        assert other != path and other.read_bytes() == (pairs / "val/00000.tar").read_bytes()

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from hashlib import sha256
 from pathlib import Path
 from shutil import rmtree
 from typing import Any, TypeVar
@@ -129,13 +130,14 @@ def read_range(fs: Any, place: str, offset: int, length: int) -> bytes:
 
 @contextmanager
 def at_hand(source: str | Path, out: Path) -> Iterator[Path]:
-    """A path itself; of a URL a copy beside `out`, which is removed when the block ends. What an interrupted download has
-    fetched whole is not fetched again."""
+    """A path itself; of a URL a copy beside `out`, which is removed when the block ends, in an error too. What an interrupted
+    download has fetched whole is not fetched again."""
     if not is_url(source):
         yield Path(source)
         return
     url = _URL.sub(r"\1://", str(source), count=1)  # as a path it has lost a slash
-    folder = out.with_name(f"{out.name}.download")
+    # Another URL may have files of the same names.
+    folder = out.with_name(f"{out.name}.{sha256(url.encode()).hexdigest()[:8]}.download")
     fs, root = open_url(url)
     name = root.rstrip("/").rpartition("/")[2]
     whole = "." in name
@@ -145,8 +147,10 @@ def at_hand(source: str | Path, out: Path) -> Iterator[Path]:
     for file in files:
         inside = name if whole else f"{name}/{file.removeprefix(root).lstrip('/')}"
         _download(fs, file, folder / inside)
-    yield folder / name
-    rmtree(folder, ignore_errors=True)
+    try:
+        yield folder / name
+    finally:
+        rmtree(folder, ignore_errors=True)
 
 
 def _download(fs: Any, file: str, to: Path) -> None:
