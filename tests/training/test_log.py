@@ -214,6 +214,22 @@ def test_a_resumed_run_goes_on_in_the_same_run_of_a_tracker(name, tmp_path, monk
     assert len(tracker.runs) == 2 or name == "mlflow"
 
 
+@pytest.mark.parametrize("lost", ["log", "finish"])
+def test_a_tracker_that_loses_its_connection_does_not_end_the_run(lost, tmp_path, monkeypatch):
+    def fail(*args, **options):
+        raise ConnectionError("no route to host")
+
+    tracker = FakeTracker()
+    setattr(tracker, lost, fail)
+    monkeypatch.setitem(sys.modules, "wandb", tracker)
+    console = Console(file=io.StringIO())
+    state = State(tmp_path, report_to=("wandb",))
+    with RunLog(state, console=console) as log:
+        train(log, state, 30)
+    assert [line["step"] for line in lines(tmp_path)] == [10, 20, 30]
+    assert console.file.getvalue().count("wandb: shows no more numbers (no route to host)") == 1
+
+
 def test_a_tracker_that_is_missing_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(UserError, match="pip install wandb"):

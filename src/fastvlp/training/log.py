@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -78,14 +78,14 @@ class RunLog:
         self.quiet, self.console = quiet, console or Console()
         self._totals, self._seconds_a_step = _Totals(), 0.0
         self._live: Live | None = None
-        self._trackers: list[Tracker] = []
+        self._trackers: dict[str, Tracker] = {}
         if not self.active:
             return
         rewind(self.path, state.step, revalidates=validates(state))
         shown = flatten(read_json(run.folder / "config.json")) if run.report_to else {}
-        self._trackers = [
-            open_tracker(name, run.folder, run=run.name, step=state.step, config=shown) for name in run.report_to
-        ]
+        self._trackers = {
+            name: open_tracker(name, run.folder, run=run.name, step=state.step, config=shown) for name in run.report_to
+        }
         if not quiet and self.console.is_terminal:
             columns = (TextColumn("{task.description}"), BarColumn(None), TextColumn("{task.percentage:>3.0f} %"))
             self._progress = Progress(*columns, console=self.console, expand=True)
@@ -146,8 +146,8 @@ class RunLog:
         if self._live is not None:
             self._live.stop()
             self._live = None
-        for tracker in self._trackers:
-            tracker.close()
+        for name in [*self._trackers]:
+            self._track(name, lambda tracker: tracker.close())
 
     def __enter__(self) -> RunLog:
         return self
@@ -170,8 +170,17 @@ class RunLog:
             advice = remedy(error, "free space and resume the run")
             raise UserError(f"{self.path}: cannot write ({error.strerror}); {advice}") from error
         numbers = {f"{kind}/{k}": v for k, v in clean.items() if isinstance(v, int | float) and not isinstance(v, bool)}
-        for tracker in self._trackers if numbers else ():
-            tracker.log(numbers, step)
+        for name in [*self._trackers] if numbers else ():
+            self._track(name, lambda tracker: tracker.log(numbers, step))
+
+    def _track(self, name: str, act: Callable[[Tracker], None]) -> None:
+        """Does something with a tracker. One that fails is dropped: the run is worth more, and has its own log."""
+        try:
+            act(self._trackers[name])
+        except Exception as error:  # each tracker has errors of its own
+            del self._trackers[name]
+            reason = str(error).partition("\n")[0][:200] or type(error).__name__
+            self.say(f"{name}: shows no more numbers ({reason}); the log goes on in log.jsonl")
 
 
 def _flat(losses: Mapping[str, float]) -> dict[str, float]:
