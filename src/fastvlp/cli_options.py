@@ -85,7 +85,7 @@ def parse_pretrain(argv: Sequence[str]) -> Run:
     again = Annotated[bool, arg(help="Continue from the last checkpoint.")]
     shown = Annotated[bool, arg(help="Print the whole config first.")]
     change = Annotated[tuple[str, ...], arg(help="Fields in which a resumed run may differ, such as data.batch-size.")]
-    own = [
+    own: list[tuple[str, Any, Any] | tuple[str, Any]] = [
         ("run", Annotated[TrainConfig, arg(name="")]),
         ("resume", again, False),
         ("change", change, ()),

@@ -84,7 +84,7 @@ class OpenCLIPExport(ExportTarget):
         """By our own reader of the layout: open_clip needs torchvision (bench/open_clip_export.py compares with it)."""
         inputs = sample_inputs(source)
         with TemporaryDirectory(dir=folder.parent) as place:
-            convert(folder, Path(place) / "back")
+            convert(str(folder), Path(place) / "back")
             back = load_model(Path(place) / "back")
         longest = min(source.config.data.max_length, source.saved.model.config.longest_text)
         with torch.inference_mode():

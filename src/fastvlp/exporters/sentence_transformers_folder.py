@@ -105,7 +105,7 @@ def _parts(source: ExportSource) -> tuple[PublicEncoder, PublicEncoder] | None:
 
 
 def _is_plain(head: HeadConfig) -> bool:
-    return head.pool in POOLS and not (head.norm or head.regions or head.depth)
+    return head.pool in POOLS and not (head.norm or head.regions or head.depth or head.skip)
 
 
 def _routed(library: ModuleType, source: ExportSource, place: Path) -> list[nn.Module]:
@@ -134,7 +134,7 @@ def _routed(library: ModuleType, source: ExportSource, place: Path) -> list[nn.M
 
 def _projections(kinds: Any, head: HeadConfig, state: Mapping[str, Tensor]) -> list[nn.Module]:
     activation = nn.Tanh() if head.hidden_activation == "tanh" else nn.ReLU()
-    layers = [("hidden", activation)] if head.hidden else []
+    layers: list[tuple[str, nn.Module]] = [("hidden", activation)] if head.hidden else []
     layers += [("out", nn.Identity())] if head.project else []
     return [_dense(kinds, state, name, after) for name, after in layers]
 

@@ -71,7 +71,7 @@ class TransformersExport(ExportTarget):
         return None
 
     def write(self, source: ExportSource, folder: Path) -> None:
-        saved, pair = source.saved, public_pair(source.saved)
+        pair = public_pair(source.saved)
         assert pair is not None
         write_json(folder / "config.json", {**pair.config, "dtype": "float32"})
         save_file(dict(pair.tensors), folder / "model.safetensors", metadata={"format": "pt"})
@@ -81,17 +81,17 @@ class TransformersExport(ExportTarget):
         license = source.card["license"] or "other"
         card = CARD.format(license=license, name=source.card["name"], place=place, padding=padding)
         write_whole(folder / "README.md", card.encode())
-        assert saved.model.config.embed is not None
 
     def differences(self, source: ExportSource, folder: Path) -> Mapping[str, float]:
-        hf, inputs = transformers(), sample_inputs(source)
+        hf, inputs, embed = transformers(), sample_inputs(source), source.saved.model.config.embed
+        assert embed is not None
         with quiet_transformers(), torch.inference_mode():
             model, info = hf.AutoModel.from_pretrained(folder, output_loading_info=True, local_files_only=True)
             strange = [*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"]]
             processor = hf.AutoImageProcessor.from_pretrained(folder, local_files_only=True)
             pixels = processor([x.numpy() for x in inputs.pictures], return_tensors="pt").pixel_values
             tokenizer = hf.AutoTokenizer.from_pretrained(folder, local_files_only=True)
-            padding = "max_length" if source.saved.model.config.embed.text_length else True
+            padding = "max_length" if embed.text_length else True
             tokens = tokenizer(list(inputs.texts), padding=padding, truncation=True, return_tensors="pt")
             image = model.eval().get_image_features(pixel_values=pixels).pooler_output
             text = model.get_text_features(**{name: tokens[name] for name in tokenizer.model_input_names}).pooler_output

@@ -52,6 +52,7 @@ class SuperCLIP(Objective):
     """Document frequencies are counted once, when a run starts, in up to 1,000 texts from all over the data."""
 
     weight: Tensor
+    special: Tensor
 
     def __init__(self, config: SuperCLIPConfig, model: ModelConfig):
         super().__init__()

@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 import json
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal, Protocol
@@ -127,7 +127,12 @@ class Trackio:
         self.trackio.finish()
 
 
-TRACKERS = {"tensorboard": TensorBoard, "wandb": WandB, "mlflow": MLflow, "trackio": Trackio}
+TRACKERS: Mapping[str, Callable[..., Tracker]] = {
+    "tensorboard": TensorBoard,
+    "wandb": WandB,
+    "mlflow": MLflow,
+    "trackio": Trackio,
+}
 
 
 def _module(name: str) -> ModuleType:
