@@ -26,7 +26,7 @@ BUDGET ?= 80
 demo: .venv/.core  ## embedded corpus -> FLM, MLM, AR and PrefixLM at equal time -> table and report; FLIP for search
 	@.venv/bin/vlp data demo --out demo/world
 	@rm -rf demo/report
-	@.venv/bin/vlp compare flm_demo mlm_demo ar_demo prefixlm_demo --budget $(BUDGET)s --tuned-marks 1 \
+	@.venv/bin/vlp compare flm_demo mlm_demo ar_demo prefixlm_demo --budget $(BUDGET)s \
 	  --probe-steps 200 --probe-batch 32 --probe-lr 1e-3 --probe-items 800 --cloze-items 128 --out demo/report
 	@rm -rf demo/flip demo/export demo/index
 	@.venv/bin/vlp pretrain flip_demo --budget-s $(BUDGET) --out demo/flip

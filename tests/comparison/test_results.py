@@ -126,7 +126,7 @@ def test_results_are_read_back_as_they_were(tmp_path: Path) -> None:
     content = json.loads((tmp_path / "results.json").read_text())
     assert {*content} == {
         "arms", "reference", "budget_s", "seeds", "shares", "about", "settings", "configs", "runs", "samples", "chance",
-        "finished",
+        "finished", "clock",
     }  # fmt: skip
     assert {*content["runs"][0]} == {"arm", "seed", "marks", "curve", "dropped", "failure"}
     assert {*content["runs"][0]["marks"][0]} == {"share", "spent", "scores", "errors", "scoring_s"}
@@ -141,8 +141,8 @@ def test_comparisons_of_earlier_versions_are_read() -> None:
 def test_noise_is_the_spread_over_seeds() -> None:
     a, b, c = spread([0.5, 0.6]), spread([0.6, 0.7]), spread([0.9, 0.91])
     assert a and b and c and within_noise(a, b) and not within_noise(b, c)
-    one, other = spread([0.5]), spread([0.51])
-    assert one and other and not within_noise(one, other)
+    one, other = spread([0.5]), spread([0.9])
+    assert one and other and within_noise(one, other), "nobody knows how much single runs differ"
     # Of single runs the standard error over their items counts.
     one, other = spread([0.5], 0.004), spread([0.51], 0.004)
     assert one and other and within_noise(one, other) and not within_noise(one, other._replace(mean=0.512))

@@ -60,6 +60,7 @@ def test_cappa_predicts_left_to_right_or_all_at_once():
         assert losses[name].total.item() == pytest.approx(value, rel=1e-9)
         assert losses[name].count == objective.counts(batch)[name]
     assert sum(loss.count for loss in losses.values()) == sum(LENGTHS) - len(LENGTHS)
+    assert {name: loss.weight for name, loss in losses.items()} == {"next": 0.5, "parallel": 0.5}
 
 
 def test_cappa_reads_no_word_of_a_text_in_parallel():

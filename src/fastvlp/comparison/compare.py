@@ -52,7 +52,7 @@ def compare(
     seeds: int = 1,
     out: str | Path = Path("comparison"),
     marks: Sequence[float] = EIGHTHS,
-    tuned_marks: Sequence[float] = (0.5, 1.0),
+    tuned_marks: Sequence[float] = (1.0,),
     slice: str = "5s",
     scoring: ScoringOptions = SCORING,
     set: Annotated[Sequence[str], arg(constructor=flat_settings)] = (),
@@ -69,8 +69,7 @@ def compare(
         seeds: Runs of each recipe, with different seeds.
         out: Folder for results.json, report.html and the runs; results and report are complete after every scoring.
         marks: Shares of the budget after which the recipes are scored; the end is always one of them.
-        tuned_marks: Those after which scores with a short fine-tuning are measured too, such as VQA. One before the end is left
-            out where scoring would take longer than training.
+        tuned_marks: Those after which scores with a short fine-tuning are measured too, such as VQA; the end always.
         slice: Length of a turn.
         scoring: How the recipes are scored.
         set: Changes of the recipes' fields: FIELD=VALUE for all, RECIPE:FIELD=VALUE for one.
@@ -156,9 +155,16 @@ def with_budget(arms: Mapping[str, TrainConfig], plan: Plan) -> dict[str, TrainC
             budget_s=plan.budget_s,
             out=str(plan.out / "runs" / arm),
             states=replace(run.states, store="never") if run.states.store == "auto" else run.states,
+            data=in_process(run),
         )
         for arm, run in arms.items()
     }
+
+
+def in_process(run: TrainConfig) -> Any:
+    """The data; on a CPU without loader processes, whose CPU time is not counted."""
+    on_cpu = dist.pick_device(run.device).type == "cpu"
+    return replace(run.data, workers=0) if on_cpu and getattr(run.data, "workers", 0) else run.data
 
 
 def with_tokenizers(arms: Mapping[str, TrainConfig], out: Path) -> dict[str, TrainConfig]:

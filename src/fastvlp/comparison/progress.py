@@ -148,7 +148,7 @@ def print_tables(comparison: Comparison, console: Console) -> None:
             cells = [format_score(score, row.scores[score.name][i]) for i in shown]
             table.add_row(row.arm, *cells, format_speedup(comparison, row.arm, score.name))
         console.print(table)
-    if (busy := busy_note(rows)) is not None:
+    if (busy := busy_note(comparison)) is not None:
         console.print(busy, markup=False)
     for row in rows:
         for failure in row.failures:

@@ -94,7 +94,7 @@ def _head(comparison: Comparison, rows: Sequence[Summary], scores: Sequence[Scor
     warning = f'<p class="warning">Stopped early: {"; ".join(failures)}</p>' if failures else ""
     if not comparison.finished:
         warning = f'<p class="warning">This comparison is not finished: its numbers will change.</p>{warning}'
-    if (busy := busy_note(rows)) is not None:
+    if (busy := busy_note(comparison)) is not None:
         warning += f'<p class="warning">{escape(busy)}</p>'
     heading, lead = escape(_title(comparison)), _lead(comparison, rows, scores)
     return f'<p class="overline">{escape(over)}</p><h1>{heading}</h1><p class="lead">{lead}</p>{warning}'
@@ -115,7 +115,7 @@ def _lead(comparison: Comparison, rows: Sequence[Summary], scores: Sequence[Scor
         sentences.append(f"Highest {score.title}{f' ({score.note})' if score.note else ''}: {result}.")
         if close:
             named = ", ".join(f"{escape(arm)} ({format_score(score, finals[arm])})" for arm in close)
-            sentences.append(f"The difference from {named} is within two standard errors: there is no winner.")
+            sentences.append(f"There is no winner: the difference from {named} may be chance (two standard errors).")
         elif best != comparison.reference:
             speed = next(row for row in rows if row.arm == best).speedups[score.name]
             sentences.append(f"It {describe_speedup(speed, escape(comparison.reference))}." if speed.n else "")

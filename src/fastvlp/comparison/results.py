@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import cattrs
 
@@ -119,6 +119,7 @@ class Comparison:
         samples: pictures for the report.
         chance: what chance would score, by score.
         finished: whether all arms were trained and scored.
+        clock: by which budgets were counted: CPU time for each thread, or wall time.
         folder: where results.json and report.html are; not saved.
     """
 
@@ -134,6 +135,7 @@ class Comparison:
     samples: list[Sample] = field(default_factory=list)
     chance: dict[str, float] = field(default_factory=dict)
     finished: bool = True
+    clock: Literal["cpu", "wall"] = "wall"
     folder: Path | None = field(default=None, compare=False)
 
     def runs_of(self, arm: str) -> list[ArmRun]:

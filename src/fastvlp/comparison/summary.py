@@ -35,8 +35,10 @@ def spread(values: Sequence[float], error: float | None = None) -> Spread | None
 
 
 def within_noise(a: Spread, b: Spread) -> bool:
-    """Whether two means are no further apart than two standard errors of their difference. Single runs whose error is not
-    known are apart unless they are equal."""
+    """Whether two means are no further apart than two standard errors of their difference. Of single runs whose error is not
+    known nobody can say that they are."""
+    if any(one.n == 1 and not one.error for one in (a, b)):
+        return True
     return abs(a.mean - b.mean) <= 2 * math.hypot(a.standard_error, b.standard_error)
 
 
@@ -199,14 +201,21 @@ def measured(marks: Sequence[Measurement], name: str) -> Spread | None:
     return spread([mark.scores[name] for mark in marks], errors[0] if len(errors) == 1 else None)
 
 
-def busy_note(rows: Sequence[Summary]) -> str | None:
-    """Says which arms got less than four fifths of a core; None where all had more, or nothing is known of it."""
-    busy = [f"{row.arm} {row.cpu:.2f}" for row in rows if 0 < row.cpu < 0.8]
+def busy_note(comparison: Comparison) -> str | None:
+    """Says which arms got less than four fifths of a core for each thread; None where all had more, or wall time counts."""
+    if comparison.clock != "cpu":
+        return None
+    threads, busy = int(comparison.about.get("threads", 1)), []
+    for arm in comparison.arms:
+        last = [run.marks[-1].spent for run in comparison.runs_of(arm) if run.marks]
+        worked = sum(cost.wall - cost.wait for cost in last)
+        share = sum(cost.cpu for cost in last) / threads / worked if worked > 0 else 1.0
+        busy += [f"{arm} {share:.2f}"] if share < 0.8 else []
     if not busy:
         return None
     return (
-        f"The machine was busy: of a core's time the arms got {', '.join(busy)}. Budgets count CPU time, "
-        f"so that this is fair to all arms; it took longer."
+        f"The machine was busy: of a core's time each thread got {', '.join(busy)}. Budgets count CPU time, so that this is "
+        f"fair to all arms; it took longer."
     )
 
 

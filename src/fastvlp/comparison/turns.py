@@ -20,6 +20,7 @@ from fastvlp.comparison.progress import ProgressDisplay
 from fastvlp.comparison.report import write_report
 from fastvlp.comparison.results import ArmRun, Comparison, LossPoint, Measurement, Sample, Scored, TrainingCost
 from fastvlp.config import to_json
+from fastvlp.dist import pick_device
 from fastvlp.errors import UserError
 from fastvlp.training.checkpoint import save_config, save_weights
 from fastvlp.training.loop import start, steps
@@ -40,8 +41,7 @@ class Plan:
         out: folder of results.json, report.html and the runs.
         seeds: runs of each arm, with consecutive seeds.
         marks: shares of the budget after which the arms are scored; the end is always one of them.
-        tuned_marks: those after which a copy is fine-tuned for a score, too; the end is always one of them. The others are left
-            out where scoring would take longer than training.
+        tuned_marks: those after which a copy is fine-tuned for a score, too; the end is always one of them.
         slice_s: seconds of one turn.
     """
 
@@ -49,7 +49,7 @@ class Plan:
     out: Path
     seeds: int = 1
     marks: tuple[float, ...] = EIGHTHS
-    tuned_marks: tuple[float, ...] = (0.5, 1.0)
+    tuned_marks: tuple[float, ...] = (1.0,)
     slice_s: float = 5.0
 
     def __post_init__(self) -> None:
@@ -117,7 +117,6 @@ class ArmTraining:
         spent: what the training took so far.
         ended: the loop has run its last step.
         recent: losses of the steps since the last point of the curve.
-        tuning_s: the longest time that scores with fine-tuning took so far.
     """
 
     state: TrainState
@@ -128,7 +127,6 @@ class ArmTraining:
     spent: TrainingCost = field(default_factory=TrainingCost)
     ended: bool = False
     recent: list[dict[str, float]] = field(default_factory=list)
-    tuning_s: float = 0.0
 
     @property
     def next_scoring(self) -> float:
@@ -186,16 +184,6 @@ class ArmTraining:
         """The share of the budget after which it is scored next."""
         return self.shares[len(self.run.marks)]
 
-    def affords_tuning(self, plan: Plan) -> bool:
-        """Whether a copy is fine-tuned for the next scores: at the end, and at a mark where all scoring will take no more time
-        than the training of the whole run does."""
-        if self.next_share == 1:
-            return True
-        took = [mark.scoring_s for mark in self.run.marks]
-        pace = self.spent.wall / max(self.spent.time, 1e-9)
-        # The last scores are fine-tuned for in any case.
-        return self.next_share in plan.tuned_marks and sum(took) + 2 * self.tuning_s <= pace * plan.budget_s
-
     def add_scores(self, scored: Scored, scoring_s: float) -> None:
         self.run.marks.append(
             Measurement(
@@ -231,6 +219,7 @@ def run_comparison(
         configs={arm: cast(dict[str, Any], to_json(run)) for arm, run in arms.items()},
         folder=plan.out,
         finished=False,
+        clock="cpu" if device_of(arms).type == "cpu" else "wall",
     )
     save(comparison)
     for seed in range(plan.seeds):
@@ -252,6 +241,11 @@ def run_comparison(
     comparison.finished = True
     save(comparison)
     return comparison
+
+
+def device_of(arms: Mapping[str, TrainConfig]) -> torch.device:
+    """Where the arms train."""
+    return pick_device(next(iter(arms.values())).device)
 
 
 def add_samples(
@@ -305,11 +299,9 @@ def _take_turn(
             keep(arm.state)
         while arm.due:
             display.scoring(arm.run, arm.next_share)
-            began, tuned = time.perf_counter(), arm.affords_tuning(plan)
+            began, tuned = time.perf_counter(), arm.next_share in {*plan.tuned_marks, 1.0}
             scored = scorer.score(arm.state, tuned=tuned)
-            took = time.perf_counter() - began
-            arm.tuning_s = max(arm.tuning_s, took if tuned else 0.0)
-            arm.add_scores(scored, took)
+            arm.add_scores(scored, time.perf_counter() - began)
             comparison.chance |= scored.chance
             display.scored(arm.run, arm.run.marks[-1], tuned=tuned)
             save(comparison)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -15,10 +16,12 @@ from fastvlp.objectives.objective import ClozeMethod
 
 
 class Cloze(NamedTuple):
-    """Accuracy in 0..1, NaN without words, and the number of words that were predicted."""
+    """Accuracy in 0..1, NaN without words; the number of words that were predicted; and the standard error, for which captions
+    count as independent, not words: NaN for a single caption."""
 
     accuracy: float
     words: int
+    error: float = math.nan
 
 
 def word_positions(length_B: Tensor, L: int) -> Tensor:
@@ -32,7 +35,8 @@ def cloze(model: VLModel, method: ClozeMethod, batches: Iterable[Batch]) -> Cloz
 
     Batches are moved to the model's device. The number type is the caller's choice, by autocast.
     """
-    right, count = 0, 0
+    right: list[int] = []
+    count: list[int] = []
     device = next(model.parameters()).device
     with evaluating(model):
         for batch in (b.to(device) for b in batches):
@@ -41,6 +45,13 @@ def cloze(model: VLModel, method: ClozeMethod, batches: Iterable[Batch]) -> Cloz
                 continue
             image_BKD = model.encode_image(batch.image)
             predicted = method(model, image_BKD, batch)
-            right += int((predicted == batch.ids)[word_BL].sum())
-            count += int(word_BL.sum())
-    return Cloze(right / count if count else float("nan"), count)
+            right += ((predicted == batch.ids) & word_BL).sum(1).tolist()
+            count += word_BL.sum(1).tolist()
+    words = sum(count)
+    if not words:
+        return Cloze(math.nan, 0)
+    accuracy, n = sum(right) / words, len(count)
+    # What each caption adds to the difference of a ratio of sums from its expectation.
+    parts = [own - accuracy * of for own, of in zip(right, count)]
+    error = math.sqrt(n / (n - 1) * sum(part**2 for part in parts)) / words if n > 1 else math.nan
+    return Cloze(accuracy, words, error)

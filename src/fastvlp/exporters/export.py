@@ -112,7 +112,7 @@ def upload(folder: Path, repository: str) -> str:
         client = hub.HfApi()
         url = str(client.create_repo(repository, private=True, exist_ok=True))
         client.upload_folder(repo_id=repository, folder_path=folder)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # the client passes on the errors of several libraries
         reason = str(error).strip().partition("\n")[0]
         raise UserError(
             f"{repository}: not uploaded ({reason}); log in with `hf auth login`, and check the name. The export is whole, in "

@@ -16,7 +16,7 @@ import torch
 
 from fastvlp.exporters.graphs import ImageGraph, PaddedTextGraph, run_graph, write_graph
 from fastvlp.exporters.interface import ExportSource, ExportTarget
-from fastvlp.exporters.onnx_folder import graph_misfit
+from fastvlp.exporters.onnx_folder import joint_space_misfit
 from fastvlp.exporters.processor import longest_text, read_texts, write_json, write_tokenizer
 from fastvlp.exporters.sample_inputs import sample_inputs, vector_difference
 
@@ -42,7 +42,7 @@ class ImmichExport(ExportTarget):
         fit = source.config.data.fit
         if fit not in RESIZE:
             return f"images are made square by {fit}, which Immich does not do; it knows {', '.join(RESIZE)}"
-        return graph_misfit(source)
+        return joint_space_misfit(source)
 
     def write(self, source: ExportSource, folder: Path) -> None:
         saved, data, inputs = source.saved, source.config.data, sample_inputs(source)

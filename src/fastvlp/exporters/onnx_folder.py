@@ -99,10 +99,17 @@ class OnnxExport(ExportTarget):
 
 
 def graph_misfit(source: ExportSource) -> str | None:
-    """Says why the encoders of a run cannot be two graphs; None where they can."""
+    """Says why the encoders of a run cannot be two graphs with their settings; None where they can."""
     saved = source.saved
-    if "embed" not in usable_abilities(saved):
-        return "it has no joint space (model.embed), or it reads a detector's boxes of each image; export a run of clip"
+    if (reason := joint_space_misfit(source)) is not None:
+        return reason
     if image_settings(saved.model.config.image, source.config.data.fit) is None:
         return f"images are made square by {source.config.data.fit}, which no preprocessor_config.json can say"
     return None
+
+
+def joint_space_misfit(source: ExportSource) -> str | None:
+    """Says why images and texts alone have no vectors; None where they have."""
+    if "embed" in usable_abilities(source.saved):
+        return None
+    return "it has no joint space (model.embed), or it reads a detector's boxes of each image; export a run of clip"

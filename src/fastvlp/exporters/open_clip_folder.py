@@ -15,7 +15,7 @@ from fastvlp.convert.checkpoints import convert
 from fastvlp.convert.open_clip import PROJECTIONS, clip_map
 from fastvlp.convert.weight_map import undo_map
 from fastvlp.exporters.interface import ExportSource, ExportTarget
-from fastvlp.exporters.processor import longest_text, write_json, write_tokenizer
+from fastvlp.exporters.processor import longest_text, read_texts, write_json, write_tokenizer
 from fastvlp.exporters.public_pair import SCALE, find_layout, learned_scale
 from fastvlp.exporters.sample_inputs import sample_inputs, vector_difference
 from fastvlp.files import write_whole
@@ -92,6 +92,7 @@ class OpenCLIPExport(ExportTarget):
             model = back.model.eval()
             image, text = model.embed_image(model.encode_image(inputs.seen)), model.embed_text(ids, length)
         return {
+            "token ids": inputs.token_difference(read_texts(folder, inputs)["input_ids"]),
             "image vectors": vector_difference(image, inputs.image_vectors),
             "text vectors": vector_difference(text, inputs.text_vectors),
         }

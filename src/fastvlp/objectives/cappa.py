@@ -3,7 +3,7 @@ once from the image alone."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -74,7 +74,10 @@ class CapPa(Objective):
         causal = position <= position[:, None]
         visible = torch.where(parallel_B[:, None, None], read_BL[:, None] | (position == 0), causal)
         state = model.read(image_BKD, ids, mask=visible[:, None])
-        return {
-            name: next_token_loss(model, state, batch, read_BL & rows[:, None])
-            for name, rows in (("next", ~parallel_B), ("parallel", parallel_B))
-        }
+        share = self.config.parallel
+        losses = {}
+        # Weighted by their shares, as all tokens of a batch count alike in the paper.
+        for name, rows, weight in (("next", ~parallel_B, 1 - share), ("parallel", parallel_B, share)):
+            loss = next_token_loss(model, state, batch, read_BL & rows[:, None])
+            losses[name] = replace(loss, weight=weight)
+        return losses

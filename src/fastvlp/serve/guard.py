@@ -131,7 +131,7 @@ class Guard:
             raise Refusal(
                 403,
                 "host",
-                f"host {name}: ask by an address of this machine, or serve with {name} as `host`, or with a key",
+                f"host {name}: ask by an address of this machine, or serve with a key, which allows every name",
             )
         origin = headers.get("origin")
         same = origin is None or origin.partition("://")[2] == headers.get("host")

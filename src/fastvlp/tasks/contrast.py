@@ -181,6 +181,8 @@ def saved_start(source: str, run: Path, resume: bool) -> str:
         return source
     place = run / "start"
     if dist.is_main() and not (resume and (place / "model.json").is_file()):
+        if place.exists() and not (place / "model.json").is_file():
+            raise UserError(f"{place}: is no model that was converted here; choose another `out`")
         shutil.rmtree(place, ignore_errors=True)
         try:
             done = convert(source, place)

@@ -32,8 +32,9 @@ class ClozeAccuracy(Metric):
             pairs = validation_pairs(state, self.options, self.options.cloze_items)
             with autocast(state):
                 found = cloze(state.evaluated.model, method, pairs)
-            values[name] = p = found.accuracy
-            self.errors[name] = math.sqrt(p * (1 - p) / max(1, found.words))
+            values[name] = found.accuracy
+            if not math.isnan(found.error):
+                self.errors[name] = found.error
         return values
 
 

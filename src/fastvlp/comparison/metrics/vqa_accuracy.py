@@ -22,5 +22,8 @@ class VQAAccuracy(Metric):
         with autocast(state):
             batch = 4 * self.options.probe_batch
             scores = vqa.measure(tuned.model, tuned.objective, questions.data.answers, questions.held_out, batch)
-        self.errors["vqa"], self.chance["vqa"] = scores["standard_error"], scores["chance"]
+        self.chance["vqa"] = scores["chance"]
+        # Questions about a single image have none.
+        if "standard_error" in scores:
+            self.errors["vqa"] = scores["standard_error"]
         return {"vqa": scores["accuracy"]}
