@@ -154,7 +154,9 @@ def test_three_steps_as_released():
     image, text = ({"w": f"in.{side}_w0", "b": f"in.{side}_b0"} for side in ("img", "txt"))
     model = Stand(known, image, text)
     slow = Stand(known, *({k: f"{v}_mom" for k, v in names.items()} for names in (image, text)))
-    config = MoCoConfig(queue=c["QUEUE_SIZE"], momentum=c["MOMENTUM"], temperature=c["TEMPERATURE"])
+    config = MoCoConfig(
+        queue=c["QUEUE_SIZE"], momentum=c["MOMENTUM"], temperature=c["TEMPERATURE"], equal_pairs="negatives"
+    )
     objective = begun(config, model, slow, [known["in.img_queue0"], known["in.text_queue0"]])
     for step in ("step1", "step2", "step3"):
         batch = rows_of(known, step, "img_x", "txt_x")
@@ -210,7 +212,8 @@ def test_two_steps_of_albef():
         return Stand(known, maps[0] | maps[1], maps[2] | maps[3])
 
     model = stand("")
-    config = replace(albef(queue=c["K"]), momentum=c["momentum"], temperature=c["temp"], alpha=c["alpha"])
+    options = {"momentum": c["momentum"], "temperature": c["temp"], "alpha": c["alpha"], "equal_pairs": "negatives"}
+    config = replace(albef(queue=c["K"]), **options)
     objective = begun(config, model, stand("_m"), [known["in.image_queue0"], known["in.text_queue0"]])
     for step in ("step1", "step2"):
         batch = rows_of(known, step, "image_x", "text_x")

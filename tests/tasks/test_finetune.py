@@ -220,7 +220,7 @@ def test_splits_are_found_where_shards_are_read(world):
     assert find_splits(f"file://{world}", NLVR2Task.split_prefixes)["train"] == f"file://{world}/pairs-train"
     with pytest.raises(UserError, match="no split called test"):
         find_split("memory://bucket", "test")
-    with pytest.raises(UserError, match=r"nowhere://x/train: cannot look here"):
+    with pytest.raises(UserError, match=r"nowhere://x/train: cannot be opened"):
         find_splits("nowhere://x")
     memory.rm("/bucket", recursive=True)
 
