@@ -100,24 +100,28 @@ def test_what_the_system_refuses_is_an_error_with_a_remedy(workers, error, advic
 
 
 @pytest.fixture
-def few_handles():
+def limit_handles():
+    """Sets how many files the process may open, from how many it has open."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     taken = max(int(fd.name) for fd in Path("/proc/self/fd").iterdir()) + 1
-    resource.setrlimit(resource.RLIMIT_NOFILE, (taken + 6, hard))
-    yield
+    yield lambda allowed: resource.setrlimit(resource.RLIMIT_NOFILE, (allowed(taken), hard))
     resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
-def test_shards_leave_file_handles_to_others(tmp_path, few_handles):
+@pytest.fixture
+def few_handles(limit_handles):
+    limit_handles(lambda taken: taken + 6)
+
+
+def test_shards_leave_file_handles_to_others(tmp_path, limit_handles):
+    limit_handles(lambda taken: 2 * taken + 8)
+    quarter = resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4
     with ShardWriter(tmp_path, per_shard=1) as writer:
-        for record in made_records(40):
+        for record in made_records(quarter + 10):
             writer.write(record)
     shards = Shards(tmp_path)
-    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    held = [os.open(os.devnull, os.O_RDONLY) for _ in range(2)]
-    assert len({shards.read(i).key for i in range(40)}) == 40 and len(shards._files) <= limit // 4
-    for fd in held:
-        os.close(fd)
+    keys = {shards.read(i).key for i in range(quarter + 10)}
+    assert len(keys) == quarter + 10 and len(shards._files) == quarter
 
 
 def test_too_few_file_handles_are_named(tmp_path, few_handles):
