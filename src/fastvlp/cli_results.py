@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
+from fastvlp.errors import install
+
 if TYPE_CHECKING:
     from fastvlp.batch import Dropped
     from fastvlp.comparison.results import Comparison
@@ -127,6 +129,6 @@ def show_inspection(inspection: Inspection) -> None:
 
     Console().print(as_tables(inspection.splits, inspection.duplicates))
     if len(inspection.splits) > 1 and not inspection.perceptual:
-        print("copies at another size or quality were not looked for: pip install 'fastvlp[duplicates]'")
+        print(f"copies at another size or quality were not looked for: {install('duplicates')}")
     if inspection.sheet:
         print(f"contact sheet: {inspection.sheet}")

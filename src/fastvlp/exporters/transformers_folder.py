@@ -25,11 +25,16 @@ tags: [image-text, fastvlp]
 # {name}
 
 ```python
+import torch
+from PIL import Image
 from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
-model, tokenizer = AutoModel.from_pretrained("{place}"), AutoTokenizer.from_pretrained("{place}")
+folder = "{place}"
+model, tokenizer = AutoModel.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
 texts = tokenizer(["a cat on a sofa"], padding={padding}, truncation=True, return_tensors="pt")
-vectors = model.get_text_features(**texts).pooler_output
+pixels = AutoImageProcessor.from_pretrained(folder)(Image.open("photo.jpg").convert("RGB"), return_tensors="pt")
+text, image = model.get_text_features(**texts).pooler_output, model.get_image_features(**pixels).pooler_output
+print(torch.cosine_similarity(image, text))
 ```
 
 Trained with fastvlp.
