@@ -29,7 +29,9 @@ demo: .venv/.core  ## embedded corpus -> FLM, MLM, AR and PrefixLM at equal time
 	@.venv/bin/vlp compare flm_demo mlm_demo ar_demo prefixlm_demo --budget $(BUDGET)s \
 	  --probe-steps 200 --probe-batch 32 --probe-lr 1e-3 --probe-items 800 --cloze-items 128 --out demo/report
 	@rm -rf demo/flip demo/export demo/index
-	@.venv/bin/vlp pretrain flip_demo --budget-s $(BUDGET) --out demo/flip
+	@.venv/bin/vlp pretrain flip_demo --steps 600 --out demo/flip
+	@echo "How well it searches, beside chance:"
+	@.venv/bin/vlp evaluate retrieval demo/flip --data demo/world --split val
 	@.venv/bin/vlp export demo/flip demo/export
 	@echo "The report: demo/report/report.html"
 	@echo "Search the pictures by words, at http://127.0.0.1:8000/: make serve"

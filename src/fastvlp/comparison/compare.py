@@ -64,8 +64,8 @@ def compare(
 
     Args:
         recipes: Names of recipes, paths of your own files, or in Python also configs.
-        budget: Training time of each recipe and seed: 90s, 20m, 1.5h. On a CPU this is CPU time for each thread, so that other
-            programs take none of it.
+        budget: Training time of each recipe and seed: 90s, 20m, 1.5h. On a CPU this is CPU time of the process, all threads
+            together, so that other programs take none of it.
         seeds: Runs of each recipe, with different seeds.
         out: Folder for results.json, report.html and the runs; results and report are complete after every scoring.
         marks: Shares of the budget after which the recipes are scored; the end is always one of them.

@@ -234,8 +234,8 @@ def _speed(comparison: Comparison, rows: Sequence[Summary]) -> str:
         f"Time-to-quality compares how soon two arms reach the final score of {reference}: it is the time that "
         f"{reference} needs divided by the time that the arm needs, computed for each seed. Between two scorings, scores are "
         "interpolated linearly. A ≥ marks an arm that had already reached it at its first scoring. "
-        "Training time is that of the training steps, without scoring: on a CPU the CPU time of the process for each of its "
-        "threads, on a GPU wall time. CPU s per s: processor seconds of the main process in each wall second of training."
+        "Training time is that of the training steps, without scoring: on a CPU the CPU time of the process, all threads "
+        "together, on a GPU wall time. CPU s per s: processor seconds of the main process in each wall second of training."
     )
     return f'<h2>Work done in that time</h2>{_html_table(head, cells)}<p class="note">{escape(note)}</p>'
 

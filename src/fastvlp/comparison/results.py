@@ -28,7 +28,7 @@ class TrainingCost:
     """What an arm's training took so far.
 
     Attributes:
-        time: seconds inside the training steps by the clock of the budget: CPU seconds per thread, or wall seconds on a GPU.
+        time: seconds inside the training steps by the clock of the budget: of the process's CPU time, or wall time on a GPU.
         wall: wall seconds inside the training steps, waiting for data included.
         cpu: CPU seconds of this process inside the training steps.
         wait: the part of `wall` that was spent waiting for data.
@@ -119,7 +119,7 @@ class Comparison:
         samples: pictures for the report.
         chance: what chance would score, by score.
         finished: whether all arms were trained and scored.
-        clock: by which budgets were counted: CPU time for each thread, or wall time.
+        clock: by which budgets were counted: CPU time of the process, or wall time.
         folder: where results.json and report.html are; not saved.
     """
 

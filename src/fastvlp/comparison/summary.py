@@ -202,20 +202,20 @@ def measured(marks: Sequence[Measurement], name: str) -> Spread | None:
 
 
 def busy_note(comparison: Comparison) -> str | None:
-    """Says which arms got less than four fifths of a core for each thread; None where all had more, or wall time counts."""
+    """Says which arms got less than four fifths of a core; None where all had more, or where wall time counts."""
     if comparison.clock != "cpu":
         return None
-    threads, busy = int(comparison.about.get("threads", 1)), []
+    busy = []
     for arm in comparison.arms:
         last = [run.marks[-1].spent for run in comparison.runs_of(arm) if run.marks]
         worked = sum(cost.wall - cost.wait for cost in last)
-        share = sum(cost.cpu for cost in last) / threads / worked if worked > 0 else 1.0
+        share = sum(cost.cpu for cost in last) / worked if worked > 0 else 1.0
         busy += [f"{arm} {share:.2f}"] if share < 0.8 else []
     if not busy:
         return None
     return (
-        f"The machine was busy: of a core's time each thread got {', '.join(busy)}. Budgets count CPU time, so that this is "
-        f"fair to all arms; it took longer."
+        f"The machine was busy: of a core's time the arms got {', '.join(busy)}. Budgets count CPU time, so that this is fair "
+        f"to all arms; it took longer."
     )
 
 

@@ -100,11 +100,9 @@ TRAINING = Training()
 
 
 def budget_clock(device: torch.device) -> float:
-    """Seconds by which a budget is counted. On a CPU, CPU seconds of this process for each of its threads, so that a busy
+    """Seconds by which a budget is counted. On a CPU, CPU seconds of this process, all its threads together, so that a busy
     machine gives each arm as much work as a free one; elsewhere wall seconds."""
-    if device.type == "cpu":
-        return time.process_time() / torch.get_num_threads()
-    return time.perf_counter()
+    return time.process_time() if device.type == "cpu" else time.perf_counter()
 
 
 @dataclass(kw_only=True)
