@@ -164,7 +164,8 @@ def with_budget(arms: Mapping[str, TrainConfig], plan: Plan) -> dict[str, TrainC
 def in_process(run: TrainConfig) -> Any:
     """The data; on a CPU without loader processes, whose CPU time is not counted."""
     on_cpu = dist.pick_device(run.device).type == "cpu"
-    return replace(run.data, workers=0) if on_cpu and getattr(run.data, "workers", 0) else run.data
+    data: Any = run.data
+    return replace(data, workers=0) if on_cpu and getattr(data, "workers", 0) else data
 
 
 def with_tokenizers(arms: Mapping[str, TrainConfig], out: Path) -> dict[str, TrainConfig]:
