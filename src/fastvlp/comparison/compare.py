@@ -165,7 +165,7 @@ def in_process(run: TrainConfig) -> Any:
     """The data; on a CPU without loader processes, whose CPU time is not counted."""
     on_cpu = dist.pick_device(run.device).type == "cpu"
     data: Any = run.data
-    return replace(data, workers=0) if on_cpu and getattr(data, "workers", 0) else data
+    return replace(data, workers=0) if on_cpu and getattr(data, "workers", False) else data
 
 
 def with_tokenizers(arms: Mapping[str, TrainConfig], out: Path) -> dict[str, TrainConfig]:
