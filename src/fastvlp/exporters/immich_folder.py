@@ -6,21 +6,14 @@ same width, is run instead: `clip/NAME/` there has `textual/` and `visual/`. Thi
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-import torch
 
 from fastvlp.exporters.graphs import ImageGraph, PaddedTextGraph, run_graph, write_graph
 from fastvlp.exporters.interface import ExportSource, ExportTarget
 from fastvlp.exporters.onnx_folder import joint_space_misfit
-from fastvlp.exporters.processor import longest_text, read_texts, write_json, write_tokenizer
+from fastvlp.exporters.processor import RESIZE, longest_text, read_texts, write_json, write_tokenizer
 from fastvlp.exporters.sample_inputs import sample_inputs, vector_difference
-
-RESIZE = {"crop": "shortest", "squash": "squash", "letterbox": "longest"}
 
 
 class ImmichExport(ExportTarget):
@@ -49,7 +42,7 @@ class ImmichExport(ExportTarget):
         model = saved.model
         config, embed, image = model.config, model.config.embed, model.config.image
         assert embed is not None
-        length = longest_text(config, min(data.max_length, config.longest_text))
+        length = longest_text(config, source.max_length)
         (folder / "textual").mkdir()
         (folder / "visual").mkdir()
         write_json(
@@ -83,25 +76,12 @@ class ImmichExport(ExportTarget):
 
     def differences(self, source: ExportSource, folder: Path) -> Mapping[str, float]:
         inputs, model = sample_inputs(source), source.saved.model
-        texts = [
-            _padded(folder, read_texts(folder / "textual", inputs, [i])["input_ids"])
-            for i, _ in enumerate(inputs.texts)
-        ]
+        # Immich asks for one picture or text at a time, padded to the whole length.
+        ids = read_texts(folder / "textual", inputs, whole=True)["input_ids"].int()
         pixels = model.image.normalised(inputs.seen).detach()
-        image = torch.cat([run_graph(folder / "visual" / "model.onnx", {"image": x[None]}) for x in pixels])
-        text = torch.cat([run_graph(folder / "textual" / "model.onnx", {"text": ids}) for ids in texts])
+        image = run_graph(folder / "visual" / "model.onnx", *({"image": x[None]} for x in pixels))
+        text = run_graph(folder / "textual" / "model.onnx", *({"text": row[None]} for row in ids))
         return {
             "image vectors": vector_difference(image, inputs.image_vectors),
             "text vectors": vector_difference(text, inputs.text_vectors),
         }
-
-
-def _padded(folder: Path, ids: torch.Tensor) -> np.ndarray:
-    """Ids as Immich gives them: int32 [1 L], padded to the whole length."""
-    config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    settings = json.loads((folder / "textual" / "tokenizer_config.json").read_text(encoding="utf-8"))
-    vocabulary = json.loads((folder / "textual" / "tokenizer.json").read_text(encoding="utf-8"))
-    added = {token["content"]: token["id"] for token in vocabulary["added_tokens"]}
-    pad = added.get(settings["pad_token"], vocabulary["model"]["vocab"].get(settings["pad_token"]))
-    more = config["text_cfg"]["context_length"] - ids.shape[1]
-    return torch.nn.functional.pad(ids, (0, more), value=pad).int().numpy()

@@ -38,6 +38,21 @@ class ExportSource:
     config: SavedRun
     card: Mapping[str, Any]
 
+    @property
+    def place(self) -> str:
+        """The folder for examples in a card: an absolute path says something about the machine."""
+        return self.out.name if self.out.is_absolute() else self.out.as_posix()
+
+    @property
+    def license(self) -> str:
+        """The licence for the front matter of a card."""
+        return self.card["license"] or "other"
+
+    @property
+    def max_length(self) -> int:
+        """The most tokens of a text, <s> and </s> included."""
+        return min(self.config.data.max_length, self.saved.model.config.longest_text)
+
 
 class ExportTarget(ABC):
     """A format that runs are exported to.

@@ -45,13 +45,11 @@ class NativeExport(ExportTarget):
         )
 
     def write(self, source: ExportSource, folder: Path) -> None:
-        saved, out = source.saved, source.out
+        saved = source.saved
         save_model(folder, saved.model, saved.tokenizer, saved.info, objectives=head_parameters(saved))
         write_whole(folder / "config.json", _json_bytes(with_checksum(reading_config(source.config))))
         write_whole(folder / "card.json", _json_bytes(source.card))
-        # An absolute path says something about the machine.
-        place = out.name if out.is_absolute() else out.as_posix()
-        write_whole(folder / "README.md", card_text(source.card, place).encode())
+        write_whole(folder / "README.md", card_text(source.card, source.place).encode())
 
     def differences(self, source: ExportSource, folder: Path) -> Mapping[str, float]:
         saved, written = source.saved, load_model(folder)

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
-
 from fastvlp.exporters.graphs import ImageGraph, TextGraph, run_graph, write_graph
 from fastvlp.exporters.interface import ExportSource, ExportTarget
 from fastvlp.exporters.processor import image_settings, read_texts, write_processor
@@ -73,11 +71,10 @@ class OnnxExport(ExportTarget):
         texts = {name: x[:4] for name, x in read_texts(folder, inputs).items()}
         axes = {key: ["batch", "length"] for key in texts}
         write_graph(TextGraph(model), folder / "text.onnx", texts, "text_embeds", axes)
-        place = source.out.name if source.out.is_absolute() else source.out.as_posix()
         card = CARD.format(
-            license=source.card["license"] or "other",
+            license=source.license,
             name=source.card["name"],
-            place=place,
+            place=source.place,
             size=model.config.image.size,
             width=model.config.embed.width,
             length=length,
@@ -89,7 +86,7 @@ class OnnxExport(ExportTarget):
         texts = read_texts(folder, inputs)
         image = run_graph(folder / "image.onnx", {"pixel_values": model.image.normalised(inputs.seen).detach()})
         text = run_graph(folder / "text.onnx", texts)
-        alone = torch.cat([run_graph(folder / "text.onnx", read_texts(folder, inputs, [i])) for i in (0, 1)])
+        alone = run_graph(folder / "text.onnx", *(read_texts(folder, inputs, [i]) for i in (0, 1)))
         return {
             "token ids": inputs.token_difference(texts["input_ids"]),
             "image vectors": vector_difference(image, inputs.image_vectors),

@@ -15,14 +15,13 @@ from fastvlp.convert.checkpoints import convert
 from fastvlp.convert.open_clip import PROJECTIONS, clip_map
 from fastvlp.convert.weight_map import undo_map
 from fastvlp.exporters.interface import ExportSource, ExportTarget
-from fastvlp.exporters.processor import longest_text, read_texts, write_json, write_tokenizer
+from fastvlp.exporters.processor import RESIZE, longest_text, read_texts, write_json, write_tokenizer
 from fastvlp.exporters.public_pair import SCALE, find_layout, learned_scale
 from fastvlp.exporters.sample_inputs import sample_inputs, vector_difference
 from fastvlp.files import write_whole
 from fastvlp.model.model import ModelConfig
 from fastvlp.model.saving import Saved, load_model
 
-RESIZE = {"crop": "shortest", "squash": "squash", "letterbox": "longest"}
 ACTIVATIONS: Mapping[str, dict[str, Any]] = {"gelu": {}, "gelu_tanh": {"act_kwargs": {"approximate": "tanh"}}}
 CARD = """---
 library_name: open_clip
@@ -71,13 +70,11 @@ class OpenCLIPExport(ExportTarget):
     def write(self, source: ExportSource, folder: Path) -> None:
         saved, data = source.saved, source.config.data
         config = saved.model.config
-        length = longest_text(config, min(data.max_length, config.longest_text))
+        length = longest_text(config, source.max_length)
         write_json(folder / "open_clip_config.json", _settings(saved, data.fit, length))
         save_file(_tensors(saved, length), folder / "open_clip_model.safetensors", metadata={"format": "pt"})
         write_tokenizer(folder, saved.tokenizer, config, length)
-        place = source.out.name if source.out.is_absolute() else source.out.as_posix()
-        license = source.card["license"] or "other"
-        card = CARD.format(license=license, name=source.card["name"], place=place)
+        card = CARD.format(license=source.license, name=source.card["name"], place=source.place)
         write_whole(folder / "README.md", card.encode())
 
     def differences(self, source: ExportSource, folder: Path) -> Mapping[str, float]:
@@ -86,9 +83,8 @@ class OpenCLIPExport(ExportTarget):
         with TemporaryDirectory(dir=folder.parent) as place:
             convert(str(folder), Path(place) / "back")
             back = load_model(Path(place) / "back")
-        longest = min(source.config.data.max_length, source.saved.model.config.longest_text)
         with torch.inference_mode():
-            ids, length = source.saved.tokenizer.encode(list(inputs.cleaned), longest)
+            ids, length = source.saved.tokenizer.encode(list(inputs.cleaned), source.max_length)
             model = back.model.eval()
             image, text = model.embed_image(model.encode_image(inputs.seen)), model.embed_text(ids, length)
         return {

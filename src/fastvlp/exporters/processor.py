@@ -28,6 +28,8 @@ CLEAN = (
 )
 # Pillow's number of bicubic resampling.
 BICUBIC = 3
+# How open_clip, and Immich after it, call the ways in which an image becomes a square.
+RESIZE = {"crop": "shortest", "squash": "squash", "letterbox": "longest"}
 
 
 def whole_tokenizer(tokenizer: Tokenizer, *, start: bool = True) -> tokenizers.Tokenizer:
@@ -94,18 +96,25 @@ def write_processor(source: ExportSource, folder: Path) -> int:
     settings = image_settings(config.image, data.fit)
     assert settings is not None
     write_json(folder / "preprocessor_config.json", settings)
-    length = longest_text(config, min(data.max_length, config.longest_text))
+    length = longest_text(config, source.max_length)
     write_tokenizer(folder, source.saved.tokenizer, config, length)
     return length
 
 
-def read_texts(folder: Path, inputs: SampleInputs, rows: Sequence[int] | None = None) -> dict[str, Tensor]:
-    """Returns the sample texts as tokenizer.json alone encodes them: `input_ids` and `attention_mask`, int64 [n L]. `rows`: the
-    texts to take; None for all."""
+def read_texts(
+    folder: Path, inputs: SampleInputs, rows: Sequence[int] | None = None, *, whole: bool = False
+) -> dict[str, Tensor]:
+    """Returns the sample texts as tokenizer.json alone encodes them: `input_ids` and `attention_mask`, int64 [n L].
+
+    Args:
+        rows: The texts to take; None for all.
+        whole: Whether texts are padded to the length at which they are cut, and not to the longest of them.
+    """
     settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
     own, pad = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json")), settings["pad_token"]
-    own.enable_truncation(settings["model_max_length"])
-    own.enable_padding(pad_id=own.token_to_id(pad), pad_token=pad)
+    length = settings["model_max_length"]
+    own.enable_truncation(length)
+    own.enable_padding(pad_id=own.token_to_id(pad), pad_token=pad, length=length if whole else None)
     texts = inputs.texts if rows is None else [inputs.texts[i] for i in rows]
     encodings = own.encode_batch(list(texts))
     columns = {"input_ids": [e.ids for e in encodings], "attention_mask": [e.attention_mask for e in encodings]}

@@ -75,9 +75,8 @@ def sample_inputs(source: ExportSource) -> SampleInputs:
     seen = torch.stack([transform(x.permute(1, 2, 0)) for x in image])
     words = torch.randint(0, tokenizer.vocab_size, (4, 6), generator=generator)
     texts = [*TEXTS, *(tokenizer.decode(row) for row in words)]
-    longest = min(source.config.data.max_length, config.longest_text)
     cleaned = [clean_text(text) or "" for text in texts]
-    ids, length = tokenizer.encode(cleaned, longest)
+    ids, length = tokenizer.encode(cleaned, source.max_length)
     with torch.inference_mode():
         # The text graph drops <s> and </s> by itself where the encoder does not read them.
         special = embed.config.text_special

@@ -81,10 +81,8 @@ class TransformersExport(ExportTarget):
         write_json(folder / "config.json", {**pair.config, "dtype": "float32"})
         save_file(dict(pair.tensors), folder / "model.safetensors", metadata={"format": "pt"})
         write_processor(source, folder)
-        place = source.out.name if source.out.is_absolute() else source.out.as_posix()
         padding = '"max_length"' if pair.layout.model_type == "siglip" else "True"
-        license = source.card["license"] or "other"
-        card = CARD.format(license=license, name=source.card["name"], place=place, padding=padding)
+        card = CARD.format(license=source.license, name=source.card["name"], place=source.place, padding=padding)
         write_whole(folder / "README.md", card.encode())
 
     def differences(self, source: ExportSource, folder: Path) -> Mapping[str, float]:
