@@ -129,7 +129,7 @@ class ArmTraining:
     @property
     def next_scoring(self) -> float:
         """Training seconds after which the arm is scored next."""
-        return self.shares[len(self.run.marks)] * self.budget_s
+        return self.next_share * self.budget_s
 
     @property
     def due(self) -> bool:
