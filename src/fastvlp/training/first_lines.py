@@ -81,12 +81,12 @@ def log_data(state: TrainState, log: RunLog, rows: int) -> None:
         "image": state.model.config.image.size,
         "vocabulary": state.tokenizer.vocab_size,
     }
+    # With a token budget the rows of a step vary.
+    a_step = f", {rows:,} a step" if state.run.data.max_tokens is None else ""
     text = (
-        f"reads {facts['records']:,} records ({facts['validation']:,} for validation), {rows:,} a step; images of "
+        f"reads {facts['records']:,} records ({facts['validation']:,} for validation){a_step}; images of "
         f"{facts['image']} px; a vocabulary of {facts['vocabulary']:,} tokens"
     )
-    # With a token budget the rows of a step vary.
-    text = text if state.run.data.max_tokens is None else text.replace(f", {rows:,} a step", "")
     log.event("data", step=0, elapsed=0.0, text=text, **facts)
 
 
