@@ -31,7 +31,8 @@ def contents(batch: Batch) -> Tensor:
     if batch.content is not None:
         return batch.content
     position_L = torch.arange(batch.ids.shape[1], device=batch.ids.device)
-    text_B = _hash_words((batch.ids + 1) * (position_L < batch.length[:, None]))
+    words_BL = (batch.ids + 1) * (position_L < batch.length[:, None])
+    text_B = _hash_words(words_BL, _weights(words_BL))
     image_B = hash_rows(batch.image if batch.plain is None else batch.plain)
     regions = batch.regions
     if regions is not None and regions.feature is not None:
@@ -45,14 +46,18 @@ def hash_rows(x: Tensor) -> Tensor:
     bytes_BN = x.detach().flatten(1).contiguous().view(torch.uint8)
     words_BN = F.pad(bytes_BN, (0, -bytes_BN.shape[1] % 8)).view(torch.int64)
     most = _WORDS_CPU if x.device.type == "cpu" else _WORDS
-    rows = max(1, most // max(1, words_BN.shape[1]))
-    return torch.cat([_hash_words(part) for part in words_BN.split(rows)])
+    rows, weight_N = max(1, most // max(1, words_BN.shape[1])), _weights(words_BN)
+    return torch.cat([_hash_words(part, weight_N) for part in words_BN.split(rows)])
 
 
-def _hash_words(words_BN: Tensor) -> Tensor:
-    """The sum of words times random odd numbers, modulo 2**64. Each word is mixed first, so that the upper half of its bits
-    reaches the lower half: differences in the upper bits of two words would often cancel."""
-    weight_N = hash64_rows(_WEIGHT, torch.arange(words_BN.shape[1], device=words_BN.device)) * 2 + 1
+def _weights(words_BN: Tensor) -> Tensor:
+    """A random odd number for each place of a word."""
+    return hash64_rows(_WEIGHT, torch.arange(words_BN.shape[1], device=words_BN.device)) * 2 + 1
+
+
+def _hash_words(words_BN: Tensor, weight_N: Tensor) -> Tensor:
+    """The sum of words times odd numbers, modulo 2**64. Each word is mixed first, so that the upper half of its bits reaches
+    the lower half: differences in the upper bits of two words would often cancel."""
     mixed_BN = words_BN * _MIXER
     mixed_BN ^= (mixed_BN >> 32) & 0xFFFFFFFF
     return (mixed_BN * weight_N).sum(1)
