@@ -12,7 +12,7 @@ from fastvlp.model import sizes
 from fastvlp.model.joint_space import HeadConfig
 from fastvlp.model.model import VLModel
 from fastvlp.objectives.clip import CLIPConfig
-from fastvlp.objectives.mismatched_pairs import embed_pair
+from fastvlp.objectives.pair_embedding import embed_pair
 from fastvlp.objectives.siglip import SigLIPConfig
 from tests.made import made_batch, made_config, made_tokenizer
 

@@ -13,8 +13,8 @@ from fastvlp.batch import Batch
 from fastvlp.data.tokenize import Tokenizer
 from fastvlp.model.model import ModelConfig, VLModel
 from fastvlp.objectives.contrastive import clamp_log_scale, clipped_scale, info_nce
-from fastvlp.objectives.mismatched_pairs import PairsConfig, embed_pair, pair_contents
 from fastvlp.objectives.objective import Loss, PairObjective
+from fastvlp.objectives.pair_embedding import PairsConfig, embed_pair, pair_contents
 
 
 @dataclass(frozen=True, kw_only=True)

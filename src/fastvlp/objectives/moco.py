@@ -23,8 +23,8 @@ from fastvlp.model.joint_space import unit
 from fastvlp.model.model import ModelConfig, VLModel
 from fastvlp.objectives.clip import CLIPConfig
 from fastvlp.objectives.contrastive import queue_nce
-from fastvlp.objectives.mismatched_pairs import PairsConfig, embed_pair, pair_contents
 from fastvlp.objectives.objective import Loss, PairObjective
+from fastvlp.objectives.pair_embedding import PairsConfig, embed_pair, pair_contents
 
 # Bounds of the temperature; a learned one is kept within them, as in ALBEF's released code.
 COLDEST, WARMEST = 0.001, 0.5

@@ -14,8 +14,8 @@ from fastvlp.config import Positive
 from fastvlp.data.tokenize import Tokenizer
 from fastvlp.model.model import ModelConfig, VLModel
 from fastvlp.objectives.contrastive import sigmoid_loss
-from fastvlp.objectives.mismatched_pairs import PairsConfig, embed_pair, pair_contents
 from fastvlp.objectives.objective import Loss, PairObjective
+from fastvlp.objectives.pair_embedding import PairsConfig, embed_pair, pair_contents
 
 
 @dataclass(frozen=True, kw_only=True)

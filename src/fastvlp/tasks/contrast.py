@@ -27,7 +27,7 @@ from fastvlp.model.model import ModelConfig
 from fastvlp.model.saved_run import read_saved_run
 from fastvlp.model.saving import Saved, load_model
 from fastvlp.objectives.clip import CLIPConfig
-from fastvlp.objectives.mismatched_pairs import PairsConfig
+from fastvlp.objectives.pair_embedding import PairsConfig
 from fastvlp.objectives.saved_objectives import saved_configs
 from fastvlp.tasks.contrast_scores import Held, recall_on
 from fastvlp.tasks.contrast_settings import ContrastSettings, Plan, plan
