@@ -7,7 +7,7 @@ from pathlib import Path
 
 from fastvlp.exporters.graphs import ImageGraph, TextGraph, run_graph, write_graph
 from fastvlp.exporters.interface import ExportSource, ExportTarget
-from fastvlp.exporters.processor import image_settings, read_texts, write_processor
+from fastvlp.exporters.processor import image_misfit, read_texts, write_processor
 from fastvlp.exporters.sample_inputs import sample_inputs, vector_difference
 from fastvlp.files import write_whole
 from fastvlp.search.embedder import usable_abilities
@@ -54,7 +54,7 @@ class OnnxExport(ExportTarget):
     tolerance = 1e-5
 
     def misfit(self, source: ExportSource) -> str | None:
-        return graph_misfit(source)
+        return joint_space_misfit(source) or image_misfit(source)
 
     def write(self, source: ExportSource, folder: Path) -> None:
         model, inputs = source.saved.model, sample_inputs(source)
@@ -93,16 +93,6 @@ class OnnxExport(ExportTarget):
             "text vectors": vector_difference(text, inputs.text_vectors),
             "vectors of one text": vector_difference(alone, inputs.text_vectors[:2]),
         }
-
-
-def graph_misfit(source: ExportSource) -> str | None:
-    """Says why the encoders of a run cannot be two graphs with their settings; None where they can."""
-    saved = source.saved
-    if (reason := joint_space_misfit(source)) is not None:
-        return reason
-    if image_settings(saved.model.config.image, source.config.data.fit) is None:
-        return f"images are made square by {source.config.data.fit}, which no preprocessor_config.json can say"
-    return None
 
 
 def joint_space_misfit(source: ExportSource) -> str | None:

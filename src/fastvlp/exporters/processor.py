@@ -121,6 +121,14 @@ def read_texts(
     return {name: torch.tensor(values) for name, values in columns.items()}
 
 
+def image_misfit(source: ExportSource) -> str | None:
+    """Says why the images of a run cannot be prepared by a processor of transformers; None where they can."""
+    fit = source.config.data.fit
+    if image_settings(source.saved.model.config.image, fit) is not None:
+        return None
+    return f"images are made square by {fit}, which no image processor of transformers does"
+
+
 def image_settings(image: ImageEncoderConfig, fit: Fit) -> dict[str, Any] | None:
     """Returns a preprocessor_config.json; None for a fit that transformers has no processor for."""
     size = image.size

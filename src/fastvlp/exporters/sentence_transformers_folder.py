@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fastvlp.errors import UserError, install
 from fastvlp.exporters.encoder_folders import PublicEncoder, image_encoder, text_encoder
 from fastvlp.exporters.interface import ExportSource, ExportTarget
-from fastvlp.exporters.processor import image_settings, write_processor
+from fastvlp.exporters.processor import image_misfit, write_processor
 from fastvlp.exporters.public_pair import find_layout, last_norm_state, part, with_last_norm
 from fastvlp.exporters.sample_inputs import sample_inputs, vector_difference
 from fastvlp.exporters.transformers_folder import TransformersExport
@@ -39,8 +39,8 @@ class SentenceTransformersExport(ExportTarget):
             return "it has no joint space of images and texts (model.embed)"
         if find_layout(config) is not None:
             return TransformersExport().misfit(source)
-        if image_settings(config.image, source.config.data.fit) is None:
-            return f"images are made square by {source.config.data.fit}, which no image processor of transformers does"
+        if (reason := image_misfit(source)) is not None:
+            return reason
         if _parts(source) is None:
             return (
                 "an encoder is none of transformers, or a head of the joint space is more than a pooling and linear maps; "

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from fastvlp.exporters.interface import ExportSource, ExportTarget
-from fastvlp.exporters.processor import image_settings, write_json, write_processor
+from fastvlp.exporters.processor import image_misfit, write_json, write_processor
 from fastvlp.exporters.public_pair import find_layout, public_pair
 from fastvlp.exporters.sample_inputs import sample_inputs, vector_difference
 from fastvlp.files import write_whole
@@ -66,8 +66,8 @@ class TransformersExport(ExportTarget):
                 "its encoders or its joint space are none of CLIP, SigLIP or Chinese CLIP in transformers; sizes such as "
                 "clip_small fit, and `to` onnx takes every model with a joint space"
             )
-        if image_settings(config.image, source.config.data.fit) is None:
-            return f"images are made square by {source.config.data.fit}, which no image processor of transformers does"
+        if (reason := image_misfit(source)) is not None:
+            return reason
         if layout.model_type == "clip" and source.saved.tokenizer.eos == 2:
             return (
                 "its </s> has the id 2, at which CLIPModel summarises a text at its largest token instead of at </s>; train "
