@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
 from torch import Tensor
 
 from fastvlp.convert.encoder_family import EncoderFamily, ImageFamily, TextFamily
@@ -15,6 +14,7 @@ from fastvlp.exporters.processor import write_json
 from fastvlp.extensions import variants
 from fastvlp.model.encoders.interface import ImageEncoder, TextEncoder
 from fastvlp.model.encoders.transformers_models import quiet_transformers
+from fastvlp.tensor_files import write_safetensors
 
 FAMILIES = "fastvlp.convert"
 
@@ -43,9 +43,8 @@ class PublicEncoder:
                 self.module.save_pretrained(folder)
             return
         write_json(folder / "config.json", self.settings)
-        save_file(
-            {name: x.contiguous() for name, x in self.tensors.items()}, folder / "model.safetensors", {"format": "pt"}
-        )
+        tensors = {name: x.contiguous() for name, x in self.tensors.items()}
+        write_safetensors(folder / "model.safetensors", tensors, {"format": "pt"})
 
 
 def public_encoder(

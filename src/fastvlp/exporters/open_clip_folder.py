@@ -8,7 +8,6 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from fastvlp.convert.checkpoints import convert
@@ -21,6 +20,7 @@ from fastvlp.exporters.sample_inputs import sample_inputs, vector_difference
 from fastvlp.files import write_whole
 from fastvlp.model.model import ModelConfig
 from fastvlp.model.saving import Saved, load_model
+from fastvlp.tensor_files import write_safetensors
 
 ACTIVATIONS: Mapping[str, dict[str, Any]] = {"gelu": {}, "gelu_tanh": {"act_kwargs": {"approximate": "tanh"}}}
 CARD = """---
@@ -72,7 +72,7 @@ class OpenCLIPExport(ExportTarget):
         config = saved.model.config
         length = longest_text(config, source.max_length)
         write_json(folder / "open_clip_config.json", _settings(saved, data.fit, length))
-        save_file(_tensors(saved, length), folder / "open_clip_model.safetensors", metadata={"format": "pt"})
+        write_safetensors(folder / "open_clip_model.safetensors", _tensors(saved, length), {"format": "pt"})
         write_tokenizer(folder, saved.tokenizer, config, length)
         card = CARD.format(license=source.license, name=source.card["name"], place=source.place)
         write_whole(folder / "README.md", card.encode())

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
 from fastvlp.exporters.interface import ExportSource, ExportTarget
 from fastvlp.exporters.processor import image_misfit, write_json, write_processor
@@ -14,6 +13,7 @@ from fastvlp.exporters.public_pair import find_layout, public_pair
 from fastvlp.exporters.sample_inputs import sample_inputs, vector_difference
 from fastvlp.files import write_whole
 from fastvlp.model.encoders.transformers_models import quiet_transformers, transformers
+from fastvlp.tensor_files import write_safetensors
 
 CARD = """---
 library_name: transformers
@@ -79,7 +79,7 @@ class TransformersExport(ExportTarget):
         pair = public_pair(source.saved)
         assert pair is not None
         write_json(folder / "config.json", {**pair.config, "dtype": "float32"})
-        save_file(dict(pair.tensors), folder / "model.safetensors", metadata={"format": "pt"})
+        write_safetensors(folder / "model.safetensors", pair.tensors, {"format": "pt"})
         write_processor(source, folder)
         padding = '"max_length"' if pair.layout.model_type == "siglip" else "True"
         card = CARD.format(license=source.license, name=source.card["name"], place=source.place, padding=padding)
