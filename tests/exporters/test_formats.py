@@ -37,6 +37,16 @@ def test_open_clip_reads_texts_to_their_end(run: Path, tmp_path: Path):
     assert back.objectives["clip.log_scale"] == 1.5
 
 
+def test_a_flipped_bit_of_an_export_is_found_on_its_way_back(run: Path, tmp_path: Path, capsys):
+    export(run, tmp_path / "out", to="open_clip")
+    weights = tmp_path / "out" / "open_clip_model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-100] ^= 1
+    weights.write_bytes(data)
+    assert main(["convert", str(tmp_path / "out"), str(tmp_path / "back")]) == 2
+    assert "checksum" in capsys.readouterr().err and not (tmp_path / "back").exists()
+
+
 @pytest.mark.slow
 def test_immich_gives_padded_ids_alone(run: Path, tmp_path: Path):
     pytest.importorskip("onnxscript")

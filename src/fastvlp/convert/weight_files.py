@@ -10,12 +10,11 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
 from torch import Tensor
 
 from fastvlp.convert.archives import is_torchscript, read_archive
 from fastvlp.errors import UserError
-from fastvlp.tensor_files import check_torch_file
+from fastvlp.tensor_files import check_torch_file, read_safetensors
 
 # How a file begins that stands for a large one in a repository.
 POINTER = b"version https://git-lfs"
@@ -48,7 +47,7 @@ def read_contents(path: Path) -> Contents:
     check_file(path)
     try:
         if path.suffix == ".safetensors":
-            return Contents(load_file(path), {})
+            return Contents(read_safetensors(path).tensors, {})
         whole = _load(path)
     except Exception as error:  # a damaged pickle fails in any way
         reason = str(error).partition("\n")[0] or type(error).__name__
