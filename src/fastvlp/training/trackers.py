@@ -10,7 +10,6 @@ import json
 import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import ModuleType
 from typing import Any, Literal, Protocol
 
 from fastvlp.errors import UserError, install
@@ -51,10 +50,10 @@ def open_tracker(name: TrackerName, folder: Path, *, run: str, step: int, config
     except ImportError as error:
         remedy = install("tensorboard") if name == "tensorboard" else f"pip install {name}"
         raise UserError(f"`report_to` {name}: it is not installed: {remedy}, or leave it out") from error
-    except (OSError, RuntimeError, ValueError) as error:
-        raise UserError(f"`report_to` {name}: does not start ({error}); log in, or leave it out") from error
-    except Exception as error:  # each tracker has errors of its own, which are not imported here
-        if type(error).__module__.partition(".")[0] != name:
+    except Exception as error:
+        # Each tracker has errors of its own, which are not imported here.
+        own = type(error).__module__.partition(".")[0] == name
+        if not own and not isinstance(error, OSError | RuntimeError | ValueError):
             raise
         raise UserError(f"`report_to` {name}: does not start ({error}); log in, or leave it out") from error
 
@@ -79,7 +78,7 @@ class WandB:
     """A run of Weights & Biases; WANDB_MODE=offline writes it to the run's folder."""
 
     def __init__(self, folder: Path, run: str, step: int, config: Mapping[str, Any]):
-        wandb = _module("wandb")
+        wandb = importlib.import_module("wandb")
         own = _run_id(folder, "wandb", step) or _keep_id(folder, "wandb", uuid.uuid4().hex[:12])
         self.run = wandb.init(project=PROJECT, name=run, id=own, resume="allow", dir=str(folder), config=dict(config))
 
@@ -94,7 +93,7 @@ class MLflow:
     """A run of MLflow, at MLFLOW_TRACKING_URI."""
 
     def __init__(self, folder: Path, run: str, step: int, config: Mapping[str, Any]):
-        self.mlflow = _module("mlflow")
+        self.mlflow = importlib.import_module("mlflow")
         self.mlflow.set_experiment(PROJECT)
         known = _run_id(folder, "mlflow", step)
         self.run_id = self.mlflow.start_run(run_id=known, run_name=None if known else run).info.run_id
@@ -114,7 +113,7 @@ class Trackio:
     """A run of Trackio, on this machine or a Space of the Hugging Face hub."""
 
     def __init__(self, folder: Path, run: str, step: int, config: Mapping[str, Any]):
-        trackio = _module("trackio")
+        trackio = importlib.import_module("trackio")
         # It knows runs by name.
         own = _run_id(folder, "trackio", step) or _keep_id(folder, "trackio", f"{run}-{uuid.uuid4().hex[:6]}")
         self.run = trackio.init(project=PROJECT, name=own, resume="allow", config=dict(config))
@@ -133,10 +132,6 @@ TRACKERS: Mapping[str, Callable[..., Tracker]] = {
     "mlflow": MLflow,
     "trackio": Trackio,
 }
-
-
-def _module(name: str) -> ModuleType:
-    return importlib.import_module(name)
 
 
 def _ids(folder: Path) -> dict[str, str]:
