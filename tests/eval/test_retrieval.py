@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from fastvlp.eval.ranks import ranks, recall, reranked, retrieval_scores, score_shortlists, shortlist, transposed
+from fastvlp.eval.ranks import ranks, recall, reranked, retrieval, score_shortlists, shortlist, transposed
 
 
 def of_matrix(score):
@@ -48,7 +48,7 @@ def test_unit_vectors_give_the_scores_of_their_products():
     image_of_text = torch.arange(50) % 20
     expected = recall(*(torch.tensor(r) for r in by_sorting(image @ text.T, image_of_text)))
     for block in (8, 4096):
-        found = retrieval_scores(image, text, image_of_text, block=block)
+        found = retrieval(image, text, image_of_text, block=block).scores
         assert found == pytest.approx(expected)
     assert found["recall"] == pytest.approx(
         sum(found[f"{d}/r{k}"] for d in ("image_to_text", "text_to_image") for k in (1, 5, 10)) / 6
@@ -76,7 +76,7 @@ def test_equal_captions_tie_wherever_they_stand():
     image = torch.nn.functional.normalize(torch.randn(64, 33, generator=generator))
     text = image.clone()
     text[1::2] = text[::2]
-    found = {block: retrieval_scores(image, text, torch.arange(64), block=block) for block in (5, 17, 64)}
+    found = {block: retrieval(image, text, torch.arange(64), block=block).scores for block in (5, 17, 64)}
     assert found[5] == found[17] == found[64]
     assert found[5]["text_to_image/r1"] == 0.5
     # Of the even images the twin's caption ties with their own; odd ones find another image's caption before their own.

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -121,11 +122,21 @@ def recall_errors(image_rank_I: Tensor, text_rank_T: Tensor, image_of_text_T: Te
     return {name: float((part.square().sum() * images / (images - 1)).sqrt()) for name, part in parts.items()}
 
 
-def retrieval_scores(
+class Retrieval(NamedTuple):
+    """`recall`, its standard errors, and what it is on average if the order is random; by metric."""
+
+    scores: dict[str, float]
+    errors: dict[str, float]
+    chance: dict[str, float]
+
+
+def retrieval(
     image_IE: Tensor, text_TE: Tensor, image_of_text_T: Tensor, *, block: int = BLOCK, tie: float = ROUNDING
-) -> dict[str, float]:
-    """`recall` of unit vectors by their cosines; exact, in O(block**2) memory besides the vectors."""
-    return recall(*ranks(cosine(image_IE, text_TE), image_of_text_T, len(image_IE), block=block, tie=tie))
+) -> Retrieval:
+    """Retrieval by the cosines of unit vectors; exact, in O(block**2) memory besides the vectors."""
+    found = ranks(cosine(image_IE, text_TE), image_of_text_T, len(image_IE), block=block, tie=tie)
+    captions_I = image_of_text_T.bincount(minlength=len(image_IE)).tolist()
+    return Retrieval(recall(*found), recall_errors(*found, image_of_text_T), recall_chance(captions_I))
 
 
 def shortlist(scores: Scores, queries: int, candidates: int, n: int, *, block: int = BLOCK) -> Tensor:

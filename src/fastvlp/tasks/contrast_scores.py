@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from fastvlp.data.records.shards import Shards
 from fastvlp.eval.embedding import embed_split
 from fastvlp.eval.encoding import MaskedEncoding, open_towers
-from fastvlp.eval.ranks import ROUNDING, cosine, ranks, recall, recall_chance, recall_errors
+from fastvlp.eval.ranks import retrieval
 from fastvlp.eval.split_reading import read_captions
 
 
@@ -26,12 +26,10 @@ def recall_on(model: str | Path, held: Held, encoding: MaskedEncoding) -> dict[s
     evaluation leaves none out."""
     loaded = open_towers(model, encoding).loaded
     shards = Shards(held.place)
-    captions_of = read_captions(shards, held.captions)
-    image_IE, text_TE, own_T = embed_split(loaded, shards, captions_of)
-    found = ranks(cosine(image_IE, text_TE), own_T, len(shards), tie=ROUNDING)
-    error = recall_errors(*found, own_T).get("recall", 0.0)
-    chance = recall_chance([len(its) for its in captions_of])["recall"]
-    return recall(*found) | {"error": error, "chance": chance, "images": len(shards), "texts": len(text_TE)}
+    embeddings = embed_split(loaded, shards, read_captions(shards, held.captions))
+    scores, errors, chance = retrieval(*embeddings)
+    counts = {"images": len(shards), "texts": len(embeddings.text_TE)}
+    return scores | {"error": errors.get("recall", 0.0), "chance": chance["recall"]} | counts
 
 
 def change_line(name: str, before: Mapping[str, Any], after: Mapping[str, Any]) -> str:

@@ -7,7 +7,7 @@ from fastvlp.comparison.scored_data import caption_field, region_source, split_f
 from fastvlp.data.records.shards import Shards
 from fastvlp.eval.embedding import embed_split
 from fastvlp.eval.encoding import LoadedModel
-from fastvlp.eval.ranks import ROUNDING, cosine, ranks, recall, recall_chance, recall_errors
+from fastvlp.eval.ranks import retrieval
 from fastvlp.eval.split_reading import read_captions
 from fastvlp.training.state import TrainState
 
@@ -42,11 +42,7 @@ class TowerRecall(Metric):
             regions=region_source(data),
             precision=state.precision,
         )
-        captions_of = read_captions(shards, caption_field(data))
-        image_IE, text_TE, image_of_text_T = embed_split(loaded, shards, captions_of)
-        found = ranks(cosine(image_IE, text_TE), image_of_text_T, len(shards), tie=ROUNDING)
-        scores, errors = recall(*found), recall_errors(*found, image_of_text_T)
-        chance = recall_chance([len(its) for its in captions_of])
-        self.errors = {score.name: errors[score.name] for score in self.scores if score.name in errors}
-        self.chance = {score.name: chance[score.name] for score in self.scores}
-        return {score.name: scores[score.name] for score in self.scores}
+        found = retrieval(*embed_split(loaded, shards, read_captions(shards, caption_field(data))))
+        self.errors = {score.name: found.errors[score.name] for score in self.scores if score.name in found.errors}
+        self.chance = {score.name: found.chance[score.name] for score in self.scores}
+        return {score.name: found.scores[score.name] for score in self.scores}
