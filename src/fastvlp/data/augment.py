@@ -1,5 +1,5 @@
-"""Augmentation of whole batches on the device: random crops, flips, colour jitter, grayscale and blur, as in FLIP (arXiv
-2212.00794), BriVL (2103.06561), SimCLR (2002.05709) and MoCo v2 (2003.04297).
+"""Augmentation of whole batches on the device: RandAugment as in FLM's fine-tuning (arXiv 2303.14038), random crops, flips,
+colour jitter, grayscale and blur, as in FLIP (2212.00794), BriVL (2103.06561), SimCLR (2002.05709) and MoCo v2 (2003.04297).
 
 Every draw is a hash of the row's seed, every step one call for all rows. Cropping and blurring are linear along each axis, so
 each is two matrix products a row.
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fastvlp.batch import has_area
+from fastvlp.data.rand_augment import MOST, rand_augment
 from fastvlp.errors import UserError
 from fastvlp.random import uniform
 
@@ -27,6 +28,11 @@ ASPECT = 4 / 3
 class AugmentConfig:
     """Random changes of training's images, in the order of these options. By default nothing changes."""
 
+    operations: int = 0
+    """RandAugment (arXiv 1909.13719): operations that are drawn for each image, such as turning, shearing or equalizing (FLM's
+    fine-tuning: 2). Not for images with boxes."""
+    magnitude: float = 9.0
+    """How far these operations go, from 0 to 30 (FLM's fine-tuning: 9)."""
     crop: tuple[float, float] | None = None
     """Least and greatest area of a random part that is scaled up to the whole image, its sides 3:4 to 4:3 (FLIP: 0.5, 1; MoCo
     v2: 0.2, 1)."""
@@ -48,6 +54,11 @@ class AugmentConfig:
         for name in ("flip", "jitter", "gray", "blur"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"`augment.{name}` is a share of the rows, 0 to 1, not {getattr(self, name)}")
+        if self.operations < 0 or not 0 <= self.magnitude <= MOST:
+            raise UserError(
+                f"`augment.operations` is at least 0, not {self.operations}; `augment.magnitude` is from 0 to {MOST}, not "
+                f"{self.magnitude}"
+            )
         if self.crop is not None and not 0 < self.crop[0] <= self.crop[1] <= 1:
             raise UserError(f"`augment.crop` is the least and the greatest area, above 0 and up to 1, not {self.crop}")
         if not all(0 <= s <= most for s, most in zip(self.strength, (1, 1, 1, 0.5))):
@@ -69,10 +80,14 @@ def augment(
             whose crop would leave it no box is not cropped.
         view: each number is another draw, for objectives that compare two views of an image (SimCLR).
     """
+    if config.operations and box_BR4 is not None:
+        raise UserError("`augment.operations` moves images without their boxes: set it to 0 for data with boxes")
     x = image_BCHW.float() / 255 if image_BCHW.dtype == torch.uint8 else image_BCHW.float()
     chance = chances(seed_B, view)[..., None, None, None].unbind(1)
     # Half types hold 8 or 11 bits of a position: too few for the weights of a crop.
     with torch.no_grad(), torch.autocast(image_BCHW.device.type, enabled=False):
+        if config.operations:
+            x = rand_augment((x * 255).round(), seed_B, config.operations, config.magnitude, view) / 255
         if config.crop is not None:
             part_B4 = draw_crops(seed_B, config.crop, view)
             if box_BR4 is not None:
