@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -82,12 +83,36 @@ def process_group() -> Iterator[None]:
         return
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank())
-    # Both, so that a run on the CPU of a machine with GPUs can gather too.
-    torch_dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     try:
+        # Both, so that a run on the CPU of a machine with GPUs can gather too.
+        torch_dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
         yield
+    except RuntimeError as error:
+        raise explained(error) from error.__cause__
     finally:
-        torch_dist.destroy_process_group()
+        if active():
+            torch_dist.destroy_process_group()
+
+
+# What gloo and NCCL say of a rank that no longer answers.
+_LOST_RANK = re.compile(
+    r"connection (closed by peer|reset by peer|refused)|broken pipe|remote process exited|socket closed|timed out",
+    re.IGNORECASE,
+)
+
+
+def explained(error: Exception) -> Exception:
+    """A UserError in place of an error in the communication with a rank that has ended; any other error as it is."""
+    lost = _LOST_RANK.search(str(error)) if isinstance(error, RuntimeError) and torch_dist.is_available() else None
+    if lost is None or not (
+        isinstance(error, torch_dist.DistError) or re.search("gloo|nccl", str(error), re.IGNORECASE)
+    ):
+        return error
+    explained = UserError(
+        f"another rank has ended or cannot be reached ({lost[0].lower()}); what it printed, or the system's log, says why"
+    )
+    explained.__cause__ = error
+    return explained
 
 
 def all_reduce_sum(x: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import os
 import shutil
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from fastvlp.errors import UserError, remedy
@@ -57,7 +57,9 @@ def whole_file(path: Path, temporary: str) -> Iterator[Path]:
         advice = remedy(error, "free space or choose another folder")
         raise UserError(f"{path}: cannot write ({error.strerror}); {advice}") from error
     finally:
-        part.unlink(missing_ok=True)
+        # Where the folder cannot be written, nothing can be removed from it either.
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
 
 
 def write_whole(path: Path, data: bytes) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from fastvlp.errors import UserError, remedy
@@ -30,11 +31,8 @@ class WriterLock:
         """Raises the refusal where another process holds it, and UserError where the folder is not writable."""
         if self._file is not None or fcntl is None:
             return
-        try:
+        with self._writable():
             file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
-        except OSError as error:
-            advice = remedy(error, "choose another folder")
-            raise UserError(f"{self.path.parent}: cannot write ({error.strerror}); {advice}") from error
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -46,8 +44,18 @@ class WriterLock:
             # Its last holder removed the file between our opening and locking it.
             self.close()
             self.take()
-        os.ftruncate(self._file, 0)
-        os.pwrite(self._file, f"{os.getpid()}\n".encode(), 0)
+        with self._writable():
+            os.ftruncate(self._file, 0)
+            os.pwrite(self._file, f"{os.getpid()}\n".encode(), 0)
+
+    @contextmanager
+    def _writable(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            self.close(remove=True)
+            advice = remedy(error, "choose another folder")
+            raise UserError(f"{self.path.parent}: cannot write ({error.strerror}); {advice}") from error
 
     def is_in_place(self) -> bool:
         """Whether the folder is still the one that was locked: it was neither removed nor renamed."""
@@ -62,6 +70,8 @@ class WriterLock:
         """Lets another process write. `remove`: the file goes too; only where nobody waits for the lock."""
         if self._file is not None:
             if remove and self.is_in_place():
-                self.path.unlink(missing_ok=True)
+                # Where the folder cannot be written any more, the file stays; it locks nothing once it is closed.
+                with suppress(OSError):
+                    self.path.unlink(missing_ok=True)
             os.close(self._file)
             self._file = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 from dataclasses import replace
 from pathlib import Path
@@ -14,9 +15,11 @@ import torch
 from fastvlp import dist
 from fastvlp.data.records.shards import ShardWriter
 from fastvlp.data.state_store import StatesConfig
+from fastvlp.errors import UserError
 from fastvlp.model.lora import LoRAConfig
 from fastvlp.model.saving import load_model
 from fastvlp.objectives.moco import MoCoConfig
+from fastvlp.training import loop
 from fastvlp.training.checkpoint import load_checkpoint
 from fastvlp.training.loop import train
 from fastvlp.training.train_config import TrainConfig
@@ -89,6 +92,49 @@ def folder(tmp_path_factory) -> Path:
     runs.append(made_run(folder / "bad", folder / "two" / "bad", "mlm", batch_size=6, steps=1, threads=1))
     torch.multiprocessing.spawn(as_rank, (free_port(), runs, str(folder)), nprocs=2)
     return folder
+
+
+def until_it_is_killed(rank: int, port: int, run: TrainConfig) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    straight = loop.steps
+
+    def steps(state):
+        for report in straight(state):
+            yield report
+            if rank == 1 and report.step == 3:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    loop.steps = steps
+    try:
+        train(run)
+    except UserError as error:
+        (run.folder / "said.txt").write_text(str(error))
+
+
+def test_a_rank_that_is_killed_is_the_cause_that_the_other_gives(tmp_path):
+    run = made_run(made_pairs(tmp_path / "pairs"), tmp_path / "run", "clip", threads=1, checkpoint_every=2)
+    ranks = torch.multiprocessing.spawn(until_it_is_killed, (free_port(), run), nprocs=2, join=False).processes
+    for rank in ranks:
+        rank.join(60)
+    assert [rank.exitcode for rank in ranks] == [0, -signal.SIGKILL]
+    step = load_checkpoint(run.folder / "last.pt")["step"]
+    said = (run.folder / "said.txt").read_text()
+    assert step in (2, 3) and said.startswith("another rank has ended") and f"state of step {step} is saved" in said
+
+
+@pytest.mark.parametrize(
+    ("error", "lost"),
+    [
+        (RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:1"), True),
+        (torch.distributed.DistBackendError("NCCL error: remote process exited or there was a network error"), True),
+        (torch.distributed.DistBackendError("NCCL error: unhandled cuda error"), False),
+        (RuntimeError("connection refused by a tracker"), False),
+        (ValueError("gloo: connection reset by peer"), False),
+    ],
+)
+def test_only_a_lost_connection_between_ranks_is_explained(error, lost):
+    assert (dist.explained(error) is not error) == lost
 
 
 @pytest.mark.parametrize("names", [*COMBINATIONS, ("equal",), ("equal-queue",), ("stored",), ("lora",)], ids="-".join)

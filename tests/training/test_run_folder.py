@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from fastvlp.errors import UserError
 from fastvlp.training import loop
+from fastvlp.training.checkpoint import load_checkpoint
 from fastvlp.training.loop import train
 from fastvlp.training.run_folder import locked
 from tests.training.runs import made_pairs, made_run
@@ -70,6 +73,43 @@ def test_a_run_that_cannot_begin_leaves_no_folder(tmp_path):
     with pytest.raises(ValueError, match="here"), locked(tmp_path / "a/run"):
         raise ValueError("here")
     assert not (tmp_path / "a/run").exists()
+
+
+def test_a_folder_that_becomes_read_only_ends_the_run_with_that_cause(pairs, tmp_path, monkeypatch):
+    run = made_run(pairs, tmp_path / "run", "clip", steps=4, checkpoint_every=2, log_every=100)
+    straight = loop.steps
+
+    def refuse(self, *_, **__):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(self))
+
+    def steps(state):
+        for report in straight(state):
+            if report.step == 3:
+                monkeypatch.setattr(Path, "open", refuse)
+                monkeypatch.setattr(Path, "unlink", refuse)
+            yield report
+
+    monkeypatch.setattr(loop, "steps", steps)
+    with pytest.raises(UserError, match=r"last\.pt.*read-only here.*state of step 2 is saved"):
+        train(run)
+    monkeypatch.undo()
+    assert load_checkpoint(run.folder / "last.pt")["step"] == 2
+    # The lock file stays, and locks nothing.
+    train(run, resume=True)
+    assert not (run.folder / "writer.lock").exists()
+
+
+def test_a_disk_without_room_for_the_lock_is_named(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "pwrite", full)
+    with (
+        pytest.raises(UserError, match=r"a: cannot write \(No space left on device\); free space"),
+        locked(tmp_path / "a"),
+    ):
+        pass
+    assert not [*(tmp_path / "a").iterdir()]
 
 
 @pytest.mark.parametrize("how", ["removed", "replaced"])

@@ -50,8 +50,10 @@ def save_checkpoint(path: str | Path, state: dict[str, Any]) -> None:
         try:
             torch.save(state, file)
         except RuntimeError as error:
-            # The zip writer turns a failed write of the last bytes into a RuntimeError.
-            raise OSError(None, str(error).splitlines()[0]) from error
+            # The zip writer goes on after a failed write, and then raises a RuntimeError about its position.
+            cause = error.__context__
+            said = (cause.errno, cause.strerror) if isinstance(cause, OSError) else (None, str(error).splitlines()[0])
+            raise OSError(*said) from error
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:

@@ -311,14 +311,15 @@ def saved_on_failure(state: TrainState) -> Iterator[None]:
     """Context in which an error is raised only after the state is saved, if the weights are sound."""
     try:
         yield
-    except Exception as error:
+    except Exception as caught:
+        error = dist.explained(caught)
         sound = state.between_steps and state.bad_steps < state.run.max_bad_steps
         if sound and state.saved < state.step:
             # Another rank may have failed or ended: nobody waits for it. What is saved already stays, whatever happens here.
             with suppress(Exception):
                 save(state, wait=False)
         if state.saved == 0 or not dist.is_main() or not (state.run.folder / CHECKPOINT).exists():
-            raise
+            raise error from error.__cause__
         kept = f"the state of step {state.saved} is saved, and the run can be continued with `resume`"
         if isinstance(error, UserError):
             raise UserError(f"{error}; {kept}") from error
