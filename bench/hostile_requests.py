@@ -5,7 +5,8 @@
 Starts `vlp serve` with a model of random weights and an index of a few pictures in a process of its own. 50 targeted requests,
 each of which once froze or filled a service or is like one that did, come one after the other; then malformed ones from several
 clients. All the time /health is asked. A request is survived where its answer is no 5xx but a deliberate 503, the service
-prints no traceback, /health answers within a second, and its memory is back at the end.
+prints no traceback and /health answers within a second. Of many requests the last quarter may not take more memory than the
+second.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import median
 from typing import Any
 from urllib.parse import quote
 
@@ -36,6 +38,8 @@ from random_service import export_random_model, random_texts
 from records import RESULTS, append, stamp
 
 OUT = RESULTS / "hostile_requests.jsonl"
+# Of fewer requests the memory says nothing about those that follow.
+ENOUGH = 1000
 PATHS = ("/v1/embeddings", "/v1/score", "/v1/search", "/v1/items", "/v1/caption", "/v1/answer")
 
 
@@ -53,11 +57,14 @@ class Options:
 
 @dataclass
 class Watched:
-    """What was seen of a service: the slowest answer of /health in seconds, its memory in MB, and what it printed."""
+    """What was seen of a service: the slowest answer of /health in seconds, its memory in MB, and what it printed.
+
+    `late_s`: by how much the asking of /health was late at most, since this process had to wait for a core."""
 
     address: tuple[str, int]
     process: subprocess.Popen[str]
     slowest_s: float = 0.0
+    late_s: float = 0.0
     failed: list[str] = field(default_factory=list)
     printed: list[str] = field(default_factory=list)
 
@@ -276,10 +283,12 @@ def watched_service(folder: Path) -> Iterator[Watched]:
 
 def ask_for_health(watched: Watched, done: threading.Event) -> None:
     request = b"GET /health HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n"
+    ended = time.perf_counter()
     while not done.wait(0.05):
         began = time.perf_counter()
         status = answer_to(watched.address, request)
-        watched.slowest_s = max(watched.slowest_s, time.perf_counter() - began)
+        watched.late_s, ended = max(watched.late_s, began - ended - 0.05), time.perf_counter()
+        watched.slowest_s = max(watched.slowest_s, ended - began)
         if status != "200":
             watched.failed.append(status)
 
@@ -291,27 +300,33 @@ def good(status: str) -> bool:
 
 def survived(watched: Watched, requests: Sequence[tuple[str, bytes]], clients: int) -> dict[str, Any]:
     """Sends requests, and returns a row of the table: what was tried, survived and lost."""
-    before, watched.slowest_s = watched.memory_mb(), 0.0
-    printed, failed, peak = len(watched.printed), len(watched.failed), before
+    memory, watched.slowest_s, watched.late_s = [watched.memory_mb()], 0.0, 0.0
+    printed, failed = len(watched.printed), len(watched.failed)
     statuses: Counter[str] = Counter()
     lost: list[str] = []
     with ThreadPoolExecutor(clients) as senders:
         for (name, _), status in zip(requests, senders.map(lambda one: answer_to(watched.address, one[1]), requests)):
             statuses[status] += 1
-            peak = max(peak, watched.memory_mb())
+            memory.append(watched.memory_mb())
             if not good(status):
                 lost.append(f"{name}: {status}")
     lost += [line.strip() for line in watched.printed[printed:] if "Traceback" in line]
     lost += [f"/health: {status}" for status in watched.failed[failed:]]
     if watched.slowest_s > 1:
         lost.append(f"/health: after {watched.slowest_s:.1f} s")
+    quarter = len(requests) // 4
+    earlier, later = median(memory[quarter : 2 * quarter + 1]), median(memory[-quarter - 1 :])
+    if len(requests) >= ENOUGH and later > 1.1 * earlier:
+        lost.append(f"memory: {earlier:.0f} MB in the second quarter, {later:.0f} MB in the last")
     return {
         "tried": len(requests),
         "survived": len(requests) - len(lost),
         "lost": lost,
         "statuses": dict(statuses),
         "slowest_health_s": round(watched.slowest_s, 3),
-        "memory_mb": [round(before), round(peak), round(watched.memory_mb())],
+        "late_s": round(watched.late_s, 3),
+        "memory_mb": [round(memory[0]), round(max(memory)), round(watched.memory_mb())],
+        "memory_of_quarters_mb": [round(earlier), round(later)],
     }
 
 
@@ -340,10 +355,13 @@ def main(options: Options) -> None:
         for line in row["lost"][:20]:
             print(f"  {line}")
         print(f"  answers: {row['statuses']}")
-    note = {"note": options.note} if options.note else {}
-    append(
-        OUT, [{"requests": name, **row, **stamp("cpu", "hostile_requests.py"), **note} for name, row in rows.items()]
-    )
+    record(rows, "hostile_requests.py", options.note)
+
+
+def record(rows: dict[str, dict[str, Any]], script: str, note: str) -> None:
+    """Appends the rows to the file of results. `script`: whose command line made them."""
+    more = stamp("cpu", script) | ({"note": note} if note else {})
+    append(OUT, [{"requests": name, **row, **more} for name, row in rows.items()])
 
 
 if __name__ == "__main__":

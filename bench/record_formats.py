@@ -12,7 +12,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
 from PIL import Image
+from pyarrow import parquet
 
 # Images of a source.
 COUNT = 6
@@ -25,16 +28,18 @@ def picture(i: int) -> bytes:
 
 
 class Made:
-    """A source in a folder: its files as JSON that can be damaged, written by `write`.
+    """A source in a folder: its files as JSON or bytes that can be damaged, written by `write`.
 
     Attributes:
         path: what is imported.
+        options: of the import.
         rows: lists of rows, one of which is damaged; each with the function that writes the file anew.
     """
 
     def __init__(self, folder: Path):
         self.folder = self.path = folder
         folder.mkdir()
+        self.options: dict[str, Any] = {}
         self.rows: list[tuple[list[Any], Callable[[], None]]] = []
 
     def put(self, name: str, data: bytes) -> Path:
@@ -59,9 +64,31 @@ class Made:
         self.rows.append((rows, write))
         write()
 
-    def pictures(self, pattern: str) -> None:
-        for i in range(COUNT):
-            self.put(pattern.format(i), picture(i))
+    def pictures(self, pattern: str, copies: int = 1) -> None:
+        """`copies` files of each image, numbered in the pattern's second place."""
+        for k in range(copies):
+            self.add_files([pattern.format(i, k) for i in range(COUNT)], [picture(i) for i in range(COUNT)])
+
+    def add_files(self, names: list[str], rows: list[Any]) -> None:
+        """A file for each row, of bytes or of JSON; None is a file that is missing."""
+
+        def write() -> None:
+            for name, row in zip(names, rows):
+                path = self.put(name, bytes_of(row))
+                if row is None:
+                    path.unlink()
+
+        self.rows.append((rows, write))
+        write()
+
+
+def text_of(value: Any) -> str:
+    """A value as a table or a text file has it."""
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def bytes_of(value: Any) -> bytes:
+    return value if isinstance(value, bytes) else text_of(value).encode("utf-8", "surrogatepass")
 
 
 def karpathy(made: Made) -> None:
@@ -97,8 +124,7 @@ def vqa(made: Made) -> None:
     ]
     made.add_json("v2_OpenEnded_mscoco_train2014_questions.json", {"questions": questions}, "questions")
     made.add_json("v2_mscoco_train2014_annotations.json", {"annotations": answers}, "annotations")
-    for i in range(COUNT):
-        made.put(f"train2014/COCO_train2014_{i:012d}.jpg", picture(i))
+    made.pictures("train2014/COCO_train2014_{:012d}.jpg")
 
 
 def vcr(made: Made) -> None:
@@ -111,17 +137,15 @@ def vcr(made: Made) -> None:
         for i in range(COUNT)
     ]  # fmt: skip
     made.add_lines("train.jsonl", rows)
-    for i in range(COUNT):
-        made.put(f"vcr1images/m/{i}.jpg", picture(i))
-        made.put(f"vcr1images/m/{i}.json", json.dumps({"boxes": [[0, 0, 4, 4, 0.9]]}).encode())
+    made.pictures("vcr1images/m/{}.jpg")
+    boxes = [{"boxes": [[0, 0, 4, 4, 0.9]]} for _ in range(COUNT)]
+    made.add_files([f"vcr1images/m/{i}.json" for i in range(COUNT)], boxes)
 
 
 def nlvr2(made: Made) -> None:
     rows = [{"identifier": f"test1-{i}-0-0", "sentence": f"there are {i}", "label": "True"} for i in range(COUNT)]
     made.add_lines("data/test1.json", rows)
-    for i in range(COUNT):
-        for k in (0, 1):
-            made.put(f"data/test1/test1-{i}-0-img{k}.png", picture(i))
+    made.pictures("data/test1/test1-{}-0-img{}.png", copies=2)
 
 
 def nlvr(made: Made) -> None:
@@ -136,9 +160,7 @@ def nlvr(made: Made) -> None:
         for i in range(COUNT)
     ]  # fmt: skip
     made.add_lines("train/train.json", rows)
-    for i in range(COUNT):
-        for k in range(6):
-            made.put(f"train/images/d/train-{i}-0-{k}.png", picture(i))
+    made.pictures("train/images/d/train-{}-0-{}.png", copies=6)
 
 
 def refcoco(made: Made) -> None:
@@ -156,8 +178,15 @@ def refcoco(made: Made) -> None:
 
 def chinese_clip(made: Made) -> None:
     made.add_lines("train_texts.jsonl", [{"text_id": i, "text": f"一 {i}", "image_ids": [i]} for i in range(COUNT)])
-    lines = "\n".join(f"{i}\t{base64.b64encode(picture(i)).decode()}" for i in range(COUNT))
-    made.put("train_imgs.tsv", lines.encode())
+    images = [[str(i), picture(i)] for i in range(COUNT)]
+
+    def write() -> None:
+        cells = [row if isinstance(row, list) else [row] for row in images]
+        texts = [[base64.b64encode(x).decode() if isinstance(x, bytes) else text_of(x) for x in row] for row in cells]
+        made.put("train_imgs.tsv", "\n".join(map("\t".join, texts)).encode("utf-8", "surrogatepass"))
+
+    made.rows.append((images, write))
+    write()
 
 
 def snli_ve(made: Made) -> None:
@@ -178,9 +207,16 @@ def examples(made: Made) -> None:
         for i in range(COUNT)
     ]  # fmt: skip
     made.add_lines("examples.jsonl", rows)
-    with zipfile.ZipFile(made.folder / "images.zip", "w") as archive:
-        for i in range(COUNT):
-            archive.writestr(f"{i}.png", picture(i))
+    images: list[Any] = [picture(i) for i in range(COUNT)]
+
+    def write() -> None:
+        with zipfile.ZipFile(made.folder / "images.zip", "w") as archive:
+            for i, image in enumerate(images):
+                if image is not None:
+                    archive.writestr(f"{i}.png", bytes_of(image))
+
+    made.rows.append((images, write))
+    write()
 
 
 def lines(made: Made) -> None:
@@ -224,35 +260,110 @@ def image_folder(made: Made) -> None:
 
 
 def webdataset(made: Made) -> None:
-    rows = [{"caption": f"a {i}", "more": {"x": [1, 2]}} for i in range(COUNT)]
+    rows: list[Any] = [{"caption": f"a {i}", "more": {"x": [1, 2]}} for i in range(COUNT)]
+    images: list[Any] = [picture(i) for i in range(COUNT)]
 
     def write() -> None:
         with tarfile.open(made.folder / "00000.tar", "w") as tar:
-            for i, row in enumerate(rows):
-                text = json.dumps(row).encode()
-                for name, data in ((f"{i}.png", picture(i)), (f"{i}.json", text)):
+            for i, (row, image) in enumerate(zip(rows, images)):
+                for name, content in ((f"{i}.png", bytes_of(image)), (f"{i}.json", json.dumps(row).encode())):
                     member = tarfile.TarInfo(name)
-                    member.size = len(data)
-                    tar.addfile(member, io.BytesIO(data))
+                    member.size = len(content)
+                    tar.addfile(member, io.BytesIO(content))
 
-    made.rows.append((rows, write))
+    made.rows += [(rows, write), (images, write)]
     write()
 
 
 def beside(made: Made) -> None:
-    rows = [{"caption": f"a {i}"} for i in range(COUNT)]
+    made.add_files([f"pictures/{i}.json" for i in range(COUNT)], [{"caption": f"a {i}"} for i in range(COUNT)])
+    made.pictures("pictures/{}.png")
+    made.options = {"format": "folder"}
+
+
+def classes(made: Made) -> None:
+    made.pictures("train/cat/{}.png")
+    made.pictures("train/dog/{}.png")
+
+
+def flickr(made: Made) -> None:
+    rows: list[Any] = [f"{i}.png#0\ta {i}" for i in range(COUNT)]
 
     def write() -> None:
-        for i, row in enumerate(rows):
-            made.put(f"pictures/{i}.json", json.dumps(row).encode())
+        # A blank line is no record.
+        lines = [" ".join(text_of(row).split("\n")).strip() or "x" for row in rows]
+        made.put("flickr.token", "\n".join(lines).encode("utf-8", "surrogatepass"))
 
     made.rows.append((rows, write))
     write()
-    made.pictures("pictures/{}.png")
+    made.pictures("{}.png")
+    made.path = made.folder / "flickr.token"
+
+
+def column(rows: list[Any], name: str, kind: pa.DataType) -> pa.Array:
+    """The values of a field; null where one is of another type, which a column cannot hold."""
+
+    def cell(row: Any) -> Any:
+        value = row.get(name) if isinstance(row, dict) else None
+        try:
+            pa.array([value], kind)
+        except (pa.ArrowException, TypeError, ValueError, OverflowError):
+            return None
+        return value
+
+    return pa.array([cell(row) for row in rows], kind)
+
+
+def columns(rows: list[Any]) -> pa.Table:
+    image = pa.struct({"bytes": pa.binary(), "path": pa.string()})
+    kinds = {"image": image, "text": pa.string(), "tags": pa.list_(pa.string())}
+    return pa.table({name: column(rows, name, kind) for name, kind in kinds.items()})
+
+
+def cells() -> list[Any]:
+    return [{"image": {"bytes": picture(i), "path": None}, "text": f"a {i}", "tags": ["x"]} for i in range(COUNT)]
+
+
+def hub_parquet(made: Made) -> None:
+    rows = cells()
+
+    def write() -> None:
+        (made.folder / "data").mkdir(exist_ok=True)
+        parquet.write_table(columns(rows), made.folder / "data" / "train-00000-of-00001.parquet")
+
+    made.rows.append((rows, write))
+    write()
+
+
+def saved_dataset(made: Made) -> None:
+    rows = cells()
+
+    def write() -> None:
+        table = columns(rows)
+        with pa.OSFile(str(made.folder / "data.arrow"), "wb") as file, pa.ipc.new_stream(file, table.schema) as out:
+            out.write_table(table)
+
+    made.rows.append((rows, write))
+    write()
+    made.put("state.json", json.dumps({"_data_files": [{"filename": "data.arrow"}], "_split": "train"}).encode())
+    made.put("dataset_info.json", b'{"features": {}}')
+
+
+def regions(made: Made) -> None:
+    """A detector's regions, each image's in an npz."""
+    lines(made)
+    draw, files = np.random.default_rng(0), []
+    for _ in range(COUNT):
+        low, size = draw.uniform(0, 0.5, (3, 2)), draw.uniform(0.1, 0.5, (3, 2))
+        arrays = {"norm_bb": np.concatenate([low, low + size, size], 1), "features": draw.normal(size=(3, 6))}
+        file = io.BytesIO()
+        np.savez(file, **{name: x.astype(np.float16) for name, x in arrays.items()}, conf=draw.uniform(size=3))
+        files.append(file.getvalue())
+    made.add_files([f"regions/{i}.npz" for i in range(COUNT)], files)
+    made.options = {"images": "blank", "features": made.folder / "regions"}
 
 
 SOURCES: list[Callable[[Made], None]] = [
     karpathy, coco, vqa, vcr, nlvr2, nlvr, refcoco, chinese_clip, snli_ve, examples, lines, listed, table, image_folder,
-    webdataset, beside,
+    webdataset, beside, classes, flickr, hub_parquet, saved_dataset, regions,
 ]  # fmt: skip
-FORMATS = {"beside": "folder"}

@@ -246,6 +246,32 @@ def test_training_on_stored_states_is_compared_with_encoding(tmp_path):
     assert all((row["stored_bytes_per_image"] > 0) == (row["arm"] == "stored") for row in rows)
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(not BENCH.exists(), reason="installed without its benchmarks")
+def test_faults_are_counted_by_section(tmp_path):
+    few = ("--runs", "1", "--records", "2", "--sections", "killed_runs", "dead_rank", "damaged_records")
+    printed = run_script("faults", *few, "--out", str(tmp_path / "faults.jsonl"))
+    rows = [json.loads(line) for line in (tmp_path / "faults.jsonl").read_text().splitlines()]
+    assert [(row["section"], row["tried"], row["survived"], row["lost"]) for row in rows] == [
+        ("killed_runs", 1, 1, 0), ("dead_rank", 2, 2, 0), ("damaged_records", 2, 2, 0)
+    ]  # fmt: skip
+    assert rows[1]["slowest_s"] < rows[1]["limit_s"] == 60 and rows[1]["commit"]
+    assert "killed_runs" in printed and "survived" in printed
+
+
+def test_a_lost_fault_is_told_with_its_cause(bench, monkeypatch, tmp_path):
+    for name in ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS"):
+        monkeypatch.setenv(name, "1")  # The bench sets them; they get their values back.
+    faults = bench("faults")
+    monkeypatch.setattr(faults.FaultyRuns, "few_handles", lambda _, tally: tally.add("40 handles", "hangs", 60.0))
+    out = tmp_path / "faults.jsonl"
+    assert faults.main(faults.Options(sections=("few_handles",), out=out)) == 1
+    row = json.loads(out.read_text())
+    assert (row["tried"], row["survived"], row["lost"]) == (1, 0, 1) and row["what_was_lost"] == ["40 handles: hangs"]
+    with pytest.raises(SystemExit, match="no section 'handles'"):
+        faults.main(faults.Options(sections=("handles",), out=out))
+
+
 def test_damage_costs_a_record_or_is_refused(bench, tmp_path):
     damaged = bench("damaged_files")
     assert not [outcome for _, outcome in damaged.damaged_records(16, seed=7) if outcome.startswith("FAILED")]
