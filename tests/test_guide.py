@@ -16,14 +16,13 @@ from tests.convert.public_models import write_model
 
 pytest.importorskip("chromadb", reason="chromadb is not installed: pip install -e '.[serve]'")
 
-GUIDE = (Path(__file__).parent.parent / "docs/guide.md").read_text(encoding="utf-8")
+GUIDE = (Path(__file__).parent.parent / "docs/guide/tune-clip.md").read_text(encoding="utf-8")
 COLOURS = ("red", "green", "yellow", "small", "large", "left")
 
 
 @pytest.mark.slow
 def test_photographs_and_a_public_model_become_a_search(tmp_path, monkeypatch):
-    section = GUIDE.partition("### Fine-tune a public CLIP on your photographs\n")[2]
-    lines = re.findall(r"```bash\n(.*?)```", section, re.DOTALL)[0].splitlines()
+    lines = re.findall(r"```bash\n(.*?)```", GUIDE, re.DOTALL)[0].splitlines()
     monkeypatch.chdir(tmp_path)
     # The model of the hub, as a folder of its name.
     write_model("clip", Path("clip-vit-base-patch32"))

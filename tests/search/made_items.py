@@ -13,9 +13,9 @@ import numpy as np
 from fastvlp.extensions import import_file
 from fastvlp.search.engines.interface import Stamp, open_index
 
-# The engine of CONTRIBUTING.md, in a file of its own.
+# The engine of docs/guide/own-parts.md, in a file of its own.
 OWN_ENGINE = Path(tempfile.mkdtemp()) / "numpy_index.py"
-TEXT = (Path(__file__).parents[2] / "CONTRIBUTING.md").read_text(encoding="utf-8")
+TEXT = (Path(__file__).parents[2] / "docs/guide/own-parts.md").read_text(encoding="utf-8")
 OWN_ENGINE.write_text(
     re.findall(r"`numpy_index\.py`[^`]*?\n\n```python\n(.*?)```", TEXT, re.DOTALL)[0], encoding="utf-8"
 )

@@ -1,5 +1,5 @@
 """The same tests for every index engine: a folder, a Chroma server on loopback, PostgreSQL where there is one, and the engine
-of CONTRIBUTING.md."""
+of docs/guide/own-parts.md."""
 
 import os
 import shutil

@@ -1,4 +1,4 @@
-"""Every example of CONTRIBUTING.md works as it stands: its files are written to a folder, and its commands are run there."""
+"""Every example of docs/guide/own-parts.md works as it stands: its files are written to a folder, and its commands are run there."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from PIL import Image
 
 from fastvlp.data.world.corpus import WorldConfig, write_world
 
-TEXT = (Path(__file__).parent.parent / "CONTRIBUTING.md").read_text(encoding="utf-8")
+TEXT = (Path(__file__).parent.parent / "docs/guide/own-parts.md").read_text(encoding="utf-8")
 # A block of Python is called by the last file name before it.
 FILES = dict(re.findall(r"`(\w+\.py)`[^`]*?\n\n```python\n(.*?)```", TEXT, re.DOTALL))
 COMMANDS = [line for block in re.findall(r"```bash\n(.*?)```", TEXT, re.DOTALL) for line in block.splitlines()]
