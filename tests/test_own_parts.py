@@ -1,4 +1,4 @@
-"""Every example of docs/guide/own-parts.md works as it stands: its files are written to a folder, and its commands are run there."""
+"""Every example of the page on own parts works as it stands: its files are written to a folder, where its commands run."""
 
 from __future__ import annotations
 
