@@ -19,7 +19,7 @@ def photo_zh() -> TrainConfig:
         text=None,
         freeze=("image",),
         vocab=5000,
-        steps=None,
-        budget_s=120,
+        # Nine epochs.
+        steps=104,
         validate_every=None,
     )
