@@ -11,11 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastvlp.batch import Batch
+from fastvlp.data.contents import hash_rows
 from fastvlp.model.model import VLModel
 from fastvlp.model.sizes import two_towers
 from fastvlp.objectives.clip import CLIPConfig
 from fastvlp.objectives.contrastive import info_nce, queue_nce, sigmoid_loss
-from fastvlp.objectives.equal_pairs import are_equal, contents, has_equal, hash_rows
+from fastvlp.objectives.equal_pairs import are_equal, contents, has_equal
 from fastvlp.objectives.itm import ITMConfig
 from fastvlp.objectives.moco import MoCoConfig, albef
 from fastvlp.objectives.objective import combine

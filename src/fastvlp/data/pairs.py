@@ -5,6 +5,7 @@ from __future__ import annotations
 import abc
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
+from copy import copy
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -19,6 +20,7 @@ from fastvlp.config import Count, Range
 from fastvlp.data.augment import is_mirrored
 from fastvlp.data.batching import Grouping, Lengths
 from fastvlp.data.caption_cut import CaptionCut, sample_cut
+from fastvlp.data.contents import ImageHashes, text_hashes
 from fastvlp.data.loader import Row
 from fastvlp.data.reader import RecordReader
 from fastvlp.data.records.schema import clean_text, usable_captions
@@ -44,6 +46,8 @@ class Rows:
         damage: the parts of the shards that cannot be read, which have no rows.
         lengths: reads the number of tokens of every row, to group rows by length.
         content: a hash of the records, by which data that moved are recognised; None where there is none.
+        make_hashed: `make` for objectives that contrast rows: its batches have `Batch.content`, for which each image is hashed
+            once in a run; None where the data cannot make such.
     """
 
     count: int
@@ -51,6 +55,7 @@ class Rows:
     damage: tuple[Dropped, ...] = ()
     lengths: Callable[[], Lengths] | None = None
     content: str | None = None
+    make_hashed: Callable[[list[Row]], tuple[Batch, list[Dropped]]] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,7 +170,7 @@ class PairData(Data):
         )
         regions = partial(region_count, self.regions)
         lengths = partial(caption_lengths, shards, tokenizer, self.captions, self.max_length, regions)
-        return Rows(len(shards), make, tuple(shards.damage), lengths, shards.content)
+        return Rows(len(shards), make, tuple(shards.damage), lengths, shards.content, make.hashed())
 
     @property
     def reads_mirrored_states(self) -> bool:
@@ -199,13 +204,15 @@ class PairData(Data):
 
 
 class Pair(NamedTuple):
-    """An image as the model sees it (or its stored states), its text, the row's seed, and the image's regions, if any."""
+    """An image as the model sees it (or its stored states), its text, the row's seed, the image's regions, if any, stored
+    states of the text, and a hash of the image."""
 
     image: Tensor
     text: str
     seed: int
     regions: list[ImageRegions]
     text_states: Tensor | None = None
+    image_hash: int = 0
 
 
 class PairMaker:
@@ -243,6 +250,13 @@ class PairMaker:
         self.tokenizer = tokenizer
         self.captions = captions
         self.max_length = max_length
+        self.image_hashes: ImageHashes | None = None
+
+    def hashed(self) -> PairMaker:
+        """The same, and its batches have `content`."""
+        made = copy(self)
+        made.image_hashes = ImageHashes(len(self.reader.shards))
+        return made
 
     def __call__(self, rows: list[Row]) -> tuple[Batch, list[Dropped]]:
         pairs, dropped = self.reader.read_each(self._pair, rows)
@@ -251,6 +265,10 @@ class PairMaker:
         images = [pair.image for pair in pairs]
         regions = [regions for pair in pairs for regions in pair.regions]
         texts = [pair.text_states for pair in pairs if pair.text_states is not None]
+        content = None
+        if self.image_hashes is not None:
+            image_B = torch.tensor([pair.image_hash for pair in pairs], dtype=torch.int64)
+            content = torch.stack([text_hashes(ids, length), image_B], 1)
         batch = Batch(
             image=torch.stack(images) if images else torch.empty(0, 3, size, size, dtype=torch.uint8),
             ids=ids,
@@ -258,6 +276,7 @@ class PairMaker:
             seed=torch.tensor([pair.seed for pair in pairs], dtype=torch.int64),
             regions=pad_regions(regions) if regions else None,
             text=pad_sequence(texts, batch_first=True) if texts else None,
+            content=content,
         )
         return batch, dropped
 
@@ -271,10 +290,12 @@ class PairMaker:
         # A hash of the seed, because the objective draws from the seed itself: the two draws must be independent.
         k = hash64(row.seed) % len(captions)
         states = None if self.texts is None else self.texts.entry(self.texts.of_record(row.index)[k])
-        image = record.images[0]
+        image, regions, image_hash = record.images[0], record.regions, 0
+        if self.image_hashes is not None:
+            image_hash = self.image_hashes(row.index, image, regions[0].feature_RF if regions else None)
         if self.mirrored is not None and is_mirrored(row.seed, self.flip):
             image = self.mirrored.image(row.index)
-        return Pair(image, captions[k], row.seed, record.regions, states)
+        return Pair(image, captions[k], row.seed, regions, states, image_hash)
 
 
 def readable_infos(shards: Shards) -> Iterator[dict[str, Any]]:

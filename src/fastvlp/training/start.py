@@ -100,8 +100,8 @@ def start(run: TrainConfig, *, resume: bool = False, change: Collection[str] = (
         wrapped=pretraining,
         optimiser=adamw(pretraining, run.optim),
         ema=ema,
-        train=make_loader(run, rows),
-        val=None if held_out is None else make_loader(run, held_out),
+        train=make_loader(run, rows, hashed=pretraining.contrasts),
+        val=None if held_out is None else make_loader(run, held_out, hashed=pretraining.contrasts),
         dropped={part.key: part.reason for part in rows.damage},
         inherited=inherited,
         stored=stored,
@@ -198,10 +198,11 @@ def find_tokenizer(run: TrainConfig, resume: bool, texts: PublicTexts | None = N
     return Tokenizer.train(run.data.texts(), "wordpiece", vocab_size=run.vocab)
 
 
-def make_loader(run: TrainConfig, rows: Rows) -> Loader:
+def make_loader(run: TrainConfig, rows: Rows, *, hashed: bool = False) -> Loader:
+    """`hashed`: whether an objective contrasts rows, so that batches bring their `content` where the data can make such."""
     return Loader(
         rows.count,
-        rows.make,
+        (rows.make_hashed if hashed else None) or rows.make,
         batch_size=run.data.batch_size,
         seed=run.seed,
         rank=dist.rank(),

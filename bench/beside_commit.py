@@ -1,0 +1,227 @@
+"""Time training steps and the loader of this checkout beside those of an earlier commit, in turns.
+
+    python bench/beside_commit.py --commit f2a0dd9 --rounds 100
+    python bench/beside_commit.py --commit f2a0dd9 --sizes small --what step --steps 1 --rounds 30
+
+Three processes take turns, `steps` steps each: the earlier commit, this checkout, and this checkout again, whose ratio to
+the second is the noise. Measured is the CPU time of the whole process with its threads, so that other programs matter
+little. `step`: the training loop, with its loader and without validation; images are cached, as by default. `loader`: batches
+without a model, images decoded each time (`--cache`: read from the cache). Prints, for each case, the median of the ratios
+of neighbouring turns, with its standard error from the spread of the ratios.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from random import Random
+from typing import Any, Literal
+
+os.environ |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+import numpy as np
+import tyro
+from PIL import Image
+from records import RESULTS, append, stamp
+from rich.console import Console
+from rich.table import Table
+
+ROOT = Path(__file__).parents[1]
+# Of made pictures, and of the squares that the two models read.
+SIDES = {"tiny": (64, 48), "small": (320, 112)}
+Objective = Literal["mlm", "flm", "clip"]
+Size = Literal["tiny", "small"]
+What = Literal["step", "loader"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    commit: str = "f2a0dd9"
+    """The commit to compare with."""
+    objectives: tuple[Objective, ...] = ("mlm", "flm", "clip")
+    """What is learned."""
+    sizes: tuple[Size, ...] = ("tiny",)
+    """Sizes of the model: `tiny` with pictures of 64 pixels, `small` with pictures of 320."""
+    what: tuple[What, ...] = ("step", "loader")
+    """Steps of training, or the loader alone."""
+    cache: bool = False
+    """Whether the loader alone reads images from its cache."""
+    batch: int = 32
+    """Rows of a batch."""
+    records: int = 512
+    """Records of the data."""
+    steps: int = 20
+    """Steps of a turn."""
+    rounds: int = 60
+    """Turns of each process."""
+    out: Path = RESULTS / "beside_commit.jsonl"
+    """File that rows are appended to."""
+
+
+@dataclass
+class Arm:
+    """A process that runs steps on request, and the seconds of its turns."""
+
+    name: str
+    process: subprocess.Popen[str]
+    seconds: list[float] = field(default_factory=list)
+
+    def turn(self) -> float:
+        assert self.process.stdin is not None and self.process.stdout is not None
+        print("turn", file=self.process.stdin, flush=True)
+        line = self.process.stdout.readline()
+        if not line:
+            raise SystemExit(f"{self.name}: the process ended")
+        return float(line)
+
+
+def made_records(count: int, side: int) -> Iterator[tuple[str, bytes, list[str]]]:
+    """Key, JPEG and captions of each: blurred noise, and 4 to 20 words of 400."""
+    for i in range(count):
+        random, pixels = Random(i), np.random.default_rng(i).integers(0, 256, (side // 8, side // 8, 3), dtype=np.uint8)
+        file = io.BytesIO()
+        Image.fromarray(pixels).resize((side, side * 3 // 4), Image.Resampling.BICUBIC).save(file, "JPEG", quality=90)
+        captions = [" ".join(f"word{random.randrange(400)}" for _ in range(random.randint(4, 20))) for _ in range(2)]
+        yield f"{i:06d}", file.getvalue(), captions
+
+
+def write_data(folder: Path, o: Options, size: Size) -> None:
+    from fastvlp.batch import Record
+    from fastvlp.data.records.shards import ShardWriter
+
+    with ShardWriter(folder / "train") as writer:
+        for key, image, captions in made_records(o.records, SIDES[size][0]):
+            writer.write(Record(key=key, images=(image,), info={"captions": captions}))
+
+
+def measured_run(folder: Path, objective: Objective, size: Size, batch: int, cache: bool) -> Any:
+    """A recipe of the package on the made data; any commit has them."""
+    from fastvlp.recipes.clip_photos import clip_photos
+    from fastvlp.recipes.flip_demo import flip_demo
+    from fastvlp.recipes.flm_demo import flm_demo
+    from fastvlp.recipes.flm_photos import flm_photos
+    from fastvlp.recipes.mlm_demo import mlm_demo
+    from fastvlp.recipes.mlm_photos import mlm_photos
+
+    recipes: dict[tuple[str, str], Callable[[], Any]] = {
+        ("mlm", "tiny"): mlm_demo,
+        ("flm", "tiny"): flm_demo,
+        ("clip", "tiny"): flip_demo,
+        ("mlm", "small"): mlm_photos,
+        ("flm", "small"): flm_photos,
+        ("clip", "small"): clip_photos,
+    }
+    run = recipes[objective, size]()
+    data = replace(run.data, train=str(folder / "train"), val=None, batch_size=batch, cache=cache, workers=0)
+    run = replace(run, data=data, steps=1 << 40, budget_s=None, validate_every=None, checkpoint_every=None, keep=1.0)
+    return replace(run, out=str(folder / "run"), precision="fp32", threads=1, vocab=500)
+
+
+def serve_turns(folder: str, objective: Objective, size: Size, batch: str, what: What, cache: str, steps: str) -> None:
+    """Runs `steps` steps for each line of the input, and prints their CPU seconds."""
+    from fastvlp.training.loop import start
+    from fastvlp.training.loop import steps as training_steps
+
+    state = start(measured_run(Path(folder), objective, size, int(batch), cache == "True"))
+    running: Iterator[Any] = training_steps(state) if what == "step" else state.train.batches()
+    for _ in range(3 + (state.train.count // int(batch) if cache == "True" else 0)):
+        next(running)
+    print("ready", flush=True)
+    for _ in sys.stdin:
+        began = time.process_time()
+        for _ in range(int(steps)):
+            next(running)
+        print(time.process_time() - began, flush=True)
+    os._exit(0)
+
+
+def start_arm(name: str, tree: Path, words: list[str]) -> Arm:
+    command = [sys.executable, __file__, "turns", *words]
+    environment = os.environ | {"PYTHONPATH": str(tree / "src")}
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment)
+    assert process.stdout is not None
+    if process.stdout.readline().strip() != "ready":
+        raise SystemExit(f"{name}: {' '.join(command)} with the sources in {tree} did not start")
+    return Arm(name, process)
+
+
+def compared(over: Arm, under: Arm) -> tuple[float, float]:
+    """The median of the ratios of neighbouring turns, and its standard error: of a median, from the median deviation."""
+    ratios = np.array(over.seconds) / np.array(under.seconds)
+    middle = float(np.median(ratios))
+    spread = 1.4826 * float(np.median(abs(ratios - middle)))
+    return middle, 1.2533 * spread / len(ratios) ** 0.5
+
+
+def measure(o: Options, tree: Path, objective: Objective, size: Size, what: What) -> dict[str, Any]:
+    cache = o.cache or what == "step"
+    with tempfile.TemporaryDirectory() as folder:
+        arms = []
+        for name, sources in (("before", tree), ("now", ROOT), ("again", ROOT)):
+            # Each has its own, since the indexes that they write beside the data may differ.
+            place = Path(folder) / name
+            write_data(place, o, size)
+            arms.append(
+                start_arm(name, sources, [str(place), objective, size, str(o.batch), what, str(cache), str(o.steps)])
+            )
+        try:
+            for number in range(o.rounds):
+                for arm in arms if number % 2 else reversed(arms):
+                    arm.seconds.append(arm.turn())
+        finally:
+            for arm in arms:
+                arm.process.kill()
+                arm.process.wait()
+    before, now, again = arms
+    (ratio, error), (control, control_error) = compared(now, before), compared(again, now)
+    return {
+        "what": what,
+        "objective": objective,
+        "size": size,
+        "cache": cache,
+        "batch": o.batch,
+        "ratio": ratio,
+        "error": error,
+        "again": control,
+        "again_error": control_error,
+        "step_ms": 1e3 * float(np.median(now.seconds)) / o.steps,
+        "rounds": o.rounds,
+        "steps": o.steps,
+        "beside": o.commit,
+    }
+
+
+def main(o: Options) -> None:
+    table = Table("what", "size", "objective", "ms a step", "now / before", "now / now")
+    with tempfile.TemporaryDirectory() as folder:
+        tree = Path(folder) / "before"
+        git = ["git", "-C", str(ROOT), "worktree"]
+        subprocess.run([*git, "add", "--detach", str(tree), o.commit], check=True, capture_output=True)
+        try:
+            for what in o.what:
+                for size in o.sizes:
+                    for objective in o.objectives:
+                        row = measure(o, tree, objective, size, what)
+                        append(o.out, [stamp("cpu", "beside_commit.py") | row])
+                        cells = (
+                            f"{row[a]:.3f} +- {row[b]:.3f}" for a, b in (("ratio", "error"), ("again", "again_error"))
+                        )
+                        table.add_row(what, size, objective, f"{row['step_ms']:.2f}", *cells)
+        finally:
+            subprocess.run([*git, "remove", "--force", str(tree)], check=False, capture_output=True)
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["turns"]:
+        serve_turns(*sys.argv[2:])  # type: ignore[arg-type]
+    else:
+        main(tyro.cli(Options, description=__doc__))
