@@ -109,6 +109,9 @@ def show_dropped(dropped: Sequence[Dropped], where: str = "") -> None:
 
 def show_corpus(corpus: WrittenCorpus) -> None:
     print(f"{corpus.out}: " + ", ".join(f"{name} {count}" for name, count in corpus.counts.items()))
+    if blind := {split: fields["questions"] for split, fields in corpus.blind.items() if "questions" in fields}:
+        scores = ", ".join(f"{split} {score:.1%}" for split, score in blind.items())
+        print(f"questions answered right from their text alone: {scores}")
 
 
 def show_imported(imported: Imported) -> None:

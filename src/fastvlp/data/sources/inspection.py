@@ -18,6 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fastvlp.batch import Dropped
+from fastvlp.data.blind import Asked, BlindScore, asked_in, blind_score
 from fastvlp.data.caption_cut import CaptionCut
 from fastvlp.data.reader import RecordReader, RecordView
 from fastvlp.data.records.decode import open_image
@@ -52,6 +53,8 @@ class SplitReport:
         lengths: of every text, by field and unit.
         unreadable: records that cannot be read, with the reason.
         cut: what `max_length` cuts of the captions; None without a tokenizer.
+        asked: the questions with answers, by field.
+        blind: how often their text alone gives the answer, by field, where there is a training split beside this one.
     """
 
     name: str
@@ -63,6 +66,8 @@ class SplitReport:
     lengths: dict[tuple[str, str], list[int]] = field(default_factory=dict)
     unreadable: list[Dropped] = field(default_factory=list)
     cut: CaptionCut | None = None
+    asked: dict[str, list[Asked]] = field(default_factory=dict)
+    blind: dict[str, BlindScore] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,8 +134,18 @@ def inspect_data(
         if counter is not None:
             report.cut = _cut(report, max_length)
         reports.append(report)
+    _answer_blindly(reports)
     drawn = _draw_sheet(sheet or folder / "contact-sheet.png", pictures)
     return Inspection(splits=reports, sheet=drawn, duplicates=hashes.across_splits(), perceptual=hashes.perceptual)
+
+
+def _answer_blindly(reports: Sequence[SplitReport]) -> None:
+    """Adds what the texts of questions alone give away, as the split called train suggests."""
+    train = next((report.asked for report in reports if report.name == "train"), {})
+    for report in reports:
+        for name, asked in report.asked.items() if report.name != "train" else ():
+            if (score := blind_score(train.get(name, []), asked)) is not None:
+                report.blind[name] = score
 
 
 def _cut(report: SplitReport, max_length: int) -> CaptionCut:
@@ -175,6 +190,8 @@ def _count(report: SplitReport, record: RecordView, tokenizer: Tokenizer | None)
         base, _, language = name.partition("_")
         if base not in TEXTS or not isinstance(entries, list):
             continue
+        if base == "questions" and (asked := list(asked_in(record.info, name))):
+            report.asked.setdefault(name, []).extend(asked)
         values = [entry.get(TEXTS[base]) if isinstance(entry, dict) else entry for entry in entries]
         texts = [text for text in values if isinstance(text, str)]
         units = {"characters": [len(text) for text in texts]}
@@ -190,7 +207,7 @@ def _count(report: SplitReport, record: RecordView, tokenizer: Tokenizer | None)
 def as_tables(reports: list[SplitReport], duplicates: Sequence[Duplicate] = ()) -> Group:
     """The reports as tables for a terminal."""
     cuts = [Text(f"{r.name}: {r.cut}") for r in reports if r.cut is not None]
-    tables = (_counts(reports), _distributions(reports), _fields(reports), *_unreadable(reports))
+    tables = (_counts(reports), _distributions(reports), _fields(reports), *_blind(reports), *_unreadable(reports))
     return Group(*tables, *_duplicates(duplicates), *cuts)
 
 
@@ -235,6 +252,16 @@ def _fields(reports: list[SplitReport]) -> Table:
     for r in reports:
         table.add_row(r.name, ", ".join(f"{name} {r.fields[name]}" for name in sorted(r.fields)))
     return table
+
+
+def _blind(reports: list[SplitReport]) -> Iterable[Table]:
+    if any(r.blind for r in reports):
+        heads = ("split, field", "questions", "by their text alone", "the most frequent answer")
+        table = _table("Questions answered without images, right in per cent", *heads)
+        for r in reports:
+            for name, score in r.blind.items():
+                table.add_row(f"{r.name}, {name}", str(score.questions), f"{score.blind:.1%}", f"{score.chance:.1%}")
+        yield table
 
 
 def _table(title: str, *heads: str) -> Table:

@@ -12,7 +12,8 @@ from itertools import pairwise
 from random import Random
 
 from fastvlp.data.world.language import Language, Meaning, Phrase
-from fastvlp.data.world.scene import COLOURS, RADII, SHAPES, Look, Scene, Thing, allowed, edit_look, relation
+from fastvlp.data.world.levels import RADII
+from fastvlp.data.world.scene import Look, Scene, Thing, edit_look, relation
 
 Question = tuple[str, Meaning, str]  # kind, question, answer
 OPPOSITE = {"left": "right", "right": "left", "above": "below", "below": "above"}
@@ -167,7 +168,8 @@ def unique_phrase(
     return rng.choice(options) if options else None
 
 
-def _attribute(rng: Random, scene: Scene, attribute: str) -> Question | None:
+def attribute_question(rng: Random, scene: Scene, attribute: str) -> Question | None:
+    """Asks for the colour, shape or size of a thing; the size is drawn first, so that rare ones are asked for as often."""
     things = list(scene.things)
     if attribute == "size":
         wanted = rng.choice(sorted({thing.look.size for thing in things}))
@@ -182,7 +184,7 @@ def _attribute(rng: Random, scene: Scene, attribute: str) -> Question | None:
 def _count(rng: Random, scene: Scene, split: str) -> Question:
     """Asks how many things there are. The answer is drawn before the question: otherwise most would be zero or one."""
     looks = [thing.look for thing in scene.things]
-    pairs = {look[1:] for look in looks} | {rng.choice(allowed(split)) for _ in range(2)}
+    pairs = {look[1:] for look in looks} | {rng.choice(scene.level.allowed(split)) for _ in range(2)}
     options = [Phrase(number=None), *(Phrase(number=None, colour=c, shape=s) for c, s in sorted(pairs))]
     options += [Phrase(number=None, colour=c) for c in sorted({c for c, _ in pairs})]
     options += [Phrase(number=None, shape=s) for s in sorted({s for _, s in pairs})]
@@ -202,23 +204,24 @@ def _facts(looks: Sequence[Look], form: str) -> list[Meaning]:
     return [(form, phrase._replace(numeral="exact")) for phrase in counted]
 
 
-def _contrast(rng: Random, scene: Scene, split: str, label: bool, form: str) -> Meaning | None:
+def _contrast(rng: Random, scene: Scene, label: bool, form: str) -> Meaning | None:
     """Draws a fact that is true of only one of the scene and an edited copy: of the scene if `label`, and else of the copy.
 
     Only edits that allow both are used: otherwise one label would be more frequent.
     """
     looks = [thing.look for thing in scene.things]
     for _ in range(6):
-        here, there = _facts(looks, form), _facts(edit_look(rng, looks, split), form)
+        here, there = _facts(looks, form), _facts(edit_look(rng, looks, scene.level), form)
         lost, gained = [fact for fact in here if fact not in there], [fact for fact in there if fact not in here]
         if lost and gained:
             return rng.choice(lost if label else gained)
     return None
 
 
-def _existence(rng: Random, scene: Scene, split: str) -> Question | None:
+def existence_question(rng: Random, scene: Scene) -> Question | None:
+    """Asks whether there is a thing that is either in the scene or in an edited copy."""
     label = rng.random() < 0.5
-    fact = _contrast(rng, scene, split, label, "exists")
+    fact = _contrast(rng, scene, label, "exists")
     return fact and ("existence", ("q-exists", *fact[1:]), "yes" if label else "no")
 
 
@@ -230,6 +233,12 @@ def _related(rng: Random, scene: Scene) -> tuple[Phrase, str, Phrase] | None:
         if first and second and where:
             return first, where, second
     return None
+
+
+def side_question(rng: Random, scene: Scene) -> Question | None:
+    """Asks on which side of one thing another is."""
+    related = _related(rng, scene)
+    return related and ("relation", ("q-where", related[0], related[2]), related[1])
 
 
 def _relation(rng: Random, scene: Scene) -> Question | None:
@@ -264,7 +273,7 @@ def _bigger(rng: Random, scene: Scene) -> Question | None:
 
 
 def _more(rng: Random, scene: Scene) -> Question | None:
-    attribute, values = rng.choice((("colour", tuple(COLOURS)), ("shape", SHAPES)))
+    attribute, values = rng.choice((("colour", scene.level.colours), ("shape", scene.level.shapes)))
     here = [getattr(thing.look, attribute) for thing in scene.things]
     one, two = rng.choice(here), rng.choice([*here, rng.choice(values)])
     if here.count(one) == here.count(two):
@@ -290,7 +299,8 @@ def _same(rng: Random, scene: Scene) -> Question | None:
     return ("comparison", (f"q-same-{attribute}", *pairs[truth]), "yes" if truth else "no") if len(pairs) == 2 else None
 
 
-def _comparison(rng: Random, scene: Scene) -> Question | None:
+def comparison_question(rng: Random, scene: Scene) -> Question | None:
+    """Compares two things, or the numbers of two kinds of things."""
     drawn = (draw(rng, scene) for draw in rng.sample((_bigger, _more, _same), 3))
     return next((question for question in drawn if question), None)
 
@@ -298,23 +308,23 @@ def _comparison(rng: Random, scene: Scene) -> Question | None:
 def questions(rng: Random, scene: Scene, split: str) -> list[Question]:
     """Draws up to ten different questions of seven kinds: colour, shape, size, count, existence, relation, comparison."""
     drawn = [
-        *(_attribute(rng, scene, attribute) for attribute in ("colour", "colour", "shape", "shape", "size")),
+        *(attribute_question(rng, scene, attribute) for attribute in ("colour", "colour", "shape", "shape", "size")),
         *(_count(rng, scene, split) for _ in range(2)),
-        _existence(rng, scene, split),
+        existence_question(rng, scene),
         _relation(rng, scene),
-        _comparison(rng, scene),
+        comparison_question(rng, scene),
     ]
     return list({question[1]: question for question in drawn if question}.values())
 
 
-def statements(rng: Random, scene: Scene, split: str) -> list[tuple[Meaning, bool]]:
+def statements(rng: Random, scene: Scene) -> list[tuple[Meaning, bool]]:
     """Draws up to four statements with labels, true or false with equal chance. A false statement about existence or counts is
     true after one change of the scene."""
     labels: dict[Meaning, bool] = {}
     for form in ("exists", "count", "relation", "bigger"):
         label = rng.random() < 0.5
         if form in ("exists", "count"):
-            meaning = _contrast(rng, scene, split, label, form)
+            meaning = _contrast(rng, scene, label, form)
             if meaning and form == "exists" and rng.random() < 0.25:
                 meaning, label = ("none", *meaning[1:]), not label
         elif form == "relation":

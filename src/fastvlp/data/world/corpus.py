@@ -6,17 +6,19 @@ that train and val neither show nor name (`HELD_OUT`), so a score on it measures
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from random import Random
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from fastvlp.batch import Record
+from fastvlp.data.blind import Asked, asked_in, blind_score
 from fastvlp.data.records.shards import ShardWriter
 from fastvlp.data.streams import with_progress
+from fastvlp.data.world.balance import balanced_questions
 from fastvlp.data.world.captions_and_questions import captions, questions, statements
+from fastvlp.data.world.corpus_card import claim, read_card, write_card
 from fastvlp.data.world.detector import detect
 from fastvlp.data.world.expressions_and_choices import (
     CHINESE_WITH_EXPRESSIONS,
@@ -26,17 +28,16 @@ from fastvlp.data.world.expressions_and_choices import (
     neutrals,
 )
 from fastvlp.data.world.language import CHINESE, ENGLISH, Language, Meaning
+from fastvlp.data.world.levels import LEVELS, Combination, Level
 from fastvlp.data.world.pair_statements import pair_statements
 from fastvlp.data.world.scene import (
     COMBINATIONS,
     HELD_OUT,
-    SEEN,
     SPLITS,
     Look,
     Scene,
     Thing,
     add_background,
-    allowed,
     box,
     draw_looks,
     draw_scene,
@@ -46,11 +47,14 @@ from fastvlp.data.world.scene import (
     render,
 )
 from fastvlp.errors import UserError
-from fastvlp.files import read_plain, write_whole
-from fastvlp.plain_json import parse_json
 
-CLASS_NAMES = tuple(f"{colour} {shape}" for colour, shape in COMBINATIONS)
-HELD_OUT_NAMES = tuple(f"{colour} {shape}" for colour, shape in HELD_OUT)
+
+def class_names(pairs: Sequence[Combination]) -> tuple[str, ...]:
+    """The names of combinations of a colour and a shape, as classes."""
+    return tuple(f"{colour} {shape}" for colour, shape in pairs)
+
+
+CLASS_NAMES, HELD_OUT_NAMES = class_names(COMBINATIONS), class_names(HELD_OUT)
 CLASS_NAMES_ZH = tuple(CHINESE.words[colour][0] + CHINESE.words[shape][0] for colour, shape in COMBINATIONS)
 
 _FORMAT = 1
@@ -69,8 +73,13 @@ class WorldConfig:
     """Side of a picture in pixels."""
     captions: int = 5
     """Number of captions of a scene in each language."""
+    level: Literal["easy", "standard", "hard"] = "standard"
+    """How hard: `easy` has few, large things of few outlines on plain ground, `hard` has many small ones on patterns. In both,
+    the text of a question gives little away."""
 
     def __post_init__(self) -> None:
+        if self.level not in LEVELS:
+            raise UserError(f"`level` {self.level!r}: there are {', '.join(LEVELS)}")
         if self.size < 16 or self.captions < 1:
             raise UserError(
                 f"`size` {self.size}, `captions` {self.captions}: use at least 16 pixels and at least one caption"
@@ -78,16 +87,18 @@ class WorldConfig:
 
 
 def _rng(config: WorldConfig, *names: str | int) -> Random:
-    return Random("/".join(map(str, (_FORMAT, config.seed, *names))))
+    # The other levels came later: the draws of the standard one stay as they were.
+    own = () if config.level == "standard" else (config.level,)
+    return Random("/".join(map(str, (_FORMAT, config.seed, *own, *names))))
 
 
-def _object(thing: Thing, size: int, split: str) -> dict[str, Any]:
+def _object(thing: Thing, size: int, split: str, level: Level) -> dict[str, Any]:
     """Returns a thing as an object of a record. Its class distribution imitates a detector's: 0.8 for the true class, and the
     rest for four classes that share its colour or its shape."""
     look = thing.look
     name = f"{look.colour} {look.shape}"
     rng = Random(_seed(thing))
-    near = [pair for pair in allowed(split) if (pair[0] == look.colour) != (pair[1] == look.shape)]
+    near = [pair for pair in level.allowed(split) if (pair[0] == look.colour) != (pair[1] == look.shape)]
     spread = {f"{colour} {shape}": 0.05 for colour, shape in rng.sample(near, 4)}
     return {
         "class": name,
@@ -137,10 +148,12 @@ def scene_record(config: WorldConfig, split: str, index: int) -> Record:
     """A scene of 2 to 6 objects with captions, questions, statements, expressions, entailments and multiple choice, in English
     and Chinese."""
     _check(split, index)
-    scene = draw_scene(_rng(config, "scene", split, index), split)
-    asked = questions(_rng(config, "questions", split, index), scene, split)
-    stated = statements(_rng(config, "statements", split, index), scene, split)
-    info: dict[str, Any] = {"objects": [_object(thing, config.size, split) for thing in scene.things]}
+    level = LEVELS[config.level]
+    scene = draw_scene(_rng(config, "scene", split, index), split, level)
+    ask = balanced_questions if level.questions else questions
+    asked = ask(_rng(config, "questions", split, index), scene, split)
+    stated = statements(_rng(config, "statements", split, index), scene)
+    info: dict[str, Any] = {"objects": [_object(thing, config.size, split, level) for thing in scene.things]}
     for language, suffix in ((ENGLISH, ""), (CHINESE, "_zh")):
         rng = _rng(config, "words" + suffix, split, index)
         info[f"captions{suffix}"] = captions(rng, language, scene, config.captions)
@@ -201,13 +214,13 @@ def _answer(language: Language, answer: str) -> str:
     return _YES_NO_ZH.get(answer) or language.words[answer][0]
 
 
-def _pair_looks(rng: Random, split: str) -> list[list[list[Look]]]:
+def _pair_looks(rng: Random, split: str, level: Level) -> list[list[list[Look]]]:
     """Draws the looks of two pairs of scenes that differ by a few edits."""
-    left = draw_looks(rng, split)
-    right = list(left) if rng.random() < 0.5 else draw_looks(rng, split)
+    left = draw_looks(rng, split, level)
+    right = list(left) if rng.random() < 0.5 else draw_looks(rng, split, level)
     for _ in range(2):
-        right = edit_look(rng, right, split)
-    pairs = [[left, right], [edit_look(rng, left, split), edit_look(rng, right, split)]]
+        right = edit_look(rng, right, level)
+    pairs = [[left, right], [edit_look(rng, left, level), edit_look(rng, right, level)]]
     if rng.random() < 0.5:
         pairs[1].reverse()
     rng.shuffle(pairs)
@@ -221,10 +234,11 @@ def pair_record(config: WorldConfig, split: str, index: int) -> Record:
     `image` of an object is 0 for the left scene and 1 for the right one.
     """
     _check(split, index)
+    level = LEVELS[config.level]
     rng = _rng(config, "pair", split, index // 2)
     meanings: list[tuple[Meaning, bool]] = []
     while len(meanings) < 4:
-        pairs = _pair_looks(rng, split)
+        pairs = _pair_looks(rng, split, level)
         meanings = pair_statements(rng, pairs[0], pairs[1])
     info: dict[str, Any] = {
         "statements": [
@@ -232,10 +246,10 @@ def pair_record(config: WorldConfig, split: str, index: int) -> Record:
         ]
     }
     rng = _rng(config, "pair-layout", split, index)
-    scenes = [add_background(rng, place_things(rng, looks)) for looks in pairs[index % 2]]
+    scenes = [add_background(rng, place_things(rng, looks, level), level) for looks in pairs[index % 2]]
     info |= {
         "objects": [
-            {**_object(thing, config.size, split), "image": side}
+            {**_object(thing, config.size, split, level), "image": side}
             for side, scene in enumerate(scenes)
             for thing in scene.things
         ],
@@ -247,12 +261,13 @@ def pair_record(config: WorldConfig, split: str, index: int) -> Record:
 def single_record(config: WorldConfig, split: str, index: int) -> Record:
     """A scene of one large object with its class as `label`; classes take turns. The test split has all classes."""
     _check(split, index)
-    classes = COMBINATIONS if split == "test" else SEEN
+    level = LEVELS[config.level]
+    classes = level.allowed(split)
     rng = _rng(config, "single", split, index)
-    scene = draw_single(rng, *classes[index % len(classes)])
-    info: dict[str, Any] = {"objects": [_object(thing, config.size, split) for thing in scene.things]}
+    scene = draw_single(rng, *classes[index % len(classes)], level)
+    info: dict[str, Any] = {"objects": [_object(thing, config.size, split, level) for thing in scene.things]}
     info["label"] = info["objects"][0]["class"]
-    info["held_out"] = info["label"] in HELD_OUT_NAMES
+    info["held_out"] = info["label"] in class_names(level.held_out)
     for language, suffix in ((ENGLISH, ""), (CHINESE, "_zh")):
         info[f"captions{suffix}"] = captions(rng, language, scene, config.captions, single=True)
     info["background"] = _background(scene)
@@ -268,44 +283,29 @@ def _folders(train: int, val: int, test: int, pairs: int, singles: int) -> Itera
         yield f"singles-{split}", single_record, split, count
 
 
-def _claim(folder: Path, card: Mapping[str, Any]) -> bool:
-    """Returns whether `folder` has to be written. Prepares it, and removes what an interrupted run left there."""
-    path = folder / "corpus.json"
-    if path.exists():
-        try:
-            existing = dict(parse_json(read_plain(path)))
-        except (ValueError, TypeError) as error:
-            raise UserError(f"{path}: not a corpus card ({error}); delete the folder or choose another") from error
-        if existing == {**card, "complete": True}:
-            return False
-        if existing.get("complete", True):
-            raise UserError(
-                f"{path}: another corpus ({existing.get('config')}, edition {existing.get('edition', 1)}) is here; delete the "
-                f"folder or choose another"
-            )
-        for part in card["counts"]:
-            for file in [*(folder / part).glob("*.tar*"), *(folder / part).glob("*.index.json")]:
-                file.unlink()
-    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder}: not an empty folder, and it holds no corpus.json; choose an empty or a new one")
-    folder.mkdir(parents=True, exist_ok=True)
-    _write_card(path, {**card, "complete": False})
-    return True
-
-
-def _write_card(path: Path, card: Mapping[str, Any]) -> None:
-    write_whole(path, (json.dumps(card, indent=2, ensure_ascii=False) + "\n").encode())
-
-
 class WrittenCorpus(NamedTuple):
-    """The folder of the corpus, and the number of records of each split."""
+    """The folder of the corpus, the number of records of each split, and by split and field the score in 0..1 of answering its
+    questions from their text alone, as training suggests."""
 
     out: Path
     counts: dict[str, int]
+    blind: dict[str, dict[str, float]]
+
+
+_QUESTIONS = ("questions", "questions_zh")
+
+
+def _blind_scores(asked: Mapping[tuple[str, str], Sequence[Asked]]) -> dict[str, dict[str, float]]:
+    """By split and field, for the splits that are not for training; `asked`: the questions by split and field."""
+    found = {(split, name): blind_score(asked["train", name], asked[split, name]) for split, name in asked}
+    return {
+        split: {name: round(own.blind, 4) for name in _QUESTIONS if (own := found.get((split, name)))}
+        for split in SPLITS[1:]
+    }
 
 
 def write_world(
-    out: Path = Path("demo/world"),
+    out: Path | None = None,
     config: WorldConfig = WorldConfig(),
     *,
     train: int = 6000,
@@ -318,10 +318,11 @@ def write_world(
     """Write the embedded corpus: rendered scenes with captions, questions and statements.
 
     The splits are folders of shards: train, val, test; pairs-train, pairs-val, pairs-test; singles-train, singles-test.
-    `corpus.json` beside them describes them. If the folder already holds the same corpus, nothing is written.
+    `corpus.json` beside them describes them, and says how often the text of a question alone gives its answer. If the folder
+    already holds the same corpus, nothing is written.
 
     Args:
-        out: Folder to write.
+        out: Folder to write; by default demo/world, or demo/LEVEL for another level.
         config: Which corpus.
         train: Scenes to train on.
         val: Scenes to validate on.
@@ -333,25 +334,31 @@ def write_world(
     Raises:
         UserError: if the folder holds something else.
     """
-    out = Path(out)
+    out = Path(out or Path("demo", "world" if config.level == "standard" else config.level))
+    level = LEVELS[config.level]
     parts = list(_folders(train, val, test, pairs, singles))
     counts = {name: count for name, _, _, count in parts if count}
     card = {
         "corpus": "fastvlp world",
         "format": _FORMAT,
         "edition": _EDITION,
-        "config": asdict(config),
+        # The standard level has no name in the cards of older versions.
+        "config": {name: value for name, value in asdict(config).items() if (name, value) != ("level", "standard")},
         "counts": counts,
-        "classes": list(CLASS_NAMES),
-        "held_out": list(HELD_OUT_NAMES),
+        "classes": list(class_names(level.combinations)),
+        "held_out": list(class_names(level.held_out)),
     }
-    if not _claim(out, card):
-        return WrittenCorpus(out, counts)
+    if not claim(out, card):
+        return WrittenCorpus(out, counts, read_card(out / "corpus.json").get("blind", {}))
+    asked: dict[tuple[str, str], list[Asked]] = {(split, name): [] for split in SPLITS for name in _QUESTIONS}
     for name, make, split, count in parts:
         if not count:
             continue
         with ShardWriter(out / name) as writer:
             for index in with_progress(range(count), range(count).__len__, name, progress):
-                writer.write(make(config, split, index))
-    _write_card(out / "corpus.json", {**card, "complete": True})
-    return WrittenCorpus(out, counts)
+                writer.write(record := make(config, split, index))
+                for field in _QUESTIONS:
+                    asked[split, field] += asked_in(record.info, field)
+    blind = _blind_scores(asked)
+    write_card(out / "corpus.json", {**card, "blind": blind, "complete": True})
+    return WrittenCorpus(out, counts, blind)

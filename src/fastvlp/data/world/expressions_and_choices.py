@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from fastvlp.data.world.captions_and_questions import OPPOSITE, unique_phrase
 from fastvlp.data.world.language import CHINESE, ENGLISH, Meaning, Phrase
-from fastvlp.data.world.scene import COLOURS, SHAPES, Scene, Thing, allowed, relation
+from fastvlp.data.world.scene import Scene, Thing, relation
 
 # Nearer than this to a line through the other thing, a person might see a thing on either side.
 _DOUBT = 0.05
@@ -83,7 +83,7 @@ def neutrals(rng: Random, scene: Scene, split: str, count: int = 2) -> list[Mean
     for form in rng.sample(("n-heavier", "n-before", "n-made", "n-outside"), 4):
         named = [phrase for thing in rng.sample(scene.things, 2) if (phrase := unique_phrase(rng, scene.things, thing))]
         if form == "n-outside":
-            colour, shape = rng.choice(allowed(split))
+            colour, shape = rng.choice(scene.level.allowed(split))
             meanings[form, Phrase(colour=colour, shape=shape)] = None
         elif form == "n-made" and named:
             meanings[form, named[0]] = None
@@ -114,7 +114,7 @@ def _choice(rng: Random, scene: Scene, split: str, attribute: str) -> Choice | N
         return None
     right = getattr(thing.look, attribute)
     here = sorted({getattr(other.look, attribute) for other in scene.things} - {right})
-    values = tuple(COLOURS) if attribute == "colour" else SHAPES
+    values = scene.level.colours if attribute == "colour" else scene.level.shapes
     rest = [value for value in values if value != right and value not in here]
     # A value that another thing in the picture has is the better wrong answer.
     wrong = [*rng.sample(here, len(here)), *rng.sample(rest, len(rest))][:3]
@@ -136,7 +136,9 @@ def _reasons(rng: Random, scene: Scene, split: str, thing: Thing, attribute: str
     right in 46 % of cases (bench/grounding_by_expression.py)."""
     things, present = scene.things, {other.look[1:] for other in scene.things}
     kept = {"colour": 1, "shape": 0}[attribute]
-    strange = [pair for pair in allowed(split) if pair not in present and pair[kept] == thing.look[1:][kept]]
+    strange = [
+        pair for pair in scene.level.allowed(split) if pair not in present and pair[kept] == thing.look[1:][kept]
+    ]
     different = [other for other in things if other.look[1:] != thing.look[1:]]
     own, other = (_placed(rng, things, rng.choice(some)) if some else None for some in ([thing], different))
     if own is None or other is None or not strange:

@@ -15,36 +15,13 @@ from typing import NamedTuple
 
 from PIL import Image, ImageDraw
 
+from fastvlp.data.world.levels import COLOURS, STANDARD, TONES, Level
+
 SPLITS = ("train", "val", "test")
+COMBINATIONS = STANDARD.combinations
+HELD_OUT = STANDARD.held_out
+SEEN = STANDARD.seen
 
-COLOURS: dict[str, tuple[int, int, int]] = {
-    "red": (222, 28, 36),
-    "orange": (250, 138, 16),
-    "yellow": (248, 222, 32),
-    "green": (34, 158, 56),
-    "cyan": (40, 212, 220),
-    "blue": (34, 76, 228),
-    "purple": (134, 44, 186),
-    "pink": (250, 132, 190),
-}
-SHAPES = ("circle", "square", "triangle", "diamond", "star", "cross", "heart", "ring")
-RADII = {"small": 0.11, "medium": 0.16, "large": 0.225}
-SIZES = tuple(RADII)
-TONES: dict[str, tuple[int, int, int]] = {
-    "white": (248, 248, 248),
-    "beige": (224, 210, 184),
-    "grey": (150, 152, 154),
-    "black": (22, 22, 24),
-}
-PATTERNS = ("plain", "striped", "dotted", "checked", "shaded")
-
-COMBINATIONS = tuple(itertools.product(COLOURS, SHAPES))
-# Every colour and every shape is in exactly one of these, so training shows all of them, and only the combination is new.
-HELD_OUT = tuple((colour, SHAPES[(3 * i + 2) % len(SHAPES)]) for i, colour in enumerate(COLOURS))
-SEEN = tuple(pair for pair in COMBINATIONS if pair not in HELD_OUT)
-
-MOST_THINGS = 6
-_ROOM = 0.42  # the largest share of the picture that the bounding squares of things may fill
 _MARGIN = 0.15  # the smallest offset between two centres that counts as a relation
 
 
@@ -76,11 +53,7 @@ class Scene:
     tone: str
     pattern: str
     clutter: int
-
-
-def allowed(split: str) -> tuple[tuple[str, str], ...]:
-    """The (colour, shape) combinations that a split may show or name."""
-    return COMBINATIONS if split == "test" else SEEN
+    level: Level = STANDARD
 
 
 def relation(a: Thing, b: Thing) -> str | None:
@@ -93,75 +66,97 @@ def relation(a: Thing, b: Thing) -> str | None:
     return "above" if dy < 0 else "below"
 
 
-def _fitting_size(rng: Random, room: float) -> str:
-    """Draws a size whose bounding square fills at most `room`; small if none fits."""
-    return rng.choice([size for size in SIZES if size == "small" or (2 * RADII[size]) ** 2 <= room])
+def _fitting_size(rng: Random, level: Level, room: float) -> str:
+    """Draws a size whose bounding square fills at most `room`; the smallest if none fits."""
+    smallest, radii = next(iter(level.radii)), level.radii.items()
+    return rng.choice([size for size, radius in radii if size == smallest or (2 * radius) ** 2 <= room])
 
 
-def _area(looks: Sequence[Look]) -> float:
+def _area(level: Level, looks: Sequence[Look]) -> float:
     """Returns the share of the picture that bounding squares fill."""
-    return sum((2 * RADII[look.size]) ** 2 for look in looks)
+    return sum((2 * level.radii[look.size]) ** 2 for look in looks)
 
 
-def draw_looks(rng: Random, split: str) -> list[Look]:
-    """Draws the looks of 2 to 6 things. About half of the scenes have at most three colours and three shapes, so that counts
-    above one are common. In the test split the first look is a held-out combination."""
-    count = rng.randint(2, MOST_THINGS)
-    pairs: list[tuple[str, str]] = [rng.choice(HELD_OUT)] if split == "test" else []
-    pool: Sequence[tuple[str, str]] = allowed(split)
+def draw_looks(rng: Random, split: str, level: Level = STANDARD) -> list[Look]:
+    """Draws the looks of the things of a scene. About half of the scenes have at most three colours and three shapes, so that
+    counts above one are common. In the test split the first look is a held-out combination."""
+    count = rng.randint(level.least, level.most)
+    pairs: list[tuple[str, str]] = [rng.choice(level.held_out)] if split == "test" else []
+    pool: Sequence[tuple[str, str]] = level.allowed(split)
     if rng.random() < 0.55:
         first = pairs[0] if pairs else rng.choice(pool)
-        colours = {first[0], *rng.sample(tuple(COLOURS), rng.randint(1, 2))}
-        shapes = {first[1], *rng.sample(SHAPES, rng.randint(1, 2))}
+        colours = {first[0], *rng.sample(level.colours, rng.randint(1, 2))}
+        shapes = {first[1], *rng.sample(level.shapes, rng.randint(1, 2))}
         pool = [pair for pair in pool if pair[0] in colours and pair[1] in shapes]
     pairs += [rng.choice(pool) for _ in range(count - len(pairs))]
     sizes: list[str] = []
-    room = _ROOM
+    room, least = level.room, (2 * min(level.radii.values())) ** 2
     for left in range(count - 1, -1, -1):
-        sizes.append(_fitting_size(rng, room - left * (2 * RADII["small"]) ** 2))
-        room -= (2 * RADII[sizes[-1]]) ** 2
+        sizes.append(_fitting_size(rng, level, room - left * least))
+        room -= (2 * level.radii[sizes[-1]]) ** 2
     rng.shuffle(sizes)
     return [Look(size, *pair) for size, pair in zip(sizes, pairs)]
 
 
-def place_things(rng: Random, looks: Sequence[Look]) -> tuple[Thing, ...]:
-    """Puts things with these looks at random places, large ones first. The distance that they must keep shrinks with each of 80
-    tries; the last place is taken in any case."""
+def place_things(rng: Random, looks: Sequence[Look], level: Level = STANDARD) -> tuple[Thing, ...]:
+    """Puts things with these looks at random places, large ones first."""
     things: list[Thing] = []
-    for look in sorted(looks, key=lambda look: -RADII[look.size]):
-        radius = RADII[look.size] * rng.uniform(0.95, 1.05)
-        for attempt in range(80):
-            x, y = rng.uniform(radius, 1 - radius), rng.uniform(radius, 1 - radius)
-            keep = max(0.6, 1.1 - 0.005 * attempt)
-            if all(math.hypot(x - t.x, y - t.y) >= keep * (radius + t.radius) for t in things):
-                break
-        tint = (rng.randint(-12, 12), rng.randint(-12, 12), rng.randint(-12, 12))
-        things.append(Thing(look=look, x=x, y=y, radius=radius, angle=rng.uniform(-0.2, 0.2), tint=tint))
+    free = rng.sample(_QUARTERS, 4) if level.quarters else []
+    for look in sorted(looks, key=lambda look: -level.radii[look.size]):
+        radius = level.radii[look.size] * rng.uniform(0.95, 1.05)
+        x, y = _near(rng, free.pop()) if level.quarters else _free_place(rng, radius, things)
+        tint = (_change(rng, level.tint), _change(rng, level.tint), _change(rng, level.tint))
+        angle = rng.uniform(-level.turn, level.turn)
+        things.append(Thing(look=look, x=x, y=y, radius=radius, angle=angle, tint=tint))
     return tuple(things)
 
 
-def add_background(rng: Random, things: tuple[Thing, ...]) -> Scene:
+def _change(rng: Random, most: int) -> int:
+    return rng.randint(-most, most)
+
+
+# The middles of the quarters of a picture.
+_QUARTERS = ((0.25, 0.25), (0.75, 0.25), (0.25, 0.75), (0.75, 0.75))
+
+
+def _near(rng: Random, place: tuple[float, float]) -> tuple[float, float]:
+    """Draws a place about a pixel from another."""
+    return place[0] + rng.uniform(-0.015, 0.015), place[1] + rng.uniform(-0.015, 0.015)
+
+
+def _free_place(rng: Random, radius: float, things: Sequence[Thing]) -> tuple[float, float]:
+    """Draws a place away from other things. The distance that they must keep shrinks with each of 80 tries; the last place is
+    taken in any case."""
+    for attempt in range(80):
+        x, y = rng.uniform(radius, 1 - radius), rng.uniform(radius, 1 - radius)
+        keep = max(0.6, 1.1 - 0.005 * attempt)
+        if all(math.hypot(x - t.x, y - t.y) >= keep * (radius + t.radius) for t in things):
+            break
+    return x, y
+
+
+def add_background(rng: Random, things: tuple[Thing, ...], level: Level = STANDARD) -> Scene:
     """Puts the things in front of a random background."""
-    tone, pattern = rng.choice(tuple(TONES)), rng.choice(PATTERNS)
-    return Scene(things=things, tone=tone, pattern=pattern, clutter=rng.getrandbits(32))
+    tone, pattern = rng.choice(level.tones), rng.choice(level.patterns)
+    return Scene(things=things, tone=tone, pattern=pattern, clutter=rng.getrandbits(32), level=level)
 
 
-def draw_scene(rng: Random, split: str) -> Scene:
+def draw_scene(rng: Random, split: str, level: Level = STANDARD) -> Scene:
     """Draws a random scene of a split."""
-    return add_background(rng, place_things(rng, draw_looks(rng, split)))
+    return add_background(rng, place_things(rng, draw_looks(rng, split, level), level), level)
 
 
-def draw_single(rng: Random, colour: str, shape: str) -> Scene:
+def draw_single(rng: Random, colour: str, shape: str, level: Level = STANDARD) -> Scene:
     """Draws a scene of one large thing."""
     radius = rng.uniform(0.28, 0.38)
     x, y = rng.uniform(radius, 1 - radius), rng.uniform(radius, 1 - radius)
-    tint = (rng.randint(-12, 12), rng.randint(-12, 12), rng.randint(-12, 12))
+    tint = (_change(rng, 12), _change(rng, 12), _change(rng, 12))
     look = Look("large", colour, shape)
     thing = Thing(look=look, x=x, y=y, radius=radius, angle=rng.uniform(-0.2, 0.2), tint=tint)
-    return add_background(rng, (thing,))
+    return add_background(rng, (thing,), level)
 
 
-def edit_look(rng: Random, looks: Sequence[Look], split: str) -> list[Look]:
+def edit_look(rng: Random, looks: Sequence[Look], level: Level = STANDARD) -> list[Look]:
     """Returns a scene's looks after one small change: another colour, shape or size of one thing, or one thing more or fewer.
 
     Each change is as likely as the change that undoes it, so texts about edited scenes and about original scenes do not differ
@@ -172,17 +167,17 @@ def edit_look(rng: Random, looks: Sequence[Look], split: str) -> list[Look]:
     size, colour, shape = looks[at]
     change = rng.choice(("combination", "combination", "combination", "size", "number"))
     if change == "number":
-        if (colour, shape) in SEEN and len(looks) > 2 and rng.random() < 0.5:
+        if (colour, shape) in level.seen and len(looks) > level.least and rng.random() < 0.5:
             del looks[at]
-        elif len(looks) < MOST_THINGS:
-            looks.append(Look(_fitting_size(rng, _ROOM - _area(looks)), *rng.choice(SEEN)))
+        elif len(looks) < level.most:
+            looks.append(Look(_fitting_size(rng, level, level.room - _area(level, looks)), *rng.choice(level.seen)))
         return looks
     if change == "size":
-        looks[at] = Look(rng.choice([other for other in SIZES if other != size]), colour, shape)
-    elif (colour, shape) in HELD_OUT:
-        looks[at] = Look(size, *rng.choice([pair for pair in HELD_OUT if pair != (colour, shape)]))
+        looks[at] = Look(rng.choice([other for other in level.radii if other != size]), colour, shape)
+    elif (colour, shape) in level.held_out:
+        looks[at] = Look(size, *rng.choice([pair for pair in level.held_out if pair != (colour, shape)]))
     else:
-        near = [pair for pair in SEEN if (pair[0] == colour) != (pair[1] == shape)]
+        near = [pair for pair in level.seen if (pair[0] == colour) != (pair[1] == shape)]
         looks[at] = Look(size, *rng.choice(near))
     return looks
 
@@ -267,7 +262,7 @@ def _draw_background(draw: ImageDraw.ImageDraw, scene: Scene, side: int) -> None
         towards = 70 if scene.tone == "black" else -60
         for i in range(16):
             draw.rectangle((0, i * side / 16, side, (i + 1) * side / 16), fill=_shift(tone, towards * i // 16))
-    for _ in range(rng.randint(0, 6)):
+    for _ in range(rng.randint(0, scene.level.lines)):
         fill = _shift(tone, rng.choice((-45, -30, 30, 45)))
         x, y, turn = rng.uniform(0, side), rng.uniform(0, side), rng.uniform(0, 2 * math.pi)
         length = side * rng.uniform(0.005, 0.12)

@@ -1,0 +1,86 @@
+"""How often a question is answered right by its text alone: what a score in visual question answering has to be compared with.
+
+The blind answer is that of counting: the most frequent answer of the training questions that begin with the same words. It is
+exact and fast, and on the embedded corpus no worse than naive Bayes on words and pairs of words.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from fastvlp.data.records.schema import answers_fault, clean_text
+
+# The fewest training questions from which an answer is taken: of fewer, the most frequent one is chance.
+LEAST = 20
+_WORD = re.compile(r"[\u3400-\u9fff]|[^\s\u3400-\u9fff]+")  # a Chinese character is a word
+
+
+class Asked(NamedTuple):
+    """A question, and how right each answer is, in 0..1."""
+
+    text: str
+    answers: Mapping[str, float]
+
+
+class BlindScore(NamedTuple):
+    """Mean scores over some questions, in 0..1.
+
+    Attributes:
+        blind: of the best answer from the text alone.
+        chance: of always giving the answer that is the most frequent one in training.
+        questions: how many they are.
+    """
+
+    blind: float
+    chance: float
+    questions: int
+
+
+def asked_in(info: Mapping[str, Any], field: str) -> Iterator[Asked]:
+    """The questions with answers in a record's `field`; entries of another form are left out."""
+    entries = info.get(field)
+    for entry in entries if isinstance(entries, list) else ():
+        if not isinstance(entry, Mapping):
+            continue
+        text, answers = clean_text(entry.get("question")), entry.get("answers")
+        if text is not None and isinstance(answers, Mapping) and answers and not answers_fault(answers):
+            yield Asked(text, {str(answer): float(score) for answer, score in answers.items()})
+
+
+def blind_score(train: Sequence[Asked], scored: Sequence[Asked]) -> BlindScore | None:
+    """The score of the answer that is the most frequent one, in training, of the questions with the longest beginning in common
+    that at least LEAST of them have; or of those with the longest end in common, if that scores higher, as in Chinese. None
+    where either has no questions."""
+    if not train or not scored:
+        return None
+    return max(_score(train, scored, ends) for ends in (False, True))
+
+
+def _score(train: Sequence[Asked], scored: Sequence[Asked], ends: bool) -> BlindScore:
+    counts = Counter(part for asked in train for part in _parts(asked.text, ends))
+    frequent = {part for part, count in counts.items() if count >= LEAST} | {()}
+    totals: dict[tuple[str, ...], dict[str, float]] = {part: defaultdict(float) for part in frequent}
+    for asked in train:
+        for part in _parts(asked.text, ends):
+            if part in frequent:
+                for answer, score in asked.answers.items():
+                    totals[part][answer] += score
+    # Of answers with equal sums the first one by the alphabet, as in `frequent_answers`.
+    best = {part: min(answers, key=lambda answer: (-answers[answer], answer)) for part, answers in totals.items()}
+    blind = [asked.answers.get(best[_longest(asked.text, frequent, ends)], 0.0) for asked in scored]
+    chance = [asked.answers.get(best[()], 0.0) for asked in scored]
+    return BlindScore(sum(blind) / len(blind), sum(chance) / len(chance), len(scored))
+
+
+def _parts(text: str, ends: bool) -> Iterator[tuple[str, ...]]:
+    """All beginnings of a text, or all its ends, shortest first, the empty one included."""
+    words = tuple(_WORD.findall(text.lower()))
+    for n in range(len(words) + 1):
+        yield words[len(words) - n :] if ends else words[:n]
+
+
+def _longest(text: str, frequent: set[tuple[str, ...]], ends: bool) -> tuple[str, ...]:
+    return [part for part in _parts(text, ends) if part in frequent][-1]
