@@ -120,6 +120,13 @@ COMMANDS: Mapping[str, Command] = {
         "Classify images by the names of classes.", "eval.zeroshot:evaluate_zeroshot", show_evaluation
     ),
     "evaluate probe": command("Logistic regression on frozen features.", "eval.probe:evaluate_probe", show_evaluation),
+    "evaluate sugarcrepe": command(
+        "Tell captions from hard negatives.", "eval.sugarcrepe:evaluate_sugarcrepe", show_evaluation
+    ),
+    "evaluate winoground": command(
+        "Match two pictures with two captions.", "eval.winoground:evaluate_winoground", show_evaluation
+    ),
+    "evaluate vsr": command("Say whether a spatial relation holds.", "eval.vsr:evaluate_vsr", show_evaluation),
     "compare": command("Train recipes for the same time, and report.", "comparison.compare:compare", show_comparison),
     "convert": command("Make a folder like a run's of a public model.", "convert.checkpoints:convert", show_converted),
     "export": command("Write a model that stands alone.", "exporters.export:export", show_exported),

@@ -44,4 +44,4 @@ def test_help_lists_the_shared_options_too(command, capsys):
     with pytest.raises(SystemExit) as stopped:
         main(["evaluate", command, "--help"])
     assert not stopped.value.code
-    assert {"--data", "--split", "--batch-size", "--device"} <= {*capsys.readouterr().out.replace("│", " ").split()}
+    assert {"--data", "--batch-size", "--device"} <= {*capsys.readouterr().out.replace("│", " ").split()}

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from fastvlp.batch import Dropped, Record
 from fastvlp.data.records.decode import MAX_PIXELS, StoredShape, decode, stored_shape
-from fastvlp.data.records.shards import RecordError, Shards
+from fastvlp.data.records.interface import Records
+from fastvlp.data.records.shards import RecordError
 from fastvlp.data.records.transform import Transform
 from fastvlp.data.regions import ImageRegions, RegionSource, read_regions, visible_boxes
 from fastvlp.data.states_file import StatesFile
@@ -41,7 +42,7 @@ class RecordReader:
 
     def __init__(
         self,
-        shards: Shards,
+        shards: Records,
         transform: Transform,
         *,
         images: int | Literal["first", "all"] = "first",
@@ -52,7 +53,7 @@ class RecordReader:
         strict: bool = False,
     ):
         if strict and shards.damage:
-            raise refusal(shards, shards.damage)
+            raise refusal(shards, list(shards.damage))
         self.shards = shards
         self.transform = transform
         self.images = images
@@ -203,7 +204,7 @@ def _shared(n: int) -> Tensor:
     return torch.frombuffer(mmap.mmap(-1, n), dtype=torch.uint8)
 
 
-def refusal(shards: Shards, dropped: list[Dropped]) -> UserError:
+def refusal(shards: Records, dropped: list[Dropped]) -> UserError:
     """The error of an evaluation, which leaves no record out, about records that cannot be used."""
     names = "; ".join(f"{d.key}: {d.reason}" for d in dropped[:8])
     return UserError(

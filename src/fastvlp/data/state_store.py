@@ -18,7 +18,7 @@ from rich.console import Console
 from torch import Tensor
 
 from fastvlp.data.records.decode import StoredShape
-from fastvlp.data.records.shards import Shards
+from fastvlp.data.records.interface import Records
 from fastvlp.data.states_file import (
     DamagedStatesError,
     Entries,
@@ -113,7 +113,7 @@ class StateStore:
 
     def open(
         self,
-        shards: Shards,
+        shards: Records,
         about: Mapping[str, Any],
         shape: Callable[[], EntryShape],
         compute: Callable[[Sequence[int]], Iterator[Computed]],
@@ -149,7 +149,7 @@ class StateStore:
         self.notes.append(StoreNote(self.what, shards.url, path, len(stored), size, seconds))
         return stored
 
-    def _path(self, shards: Shards, whole: Mapping[str, Any]) -> Path:
+    def _path(self, shards: Records, whole: Mapping[str, Any]) -> Path:
         folder = Path(self.config.folder) if self.config.folder else shards.folder
         if folder is None:
             raise NotStoredError("the shards are on another machine; name a folder for the states with `states.folder`")

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from fastvlp.data.reader import RecordReader
-from fastvlp.data.records.shards import RecordError, Shards
+from fastvlp.data.records.interface import Records
+from fastvlp.data.records.shards import RecordError
 from fastvlp.data.records.transform import Transform
 from fastvlp.data.state_store import Computed, StateStore
 from fastvlp.data.states_file import EntryShape, StatesFile
@@ -39,7 +40,7 @@ class ImageStore:
 
     def open(
         self,
-        shards: Shards,
+        shards: Records,
         transform: Transform,
         images: int | Literal["first"] = "first",
         mirrored: bool = False,

@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from fastvlp.data.records.shards import Shards
+from fastvlp.data.records.interface import Records
 from fastvlp.data.streams import with_progress
 from fastvlp.errors import UserError
 from fastvlp.eval.encoding import LoadedModel
@@ -84,13 +84,13 @@ def image_features(model: VLModel, images: Images, features: Features = "pooled"
     return model.embed.image.summary(state_BKD, regions=images.regions).float()
 
 
-def embed_images(loaded: LoadedModel, shards: Shards) -> Tensor:
+def embed_images(loaded: LoadedModel, shards: Records) -> Tensor:
     """Unit vectors [I E] of the first image of every record."""
     vectors = _embed_images(loaded, shards)
     return unit(vectors + _embed_images(loaded, shards, mirrored=True)) if loaded.mirror else vectors
 
 
-def _embed_images(loaded: LoadedModel, shards: Shards, mirrored: bool = False) -> Tensor:
+def _embed_images(loaded: LoadedModel, shards: Records, mirrored: bool = False) -> Tensor:
     parts = []
     # A model with fusion layers was trained on all states, which are stored already.
     use: ImageUse = "embedding" if loaded.model.config.fusion is None else "states"
@@ -118,7 +118,7 @@ def embed_texts(loaded: LoadedModel, texts: Sequence[str]) -> Tensor:
     return torch.cat(vectors)[torch.tensor([place[text] for text in texts], device=loaded.device)]
 
 
-def embed_split(loaded: LoadedModel, shards: Shards, captions: Sequence[Sequence[str]]) -> SplitEmbeddings:
+def embed_split(loaded: LoadedModel, shards: Records, captions: Sequence[Sequence[str]]) -> SplitEmbeddings:
     """Embeds a split's images and `captions`, the captions of each record."""
     image_of_text = torch.arange(len(captions)).repeat_interleave(torch.tensor([len(its) for its in captions]))
     image_IE = embed_images(loaded, shards)

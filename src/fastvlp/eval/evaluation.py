@@ -88,7 +88,7 @@ def evaluations() -> dict[str, Callable[..., Evaluation]]:
 
 
 def evaluate_embeddings(name: str, run: str | Path, /, **options: Any) -> Evaluation:
-    """Runs the evaluation of this name (`retrieval`, `zeroshot`, `probe`).
+    """Runs the evaluation of this name (`retrieval`, `zeroshot`, `probe`, `sugarcrepe`, ...).
 
     `options` are its keyword arguments; the fields of `encoding`, such as `batch_size` or `device`, may stand beside them.
     Raises UserError for a name or an option that there is not.

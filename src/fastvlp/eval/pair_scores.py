@@ -35,21 +35,31 @@ def mean_log_likelihood(
     return -total_B / predicted_BL.sum(1).clamp(min=1)
 
 
+def pair_matches(saved: Saved) -> dict[str, Match]:
+    """All ways in which a saved model scores pairs: `match`, by its image-text matching head, and `likelihood`, by the mean
+    log-likelihood of the caption; those that it was trained for."""
+    ways: dict[str, Match] = {}
+    if scorer := matching_scorer(saved):
+        ways["match"] = partial(scorer, saved.model)
+    if any("write" in able for able in abilities(saved).values()):
+        ways["likelihood"] = partial(mean_log_likelihood, saved.model, bos=saved_bos(saved))
+    return ways
+
+
 def pair_score(saved: Saved, by: Literal["match", "likelihood"] | None = None) -> tuple[str, Match]:
     """How a saved model scores pairs, and the name of the way: `match` or `likelihood`.
 
     By its image-text matching head if it has one, else by the mean log-likelihood of the caption; or the way `by`. Raises
     UserError for a model that was not trained for it.
     """
-    model, learned = saved.model, abilities(saved)
-    if by != "likelihood" and (scorer := matching_scorer(saved)):
-        return "match", partial(scorer, model)
-    if by != "match" and any("write" in able for able in learned.values()):
-        return "likelihood", partial(mean_log_likelihood, model, bos=saved_bos(saved))
+    ways = pair_matches(saved)
+    name: str = by or next(iter(ways), "")
+    if name in ways:
+        return name, ways[name]
     raise UserError(
         f"{saved.weights}: cannot score pairs{f' for `rerank_by` {by}' if by else ''}, which needs a run that was trained "
         f"with image-text matching (itm) or to write texts left to right (flm, ar, prefixlm); this one was trained with "
-        f"{', '.join(learned) or 'no objectives'}"
+        f"{', '.join(abilities(saved)) or 'no objectives'}"
     )
 
 

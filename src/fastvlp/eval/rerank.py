@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from fastvlp.data.records.shards import Shards
+from fastvlp.data.records.interface import Records
 from fastvlp.eval.encoding import LoadedModel
 from fastvlp.eval.pair_scores import Match
 from fastvlp.eval.split_reading import image_batches
@@ -17,7 +17,7 @@ ROWS = 256
 
 
 def score_pairs(
-    loaded: LoadedModel, match: Match, shards: Shards, texts: Sequence[str], texts_of_image: Sequence[Tensor]
+    loaded: LoadedModel, match: Match, shards: Records, texts: Sequence[str], texts_of_image: Sequence[Tensor]
 ) -> Iterator[Tensor]:
     """Scores of pairs of an image and a text.
 

@@ -13,6 +13,7 @@ from torch.utils import _pytree
 from fastvlp.batch import Dropped, Regions
 from fastvlp.data.prefetch import Prefetch
 from fastvlp.data.reader import RecordReader, refusal
+from fastvlp.data.records.interface import Records
 from fastvlp.data.records.schema import usable_captions
 from fastvlp.data.records.shards import RecordError, Shards
 from fastvlp.data.records.transform import Transform
@@ -46,7 +47,7 @@ def open_split(data: str, split: str) -> Shards:
 
 
 def image_batches(
-    shards: Shards,
+    shards: Records,
     loaded: LoadedModel,
     description: str = "images",
     use: ImageUse = "states",
@@ -92,7 +93,7 @@ def image_batches(
     return Prefetch(batches())
 
 
-def read_captions(shards: Shards, field: str) -> list[list[str]]:
+def read_captions(shards: Records, field: str) -> list[list[str]]:
     """All captions of each record. Raises UserError where a record has none."""
     captions_of = [usable_captions(info, field) for info in _infos(shards)]
     without = [shards.key(i) for i, captions in enumerate(captions_of) if not captions]
@@ -104,7 +105,7 @@ def read_captions(shards: Shards, field: str) -> list[list[str]]:
     return captions_of
 
 
-def read_labels(shards: Shards, field: str) -> list[str]:
+def read_labels(shards: Records, field: str) -> list[str]:
     """The class of each record. Raises UserError where a record has none."""
     labels = []
     for i, info in enumerate(_infos(shards)):
@@ -119,7 +120,7 @@ def read_labels(shards: Shards, field: str) -> list[str]:
     return labels
 
 
-def _infos(shards: Shards) -> Iterator[dict[str, Any]]:
+def _infos(shards: Records) -> Iterator[dict[str, Any]]:
     for i in range(len(shards)):
         try:
             yield shards.info(i)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 
 
 def standard_error(values: Sequence[float], groups: Sequence[Hashable] | None = None) -> float:
@@ -27,3 +27,8 @@ def with_error(values: Sequence[float], groups: Sequence[Hashable] | None = None
     """`accuracy`, the mean of the values, and its `standard_error` where there is one."""
     error = standard_error(values, groups)
     return {"accuracy": sum(values) / len(values)} | ({} if math.isnan(error) else {"standard_error": error})
+
+
+def numbers_only(values: Mapping[str, float]) -> dict[str, float]:
+    """Those that are not NaN, as errors of too few records are."""
+    return {name: value for name, value in values.items() if not math.isnan(value)}

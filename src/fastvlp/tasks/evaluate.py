@@ -16,7 +16,7 @@ def evaluate(method: str, run: str | Path, /, **options: Any) -> Evaluation | Ta
     Args:
         method: `task`: a fine-tuned run on its task. `retrieval`: find images by captions and captions by images, with the
             embeddings. `zeroshot`: classify images by the names of the classes. `probe`: logistic regression on frozen
-            image features.
+            image features. `sugarcrepe`, `winoground`, `vsr`: how the words of a caption combine, by scores of pairs.
         run: Folder of the run.
         **options: Options of the method, as `vlp evaluate METHOD --help` lists them, such as `data`, `split` and `device`.
 

@@ -1,0 +1,46 @@
+"""What records are read from: shards, or the files of a data set that was not imported."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from fastvlp.batch import Dropped
+
+
+class Records(Protocol):
+    """Records by their number. Reading may raise RecordError."""
+
+    def __len__(self) -> int: ...
+
+    @property
+    def url(self) -> str:
+        """Where they are, for messages and results."""
+
+    @property
+    def damage(self) -> Sequence[Dropped]:
+        """What cannot be read, each with a name and a reason."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash that changes when the records change."""
+
+    @property
+    def folder(self) -> Path | None:
+        """A local folder for files about these records; None where they are on another machine."""
+
+    def key(self, i: int) -> str:
+        """The name of record i."""
+
+    def info(self, i: int) -> dict[str, Any]:
+        """The JSON of record i."""
+
+    def images(self, i: int) -> tuple[bytes, ...]:
+        """The encoded images of record i."""
+
+    def image_count(self, i: int) -> int:
+        """How many images record i has; reads none."""
+
+    def detected(self, i: int) -> tuple[bytes, ...]:
+        """A detector's regions of each image, as npz; empty where there are none."""
