@@ -42,6 +42,19 @@ def test_fixed_positions_are_neither_learned_nor_saved():
     assert torch.equal(larger.position, sincos_positions(6, 32, prefix=1))
 
 
+@pytest.mark.parametrize("initial", ["bert", "mae"])
+def test_learned_positions_may_begin_at_sines_and_cosines(initial):
+    """Those of FLIP in the shape of CLIP do; they are learned from there, saved, and resized as any learned table."""
+    image = ViTConfig(size=32, patch=8, depth=1, layer=LAYER, position_start="sincos")
+    model = VLModel(replace(made_config(), image=image, initial=initial))
+    assert torch.equal(model.image.position, sincos_positions(4, 32, prefix=1))
+    assert "image.position" in dict(model.named_parameters()) and "image.position" in model.state_dict()
+    assert model.image.resized({"position": torch.zeros(10, 32)})["position"].shape == (17, 32)
+    assert image.normal_form() == replace(image, position_start="random")
+    with pytest.raises(UserError, match="position_start"):
+        replace(image, layer=LayerConfig(width=30, heads=3, hidden=60)).check()
+
+
 def test_the_class_token_has_no_position_and_comes_after_the_masking():
     """What a tower computes of kept patches is the same set of states in any order."""
     tower, image = ViT(CONFIG).double(), images()

@@ -87,7 +87,8 @@ class EncoderFamily(abc.ABC):
             return None
         stated = {"model_type": sorted(self.model_types)[0], **self.defaults, **self.stated(config)}
         again = self.config(stated)
-        # What a layout does not say of an encoder: pixels are normalised elsewhere, and special tokens are the tokenizer's.
+        # What a layout does not say of an encoder: pixels are normalised elsewhere, positions are learned by then, and
+        # special tokens are the tokenizer's.
         unsaid = {name: getattr(config, name) for name in self.unsaid}
         return stated if again is not None and replace(again, **unsaid) == config else None
 
@@ -141,7 +142,7 @@ class ImageFamily(EncoderFamily):
     """Vision models whose weights fit our vision transformer."""
 
     ours = ViTConfig
-    unsaid = ("mean", "std")
+    unsaid = ("mean", "std", "position_start")
     mean: ClassVar[RGB]
     std: ClassVar[RGB]
     fit: ClassVar[Fit]

@@ -151,6 +151,8 @@ class VLModel(Freezable):
         self.embed = Embed(embed, config.image, width) if embed else cast(Embed, Absent("embed"))
         if config.initial == "mae":
             initialise_as_mae(self)
+            if "image" in self.encoders():
+                self.image.start_positions()
 
     def resized(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Returns the weights of a similar model, made to fit this one where only the number of positions or of token types

@@ -132,6 +132,9 @@ class ImageEncoder(nn.Module, abc.ABC):
         """Encodes images, uint8 [B 3 H W] -> [B prefix+N D], or [B prefix+K D] of the cells in `keep_BK` alone, in their
         order. `keep_BK` is None where the config cannot drop patches."""
 
+    def start_positions(self) -> None:
+        """Sets positions that do not begin at random numbers, after all new weights were drawn. Here: there are none."""
+
     def public_module(self) -> nn.Module | None:
         """The model of transformers that computes the states, where one does."""
         return None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import torch
@@ -33,6 +33,8 @@ class ViTConfig(ImageEncoderConfig):
     """Further learned tokens after it, such as DeiT's distillation token."""
     position: Literal["learned", "sincos"] = "learned"
     """A learned table, or fixed sines and cosines with none for the class token (FLIP)."""
+    position_start: Literal["random", "sincos"] = "random"
+    """Where a learned table begins: at random numbers, or at the fixed sines and cosines."""
     embed_norm: bool = False
     """Whether the embedded patches are normalised (CLIP's ln_pre)."""
     patch_bias: bool = True
@@ -55,14 +57,20 @@ class ViTConfig(ImageEncoderConfig):
     def prefix(self) -> int:
         return int(self.class_token) + self.more_tokens
 
+    def normal_form(self) -> ViTConfig:
+        return replace(self, position_start="random")
+
     def check(self) -> None:
         if self.patch < 1 or self.size < self.patch or self.size % self.patch:
             raise UserError(
                 f"`model.image.size` {self.size} is not a whole number of patches of {self.patch} pixels "
                 "(`model.image.patch`)"
             )
-        if self.position == "sincos" and self.width % 4:
-            raise UserError(f"`model.image.position` sincos has four quarters; width {self.width} does not divide by 4")
+        if "sincos" in (self.position, self.position_start) and self.width % 4:
+            raise UserError(
+                f"`model.image.position` and `position_start`: sincos has four quarters, and width {self.width} does not "
+                "divide by 4"
+            )
         self.layer.check("model.image.layer")
 
     def build(self) -> ViT:
@@ -117,6 +125,13 @@ class ViT(ImageEncoder):
         self.blocks = stack(config.layer, config.depth)
         self.norm = nn.LayerNorm(width, eps=config.norm_eps)
         initialise(self, width)
+        self.start_positions()
+
+    def start_positions(self) -> None:
+        config = self.config
+        if config.position == "learned" and config.position_start == "sincos":
+            with torch.no_grad():
+                self.position.copy_(sincos_positions(config.grid, config.width, prefix=config.prefix))
 
     def forward(self, image: Tensor, keep_BK: Tensor | None = None) -> Tensor:
         patches = patchify(self.normalised(image), self.config.patch)
