@@ -46,8 +46,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastvlp.batch import Batch
+from fastvlp.model import sizes
 from fastvlp.model.joint_space import unit as normalised
-from fastvlp.model.sizes import flip_b16, flip_l16, flip_small, flip_tiny
 from fastvlp.objectives.contrastive import info_nce, sigmoid_loss
 from fastvlp.objectives.objective import combine
 from fastvlp.training.flops import gradient_flops
@@ -55,14 +55,19 @@ from fastvlp.training.gradient_cache import cache_gradients
 from fastvlp.training.hardware import peak_flops
 from fastvlp.training.pretraining import Pretraining
 
-SIZES = {"tiny": flip_tiny, "small": flip_small, "b16": flip_b16, "l16": flip_l16}
+SIZES = {
+    "tiny": sizes.flip_tiny_published,
+    "small": sizes.flip_small_published,
+    "b16": sizes.flip_b16_published,
+    "l16": sizes.flip_l16_published,
+}
 GIGA = 1e9
 
 
 @dataclass(frozen=True, kw_only=True)
 class Towers(Options):
     size: Literal["tiny", "small", "b16", "l16"] = "small"
-    """Size of FLIP's towers."""
+    """Size of FLIP's towers, as released."""
     layers: int | None = None
     """Layers of each tower, instead of all."""
     vocab: int = 8000

@@ -27,7 +27,7 @@ from fastvlp.training.train_config import TrainConfig
 from tests.made import SPECIALS, VOCAB, made_batch, made_tokenizer
 from tests.training.runs import assert_equal, made_pairs, made_run, weights
 
-FLIP = {"b16": sizes.flip_b16, "l16": sizes.flip_l16, "h14": sizes.flip_h14}
+FLIP = {"b16": sizes.flip_b16_published, "l16": sizes.flip_l16_published, "h14": sizes.flip_h14_published}
 
 
 def with_vocabulary(config: ModelConfig, vocab: int) -> ModelConfig:
@@ -93,7 +93,7 @@ def forward_flops(compute: Callable[[], Any]) -> int:
 
 def flip_pretraining(keep: float = 1.0) -> Pretraining:
     torch.manual_seed(0)
-    config = with_vocabulary(sizes.flip_tiny(size=32), VOCAB)
+    config = with_vocabulary(sizes.flip_tiny_published(size=32), VOCAB)
     return Pretraining(VLModel(config), {"clip": CLIPConfig(bound="clip").build(config, made_tokenizer())}, keep)
 
 
@@ -155,6 +155,19 @@ def test_padding_is_a_word_like_any_other():
     assert not module.model.text.word.weight.grad[[SPECIALS["bos"], SPECIALS["eos"]]].any()
 
 
+@pytest.mark.parametrize("size", ["b16", "l16", "h14", "tiny", "small"])
+def test_the_default_shape_is_clips_with_the_towers_of_the_published_one(size):
+    """Beside the parts that CLIP has in other forms, no layer differs."""
+    ours, published = getattr(sizes, f"flip_{size}")(), getattr(sizes, f"flip_{size}_published")()
+    assert (ours.image.depth, ours.text.depth) == (published.image.depth, published.text.depth)
+    for one, other in ((ours.image, published.image), (ours.text, published.text)):
+        assert one.layer == replace(other.layer, activation="gelu", eps=1e-5)
+    assert (ours.image.size, ours.image.patch) == (published.image.size, published.image.patch)
+    assert ours.embed.width == published.embed.width and ours.embed.text_mask == "causal"
+    assert (ours.embed.image.pool, ours.embed.text.pool) == ("first", "last")
+    assert ours.image.position_start == "sincos" and ours.image.embed_norm
+
+
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory):
     return made_pairs(tmp_path_factory.mktemp("pairs"))
@@ -162,7 +175,7 @@ def pairs(tmp_path_factory):
 
 def towers_run(pairs, out, **changes) -> TrainConfig:
     """Two steps of FLIP's towers at 16 px."""
-    model = sizes.flip(sizes.Tower(1, 16, 2), sizes.Tower(1, 16, 2), width=8, size=16, patch=4, length=12)
+    model = sizes.flip_published(sizes.Tower(1, 16, 2), sizes.Tower(1, 16, 2), width=8, size=16, patch=4, length=12)
     run = made_run(pairs, out, "clip", steps=2, keep=0.5)
     return replace(run, **{"model": model, "data": replace(run.data, max_length=14), **changes})
 
@@ -201,6 +214,7 @@ def test_clipas_second_stage_resizes_learned_positions(pairs, tmp_path):
 
 def test_the_recipe_of_the_paper():
     run = recipe("flip_l16")
+    assert run.model == sizes.flip_l16_published()
     assert run.data.batch_size * run.accumulate * 8 == 65_536 and run.keep == 0.5 and run.steps == 190_000
     assert run.optim.lr == pytest.approx(1.024e-3) and run.optim.warmup * 12.8e9 == pytest.approx(51.2e6)
     assert run.objectives == {"clip": CLIPConfig(temperature=0.07, max_scale=100, bound="clip")}

@@ -104,7 +104,7 @@ def clip_checkpoint(folder: Path) -> tuple[Path, VLModel]:
 
 def flip_checkpoint(folder: Path) -> tuple[Path, VLModel]:
     tokenizer = made_tokenizer(folder / "tokenizer.json", BERT)
-    config = sizes.flip(sizes.Tower(1, 64, 1), sizes.Tower(1, 64, 1), width=16, size=32, patch=16, length=10)
+    config = sizes.flip_published(sizes.Tower(1, 64, 1), sizes.Tower(1, 64, 1), width=16, size=32, patch=16, length=10)
     model = model_of(sizes.with_tokenizer(config, tokenizer))
     weights = spread(flip_map(1, 1).sources, model.state_dict())
     weights = {name: x.T if name.endswith("/kernel") else x for name, x in weights.items()}

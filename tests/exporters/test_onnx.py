@@ -14,7 +14,7 @@ from fastvlp.errors import UserError
 from fastvlp.exporters.export import export
 from fastvlp.model.model import ModelConfig
 from fastvlp.model.saving import load_model
-from fastvlp.model.sizes import brivl_tiny, flip_tiny
+from fastvlp.model.sizes import brivl_tiny, flip_tiny, flip_tiny_published
 from tests.convert.public_models import write_model
 from tests.exporters.made_runs import CAPTIONS, clip_shaped, made_run
 
@@ -23,7 +23,9 @@ pytest.importorskip("onnxscript")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("config", [clip_shaped(), flip_tiny(size=48), brivl_tiny(size=48, grid=3)])
+@pytest.mark.parametrize(
+    "config", [clip_shaped(), flip_tiny(size=48), flip_tiny_published(size=48), brivl_tiny(size=48, grid=3)]
+)
 def test_graphs_give_the_vectors_of_the_run(config: ModelConfig, tmp_path: Path):
     run = made_run(tmp_path / "run", config)
     differences = export(run, tmp_path / "out", to="onnx").differences

@@ -15,7 +15,7 @@ from fastvlp.cli import main
 from fastvlp.errors import UserError
 from fastvlp.exporters.export import export
 from fastvlp.model.saving import load_model
-from fastvlp.model.sizes import flip_tiny
+from fastvlp.model.sizes import flip_tiny_published
 from fastvlp.search.embedder import Embedder
 from tests.convert.public_models import write_model
 from tests.exporters.made_runs import CAPTIONS, clip_shaped, made_run
@@ -58,7 +58,7 @@ def test_public_models_come_back_as_they_were(name: str, tmp_path: Path):
 
 
 def test_what_does_not_fit_is_named(tmp_path: Path):
-    run = made_run(tmp_path / "flip", flip_tiny(size=48))
+    run = made_run(tmp_path / "flip", flip_tiny_published(size=48))
     with pytest.raises(UserError, match="none of CLIP, SigLIP"):
         export(run, tmp_path / "out", to="transformers")
     run = made_run(tmp_path / "bars", clip_shaped(), fit="letterbox")

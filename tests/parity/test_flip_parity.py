@@ -27,7 +27,7 @@ def golden():
 def model_config() -> ModelConfig:
     c, _, _, _ = golden()
     towers = (sizes.Tower(c[f"{kind}_layers"], c[f"{kind}_width"], c[f"{kind}_heads"]) for kind in ("img", "txt"))
-    config = sizes.flip(*towers, width=c["proj"], size=c["image"], patch=c["patch"], length=c["txt_len"])
+    config = sizes.flip_published(*towers, width=c["proj"], size=c["image"], patch=c["patch"], length=c["txt_len"])
     text, image = config.text, config.image
     return replace(
         config,

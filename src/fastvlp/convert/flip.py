@@ -58,7 +58,7 @@ def _layers(ours: str, theirs: str, depth: int) -> Sources:
 
 
 def flip_map(image_depth: int, text_depth: int) -> WeightMap:
-    """Onto a model of `sizes.flip`. Unused: the fixed positions of the image, and the temperature, which is the
+    """Onto a model of `sizes.flip_published`. Unused: the fixed positions of the image, and the temperature, which is the
     objective's (`CLIP.log_scale`)."""
     sources = {
         **_linear("image.patch", "img_encoder/embedding"),
@@ -76,8 +76,8 @@ def flip_map(image_depth: int, text_depth: int) -> WeightMap:
 
 
 def from_flip(weights: Weights) -> dict[str, Tensor]:
-    """The state dict of a model of `sizes.flip` from the parameters of a released checkpoint (the tree under `target`).
-    Raises UserError where a tensor is missing or left over."""
+    """The state dict of a model of `sizes.flip_published` from the parameters of a released checkpoint (the tree under
+    `target`). Raises UserError where a tensor is missing or left over."""
     depths = (len(layer_numbers(weights, prefix)) for prefix in (IMAGE_LAYERS, TEXT_LAYERS))
     return apply_map(from_flax(weights), flip_map(*depths), layout="FLIP")
 
@@ -94,7 +94,7 @@ def flip_config(weights: Weights, stated: Stated) -> ModelConfig:
     depth, text_depth = (len(layer_numbers(weights, prefix)) for prefix in (IMAGE_LAYERS, TEXT_LAYERS))
     known = {"image": IMAGE_HEADS.get((width, depth)), "text": TEXT_HEADS.get((text_width, text_depth))}
     heads, text_heads = head_counts(stated, known)
-    config = sizes.flip(
+    config = sizes.flip_published(
         sizes.Tower(depth, width, heads),
         sizes.Tower(text_depth, text_width, text_heads),
         width=weights["img_mlp1/kernel"].shape[1],

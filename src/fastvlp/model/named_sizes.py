@@ -8,7 +8,7 @@ from dataclasses import replace
 from difflib import get_close_matches
 
 from fastvlp.errors import UserError
-from fastvlp.model import sizes
+from fastvlp.model import sizes, tower_sizes
 from fastvlp.model.model import ModelConfig
 from fastvlp.model.sizes import joint_space, single_over_patches
 
@@ -18,7 +18,9 @@ def named_sizes() -> Mapping[str, Callable[[], ModelConfig]]:
     return {
         name: function
         for name, function in inspect.getmembers(sizes, inspect.isfunction)
-        if function.__module__ == sizes.__name__ and not name.startswith("_") and _is_size(function)
+        if function.__module__ in (sizes.__name__, tower_sizes.__name__)
+        and not name.startswith("_")
+        and _is_size(function)
     }
 
 

@@ -1,12 +1,13 @@
 """Model sizes: functions that return a ModelConfig, in which only the vocabulary is still to be set (`with_tokenizer`).
 
-Functions without required arguments can be named on the command line (`model/named_sizes.py`). The others build parts.
+Functions without required arguments can be named on the command line (`model/named_sizes.py`). The others build parts. Two
+towers in the shapes of CLIP and FLIP are written in `tower_sizes.py`.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal
 
 from fastvlp.errors import UserError
 from fastvlp.model.encoders.efficientnet_shapes import efficientnet
@@ -15,11 +16,29 @@ from fastvlp.model.encoders.transformers_image import TransformersImageConfig
 from fastvlp.model.encoders.vit import ViTConfig
 from fastvlp.model.fusion import FusionConfig, ReconstructorConfig
 from fastvlp.model.joint_space import EmbedConfig, HeadConfig
-from fastvlp.model.layers import Activation, LayerConfig, Norm
+from fastvlp.model.layers import LayerConfig, Norm
 from fastvlp.model.model import ModelConfig
 from fastvlp.model.region_embedding import RegionConfig
 from fastvlp.model.region_pooling import Place, RegionPool
 from fastvlp.model.single_stream import SingleConfig
+from fastvlp.model.tower_sizes import Tower as Tower
+from fastvlp.model.tower_sizes import clip as clip
+from fastvlp.model.tower_sizes import clip_b16 as clip_b16
+from fastvlp.model.tower_sizes import clip_b32 as clip_b32
+from fastvlp.model.tower_sizes import clip_l14 as clip_l14
+from fastvlp.model.tower_sizes import clip_small as clip_small
+from fastvlp.model.tower_sizes import flip as flip
+from fastvlp.model.tower_sizes import flip_b16 as flip_b16
+from fastvlp.model.tower_sizes import flip_b16_published as flip_b16_published
+from fastvlp.model.tower_sizes import flip_h14 as flip_h14
+from fastvlp.model.tower_sizes import flip_h14_published as flip_h14_published
+from fastvlp.model.tower_sizes import flip_l16 as flip_l16
+from fastvlp.model.tower_sizes import flip_l16_published as flip_l16_published
+from fastvlp.model.tower_sizes import flip_published as flip_published
+from fastvlp.model.tower_sizes import flip_small as flip_small
+from fastvlp.model.tower_sizes import flip_small_published as flip_small_published
+from fastvlp.model.tower_sizes import flip_tiny as flip_tiny
+from fastvlp.model.tower_sizes import flip_tiny_published as flip_tiny_published
 
 if TYPE_CHECKING:
     from fastvlp.data.tokenize import Tokenizer
@@ -78,122 +97,6 @@ def joint_space(config: ModelConfig, *, width: int = 256) -> EmbedConfig:
     patches."""
     text = HeadConfig(pool="last", norm=not config.text.final_norm, eps=config.text.norm_eps)
     return EmbedConfig(width=width, image=HeadConfig(pool="mean"), text=text)
-
-
-class Tower(NamedTuple):
-    """Shape of a transformer encoder whose MLP is four times as wide as its states."""
-
-    depth: int
-    width: int
-    heads: int
-
-    def layer(self, activation: Activation, eps: float) -> LayerConfig:
-        return LayerConfig(width=self.width, heads=self.heads, hidden=4 * self.width, eps=eps, activation=activation)
-
-
-def flip(image: Tower, text: Tower, *, width: int, size: int, patch: int, length: int = 32) -> ModelConfig:
-    """FLIP (arXiv 2212.00794, section 3.1) as released (facebookresearch/flip 9bf6bf8).
-
-    Images have fixed sine-cosine positions and are pooled by the mean of all states, including the class token's. Texts have
-    no <s> and </s>, are cut or padded to `length`, attend to their padding, and are pooled at the first word.
-    """
-    return ModelConfig(
-        image=ViTConfig(
-            size=size,
-            patch=patch,
-            depth=image.depth,
-            layer=image.layer("gelu_tanh", 1e-6),
-            position="sincos",
-            norm_eps=1e-6,
-            mean=(0.485, 0.456, 0.406),
-            std=(0.229, 0.224, 0.225),
-        ),
-        text=TextTransformerConfig(
-            positions=length, depth=text.depth, layer=text.layer("gelu_tanh", 1e-6), embed_norm=False, learn_pad=True
-        ),
-        embed=EmbedConfig(
-            width=width,
-            image=HeadConfig(pool="mean"),
-            text=HeadConfig(pool="first", norm=True, eps=1e-6),
-            text_mask="none",
-            text_special=False,
-            text_length=length,
-        ),
-        initial="mae",
-    )
-
-
-def flip_b16(*, size: int = 224) -> ModelConfig:
-    """FLIP ViT-B/16 (arXiv 2212.00794, Table 9)."""
-    return flip(Tower(12, 768, 12), Tower(12, 512, 8), width=512, size=size, patch=16)
-
-
-def flip_l16(*, size: int = 224) -> ModelConfig:
-    """FLIP ViT-L/16 (arXiv 2212.00794, Table 9)."""
-    return flip(Tower(24, 1024, 16), Tower(12, 768, 12), width=768, size=size, patch=16)
-
-
-def flip_h14(*, size: int = 224) -> ModelConfig:
-    """FLIP ViT-H/14 (arXiv 2212.00794, Table 9)."""
-    return flip(Tower(32, 1280, 16), Tower(24, 1024, 16), width=1024, size=size, patch=14)
-
-
-def flip_tiny(*, size: int = 48) -> ModelConfig:
-    """FLIP in the size of `tiny`; its text encoder has as many layers as the text encoder and fusion of `tiny` together."""
-    return flip(Tower(4, 96, 3), Tower(3, 96, 3), width=128, size=size, patch=8)
-
-
-def flip_small(*, size: int = 112, length: int = 32) -> ModelConfig:
-    """FLIP in the size of `small`; its text encoder has as many layers as the text encoder and fusion of `small` together."""
-    return flip(Tower(6, 192, 6), Tower(4, 192, 6), width=256, size=size, patch=16, length=length)
-
-
-def clip(
-    image: Tower,
-    text: Tower,
-    *,
-    width: int,
-    size: int,
-    patch: int,
-    positions: int = 77,
-    activation: Activation = "quick_gelu",
-) -> ModelConfig:
-    """CLIP (arXiv 2103.00020, section 2.4). The image is pooled at the class token; the text is encoded left to right and
-    pooled at </s>. OpenAI's weights use quick_gelu; open_clip trains with gelu."""
-    return ModelConfig(
-        image=ViTConfig(
-            size=size,
-            patch=patch,
-            depth=image.depth,
-            layer=image.layer(activation, 1e-5),
-            embed_norm=True,
-            patch_bias=False,
-        ),
-        text=TextTransformerConfig(
-            positions=positions, depth=text.depth, layer=text.layer(activation, 1e-5), embed_norm=False
-        ),
-        embed=EmbedConfig(width=width, image=HeadConfig(pool="first"), text=HeadConfig(pool="last", norm=True)),
-    )
-
-
-def clip_b32(*, size: int = 224) -> ModelConfig:
-    """CLIP ViT-B/32 (arXiv 2103.00020, Table 20)."""
-    return clip(Tower(12, 768, 12), Tower(12, 512, 8), width=512, size=size, patch=32)
-
-
-def clip_b16(*, size: int = 224) -> ModelConfig:
-    """CLIP ViT-B/16 (arXiv 2103.00020, Table 20)."""
-    return clip(Tower(12, 768, 12), Tower(12, 512, 8), width=512, size=size, patch=16)
-
-
-def clip_l14(*, size: int = 224) -> ModelConfig:
-    """CLIP ViT-L/14 (arXiv 2103.00020, Table 20)."""
-    return clip(Tower(24, 1024, 16), Tower(12, 768, 12), width=768, size=size, patch=14)
-
-
-def clip_small(*, size: int = 112) -> ModelConfig:
-    """CLIP with encoders of the sizes in `flip_small`."""
-    return clip(Tower(6, 192, 6), Tower(4, 192, 6), width=256, size=size, patch=16, positions=64, activation="gelu")
 
 
 def region_heads(

@@ -19,7 +19,6 @@ from fastvlp.training.train_config import TrainConfig
 def flip_demo() -> TrainConfig:
     return TrainConfig(
         name="flip_demo",
-        # 32 words and two special tokens, which the towers leave out.
         data=PairData(train="demo/world/train", val="demo/world/val", batch_size=64, max_length=34),
         model=flip_tiny(),
         objectives={"clip": CLIPConfig(bound="clip")},

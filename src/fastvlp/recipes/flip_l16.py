@@ -21,7 +21,7 @@ def flip_l16() -> TrainConfig:
     return TrainConfig(
         name="flip_l16",
         data=PairData(train="pairs/train", val="pairs/val", batch_size=256, max_length=34, workers=8, cache=False),
-        model=sizes.flip_l16(),
+        model=sizes.flip_l16_published(),
         objectives={"clip": CLIPConfig(bound="clip")},
         optim=flip_optim(65_536),
         keep=0.5,

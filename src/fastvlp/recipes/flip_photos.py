@@ -22,10 +22,9 @@ from fastvlp.training.train_config import TrainConfig
 def flip_photos() -> TrainConfig:
     return TrainConfig(
         name="flip_photos",
-        # 20 words, and two special tokens, which the towers leave out. At this size the paper's 32 words would cost as much as
-        # the masked image; a caption of a photograph has a dozen words.
+        # A caption of a photograph has a dozen words. At this size the paper's 32 would cost as much as the masked image.
         data=PairData(train="photos/train", val="photos/val", batch_size=128, max_length=22),
-        model=flip_small(length=20),
+        model=flip_small(),
         objectives={"clip": CLIPConfig(bound="clip")},
         # The paper's rate is for 64 k pairs a step and 190,000 steps.
         optim=replace(flip_optim(128), lr=3e-4, warmup=0.1),
