@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from dataclasses import replace
+from typing import NamedTuple
 
 from fastvlp.model.encoders.text_transformer import TextTransformerConfig
 from fastvlp.model.encoders.vit import ViTConfig
@@ -55,18 +56,11 @@ def flip_published(image: Tower, text: Tower, *, width: int, size: int, patch: i
 
 
 def flip(image: Tower, text: Tower, *, width: int, size: int, patch: int, positions: int = 77) -> ModelConfig:
-    """FLIP's towers in the shape of CLIP, which transformers, sentence-transformers and open_clip load. The positions of
-    patches are learned, and begin at the sines and cosines that the released model keeps."""
-    return clip(
-        image,
-        text,
-        width=width,
-        size=size,
-        patch=patch,
-        positions=positions,
-        activation="gelu",
-        position_start="sincos",
-    )
+    """FLIP's towers in the shape of CLIP, which transformers, sentence-transformers and open_clip load. All weights begin as in
+    the released model; positions of patches are learned, from its sines and cosines on."""
+    config = clip(image, text, width=width, size=size, patch=patch, positions=positions, activation="gelu")
+    assert isinstance(config.image, ViTConfig)
+    return replace(config, image=replace(config.image, position_start="sincos"), initial="mae")
 
 
 def flip_b16(*, size: int = 224) -> ModelConfig:
@@ -130,7 +124,6 @@ def clip(
     patch: int,
     positions: int = 77,
     activation: Activation = "quick_gelu",
-    position_start: Literal["random", "sincos"] = "random",
 ) -> ModelConfig:
     """CLIP (arXiv 2103.00020, section 2.4). The image is pooled at the class token; the text is encoded left to right and
     pooled at </s>. OpenAI's weights use quick_gelu; open_clip trains with gelu."""
@@ -140,7 +133,6 @@ def clip(
             patch=patch,
             depth=image.depth,
             layer=image.layer(activation, 1e-5),
-            position_start=position_start,
             embed_norm=True,
             patch_bias=False,
         ),
