@@ -147,8 +147,7 @@ class VLModel(Freezable):
         self.head = head() if fusion else cast(LMHead, Absent("fusion"))
         self.forward_head = head() if config.separate_heads else None
         self.reverse_head = head() if config.separate_heads else None
-        embed = config.embed
-        self.embed = Embed(embed, config.image, width) if embed else cast(Embed, Absent("embed"))
+        self.embed = Embed(config.embed, config.image, width) if config.embed else cast(Embed, Absent("embed"))
         if config.initial == "mae":
             initialise_as_mae(self)
             if "image" in self.encoders():
@@ -160,9 +159,8 @@ class VLModel(Freezable):
         for name, part in (("image", self.image), ("text", self.text), ("single", self.single)):
             if isinstance(part, Absent):
                 continue
-            start = f"{name}."
-            own = part.resized({key.removeprefix(start): x for key, x in state.items() if key.startswith(start)})
-            state = {**state, **{start + key: x for key, x in own.items()}}
+            own = {key.removeprefix(f"{name}."): x for key, x in state.items() if key.startswith(f"{name}.")}
+            state = {**state, **{f"{name}.{key}": x for key, x in part.resized(own).items()}}
         return dict(state)
 
     def encoders(self) -> dict[str, ImageEncoder | TextEncoder]:

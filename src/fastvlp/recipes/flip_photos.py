@@ -4,8 +4,9 @@
     vlp pretrain flip_photos
     vlp pretrain flip_tune --from runs/flip_photos      # then a few steps on whole images
 
-As in the released code, images are mirrored at random; if captions distinguish left and right, add `--augment.flip 0`. On
-whole images train clip_photos or siglip_photos. In nine minutes on one CPU core, with smaller towers and 6,000 photographs,
+The model has CLIP's shape, which other tools load; `--model flip_small_published` has the paper's. As in the released code,
+images are mirrored at random; if captions distinguish left and right, add `--augment.flip 0`. On whole images train clip_photos
+or siglip_photos. In nine minutes on one CPU core, with smaller towers of whose states the mean was taken, and 6,000 photos,
 it had the best retrieval recall: 8.4 %, where clip_photos had 6.4 % (docs/log.md, entry 13).
 """
 
