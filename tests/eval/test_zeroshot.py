@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from fastvlp.cli import main
 from fastvlp.data.records.shards import Shards
 from fastvlp.errors import UserError
+from fastvlp.eval.class_files import PROMPTS, read_classes, read_templates
 from fastvlp.eval.classification import accuracy_by_class, class_ranks, class_scores
-from fastvlp.eval.zeroshot import PROMPTS, class_vectors, evaluate_zeroshot, read_classes, read_templates
+from fastvlp.eval.zeroshot import class_vectors, evaluate_zeroshot
 from fastvlp.model.saving import load_model
 
 
