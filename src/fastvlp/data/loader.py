@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 from fastvlp.batch import Batch, Dropped
 from fastvlp.data.batching import Grouping, Lengths, Plan
 from fastvlp.data.prefetch import Prefetch
+from fastvlp.data.sequential import HoldsRecords, ReadAhead, SequentialOrder, SequentialReading
 from fastvlp.data.worker_processes import LESS_MEMORY, from_workers
 from fastvlp.errors import UserError, remedy
 from fastvlp.random import hash64, hash64_rows
@@ -34,7 +35,14 @@ class Row(NamedTuple):
 
 
 Made = tuple[Batch, list[Dropped]]
-Planned = tuple[int, list[Row]]
+
+
+class Planned(NamedTuple):
+    """A batch to be made: its number, its rows, and the records that are read ahead before."""
+
+    s: int
+    rows: list[Row]
+    ahead: Sequence[int] = ()
 
 
 class Loader:
@@ -49,6 +57,7 @@ class Loader:
         pin: copy batches to pinned memory, for copies to the GPU that do not wait.
         grouping: makes training's batches of rows of about one length.
         lengths: the lengths of the rows, for `grouping`; called once.
+        reading: reads records as they are stored, through a buffer; None: in random order.
     """
 
     def __init__(
@@ -64,6 +73,7 @@ class Loader:
         pin: bool = False,
         grouping: Grouping | None = None,
         lengths: Callable[[], Lengths] | None = None,
+        reading: SequentialReading | None = None,
     ):
         if count < 1:
             raise UserError("the data set is empty; look at it with `vlp data inspect`")
@@ -84,6 +94,10 @@ class Loader:
         self.grouping = grouping
         self.lengths = lengths
         self._orders: dict[int, Tensor] = {}
+        self.reading, self.stored_order = reading, None
+        if reading is not None:
+            shape = {"count": count, "batch_size": batch_size, "world": world, "seed": seed}
+            self.stored_order = SequentialOrder(reading, **shape)
 
     def batches(self, start: int = 0) -> Iterator[Made]:
         """Endless batches from number `start`. Epochs follow each other without a gap: a batch may straddle two.
@@ -92,7 +106,9 @@ class Loader:
         stops its thread or processes when it is closed or no longer referenced.
         """
         _ = self.plan  # its error is raised here, before there are processes
-        return self._run((s, self.rows(s)) for s in itertools.count(start))
+        ahead = None if self.stored_order is None else ReadAhead(self.stored_order, self.rank)
+        numbers = itertools.count(start)
+        return self._run(Planned(s, self.rows(s), () if ahead is None else ahead.before(s)) for s in numbers)
 
     def once(self, rows: int | None = None) -> Iterator[Made]:
         """Every record once, in order, `rank::world` on each rank; the last batch is short. For evaluation.
@@ -105,7 +121,9 @@ class Loader:
         else:
             n, k = len(mine), max(1, round(len(mine) / rows))
             parts = [mine[i * n // k : (i + 1) * n // k] for i in range(k if n else 0)]
-        return self._run(enumerate([Row(i, hash64(self.seed, 0, i)) for i in part] for part in parts))
+        ahead = self.reading is not None
+        rows = ([Row(i, hash64(self.seed, 0, i)) for i in part] for part in parts)
+        return self._run(Planned(s, own, parts[s] if ahead else ()) for s, own in enumerate(rows))
 
     def place(self, s: int) -> int:
         """How many rows of the endless sequence of epochs are before batch number s, of all ranks."""
@@ -139,6 +157,9 @@ class Loader:
     def _rows_at(self, place_N: Tensor) -> tuple[Tensor, Tensor]:
         """Index and seed, int64 [N], of the rows at these places in the endless sequence of epochs."""
         epoch_N = place_N // self.count
+        if self.stored_order is not None:
+            index_N = self.stored_order.index(place_N)
+            return index_N, hash64_rows(self.seed, epoch_N, index_N)
         index_N = torch.empty_like(place_N)
         for epoch in sorted({*epoch_N.tolist()}):
             here_N = epoch_N == epoch
@@ -154,7 +175,7 @@ class Loader:
         return order
 
     def _run(self, planned: Iterator[Planned]) -> Iterator[Made]:
-        batches = _Batches(self.make)
+        batches = _Batches(self.make, None if self.reading is None else self.reading.shards)
         if self.workers == 0:
             return Prefetch(self._finish(map(batches.__getitem__, planned)))
         # Threads inside the tokenizer do not survive the fork; without this it warns and goes on without them.
@@ -183,15 +204,23 @@ class Loader:
 
 
 class _Batches(Dataset[Made | UserError]):
-    """Makes the batch of planned rows. A UserError is returned: a DataLoader would turn it into the text of a traceback."""
+    """Makes the batch of planned rows. A UserError is returned: a DataLoader would turn it into the text of a traceback.
 
-    def __init__(self, make: Callable[[list[Row]], Made]):
+    `shards`: whose records are read ahead, and forgotten when their row is made.
+    """
+
+    def __init__(self, make: Callable[[list[Row]], Made], shards: HoldsRecords | None = None):
         self.make = make
+        self.shards = shards
 
     def __getitem__(self, planned: Planned) -> Made | UserError:
-        s, rows = planned
+        s, rows, ahead = planned
         try:
+            if self.shards is not None:
+                self.shards.hold(ahead)
             batch, dropped = self.make(rows)
+            if self.shards is not None:
+                self.shards.release(row.index for row in rows)
         except UserError as error:
             return error
         except OSError as error:

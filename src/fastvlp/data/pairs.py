@@ -27,6 +27,7 @@ from fastvlp.data.records.schema import clean_text, usable_captions
 from fastvlp.data.records.shards import RecordError, Shards
 from fastvlp.data.records.transform import Fit, Transform
 from fastvlp.data.regions import ImageRegions, RegionSource, pad_regions, region_count
+from fastvlp.data.sequential import BLOCK, SequentialReading
 from fastvlp.data.states_file import StatesFile
 from fastvlp.data.stores import Stored
 from fastvlp.data.tokenize import Tokenizer
@@ -46,6 +47,7 @@ class Rows:
         damage: the parts of the shards that cannot be read, which have no rows.
         lengths: reads the number of tokens of every row, to group rows by length.
         content: a hash of the records, by which data that moved are recognised; None where there is none.
+        reading: how records are read as they are stored; None: in random order.
         make_hashed: `make` for objectives that contrast rows: its batches have `Batch.content`, for which each image is hashed
             once in a run; None where the data cannot make such.
     """
@@ -55,6 +57,7 @@ class Rows:
     damage: tuple[Dropped, ...] = ()
     lengths: Callable[[], Lengths] | None = None
     content: str | None = None
+    reading: SequentialReading | None = None
     make_hashed: Callable[[list[Row]], tuple[Batch, list[Dropped]]] | None = None
 
 
@@ -138,6 +141,28 @@ class PairData(Data):
     a model of two languages."""
     regions: RegionSource | None = None
     """Regions to load with each image."""
+    order: Literal["random", "sequential"] = "random"
+    """Order of training's records: `random`, which reads each by itself, or `sequential`, as they are stored, shard after
+    shard, shuffled in a buffer, for data that are far away."""
+    shuffle_buffer: Count = 4096
+    """With `sequential`: records that wait in the memory of each rank, among which the next is drawn."""
+    streams: Count = 1
+    """With `sequential`: parts of the data that each rank reads side by side; a multiple of `workers`, which share them."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.order != "sequential":
+            return
+        if self.grouping is not None:
+            raise UserError(
+                "`data.order` sequential reads records as they are stored, and rows of one length would be taken from all "
+                "over the data; leave out `data.group` and `data.max_tokens`"
+            )
+        if self.streams % max(1, self.workers):
+            raise UserError(
+                f"`data.workers` {self.workers} cannot share `data.streams` {self.streams} (`data.order` is sequential): give "
+                f"each as many of them, such as `data.streams` {self.workers}"
+            )
 
     def rows(
         self, split: Split, tokenizer: Tokenizer, size: int, *, strict: bool, stored: Stored | None = None
@@ -170,7 +195,16 @@ class PairData(Data):
         )
         regions = partial(region_count, self.regions)
         lengths = partial(caption_lengths, shards, tokenizer, self.captions, self.max_length, regions)
-        return Rows(len(shards), make, tuple(shards.damage), lengths, shards.content, make.hashed())
+        reading = self._reading(shards) if self.order == "sequential" else None
+        return Rows(
+            len(shards), make, tuple(shards.damage), lengths, shards.content, reading=reading, make_hashed=make.hashed()
+        )
+
+    def _reading(self, shards: Shards) -> SequentialReading:
+        block = max(1, BLOCK * len(shards) // max(1, shards.bytes))
+        return SequentialReading(
+            shards=shards, sizes=shards.sizes, buffer=self.shuffle_buffer, streams=self.streams, block=block
+        )
 
     @property
     def reads_mirrored_states(self) -> bool:
@@ -191,7 +225,9 @@ class PairData(Data):
         languages = [field.removeprefix("captions") for field in self.captions.split("+")]
         fields = [(f"{field}{language}", text) for language in languages for field, text in _OTHER_TEXTS]
         any_caption = False
-        for info in readable_infos(Shards(self.train)):
+        shards = Shards(self.train)
+        ahead = self._reading(shards).block if self.order == "sequential" else 0
+        for info in readable_infos(shards, ahead):
             captions = usable_captions(info, self.captions)
             any_caption |= bool(captions)
             yield from captions
@@ -298,11 +334,18 @@ class PairMaker:
         return Pair(image, captions[k], row.seed, regions, states, image_hash)
 
 
-def readable_infos(shards: Shards) -> Iterator[dict[str, Any]]:
-    """Yields the info of every record whose info can be read. The errors of the others are reported when batches are made."""
+def readable_infos(shards: Shards, ahead: int = 0) -> Iterator[dict[str, Any]]:
+    """Yields the info of every record whose info can be read. The errors of the others are reported when batches are made.
+
+    `ahead`: records that are read in one go, with their images; 0 reads each info by itself.
+    """
     for i in range(len(shards)):
+        if ahead and i % ahead == 0:
+            shards.hold(range(i, min(i + ahead, len(shards))))
         with suppress(RecordError):
             yield shards.info(i)
+        if ahead:
+            shards.release([i])
 
 
 def caption_lengths(

@@ -17,7 +17,12 @@ from fastvlp.training.train_config import CHANGEABLE, TrainConfig
 # Fields that say where data are, and not what they are.
 PLACES = {"data.train": "train", "data.val": "val"}
 # What decides which rows batch number s has.
-ORDER = ("data.batch_size", "data.max_tokens", "data.group", "data.fill", "seed")
+ORDER = (
+    "data.batch_size", "data.max_tokens", "data.group", "data.fill", "seed", "data.order", "data.shuffle_buffer",
+    "data.streams",
+)  # fmt: skip
+# Fields that older checkpoints lack, with what they did.
+LATER: Mapping[str, Json] = {"data.order": "random", "data.shuffle_buffer": 4096, "data.streams": 1}
 
 # Changeable fields that decide what validation measures.
 MEASURES = ("validation_rows", "masked_validation")
@@ -39,6 +44,7 @@ def check_names(run: TrainConfig, change: Collection[str], saved: Mapping[str, A
 def changed_fields(saved: Mapping[str, Any], run: TrainConfig) -> dict[str, tuple[Json, Json]]:
     """Fields that differ and make another run, by name: (then, now). The places of data are compared by content, later."""
     changed = differences(saved["run"], to_json(run))
+    changed = {name: both for name, both in changed.items() if both != (None, LATER.get(name, both))}
     if saved["ranks"] != dist.world():
         changed["ranks"] = (saved["ranks"], dist.world())
     return {name: values for name, values in changed.items() if name not in CHANGEABLE and name not in PLACES}
@@ -90,7 +96,7 @@ def first_batch(saved: Mapping[str, Any], run: TrainConfig, train: Loader) -> in
     """Which batch of a rank comes next. Where batches are others than before, it is the first one behind as many rows as were
     read."""
     then, now = flatten(saved["run"]), flatten(to_json(run))
-    same = all(then.get(name) == now.get(name) for name in ORDER)
+    same = all(then.get(name, LATER.get(name)) == now.get(name, LATER.get(name)) for name in ORDER)
     same = same and saved["rows"] == train.count and saved["ranks"] == dist.world()
     taken = int(saved.get("batches", saved["step"] * int(saved["run"].get("accumulate", 1))))
     return taken if same or "places" not in saved else train.batch_behind(int(saved["places"]))

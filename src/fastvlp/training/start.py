@@ -211,4 +211,5 @@ def make_loader(run: TrainConfig, rows: Rows, *, hashed: bool = False) -> Loader
         pin=pick_device(run.device).type == "cuda",
         grouping=run.data.grouping,
         lengths=rows.lengths,
+        reading=rows.reading,
     )

@@ -14,7 +14,7 @@ import io
 import json
 import os
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -24,6 +24,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from fastvlp.batch import Dropped, Record
 from fastvlp.data.records.captions import caption_texts, merge_captions
+from fastvlp.data.records.held_members import HeldMembers, Member
 from fastvlp.data.records.remote import FIRST_WAITS, attempt, open_url, read_range
 from fastvlp.data.records.shard_places import find_tars, local_index, remote_index, where_shards_are
 from fastvlp.data.records.tar_index import TarIndex
@@ -179,6 +180,7 @@ class Shards:
             )
         self._files: dict[str, int] = {}
         self._fs: tuple[int, Any] | None = None
+        self._held = HeldMembers()
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -256,6 +258,29 @@ class Shards:
         text = caption_texts(caption or "")
         return merge_captions(info, text if "captions" not in info else None) if text or "caption" in info else info
 
+    @property
+    def sizes(self) -> list[int]:
+        """The number of records in each tar."""
+        return [len(index.keys) for index in self._indexes]
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all tars."""
+        return sum(index.size for index in self._indexes)
+
+    def hold(self, records: Iterable[int]) -> None:
+        """Reads whole records ahead, neighbours in one go, and keeps them in memory until they are released as often."""
+        self._held.add(self._members(records), self._read_span)
+
+    def release(self, records: Iterable[int]) -> None:
+        """Forgets records that were held, unless they are held again."""
+        self._held.release(self._members(records))
+
+    def _members(self, records: Iterable[int]) -> Iterator[Member]:
+        for i in records:
+            tar, index, r = self._place(i)
+            yield from (Member(tar, at, n) for _, at, n in index.members(r))
+
     def __iter__(self) -> Iterator[Record]:
         return (self.read(i) for i in range(len(self)))
 
@@ -266,6 +291,10 @@ class Shards:
         return self._tars[t], self._indexes[t], i - int(self._starts[t])
 
     def _bytes(self, tar: str, offset: int, length: int) -> bytes:
+        held = self._held.get(Member(tar, offset, length)) if self._held else None
+        return self._read_span(tar, offset, length) if held is None else held
+
+    def _read_span(self, tar: str, offset: int, length: int) -> bytes:
         if not self._local:
             return read_range(self._filesystem(), tar, offset, length)
         try:
@@ -297,7 +326,7 @@ class Shards:
         return self._fs[1]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_files": {}, "_fs": None}
+        return {**self.__dict__, "_files": {}, "_fs": None, "_held": HeldMembers()}
 
     def __del__(self) -> None:
         for fd in self.__dict__.get("_files", {}).values():
