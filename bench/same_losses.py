@@ -56,7 +56,7 @@ SMALL_BRIVL = (
     *("--data.train", "demo/world/train", "--data.val", "demo/world/val"),
     *("--train-last.image", "2", "--train-last.text", "1", "--freeze"),
 )
-MADE_BY = {"flip_tune": "flip_photos", "clipa_full": "clipa_short"}
+MADE_BY = {"flip_tune": "flip_photos"}
 
 
 @dataclass(frozen=True)

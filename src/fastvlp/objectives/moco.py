@@ -141,7 +141,8 @@ class MoCo(PairObjective):
     @torch.no_grad()
     def constants(self, model: VLModel, batch: Batch) -> tuple[Tensor, ...]:
         """Keys of images and texts, two [B E], and maybe the contents of the pairs."""
-        keep_BK = self.slow.config.image.random_patches(batch.seed, self.config.key_keep if self.drops_parts else 1.0)
+        share = self.config.key_keep if self.drops_parts else 1.0
+        keep_BK = self.slow.config.image.random_patches(batch.seed, share, batch.image)
         image_BKD = self.slow.encode_image(batch.image, keep_BK)
         keys = embed_pair(self.slow, image_BKD, batch, self.config, drops_parts=self.drops_parts)
         return *keys, *pair_contents(batch, self.config)

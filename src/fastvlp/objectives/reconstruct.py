@@ -12,7 +12,7 @@ from fastvlp.batch import Batch
 from fastvlp.config import Count, NotNegative
 from fastvlp.data.tokenize import Tokenizer
 from fastvlp.errors import UserError
-from fastvlp.model.encoders.vit import patchify, sincos_positions
+from fastvlp.model.encoders.vit import patchify, resize_positions, sincos_positions
 from fastvlp.model.keep import random_keep
 from fastvlp.model.layers import LayerConfig, initialise_as_mae, stack
 from fastvlp.model.model import ModelConfig, VLModel
@@ -85,7 +85,10 @@ class Reconstruct(Objective):
         return {"pixels": batch.length.new_tensor(len(batch))}
 
     def forward(self, model: VLModel, image_BKD: Tensor, batch: Batch) -> dict[str, Loss]:
-        first, N = model.config.image.prefix, len(self.position)
+        first, patch = model.config.image.prefix, model.config.image.size // model.config.image.grid
+        # Images may be smaller at the beginning of a run.
+        grid = batch.image.shape[-1] // patch
+        N, position_ND = grid**2, resize_positions(self.position, grid, 0)
         K = image_BKD.shape[1] - first
         if K == N:
             raise UserError("reconstruction predicts the patches that are dropped, and none is; set `keep` below 1")
@@ -94,11 +97,11 @@ class Reconstruct(Objective):
         x = self.enter(image_BKD)
         hidden_BND = self.hidden.to(x.dtype).expand(len(x), N, -1)
         patch_BND = hidden_BND.scatter(1, keep_BK[..., None].expand(-1, -1, x.shape[-1]), x[:, first:])
-        x = torch.cat([x[:, :first], patch_BND + self.position], 1)
+        x = torch.cat([x[:, :first], patch_BND + position_ND], 1)
         for block in self.blocks:
             x = block(x)
         pixels_BMC = at_least_fp32(self.out(self.norm(pick(x[:, first:], dropped_BM))))
-        pixels_BNC = patchify(model.image.normalised(batch.image), batch.image.shape[-1] // model.config.image.grid)
+        pixels_BNC = patchify(model.image.normalised(batch.image), patch)
         target_BMC = normalised(pick(pixels_BNC, dropped_BM))
         error_B = (pixels_BMC - target_BMC).square().mean((1, 2))
         return {"pixels": Loss(error_B.sum(), self.counts(batch)["pixels"], self.config.weight)}

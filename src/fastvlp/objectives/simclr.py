@@ -82,7 +82,7 @@ class SimCLR(PairObjective):
         config, image = self.config, batch.image if batch.plain is None else batch.plain
         views = torch.cat([augment(image, batch.seed, config.augment, view=view)[0] for view in VIEWS])
         seeds = torch.cat([hash64_rows(batch.seed, VIEW_SALT, view) for view in VIEWS])
-        keep_BK = model.config.image.random_patches(seeds, config.keep if self.drops_parts else 1.0)
+        keep_BK = model.config.image.random_patches(seeds, config.keep if self.drops_parts else 1.0, views)
         a_BE, b_BE = unit(self.project(summary(model, model.encode_image(views, keep_BK)))).chunk(2)
         return a_BE, b_BE
 

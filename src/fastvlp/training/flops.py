@@ -84,6 +84,8 @@ class Shape(NamedTuple):
     @classmethod
     def of(cls, part: str, batch: Batch) -> Shape:
         regions = 0 if batch.regions is None else batch.regions.box.shape[1]
+        # Images may be smaller at the beginning of a run, and their cost is not estimated from that of others.
+        part = f"{part}/{batch.image.shape[-1]}"
         return cls(part, len(batch), batch.ids.shape[1], regions)
 
 

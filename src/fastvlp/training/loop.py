@@ -53,6 +53,7 @@ def steps(state: TrainState) -> Iterator[StepReport]:
             micro = [next_batch(state, batches) for _ in range(run.accumulate)]
         data_wait = time.perf_counter() - waited
         micro = [augmented(batch, run.augment) for batch in micro]
+        micro = reduced_at_first(state, micro)
         state.pretraining.active = draw_objective(run.mix, run.seed, state.step)
         factor = rate_factor(state.midway, run.optim.warmup, run.optim.decay)
         set_rate(state.optimiser, factor)
@@ -101,6 +102,13 @@ def steps(state: TrainState) -> Iterator[StepReport]:
         yield report
 
 
+def reduced_at_first(state: TrainState, micro: list[Batch]) -> list[Batch]:
+    """The micro-batches of a step, reduced in the first part of the run, and how much of each image is encoded."""
+    run, holds = state.run, state.run.reduced.holds(state.midway)
+    state.pretraining.keep = run.reduced.keep if holds and run.reduced.keep is not None else run.keep
+    return [run.reduced.reduce(batch, state.tokenizer.eos) for batch in micro] if holds else micro
+
+
 def backward(state: TrainState, micro: list[Batch]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Computes the gradients of a step, in the parameters' `grad`. Returns the number of targets of each loss in the whole
     step, and this rank's share of the minimised `loss` and of the mean of each loss term."""
@@ -115,7 +123,7 @@ def backward(state: TrainState, micro: list[Batch]) -> tuple[dict[str, Tensor], 
     for i, batch in enumerate(micro):
         # Ranks average their gradients once a step, with the last micro-batch.
         last = nullcontext() if i == len(micro) - 1 else no_sync(wrapped)
-        with last, state.flops.counting(Shape.of(pretraining.active or "", batch)):
+        with last, state.flops.counting(Shape.of(f"{pretraining.active}/{pretraining.keep}", batch)):
             with seeded(i):
                 losses = wrapped(batch, cached.grads[i] if cached is not None else None)
             # `counts` are those of all ranks, so the ranks' gradients must be summed; DDP averages them, hence the factor.

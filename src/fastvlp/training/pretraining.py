@@ -105,7 +105,7 @@ class Pretraining(nn.Module):
         """States of the images [B K D]. With `keep` below 1 training drops patches before any is embedded, the same ones for
         the same row seeds."""
         share = self.keep if self.training or self.masked_validation else 1.0
-        keep = self.model.config.image.random_patches(batch.seed, share)
+        keep = self.model.config.image.random_patches(batch.seed, share, batch.image)
         return self.model.encode_image(batch.image, keep, batch.regions)
 
     def states_for(self, objective: Objective, image_BKD: Tensor, batch: Batch) -> Tensor:

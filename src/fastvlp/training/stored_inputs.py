@@ -13,6 +13,7 @@ from fastvlp.dist import Precision
 from fastvlp.errors import UserError
 from fastvlp.model.frozen_states import ImageUse, frozen_encoders, image_store, text_store
 from fastvlp.training.pretraining import Pretraining
+from fastvlp.training.reduced_start import ReducedStart
 from fastvlp.training.train_config import TrainConfig
 
 
@@ -31,7 +32,10 @@ def stored_inputs(pretraining: Pretraining, run: TrainConfig, precision: Precisi
     if config.store == "always" and not frozen:
         raise UserError("`states.store` is always, and no encoder is frozen; name image in `freeze`, or text, or both")
     mirrors = run.data.reads_mirrored_states
-    reasons = {"image": why_no_images(pretraining, run.augment, mirrors), "text": why_no_texts(pretraining)}
+    reasons = {
+        "image": why_no_images(pretraining, run.augment, mirrors, run.reduced),
+        "text": why_no_texts(pretraining, run.reduced),
+    }
     # Texts that are read beside images have no states of their own to store.
     if config.store == "always" and "image" in frozen and reasons["image"] is not None:
         raise UserError(f"`states.store` is always, and states of the images cannot be stored: {reasons['image']}")
@@ -47,13 +51,15 @@ def stored_inputs(pretraining: Pretraining, run: TrainConfig, precision: Precisi
     return stored._replace(skipped=tuple(skipped)) if frozen else None
 
 
-def why_no_images(pretraining: Pretraining, augment: AugmentConfig, mirrors: bool) -> str | None:
+def why_no_images(pretraining: Pretraining, augment: AugmentConfig, mirrors: bool, reduced: ReducedStart) -> str | None:
     """Why images are encoded at each step; None where their stored states are read."""
     stored = replace(augment, flip=0.0) if mirrors else augment
     if "image" not in frozen_encoders(pretraining.model):
         return "the image encoder is trained"
     if pretraining.keep < 1:
         return f"`keep` {pretraining.keep} leaves out other patches each time"
+    if reduced.size is not None or reduced.keep is not None:
+        return "`reduced` shows smaller images, or fewer patches, at first"
     if stored != AugmentConfig():
         return "`augment` changes the images each time"
     for name, objective in pretraining.all_objectives().items():
@@ -62,13 +68,15 @@ def why_no_images(pretraining: Pretraining, augment: AugmentConfig, mirrors: boo
     return None
 
 
-def why_no_texts(pretraining: Pretraining) -> str | None:
+def why_no_texts(pretraining: Pretraining, reduced: ReducedStart) -> str | None:
     """Why texts are encoded at each step; None where their stored states are read."""
     model = pretraining.model
     if "text" not in frozen_encoders(model):
         return "the text encoder is trained"
     if all(objective.text_use == "words" for objective in pretraining.all_objectives().values()):
         return "no objective reads texts by themselves"
+    if reduced.max_length is not None:
+        return "`reduced.max_length` shows shorter texts at first"
     embed = model.embed.config
     if embed.text_mask == "none" and embed.text_length is None:
         return "words see the padding of the batch (`model.embed.text_mask` none)"

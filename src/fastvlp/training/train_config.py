@@ -17,6 +17,7 @@ from fastvlp.model.lora import LoRAConfig
 from fastvlp.model.model import ModelConfig
 from fastvlp.objectives.objective import ObjectiveConfig
 from fastvlp.training.optim import OptimConfig
+from fastvlp.training.reduced_start import ReducedStart
 from fastvlp.training.trackers import TrackerName
 from fastvlp.training.trained_parts import LastLayers
 
@@ -104,6 +105,8 @@ class TrainConfig(TrainOptions):
     keep_states: PositiveShare = 1.0
     """Share of an image's encoded states that objectives which predict words read in training (OpenVision 2, arXiv 2509.01644:
     0.35)."""
+    reduced: ReducedStart = field(default_factory=ReducedStart)
+    """A cheaper beginning of the run: smaller images, fewer patches, shorter texts."""
     masked_validation: bool = False
     """Validate as in training, on a share of each image and text, where `keep`, `keep_states` and `text_keep` say so; by
     default on whole ones, as the model will be used."""
@@ -157,6 +160,7 @@ def check(run: TrainConfig) -> None:
         )
     if run.keep < 1:
         run.model.image.check_can_drop()
+    run.reduced.check(run.model)
     if run.data.max_length > run.model.longest_text:
         raise UserError(
             f"{name}: `data.max_length` {run.data.max_length} exceeds the model's {run.model.longest_text} text positions; "

@@ -91,6 +91,14 @@ class ImageEncoderConfig(abc.ABC):
         if self.size < 1:
             raise UserError(f"`model.image.size` is a number of pixels, 1 or more, not {self.size}")
 
+    def at_size(self, size: int) -> ImageEncoderConfig:
+        """The config by which the module encodes images of another size. Raises UserError where it encodes one size alone."""
+        if size != self.size:
+            raise UserError(
+                f"`model.image` is a {type(self).__name__}, which encodes images of {self.size} pixels, not of {size}"
+            )
+        return self
+
     def check_can_drop(self) -> None:
         """Raises UserError where all patches of an image are needed."""
         if not self.can_drop_patches:
@@ -99,15 +107,17 @@ class ImageEncoderConfig(abc.ABC):
                 "set every share of patches that are encoded (`keep`) to 1"
             )
 
-    def random_patches(self, seed_B: Tensor, keep: float) -> Tensor | None:
-        """Sorted indices [B K] of the cells that each row encodes, drawn by the row's seed; None for all of them.
+    def random_patches(self, seed_B: Tensor, keep: float, image: Tensor | None = None) -> Tensor | None:
+        """Sorted indices [B K] of the cells that each row encodes, drawn by the row's seed; None for all of them. `image`: the
+        pixels, which may be of another size than the config's.
 
         Raises UserError where patches cannot be left out.
         """
         if keep >= 1:
             return None
         self.check_can_drop()
-        return random_keep(seed_B, self.grid**2, keep)
+        grid = self.grid if image is None or image.ndim != 4 else self.at_size(image.shape[-1]).grid
+        return random_keep(seed_B, grid**2, keep)
 
 
 class ImageEncoder(nn.Module, abc.ABC):

@@ -57,6 +57,9 @@ class ViTConfig(ImageEncoderConfig):
     def prefix(self) -> int:
         return int(self.class_token) + self.more_tokens
 
+    def at_size(self, size: int) -> ViTConfig:
+        return replace(self, size=size)
+
     def normal_form(self) -> ViTConfig:
         return replace(self, position_start="random")
 
@@ -135,7 +138,9 @@ class ViT(ImageEncoder):
 
     def forward(self, image: Tensor, keep_BK: Tensor | None = None) -> Tensor:
         patches = patchify(self.normalised(image), self.config.patch)
-        position_ND = self.position[self.config.prefix :]
+        # Of images of another size, between those that it has (FlexiViT, arXiv 2212.08013, section 3.1).
+        grid = image.shape[-1] // self.config.patch
+        position_ND = resize_positions(self.position, grid, self.config.prefix)[self.config.prefix :]
         if keep_BK is None:
             x = self.patch(patches) + position_ND
         else:
