@@ -127,6 +127,7 @@ COMMANDS: Mapping[str, Command] = {
         "Match two pictures with two captions.", "eval.winoground:evaluate_winoground", show_evaluation
     ),
     "evaluate vsr": command("Say whether a spatial relation holds.", "eval.vsr:evaluate_vsr", show_evaluation),
+    "evaluate mteb": command("Score an export by mteb.", "eval.mteb_scores:evaluate_mteb", show_evaluation),
     "compare": command("Train recipes for the same time, and report.", "comparison.compare:compare", show_comparison),
     "convert": command("Make a folder like a run's of a public model.", "convert.checkpoints:convert", show_converted),
     "export": command("Write a model that stands alone.", "exporters.export:export", show_exported),

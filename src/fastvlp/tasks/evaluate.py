@@ -17,6 +17,7 @@ def evaluate(method: str, run: str | Path, /, **options: Any) -> Evaluation | Ta
         method: `task`: a fine-tuned run on its task. `retrieval`: find images by captions and captions by images, with the
             embeddings. `zeroshot`: classify images by the names of the classes. `probe`: logistic regression on frozen
             image features. `sugarcrepe`, `winoground`, `vsr`: how the words of a caption combine, by scores of pairs.
+            `mteb`: an export for sentence-transformers, by mteb's own runner.
         run: Folder of the run.
         **options: Options of the method, as `vlp evaluate METHOD --help` lists them, such as `data`, `split` and `device`.
 
