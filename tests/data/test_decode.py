@@ -306,3 +306,15 @@ def test_a_tiff_of_a_huge_tile_is_refused():
     entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in [*tags, (325, len(packed))])
     data = b"II*\0" + struct.pack("<I", 8 + len(packed)) + packed + struct.pack("<H", 10) + entries + bytes(4)
     assert "tiles of 40000x40000" in reason(data)
+
+
+@pytest.mark.parametrize("bits", [8, 10, 12, 14, 16])
+@pytest.mark.parametrize("alpha", [False, True])
+def test_colours_in_16_bits_are_scaled_by_the_bits_in_use(bits, alpha):
+    colours = smooth().copy()
+    colours[0, 0] = 255
+    values = colours.astype(np.uint16) << (bits - 8)
+    if alpha:
+        values = np.concatenate([values, np.full_like(values[:, :, :1], 0xFFFF)], 2)
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    assert torch.equal(one(png_of(128, 96, 16, 6 if alpha else 2, rows)), expected(colours))

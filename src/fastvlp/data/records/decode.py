@@ -13,6 +13,7 @@ import simplejpeg
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError, features
 from PIL.JpegImagePlugin import JpegImageFile
+from PIL.PngImagePlugin import PngImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 from torch import Tensor
 
@@ -104,7 +105,7 @@ def read_pixels(
             pass  # also raised for harmless oddities that Pillow reads
     if jpeg and transform:
         image.draft(None, (least[1], least[0]))
-    return opened_pixels(image, upright=upright)
+    return opened_pixels(_in_8_bits(image, data), upright=upright)
 
 
 def open_image(data: bytes) -> Image.Image:
@@ -193,6 +194,23 @@ def _rgb(image: Image.Image) -> Image.Image:
         white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
         return Image.alpha_composite(white, rgba).convert("RGB")
     return image.convert("RGB")
+
+
+def _in_8_bits(image: Image.Image, data: bytes) -> Image.Image:
+    """A PNG of 16 bits a channel, of which Pillow alone would keep the upper 8, also where only the lower 12 are in use; any
+    other image as it is. Pillow can be asked for the upper halves of the numbers, and for the lower ones."""
+    if image.format != "PNG" or data[24:25] != b"\x10":
+        return image
+    lower = open_image(data)
+    if not isinstance(lower, PngImageFile) or lower.tile[0].args not in ("RGB;16B", "RGBA;16B"):
+        return image
+    lower.tile = [lower.tile[0]._replace(args=f"{lower.mode};16L")]
+    values = np.array(image).astype(np.uint16) << 8 | np.array(lower)
+    shift = np.full(values.shape[-1], _bits(int(values[..., :3].max())) - 8, dtype=np.uint16)
+    shift[3:] = 8  # of transparency, which is never scaled
+    small = Image.fromarray((values >> shift).astype(np.uint8))
+    small.info = {name: value for name, value in image.info.items() if name != "transparency"}
+    return small
 
 
 def _bits(highest: int) -> int:
