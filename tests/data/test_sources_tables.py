@@ -70,6 +70,20 @@ def test_flickrs_tokens(folder: Path, name: str) -> None:
     assert captions(path) == {"0": ["A child , in pink", 'A "girl'], "1": ["Two"]}
 
 
+def test_flickr8ks_lists_say_which_split_an_image_is_of(folder: Path) -> None:
+    path = write(
+        folder / "Flickr8k.token.txt", "".join(f"{n}.jpg#{k}\ttext {n} {k}\n" for n in range(4) for k in (0, 1))
+    )
+    for n, name in enumerate(("train", "dev", "test")):
+        write(folder / f"Flickr_8k.{name}Images.txt", f"{n}.jpg\n")
+    infos, dropped, notes = read(path)
+    assert not dropped and all(len(info["captions"]) == 2 for info in infos.values())
+    assert {key: info.get("split") for key, info in infos.items()} == {"0": "train", "1": "dev", "2": "test", "3": None}
+    assert sum("none of the lists" in note for note in notes) == 2
+    import_data(path, folder / "out", progress=False)
+    assert {place.name for place in (folder / "out").iterdir() if place.is_dir()} == {"train", "dev", "test"}
+
+
 def test_captions_txt_and_images_in_a_folder_beside_it(tmp_path: Path) -> None:
     (tmp_path / "Images").mkdir()
     (tmp_path / "Images/a.jpg").write_bytes(picture())

@@ -11,7 +11,7 @@ from typing import Any
 
 from fastvlp.batch import Dropped
 from fastvlp.data.sources.columnar import read_parquet
-from fastvlp.data.sources.delimited import Header, Row, looks_like_image, read_delimited
+from fastvlp.data.sources.delimited import Header, Row, image_name, looks_like_image, read_delimited
 from fastvlp.data.sources.interface import Match, Note
 from fastvlp.data.sources.row_fields import IMAGE_COLUMNS, USUAL_COLUMNS, find_columns
 from fastvlp.data.sources.row_source import RowSource, Table
@@ -21,6 +21,8 @@ from fastvlp.errors import UserError
 SUFFIXES = frozenset({".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet", ".token"})
 # Flickr8k and Flickr30k: `1.jpg#0<tab>caption`, and csv with another ending.
 FLICKR = re.compile(r".*\.token(\.txt)?|captions\.txt|results(_\d+)?\.csv", re.IGNORECASE)
+# Flickr8k's lists of the images of each split, `Flickr_8k.trainImages.txt`.
+_LIST = re.compile(r".*\.(train|dev|val|test)Images\.txt", re.IGNORECASE)
 # Shards as on the hub: `train-00000-of-00002.parquet`, `train/0000.parquet`.
 _SHARD = re.compile(r"(.+?)-\d{5}-of-\d{5}(-[0-9a-f]+)?")
 
@@ -48,9 +50,8 @@ class TableSource(RowSource):
             split = _split_of(file, path)
             suffix = file.suffix.lower()
             if suffix in (".csv", ".tsv", ".txt", ".token"):
-                yield Table(
-                    path=file, rows=read_delimited(file, self.separator, self.header, USUAL_COLUMNS), split=split
-                )
+                rows = read_delimited(file, self.separator, self.header, USUAL_COLUMNS)
+                yield Table(path=file, rows=_with_splits(rows, file.parent), split=split)
             elif suffix in (".jsonl", ".ndjson"):
                 yield Table(path=file, rows=_lines(file), split=split, columns_fixed=False)
             elif suffix == ".json":
@@ -77,6 +78,22 @@ def _split_of(file: Path, path: Path) -> str:
     if file.parent != path:
         return file.parent.name
     return file.stem if file.stem.lower() in ("train", "val", "valid", "validation", "dev", "test") else ""
+
+
+def _with_splits(rows: Iterator[Row | Dropped], folder: Path) -> Iterator[Row | Dropped | Note]:
+    """The rows with the split whose list beside the table has their image, where there are such lists and the table does not
+    name a split itself."""
+    lists = {file: match[1].lower() for file in sorted(folder.iterdir()) if (match := _LIST.fullmatch(file.name))}
+    split_of = {name: split for file, split in lists.items() for name in file.read_text("utf-8", "replace").split()}
+    for row in rows:
+        if not split_of or not isinstance(row, Row) or "split" in row.cells:
+            yield row
+            continue
+        names = {image_name(cell) for cell in row.cells.values() if isinstance(cell, str)}
+        split = next((split_of[name] for name in sorted(names) if name in split_of), None)
+        if split is None:
+            yield Note(text="rows of images in none of the lists of splits beside the table", example=row.place)
+        yield Row(row.place, {**row.cells, "split": split})
 
 
 def _lines(path: Path) -> Iterator[Row | Dropped | Note]:
