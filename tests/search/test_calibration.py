@@ -55,3 +55,14 @@ def test_all_pairs_are_drawn_with_equal_chance():
         sample.add(image[first : first + 700], text[first : first + 700])
     kept, _ = sample._rows
     assert len(kept) == 1000 and kept[:, 0].mean() == pytest.approx(0.5, abs=0.06)
+
+
+def test_a_model_that_cannot_tell_says_nothing_of_nearness():
+    image, text = pairs(400)
+    good, weak = calibrated(image, text), calibrated(image, np.roll(text, 7, 0))
+    assert good is not None and weak is not None
+    assert good.reached < 0.05 and good.is_near(good.near) is True and good.is_near(good.near - 0.01) is False
+    # Texts that are no nearer to their own images than to others.
+    assert weak.reached > 0.5 and weak.is_near(0.99) is None
+    older = Calibration.read({"calibration": '{"random": 0, "own": 0.5, "near": 0.4, "images": 0.2}'})
+    assert older == Calibration(0, 0.5, 0.4, 0.2) and older.is_near(0.4) is True

@@ -11,7 +11,7 @@ import numpy as np
 
 # Pairs below which quantiles say little.
 FEWEST = 20
-# Share of texts whose own image is below `near`.
+# Share of texts whose own image is below `near`, and of random pairs that may reach it.
 MISSED = 0.05
 # Field in which engines keep it.
 FIELD = "calibration"
@@ -25,12 +25,19 @@ class Calibration(NamedTuple):
         own: Median of a text and its own image.
         near: What all but one in twenty texts reach with their own image.
         images: Mean of two images.
+        reached: Share of texts' random other images that reach `near` too.
     """
 
     random: float
     own: float
     near: float
     images: float
+    reached: float = 0.0
+
+    def is_near(self, score: float) -> bool | None:
+        """Whether an image is as near to a text as all but one in twenty are to their own; None where more than one in twenty
+        random pairs are too, so that it says nothing."""
+        return score >= self.near if self.reached <= MISSED else None
 
     def relevance(self, score: float, by_text: bool) -> float | None:
         """Returns a score between that of random pairs, 0, and that of a text and its own image, or of an image and itself,
@@ -46,7 +53,8 @@ class Calibration(NamedTuple):
         """Reads what an engine keeps in its fields; None where there is none."""
         try:
             values = json.loads((fields or {})[FIELD])
-            calibration = cls(*(float(values[name]) for name in cls._fields))
+            given = {name: values[name] for name in cls._fields if name in values or name not in cls._field_defaults}
+            calibration = cls(**{name: float(value) for name, value in given.items()})
         except (KeyError, TypeError, ValueError):
             return None
         return calibration if all(map(isfinite, calibration)) else None
@@ -82,9 +90,11 @@ def calibrated(image_NE: np.ndarray, text_NE: np.ndarray) -> Calibration | None:
     other_NN = (image_NE @ image_NE.T) < 1 - 1e-5
     if not other_NN.any():
         return None
+    random_N, near = (text_NE @ image_NE.T)[other_NN], float(np.quantile(own_N, MISSED))
     return Calibration(
-        random=float((text_NE @ image_NE.T)[other_NN].mean()),
+        random=float(random_N.mean()),
         own=float(np.median(own_N)),
-        near=float(np.quantile(own_N, MISSED)),
+        near=near,
+        reached=float((random_N >= near).mean()),
         images=float((image_NE @ image_NE.T)[other_NN].mean()),
     )

@@ -192,7 +192,7 @@ async def search(request: Request, service: Served) -> Response:
         hit_fields(hit, meaning, by_text) | ({"match": matches[hit.id]} if hit.id in matches else {}) for hit in page
     ]
     best = max((hit.score for hit in hits), default=None)
-    near = None if by_picture or calibration is None or best is None else best >= calibration.near
+    near = None if by_picture or calibration is None or best is None else calibration.is_near(best)
     took = {"next_offset": end if more else None, "took_ms": round(1000 * (time.perf_counter() - began), 2)}
     page_fields = {"results": results, "offset": body.offset, "limit": body.limit}
     return json_response({**page_fields, **took, "near": near, "notes": notes(readings)})
