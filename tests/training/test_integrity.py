@@ -14,6 +14,7 @@ import torch
 
 from fastvlp.errors import UserError
 from fastvlp.exporters.export import export
+from fastvlp.model.saved_run import read_saved_run
 from fastvlp.model.saving import load_model
 from fastvlp.tensor_files import read_safetensors, write_safetensors
 from fastvlp.training.checkpoint import load_checkpoint, save, save_checkpoint
@@ -216,3 +217,11 @@ def test_a_checkpoint_of_other_contents_is_refused(finished, pairs, tmp_path, ki
     save_checkpoint(tmp_path / "run/last.pt", saved)
     with pytest.raises(UserError, match=r"last\.pt"):
         start(made_run(pairs, tmp_path / "run", "clip", steps=2), resume=True)
+
+
+def test_a_changed_config_of_a_run_is_refused(finished, tmp_path):
+    shutil.copytree(finished / "run", tmp_path / "run")
+    path = tmp_path / "run/config.json"
+    path.write_text(path.read_text().replace('"max_length": ', '"max_length": 1'))
+    with pytest.raises(UserError, match=r"config\.json: damaged"):
+        read_saved_run(tmp_path / "run")

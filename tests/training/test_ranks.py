@@ -19,7 +19,7 @@ from fastvlp.errors import UserError
 from fastvlp.model.lora import LoRAConfig
 from fastvlp.model.saving import load_model
 from fastvlp.objectives.moco import MoCoConfig
-from fastvlp.training import loop
+from fastvlp.training import checkpoint, loop
 from fastvlp.training.checkpoint import load_checkpoint
 from fastvlp.training.loop import train
 from fastvlp.training.train_config import TrainConfig
@@ -121,6 +121,34 @@ def test_a_rank_that_is_killed_is_the_cause_that_the_other_gives(tmp_path):
     step = load_checkpoint(run.folder / "last.pt")["step"]
     said = (run.folder / "said.txt").read_text()
     assert step in (2, 3) and said.startswith("another rank has ended") and f"state of step {step} is saved" in said
+
+
+def whose_disk_is_full(rank: int, port: int, run: TrainConfig) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    straight = checkpoint.save_checkpoint
+
+    def save_checkpoint(path, state):
+        if state["step"] == 4:
+            raise UserError(f"{path}: cannot write (no space left)")
+        straight(path, state)
+
+    checkpoint.save_checkpoint = save_checkpoint
+    try:
+        train(run)
+    except UserError as error:
+        Path(f"{run.folder}-{rank}.txt").write_text(str(error))
+
+
+def test_what_the_main_rank_cannot_save_is_an_error_of_all(tmp_path):
+    run = made_run(made_pairs(tmp_path / "pairs"), tmp_path / "run", "clip", threads=1, checkpoint_every=2)
+    ranks = torch.multiprocessing.spawn(whose_disk_is_full, (free_port(), run), nprocs=2, join=False).processes
+    for rank in ranks:
+        rank.join(60)
+    assert [rank.exitcode for rank in ranks] == [0, 0]
+    said = [(tmp_path / f"run-{rank}.txt").read_text() for rank in (0, 1)]
+    assert all("no space left" in text for text in said) and "state of step 2 is saved" in said[0]
+    assert load_checkpoint(run.folder / "last.pt")["step"] == 2
 
 
 @pytest.mark.parametrize(

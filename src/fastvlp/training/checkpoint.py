@@ -9,7 +9,7 @@ import json
 import math
 import re
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from fastvlp.model.lora import save_adapters
 from fastvlp.model.saving import load_exactly, save_model
 from fastvlp.objectives.objective import Ability
 from fastvlp.objectives.saved_objectives import describe
+from fastvlp.plain_json import with_checksum
 from fastvlp.provenance import about
 from fastvlp.tensor_files import check_torch_file, not_finite
 from fastvlp.training.continuing import changed_data, changed_fields, check_names, first_batch, refuse, remeasured
@@ -78,11 +79,21 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
 
 
 def save(state: TrainState, *, wait: bool = True) -> None:
-    """Everything that `restore` needs, and the weights alone beside it. The main rank writes, the others wait for it.
+    """Everything that `restore` needs, and the weights alone beside it. The main rank writes, and the others `wait` for it:
+    what it cannot write is an error of all.
 
-    Raises UserError where a weight is not finite, so that what was saved before stays, and where the folder was removed.
+    Raises UserError where a weight is not finite, so that what was saved before stays, where the folder was removed, and where
+    the disk is full.
     """
     check_finite(state)
+    with dist.together(state.device) if wait else nullcontext():
+        write_state(state)
+    if wait:
+        state.saved = state.step
+
+
+def write_state(state: TrainState) -> None:
+    """Writes what is saved of a run, on the main rank alone."""
     if dist.is_main():
         check_in_place(state.lock)
         saved: dict[str, Any] = {name: getattr(state, name) for name in (*COUNTERS, *LATER_COUNTERS)} | {
@@ -101,9 +112,6 @@ def save(state: TrainState, *, wait: bool = True) -> None:
         save_checkpoint(state.run.folder / CHECKPOINT, saved)
         save_weights(state, "last")
         state.saved = state.step
-    if wait:
-        dist.barrier()
-        state.saved = state.step
 
 
 def check_finite(state: TrainState) -> None:
@@ -120,10 +128,12 @@ def save_config(state: TrainState) -> TrainConfig:
     """Writes the run as config.json, with the vocabulary, which is known only now, and as about.json where it runs. Returns the
     first."""
     whole = replace(state.run, model=state.model.config)
-    if dist.is_main():
-        write_whole(whole.folder / "config.json", json.dumps(to_json(whole), indent=2).encode())
-        origin = about(state.device) | {"precision": state.precision}
-        write_whole(whole.folder / "about.json", json.dumps(origin, indent=2).encode())
+    with dist.together(state.device):
+        if dist.is_main():
+            config = with_checksum(to_json(whole))
+            write_whole(whole.folder / "config.json", json.dumps(config, indent=2).encode())
+            origin = about(state.device) | {"precision": state.precision}
+            write_whole(whole.folder / "about.json", json.dumps(origin, indent=2).encode())
     return whole
 
 

@@ -141,5 +141,6 @@ def validate_and_keep_best(state: TrainState, log: RunLog) -> None:
     state.validated = state.step
     if losses["loss"] < state.best:
         state.best, state.stale = losses["loss"], 0
-        if dist.is_main():
-            save_weights(state, "best", validation=losses)
+        with dist.together(state.device):
+            if dist.is_main():
+                save_weights(state, "best", validation=losses)
