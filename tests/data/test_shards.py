@@ -158,7 +158,7 @@ def test_a_damaged_header_ends_the_tar_with_a_report(split):
 
 
 def test_no_shards_and_only_broken_shards_name_folder_and_remedy(tmp_path):
-    with pytest.raises(UserError, match=r"nowhere: no shards .*vlp data import"):
+    with pytest.raises(UserError, match=r"nowhere: no shards .*folder does not exist.*vlp data import"):
         Shards(tmp_path / "nowhere")
     with pytest.raises(UserError, match=r"no shards .*vlp data import"):
         Shards(tmp_path)

@@ -6,7 +6,7 @@ import io
 import json
 import math
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,6 +16,9 @@ from rich.console import Console
 
 from fastvlp.errors import UserError
 from fastvlp.training.log import RunLog
+from fastvlp.training.loop import train as train_run
+from fastvlp.training.trackers import check_installed
+from tests.training.runs import made_run
 
 
 @dataclass
@@ -234,6 +237,16 @@ def test_a_tracker_that_is_missing_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(UserError, match="pip install wandb"):
         RunLog(State(tmp_path, report_to=("wandb",)), quiet=True)
+
+
+def test_a_missing_tracker_is_found_before_there_is_a_folder(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    run = replace(made_run(tmp_path, tmp_path / "run", "mlm"), report_to=("wandb",))
+    with pytest.raises(UserError, match="pip install wandb"):
+        train_run(run)
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(UserError, match="pip install nosuchtracker"):
+        check_installed(("nosuchtracker",))
 
 
 def test_other_ranks_are_silent(tmp_path, monkeypatch):

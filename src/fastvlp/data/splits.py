@@ -23,6 +23,8 @@ def find_split(folder: str, name: str, prefixes: Sequence[str] = ("",)) -> str:
     """The folder of a split, which may have another of the split's names; with the first prefix for which there is one.
     Raises UserError where there is none."""
     if (place := _find(folder, name, prefixes)) is None:
+        if not is_url(folder) and not Path(folder).exists():
+            raise UserError(f"{folder}: there is no such folder; give the one that `vlp data import --out` wrote")
         raise UserError(f"{folder}: no split called {name} here; give the folder that `vlp data import --out` wrote")
     return place
 

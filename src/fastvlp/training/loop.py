@@ -35,6 +35,7 @@ from fastvlp.training.run_folder import locked
 from fastvlp.training.schedule import rate_factor
 from fastvlp.training.start import start
 from fastvlp.training.state import StepReport, TrainState, autocast, due, validates
+from fastvlp.training.trackers import check_installed
 from fastvlp.training.train_config import TrainConfig
 from fastvlp.training.validation import read_before_training, validate, validate_and_keep_best
 
@@ -263,6 +264,7 @@ def train(
     """
     if not isinstance(run, TrainConfig):
         raise UserError(f"`run` is a TrainConfig, not {run!r}; fastvlp.recipe(NAME) returns that of a recipe")
+    check_installed(run.report_to)
     with dist.process_group(), locked(run.folder) as lock:
         if not resume and (run.folder / CHECKPOINT).exists():
             raise UserError(f"{run.folder}: holds a run already; continue it with `resume`, or choose another `out`")

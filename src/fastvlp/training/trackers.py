@@ -5,10 +5,11 @@ A resumed run goes on in the same run of the tracker, whose id is kept in the ru
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import json
+import sys
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -32,6 +33,19 @@ class Tracker(Protocol):
         """Sends what is left, and ends."""
 
 
+def check_installed(names: Iterable[TrackerName]) -> None:
+    """Raises UserError where a tracker is not installed, before a run has begun."""
+    for name in names:
+        missing = sys.modules[name] is None if name in sys.modules else importlib.util.find_spec(name) is None
+        if missing:
+            raise _not_installed(name)
+
+
+def _not_installed(name: TrackerName) -> UserError:
+    remedy = install("tensorboard") if name == "tensorboard" else f"pip install {name}"
+    return UserError(f"`report_to` {name}: it is not installed: {remedy}, or leave it out")
+
+
 def open_tracker(name: TrackerName, folder: Path, *, run: str, step: int, config: Mapping[str, Any]) -> Tracker:
     """Opens a tracker for a run.
 
@@ -48,8 +62,7 @@ def open_tracker(name: TrackerName, folder: Path, *, run: str, step: int, config
     try:
         return TRACKERS[name](folder, run, step, config)
     except ImportError as error:
-        remedy = install("tensorboard") if name == "tensorboard" else f"pip install {name}"
-        raise UserError(f"`report_to` {name}: it is not installed: {remedy}, or leave it out") from error
+        raise _not_installed(name) from error
     except Exception as error:
         # Each tracker has errors of its own, which are not imported here.
         own = type(error).__module__.partition(".")[0] == name

@@ -16,6 +16,8 @@ _INDEX_MORE = 1 << 20
 
 def where_shards_are(url: str, fs: Any, root: str) -> str:
     """Returns the advice for a folder without shards: give one of the splits inside it, or make shards."""
+    if not is_url(url) and not fs.exists(root):
+        return "the folder does not exist: correct its path, or make it with `vlp data import` or `vlp data demo`"
     inside = fs.ls(root, detail=False) if fs.isdir(root) else []
     splits = sorted(Path(place).name for place in inside if fs.isdir(place) and find_tars(fs, place))
     if splits:
