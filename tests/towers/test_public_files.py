@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 from pathlib import Path
 
@@ -198,3 +199,14 @@ def made_bert_tokenizer() -> dict:
     inner["model"]["vocab"] = {word: i for i, word in enumerate(BERT_WORDS)}
     inner["added_tokens"] = inner["added_tokens"][:5]
     return inner
+
+
+def test_attempts_to_reach_the_hub_are_one_error_without_warnings(monkeypatch, caplog):
+    def download(source, name):
+        logging.getLogger("huggingface_hub.utils._http").warning("Retrying in 1s")
+        raise ConnectionError("no route to host")
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    with pytest.raises(UserError, match="no route to host"):
+        read_images("nobody/nothing-of-that-name")
+    assert not caplog.records

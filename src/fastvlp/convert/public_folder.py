@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -127,6 +130,18 @@ def part_names(path: Path, index: dict[str, Any] | None) -> list[str]:
     return names
 
 
+@contextmanager
+def _without_warnings(library: str) -> Iterator[None]:
+    """Context in which a library logs errors alone: each attempt to reach the hub would be a warning before the one error."""
+    log = logging.getLogger(library)
+    before = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(before)
+
+
 def _fetch(source: str, name: str) -> Path | None:
     offline = (
         f"where the hub cannot be reached, copy the model's files there (`hf download {source}`) and name their folder"
@@ -137,7 +152,8 @@ def _fetch(source: str, name: str) -> Path | None:
     except ImportError:
         raise UserError(f"{source}: no such folder; to fetch it from the hub, {install('towers')}") from None
     try:
-        return Path(hf_hub_download(source, name))
+        with _without_warnings("huggingface_hub"):
+            return Path(hf_hub_download(source, name))
     except LocalEntryNotFoundError as error:
         # Without a connection: another file of the model in the cache says that it has no such file.
         if isinstance(try_to_load_from_cache(source, "config.json"), str):
