@@ -116,6 +116,7 @@ class Batch:
         plain: the images before augmentation, for objectives that draw views of their own; None where it is `image`.
         content: int64 [B 2], hashes of each row's text and image (`objectives/equal_pairs.py`); None where nobody has computed
             them yet.
+        teacher_image, teacher_text: float [B E], stored vectors of each row's image and text by a teacher; None without one.
     """
 
     image: Tensor
@@ -128,6 +129,8 @@ class Batch:
     plain: Tensor | None = None
     text: Tensor | None = None
     content: Tensor | None = None
+    teacher_image: Tensor | None = None
+    teacher_text: Tensor | None = None
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> Batch:
         return _pytree.tree_map_only(Tensor, lambda t: t.to(device, non_blocking=non_blocking), self)

@@ -6,7 +6,7 @@ import abc
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from typing import Annotated, Any, Literal, NamedTuple
@@ -30,6 +30,7 @@ from fastvlp.data.regions import ImageRegions, RegionSource, pad_regions, region
 from fastvlp.data.sequential import BLOCK, SequentialReading
 from fastvlp.data.states_file import StatesFile
 from fastvlp.data.stores import Stored
+from fastvlp.data.teacher import TeacherVectors
 from fastvlp.data.tokenize import Tokenizer
 from fastvlp.errors import UserError
 from fastvlp.random import hash64
@@ -192,6 +193,7 @@ class PairData(Data):
             flip=images.flip if images else 0.0,
             texts=self._stored_texts(stored, shards, tokenizer),
             strict=strict,
+            teacher=stored.teacher.open(shards, self.captions) if stored and stored.teacher else None,
         )
         regions = partial(region_count, self.regions)
         lengths = partial(caption_lengths, shards, tokenizer, self.captions, self.max_length, regions)
@@ -249,6 +251,7 @@ class Pair(NamedTuple):
     regions: list[ImageRegions]
     text_states: Tensor | None = None
     image_hash: int = 0
+    teacher: tuple[Tensor, Tensor] | None = None
 
 
 class PairMaker:
@@ -260,6 +263,7 @@ class PairMaker:
         regions, cache, states, strict: as `RecordReader` takes them.
         texts: stored states of all captions, which come along.
         mirrored: stored states of the mirrored images.
+        teacher: a teacher's vectors of all images and captions, which come along.
         flip: share of the rows that read these; those that `augment` would mirror.
     """
 
@@ -278,8 +282,9 @@ class PairMaker:
         mirrored: StatesFile | None = None,
         flip: float = 0.0,
         strict: bool = False,
+        teacher: TeacherVectors | None = None,
     ):
-        self.texts = texts
+        self.texts, self.teacher = texts, teacher
         self.mirrored = mirrored
         self.flip = flip
         self.reader = RecordReader(shards, transform, regions=regions, cache=cache, states=states, strict=strict)
@@ -314,6 +319,10 @@ class PairMaker:
             text=pad_sequence(texts, batch_first=True) if texts else None,
             content=content,
         )
+        taught = [pair.teacher for pair in pairs if pair.teacher is not None]
+        if taught:
+            image_BE, text_BE = (torch.stack(vectors).float() for vectors in zip(*taught))
+            batch = replace(batch, teacher_image=image_BE, teacher_text=text_BE)
         return batch, dropped
 
     def _pair(self, row: Row) -> Pair:
@@ -331,7 +340,8 @@ class PairMaker:
             image_hash = self.image_hashes(row.index, image, regions[0].feature_RF if regions else None)
         if self.mirrored is not None and is_mirrored(row.seed, self.flip):
             image = self.mirrored.image(row.index)
-        return Pair(image, captions[k], row.seed, regions, states, image_hash)
+        taught = None if self.teacher is None else self.teacher.of(row.index, k)
+        return Pair(image, captions[k], row.seed, regions, states, image_hash, taught)
 
 
 def readable_infos(shards: Shards, ahead: int = 0) -> Iterator[dict[str, Any]]:

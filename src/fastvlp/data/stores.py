@@ -7,17 +7,21 @@ from typing import NamedTuple
 from fastvlp.data.state_store import StoreNote
 from fastvlp.data.stored_images import ImageStore
 from fastvlp.data.stored_texts import TextStore
+from fastvlp.data.teacher import TeacherStore
 
 
 class Stored(NamedTuple):
-    """Where the states of frozen encoders are, and of which they are not stored."""
+    """Where the states of frozen encoders are, of which they are not stored, and where a teacher's vectors are."""
 
     images: ImageStore | None = None
     texts: TextStore | None = None
     skipped: tuple[StoreNote, ...] = ()
+    teacher: TeacherStore | None = None
 
     @property
     def notes(self) -> list[StoreNote]:
         """What was done about the states of the splits that were read."""
-        opened = [note for part in (self.images, self.texts) if part is not None for note in part.store.notes]
+        taught = () if self.teacher is None else (self.teacher.images, self.teacher.texts)
+        parts = (self.images, self.texts, *taught)
+        opened = [note for part in parts if part is not None for note in part.store.notes]
         return [*self.skipped, *opened]

@@ -70,6 +70,7 @@ class Objective(nn.Module, abc.ABC):
         text_use: the least that it reads of the texts: their vectors in the joint space (`embed_text`), or their words.
         contrasts: whether a row's text is wrong for the images of other rows, so that the log tells how many rows are equal.
             A single row then has no loss in validation, whose batches have a fixed number of rows.
+        teacher: folder of the model whose stored vectors the batches bring; None without one.
         masked_validation: whether validation encodes the same shares of images and texts as training.
     """
 
@@ -82,6 +83,7 @@ class Objective(nn.Module, abc.ABC):
     text_use: TextUse = "words"
     contrasts: bool = False
     masked_validation: bool = False
+    teacher: str | None = None
 
     @property
     def drops_parts(self) -> bool:

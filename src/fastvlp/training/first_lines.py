@@ -7,6 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 from fastvlp import dist
+from fastvlp.data.teacher import TeacherStore
 from fastvlp.provenance import device_name
 from fastvlp.training.log import RunLog
 from fastvlp.training.state import TrainState
@@ -58,6 +59,8 @@ def log_new_run(state: TrainState, log: RunLog) -> None:
     for note in state.stored.notes if state.stored is not None else ():
         facts = {**note._asdict(), "path": str(note.path or "")}
         log.event("states", step=0, elapsed=0.0, text=str(note), **facts)
+    if state.stored is not None and state.stored.teacher is not None:
+        log_teacher(state.stored.teacher, log, counted=state.run.teacher_time == "counted")
     log_dropped(state, state.dropped, log)
     if (cut := state.run.data.cut(state.tokenizer)) is not None and cut.cut:
         text = str(cut).replace("`max_length`", "`data.max_length`")
@@ -70,6 +73,16 @@ def log_new_run(state: TrainState, log: RunLog) -> None:
             f"`data.batch_size` {run.data.batch_size}: a step contrasts {rows} rows of only {records} records, so that it has "
             f"some pairs twice; lower it"
         )
+
+
+def log_teacher(teacher: TeacherStore, log: RunLog, *, counted: bool) -> None:
+    """Logs what the teacher cost."""
+    computing = sum(teacher.computing_s)
+    known = teacher.trained_s is not None
+    trained = f"was trained for {teacher.trained_s:.0f} s" if known else "was trained for a time that is not known"
+    text = f"the teacher {trained}, and its vectors took {computing:.0f} s"
+    text += "; both are taken off this run's time" if counted else "; this run's time counts neither"
+    log.event("teacher", step=0, elapsed=0.0, text=text, trained_s=teacher.trained_s, computing_s=computing)
 
 
 def log_data(state: TrainState, log: RunLog, rows: int) -> None:

@@ -16,6 +16,7 @@ from fastvlp.batch import Batch
 from fastvlp.convert.public_encoders import PublicImages, PublicTexts
 from fastvlp.data.loader import Loader, Row
 from fastvlp.data.pairs import Rows
+from fastvlp.data.stores import Stored
 from fastvlp.data.tokenize import Tokenizer
 from fastvlp.dist import Precision, pick_device, pick_precision
 from fastvlp.errors import UserError
@@ -82,7 +83,8 @@ def start(run: TrainConfig, *, resume: bool = False, change: Collection[str] = (
         load_exactly(pretraining, saved["pretraining"], run.folder / CHECKPOINT)
     # After the weights: stored states are those of one encoder.
     stored = stored_inputs(pretraining, run, precision)
-    given: dict[str, Any] = {"stored": stored} if stored is not None and (stored.images or stored.texts) else {}
+    some = stored is not None and any((stored.images, stored.texts, stored.teacher))
+    given: dict[str, Any] = {"stored": stored} if some else {}
     rows = run.data.rows("train", tokenizer, size, strict=False, **given)
     if rows is None:
         raise UserError(f"{run.name}: the data has no training split; name its folder in `data.train`")
@@ -92,7 +94,7 @@ def start(run: TrainConfig, *, resume: bool = False, change: Collection[str] = (
     ema = AveragedModel(pretraining, multi_avg_fn=get_ema_multi_avg_fn(run.ema)) if run.ema is not None else None
     held_out = held_out_rows(run, tokenizer, size, given)
     state = TrainState(
-        run=run,
+        run=with_teacher_time(run, stored),
         device=device,
         tokenizer=tokenizer,
         model=model,
@@ -115,6 +117,20 @@ def start(run: TrainConfig, *, resume: bool = False, change: Collection[str] = (
     if dist.world() > 1:
         state.wrapped = distributed(run, pretraining)
     return state
+
+
+def with_teacher_time(run: TrainConfig, stored: Stored | None) -> TrainConfig:
+    """The run with the time that its teacher leaves, where that is counted. Raises UserError where it leaves none."""
+    if run.teacher_time == "free" or stored is None or stored.teacher is None:
+        return run
+    took = stored.teacher.seconds
+    if run.budget_s is None or run.budget_s <= took:
+        length = "ends after steps" if run.budget_s is None else f"has {run.budget_s:g} s"
+        raise UserError(
+            f"{run.name}: `teacher_time` is counted, the teacher took {took:.0f} s, and the run {length}; give more "
+            "`budget_s`, or set `teacher_time` to free"
+        )
+    return replace(run, budget_s=run.budget_s - took)
 
 
 def held_out_rows(run: TrainConfig, tokenizer: Tokenizer, size: int, given: Mapping[str, Any]) -> Rows | None:

@@ -9,9 +9,11 @@ from fastvlp.data.augment import AugmentConfig
 from fastvlp.data.pairs import Data
 from fastvlp.data.state_store import StoreNote
 from fastvlp.data.stores import Stored
+from fastvlp.data.teacher import TeacherStore
 from fastvlp.dist import Precision
 from fastvlp.errors import UserError
 from fastvlp.model.frozen_states import ImageUse, frozen_encoders, image_store, text_store
+from fastvlp.model.teacher_vectors import teacher_store
 from fastvlp.training.pretraining import Pretraining
 from fastvlp.training.reduced_start import ReducedStart
 from fastvlp.training.train_config import TrainConfig
@@ -26,8 +28,9 @@ def stored_inputs(pretraining: Pretraining, run: TrainConfig, precision: Precisi
     Raises UserError where the run says that states are always stored, and those of a frozen encoder cannot be used.
     """
     model, config, reads = pretraining.model, run.states, rows_read(run.data, run.steps, run.accumulate)
+    teacher = find_teacher(pretraining, run, precision)
     if config.store == "never":
-        return None
+        return teacher and Stored(teacher=teacher)
     frozen = frozen_encoders(model)
     if config.store == "always" and not frozen:
         raise UserError("`states.store` is always, and no encoder is frozen; name image in `freeze`, or text, or both")
@@ -48,7 +51,16 @@ def stored_inputs(pretraining: Pretraining, run: TrainConfig, precision: Precisi
         texts=text_store(model, config, precision=precision, reads=reads) if reasons["text"] is None else None,
     )
     skipped = [StoreNote(f"{part}s", "", reason=reason) for part in frozen if (reason := reasons[part]) is not None]
-    return stored._replace(skipped=tuple(skipped)) if frozen else None
+    return stored._replace(skipped=tuple(skipped), teacher=teacher) if frozen or teacher else None
+
+
+def find_teacher(pretraining: Pretraining, run: TrainConfig, precision: Precision) -> TeacherStore | None:
+    """Where the vectors are of the teacher that the objectives name; None where none does. Raises UserError for several."""
+    named = {part.teacher for part in pretraining.all_objectives().values() if part.teacher is not None}
+    if len(named) > 1:
+        raise UserError(f"the objectives name several teachers ({', '.join(sorted(named))}); a run has one")
+    device = next(pretraining.parameters()).device
+    return next((teacher_store(name, run.states, precision=precision, device=device) for name in named), None)
 
 
 def why_no_images(pretraining: Pretraining, augment: AugmentConfig, mirrors: bool, reduced: ReducedStart) -> str | None:

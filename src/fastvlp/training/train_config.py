@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from fastvlp.config import Count, Positive, PositiveShare, Range, check_numbers
 from fastvlp.data.augment import AugmentConfig
@@ -107,6 +107,8 @@ class TrainConfig(TrainOptions):
     0.35)."""
     reduced: ReducedStart = field(default_factory=ReducedStart)
     """A cheaper beginning of the run: smaller images, fewer patches, shorter texts."""
+    teacher_time: Literal["free", "counted"] = "free"
+    """Whether what a teacher took, its training and its vectors, is taken off `budget_s`."""
     masked_validation: bool = False
     """Validate as in training, on a share of each image and text, where `keep`, `keep_states` and `text_keep` say so; by
     default on whole ones, as the model will be used."""
