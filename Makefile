@@ -4,7 +4,7 @@ PIP = .venv/bin/python -m pip install --quiet --disable-pip-version-check -c con
 # Seconds of training for each recipe.
 BUDGET ?= 80
 
-.PHONY: demo serve test check clean
+.PHONY: demo serve test check docs clean
 
 # torch goes first: asked for by another package, pip might pick another build of it.
 .venv/.core: pyproject.toml constraints.txt
@@ -16,7 +16,7 @@ BUDGET ?= 80
 	@touch $@
 
 .venv/.dev: .venv/.core
-	@$(PIP) -e '.[dev,serve,pg]'
+	@$(PIP) -e '.[dev,docs,serve,pg]'
 	@touch $@
 
 .venv/.serve: .venv/.core
@@ -50,5 +50,12 @@ check: .venv/.dev  ## format, lint, types, fast tests
 	.venv/bin/mypy
 	.venv/bin/python -m pytest -n 2 -m 'not slow'
 
+.venv/.docs: .venv/.core
+	@$(PIP) -e '.[docs]'
+	@touch $@
+
+docs: .venv/.docs  ## the documentation site, in site/; no warning and no dead link passes
+	.venv/bin/zensical build --strict --clean
+
 clean:
-	rm -rf .venv demo .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf site .venv demo .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -19,6 +19,11 @@ def commands_in(name: str) -> list[str]:
     text = (ROOT / name).read_text(encoding="utf-8").replace("\\\n", " ")
     blocks = re.findall(r"```bash\n(.*?)```", text, re.DOTALL) if name.endswith(".md") else [text.replace("\t", "")]
     found = [command for block in blocks for command in COMMAND.findall(block)]
+    found += [
+        "vlp " + words for block in blocks for words in re.findall(r"-m fastvlp ([^#\n]*?)(?= +#|$)", block, re.M)
+    ]
+    if name.endswith("coming-from.md"):
+        found += re.findall(r"`(vlp [^`]*)`", text)
     return [command.replace("$(BUDGET)", "80") for command in found]
 
 
