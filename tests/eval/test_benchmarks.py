@@ -13,6 +13,7 @@ from PIL import Image
 
 from fastvlp.cli import main
 from fastvlp.data.records.shards import RecordError, Shards
+from fastvlp.data.tokenize import Tokenizer
 from fastvlp.errors import UserError
 from fastvlp.eval.benchmark_items import make_pairs, open_pictures, read_items
 from fastvlp.eval.encoding import open_run
@@ -23,6 +24,11 @@ from fastvlp.eval.split_reading import read_captions
 from fastvlp.eval.sugarcrepe import KINDS, evaluate_sugarcrepe, read_sugarcrepe
 from fastvlp.eval.vsr import evaluate_vsr
 from fastvlp.eval.winoground import evaluate_winoground
+from fastvlp.model.model import VLModel
+from fastvlp.model.saving import save_model
+from fastvlp.model.sizes import with_tokenizer
+from tests.made import VOCAB
+from tests.made_single import single_config
 
 
 def png(shade: int) -> bytes:
@@ -161,6 +167,13 @@ def test_each_method_scores_pairs_in_their_order(runs: dict[str, Path], pictures
     assert [*score_by_all(open_run(runs["flm"]), pairs)] == ["likelihood"]
     with pytest.raises(UserError, match=r"`by` cosine.*can score by likelihood"):
         score_by_all(open_run(runs["flm"]), pairs, "cosine")
+
+
+def test_a_run_that_reads_regions_is_refused(pictures: Path, tmp_path: Path):
+    tokenizer = Tokenizer.train(["a cat", "a dog"], vocab_size=VOCAB)
+    save_model(tmp_path, VLModel(with_tokenizer(single_config(), tokenizer)), tokenizer, {"objectives": {}})
+    with pytest.raises(UserError, match="reads regions"):
+        score_by_all(open_run(tmp_path), make_pairs(PictureFolder(pictures / "images.zip"), [0], ["a cat"]))
 
 
 def test_sugarcrepe_from_the_command_line(runs: dict[str, Path], pictures: Path, capsys: pytest.CaptureFixture[str]):

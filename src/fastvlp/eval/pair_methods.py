@@ -22,9 +22,15 @@ PairMethod = Literal["cosine", "match", "likelihood"]
 def pair_methods(opened: OpenedRun, by: PairMethod | None = None) -> dict[str, Match | None]:
     """The ways in which a run can score pairs, or only `by`; None stands for the cosine, which needs no pass for each pair.
 
-    Raises UserError where there is none.
+    Raises UserError where there is none, and for a run that reads regions, which the pictures of a benchmark do not have.
     """
-    ways: dict[str, Match | None] = {} if opened.loaded.model.config.embed is None else {"cosine": None}
+    config = opened.saved.model.config
+    if config.single is not None or (config.embed is not None and config.embed.reads_boxes):
+        raise UserError(
+            f"{opened.saved.weights}: reads regions of a picture, and a benchmark has none; score a run that reads "
+            f"whole pictures"
+        )
+    ways: dict[str, Match | None] = {} if config.embed is None else {"cosine": None}
     ways |= pair_matches(opened.saved)
     chosen = {name: way for name, way in ways.items() if by in (None, name)}
     if not chosen:
