@@ -91,7 +91,7 @@ class World:
         self.now += self.scoring_s if tuned else 1
         self.scored.append((state.run.name, state.run.seed, state.elapsed))
         self.tuned.append(tuned)
-        return Scored({"vqa": state.step / 100}, {"vqa": 0.01}, {"vqa": 0.1})
+        return Scored({"vqa": state.step / 100}, {"vqa": 0.01}, {"vqa": 0.1}, {"vqa": 0.3})
 
     def keep(self, state: Any) -> None:
         self.kept.append(state.run.out)
@@ -311,6 +311,7 @@ def test_scores_with_fine_tuning_are_measured_at_their_marks(world: World, tmp_p
 def test_marks_are_eighths_and_the_results_say_when_they_are_whole(world: World, tmp_path: Path) -> None:
     comparison, _ = go(world, Plan(budget_s=16, out=tmp_path), ARMS)
     assert comparison.shares == [i / 8 for i in range(1, 9)] and comparison.finished
+    assert comparison.blind == {"vqa": 0.3}
     assert comparison.chance == {"vqa": 0.1} and comparison.runs[0].marks[0].errors == {"vqa": 0.01}
     assert Comparison.load(tmp_path / "results.json").finished
 

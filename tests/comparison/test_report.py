@@ -126,6 +126,21 @@ def test_what_cannot_be_timed_is_not_called_slow() -> None:
     assert text.count("not timed") == 2 and "did not reach" not in text
 
 
+def test_chance_and_what_the_text_alone_gives_are_lines_of_every_plot_of_their_score() -> None:
+    comparison = comparison_of()
+    comparison.chance, comparison.blind = {"vqa": 0.125}, {"vqa": 0.25}
+    text = page(comparison)
+    section = text[text.index("<h2>VQA accuracy") : text.index("<h2>CIDEr")]
+    assert "12.5 %" in section and "25.0 %" in section
+    for kind, name in (("chance", "chance"), ("blind", "text alone")):
+        assert section.count(f'class="target {kind}"') == 3 == section.count(f">{name}</text>")
+    heights = {
+        kind: float(re.findall(f'class="target {kind}"[^>]* y1="([^"]+)"', section)[0]) for kind in ("chance", "blind")
+    }
+    assert heights["blind"] < heights["chance"], "heights count downwards"
+    assert 'class="target blind"' not in text.replace(section, "")
+
+
 def lead(text: str) -> str:
     return text[text.index('<p class="lead">') : text.index('<div class="tiles">')]
 

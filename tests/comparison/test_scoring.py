@@ -83,6 +83,7 @@ def test_scoring_changes_nothing(world: Path, objective: ObjectiveConfig) -> Non
             assert {"vqa", "cider"} < set(found.values) <= {"cloze", "next_word", "vqa", "cider"}
             assert all(0 <= value <= 1 for name, value in found.values.items() if name != "cider")
             assert found.errors.keys() == found.values.keys() - {"cider"} and 0 < found.chance["vqa"] < 1
+            assert 0 <= found.blind["vqa"] <= 1
             assert scorer.score(scored, tuned=False).values.keys() <= {"cloze", "next_word"}
             assert all(torch.equal(a, b) for a, b in zip(before, weights(scored)))
             assert scored.pretraining.training

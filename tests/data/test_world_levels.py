@@ -93,6 +93,11 @@ def test_pairs_and_singles_have_levels_too(level):
         assert single.info["label"] == corpus.class_names(LEVELS[level].combinations)[i]
 
 
+def test_a_scene_has_fewer_captions_where_its_words_do_not_make_as_many():
+    record = single_record(WorldConfig(level="easy", size=16, captions=20), "train", 0)
+    assert 5 <= len(record.info["captions"]) == len(set(record.info["captions"])) < 20
+
+
 def test_easy_pictures_are_plain_and_their_things_apart():
     for i in range(5):
         record = scene_record(WorldConfig(level="easy"), "train", i)

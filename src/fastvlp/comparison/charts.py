@@ -1,6 +1,6 @@
 """Line charts as SVG text. The style sheet of the page gives the colours, so the charts follow light and dark.
 
-Classes: `line`, `seed`, `dot`, `whisker` with `arm0 ... arm7`; `grid`, `tick`, `caption`, `target`.
+Classes: `line`, `seed`, `dot`, `whisker` with `arm0 ... arm7`; `grid`, `tick`, `caption`, `level`, `target`.
 """
 
 from __future__ import annotations
@@ -121,6 +121,7 @@ def line_chart(
     unit: str = "",
     target: float | None = None,
     chance: float | None = None,
+    blind: float | None = None,
     describe: str = "",
 ) -> str:
     """One chart as SVG; empty if there is no point. The horizontal axis starts at 0.
@@ -130,22 +131,30 @@ def line_chart(
         unit: unit of the values, for the texts shown on hovering.
         target: a value that is drawn as a dashed line.
         chance: a value that is drawn as a dotted line.
+        blind: a value that is drawn as a line of dots and dashes.
         describe: what the chart shows, for screen readers.
     """
     points = [p for line in lines for p in line.points]
     if not points:
         return ""
     faint = [b for line in lines for seed in line.seeds for _, b in seed]
-    values = [v for p in points for v in (p.low, p.high)] + faint + [v for v in (target, chance) if v is not None]
+    values = (
+        [v for p in points for v in (p.low, p.high)] + faint + [v for v in (target, chance, blind) if v is not None]
+    )
     right = max([p.x for p in points] + [a for line in lines for seed in line.seeds for a, _ in seed]) or 1.0
     ys = nice_ticks(min(values), max(values) if max(values) > min(values) else min(values) + 1)
     x = Scale(0, right * 1.02, LEFT, WIDTH - RIGHT)
     y = Scale(ys[0], ys[-1], HEIGHT - BOTTOM, TOP)
     xs = [t for t in nice_ticks(0, right) if t <= right * 1.02]
     parts = _axes(x, y, xs, ys, label)
-    for kind, level in (("target", target), ("target chance", chance)):
+    for kind, level, name in (
+        ("target", target, ""),
+        ("target chance", chance, "chance"),
+        ("target blind", blind, "text alone"),
+    ):
         if level is not None:
             parts.append(f'<line class="{kind}" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(level)}" y2="{y(level)}"/>')
+            parts.append(f'<text class="level" x="{WIDTH - RIGHT}" y="{y(level) - 3}" text-anchor="end">{name}</text>')
     for line in lines:
         parts.extend(_line(line, x, y, unit))
     aria = escape(describe or label, quote=True)

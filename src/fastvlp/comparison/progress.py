@@ -135,9 +135,11 @@ def print_tables(comparison: Comparison, console: Console) -> None:
         speed.add_row(row.arm, *(f"{n:,.0f}" for n in numbers), f"{row.wait:.0%}", f"{row.cpu:.2f}")
     console.print(speed)
     for score in measured_scores(comparison):
-        table = Table(
-            "arm", caption=f"time-to-quality: how many times as fast to the final score of {comparison.reference}"
-        )
+        caption = f"time-to-quality: how many times as fast to the final score of {comparison.reference}"
+        for name, levels in (("chance", comparison.chance), ("the text alone", comparison.blind)):
+            if score.name in levels:
+                caption = f"{name}: {format_score(score, spread([levels[score.name]]))}; {caption}"
+        table = Table("arm", caption=caption)
         table.title = f"{score.title}, {score.note}".rstrip(", ")
         # Of many marks a few are shown, so that the table fits.
         shown = [i for i, share in enumerate(comparison.shares) if 4 * share % 1 == 0 or len(comparison.shares) <= 4]

@@ -168,6 +168,8 @@ def _score_section(comparison: Comparison, rows: Sequence[Summary], score: Score
     note += f"{'; ' if note else ''}the dashed line is the final score of {comparison.reference}"
     if (chance := comparison.chance.get(score.name)) is not None:
         note += f"; the dotted line is chance, {format_score(score, spread([chance]))}"
+    if (blind := comparison.blind.get(score.name)) is not None:
+        note += f"; the line of dots and dashes is what the questions' text alone gives, {format_score(score, spread([blind]))}"
     if comparison.seeds > 1:
         note += "; lines show the mean over seeds, whiskers the range, thin lines the single seeds"
     note = f"{note[0].upper()}{note[1:]}."
@@ -193,9 +195,10 @@ def _score_charts(comparison: Comparison, score: Score) -> str:
             lines.append(Line(arm, i, points, seeds if len(runs) > 1 else ()))
         target = level.mean if level and label == TIME else None
         chance = comparison.chance[name] * scale if name in comparison.chance else None
+        blind = comparison.blind[name] * scale if name in comparison.blind else None
         description = f"{score.title} against {label}"
-        chart = line_chart(lines, label=label, unit=unit, target=target, chance=chance, describe=description)
-        charts.append(chart)
+        levels = {"target": target, "chance": chance, "blind": blind}
+        charts.append(line_chart(lines, label=label, unit=unit, **levels, describe=description))
     return "".join(charts)
 
 

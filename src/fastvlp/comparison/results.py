@@ -16,11 +16,13 @@ from fastvlp.plain_json import parse_json
 
 @dataclass(frozen=True)
 class Scored:
-    """Values of an arm by score, their standard errors, and what chance would score, where these are known."""
+    """Values of an arm by score, their standard errors, and what chance and the texts alone would score, where these are
+    known."""
 
     values: dict[str, float] = field(default_factory=dict)
     errors: dict[str, float] = field(default_factory=dict)
     chance: dict[str, float] = field(default_factory=dict)
+    blind: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,6 +120,7 @@ class Comparison:
         configs: the whole config of each arm.
         samples: pictures for the report.
         chance: what chance would score, by score.
+        blind: what the texts alone would score, without images, by score.
         finished: whether all arms were trained and scored.
         clock: by which budgets were counted: CPU time of the process, or wall time.
         folder: where results.json and report.html are; not saved.
@@ -134,6 +137,7 @@ class Comparison:
     runs: list[ArmRun] = field(default_factory=list)
     samples: list[Sample] = field(default_factory=list)
     chance: dict[str, float] = field(default_factory=dict)
+    blind: dict[str, float] = field(default_factory=dict)
     finished: bool = True
     clock: Literal["cpu", "wall"] = "wall"
     folder: Path | None = field(default=None, compare=False)

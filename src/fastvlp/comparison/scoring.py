@@ -41,10 +41,11 @@ class MetricScorer:
         found = Scored()
         for metric in self.metrics:
             if metric.fits(state) and (tuned or not metric.tunes):
-                metric.errors, metric.chance = {}, {}
+                metric.errors, metric.chance, metric.blind = {}, {}, {}
                 found.values.update(metric.measure(state))
                 found.errors.update(metric.errors)
                 found.chance.update(metric.chance)
+                found.blind.update(metric.blind)
         return found
 
     def samples(self, states: Mapping[str, TrainState]) -> list[Sample]:

@@ -3,7 +3,7 @@ unchanged."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, cast
@@ -14,6 +14,7 @@ from torch import Tensor
 from fastvlp.batch import Batch
 from fastvlp.comparison.scored_data import caption_data, question_data, spread_evenly, validation_pairs
 from fastvlp.comparison.scoring_options import ScoringOptions
+from fastvlp.data.blind import Asked, BlindScore, asked_in, blind_score
 from fastvlp.data.loader import Loader
 from fastvlp.data.pairs import Data, Rows
 from fastvlp.eval.mode import evaluating
@@ -23,7 +24,7 @@ from fastvlp.objectives.saved_objectives import common_bos
 from fastvlp.random import hash64
 from fastvlp.tasks import caption
 from fastvlp.tasks.caption import CaptionConfig
-from fastvlp.tasks.items import ItemMaker
+from fastvlp.tasks.items import Item, ItemMaker
 from fastvlp.tasks.vqa import VQAConfig, VQAData
 from fastvlp.training.loop import steps
 from fastvlp.training.optim import OptimConfig, adamw
@@ -32,11 +33,13 @@ from fastvlp.training.state import TrainState, autocast
 
 
 class Questions(NamedTuple):
-    """Questions of one data set in the tokens of an arm: those to train on, and those that are scored."""
+    """Questions of one data set in the tokens of an arm: those to train on, those that are scored, and how many of these their
+    text alone answers."""
 
     data: VQAData
     train: ItemMaker
     held_out: ItemMaker
+    blind: BlindScore | None = None
 
 
 class Tuned(NamedTuple):
@@ -44,6 +47,11 @@ class Tuned(NamedTuple):
 
     model: VLModel
     objective: Any
+
+
+def asked_by(items: Iterable[Item]) -> list[Asked]:
+    """The texts of the items that can be used, with their answers."""
+    return [asked for item in items if item.text for asked in asked_in({"": [item.entry]}, "")]
 
 
 @dataclass(kw_only=True)
@@ -76,7 +84,8 @@ class ShortFinetuning:
         held_out = data.evaluation_items(self.options.split, state.tokenizer, size)
         assert train is not None
         held_out.items = spread_evenly(held_out.items, self.options.probe_items)
-        return Questions(data, train, held_out)
+        blind = blind_score(asked_by(train.items), asked_by(held_out.items))
+        return Questions(data, train, held_out, blind)
 
     def tune_for_questions(self, state: TrainState, questions: Questions) -> Tuned:
         """A copy of the arm that was tuned to answer questions, reading as in its pretraining."""

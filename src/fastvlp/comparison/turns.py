@@ -301,6 +301,7 @@ def _take_turn(
             scored = scorer.score(arm.state, tuned=tuned)
             arm.add_scores(scored, time.perf_counter() - began)
             comparison.chance |= scored.chance
+            comparison.blind |= scored.blind
             display.scored(arm.run, arm.run.marks[-1], tuned=tuned)
             save(comparison)
     except UserError as error:

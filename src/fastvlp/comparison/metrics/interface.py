@@ -37,7 +37,8 @@ class Metric(abc.ABC):
         order: the place of its scores in the report, which begins with the lowest; the first one is the headline.
         tunes: whether a copy of the arm is fine-tuned first, so that it is measured at a few marks alone.
         errors: standard errors of the last measurement, by score, as far as they are known.
-        chance: what knowing nothing of the images would score, by score, as far as that is known.
+        chance: what guessing would score, by score, as far as that is known.
+        blind: what the texts alone would score, without images, by score, as far as that is known.
     """
 
     scores: ClassVar[tuple[Score, ...]]
@@ -49,6 +50,7 @@ class Metric(abc.ABC):
         self.options = finetuning.options
         self.errors: dict[str, float] = {}
         self.chance: dict[str, float] = {}
+        self.blind: dict[str, float] = {}
 
     @abc.abstractmethod
     def fits(self, state: TrainState) -> bool:

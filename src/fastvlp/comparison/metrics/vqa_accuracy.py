@@ -23,6 +23,8 @@ class VQAAccuracy(Metric):
             batch = 4 * self.options.probe_batch
             scores = vqa.measure(tuned.model, tuned.objective, questions.data.answers, questions.held_out, batch)
         self.chance["vqa"] = scores["chance"]
+        if questions.blind is not None:
+            self.blind["vqa"] = questions.blind.blind
         # Questions about a single image have none.
         if "standard_error" in scores:
             self.errors["vqa"] = scores["standard_error"]

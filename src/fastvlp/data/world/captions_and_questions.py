@@ -16,6 +16,8 @@ from fastvlp.data.world.levels import RADII
 from fastvlp.data.world.scene import Look, Scene, Thing, edit_look, relation
 
 Question = tuple[str, Meaning, str]  # kind, question, answer
+# Captions that are drawn for each one that is wanted.
+_TRIES = 500
 OPPOSITE = {"left": "right", "right": "left", "above": "below", "below": "above"}
 
 
@@ -128,10 +130,13 @@ def _caption_single(rng: Random, scene: Scene) -> Meaning:
 
 
 def captions(rng: Random, language: Language, scene: Scene, count: int, single: bool = False) -> list[str]:
-    """Draws `count` different true captions of a scene, each within the language's limits of length."""
+    """Draws `count` different true captions of a scene, each within the language's limits of length; fewer where its words do
+    not make as many."""
     texts: dict[str, None] = {}
     low, high = language.limits
-    while len(texts) < count:
+    for _ in range(_TRIES * count):
+        if len(texts) == count:
+            break
         meaning = (_caption_single if single else rng.choice(_CAPTIONS))(rng, scene)
         if meaning and low <= language.length(text := language.express(rng, meaning)) <= high:
             texts[text] = None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
 from random import Random
 from typing import Any, Literal, NamedTuple
@@ -86,6 +87,14 @@ class WorldConfig:
             )
 
 
+@lru_cache
+def _languages(level: Level) -> tuple[tuple[Language, Language, str], ...]:
+    """Each language, the same with expressions, and the ending of its fields' names; with the words of a level."""
+    english, chinese = (ENGLISH, ENGLISH_WITH_EXPRESSIONS), (CHINESE, CHINESE_WITH_EXPRESSIONS)
+    first, second = ([one.shortened(level.words, level.templates) for one in both] for both in (english, chinese))
+    return (first[0], first[1], ""), (second[0], second[1], "_zh")
+
+
 def _rng(config: WorldConfig, *names: str | int) -> Random:
     # The other levels came later: the draws of the standard one stay as they were.
     own = () if config.level == "standard" else (config.level,)
@@ -154,7 +163,7 @@ def scene_record(config: WorldConfig, split: str, index: int) -> Record:
     asked = ask(_rng(config, "questions", split, index), scene, split)
     stated = statements(_rng(config, "statements", split, index), scene)
     info: dict[str, Any] = {"objects": [_object(thing, config.size, split, level) for thing in scene.things]}
-    for language, suffix in ((ENGLISH, ""), (CHINESE, "_zh")):
+    for language, _, suffix in _languages(level):
         rng = _rng(config, "words" + suffix, split, index)
         info[f"captions{suffix}"] = captions(rng, language, scene, config.captions)
         info[f"questions{suffix}"] = [
@@ -178,10 +187,7 @@ def _expressions_and_choices(
     referring, neutral, asked = expressions(rng, scene), neutrals(rng, scene, split), choices(rng, scene, split)
     orders = [(rng.sample(range(4), 4), rng.sample(range(4), 4)) for _ in asked]
     fields: dict[str, Any] = {}
-    for plain, language, suffix in (
-        (ENGLISH, ENGLISH_WITH_EXPRESSIONS, ""),
-        (CHINESE, CHINESE_WITH_EXPRESSIONS, "_zh"),
-    ):
+    for plain, language, suffix in _languages(scene.level):
         rng = _rng(config, "expression-words" + suffix, split, index)
         fields[f"expressions{suffix}"] = [
             {"text": language.express(rng, meaning), "object": at} for meaning, at in referring
@@ -209,7 +215,7 @@ _YES_NO_ZH = {"yes": "是", "no": "否"}
 
 def _answer(language: Language, answer: str) -> str:
     """Translates an answer."""
-    if language is ENGLISH or answer.isdigit():
+    if language.noun is ENGLISH.noun or answer.isdigit():
         return answer
     return _YES_NO_ZH.get(answer) or language.words[answer][0]
 
@@ -236,13 +242,14 @@ def pair_record(config: WorldConfig, split: str, index: int) -> Record:
     _check(split, index)
     level = LEVELS[config.level]
     rng = _rng(config, "pair", split, index // 2)
+    (english, _, _), _ = _languages(level)
     meanings: list[tuple[Meaning, bool]] = []
     while len(meanings) < 4:
         pairs = _pair_looks(rng, split, level)
         meanings = pair_statements(rng, pairs[0], pairs[1])
     info: dict[str, Any] = {
         "statements": [
-            {"text": ENGLISH.express(rng, meaning), "label": label == (index % 2 == 0)} for meaning, label in meanings
+            {"text": english.express(rng, meaning), "label": label == (index % 2 == 0)} for meaning, label in meanings
         ]
     }
     rng = _rng(config, "pair-layout", split, index)
@@ -268,7 +275,7 @@ def single_record(config: WorldConfig, split: str, index: int) -> Record:
     info: dict[str, Any] = {"objects": [_object(thing, config.size, split, level) for thing in scene.things]}
     info["label"] = info["objects"][0]["class"]
     info["held_out"] = info["label"] in class_names(level.held_out)
-    for language, suffix in ((ENGLISH, ""), (CHINESE, "_zh")):
+    for language, _, suffix in _languages(level):
         info[f"captions{suffix}"] = captions(rng, language, scene, config.captions, single=True)
     info["background"] = _background(scene)
     return _record(config, "single", split, index, (scene,), info)

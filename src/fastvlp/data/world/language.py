@@ -6,7 +6,7 @@ A meaning is a form ("relation", "count", ...) with arguments. Both languages ex
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from random import Random
 from typing import Any, NamedTuple
 
@@ -64,6 +64,11 @@ class Language:
     last: str
     length: Callable[[str], int]
     limits: tuple[int, int]
+
+    def shortened(self, words: int, templates: int) -> Language:
+        """The language with at most so many synonyms of a word, and so many templates of a form."""
+        forms = {key: options[:templates] for key, options in self.forms.items()}
+        return replace(self, words={key: options[:words] for key, options in self.words.items()}, forms=forms)
 
     def word(self, rng: Random, key: str) -> str:
         """Draws a synonym of the key, most often the most common one."""

@@ -47,6 +47,7 @@ class Level:
         turn: largest angle in radians that a thing is turned by.
         tint: largest change of a colour channel of a thing.
         lines: largest number of stray lines on the ground.
+        words, templates: how many synonyms of a word, and how many templates of a sentence, are used at most.
         questions: how many questions of each kind are drawn for a scene, before some are left out to balance the answers; empty
             where they are drawn as in the first edition, without balance.
     """
@@ -64,6 +65,8 @@ class Level:
     tones: tuple[str, ...] = tuple(TONES)
     patterns: tuple[str, ...] = PATTERNS
     lines: int = 6
+    words: int = 9
+    templates: int = 9
     questions: Mapping[str, int] = field(default_factory=dict)
 
     @cached_property
@@ -101,7 +104,9 @@ EASY = Level(
     tones=("white", "black"),
     patterns=("plain",),
     lines=0,
-    questions={"colour": 2, "shape": 2, "size": 1, "count": 6, "existence": 1, "relation": 1},
+    words=1,
+    templates=2,
+    questions={"colour": 3, "shape": 3, "count": 5},
 )
 HARD = Level(
     name="hard",
