@@ -30,7 +30,7 @@ def stored_inputs(pretraining: Pretraining, run: TrainConfig, precision: Precisi
     model, config, reads = pretraining.model, run.states, rows_read(run.data, run.steps, run.accumulate)
     teacher = find_teacher(pretraining, run, precision)
     if config.store == "never":
-        return teacher and Stored(teacher=teacher)
+        return None if teacher is None else Stored(teacher=teacher)
     frozen = frozen_encoders(model)
     if config.store == "always" and not frozen:
         raise UserError("`states.store` is always, and no encoder is frozen; name image in `freeze`, or text, or both")
