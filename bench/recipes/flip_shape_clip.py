@@ -1,4 +1,4 @@
-"""Arm `flip_shape_clip` of docs/log.md, entry ENTRY: FLIP's towers in the shape of CLIP, `flip_tiny` at 64 pixels.
+"""Arm `flip_shape_clip` of docs/log.md, entry 33: FLIP's towers in the shape of CLIP, `flip_tiny` at 64 pixels.
 
     vlp compare flip_shape_clip.py flip_shape_published.py --budget 2m --seeds 3 --marks 1 --pictures 0 --threads 1
 

@@ -1,4 +1,4 @@
-"""Arm `flip_shape_published` of docs/log.md, entry ENTRY: the same towers in the published shape, with texts of 20 words."""
+"""Arm `flip_shape_published` of docs/log.md, entry 33: the same towers in the published shape, with texts of 20 words."""
 
 from dataclasses import replace
 
