@@ -67,10 +67,11 @@ class Options:
 
 @dataclass
 class Arm:
-    """A process that runs steps on request, and the seconds of its turns."""
+    """A process that runs steps on request, the number of parameters that it trains, and the seconds of its turns."""
 
     name: str
     process: subprocess.Popen[str]
+    parameters: int
     seconds: list[float] = field(default_factory=list)
 
     def turn(self) -> float:
@@ -102,9 +103,9 @@ def write_data(folder: Path, o: Options, size: Size) -> None:
 
 
 def measured_run(folder: Path, objective: Objective, size: Size, batch: int, cache: bool) -> Any:
-    """A recipe of the package on the made data; any commit has them."""
-    from fastvlp.recipes.clip_photos import clip_photos
-    from fastvlp.recipes.flip_demo import flip_demo
+    """A recipe of the package on the made data. `clip`: the two encoders of the recipe of MLM."""
+    from fastvlp.model.sizes import two_towers
+    from fastvlp.objectives.clip import CLIPConfig
     from fastvlp.recipes.flm_demo import flm_demo
     from fastvlp.recipes.flm_photos import flm_photos
     from fastvlp.recipes.mlm_demo import mlm_demo
@@ -113,12 +114,14 @@ def measured_run(folder: Path, objective: Objective, size: Size, batch: int, cac
     recipes: dict[tuple[str, str], Callable[[], Any]] = {
         ("mlm", "tiny"): mlm_demo,
         ("flm", "tiny"): flm_demo,
-        ("clip", "tiny"): flip_demo,
+        ("clip", "tiny"): mlm_demo,
         ("mlm", "small"): mlm_photos,
         ("flm", "small"): flm_photos,
-        ("clip", "small"): clip_photos,
+        ("clip", "small"): mlm_photos,
     }
     run = recipes[objective, size]()
+    if objective == "clip":
+        run = replace(run, model=two_towers(run.model), objectives={"clip": CLIPConfig()})
     data = replace(run.data, train=str(folder / "train"), val=None, batch_size=batch, cache=cache, workers=0)
     run = replace(run, data=data, steps=1 << 40, budget_s=None, validate_every=None, checkpoint_every=None, keep=1.0)
     return replace(run, out=str(folder / "run"), precision="fp32", threads=1, vocab=500)
@@ -133,7 +136,7 @@ def serve_turns(folder: str, objective: Objective, size: Size, batch: str, what:
     running: Iterator[Any] = training_steps(state) if what == "step" else state.train.batches()
     for _ in range(3 + (state.train.count // int(batch) if cache == "True" else 0)):
         next(running)
-    print("ready", flush=True)
+    print(sum(p.numel() for p in state.pretraining.parameters()), flush=True)
     for _ in sys.stdin:
         began = time.process_time()
         for _ in range(int(steps)):
@@ -148,9 +151,10 @@ def start_arm(name: str, tree: Path, words: list[str]) -> Arm:
     pipe = subprocess.PIPE
     process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment)
     assert process.stdout is not None
-    if process.stdout.readline().strip() != "ready":
+    parameters = process.stdout.readline().strip()
+    if not parameters.isdecimal():
         raise SystemExit(f"{name}: {' '.join(command)} with the sources in {tree} did not start")
-    return Arm(name, process)
+    return Arm(name, process, int(parameters))
 
 
 def compared(over: Arm, under: Arm) -> tuple[float, float]:
@@ -171,6 +175,10 @@ def measure(o: Options, tree: Path, objective: Objective, size: Size, what: What
             write_data(place, o, size)
             arms.append(
                 start_arm(name, sources, [str(place), objective, size, str(o.batch), what, str(cache), str(o.steps)])
+            )
+        if len({arm.parameters for arm in arms}) > 1:
+            raise SystemExit(
+                f"{objective} {size}: the models differ ({', '.join(str(arm.parameters) for arm in arms)})"
             )
         try:
             for number in range(o.rounds):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastvlp.batch import Dropped, Record
-from fastvlp.data.records.decode import MAX_PIXELS, StoredShape, decode, stored_shape
+from fastvlp.data.records.decode import MAX_PIXELS, StoredShape, decoded_images, stored_shape
 from fastvlp.data.records.interface import Records
 from fastvlp.data.records.shards import RecordError
 from fastvlp.data.records.transform import Transform
@@ -121,7 +121,7 @@ class RecordView:
         if cache is not None and self._is_cached:
             return [cache.image(place) for place in self._places]
         record = Record(key=self.key, images=self.encoded, info=self.info)
-        images = list(decode(record, reader.transform, max_pixels=reader.max_pixels).images)
+        images = decoded_images(record, reader.transform, max_pixels=reader.max_pixels)
         images = images[:1] if reader.images == "first" else images
         if reader.states is not None:
             raise RecordError(record.key, f"could not be read when {reader.states.path} was made; delete that file")

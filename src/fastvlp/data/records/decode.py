@@ -58,6 +58,14 @@ def decode(record: Record, transform: Transform, *, max_pixels: int = MAX_PIXELS
     Raises DecodeError for damaged images, for more than `max_pixels` (read from the header, before anything is
     decoded) and for a side below `min_side`.
     """
+    images = decoded_images(record, transform, max_pixels=max_pixels, min_side=min_side)
+    return Example(key=record.key, images=torch.stack(images), info=record.info)
+
+
+def decoded_images(
+    record: Record, transform: Transform, *, max_pixels: int = MAX_PIXELS, min_side: int = 2
+) -> list[Tensor]:
+    """The images of `decode`, uint8 [3 size size] each."""
     if not record.images:
         raise DecodeError(record.key, "no image")
     images = []
@@ -68,7 +76,7 @@ def decode(record: Record, transform: Transform, *, max_pixels: int = MAX_PIXELS
         except Exception as error:
             which = f"image {i}: " if len(record.images) > 1 else ""
             raise DecodeError(record.key, f"{which}{_reason(error)}") from error
-    return Example(key=record.key, images=torch.stack(images), info=record.info)
+    return images
 
 
 def read_pixels(

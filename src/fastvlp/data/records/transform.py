@@ -55,7 +55,8 @@ class Transform:
         height, width, _ = pixels_HWC.shape
         (x, y, w, h), (to_x, to_y, to_w, to_h) = self._moves(height, width)
         part = _resize(pixels_HWC.permute(2, 0, 1)[:, y : y + h, x : x + w], to_h, to_w)
-        part = part[:, max(0, -to_y) :, max(0, -to_x) :][:, : self.size, : self.size]
+        top, left = max(0, -to_y), max(0, -to_x)
+        part = part[:, top : top + self.size, left : left + self.size]
         if part.shape[1:] == (self.size, self.size):
             return part.contiguous()
         square = torch.full((3, self.size, self.size), self.fill, dtype=torch.uint8)
@@ -89,7 +90,7 @@ class Transform:
 
 def _resize(image_CHW: Tensor, height: int, width: int) -> Tensor:
     if image_CHW.shape[1:] == (height, width):
-        return image_CHW.contiguous()
+        return image_CHW
     # On uint8 in HWC order this is the vectorised kernel; it agrees with Pillow's bicubic to 2 of 255 levels.
     resized = F.interpolate(image_CHW[None], size=(height, width), mode="bicubic", antialias=True, align_corners=False)
-    return resized[0].contiguous()
+    return resized[0]
