@@ -25,6 +25,7 @@ os.environ |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
+import torch._dynamo  # which the first optimiser imports: here once, and not in each fork
 from unwritable import Mounts, without_override
 
 from fastvlp.data.pairs import PairMaker
