@@ -300,11 +300,14 @@ def flickr(made: Made) -> None:
     made.path = made.folder / "flickr.token"
 
 
-def column(rows: list[Any], name: str, kind: pa.DataType) -> pa.Array:
+def column(rows: list[Any], name: str, kind: pa.DataType, type_: type) -> pa.Array:
     """The values of a field; null where one is of another type, which a column cannot hold."""
 
     def cell(row: Any) -> Any:
         value = row.get(name) if isinstance(row, dict) else None
+        # pyarrow takes an empty list or text for a struct by itself, and refuses it among others.
+        if not isinstance(value, type_):
+            return None
         try:
             pa.array([value], kind)
         except (pa.ArrowException, TypeError, ValueError, OverflowError):
@@ -316,8 +319,8 @@ def column(rows: list[Any], name: str, kind: pa.DataType) -> pa.Array:
 
 def columns(rows: list[Any]) -> pa.Table:
     image = pa.struct({"bytes": pa.binary(), "path": pa.string()})
-    kinds = {"image": image, "text": pa.string(), "tags": pa.list_(pa.string())}
-    return pa.table({name: column(rows, name, kind) for name, kind in kinds.items()})
+    kinds = {"image": (image, dict), "text": (pa.string(), str), "tags": (pa.list_(pa.string()), list)}
+    return pa.table({name: column(rows, name, *kind) for name, kind in kinds.items()})
 
 
 def cells() -> list[Any]:
