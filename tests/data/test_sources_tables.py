@@ -55,6 +55,28 @@ def test_the_separator_is_found(folder: Path, separator: str, suffix: str) -> No
     assert captions(write(folder / f"t.{suffix}", "\n".join(lines))) == {"0": [f"a red box{other} more"]}
 
 
+@pytest.mark.parametrize(("name", "separator"), [("t.token", "\t"), ("t.csv", ","), ("t.csv", "\t"), ("t.tsv", ";")])
+@pytest.mark.parametrize("first", ["a/b", "0.jpg", '"', "\x00", "x" * 200_000])
+def test_a_damaged_first_line_costs_no_other(folder: Path, first: str, name: str, separator: str) -> None:
+    lines = [first, *(f"{n}.jpg#0{separator}number {n}" for n in (1, 2, 3))]
+    path = write(folder / name, "\n".join(lines))
+    infos, dropped, _ = read(path)
+    assert {key: info["captions"] for key, info in infos.items()} == {str(n): [f"number {n}"] for n in (1, 2, 3)}
+    assert [*dropped] == [f"{name}:1"]
+
+
+def test_flickrs_files_have_no_header_even_if_their_first_image_has_no_name(folder: Path) -> None:
+    infos, dropped, _ = read(write(folder / "t.token", "broken\ta 0\n1.jpg#0\ta 1\n1.jpg#1\tb 1\n2.jpg#0\ta 2"))
+    assert {key: info["captions"] for key, info in infos.items()} == {"1": ["a 1", "b 1"], "2": ["a 2"]}
+    assert len(dropped) == 1
+
+
+def test_a_line_of_more_cells_changes_no_columns(folder: Path) -> None:
+    infos, dropped, _ = read(write(folder / "t.csv", "0.jpg,a dog\n1.jpg,a cat, asleep\n2.jpg,a cow"))
+    assert {key: info["captions"] for key, info in infos.items()} == {"0": ["a dog"], "2": ["a cow"]}
+    assert [*dropped] == ["t.csv:2"]
+
+
 def test_flickr30ks_results(folder: Path) -> None:
     lines = ["image_name| comment_number| comment", "0.jpg| 0| A dog runs .", "0.jpg| 1| Brown dog , running ."]
     path = write(folder / "results.csv", "\n".join([*lines, "1.jpg| 4   A dog runs across", "1.jpg| 0| Two dogs"]))

@@ -1,12 +1,12 @@
-"""Reading csv, tsv and their like: the separator and whether there is a header are found by looking at the first line, and a
-line that cannot be read is dropped alone."""
+"""Reading csv, tsv and their like: the separator and whether there is a header are found by looking at the first two lines,
+and a line that cannot be read is dropped alone."""
 
 from __future__ import annotations
 
 import csv
 import re
 from collections.abc import Collection, Iterator, Sequence
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -16,6 +16,7 @@ from fastvlp.errors import UserError
 
 Header = Literal["auto", "yes", "no"]
 CELL_LIMIT = 1 << 24  # csv's own limit of 128 KiB a cell is below the longest captions
+LOOKED_AT = 10_000  # characters of a line in which a separator is looked for
 SEPARATORS = (",", "\t", ";", "|")
 # A quoted cell may span lines; an opening quote without a closing one is a character like any other.
 LINES_OF_A_CELL = 100
@@ -40,18 +41,23 @@ def read_delimited(path: Path, separator: str, header: Header, usual: Collection
             looks like the path of an image.
     """
     lines = _text(path).split("\n")
-    top = next((line for line in lines if line.strip()), None)
-    if top is None:
+    top = [line[:LOOKED_AT] for line in islice((line for line in lines if line.strip()), 2)]
+    if not top:
         return
     separator = separator or find_separator(path, top, usual)
     records = _records(path.name, [line.removesuffix("\r") for line in lines], separator)
     place, first = next(records)
-    data: Iterator[tuple[str, list[str]]] = records
-    if header == "yes" or (header == "auto" and _is_header(first, usual)):
+    following = [*islice(records, 1)]
+    if header != "yes" and following and _is_damaged(first, following[0][1], usual):
+        yield Dropped(key=place, reason="the first line is one cell, and those below it are several")
+        (place, first), following = following[0], []
+    data: Iterator[tuple[str, list[str]]] = chain(following, records)
+    second = following[0][1] if following else []
+    if header == "yes" or (header == "auto" and _is_header(first, second, usual)):
         columns = _distinct([name.strip() or f"column {n}" for n, name in enumerate(first, 1)])
     else:
-        columns = _invented_columns(first)
-        data = chain([(place, first)], records)
+        columns = _invented_columns(first if any(map(looks_like_image, first)) or not following else second)
+        data = chain([(place, first)], data)
     padded = separator == "|" or (len(first) > 1 and all(name.startswith(" ") for name in first[1:]))
     for place, cells in data:
         while len(cells) > len(columns) and not cells[-1].strip():
@@ -65,16 +71,16 @@ def read_delimited(path: Path, separator: str, header: Header, usual: Collection
             yield Row(place, dict.fromkeys(columns) | row)
 
 
-def find_separator(path: Path, line: str, usual: Collection[str]) -> str:
-    """The separator of a table by its first line: the one that makes most usual names of it, or else a path of an image and
-    another cell; or else the one that the file's ending says."""
+def find_separator(path: Path, top: Sequence[str], usual: Collection[str]) -> str:
+    """The separator of a table by its first two lines: the one that makes most usual names of the first, or else a path of an
+    image and another cell of the first or the second; or else the one that the file's ending says."""
     default = "\t" if path.suffix.lower() in (".tsv", ".token") or path.name.lower().endswith(".token.txt") else ","
 
-    def score(separator: str) -> tuple[int, int, bool]:
-        cells = next(csv.reader([line], delimiter=separator), [])
-        names = sum(plain_name(cell) in usual for cell in cells) if len(cells) > 1 else 0
-        images = sum(map(looks_like_image, cells)) if len(cells) > 1 else 0
-        return names, images, separator == default
+    def score(separator: str) -> tuple[int, list[int], bool]:
+        rows = [next(csv.reader([line], delimiter=separator), []) for line in top]
+        rows = [cells if len(cells) > 1 else [] for cells in rows]
+        names = sum(plain_name(cell) in usual for cell in rows[0])
+        return names, [sum(map(looks_like_image, cells)) for cells in rows], separator == default
 
     return max(SEPARATORS, key=score)
 
@@ -96,8 +102,19 @@ def plain_name(column: str) -> str:
     return column.strip().lower().replace(" ", "_").replace("-", "_")
 
 
-def _is_header(first: Sequence[str], usual: Collection[str]) -> bool:
-    return any(plain_name(cell) in usual for cell in first) or not any(map(looks_like_image, first))
+def _is_header(first: Sequence[str], second: Sequence[str], usual: Collection[str]) -> bool:
+    if any(plain_name(cell) in usual for cell in first):
+        return True
+    # Flickr8k's and Flickr30k's files, which number the captions of an image, have none.
+    numbered = any(image_name(cell) != cell.strip() for cell in second)
+    return not numbered and not any(map(looks_like_image, first))
+
+
+def _is_damaged(first: Sequence[str], second: Sequence[str], usual: Collection[str]) -> bool:
+    """Whether the first line is neither a header nor like the second, which names an image: the columns are those of the
+    second then, or every line would be dropped because of one."""
+    one = len(first) == 1 and plain_name(first[0]) not in usual
+    return one and len(second) > 1 and any(map(looks_like_image, second))
 
 
 def _invented_columns(first: Sequence[str]) -> list[str]:
