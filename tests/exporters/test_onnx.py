@@ -26,10 +26,11 @@ pytest.importorskip("onnxscript")
 @pytest.mark.parametrize(
     "config", [clip_shaped(), flip_tiny(size=48), flip_tiny_published(size=48), brivl_tiny(size=48, grid=3)]
 )
-def test_graphs_give_the_vectors_of_the_run(config: ModelConfig, tmp_path: Path):
+def test_graphs_give_the_vectors_of_the_run(config: ModelConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture):
     run = made_run(tmp_path / "run", config)
     differences = export(run, tmp_path / "out", to="onnx").differences
     assert max(differences.values()) <= 1e-5
+    assert not [record for record in caplog.records if "torchvision" in record.getMessage()]
     own = load_model(run)
     tokenizer = tokenizers.Tokenizer.from_file(str(tmp_path / "out" / "tokenizer.json"))
     session = runtime.InferenceSession(tmp_path / "out" / "text.onnx")

@@ -75,6 +75,12 @@ def test_what_is_given_is_not_decided():
     assert made[:7] == (64, 16, round(1000 / 64), 1e-3, 0.0, 1.0, 0.25)
 
 
+def test_steps_take_the_place_of_epochs():
+    assert plan(ContrastSettings(steps=7), 1000, 256).steps == 7
+    with pytest.raises(UserError, match="`steps` and `epochs`"):
+        ContrastSettings(steps=7, epochs=1)
+
+
 def test_micro_batches_and_ranks_share_the_pairs_of_a_step():
     made = plan(ContrastSettings(accumulate=4), 1000, 768, ranks=2)
     assert made.batch_size == 16 and made.rows == 128

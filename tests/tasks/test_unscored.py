@@ -176,3 +176,8 @@ def test_a_run_is_resumed_where_a_test_split_has_come(runs, world, tmp_path):
     shutil.copytree(world / "test", data / "test1")
     scores, _ = tune("vqa", runs["mlm"], data, out, resume=True)
     assert scores.keys() == {"val", "test"} and evaluate_task(str(out)).scores["test"] == scores["test"]
+
+
+def test_a_note_on_all_splits_is_printed_once():
+    printed = format_scores({split: {"cider": 0.5, "note": "words are split"} for split in ("val", "test")})
+    assert printed.count("words are split") == 1 and printed.count("cider") == 2

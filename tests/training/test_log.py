@@ -85,6 +85,13 @@ def test_a_training_line_holds_the_rates_since_the_last(tmp_path):
     assert first["memory"] > 1e7
 
 
+def test_the_last_step_has_a_line(tmp_path):
+    state = State(tmp_path, steps=3)
+    with RunLog(state, quiet=True) as log:
+        train(log, state, 3)
+    assert [line["step"] for line in lines(tmp_path)] == [3]
+
+
 def test_the_share_of_equal_pairs_is_of_all_rows_since_the_last_line(tmp_path):
     state, console = State(tmp_path), plain()
     with RunLog(state, console=console) as log:

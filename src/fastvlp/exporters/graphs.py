@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,6 +16,8 @@ from torch import Tensor, nn
 from fastvlp.errors import UserError, install
 from fastvlp.model.model import VLModel
 
+# torch warns here that torchvision's operators are not known; no graph of ours has any.
+REGISTRATION = logging.getLogger("torch.onnx._internal.exporter._registration")
 # A file of protobuf ends at 2 GB; larger models keep their weights beside the graph.
 INLINE_BYTES = 1_900_000_000
 
@@ -85,20 +88,28 @@ def write_graph(
     shapes = tuple(dict.fromkeys(range(len(axes[name])), torch.export.Dim.DYNAMIC) for name in inputs)
     named = {name: dict(enumerate(axes[name])) for name in inputs}
     size = sum(x.numel() * x.element_size() for x in graph.parameters())
-    with warnings.catch_warnings(), torch.inference_mode(False), torch.no_grad():
-        warnings.simplefilter("ignore")
-        torch.onnx.export(
-            graph.eval(),
-            tuple(inputs.values()),
-            path,
-            dynamo=True,
-            dynamic_shapes=shapes,
-            input_names=list(inputs),
-            output_names=[output],
-            external_data=size > INLINE_BYTES,
-            verbose=False,
-        )
+    REGISTRATION.addFilter(_not_of_torchvision)
+    try:
+        with warnings.catch_warnings(), torch.inference_mode(False), torch.no_grad():
+            warnings.simplefilter("ignore")
+            torch.onnx.export(
+                graph.eval(),
+                tuple(inputs.values()),
+                path,
+                dynamo=True,
+                dynamic_shapes=shapes,
+                input_names=list(inputs),
+                output_names=[output],
+                external_data=size > INLINE_BYTES,
+                verbose=False,
+            )
+    finally:
+        REGISTRATION.removeFilter(_not_of_torchvision)
     _name_axes(path, named | {output: {0: "batch"}})
+
+
+def _not_of_torchvision(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith("torchvision is not installed")
 
 
 def _name_axes(path: Path, names: Mapping[str, Mapping[int, str]]) -> None:

@@ -56,6 +56,8 @@ class ContrastSettings:
 
     epochs: Positive | None = None
     """How often each pair is read, unless validation ends the run before."""
+    steps: Count | None = None
+    """Steps after which the run ends, in place of `epochs`, unless validation ends it before."""
     batch_size: Count | None = None
     """Pairs of a micro-batch on each rank. A step contrasts all pairs of its micro-batches and ranks with each other."""
     accumulate: Count = 1
@@ -78,6 +80,8 @@ class ContrastSettings:
 
     def __post_init__(self) -> None:
         check_numbers(self)
+        if self.epochs is not None and self.steps is not None:
+            raise UserError("both `steps` and `epochs` are given; give one of the two")
 
 
 class Plan(NamedTuple):
@@ -123,7 +127,7 @@ def plan(settings: ContrastSettings, pairs: int, width: int, ranks: int = 1) -> 
     wanted = min(own.rows, 1 << max(1, (pairs // 4).bit_length() - 1))
     batch = settings.batch_size or max(1, wanted // micro_batches)
     rows = batch * micro_batches
-    steps = max(1, round((settings.epochs or own.epochs) * pairs / rows))
+    steps = settings.steps or max(1, round((settings.epochs or own.epochs) * pairs / rows))
     return Plan(
         rows=rows,
         batch_size=batch,

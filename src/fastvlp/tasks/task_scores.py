@@ -34,12 +34,15 @@ def new_scores_path(folder: Path) -> Path:
 
 
 def format_scores(scores: Mapping[str, Mapping[str, Any]]) -> str:
-    """A line for each score, for what a reader has to know of them, and for each split that could not be scored."""
-    return "\n".join(
-        f"{split:>5} {name:24} {value:{'.0f' if name in NUMBERS else '.4f'}}"
-        if isinstance(value, float)
-        else f"{split:>5} {name}: {value}"
-        for split, values in scores.items()
-        for name, value in values.items()
-        if isinstance(value, float) or name in SAID
-    )
+    """A line for each score, and for each split that could not be scored; what a reader has to know of the scores of several
+    splits is said once."""
+    lines: list[str] = []
+    notes: set[str] = set()
+    for split, values in scores.items():
+        for name, value in values.items():
+            if isinstance(value, float):
+                lines.append(f"{split:>5} {name:24} {value:{'.0f' if name in NUMBERS else '.4f'}}")
+            elif name in SAID and not (name == "note" and value in notes):
+                lines.append(f"{split:>5} {name}: {value}")
+                notes |= {value}
+    return "\n".join(lines)

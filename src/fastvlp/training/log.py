@@ -95,9 +95,10 @@ class RunLog:
             self._live.start()
 
     def step(self, report: StepReport, state: TrainState) -> None:
-        """Adds a step. A line follows every `log_every` steps, sooner where these take long, and after a skipped step."""
+        """Adds a step. A line follows every `log_every` steps, sooner where these take long, after a skipped step and after
+        the last one."""
         self._totals.add(report)
-        due = report.step % state.run.log_every == 0 or self._totals.seconds > SILENCE_S
+        due = report.step % state.run.log_every == 0 or self._totals.seconds > SILENCE_S or state.progress >= 1
         if self.active and (due or report.skipped):
             self._train(report, state)
 
