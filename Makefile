@@ -33,8 +33,8 @@ demo: .venv/.core  ## embedded corpus -> FLM, MLM, AR and PrefixLM at equal time
 	@echo "How well it searches, beside chance:"
 	@.venv/bin/vlp evaluate retrieval demo/flip --data demo/world --split val
 	@.venv/bin/vlp export demo/flip demo/export
-	@echo "The report: demo/report/report.html"
-	@echo "Search the pictures by words, at http://127.0.0.1:8000/: make serve"
+	@echo "Next: open demo/report/report.html, and search the pictures by words, at http://127.0.0.1:8000/: make serve"
+	@echo "Your own pairs: vlp data import PAIRS.csv --out photos --val 0.1, then vlp compare flm_photos mlm_photos --budget 1h"
 
 serve: .venv/.serve  ## a page that searches the demo's test pictures
 	@test -d demo/export || { echo "There is no model yet: make demo"; exit 1; }
