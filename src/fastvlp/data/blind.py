@@ -1,7 +1,7 @@
 """How often a question is answered right by its text alone: what a score in visual question answering has to be compared with.
 
 The blind answer is that of counting: the most frequent answer of the training questions that begin with the same words. It is
-exact and fast, and on the embedded corpus no worse than naive Bayes on words and pairs of words.
+exact and fast, and on the embedded corpus within two points of naive Bayes on words and pairs of words (docs/log.md, entry 37).
 """
 
 from __future__ import annotations
