@@ -52,6 +52,7 @@ class Mounts:
 
     def cover(self, folder: Path) -> None:
         """Lays a read-only mount of a folder over it; files that are open stay writable."""
+        assert self.allowed, "not in a namespace of this process's own"
         _mount(str(folder), folder, None, _BIND)
         _mount(None, folder, None, _REMOUNT | _BIND | _READ_ONLY)
 

@@ -135,3 +135,5 @@ def show_inspection(inspection: Inspection) -> None:
         print(f"copies at another size or quality were not looked for: {install('duplicates')}")
     if inspection.sheet:
         print(f"contact sheet: {inspection.sheet}")
+    if inspection.no_sheet:
+        print(f"no contact sheet: {inspection.no_sheet}, with --sheet FILE")

@@ -8,6 +8,7 @@ from PIL import Image
 from rich.console import Console
 
 from fastvlp.batch import Record
+from fastvlp.cli_results import show_inspection
 from fastvlp.data.records.detections import Detections, pack
 from fastvlp.data.records.shards import ShardWriter
 from fastvlp.data.sources import contact_sheet as sheets
@@ -160,6 +161,17 @@ def test_the_sheet_shows_pictures_and_text(folder: Path) -> None:
     picture = sheet[sheets.GAP + 40 : sheets.GAP + 120, sheets.GAP + 10 : sheets.GAP + 80]
     text = sheet[sheets.GAP + sheets.SIDE : sheets.GAP + sheets.SIDE + 20, sheets.GAP : sheets.SIDE]
     assert picture.std() > 10 and text.std() > 10
+
+
+def test_data_in_a_folder_that_cannot_be_written_are_counted(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "contact-sheet.png").mkdir()
+    inspection = inspect_data(folder)
+    assert inspection.sheet is None and "contact-sheet.png: cannot write" in inspection.no_sheet
+    assert [report.records for report in inspection.splits] == [1, 6]
+    show_inspection(inspection)
+    assert "no contact sheet" in capsys.readouterr().out
+    with pytest.raises(UserError, match="cannot write"):
+        inspect_data(folder, sheet=folder / "contact-sheet.png")
 
 
 def test_a_script_without_a_font_is_noted_and_long_text_cut() -> None:

@@ -30,6 +30,7 @@ from fastvlp.data.sources.duplicates import Duplicate, ImageHashes
 from fastvlp.data.sources.importing import CHECK
 from fastvlp.data.streams import in_threads, with_progress
 from fastvlp.data.tokenize import Tokenizer
+from fastvlp.errors import UserError
 from fastvlp.files import write_whole
 
 MOST_DUPLICATES = 20
@@ -76,7 +77,8 @@ class Inspection:
 
     Attributes:
         splits: a report of each split.
-        sheet: the contact sheet; None where no record can be read.
+        sheet: the contact sheet; None where no record can be read, or where the folder of the data cannot be written.
+        no_sheet: why it could not be written; empty where it was.
         duplicates: images that are in several splits.
         perceptual: whether images that only look the same were looked for, which needs the package `imagehash`.
     """
@@ -85,6 +87,7 @@ class Inspection:
     sheet: Path | None
     duplicates: list[Duplicate] = field(default_factory=list)
     perceptual: bool = False
+    no_sheet: str = ""
 
 
 def inspect_data(
@@ -108,7 +111,7 @@ def inspect_data(
         progress: Show a bar, where stderr is a terminal.
 
     Raises:
-        UserError: where there are no shards.
+        UserError: where there are no shards, or a `sheet` that is named cannot be written.
     """
     folder, counter = Path(folder), Tokenizer.load(tokenizer) if tokenizer else None
     splits = sorted(sub for sub in folder.iterdir() if any(sub.glob("*.tar"))) if folder.is_dir() else []
@@ -135,8 +138,14 @@ def inspect_data(
             report.cut = _cut(report, max_length)
         reports.append(report)
     _answer_blindly(reports)
-    drawn = _draw_sheet(sheet or folder / "contact-sheet.png", pictures)
-    return Inspection(splits=reports, sheet=drawn, duplicates=hashes.across_splits(), perceptual=hashes.perceptual)
+    drawn, no_sheet = _draw_sheet(sheet, folder, pictures)
+    return Inspection(
+        splits=reports,
+        sheet=drawn,
+        duplicates=hashes.across_splits(),
+        perceptual=hashes.perceptual,
+        no_sheet=no_sheet,
+    )
 
 
 def _answer_blindly(reports: Sequence[SplitReport]) -> None:
@@ -156,13 +165,21 @@ def _cut(report: SplitReport, max_length: int) -> CaptionCut:
     return cut
 
 
-def _draw_sheet(path: Path, pictures: Sequence[tuple[Sequence[Image.Image], str]]) -> Path | None:
+def _draw_sheet(
+    sheet: Path | None, folder: Path, pictures: Sequence[tuple[Sequence[Image.Image], str]]
+) -> tuple[Path | None, str]:
+    """Draws the sheet. Returns where it is, or why there is none in the folder: data that people share are often read-only."""
     if not pictures:
-        return None
-    file = io.BytesIO()
+        return None, ""
+    file, path = io.BytesIO(), sheet or folder / "contact-sheet.png"
     contact_sheet(pictures).save(file, "PNG")
-    write_whole(path, file.getvalue())
-    return path
+    try:
+        write_whole(path, file.getvalue())
+    except UserError as error:
+        if sheet is not None:
+            raise
+        return None, str(error)
+    return path, ""
 
 
 def _check(record: RecordView, hashes: ImageHashes | None) -> tuple[RecordView, list[Any]] | Dropped:
