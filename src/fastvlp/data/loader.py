@@ -122,8 +122,8 @@ class Loader:
             n, k = len(mine), max(1, round(len(mine) / rows))
             parts = [mine[i * n // k : (i + 1) * n // k] for i in range(k if n else 0)]
         ahead = self.reading is not None
-        rows = ([Row(i, hash64(self.seed, 0, i)) for i in part] for part in parts)
-        return self._run(Planned(s, own, parts[s] if ahead else ()) for s, own in enumerate(rows))
+        every = ([Row(i, hash64(self.seed, 0, i)) for i in part] for part in parts)
+        return self._run(Planned(s, own, parts[s] if ahead else ()) for s, own in enumerate(every))
 
     def place(self, s: int) -> int:
         """How many rows of the endless sequence of epochs are before batch number s, of all ranks."""

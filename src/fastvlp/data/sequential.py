@@ -170,7 +170,8 @@ class ReadAhead:
 
     def before(self, s: int) -> list[int]:
         """The records that enter the buffer for batch number s: for the first batch of a stream all that wait in it."""
-        order, entering = self._order, []
+        order = self._order
+        entering: list[int] = []
         turn, part = divmod(s, order.reading.streams)
         v = part * order.world + self._rank
         row = turn * order.batch_size

@@ -12,12 +12,12 @@ from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from fastvlp import dist
-from fastvlp.config import to_json
+from fastvlp.config import Json, to_json
 from fastvlp.errors import UserError
 from fastvlp.files import whole_file, write_whole
 from fastvlp.model.frozen_states import frozen_encoders
@@ -130,7 +130,7 @@ def save_config(state: TrainState) -> TrainConfig:
     whole = replace(state.run, model=state.model.config)
     with dist.together(state.device):
         if dist.is_main():
-            config = with_checksum(to_json(whole))
+            config = with_checksum(cast(dict[str, Json], to_json(whole)))
             write_whole(whole.folder / "config.json", json.dumps(config, indent=2).encode())
             origin = about(state.device) | {"precision": state.precision}
             write_whole(whole.folder / "about.json", json.dumps(origin, indent=2).encode())

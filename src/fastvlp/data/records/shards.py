@@ -263,11 +263,6 @@ class Shards:
         """The number of records in each tar."""
         return [len(index.keys) for index in self._indexes]
 
-    @property
-    def bytes(self) -> int:
-        """Bytes of all tars."""
-        return sum(index.size for index in self._indexes)
-
     def hold(self, records: Iterable[int]) -> None:
         """Reads whole records ahead, neighbours in one go, and keeps them in memory until they are released as often."""
         self._held.add(self._members(records), self._read_span)
@@ -324,6 +319,12 @@ class Shards:
         if self._fs is None or self._fs[0] != os.getpid():
             self._fs = (os.getpid(), open_url(self.url)[0])
         return self._fs[1]
+
+    # Behind all methods that return bytes, since it hides that type.
+    @property
+    def bytes(self) -> int:
+        """Bytes of all tars."""
+        return sum(index.size for index in self._indexes)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_files": {}, "_fs": None, "_held": HeldMembers()}

@@ -50,8 +50,8 @@ class TableSource(RowSource):
             split = _split_of(file, path)
             suffix = file.suffix.lower()
             if suffix in (".csv", ".tsv", ".txt", ".token"):
-                rows = read_delimited(file, self.separator, self.header, USUAL_COLUMNS)
-                yield Table(path=file, rows=_with_splits(rows, file.parent), split=split)
+                lines = read_delimited(file, self.separator, self.header, USUAL_COLUMNS)
+                yield Table(path=file, rows=_with_splits(lines, file.parent), split=split)
             elif suffix in (".jsonl", ".ndjson"):
                 yield Table(path=file, rows=_lines(file), split=split, columns_fixed=False)
             elif suffix == ".json":
