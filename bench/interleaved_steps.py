@@ -128,7 +128,9 @@ def random_batch(o: Options, config: ModelConfig, rows: int, number: int = 0, le
     side = config.image.size
     image = torch.randint(0, 256, (rows, 3, side, side), dtype=torch.uint8, generator=random)
     seed = torch.randint(0, 1 << 60, (rows,), generator=random)
-    return Batch(image=image, ids=ids, length=length_B, seed=seed).to(o.device)
+    # A loader hashes each image once in a run, so that the hashes come with the batch.
+    content = torch.arange(2 * rows).view(rows, 2)
+    return Batch(image=image, ids=ids, length=length_B, seed=seed, content=content).to(o.device)
 
 
 def build_training(o: Options, config: ModelConfig) -> tuple[Pretraining, torch.optim.Optimizer]:

@@ -110,7 +110,7 @@ class Stand(nn.Module):
     """Towers of linear maps behind the names that an objective asks a model for."""
 
     fusion = reconstructor = head = forward_head = reverse_head = None
-    config = SimpleNamespace(image=SimpleNamespace(random_patches=lambda seed_B, keep: None))
+    config = SimpleNamespace(image=SimpleNamespace(random_patches=lambda seed_B, keep, image=None: None))
 
     def __init__(self, known: dict[str, Tensor], image: dict[str, str], text: dict[str, str]):
         super().__init__()
