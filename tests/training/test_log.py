@@ -34,7 +34,7 @@ class State:
     skipped: int = 0
     dropped: dict = field(default_factory=dict)
     device = torch.device("cpu")
-    name, precision, log_every, validate_every = "demo", "bf16", 10, None
+    lock, name, precision, log_every, validate_every = None, "demo", "bf16", 10, None
 
     @property
     def run(self):

@@ -76,7 +76,7 @@ def test_a_run_that_cannot_begin_leaves_no_folder(tmp_path):
 
 
 def test_a_folder_that_becomes_read_only_ends_the_run_with_that_cause(pairs, tmp_path, monkeypatch):
-    run = made_run(pairs, tmp_path / "run", "clip", steps=4, checkpoint_every=2, log_every=100)
+    run = made_run(pairs, tmp_path / "run", "clip", steps=5, checkpoint_every=2, log_every=100)
     straight = loop.steps
 
     def refuse(self, *_, **__):

@@ -23,6 +23,7 @@ from fastvlp.files import write_whole
 from fastvlp.model.saved_run import read_json
 from fastvlp.plain_json import parse_json
 from fastvlp.training.hardware import peak_flops, peak_memory
+from fastvlp.training.run_folder import check_in_place
 from fastvlp.training.state import StepReport, TrainState, validates
 from fastvlp.training.trackers import Tracker, open_tracker
 
@@ -73,7 +74,7 @@ class RunLog:
     def __init__(self, state: TrainState, *, quiet: bool = False, console: Console | None = None):
         run = state.run
         self.active = dist.is_main()
-        self.path, self.device = run.folder / "log.jsonl", state.device
+        self.path, self.device, self._lock = run.folder / "log.jsonl", state.device, state.lock
         self.peak = peak_flops(state.device, state.precision)
         self.quiet, self.console = quiet, console or Console()
         self._totals, self._seconds_a_step = _Totals(), 0.0
@@ -162,12 +163,11 @@ class RunLog:
         # JSON has no NaN: null stands for a number that is not finite.
         clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in fields.items()}
         line = json.dumps({"kind": kind, "step": step, "time": round(time.time(), 3)} | clean)
+        check_in_place(self._lock)
         try:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(line + "\n")
         except OSError as error:
-            if not self.path.parent.is_dir():
-                raise UserError(f"{self.path.parent}: was removed or renamed while the run went on") from error
             advice = remedy(error, "free space and resume the run")
             raise UserError(f"{self.path}: cannot write ({error.strerror}); {advice}") from error
         numbers = {f"{kind}/{k}": v for k, v in clean.items() if isinstance(v, int | float) and not isinstance(v, bool)}
