@@ -170,7 +170,7 @@ def damaged_files(count: int, run: Path, exported: Path, shards: Path, seed: int
         (exported, "model.json", read_export),
         (exported, "tokenizer.json", read_export),
         (exported, "config.json", read_export),
-        (shards, "00000.index.json", read_index),
+        (shards, "index.safetensors", read_index),
     ]
     outcomes: Counter[tuple[str, str]] = Counter()
     for n in range(count):

@@ -156,7 +156,7 @@ def write_detections(folder: Path, images: int = 160) -> None:
 
 def digests(folder: Path) -> dict[str, str]:
     """The hash of each file below the folder, by its path, but for the indexes of tars, which hold the files' times."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.endswith(".index.json"))
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and "index." not in path.name)
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 

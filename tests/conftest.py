@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
+import tempfile
 
 import pytest
 
 # pytest runs one process a core: one thread in each, none that spins while it waits.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+# Indexes of shards that cannot be written beside them.
+os.environ["FASTVLP_CACHE"] = tempfile.mkdtemp(prefix="fastvlp-cache-")
+atexit.register(shutil.rmtree, os.environ["FASTVLP_CACHE"], ignore_errors=True)
 
 # Fixtures of search, exporters and serve.
 pytest_plugins = ["tests.exported"]

@@ -191,6 +191,7 @@ def test_held_records_are_read_from_memory(pairs):
 
 def test_a_new_tokenizer_reads_the_texts_in_few_reads(server, pairs, tmp_path):
     far, near = (run_on(place, pairs, tmp_path / "a").data for place in (server.url, pairs))
+    Shards(far.train)  # makes the index, once for all processes
     server.count = 0
     assert [*far.texts()] == [*near.texts()]
     assert server.count <= 5

@@ -1,4 +1,5 @@
 import errno
+import hashlib
 import io
 import json
 import os
@@ -6,12 +7,16 @@ import pickle
 import tarfile
 
 import fsspec
+import numpy as np
 import pytest
 import webdataset
 from PIL import Image
 
 from fastvlp.batch import Record
+from fastvlp.data.part_file import open_part
+from fastvlp.data.records.index_files import NAME
 from fastvlp.data.records.shards import RecordError, Shards, ShardWriter
+from fastvlp.data.records.tar_index import KINDS, scan
 from fastvlp.errors import UserError
 
 
@@ -42,9 +47,7 @@ def add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
 
 
 def test_what_was_written_is_read(split):
-    assert sorted(p.name for p in split.iterdir()) == [
-        f"0000{t}.{suffix}" for t in range(3) for suffix in ("index.json", "tar")
-    ]
+    assert sorted(p.name for p in split.iterdir()) == [*(f"0000{t}.tar" for t in range(3)), NAME]
     shards = Shards(split)
     assert len(shards) == 10
     assert shards.keys == [f"r{i:04d}" for i in range(10)]
@@ -89,7 +92,7 @@ def test_a_single_tar_and_a_remote_split(split):
     remote = fsspec.filesystem("memory")
     remote.put(str(split / "00000.tar"), "/data/split/00000.tar")
     remote.put(str(split / "00002.tar"), "/data/split/00002.tar")
-    remote.put(str(split / "00002.index.json"), "/data/split/00002.index.json")
+    remote.put(str(split / NAME), f"/data/split/{NAME}")
     try:
         shards = Shards("memory://data/split")
         assert len(shards) == 6
@@ -105,11 +108,11 @@ def test_pickled_shards_read_the_same(split):
     assert pickle.loads(pickle.dumps(shards)).read(7) == record(7, images=2)
 
 
-def test_an_index_older_than_its_tar_or_broken_is_rebuilt(split):
-    tar, index = split / "00000.tar", split / "00000.index.json"
+def test_an_index_of_other_tars_or_broken_is_made_again(split):
+    tar, index = split / "00000.tar", split / NAME
     tar.write_bytes((split / "00001.tar").read_bytes())
     assert Shards(split).keys[:4] == [f"r{i:04d}" for i in range(4, 8)]
-    for broken in (b"", b"{", b"[]", b'{"version": 1}', b"\xff\xfe", b'{"version": 99}'):
+    for broken in (b"", b"{", bytes(8), b"\xff" * 100, bytes([8, *bytes(7)]) + b"[1, 2]  "):
         index.write_bytes(broken)
         assert Shards(split).read(0) == record(4)
     good = index.read_bytes()
@@ -118,16 +121,85 @@ def test_an_index_older_than_its_tar_or_broken_is_rebuilt(split):
     assert (index.read_bytes(), index.stat().st_mtime_ns) == (good, stamp)
 
 
-def test_a_split_that_cannot_be_written_is_still_read(split, monkeypatch):
-    for index in split.glob("*.json"):
-        index.unlink()
+def test_an_index_is_made_of_what_an_older_one_says_of_the_same_tars(split, monkeypatch):
+    scanned = []
 
-    def refuse(*_):
-        raise OSError(errno.EROFS, "Read-only file system")
+    def counted(file, name, size):
+        scanned.append(name)
+        return scan(file, name, size)
 
-    monkeypatch.setattr("pathlib.Path.write_bytes", refuse)
+    monkeypatch.setattr("fastvlp.data.records.index_files.scan", counted)
+    whole = Shards(split)
+    (split / "00001.tar").unlink()
+    assert Shards(split).keys == whole.keys[:4] + whole.keys[8:] and Shards(split / "00002.tar").read(1) == whole.read(
+        9
+    )
+    assert scanned == []
+    with ShardWriter(split, append=True) as writer:
+        writer.write(record(77))
+    assert [*map(os.path.basename, scanned)] == ["00003.tar"]
+    again = Shards(split)
+    assert again.keys[-1] == "r0077" and again.read(len(again) - 1) == record(77)
+
+
+def test_hashes_of_records_say_whether_they_are_the_same(split, tmp_path):
+    """States that were stored, and runs that are continued, are recognised by these."""
+    shards = Shards(split)
+    digest, whole = hashlib.sha256(), hashlib.sha256("\n".join(shards.keys).encode())
+    places = [shards.place(i)[1] for i in range(10)]
+    for tar, span in ((f"0000{t}.tar", range(4 * t, min(10, 4 * t + 4))) for t in range(3)):
+        stat = (split / tar).stat()
+        head = f"{tar} {stat.st_size} {stat.st_mtime_ns} {len(span)}\n" + "\n".join(shards.key(i) for i in span)
+        digest.update(head.encode())
+        digest.update(np.cumsum([0, *(len(places[i]) for i in span)]).tobytes())
+        for part in ("offset", "length"):
+            digest.update(np.array([getattr(one, part) for i in span for one in places[i]]).tobytes())
+    assert shards.fingerprint == digest.hexdigest()
+    members = [one for place in places for one in place]
+    whole.update(np.array([len(place) for place in places]).tobytes())
+    whole.update(np.array([KINDS.index(one.kind) for one in members], np.uint8).tobytes())
+    whole.update(np.array([one.length for one in members]).tobytes())
+    for i in range(0, 10, 2):
+        whole.update(b"".join(shards.images(i)) + json.dumps(record(i).info, ensure_ascii=False).encode())
+    assert shards.content == whole.hexdigest()
+    for tar in split.glob("*.tar"):
+        (tmp_path / "copy").mkdir(exist_ok=True)
+        (tmp_path / "copy" / tar.name).write_bytes(tar.read_bytes())
+    copy = Shards(tmp_path / "copy")
+    assert copy.content == shards.content and copy.fingerprint != shards.fingerprint
+
+
+def test_the_index_of_a_split_that_cannot_be_written_is_kept_elsewhere(split, monkeypatch, tmp_path):
+    monkeypatch.setenv("FASTVLP_CACHE", str(tmp_path / "cache"))
+    (split / NAME).unlink()
+    read_only = {split}
+
+    def refuse(path, *arguments):
+        if path.parent in read_only:
+            raise OSError(errno.EROFS, "Read-only file system")
+        return open_part(path, *arguments)
+
+    monkeypatch.setattr("fastvlp.data.records.index_files.open_part", refuse)
     assert len(Shards(split)) == 10
-    assert list(split.glob("*.json")) == []
+    (kept,) = (tmp_path / "cache").iterdir()
+    kept.unlink()
+    read_only.add(kept.parent)
+    shards = Shards(split)
+    assert list(kept.parent.iterdir()) == [] and not (split / NAME).exists()
+    assert pickle.loads(pickle.dumps(shards)).read(7) == record(7, images=2)
+
+
+def test_the_index_of_a_remote_split_is_made_once(split, monkeypatch, tmp_path):
+    monkeypatch.setenv("FASTVLP_CACHE", str(tmp_path / "cache"))
+    remote = fsspec.filesystem("memory")
+    for tar in split.glob("*.tar"):
+        remote.put(str(tar), f"/once/split/{tar.name}")
+    try:
+        first = Shards("memory://once/split")
+        monkeypatch.setattr("fastvlp.data.records.index_files.scan", lambda *_: pytest.fail("scanned again"))
+        assert Shards("memory://once/split").keys == first.keys == Shards(split).keys
+    finally:
+        remote.rm("/once", recursive=True)
 
 
 @pytest.mark.parametrize("keep", ["in a member", "at a member's end", "in a header"])

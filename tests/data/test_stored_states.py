@@ -20,11 +20,12 @@ from torch import Tensor
 from fastvlp.batch import Record
 from fastvlp.data.loader import Row
 from fastvlp.data.pairs import PairData
+from fastvlp.data.part_file import part_of
 from fastvlp.data.reader import RecordReader
 from fastvlp.data.records.shards import RecordError, Shards, ShardWriter
 from fastvlp.data.records.transform import Transform
 from fastvlp.data.state_store import StatesConfig, StateStore
-from fastvlp.data.states_file import EntryShape, StatesFile, part_of
+from fastvlp.data.states_file import EntryShape, StatesFile
 from fastvlp.data.stored_images import ImageStore
 from fastvlp.data.stores import Stored
 from fastvlp.data.tokenize import Tokenizer

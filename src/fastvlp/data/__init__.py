@@ -15,7 +15,7 @@
       |
       |  pairs.py             PairData, a field of the recipe: which shards, captions and regions
       |  loader.py            which records make batch number s, by seed and rank; batching.py groups them by length
-      |  records/tar_index.py where the record is in its tar
+      |  records/split_index.py where the record is in its tar
       |  reader.py            opens it: the image from the cache, or
       |  records/decode.py    bytes -> pixels, for a JPEG at a reduced scale
       |  records/transform.py pixels -> the model's square, uint8 [3 size size]

@@ -17,6 +17,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from fastvlp.data.part_file import complete, open_part, part_of
 from fastvlp.data.records.decode import StoredShape
 from fastvlp.data.records.interface import Records
 from fastvlp.data.states_file import (
@@ -26,9 +27,6 @@ from fastvlp.data.states_file import (
     StatesFile,
     StatesWriter,
     StateType,
-    complete,
-    open_part,
-    part_of,
 )
 from fastvlp.data.streams import bar
 from fastvlp.errors import UserError

@@ -18,8 +18,7 @@ import json
 import math
 import os
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -31,11 +30,6 @@ from fastvlp.data.records.decode import StoredShape
 from fastvlp.errors import UserError
 from fastvlp.plain_json import checksum as checksum_of
 from fastvlp.plain_json import parse_json
-
-try:
-    import fcntl
-except ImportError:  # Windows has no file locks of this kind, so two processes may write the same file there
-    fcntl = None  # type: ignore[assignment]
 
 StateType = Literal["fp16", "fp32"]
 Name = Literal["states", "first", "image_shape", "checksum", "filled", "records"]
@@ -290,52 +284,3 @@ def reserve(file: int, size: int) -> None:
         os.posix_fallocate(file, 0, size)
     else:
         os.ftruncate(file, size)
-
-
-@contextmanager
-def open_part(path: Path, wait: Callable[[], None]) -> Iterator[int | None]:
-    """Opens the unfinished file beside `path` for writing, and locks it against other processes. Yields None if another process
-    has completed `path` meanwhile. Calls `wait` before it waits for the lock. The caller renames the file with `complete`."""
-    part = part_of(path)
-    part.parent.mkdir(parents=True, exist_ok=True)
-    while True:
-        file = os.open(part, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            _lock(file, wait)
-            if path.exists():
-                if _is_same(file, part):
-                    part.unlink()
-                yield None
-                return
-            # The process that held the lock may have renamed or removed this file before it released the lock: open again.
-            if _is_same(file, part):
-                yield file
-                return
-        finally:
-            os.close(file)
-
-
-def complete(file: int, path: Path) -> None:
-    """Renames an unfinished file, which is now full, to its final name."""
-    os.fsync(file)
-    part_of(path).replace(path)
-
-
-def part_of(path: Path) -> Path:
-    return path.with_name(f"{path.name}.part")
-
-
-def _lock(file: int, wait: Callable[[], None]) -> None:
-    if fcntl is None:
-        return
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        wait()
-        fcntl.flock(file, fcntl.LOCK_EX)
-
-
-def _is_same(file: int, path: Path) -> bool:
-    with suppress(FileNotFoundError):
-        return os.path.samestat(os.fstat(file), path.stat())
-    return False

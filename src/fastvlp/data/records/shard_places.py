@@ -1,17 +1,19 @@
-"""Where the tars of a split are, and the index of each."""
+"""Where the tars of a split are."""
 
 from __future__ import annotations
 
+import os
+from functools import partial
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 from fastvlp.data.records.remote import attempt, is_url
-from fastvlp.data.records.tar_index import TarIndex, scan
+from fastvlp.data.records.split_index import Tar
 from fastvlp.errors import UserError, remedy
-from fastvlp.files import write_whole
 
-# An index takes a few dozen bytes for each member, a tar at least 512: one that is larger by more than this is not read.
-_INDEX_MORE = 1 << 20
+# What file systems call the version of a file.
+_VERSIONS = ("ETag", "etag", "LastModified", "last_modified", "mtime", "updated", "md5")
 
 
 def where_shards_are(url: str, fs: Any, root: str) -> str:
@@ -27,53 +29,44 @@ def where_shards_are(url: str, fs: Any, root: str) -> str:
 
 def find_tars(fs: Any, root: str) -> list[str]:
     """The tars in a folder, sorted, or the one that `root` is."""
+    return [entry["name"] for entry in list_tars(fs, root)]
+
+
+def list_tars(fs: Any, root: str) -> list[dict[str, Any]]:
+    """What a file system says of the same tars; of one over HTTP only its name."""
     if root.endswith(".tar") and is_url(root):
-        return [root]  # over HTTP, `ls` would read it whole
+        return [{"name": root}]  # over HTTP, `ls` would read it whole
     try:
         # `ls` of a file returns the file itself.
-        return sorted(name for name in fs.ls(root, detail=False) if name.endswith(".tar"))
+        entries = [entry for entry in fs.ls(root, detail=True) if entry["name"].endswith(".tar")]
     except (FileNotFoundError, NotADirectoryError):
         return []
+    return sorted(entries, key=lambda entry: entry["name"])
 
 
-def index_name(tar: str) -> str:
-    return tar.removesuffix(".tar") + ".index.json"
-
-
-def local_index(tar: Path) -> TarIndex:
-    """The index beside a tar; made, and written there if that is possible, where it is missing or of another tar."""
-    path = Path(index_name(str(tar)))
+def local_tars(root: str) -> list[Tar]:
+    """The tars of a local split. Raises UserError where the folder cannot be read."""
     try:
-        stat = tar.stat()
-        plausible = path.exists() and path.stat().st_size <= stat.st_size + _INDEX_MORE
-        index = TarIndex.from_json(path.read_bytes()) if plausible else None
-        if index is not None and (index.size, index.mtime_ns) == (stat.st_size, stat.st_mtime_ns):
-            return index
-        with tar.open("rb") as file:
-            index = scan(file, str(tar), stat.st_size, stat.st_mtime_ns)
+        if root.endswith(".tar") and Path(root).is_file():
+            found = Path(root).stat()
+            return [Tar(root, found.st_size, found.st_mtime_ns)]
+        with os.scandir(root) as entries:
+            tars = [(entry.path, entry.stat()) for entry in entries if entry.name.endswith(".tar")]
+    except (FileNotFoundError, NotADirectoryError):
+        return []
     except OSError as error:
-        raise UserError(
-            f"{tar}: cannot read ({error.strerror or error}); {remedy(error, 'check the path and its permissions')}"
-        ) from error
-    try:
-        write_whole(path, index.to_json())
-    except UserError:
-        return index  # the folder is read-only or full: the index is built again next time
-    return index
+        advice = remedy(error, "check the path and its permissions")
+        raise UserError(f"{root}: cannot read ({error.strerror or error}); {advice}") from error
+    return sorted(Tar(place, found.st_size, found.st_mtime_ns) for place, found in tars)
 
 
-def remote_index(fs: Any, tar: str) -> TarIndex:
-    """The same of a tar at a URL, where nothing is written."""
-
-    def read() -> TarIndex:
-        size = int(fs.info(tar)["size"])
-        path = index_name(tar)
-        # Only sizes are compared, because uploading changes the time of a file.
-        plausible = fs.exists(path) and int(fs.info(path)["size"]) <= size + _INDEX_MORE
-        index = TarIndex.from_json(fs.cat_file(path)) if plausible else None
-        if index is not None and index.size == size:
-            return index
-        with fs.open(tar, "rb") as file:
-            return scan(file, tar, size, 0)
-
-    return attempt(tar, read)
+def remote_tars(fs: Any, entries: list[dict[str, Any]]) -> tuple[list[Tar], str]:
+    """The listed tars with their sizes, and a hash of their versions, as far as the file system has any."""
+    versions = sha256()
+    tars = []
+    for entry in entries:
+        place = entry["name"]
+        known = entry if entry.get("size") is not None else attempt(place, partial(fs.info, place))
+        tars.append(Tar(place, int(known["size"]), None))
+        versions.update(repr([str(known[name]) for name in _VERSIONS if name in known]).encode())
+    return tars, versions.hexdigest()

@@ -2,14 +2,13 @@
 
 A split is a folder of `00000.tar, 00001.tar, ...`. Consecutive members of a tar that share a key are one record:
 `{key}.jpg|png|webp` is its image (`{key}.1.jpg` a second one), `{key}.npz` a detector's regions of the image (`{key}.1.npz`
-those of the second), `{key}.json` the info, and `{key}.txt` the caption if the info has none. `00000.index.json` beside each
-tar lists its members and their offsets; it is rebuilt if it is missing or does not match its tar.
+those of the second), `{key}.json` the info, and `{key}.txt` the caption if the info has none. `index.safetensors` beside the
+tars has the places of all members; it is made again where it is missing, damaged or not of these tars.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import io
 import json
 import os
@@ -19,15 +18,16 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import numpy as np
 from fsspec.implementations.local import LocalFileSystem
 
 from fastvlp.batch import Dropped, Record
 from fastvlp.data.records.captions import caption_texts, merge_captions
-from fastvlp.data.records.held_members import HeldMembers, Member
+from fastvlp.data.records.held_members import HeldMembers
+from fastvlp.data.records.held_members import Member as Place
+from fastvlp.data.records.index_files import local_index, remote_index
 from fastvlp.data.records.remote import FIRST_WAITS, attempt, open_url, read_range
-from fastvlp.data.records.shard_places import find_tars, local_index, remote_index, where_shards_are
-from fastvlp.data.records.tar_index import TarIndex
+from fastvlp.data.records.shard_places import list_tars, local_tars, remote_tars, where_shards_are
+from fastvlp.data.records.split_index import Member, SplitIndex, Tar, read_split_index
 from fastvlp.errors import UserError, remedy
 from fastvlp.files import most_open
 from fastvlp.plain_json import parse_json
@@ -129,8 +129,8 @@ class ShardWriter:
             for part in self._parts:
                 with _explain_write_errors(part):
                     part.replace(part.with_suffix(""))
-            for part in self._parts:
-                local_index(part.with_suffix(""))
+            if self._parts:
+                Shards(self.folder)  # makes the index
             self._parts = []
         finally:
             if self._parts:
@@ -162,52 +162,43 @@ class Shards:
         self.url = str(url)
         fs, root = open_url(self.url)
         self._local = isinstance(fs, LocalFileSystem)
+        self._files: dict[str, int] = {}
+        self._fs: tuple[int, Any] | None = None
+        self._held = HeldMembers()
         waits = () if self._local else FIRST_WAITS
-        self._tars = attempt(self.url, lambda: find_tars(fs, root), waits)
-        if not self._tars:
+        entries = [] if self._local else attempt(self.url, lambda: list_tars(fs, root), waits)
+        tars, versions = (local_tars(root), "") if self._local else remote_tars(fs, entries)
+        if not tars:
             advice = attempt(self.url, lambda: where_shards_are(self.url, fs, root), waits)
             raise UserError(f"{self.url}: no shards (*.tar) here; {advice}")
-        if self._local:
-            self._indexes = [local_index(Path(tar)) for tar in self._tars]
-        else:
-            self._indexes = [remote_index(fs, tar) for tar in self._tars]
-        self.damage: list[Dropped] = [d for index in self._indexes for d in index.damage]
-        self._starts = np.cumsum([0, *(len(index.keys) for index in self._indexes)])
+        self._tars = [tar.place for tar in tars]
+        self._index: SplitIndex
+        self._index, self._index_path = (
+            local_index(root, tars, self._content_of)
+            if self._local
+            else remote_index(self.url, fs, root, tars, versions, self._content_of)
+        )
+        self.damage: list[Dropped] = [part for _, part in self._index.damage]
         if len(self) == 0:
             reasons = "; ".join(f"{d.key}: {d.reason}" for d in self.damage[:5])
             raise UserError(
                 f"{self.url}: no readable record in {len(self._tars)} tars ({reasons}); import the data again"
             )
-        self._files: dict[str, int] = {}
-        self._fs: tuple[int, Any] | None = None
-        self._held = HeldMembers()
 
     def __len__(self) -> int:
-        return int(self._starts[-1])
+        return len(self._index)
 
     @property
     def fingerprint(self) -> str:
         """Hash that changes when the tars change: of their names, sizes and modification times, and of the keys and offsets
-        in their indexes. The tars are not read, nor the times of tars at a URL, because uploading changes them."""
-        digest = hashlib.sha256()
-        for tar, index in zip(self._tars, self._indexes):
-            head = f"{Path(tar).name} {index.size} {index.mtime_ns} {len(index.keys)}\n"
-            digest.update((head + "\n".join(index.keys)).encode())
-            digest.update(b"".join(part.tobytes() for part in (index.first, index.offset, index.length)))
-        return digest.hexdigest()
+        in their index. The tars are not read, nor the times of tars at a URL, because uploading changes them."""
+        return self._index.fingerprint
 
     @property
     def content(self) -> str:
         """Hash of the records in their order, wherever they are and whenever they were written: of all keys, sizes and kinds of
         members, and of all that a few records hold."""
-        digest = hashlib.sha256("\n".join(self.keys).encode())
-        for parts in zip(*((np.diff(index.first), index.kind, index.length) for index in self._indexes)):
-            digest.update(np.concatenate(parts).tobytes())
-        for i in range(0, len(self), -(-len(self) // 8)):
-            tar, index, r = self._place(i)
-            for _, at, n in index.members(r):
-                digest.update(self._bytes(tar, at, n))
-        return digest.hexdigest()
+        return self._index.content
 
     @property
     def folder(self) -> Path | None:
@@ -216,12 +207,18 @@ class Shards:
 
     @property
     def keys(self) -> list[str]:
-        """The keys of all readable records."""
-        return [key for index in self._indexes for key in index.keys]
+        """The keys of all readable records, in a new list."""
+        return self._index.all_keys()
 
     def key(self, i: int) -> str:
-        _, index, r = self._place(i)
-        return index.keys[r]
+        self._check(i)
+        return self._index.key_of(i)
+
+    def place(self, i: int) -> tuple[str, list[Member]]:
+        """The tar that has record i, and the record's members in it."""
+        self._check(i)
+        t, members = self._index.members(i)
+        return self._tars[t], members
 
     def read(self, i: int) -> Record:
         """Reads record i. Raises RecordError if it has no image, if a text is not UTF-8, or if its info is not JSON."""
@@ -229,39 +226,38 @@ class Shards:
 
     def images(self, i: int) -> tuple[bytes, ...]:
         """Reads the encoded images of record i. Raises RecordError if it has none."""
-        tar, index, r = self._place(i)
-        images = tuple(self._bytes(tar, at, n) for kind, at, n in index.members(r) if kind == "image")
+        tar, members = self.place(i)
+        images = tuple(self._bytes(tar, at, n) for kind, at, n in members if kind == "image")
         if not images:
-            raise RecordError(index.keys[r], f"no image in {tar}")
+            raise RecordError(self.key(i), f"no image in {tar}")
         return images
 
     def image_count(self, i: int) -> int:
         """Counts the images of record i without reading them."""
-        _, index, r = self._place(i)
-        return sum(kind == "image" for kind, _, _ in index.members(r))
+        return sum(member.kind == "image" for member in self.place(i)[1])
 
     def detected(self, i: int) -> tuple[bytes, ...]:
         """Reads the npz files with a detector's regions, one for each image; empty if there are none. Reads no images."""
-        tar, index, r = self._place(i)
-        return tuple(self._bytes(tar, at, n) for kind, at, n in index.members(r) if kind == "npz")
+        tar, members = self.place(i)
+        return tuple(self._bytes(tar, at, n) for kind, at, n in members if kind == "npz")
 
     def info(self, i: int) -> dict[str, Any]:
         """Reads the info of record i, but no images. Raises RecordError if a text is not UTF-8 or the info is not JSON."""
-        tar, index, r = self._place(i)
+        tar, members = self.place(i)
         info: dict[str, Any] = {}
         caption = None
-        for kind, at, n in index.members(r):
+        for kind, at, n in members:
             if kind == "json":
-                info = _parse(self._bytes(tar, at, n), index.keys[r])
+                info = _parse(self._bytes(tar, at, n), self.key(i))
             elif kind == "txt":
-                caption = _text(self._bytes(tar, at, n), index.keys[r], "txt")
+                caption = _text(self._bytes(tar, at, n), self.key(i), "txt")
         text = caption_texts(caption or "")
         return merge_captions(info, text if "captions" not in info else None) if text or "caption" in info else info
 
     @property
     def sizes(self) -> list[int]:
         """The number of records in each tar."""
-        return [len(index.keys) for index in self._indexes]
+        return self._index.sizes
 
     def hold(self, records: Iterable[int]) -> None:
         """Reads whole records ahead, neighbours in one go, and keeps them in memory until they are released as often."""
@@ -271,22 +267,23 @@ class Shards:
         """Forgets records that were held, unless they are held again."""
         self._held.release(self._members(records))
 
-    def _members(self, records: Iterable[int]) -> Iterator[Member]:
+    def _members(self, records: Iterable[int]) -> Iterator[Place]:
         for i in records:
-            tar, index, r = self._place(i)
-            yield from (Member(tar, at, n) for _, at, n in index.members(r))
+            tar, members = self.place(i)
+            yield from (Place(tar, at, n) for _, at, n in members)
 
     def __iter__(self) -> Iterator[Record]:
         return (self.read(i) for i in range(len(self)))
 
-    def _place(self, i: int) -> tuple[str, TarIndex, int]:
+    def _check(self, i: int) -> None:
         if not 0 <= i < len(self):
             raise IndexError(f"record {i} of {len(self)} in {self.url}")
-        t = int(np.searchsorted(self._starts, i, side="right")) - 1
-        return self._tars[t], self._indexes[t], i - int(self._starts[t])
+
+    def _content_of(self, tar: Tar, offset: int, length: int) -> bytes:
+        return self._bytes(tar.place, offset, length)
 
     def _bytes(self, tar: str, offset: int, length: int) -> bytes:
-        held = self._held.get(Member(tar, offset, length)) if self._held else None
+        held = self._held.get(Place(tar, offset, length)) if self._held else None
         return self._read_span(tar, offset, length) if held is None else held
 
     def _read_span(self, tar: str, offset: int, length: int) -> bytes:
@@ -324,10 +321,21 @@ class Shards:
     @property
     def bytes(self) -> int:
         """Bytes of all tars."""
-        return sum(index.size for index in self._indexes)
+        return int(self._index.tar_size.sum())
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_files": {}, "_fs": None, "_held": HeldMembers()}
+        state = {**self.__dict__, "_files": {}, "_fs": None, "_held": HeldMembers()}
+        if self._index_path is not None:
+            state["_index"] = self.fingerprint
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        if self._index_path is not None:
+            index = read_split_index(self._index_path, check=False)
+            if index.fingerprint != state["_index"]:
+                raise UserError(f"{self.url}: its tars were changed while they were in use; start again")
+            self._index = index
 
     def __del__(self) -> None:
         for fd in self.__dict__.get("_files", {}).values():

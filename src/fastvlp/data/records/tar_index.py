@@ -1,12 +1,11 @@
-"""The index of a tar, its members and their places: read from its headers once, kept in a small file beside it."""
+"""The index of a tar, its members and their places, read from its headers."""
 
 from __future__ import annotations
 
-import json
 import re
 import tarfile
 from collections.abc import Iterator, Sequence, Set
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from itertools import groupby
 from typing import IO
 
@@ -15,10 +14,7 @@ import numpy as np
 from fastvlp.batch import Dropped
 from fastvlp.data.records import tar_members
 from fastvlp.data.records.captions import CAPTION_SUFFIXES
-from fastvlp.files import MOST_BYTES
-from fastvlp.plain_json import checksum, parse_strict_json
 
-_VERSION = 4
 _IMAGE = re.compile(r"(?:(\d+)\.)?(?:jpe?g|png|webp|gif|bmp|tiff?|ppm|avif|hei[cf]|img)")
 # Suffixes of the texts of a record.
 TEXT_SUFFIXES = frozenset({"json", "cls", *CAPTION_SUFFIXES})
@@ -27,82 +23,31 @@ _DETECTED = re.compile(r"(?:(\d+)\.)?npz")
 
 @dataclass(frozen=True, kw_only=True)
 class TarIndex:
-    """R records with M members in all.
-
-    Flat arrays, because millions of small objects would take gigabytes and be copied page by page in loader workers.
+    """R records with M members in all, as flat arrays.
 
     Attributes:
-        size: bytes of the tar.
-        mtime_ns: when it was last changed.
-        keys: of the records.
-        first: int64 [R + 1]. Record r has the members from first[r] to first[r + 1]: images in order, texts, regions.
+        first: uint32 [R + 1]. Record r has the members from first[r] to first[r + 1]: images in order, texts, regions.
         kind: uint8 [M], places in KINDS.
         offset: int64 [M], bytes before the member's content.
-        length: int64 [M], bytes of the content.
+        length: uint32 [M], bytes of the content.
+        keys: uint8, the keys of the records in UTF-8, each followed by a line end.
+        key: uint32 [R + 1]. The key of record r is at keys[key[r] : key[r + 1] - 1].
         damage: what cannot be read of the tar.
     """
 
-    size: int
-    mtime_ns: int
-    keys: list[str]
     first: np.ndarray
     kind: np.ndarray
     offset: np.ndarray
     length: np.ndarray
+    keys: np.ndarray
+    key: np.ndarray
     damage: list[Dropped]
-
-    def members(self, r: int) -> Iterator[tuple[str, int, int]]:
-        """Yields (kind, offset, length) of each member of record r."""
-        for m in range(int(self.first[r]), int(self.first[r + 1])):
-            yield KINDS[self.kind[m]], int(self.offset[m]), int(self.length[m])
-
-    def to_json(self) -> bytes:
-        fields = {
-            name: value.tolist() if isinstance(value, np.ndarray) else value
-            for name, value in vars(self).items()
-            if name != "damage"
-        }
-        damage = [asdict(d) for d in self.damage]
-        return json.dumps({"version": _VERSION, "checksum": self._checksum(), **fields, "damage": damage}).encode()
-
-    @classmethod
-    def from_json(cls, data: bytes) -> TarIndex | None:
-        """The index in a file; None where it is not one of this version, or not what was written."""
-        try:
-            fields = parse_strict_json(data)
-            if fields.pop("version") != _VERSION:
-                return None
-            written = fields.pop("checksum")
-            fields["damage"] = [Dropped(**d) for d in fields["damage"]]
-            for name in ("first", "offset", "length"):
-                fields[name] = np.asarray(fields[name], dtype=np.int64)
-            fields["kind"] = np.asarray(fields["kind"], dtype=np.uint8)
-            index = cls(**fields)
-            return index if index._is_sound() and index._checksum() == written else None
-        except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError):
-            return None
-
-    def _checksum(self) -> str:
-        words = [str(self.size), str(self.mtime_ns), *self.keys, *(f"{d.key} {d.reason} {d.file}" for d in self.damage)]
-        arrays = [self.first, self.kind, self.offset, self.length]
-        return checksum(["\n".join(words).encode("utf-8", "backslashreplace"), *(x.tobytes() for x in arrays)])
-
-    def _is_sound(self) -> bool:
-        """Whether every member lies within the tar. The checksum shows damage; this shows what was made with intent."""
-        count = len(self.kind)
-        if not all(isinstance(key, str) for key in self.keys) or len(self.first) != len(self.keys) + 1:
-            return False
-        if self.first.ndim != 1 or not self.kind.shape == self.offset.shape == self.length.shape == (count,):
-            return False
-        starts = bool(self.first[0] == 0 and self.first[-1] == count and (np.diff(self.first) > 0).all())
-        inside = (self.offset >= 0) & (self.length >= 0) & (self.length <= self.size - self.offset)
-        return starts and bool((inside & (self.kind < len(KINDS)) & (self.length <= MOST_BYTES)).all())
 
 
 KINDS = ("image", "json", "txt", "npz")
 
 
-def scan(file: IO[bytes], name: str, size: int, mtime_ns: int) -> TarIndex:
+def scan(file: IO[bytes], name: str, size: int) -> TarIndex:
     """Indexes a tar of `size` bytes by reading its headers. Damaged parts are left out and listed under `damage`."""
     damage: list[Dropped] = []
     places = list(_members(file, name, size, damage))
@@ -117,14 +62,14 @@ def scan(file: IO[bytes], name: str, size: int, mtime_ns: int) -> TarIndex:
     # Sorted by kind, then by the number before the suffix: `key.jpg`, `key.1.jpg`, `key.json`.
     flat = [(kind, offset, length) for record in sound for kind, _, offset, length in sorted(record.members)]
     table = np.asarray(flat, dtype=np.int64).reshape(-1, 3)
+    keys = [f"{record.key}\n".encode("utf-8", "backslashreplace") for record in sound]
     return TarIndex(
-        size=size,
-        mtime_ns=mtime_ns,
-        keys=[record.key for record in sound],
-        first=np.cumsum([0, *(len(record.members) for record in sound)], dtype=np.int64),
+        first=np.cumsum([0, *(len(record.members) for record in sound)], dtype=np.uint32),
         kind=table[:, 0].astype(np.uint8),
         offset=table[:, 1].copy(),
-        length=table[:, 2].copy(),
+        length=table[:, 2].astype(np.uint32),
+        keys=np.frombuffer(b"".join(keys), np.uint8),
+        key=np.cumsum([0, *map(len, keys)], dtype=np.uint32),
         damage=damage,
     )
 

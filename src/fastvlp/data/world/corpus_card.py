@@ -26,7 +26,7 @@ def claim(folder: Path, card: Mapping[str, Any]) -> bool:
                 f"folder or choose another"
             )
         for part in card["counts"]:
-            for file in [*(folder / part).glob("*.tar*"), *(folder / part).glob("*.index.json")]:
+            for file in [*(folder / part).glob("*.tar*"), *(folder / part).glob("*index*")]:
                 file.unlink()
     elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder}: not an empty folder, and it holds no corpus.json; choose an empty or a new one")
