@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import MISSING, dataclass, fields, is_dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_args, get_type_hints
@@ -117,6 +117,23 @@ def from_json(cls: type[T], value: Any, source: str) -> T:
     except (BaseValidationError, KeyError, TypeError, ValueError, UserError) as error:
         reasons = "; ".join(cattrs.transform_error(error)) if not isinstance(error, UserError) else str(error)
         raise UserError(f"{source}: not a {cls.__name__} that this version knows ({reasons}); copy it again") from error
+
+
+def with_defaults(saved: Json, value: Any) -> Json:
+    """What `to_json` wrote, completed by the defaults of fields that are newer. `value`: a config that has these fields."""
+    if not isinstance(saved, dict):
+        return saved
+    if isinstance(value, Mapping):
+        return {name: with_defaults(part, value.get(name)) for name, part in saved.items()}
+    if not is_dataclass(value) or isinstance(value, type) or saved.get("type") != type(value).__name__:
+        return saved
+    filled = {name: with_defaults(part, getattr(value, name, None)) for name, part in saved.items()}
+    for f in fields(value):
+        if f.name not in saved and f.default is not MISSING:
+            filled[f.name] = to_json(f.default)
+        elif f.name not in saved and f.default_factory is not MISSING:
+            filled[f.name] = to_json(f.default_factory())
+    return filled
 
 
 def flatten(value: Json, path: str = "") -> dict[str, Json]:

@@ -88,7 +88,8 @@ def process_group() -> Iterator[None]:
         torch_dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
         yield
     except RuntimeError as error:
-        raise explained(error) from error.__cause__
+        cause = explained(error)
+        raise cause from cause.__cause__
     finally:
         if active():
             torch_dist.destroy_process_group()

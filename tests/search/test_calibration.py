@@ -63,6 +63,6 @@ def test_a_model_that_cannot_tell_says_nothing_of_nearness():
     assert good is not None and weak is not None
     assert good.reached < 0.05 and good.is_near(good.near) is True and good.is_near(good.near - 0.01) is False
     # Texts that are no nearer to their own images than to others.
-    assert weak.reached > 0.5 and weak.is_near(0.99) is None
+    assert weak.reached > 0.5 and weak.is_near(0.99) is None and weak.relevance(0.99, by_text=True) is None
     older = Calibration.read({"calibration": '{"random": 0, "own": 0.5, "near": 0.4, "images": 0.2}'})
     assert older == Calibration(0, 0.5, 0.4, 0.2) and older.is_near(0.4) is True

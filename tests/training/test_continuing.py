@@ -172,3 +172,20 @@ def test_moments_are_those_of_the_same_parameters(pairs, tmp_path):
     del saved["groups"]
     save_checkpoint(tmp_path / "a/last.pt", saved)
     assert start(run, resume=True).step == 1
+
+
+def test_a_checkpoint_may_be_older_than_a_field(pairs, tmp_path):
+    run = made_run(pairs, tmp_path / "a", "mlm", steps=1)
+    train(run)
+    saved = load_checkpoint(tmp_path / "a/last.pt")
+    for part, name in (
+        (saved["run"], "reduced"),
+        (saved["run"]["augment"], "operations"),
+        (saved["run"]["data"], "order"),
+    ):
+        del part[name]
+    save_checkpoint(tmp_path / "a/last.pt", saved)
+    assert start(run, resume=True).changed == {}
+    augmented = replace(run, augment=replace(run.augment, operations=2))
+    with pytest.raises(UserError, match=r"augment\.operations: 0 then, 2 now"):
+        start(augmented, resume=True)

@@ -127,8 +127,9 @@ def speedup(comparison: Comparison, arm: str, score: str) -> Speedup:
 
 
 def format_speedup(comparison: Comparison, arm: str, score: str) -> str:
-    """A cell of the table: the arm's speed-up; 1 for the reference itself."""
-    return "1" if arm == comparison.reference else str(speedup(comparison, arm, score))
+    """A cell of the table: the arm's speed-up; 1 for the reference itself, if it has the score."""
+    scored = any(score in mark.scores for run in comparison.runs_of(arm) for mark in run.marks)
+    return "1" if arm == comparison.reference and scored else str(speedup(comparison, arm, score))
 
 
 @dataclass(frozen=True, kw_only=True)

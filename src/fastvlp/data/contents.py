@@ -25,7 +25,8 @@ _WORDS = 1 << 24
 _SHORT = 2048
 
 
-@lru_cache(maxsize=8)
+# Texts of a few dozen lengths, and an image.
+@lru_cache(maxsize=64)
 def _factors(words: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """The factors of each place of a word, and those of its upper half, int64 [N]."""
     place_N = torch.arange(words, device=device)

@@ -138,7 +138,13 @@ class MtebRunner:
         with warnings.catch_warnings(action="ignore"):
             options = {"batch_size": self.batch_size, "show_progress_bar": False}
             done = self.mteb.evaluate(self.model, task, cache=None, show_progress_bar=False, encode_kwargs=options)
-        (scores,) = done.task_results[0].scores[task.metadata.eval_splits[0]]
+        parts = [part for split in done.task_results[0].scores.values() for part in split]
+        if len(parts) != 1:
+            raise UserError(
+                f"`tasks` {task.metadata.name}: has {len(parts)} splits or languages, each with scores of its own; run it by "
+                f"mteb itself, on the same folder"
+            )
+        (scores,) = parts
         return {name: float(value) for name, value in scores.items() if isinstance(value, int | float)}
 
     def retrieval(self, data: str, split: str, captions: str) -> MtebScores:

@@ -41,7 +41,9 @@ class Calibration(NamedTuple):
 
     def relevance(self, score: float, by_text: bool) -> float | None:
         """Returns a score between that of random pairs, 0, and that of a text and its own image, or of an image and itself,
-        1; None where these are equal."""
+        1; None where these are equal, or where the model cannot tell pairs from random ones."""
+        if by_text and self.reached > MISSED:
+            return None
         low, high = (self.random, self.own) if by_text else (self.images, 1.0)
         return min(1.0, max(0.0, (score - low) / (high - low))) if high - low > 1e-3 else None
 

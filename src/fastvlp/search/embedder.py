@@ -148,7 +148,7 @@ class Embedder:
                 return cls._loaded(made, {"name": str(folder)}, device, precision, content_fingerprint(made))
         folder = Path(folder)
         if not (folder / "card.json").is_file():
-            raise UserError(f"{folder}: not an export, it has no card.json; make one with `vlp export RUN {folder}`")
+            raise UserError(f"{folder}: {_why_no_export(folder)}")
         card = read_json(folder / "card.json")
         return cls._loaded(folder, card, device, precision, fingerprint(folder))
 
@@ -383,3 +383,11 @@ def mean_direction(vectors: Sequence[np.ndarray]) -> np.ndarray:
     total = np.sum(vectors, axis=0)
     length = float(np.linalg.norm(total))
     return total / length if length > 1e-6 else vectors[0]
+
+
+def _why_no_export(folder: Path) -> str:
+    if not folder.is_dir():
+        return "there is no such folder; give the folder of an export"
+    if (folder / "model.json").is_file():
+        return f"a run or converted model, not an export; make one with `vlp export {folder} FOLDER`, and give FOLDER"
+    return "not an export, it has no card.json; make one with `vlp export RUN FOLDER`"

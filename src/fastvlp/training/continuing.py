@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fastvlp import dist
-from fastvlp.config import Json, differences, flatten, to_json
+from fastvlp.config import Json, differences, flatten, to_json, with_defaults
 from fastvlp.data.loader import Loader
 from fastvlp.errors import UserError
 from fastvlp.training.train_config import CHANGEABLE, TrainConfig
@@ -21,9 +21,6 @@ ORDER = (
     "data.batch_size", "data.max_tokens", "data.group", "data.fill", "seed", "data.order", "data.shuffle_buffer",
     "data.streams",
 )  # fmt: skip
-# Fields that older checkpoints lack, with what they did.
-LATER: Mapping[str, Json] = {"data.order": "random", "data.shuffle_buffer": 4096, "data.streams": 1}
-
 # Changeable fields that decide what validation measures.
 MEASURES = ("validation_rows", "masked_validation")
 
@@ -43,8 +40,7 @@ def check_names(run: TrainConfig, change: Collection[str], saved: Mapping[str, A
 
 def changed_fields(saved: Mapping[str, Any], run: TrainConfig) -> dict[str, tuple[Json, Json]]:
     """Fields that differ and make another run, by name: (then, now). The places of data are compared by content, later."""
-    changed = differences(saved["run"], to_json(run))
-    changed = {name: both for name, both in changed.items() if both != (None, LATER.get(name, both))}
+    changed = differences(with_defaults(saved["run"], run), to_json(run))
     if saved["ranks"] != dist.world():
         changed["ranks"] = (saved["ranks"], dist.world())
     return {name: values for name, values in changed.items() if name not in CHANGEABLE and name not in PLACES}
@@ -95,8 +91,8 @@ def remeasured(saved: Mapping[str, Any], run: TrainConfig, changed: Collection[s
 def first_batch(saved: Mapping[str, Any], run: TrainConfig, train: Loader) -> int:
     """Which batch of a rank comes next. Where batches are others than before, it is the first one behind as many rows as were
     read."""
-    then, now = flatten(saved["run"]), flatten(to_json(run))
-    same = all(then.get(name, LATER.get(name)) == now.get(name, LATER.get(name)) for name in ORDER)
+    then, now = flatten(with_defaults(saved["run"], run)), flatten(to_json(run))
+    same = all(then.get(name) == now.get(name) for name in ORDER)
     same = same and saved["rows"] == train.count and saved["ranks"] == dist.world()
     taken = int(saved.get("batches", saved["step"] * int(saved["run"].get("accumulate", 1))))
     return taken if same or "places" not in saved else train.batch_behind(int(saved["places"]))

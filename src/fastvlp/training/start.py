@@ -123,7 +123,8 @@ def with_teacher_time(run: TrainConfig, stored: Stored | None) -> TrainConfig:
     """The run with the time that its teacher leaves, where that is counted. Raises UserError where it leaves none."""
     if run.teacher_time == "free" or stored is None or stored.teacher is None:
         return run
-    took = stored.teacher.seconds
+    # The same on every rank, so that all end after the same step.
+    took = dist.gather_objects(stored.teacher.seconds)[0]
     if run.budget_s is None or run.budget_s <= took:
         length = "ends after steps" if run.budget_s is None else f"has {run.budget_s:g} s"
         raise UserError(
