@@ -249,11 +249,11 @@ def test_training_on_stored_states_is_compared_with_encoding(tmp_path):
 @pytest.mark.slow
 @pytest.mark.skipif(not BENCH.exists(), reason="installed without its benchmarks")
 def test_faults_are_counted_by_section(tmp_path):
-    few = ("--runs", "1", "--records", "2", "--sections", "killed_runs", "dead_rank", "damaged_records")
+    few = ("--runs", "1", "--records", "2", "--sections", "killed_runs", "few_handles", "damaged_records")
     printed = run_script("faults", *few, "--out", str(tmp_path / "faults.jsonl"))
     rows = [json.loads(line) for line in (tmp_path / "faults.jsonl").read_text().splitlines()]
     assert [(row["section"], row["tried"], row["survived"], row["lost"]) for row in rows] == [
-        ("killed_runs", 1, 1, 0), ("dead_rank", 2, 2, 0), ("damaged_records", 2, 2, 0)
+        ("killed_runs", 1, 1, 0), ("few_handles", 1, 1, 0), ("damaged_records", 2, 2, 0)
     ]  # fmt: skip
     assert rows[1]["slowest_s"] < rows[1]["limit_s"] == 60 and rows[1]["commit"]
     assert "killed_runs" in printed and "survived" in printed
