@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -75,6 +76,10 @@ def launched() -> int:
     return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
 
 
+# Seconds in which the threads of a process group finish.
+SETTLE_S = 0.1
+
+
 @contextmanager
 def process_group() -> Iterator[None]:
     """Joins the processes that `torchrun` started, for as long as the block runs; nothing where there is one."""
@@ -92,6 +97,9 @@ def process_group() -> Iterator[None]:
         raise cause from cause.__cause__
     finally:
         if active():
+            # A thread of gloo may still have to release the tensors of the last collective, for which it needs the GIL. The
+            # destructor waits for that thread with the GIL held, when DDP's module is freed: without this pause that hung.
+            time.sleep(SETTLE_S)
             torch_dist.destroy_process_group()
 
 
