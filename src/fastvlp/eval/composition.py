@@ -1,7 +1,7 @@
 """Metrics of benchmarks that ask whether a model sees how the parts of a caption combine. Pure functions of scores of pairs.
 
-Scores that differ by no more than `tie` are equal, and equal scores, like NaN, are no answer: a model that gives all pairs the
-same score is right nowhere.
+Scores that differ by no more than `tie` are equal, and equal scores, like NaN, are no answer: where two pairs are compared, a
+model that gives both the same score is not right.
 """
 
 from __future__ import annotations
