@@ -114,8 +114,8 @@ def made_split(folder: Path, rows: int, per_tar: int) -> None:
                 ),
             )
 
-    def read(tar: Tar, offset: int, length: int) -> bytes:
-        with Path(tar.place).open("rb") as file:
+    def read(tar: str, offset: int, length: int) -> bytes:
+        with Path(tar).open("rb") as file:
             return os.pread(file.fileno(), length, offset)
 
     with (folder / NAME).open("wb") as out:

@@ -6,13 +6,14 @@ import io
 import random
 import shutil
 import tarfile
+from contextlib import closing
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fastvlp.batch import Record
-from fastvlp.data.flat_arrays import flat_writer, open_flat
+from fastvlp.data.flat_arrays import FlatWriter, open_flat
 from fastvlp.data.records.index_files import NAME
 from fastvlp.data.records.shards import RecordError, Shards, ShardWriter
 from fastvlp.data.records.split_index import read_split_index
@@ -86,7 +87,7 @@ def rewrite(path, edit) -> None:
     arrays = {name: array.copy() for name, array in flat.arrays.items()}
     about = {name: value for name, value in flat.about.items() if name != "arrays"}
     edit(arrays, about)
-    with flat_writer({name: array.dtype for name, array in arrays.items()}, path.parent) as writer:
+    with closing(FlatWriter({name: array.dtype for name, array in arrays.items()}, path.parent)) as writer:
         for name, array in arrays.items():
             writer.add(name, array)
         with path.open("wb") as file:

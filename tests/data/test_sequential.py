@@ -11,7 +11,7 @@ import torch
 from fastvlp.data.loader import Loader
 from fastvlp.data.pairs import PairData
 from fastvlp.data.records import remote
-from fastvlp.data.records.held_members import GAP, HeldMembers, Member, spans
+from fastvlp.data.records.held_members import GAP, HeldMembers, Place, spans
 from fastvlp.data.records.shards import Shards, ShardWriter
 from fastvlp.data.sequential import _DRAW, _REST, ReadAhead, SequentialReading, through_buffer
 from fastvlp.errors import UserError
@@ -85,7 +85,7 @@ def test_each_record_is_read_once_before_its_row_and_few_wait(world, streams, be
 
 
 def test_members_are_read_in_few_spans_and_kept_for_each_use():
-    places = [Member("a", 0, 10), Member("a", 512, 7), Member("a", 512 + GAP + 8, 5), Member("b", 3, 4)]
+    places = [Place("a", 0, 10), Place("a", 512, 7), Place("a", 512 + GAP + 8, 5), Place("b", 3, 4)]
     assert list(spans(places)) == [places[:2], places[2:3], places[3:]]
     held, reads = HeldMembers(), []
 

@@ -11,8 +11,7 @@ import os
 import shutil
 import tempfile
 import zlib
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -41,7 +40,8 @@ class FlatArrays(NamedTuple):
 
 
 class FlatWriter:
-    """Arrays that are written piece by piece, in turns. Their parts lie in files without a name in `folder`, not in memory."""
+    """Arrays that are written piece by piece, in turns. Their parts lie in files without a name in `folder`, not in memory,
+    until `close`."""
 
     def __init__(self, dtypes: Mapping[str, Any], folder: Path):
         self._dtypes = {name: np.dtype(dtype) for name, dtype in dtypes.items()}
@@ -76,16 +76,6 @@ class FlatWriter:
     def close(self) -> None:
         for file in self._files.values():
             file.close()
-
-
-@contextmanager
-def flat_writer(dtypes: Mapping[str, Any], folder: Path) -> Iterator[FlatWriter]:
-    """A writer whose files are closed when the block ends."""
-    writer = FlatWriter(dtypes, folder)
-    try:
-        yield writer
-    finally:
-        writer.close()
 
 
 def _header(about: Mapping[str, Any]) -> bytes:
@@ -169,8 +159,3 @@ def _mapped(file: IO[bytes], dtype: np.dtype, count: int, offset: int) -> np.nda
         return np.empty(0, dtype)
     # Slices of a plain array are made faster than those of a memmap.
     return np.asarray(np.memmap(file, dtype, "r", offset, (count,)))
-
-
-def smallest(most: int) -> np.dtype:
-    """The smallest type of `CODES` that holds numbers from 0 to `most`."""
-    return next(np.dtype(code) for code in CODES.values() if most <= np.iinfo(code).max)

@@ -203,7 +203,7 @@ class PairData(Data):
         )
 
     def _reading(self, shards: Shards) -> SequentialReading:
-        block = max(1, BLOCK * len(shards) // max(1, shards.bytes))
+        block = max(1, BLOCK * len(shards) // max(1, shards.total_bytes))
         return SequentialReading(
             shards=shards, sizes=shards.sizes, buffer=self.shuffle_buffer, streams=self.streams, block=block
         )

@@ -10,8 +10,8 @@ from typing import NamedTuple
 GAP, LONGEST = 256 << 10, 16 << 20
 
 
-class Member(NamedTuple):
-    """A place in a tar."""
+class Place(NamedTuple):
+    """Where a member is in a tar."""
 
     tar: str
     offset: int
@@ -22,16 +22,16 @@ class HeldMembers:
     """The contents of members, each for as many uses as it was read ahead for."""
 
     def __init__(self) -> None:
-        self._data: dict[Member, bytes] = {}
-        self._uses: dict[Member, int] = {}
+        self._data: dict[Place, bytes] = {}
+        self._uses: dict[Place, int] = {}
 
     def __len__(self) -> int:
         return len(self._data)
 
-    def get(self, member: Member) -> bytes | None:
+    def get(self, member: Place) -> bytes | None:
         return self._data.get(member)
 
-    def add(self, members: Iterable[Member], read: Callable[[str, int, int], bytes]) -> None:
+    def add(self, members: Iterable[Place], read: Callable[[str, int, int], bytes]) -> None:
         """Reads members that are not held, and counts a use of each. `read`: tar, offset and length -> bytes."""
         members = list(members)
         missing = {member for member in members if member not in self._data}
@@ -43,7 +43,7 @@ class HeldMembers:
         for member in members:
             self._uses[member] = self._uses.get(member, 0) + 1
 
-    def release(self, members: Iterable[Member]) -> None:
+    def release(self, members: Iterable[Place]) -> None:
         """One use of each is over."""
         for member in members:
             uses = self._uses.pop(member, 0) - 1
@@ -53,10 +53,10 @@ class HeldMembers:
                 self._data.pop(member, None)
 
 
-def spans(members: Sequence[Member]) -> Iterator[list[Member]]:
+def spans(members: Sequence[Place]) -> Iterator[list[Place]]:
     """Members in the order of their tars, in groups that are read at once."""
     for _, group in groupby(members, key=lambda member: member.tar):
-        span: list[Member] = []
+        span: list[Place] = []
         for member in group:
             if span:
                 end = span[-1].offset + span[-1].length

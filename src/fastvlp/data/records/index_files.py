@@ -26,7 +26,7 @@ NAME = "index.safetensors"
 # Tars without an index of which reading the headers takes a while.
 _MANY = 50
 
-Read = Callable[[Tar, int, int], bytes]
+Read = Callable[[str, int, int], bytes]
 
 
 def index_name(root: str) -> str:
@@ -108,9 +108,9 @@ def _open(
             raise UserError(f"{place}: the index of its tars cannot be kept in {folder} ({error}); {advice}") from error
 
 
-def _existing(path: Path, tars: Sequence[Tar], origin: str, check: bool = True) -> SplitIndex | None:
+def _existing(path: Path, tars: Sequence[Tar], origin: str) -> SplitIndex | None:
     with suppress(OSError, DamagedArraysError):
-        index = read_split_index(path, check=check)
+        index = read_split_index(path)
         return index if index.is_of(tars) and index.origin == origin else None
     return None
 

@@ -22,12 +22,11 @@ from fsspec.implementations.local import LocalFileSystem
 
 from fastvlp.batch import Dropped, Record
 from fastvlp.data.records.captions import caption_texts, merge_captions
-from fastvlp.data.records.held_members import HeldMembers
-from fastvlp.data.records.held_members import Member as Place
+from fastvlp.data.records.held_members import HeldMembers, Place
 from fastvlp.data.records.index_files import local_index, remote_index
 from fastvlp.data.records.remote import FIRST_WAITS, attempt, open_url, read_range
 from fastvlp.data.records.shard_places import list_tars, local_tars, remote_tars, where_shards_are
-from fastvlp.data.records.split_index import Member, SplitIndex, Tar, read_split_index
+from fastvlp.data.records.split_index import Member, SplitIndex, read_split_index
 from fastvlp.errors import UserError, remedy
 from fastvlp.files import most_open
 from fastvlp.plain_json import parse_json
@@ -174,9 +173,9 @@ class Shards:
         self._tars = [tar.place for tar in tars]
         self._index: SplitIndex
         self._index, self._index_path = (
-            local_index(root, tars, self._content_of)
+            local_index(root, tars, self._read_span)
             if self._local
-            else remote_index(self.url, fs, root, tars, versions, self._content_of)
+            else remote_index(self.url, fs, root, tars, versions, self._read_span)
         )
         self.damage: list[Dropped] = [part for _, part in self._index.damage]
         if len(self) == 0:
@@ -259,6 +258,11 @@ class Shards:
         """The number of records in each tar."""
         return self._index.sizes
 
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all tars."""
+        return int(self._index.tar_size.sum())
+
     def hold(self, records: Iterable[int]) -> None:
         """Reads whole records ahead, neighbours in one go, and keeps them in memory until they are released as often."""
         self._held.add(self._members(records), self._read_span)
@@ -278,9 +282,6 @@ class Shards:
     def _check(self, i: int) -> None:
         if not 0 <= i < len(self):
             raise IndexError(f"record {i} of {len(self)} in {self.url}")
-
-    def _content_of(self, tar: Tar, offset: int, length: int) -> bytes:
-        return self._bytes(tar.place, offset, length)
 
     def _bytes(self, tar: str, offset: int, length: int) -> bytes:
         held = self._held.get(Place(tar, offset, length)) if self._held else None
@@ -316,12 +317,6 @@ class Shards:
         if self._fs is None or self._fs[0] != os.getpid():
             self._fs = (os.getpid(), open_url(self.url)[0])
         return self._fs[1]
-
-    # Behind all methods that return bytes, since it hides that type.
-    @property
-    def bytes(self) -> int:
-        """Bytes of all tars."""
-        return int(self._index.tar_size.sum())
 
     def __getstate__(self) -> dict[str, Any]:
         state = {**self.__dict__, "_files": {}, "_fs": None, "_held": HeldMembers()}

@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict
-from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
@@ -14,9 +14,8 @@ from typing import NamedTuple
 import numpy as np
 
 from fastvlp.batch import Dropped
-from fastvlp.data.flat_arrays import DamagedArraysError, FlatArrays, flat_writer, open_flat
-from fastvlp.data.records.held_members import HeldMembers
-from fastvlp.data.records.held_members import Member as Place
+from fastvlp.data.flat_arrays import DamagedArraysError, FlatArrays, FlatWriter, open_flat
+from fastvlp.data.records.held_members import HeldMembers, Place
 from fastvlp.data.records.tar_index import KINDS, TarIndex
 from fastvlp.files import MOST_BYTES
 
@@ -88,7 +87,6 @@ class SplitIndex:
         self.content: str = about["content"]
         self.origin: str = about["origin"]
         self.damage = [(int(t), Dropped(**part)) for t, part in about["damage"]]
-        self._arrays = flat.arrays
         (self.tar_size, self.tar_mtime_ns, self.tar_records, self.tar_members, self.tar_keys, self.first, self.key,
          self.kind, self.length, self.offset, self.keys) = (flat.arrays[name] for name in _ARRAYS)  # fmt: skip
         self._starts: list[int] = self.tar_records.tolist()
@@ -216,7 +214,7 @@ def write_split_index(
     folder: Path,
     tars: Sequence[Tar],
     indexes: Iterator[tuple[int, TarIndex]],
-    read: Callable[[Tar, int, int], bytes],
+    read: Callable[[str, int, int], bytes],
     origin: str = "",
 ) -> None:
     """Writes the index of a split into an open file. Raises OSError where the disk is full.
@@ -224,13 +222,13 @@ def write_split_index(
     Args:
         folder: of its parts while they grow.
         indexes: the time and the index of each tar, in their order.
-        read: reads bytes of a tar, given an offset and a number.
+        read: reads bytes of a tar, given its place, an offset and a number.
         origin: what the index was made of, where its reader wants to know.
     """
     offset = "<i8" if any(tar.size > np.iinfo(np.uint32).max for tar in tars) else "<u4"
     fingerprint, damage = hashlib.sha256(), []
     totals = {"first": [0], "kind": [0], "keys": [0]}
-    with flat_writer({**_ARRAYS, "offset": offset}, folder) as writer:
+    with closing(FlatWriter({**_ARRAYS, "offset": offset}, folder)) as writer:
         for t, (tar, (mtime_ns, index)) in enumerate(zip(tars, indexes)):
             for name in ("first", "key", "kind", "length", "offset", "keys"):
                 writer.add(name, getattr(index, name))
@@ -257,7 +255,7 @@ def write_split_index(
         writer.save(file, about)
 
 
-def _content(index: SplitIndex, tars: Sequence[Tar], read: Callable[[Tar, int, int], bytes]) -> str:
+def _content(index: SplitIndex, tars: Sequence[Tar], read: Callable[[str, int, int], bytes]) -> str:
     """The hash that `SplitIndex.content` is."""
     digest = hashlib.sha256()
     for part in _pieces(index.keys[:-1]):
@@ -271,18 +269,13 @@ def _content(index: SplitIndex, tars: Sequence[Tar], read: Callable[[Tar, int, i
         digest.update(part.astype("<i8").tobytes())
     for i in range(0, len(index), max(1, -(-len(index) // _SAMPLES))):
         t, members = index.members(i)
-        tar = tars[t]
-        places = [Place(tar.place, member.offset, member.length) for member in members]
+        places = [Place(tars[t].place, member.offset, member.length) for member in members]
         held = HeldMembers()
         # Neighbours in one read, which takes a while from a store far away.
-        held.add(places, partial(_read_of, read, tar))
+        held.add(places, read)
         for place in places:
             digest.update(held.get(place) or b"")
     return digest.hexdigest()
-
-
-def _read_of(read: Callable[[Tar, int, int], bytes], tar: Tar, _: str, offset: int, length: int) -> bytes:
-    return read(tar, offset, length)
 
 
 def _pieces(array: np.ndarray) -> Iterator[np.ndarray]:
