@@ -71,7 +71,7 @@ def test_the_share_that_is_kept_makes_answers_equally_frequent():
 
 
 def test_text_alone_gives_little(scenes, level):
-    train, test = ([a for record in scenes[split] for a in asked_in(record.info, "questions")] for split in scenes)
+    train, test = ([a for record in scenes[split] for a in asked_in(record.info["questions"])] for split in scenes)
     assert blind_score(train, test).blind < {"easy": 0.37, "hard": 0.3}[level]
 
 

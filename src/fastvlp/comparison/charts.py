@@ -154,7 +154,9 @@ def line_chart(
     ):
         if level is not None:
             parts.append(f'<line class="{kind}" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(level)}" y2="{y(level)}"/>')
-            parts.append(f'<text class="level" x="{WIDTH - RIGHT}" y="{y(level) - 3}" text-anchor="end">{name}</text>')
+            if name:
+                place = f'x="{WIDTH - RIGHT}" y="{y(level) - 3}"'
+                parts.append(f'<text class="level" {place} text-anchor="end">{name}</text>')
     for line in lines:
         parts.extend(_line(line, x, y, unit))
     aria = escape(describe or label, quote=True)

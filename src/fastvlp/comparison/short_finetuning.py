@@ -51,7 +51,7 @@ class Tuned(NamedTuple):
 
 def asked_by(items: Iterable[Item]) -> list[Asked]:
     """The texts of the items that can be used, with their answers."""
-    return [asked for item in items if item.text for asked in asked_in({"": [item.entry]}, "")]
+    return list(asked_in([item.entry for item in items if item.text]))
 
 
 @dataclass(kw_only=True)

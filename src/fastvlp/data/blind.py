@@ -39,9 +39,8 @@ class BlindScore(NamedTuple):
     questions: int
 
 
-def asked_in(info: Mapping[str, Any], field: str) -> Iterator[Asked]:
-    """The questions with answers in a record's `field`; entries of another form are left out."""
-    entries = info.get(field)
+def asked_in(entries: Any) -> Iterator[Asked]:
+    """The questions with answers of a record's field; entries of another form are left out."""
     for entry in entries if isinstance(entries, list) else ():
         if not isinstance(entry, Mapping):
             continue

@@ -96,8 +96,7 @@ class Loader:
         self._orders: dict[int, Tensor] = {}
         self.reading, self.stored_order = reading, None
         if reading is not None:
-            shape = {"count": count, "batch_size": batch_size, "world": world, "seed": seed}
-            self.stored_order = SequentialOrder(reading, **shape)
+            self.stored_order = SequentialOrder(reading, count=count, batch_size=batch_size, world=world, seed=seed)
 
     def batches(self, start: int = 0) -> Iterator[Made]:
         """Endless batches from number `start`. Epochs follow each other without a gap: a batch may straddle two.

@@ -112,11 +112,11 @@ def blend(other: Tensor, x: Tensor, level: float) -> Tensor:
 def rotate(x: Tensor, level: float, sign_B: Tensor) -> Tensor:
     """Turns by up to 30 degrees about the centre, to the left if the sign is positive."""
     angle_B = sign_B * math.radians(30) * level
-    cos, sin, zero = angle_B.cos(), angle_B.sin(), torch.zeros_like(angle_B)
+    cos, sin = angle_B.cos(), angle_B.sin()
     middle_y, middle_x = x.shape[2] / 2, x.shape[3] / 2
     shift_x = middle_x - cos * middle_x + sin * middle_y
     shift_y = middle_y - sin * middle_x - cos * middle_y
-    return affine(x, torch.stack([cos, -sin, shift_x + zero, sin, cos, shift_y + zero], 1))
+    return affine(x, torch.stack([cos, -sin, shift_x, sin, cos, shift_y], 1))
 
 
 def shear_x(x: Tensor, level: float, sign_B: Tensor) -> Tensor:
@@ -141,9 +141,9 @@ TRANSLATION = 100 / 331
 
 def shifted_identity(value_B: Tensor, place: int) -> Tensor:
     """The affine map that changes nothing, with a value added to one of its six numbers: [B 6]."""
-    return torch.tensor([1.0, 0, 0, 0, 1, 0], device=value_B.device) + value_B[:, None] * F.one_hot(
-        torch.tensor(place, device=value_B.device), 6
-    )
+    map_B6 = torch.tensor([1.0, 0, 0, 0, 1, 0], device=value_B.device).repeat(len(value_B), 1)
+    map_B6[:, place] += value_B
+    return map_B6
 
 
 def affine(x: Tensor, map_B6: Tensor) -> Tensor:

@@ -101,6 +101,12 @@ def teacher_vectors(batch: Batch) -> tuple[Tensor, Tensor]:
     return batch.teacher_image, batch.teacher_text
 
 
+def student_vectors(model: VLModel, image_BKD: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+    """The student's unit vectors of whole images and texts, two [B E]."""
+    text_BE = model.embed_text(batch.ids, batch.length, stored_BSD=batch.text)
+    return model.embed_image(image_BKD, batch.regions), text_BE
+
+
 class FeatureDistil(Objective):
     """Where the joint spaces differ in width, a learned matrix maps the student's vectors to the teacher's space."""
 
@@ -120,7 +126,7 @@ class FeatureDistil(Objective):
         return dict.fromkeys(("image", "text"), batch.length.new_tensor(len(batch)))
 
     def forward(self, model: VLModel, image_BKD: Tensor, batch: Batch) -> dict[str, Loss]:
-        own = model.embed_image(image_BKD, batch.regions), model.embed_text(batch.ids, batch.length, None, batch.text)
+        own = student_vectors(model, image_BKD, batch)
         parts = zip(("image", "text"), (self.image, self.text), own, teacher_vectors(batch), strict=True)
         return {
             name: Loss(squared_distance(unit(project(x)), y).sum(), self.counts(batch)[name], self.config.weight)
@@ -148,8 +154,7 @@ class SimilarityDistil(PairObjective):
         return dict.fromkeys(("image", "text"), batch.length.new_tensor(len(batch)))
 
     def embed(self, model: VLModel, image_BKD: Tensor, batch: Batch) -> tuple[Tensor, ...]:
-        text_BE = model.embed_text(batch.ids, batch.length, None, batch.text)
-        return model.embed_image(image_BKD, batch.regions), text_BE
+        return student_vectors(model, image_BKD, batch)
 
     def constants(self, model: VLModel, batch: Batch) -> tuple[Tensor, ...]:
         return teacher_vectors(batch)

@@ -207,7 +207,7 @@ def _count(report: SplitReport, record: RecordView, tokenizer: Tokenizer | None)
         base, _, language = name.partition("_")
         if base not in TEXTS or not isinstance(entries, list):
             continue
-        if base == "questions" and (asked := list(asked_in(record.info, name))):
+        if base == "questions" and (asked := list(asked_in(entries))):
             report.asked.setdefault(name, []).extend(asked)
         values = [entry.get(TEXTS[base]) if isinstance(entry, dict) else entry for entry in entries]
         texts = [text for text in values if isinstance(text, str)]

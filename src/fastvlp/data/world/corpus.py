@@ -304,9 +304,12 @@ _QUESTIONS = ("questions", "questions_zh")
 
 def _blind_scores(asked: Mapping[tuple[str, str], Sequence[Asked]]) -> dict[str, dict[str, float]]:
     """By split and field, for the splits that are not for training; `asked`: the questions by split and field."""
-    found = {(split, name): blind_score(asked["train", name], asked[split, name]) for split, name in asked}
     return {
-        split: {name: round(own.blind, 4) for name in _QUESTIONS if (own := found.get((split, name)))}
+        split: {
+            name: round(own.blind, 4)
+            for name in _QUESTIONS
+            if (own := blind_score(asked["train", name], asked[split, name]))
+        }
         for split in SPLITS[1:]
     }
 
@@ -365,7 +368,7 @@ def write_world(
             for index in with_progress(range(count), range(count).__len__, name, progress):
                 writer.write(record := make(config, split, index))
                 for field in _QUESTIONS:
-                    asked[split, field] += asked_in(record.info, field)
+                    asked[split, field] += asked_in(record.info.get(field))
     blind = _blind_scores(asked)
     write_card(out / "corpus.json", {**card, "blind": blind, "complete": True})
     return WrittenCorpus(out, counts, blind)

@@ -20,7 +20,6 @@ from fastvlp.data.world.levels import COLOURS, STANDARD, TONES, Level
 SPLITS = ("train", "val", "test")
 COMBINATIONS = STANDARD.combinations
 HELD_OUT = STANDARD.held_out
-SEEN = STANDARD.seen
 
 _MARGIN = 0.15  # the smallest offset between two centres that counts as a relation
 
