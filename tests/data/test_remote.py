@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 import threading
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -78,13 +80,20 @@ def pairs(tmp_path):
     return made_pairs(tmp_path / "pairs")
 
 
-@pytest.fixture
-def server(pairs, monkeypatch):
+@contextmanager
+def serving(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    """A server of a folder, whose faults are waited for only briefly."""
     monkeypatch.setattr(remote, "WAITS", (0.01, 0.02, 0.03))
-    made = Server(pairs)
+    made = Server(folder)
     yield made
     made.http.shutdown()
     made.http.server_close()
+
+
+@pytest.fixture
+def server(pairs, monkeypatch):
+    with serving(pairs, monkeypatch) as made:
+        yield made
 
 
 def run_on(server, pairs, out, **changes):

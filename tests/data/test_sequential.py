@@ -10,7 +10,6 @@ import torch
 
 from fastvlp.data.loader import Loader
 from fastvlp.data.pairs import PairData
-from fastvlp.data.records import remote
 from fastvlp.data.records.held_members import GAP, HeldMembers, Place, spans
 from fastvlp.data.records.shards import Shards, ShardWriter
 from fastvlp.data.sequential import _DRAW, _REST, ReadAhead, SequentialReading, through_buffer
@@ -18,7 +17,7 @@ from fastvlp.errors import UserError
 from fastvlp.random import hash64
 from fastvlp.training.checkpoint import save
 from fastvlp.training.loop import start, steps, train
-from tests.data.test_remote import Server
+from tests.data.test_remote import serving
 from tests.training.runs import assert_equal, made_pairs, made_records, made_run, weights
 
 SIZES = (5, 9, 1, 7, 4)
@@ -113,11 +112,8 @@ def pairs(tmp_path):
 
 @pytest.fixture
 def server(pairs, monkeypatch):
-    monkeypatch.setattr(remote, "WAITS", (0.01, 0.02, 0.03))
-    made = Server(pairs)
-    yield made
-    made.http.shutdown()
-    made.http.server_close()
+    with serving(pairs, monkeypatch) as made:
+        yield made
 
 
 def run_on(folder, pairs, out, *objectives, **data):
