@@ -23,6 +23,14 @@ class Tower(NamedTuple):
         return LayerConfig(width=self.width, heads=self.heads, hidden=4 * self.width, eps=eps, activation=activation)
 
 
+# Image and text encoder of each size (arXiv 2103.00020, Table 20; 2212.00794, Table 9), and of ours.
+TINY = Tower(4, 96, 3), Tower(3, 96, 3)
+SMALL = Tower(6, 192, 6), Tower(4, 192, 6)
+BASE = Tower(12, 768, 12), Tower(12, 512, 8)
+LARGE = Tower(24, 1024, 16), Tower(12, 768, 12)
+HUGE = Tower(32, 1280, 16), Tower(24, 1024, 16)
+
+
 def flip_published(image: Tower, text: Tower, *, width: int, size: int, patch: int, length: int = 32) -> ModelConfig:
     """FLIP (arXiv 2212.00794, section 3.1) as released (facebookresearch/flip 9bf6bf8).
 
@@ -65,54 +73,54 @@ def flip(image: Tower, text: Tower, *, width: int, size: int, patch: int, positi
 
 def flip_b16(*, size: int = 224) -> ModelConfig:
     """FLIP ViT-B/16 (arXiv 2212.00794, Table 9) in the shape of CLIP."""
-    return flip(Tower(12, 768, 12), Tower(12, 512, 8), width=512, size=size, patch=16)
+    return flip(*BASE, width=512, size=size, patch=16)
 
 
 def flip_l16(*, size: int = 224) -> ModelConfig:
     """FLIP ViT-L/16 (arXiv 2212.00794, Table 9) in the shape of CLIP."""
-    return flip(Tower(24, 1024, 16), Tower(12, 768, 12), width=768, size=size, patch=16)
+    return flip(*LARGE, width=768, size=size, patch=16)
 
 
 def flip_h14(*, size: int = 224) -> ModelConfig:
     """FLIP ViT-H/14 (arXiv 2212.00794, Table 9) in the shape of CLIP."""
-    return flip(Tower(32, 1280, 16), Tower(24, 1024, 16), width=1024, size=size, patch=14)
+    return flip(*HUGE, width=1024, size=size, patch=14)
 
 
 def flip_tiny(*, size: int = 48) -> ModelConfig:
     """FLIP in the size of `tiny` and the shape of CLIP; its text encoder has as many layers as text encoder and fusion of
     `tiny` together."""
-    return flip(Tower(4, 96, 3), Tower(3, 96, 3), width=128, size=size, patch=8, positions=64)
+    return flip(*TINY, width=128, size=size, patch=8, positions=64)
 
 
 def flip_small(*, size: int = 112) -> ModelConfig:
     """FLIP in the size of `small` and the shape of CLIP; its text encoder has as many layers as text encoder and fusion of
     `small` together."""
-    return flip(Tower(6, 192, 6), Tower(4, 192, 6), width=256, size=size, patch=16, positions=64)
+    return flip(*SMALL, width=256, size=size, patch=16, positions=64)
 
 
 def flip_b16_published(*, size: int = 224) -> ModelConfig:
     """FLIP ViT-B/16 (arXiv 2212.00794, Table 9) as released."""
-    return flip_published(Tower(12, 768, 12), Tower(12, 512, 8), width=512, size=size, patch=16)
+    return flip_published(*BASE, width=512, size=size, patch=16)
 
 
 def flip_l16_published(*, size: int = 224) -> ModelConfig:
     """FLIP ViT-L/16 (arXiv 2212.00794, Table 9) as released."""
-    return flip_published(Tower(24, 1024, 16), Tower(12, 768, 12), width=768, size=size, patch=16)
+    return flip_published(*LARGE, width=768, size=size, patch=16)
 
 
 def flip_h14_published(*, size: int = 224) -> ModelConfig:
     """FLIP ViT-H/14 (arXiv 2212.00794, Table 9) as released."""
-    return flip_published(Tower(32, 1280, 16), Tower(24, 1024, 16), width=1024, size=size, patch=14)
+    return flip_published(*HUGE, width=1024, size=size, patch=14)
 
 
 def flip_tiny_published(*, size: int = 48) -> ModelConfig:
     """`flip_tiny` in the shape of the released model."""
-    return flip_published(Tower(4, 96, 3), Tower(3, 96, 3), width=128, size=size, patch=8)
+    return flip_published(*TINY, width=128, size=size, patch=8)
 
 
 def flip_small_published(*, size: int = 112, length: int = 20) -> ModelConfig:
     """`flip_small` in the shape of the released model; texts have `length` words, as a caption of a photograph has a dozen."""
-    return flip_published(Tower(6, 192, 6), Tower(4, 192, 6), width=256, size=size, patch=16, length=length)
+    return flip_published(*SMALL, width=256, size=size, patch=16, length=length)
 
 
 def clip(
@@ -145,19 +153,19 @@ def clip(
 
 def clip_b32(*, size: int = 224) -> ModelConfig:
     """CLIP ViT-B/32 (arXiv 2103.00020, Table 20)."""
-    return clip(Tower(12, 768, 12), Tower(12, 512, 8), width=512, size=size, patch=32)
+    return clip(*BASE, width=512, size=size, patch=32)
 
 
 def clip_b16(*, size: int = 224) -> ModelConfig:
     """CLIP ViT-B/16 (arXiv 2103.00020, Table 20)."""
-    return clip(Tower(12, 768, 12), Tower(12, 512, 8), width=512, size=size, patch=16)
+    return clip(*BASE, width=512, size=size, patch=16)
 
 
 def clip_l14(*, size: int = 224) -> ModelConfig:
     """CLIP ViT-L/14 (arXiv 2103.00020, Table 20)."""
-    return clip(Tower(24, 1024, 16), Tower(12, 768, 12), width=768, size=size, patch=14)
+    return clip(*LARGE, width=768, size=size, patch=14)
 
 
 def clip_small(*, size: int = 112) -> ModelConfig:
     """CLIP with encoders of the sizes in `flip_small`."""
-    return clip(Tower(6, 192, 6), Tower(4, 192, 6), width=256, size=size, patch=16, positions=64, activation="gelu")
+    return clip(*SMALL, width=256, size=size, patch=16, positions=64, activation="gelu")
