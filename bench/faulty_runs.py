@@ -232,8 +232,12 @@ class FaultyRuns:
         tally.add(name, wrong or to_its_end(run) or compare(run, straight), seconds)
 
     def _in_the_middle(self, run: TrainConfig, children: list[BaseProcess], during: Callable[[Path], None]) -> float:
-        """Makes the fault once the run has saved a checkpoint, while it is stopped. Returns the time."""
+        """Makes the fault once the run has saved a checkpoint, while it is stopped; at the latest after LIMIT_S. Returns the
+        time."""
+        end = time.monotonic() + LIMIT_S
         while not (run.folder / CHECKPOINT).exists() and any(child.exitcode is None for child in children):
+            if time.monotonic() > end:
+                break
             time.sleep(0.002)
         for number in (signal.SIGSTOP, signal.SIGCONT):
             for child in children:
