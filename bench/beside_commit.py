@@ -1,24 +1,30 @@
 """Time training steps and the loader of this checkout beside those of an earlier commit, in turns.
 
-    python bench/beside_commit.py --commit f2a0dd9 --rounds 100
-    python bench/beside_commit.py --commit f2a0dd9 --sizes small --what step --steps 1 --rounds 30
+    python bench/beside_commit.py --commit f2a0dd9 --rounds 96 --sets 4
+    python bench/beside_commit.py --commit f2a0dd9 --sizes small --objectives clip --what step --steps 1 --rounds 30
 
 Three processes take turns, `steps` steps each: the earlier commit, this checkout, and this checkout again, whose ratio to
-the second is the noise. Measured is the CPU time of the whole process with its threads, so that other programs matter
-little. `step`: the training loop, with its loader and without validation; images are cached, as by default. `loader`: batches
-without a model, images decoded each time (`--cache`: read from the cache). Prints, for each case, the median of the ratios
-of neighbouring turns, with its standard error from the spread of the ratios.
+the second is the noise. Two processes of one program may differ by some per cent as long as they live (where their memory
+lies), so that `sets` of three follow each other. Measured is the CPU time of the whole process with its threads, so that other
+programs matter little. `step`: the training loop, with its loader and without validation; images are cached, as by default.
+`loader`: batches without a model, images decoded each time (`--cache`: read from the cache). `epoch`: the first epoch of a
+loader, in which each turn decodes all images into the cache, and hashes them where an objective contrasts rows. Prints, for
+each case, the median of the ratios within turns, with its standard error, from the spread of the ratios or of the
+medians of the sets, whichever is larger.
 """
 
 from __future__ import annotations
 
 import io
+import itertools
 import os
+import pickle
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from copy import copy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from random import Random
@@ -38,7 +44,7 @@ ROOT = Path(__file__).parents[1]
 SIDES = {"tiny": (64, 48), "small": (320, 112)}
 Objective = Literal["mlm", "flm", "clip"]
 Size = Literal["tiny", "small"]
-What = Literal["step", "loader"]
+What = Literal["step", "loader", "epoch"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +56,7 @@ class Options:
     sizes: tuple[Size, ...] = ("tiny",)
     """Sizes of the model: `tiny` with pictures of 64 pixels, `small` with pictures of 320."""
     what: tuple[What, ...] = ("step", "loader")
-    """Steps of training, or the loader alone."""
+    """Steps of training, the loader alone, or the loader's first epoch."""
     cache: bool = False
     """Whether the loader alone reads images from its cache."""
     batch: int = 32
@@ -60,7 +66,9 @@ class Options:
     steps: int = 20
     """Steps of a turn."""
     rounds: int = 60
-    """Turns of each process."""
+    """Turns of each process, in all sets together."""
+    sets: int = 1
+    """Times that the processes are started anew."""
     out: Path = RESULTS / "beside_commit.jsonl"
     """File that rows are appended to."""
 
@@ -130,19 +138,44 @@ def measured_run(folder: Path, objective: Objective, size: Size, batch: int, cac
 def serve_turns(folder: str, objective: Objective, size: Size, batch: str, what: What, cache: str, steps: str) -> None:
     """Runs `steps` steps for each line of the input, and prints their CPU seconds."""
     from fastvlp.training.loop import start
-    from fastvlp.training.loop import steps as training_steps
 
     state = start(measured_run(Path(folder), objective, size, int(batch), cache == "True"))
-    running: Iterator[Any] = training_steps(state) if what == "step" else state.train.batches()
-    for _ in range(3 + (state.train.count // int(batch) if cache == "True" else 0)):
-        next(running)
+    prepare, turn = first_epochs(state) if what == "epoch" else endless(state, what, int(steps), cache == "True")
     print(sum(p.numel() for p in state.pretraining.parameters()), flush=True)
     for _ in sys.stdin:
+        prepare()
         began = time.process_time()
-        for _ in range(int(steps)):
-            next(running)
+        turn()
         print(time.process_time() - began, flush=True)
     os._exit(0)
+
+
+def endless(state: Any, what: What, steps: int, cache: bool) -> tuple[Callable[[], None], Callable[[], None]]:
+    """Turns of an endless run, which has begun: a the steps after its first epoch where images are cached."""
+    from fastvlp.training.loop import steps as training_steps
+
+    running: Iterator[Any] = training_steps(state) if what == "step" else state.train.batches()
+
+    def turn(count: int = steps) -> None:
+        for _ in range(count):
+            next(running)
+
+    turn(3 + (state.train.count // state.train.batch_size if cache else 0))
+    return lambda: None, turn
+
+
+def first_epochs(state: Any) -> tuple[Callable[[], None], Callable[[], None]]:
+    """Turns of every record once, each by a loader that knows none of them; a pickled copy of its parts begins anew."""
+    loader = copy(state.train)
+
+    def prepare() -> None:
+        loader.make = pickle.loads(pickle.dumps(state.train.make))
+
+    def turn() -> None:
+        for _ in loader.once():
+            pass
+
+    return prepare, turn
 
 
 def start_arm(name: str, tree: Path, words: list[str]) -> Arm:
@@ -157,39 +190,50 @@ def start_arm(name: str, tree: Path, words: list[str]) -> Arm:
     return Arm(name, process, int(parameters))
 
 
-def compared(over: Arm, under: Arm) -> tuple[float, float]:
-    """The median of the ratios of neighbouring turns, and its standard error: of a median, from the median deviation."""
-    ratios = np.array(over.seconds) / np.array(under.seconds)
+def compared(over: Sequence[Arm], under: Sequence[Arm]) -> tuple[float, float]:
+    """The median of the ratios within turns, and its standard error: of a median, from the median deviation of the ratios, or
+    from the spread of the medians of the sets."""
+    sets = [np.array(a.seconds) / np.array(b.seconds) for a, b in zip(over, under)]
+    ratios = np.concatenate(sets)
     middle = float(np.median(ratios))
     spread = 1.4826 * float(np.median(abs(ratios - middle)))
-    return middle, 1.2533 * spread / len(ratios) ** 0.5
+    error = 1.2533 * spread / len(ratios) ** 0.5
+    if len(sets) > 1:
+        error = max(error, float(np.std([np.median(part) for part in sets], ddof=1)) / len(sets) ** 0.5)
+    return middle, error
+
+
+def measured_arms(o: Options, trees: dict[str, tuple[Path, Path]], words: list[str]) -> list[Arm]:
+    """The processes of a set, after their turns."""
+    arms = [start_arm(name, tree, [str(place), *words]) for name, (tree, place) in trees.items()]
+    if len({arm.parameters for arm in arms}) > 1:
+        counts = ", ".join(str(arm.parameters) for arm in arms)
+        raise SystemExit(f"{' '.join(words[:2])}: the models differ ({counts})")
+    # In every order equally often: what runs before an arm matters on a shared core.
+    orders = itertools.cycle(itertools.permutations(arms))
+    try:
+        for order in itertools.islice(orders, o.rounds // o.sets):
+            for arm in order:
+                arm.seconds.append(arm.turn())
+    finally:
+        for arm in arms:
+            arm.process.kill()
+            arm.process.wait()
+    return arms
 
 
 def measure(o: Options, tree: Path, objective: Objective, size: Size, what: What) -> dict[str, Any]:
-    cache = o.cache or what == "step"
+    cache = o.cache or what != "loader"
+    steps = o.records // o.batch if what == "epoch" else o.steps
     with tempfile.TemporaryDirectory() as folder:
-        arms = []
+        trees = {}
         for name, sources in (("before", tree), ("now", ROOT), ("again", ROOT)):
             # Each has its own, since the indexes that they write beside the data may differ.
             place = Path(folder) / name
             write_data(place, o, size)
-            arms.append(
-                start_arm(name, sources, [str(place), objective, size, str(o.batch), what, str(cache), str(o.steps)])
-            )
-        if len({arm.parameters for arm in arms}) > 1:
-            raise SystemExit(
-                f"{objective} {size}: the models differ ({', '.join(str(arm.parameters) for arm in arms)})"
-            )
-        try:
-            for number in range(o.rounds):
-                # Each arm is first, second and last equally often: what runs before it matters on a shared core.
-                for arm in (*arms[number % 3 :], *arms[: number % 3]):
-                    arm.seconds.append(arm.turn())
-        finally:
-            for arm in arms:
-                arm.process.kill()
-                arm.process.wait()
-    before, now, again = arms
+            trees[name] = (sources, place)
+        words = [objective, size, str(o.batch), what, str(cache), str(o.steps)]
+        before, now, again = zip(*(measured_arms(o, trees, words) for _ in range(o.sets)))
     (ratio, error), (control, control_error) = compared(now, before), compared(again, now)
     return {
         "what": what,
@@ -201,9 +245,10 @@ def measure(o: Options, tree: Path, objective: Objective, size: Size, what: What
         "error": error,
         "again": control,
         "again_error": control_error,
-        "step_ms": 1e3 * float(np.median(now.seconds)) / o.steps,
+        "step_ms": 1e3 * float(np.median([second for arm in now for second in arm.seconds])) / steps,
         "rounds": o.rounds,
-        "steps": o.steps,
+        "sets": o.sets,
+        "steps": steps,
         "beside": o.commit,
     }
 

@@ -18,6 +18,7 @@ from PIL.TiffImagePlugin import TiffImageFile
 from torch import Tensor
 
 from fastvlp.batch import Example, Record
+from fastvlp.data.records.plain_jpeg import plain_size
 from fastvlp.data.records.shards import RecordError
 from fastvlp.data.records.transform import Transform
 
@@ -95,25 +96,36 @@ def read_pixels(
 
     Raises what the decoders raise; ValueError for an image that is too large or too small.
     """
+    plain = plain_size(data)
+    if plain is not None and plain[0] * plain[1] <= MAX_PIXELS:
+        _check_size(*plain, max_pixels, min_side)
+        with suppress(ValueError):  # also raised for harmless oddities that Pillow reads
+            return _fast_pixels(data, *plain, transform)
     image = open_image(data)
-    width, height = image.size
+    _check_size(image.height, image.width, max_pixels, min_side)
+    jpeg = image.format in ("JPEG", "MPO")
+    turned = upright and orientation(image) != 1
+    if jpeg and image.mode in ("RGB", "L") and not turned:
+        with suppress(ValueError):
+            return _fast_pixels(data, image.height, image.width, transform)
+    if jpeg and transform:
+        height, width = transform.least(image.height, image.width)
+        image.draft(None, (width, height))
+    return opened_pixels(_in_8_bits(image, data), upright=upright)
+
+
+def _check_size(height: int, width: int, max_pixels: int, min_side: int) -> None:
     if width * height > max_pixels:
         raise ValueError(f"{width}x{height} pixels are more than the {max_pixels} allowed; scale it down")
     if min(width, height) < min_side:
         raise ValueError(f"{width}x{height} pixels, a side below {min_side}")
+
+
+def _fast_pixels(data: bytes, height: int, width: int, transform: Transform | None) -> Tensor:
+    """The pixels of an upright JPEG, grey or of three colours. Raises ValueError for what the decoder does not read."""
     least = transform.least(height, width) if transform else (0, 0)
-    jpeg = image.format in ("JPEG", "MPO")
-    turned = upright and orientation(image) != 1
-    if jpeg and image.mode in ("RGB", "L") and not turned:
-        try:
-            # Scales between 1 and 1/2 have no fast inverse DCT.
-            pixels = simplejpeg.decode_jpeg(data, "RGB", min_height=least[0], min_width=least[1], min_factor=2)
-            return torch.from_numpy(pixels)
-        except ValueError:
-            pass  # also raised for harmless oddities that Pillow reads
-    if jpeg and transform:
-        image.draft(None, (least[1], least[0]))
-    return opened_pixels(_in_8_bits(image, data), upright=upright)
+    # Scales between 1 and 1/2 have no fast inverse DCT.
+    return torch.from_numpy(simplejpeg.decode_jpeg(data, "RGB", min_height=least[0], min_width=least[1], min_factor=2))
 
 
 def open_image(data: bytes) -> Image.Image:
@@ -176,6 +188,9 @@ def opened_pixels(image: Image.Image, *, upright: bool = True) -> Tensor:
 
 def stored_shape(data: bytes) -> StoredShape:
     """Reads the header of an image that can be decoded."""
+    plain = plain_size(data)
+    if plain is not None:
+        return StoredShape(*plain, 1)
     with open_image(data) as image:
         return StoredShape(image.height, image.width, orientation(image))
 

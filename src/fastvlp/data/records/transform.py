@@ -54,7 +54,7 @@ class Transform:
     def __call__(self, pixels_HWC: Tensor) -> Tensor:
         height, width, _ = pixels_HWC.shape
         (x, y, w, h), (to_x, to_y, to_w, to_h) = self._moves(height, width)
-        part = _resize(pixels_HWC.permute(2, 0, 1)[:, y : y + h, x : x + w], to_h, to_w)
+        part = _resize(pixels_HWC[y : y + h, x : x + w], to_h, to_w)
         top, left = max(0, -to_y), max(0, -to_x)
         part = part[:, top : top + self.size, left : left + self.size]
         if part.shape[1:] == (self.size, self.size):
@@ -88,9 +88,12 @@ class Transform:
         return (0, 0, width, height), ((self.size - w) // 2, (self.size - h) // 2, w, h)
 
 
-def _resize(image_CHW: Tensor, height: int, width: int) -> Tensor:
-    if image_CHW.shape[1:] == (height, width):
-        return image_CHW
-    # On uint8 in HWC order this is the vectorised kernel; it agrees with Pillow's bicubic to 2 of 255 levels.
-    resized = F.interpolate(image_CHW[None], size=(height, width), mode="bicubic", antialias=True, align_corners=False)
-    return resized[0]
+def _resize(pixels_HWC: Tensor, height: int, width: int) -> Tensor:
+    """uint8 [3 height width]; no copy where the size is right."""
+    # With the batch dimension before the permutation, PyTorch sees the order that its vectorised kernel for three channels
+    # reads as it is; with it after that, each picture is unpacked and packed again, in 1.4 times the time.
+    image_CHW = pixels_HWC[None].permute(0, 3, 1, 2)
+    if image_CHW.shape[2:] == (height, width):
+        return image_CHW[0]
+    # It agrees with Pillow's bicubic to 2 of 255 levels.
+    return F.interpolate(image_CHW, size=(height, width), mode="bicubic", antialias=True, align_corners=False)[0]
