@@ -19,6 +19,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal
 
+import numpy as np
 import torch
 import tyro
 from objective_step_time import OBJECTIVES, Clock, model_config
@@ -86,7 +87,7 @@ def uniter_rows(o: Options) -> Lengths:
     random = torch.Generator().manual_seed(o.seed)
     regions = (36 + 16 * torch.randn(o.rows, generator=random)).round().clamp(10, 100)
     words = (11.5 + 3.5 * torch.randn(o.rows, generator=random)).round().clamp(min=1)
-    return Lengths((regions + words + 2).long(), torch.arange(o.rows + 1))
+    return Lengths((regions + words + 2).long().numpy(), np.arange(o.rows + 1))
 
 
 def lengths_by_batch(o: Options, grouping: Grouping, lengths: Lengths) -> Iterator[Tensor]:
@@ -94,14 +95,14 @@ def lengths_by_batch(o: Options, grouping: Grouping, lengths: Lengths) -> Iterat
     loader = Loader(o.rows, lambda rows: ..., batch_size=1, seed=o.seed, grouping=grouping, lengths=lambda: lengths)
     assert loader.plan is not None
     for s in range(int(loader.plan.epoch())):
-        yield lengths.tokens_T[torch.tensor([row.index for row in loader.rows(s)])]
+        yield torch.from_numpy(lengths.tokens_T[[row.index for row in loader.rows(s)]])
 
 
 def in_random_order(o: Options, lengths: Lengths) -> Iterator[Tensor]:
     """Batches of shuffled rows, filled eight at a time while rows times the longest stay within the budget."""
     order = torch.randperm(o.rows, generator=torch.Generator().manual_seed(o.seed))
     first = longest = 0
-    length_N = lengths.tokens_T[order]
+    length_N = torch.from_numpy(lengths.tokens_T)[order]
     for at, most in zip(range(0, o.rows, 8), (part.max() for part in length_N.split(8))):
         longest = max(longest, int(most))
         if (at + 8 - first) * longest > o.max_tokens:

@@ -1,11 +1,14 @@
 """Open a split of many made rows in a fresh process: seconds, and memory that is not shared with the files.
 
     python bench/many_rows.py --rows 10000000
+    python bench/many_rows.py --rows 100000 --real
     python bench/many_rows.py --rows 100000 --real --checkout ../earlier
 
-Each row is an image of 20 kB and a text. The tars are sparse files of the right size, and the index is written by the code
-that an import uses. With `real`, small records are written by the writer of the checkout, for earlier commits. Measured apart:
-opening, 1,000 random records, and the rows of the first ten batches.
+Each row is an image of 20 kB and a text. The tars are sparse files of the right size, and the index and the lengths of the
+captions are written by the code that writes them otherwise. With `real`, small records are written by the writer of the
+checkout, which counts their lengths too; for earlier commits. Measured one after the other in one process: opening, 1,000
+random records, the rows of the first ten batches, then batches of rows of one length: reading the lengths, ten batches, and
+ten batches in the middle of the second epoch, with a fixed number of rows and with a budget of tokens.
 """
 
 from __future__ import annotations
@@ -19,30 +22,57 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import tyro
 from records import RESULTS, append, stamp
 
 from fastvlp.data.records.index_files import NAME
+from fastvlp.data.records.shards import Shards
 from fastvlp.data.records.split_index import Tar, write_split_index
 from fastvlp.data.records.tar_index import KINDS, TarIndex
+from fastvlp.data.stored_lengths import caption_lengths
+from fastvlp.data.streams import blocks
+from fastvlp.data.tokenize import Tokenizer
 
 _BLOCK, _IMAGE, _TEXT = 512, 20_480, 512
 
+_MAX_LENGTH = 50
+
 _WRITE = """
-import sys
+import random, sys
 from fastvlp.batch import Record
 from fastvlp.data.records.shards import ShardWriter
+words = [f"w{i}" for i in range(5000)]
 with ShardWriter(sys.argv[1], 10_000) as writer:
     for i in range(int(sys.argv[2])):
-        writer.write(Record(key=f"r{i:09d}", images=(bytes([255, 216]) + bytes(98),), info={"caption": "a made row"}))
+        caption = " ".join(random.Random(i).choices(words, k=5 + i % 11))
+        writer.write(Record(key=f"r{i:09d}", images=(bytes([255, 216]) + bytes(98),), info={"caption": caption}))
+"""
+
+_COUNT = """
+import sys, time
+from fastvlp.data.records.shards import Shards
+from fastvlp.data.tokenize import Tokenizer
+try:
+    from fastvlp.data.stored_lengths import caption_lengths
+except ImportError:
+    from fastvlp.data.pairs import caption_lengths
+shards = Shards(sys.argv[1])
+tokenizer = Tokenizer.load(sys.argv[2])
+begin = time.process_time()
+caption_lengths(shards, tokenizer, "captions", 50)
+print(time.process_time() - begin)
 """
 
 _READ = """
 import json, random, sys, time
+from fastvlp.data.batching import Grouping
 from fastvlp.data.loader import Loader
+from fastvlp.data.pairs import PairData
 from fastvlp.data.records.shards import Shards
+from fastvlp.data.tokenize import Tokenizer
 
 def memory():
     lines = dict(line.split(":") for line in open("/proc/self/smaps_rollup").read().splitlines()[1:])
@@ -56,6 +86,7 @@ def lap(name):
     begin = time.perf_counter(), time.process_time()
 
 out = {"before": memory()}
+tokenizer = Tokenizer.load(sys.argv[2])
 begin = time.perf_counter(), time.process_time()
 shards = Shards(sys.argv[1])
 count = len(shards)
@@ -67,6 +98,21 @@ loader = Loader(count, None, batch_size=256, seed=0)
 for s in range(10):
     loader.rows(s)
 lap("ten_batches")
+del loader
+rows = PairData(train=sys.argv[1], batch_size=256, cache=False).rows("train", tokenizer, 224, strict=False)
+lap("open_again")
+lengths = rows.lengths()
+lap("lengths")
+for name, grouping in (("grouped", Grouping()), ("budget", Grouping(max_tokens=8192))):
+    loader = Loader(count, None, batch_size=256, seed=0, grouping=grouping, lengths=lambda: lengths)
+    for s in range(10):
+        loader.rows(s)
+    lap(f"ten_batches_{name}")
+    middle = int(1.5 * loader.plan.epoch()) if name == "budget" else count * 3 // 512
+    for s in range(middle, middle + 10):
+        loader.rows(s)
+    lap(f"middle_of_epoch_2_{name}")
+    del loader
 print(json.dumps({"rows": count, **out}))
 """
 
@@ -122,6 +168,24 @@ def made_split(folder: Path, rows: int, per_tar: int) -> None:
         write_split_index(out.fileno(), folder, tars, indexes(), read)
 
 
+def made_lengths(folder: Path, tokenizer: Tokenizer) -> None:
+    """The lengths of captions of 5 to 15 words, in the file where counting would have left them."""
+    shards = Shards(folder)
+
+    def counted(*_: object) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        for part in blocks(len(shards), 1 << 20):
+            n = part.stop - part.start
+            yield 7 + np.random.default_rng(part.start).integers(0, 11, n), np.ones(n, np.int64)
+
+    with patch("fastvlp.data.stored_lengths.counted_rows", counted):
+        caption_lengths(shards, tokenizer, "captions", _MAX_LENGTH)
+
+
+def made_tokenizer(path: Path) -> Tokenizer:
+    Tokenizer.train([" ".join(f"w{i}" for i in range(5000))] * 3, vocab_size=8000).save(path)
+    return Tokenizer.load(path)
+
+
 def run(code: str, checkout: Path, *words: object) -> str:
     environment = {**os.environ, "PYTHONPATH": str(checkout.resolve() / "src"), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", code, *map(str, words)]
@@ -137,9 +201,16 @@ def main(options: Options) -> None:
             run(_WRITE, options.checkout, folder, options.rows)
         else:
             made_split(folder, options.rows, options.per_tar)
-        made_s = time.perf_counter() - begin
-        index_mb = sum(path.stat().st_size for path in folder.glob("*index*")) / 2**20
-        row = {"made_s": made_s, "index_mb": index_mb, **json.loads(run(_READ, options.checkout, folder))}
+        row = {"made_s": time.perf_counter() - begin}
+        words = Path(name) / "tokenizer.json"
+        tokenizer = made_tokenizer(words)
+        if options.real:
+            row["counting_cpu_s"] = float(run(_COUNT, options.checkout, folder, words))
+        else:
+            made_lengths(folder, tokenizer)
+        for kind in ("index", "lengths"):
+            row[f"{kind}_mb"] = sum(path.stat().st_size for path in folder.glob(f"*{kind}*")) / 2**20
+        row |= json.loads(run(_READ, options.checkout, folder, words))
     command = ["git", "-C", str(options.checkout), "rev-parse", "--short", "HEAD"]
     measured = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     row = {**stamp("cpu", "many_rows.py"), "measured": measured, **row}

@@ -8,6 +8,7 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -16,10 +17,11 @@ from hypothesis import strategies as st
 from fastvlp.batch import Batch, Dropped, Record
 from fastvlp.data.batching import Grouping, Lengths, Plan, avoid_single_row, budget_sizes
 from fastvlp.data.loader import Loader, Row
-from fastvlp.data.pairs import PairData, PairMaker, caption_lengths
+from fastvlp.data.pairs import PairData, PairMaker
 from fastvlp.data.records.shards import Shards, ShardWriter
 from fastvlp.data.records.transform import Transform
 from fastvlp.data.regions import RegionSource
+from fastvlp.data.stored_lengths import caption_lengths
 from fastvlp.data.tokenize import Tokenizer
 from fastvlp.data.world.corpus import WorldConfig, scene_record
 from fastvlp.errors import UserError
@@ -36,7 +38,7 @@ RECORDS = 128
 def made_lengths(count: int, texts: int = 3) -> Lengths:
     generator = torch.Generator().manual_seed(count)
     tokens = torch.randint(3, 31, (count * texts,), generator=generator)
-    return Lengths(tokens, torch.arange(count + 1) * texts)
+    return Lengths(tokens.numpy(), np.arange(count + 1) * texts)
 
 
 def uniter_lengths(count: int) -> Lengths:
@@ -44,7 +46,7 @@ def uniter_lengths(count: int) -> Lengths:
     generator = torch.Generator().manual_seed(0)
     boxes = (36 + 16 * torch.randn(count, generator=generator)).round().clamp(10, 100)
     text = (11.5 + 3.5 * torch.randn(count, generator=generator)).round().clamp(min=1)
-    return Lengths((boxes + text + 2).long(), torch.arange(count + 1))
+    return Lengths((boxes + text + 2).long().numpy(), np.arange(count + 1))
 
 
 def make(rows: list[Row]) -> tuple[Batch, list[Dropped]]:
@@ -162,7 +164,7 @@ def test_no_row_is_left_alone(sizes, wanted):
 
 def test_the_last_batch_of_a_bucket_has_negatives():
     """Nine rows of ten tokens in batches of at most four: 4, 4 and 1 would be an error of ITM, not of the data."""
-    lengths, grouping = Lengths(torch.full((9,), 10), torch.arange(10)), Grouping(group=9, max_tokens=40, multiple=2)
+    lengths, grouping = Lengths(np.full(9, 10), np.arange(10)), Grouping(group=9, max_tokens=40, multiple=2)
     made = Loader(9, make, batch_size=1, seed=0, grouping=grouping, lengths=lambda: lengths)
     batches = made.batches()
     assert sorted(len(next(batches)[0]) for _ in range(3)) == [2, 3, 4]

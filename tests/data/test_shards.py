@@ -179,7 +179,7 @@ def test_the_index_of_a_split_that_cannot_be_written_is_kept_elsewhere(split, mo
             raise OSError(errno.EROFS, "Read-only file system")
         return open_part(path, *arguments)
 
-    monkeypatch.setattr("fastvlp.data.records.index_files.open_part", refuse)
+    monkeypatch.setattr("fastvlp.data.part_file.open_part", refuse)
     assert len(Shards(split)) == 10
     (kept,) = (tmp_path / "cache").iterdir()
     kept.unlink()

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import accumulate
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -44,20 +45,23 @@ class Grouping:
 
 @dataclass(frozen=True)
 class Lengths:
-    """The lengths of rows, int64.
+    """The lengths of rows, of any type of integers; they may be mapped from a file.
 
     Attributes:
         tokens_T: tokens of the row for each text of each record, with `<s>`, `</s>` and everything else in the row (regions).
         first_N: the texts of record i are those from first_N[i] to first_N[i + 1], at least one.
     """
 
-    tokens_T: Tensor
-    first_N: Tensor
+    tokens_T: np.ndarray
+    first_N: np.ndarray
 
     def __call__(self, index_B: Tensor, seed_B: Tensor) -> Tensor:
-        """The lengths [B] of rows with these records and seeds. A row has the text hash64(seed) % texts, as in `PairMaker`."""
-        first_B = self.first_N[index_B]
-        return self.tokens_T[first_B + hash64_rows(seed_B) % (self.first_N[index_B + 1] - first_B)]
+        """The lengths int64 [B] of rows with these records and seeds. A row has the text hash64(seed) % texts, as in
+        `PairMaker`."""
+        index = index_B.numpy()
+        first = self.first_N[index].astype(np.int64)
+        texts = self.first_N[index + 1].astype(np.int64) - first
+        return torch.from_numpy(self.tokens_T[first + hash64_rows(seed_B).numpy() % texts].astype(np.int64))
 
 
 def budget_sizes(length_N: Tensor, max_tokens: int, *, multiple: int = 8, reset_longest: bool = True) -> list[int]:
@@ -88,7 +92,7 @@ class Plan:
     With a budget, an epoch is cut into equal buckets, and the last batch of each bucket has what remains. Two ranks take the
     batches that one rank would take with twice the accumulation.
 
-    Batches before t are counted bucket by bucket, once: resuming costs 0.3 s for each million rows before it.
+    With a budget, batches before t are counted bucket by bucket, once: resuming costs 0.3 s for each million rows before it.
 
     Args:
         lengths: the lengths int64 [N] of the rows at places [N].
@@ -127,22 +131,33 @@ class Plan:
         """The places int64 [B] of a batch, longest rows first."""
         with self._lock:
             b = self._bucket_of(t)
-            return self.bucket(b)[t - self._first[b]]
+            return self.bucket(b)[t - self._first_of(b)]
 
     def place(self, t: int) -> int:
         """How many rows are before batch number t."""
         with self._lock:
+            if self.grouping.max_tokens is None:
+                return t * self.batch_size
             b = self._bucket_of(t)
-            return self._range(b)[0] + sum(map(len, self.bucket(b)[: t - self._first[b]]))
+            return self._range(b)[0] + sum(map(len, self.bucket(b)[: t - self._first_of(b)]))
 
     def _bucket_of(self, t: int) -> int:
         """The bucket that has batch number t. The caller holds the lock."""
+        if self.grouping.max_tokens is None:
+            first, end = self._range(0)
+            return t * self.batch_size // (end - first)
         while self._first[-1] <= t:
             self._first.append(self._first[-1] + len(self.bucket(len(self._first) - 1)))
         return bisect_right(self._first, t) - 1
 
+    def _first_of(self, b: int) -> int:
+        """The number of the first batch of a bucket that was counted."""
+        return self._range(b)[0] // self.batch_size if self.grouping.max_tokens is None else self._first[b]
+
     def batch_behind(self, place: int) -> int:
         """The first batch that begins behind so many rows."""
+        if self.grouping.max_tokens is None:
+            return -(-place // self.batch_size)
         b = 0
         while self._range(b)[1] <= place:
             b += 1

@@ -162,14 +162,16 @@ class Loader:
         index_N = torch.empty_like(place_N)
         for epoch in sorted({*epoch_N.tolist()}):
             here_N = epoch_N == epoch
-            index_N[here_N] = self._order(epoch)[place_N[here_N] % self.count]
+            index_N[here_N] = self._order(epoch)[place_N[here_N] % self.count].long()
         return index_N, hash64_rows(self.seed, epoch_N, index_N)
 
     def _order(self, epoch: int) -> Tensor:
         order = self._orders.get(epoch)
         if order is None:
             generator = torch.Generator().manual_seed(hash64(self.seed, epoch))
-            order = torch.randperm(self.count, generator=generator)
+            # The same numbers in half of the memory: an epoch of 10 M rows takes 40 MB.
+            dtype = torch.int32 if self.count < 2**31 else torch.int64
+            order = torch.randperm(self.count, generator=generator, dtype=dtype)
             self._orders = {e: o for e, o in self._orders.items() if e == epoch - 1} | {epoch: order}
         return order
 

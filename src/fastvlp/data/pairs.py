@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from copy import copy
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import islice
 from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
@@ -26,9 +25,10 @@ from fastvlp.data.reader import RecordReader
 from fastvlp.data.records.schema import clean_text, usable_captions
 from fastvlp.data.records.shards import RecordError, Shards
 from fastvlp.data.records.transform import Fit, Transform
-from fastvlp.data.regions import ImageRegions, RegionSource, pad_regions, region_count
+from fastvlp.data.regions import ImageRegions, RegionSource, pad_regions
 from fastvlp.data.sequential import BLOCK, SequentialReading
 from fastvlp.data.states_file import StatesFile
+from fastvlp.data.stored_lengths import caption_lengths
 from fastvlp.data.stores import Stored
 from fastvlp.data.teacher import TeacherVectors
 from fastvlp.data.tokenize import Tokenizer
@@ -195,8 +195,7 @@ class PairData(Data):
             strict=strict,
             teacher=stored.teacher.open(shards, self.captions) if stored and stored.teacher else None,
         )
-        regions = partial(region_count, self.regions)
-        lengths = partial(caption_lengths, shards, tokenizer, self.captions, self.max_length, regions)
+        lengths = partial(caption_lengths, shards, tokenizer, self.captions, self.max_length, self.regions)
         reading = self._reading(shards) if self.order == "sequential" else None
         return Rows(
             len(shards), make, tuple(shards.damage), lengths, shards.content, reading=reading, make_hashed=make.hashed()
@@ -356,37 +355,3 @@ def readable_infos(shards: Shards, ahead: int = 0) -> Iterator[dict[str, Any]]:
             yield shards.info(i)
         if ahead:
             shards.release([i])
-
-
-def caption_lengths(
-    shards: Shards,
-    tokenizer: Tokenizer,
-    field: str,
-    max_length: int,
-    others: Callable[[Mapping[str, Any]], int] = lambda _: 0,
-) -> Lengths:
-    """Returns the lengths of a `PairMaker`'s rows. It reads every record's info and tokenises every caption, which takes half a
-    minute for a million captions on one core, and keeps 8 bytes for each.
-
-    Args:
-        others: number of tokens of a row besides its text, such as regions, given the record's info.
-    """
-    counts: list[int] = []
-    other_counts: list[int] = []
-
-    def texts() -> Iterator[str]:
-        for i in range(len(shards)):
-            info: dict[str, Any] = {}
-            with suppress(RecordError):
-                info = shards.info(i)
-            # A record without captions counts as an empty one; making its batch raises the error.
-            captions = usable_captions(info, field) or [""]
-            counts.append(len(captions))
-            other_counts.append(others(info))
-            yield from captions
-
-    stream = texts()
-    parts = [tokenizer.encode(part, max_length)[1] for part in iter(lambda: list(islice(stream, 4096)), [])]
-    count_N = torch.tensor(counts)
-    tokens_T = torch.cat(parts) + torch.tensor(other_counts).repeat_interleave(count_N)
-    return Lengths(tokens_T, torch.cat([torch.zeros(1, dtype=torch.int64), count_N.cumsum(0)]))

@@ -3,14 +3,64 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TypeVar
 
 try:
     import fcntl
 except ImportError:  # Windows has no file locks of this kind, so two processes may write the same file there
     fcntl = None  # type: ignore[assignment]
+
+
+T = TypeVar("T")
+
+
+def first_kept(
+    paths: Sequence[Path], read: Callable[[Path, bool], T | None], write: Callable[[int, Path], None]
+) -> tuple[T, Path | None]:
+    """What the first of these files that has it holds. Otherwise it is made, in the first that can be written, or else in a
+    temporary file, for which the path is None. One process makes it, and the others wait.
+
+    Args:
+        read: reads a file; None where it does not hold what is wanted. False: this process has written it, so that it needs no
+            check.
+        write: writes into an open file; the path is the one that the file will have.
+
+    Raises OSError where even a temporary file cannot be written.
+    """
+    for path in paths:
+        if (kept := read(path, True)) is not None:
+            return kept, path
+    for path in paths:
+        with suppress(OSError):
+            return _made(path, read, write), path
+    with tempfile.TemporaryDirectory() as folder:
+        return _made(Path(folder) / paths[0].name, read, write), None
+
+
+def _made(path: Path, read: Callable[[Path, bool], T | None], write: Callable[[int, Path], None]) -> T:
+    """Raises OSError where nothing can be written."""
+    made: list[T] = []
+
+    def is_made() -> bool:
+        made[:] = [kept for kept in [read(path, True)] if kept is not None]
+        return bool(made)
+
+    with open_part(path, lambda: None, is_made) as file:
+        if file is not None:
+            try:
+                write(file, path)
+                complete(file, path)
+            except BaseException:
+                part_of(path).unlink(missing_ok=True)
+                raise
+    kept = made[0] if made else read(path, False)
+    if kept is None:
+        raise OSError(None, "it was changed by another process while it was made", str(path))
+    return kept
 
 
 @contextmanager

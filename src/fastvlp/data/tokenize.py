@@ -166,6 +166,12 @@ class Tokenizer:
         padded = [row + [self.pad] * (longest - len(row)) for row in rows]
         return torch.tensor(padded, dtype=torch.int64).reshape(len(rows), longest), length_B
 
+    def lengths(self, texts: Sequence[str], max_length: int) -> Tensor:
+        """The length int64 [B] that `encode` gives each text, without its ids."""
+        cut = [text[: max_length * _CHARS_PER_TOKEN] for text in texts]
+        encodings = self._inner.encode_batch_fast(cut, add_special_tokens=False)
+        return torch.tensor([min(len(encoding), max_length - 2) + 2 for encoding in encodings], dtype=torch.int64)
+
     def readings(self, texts: Sequence[str], max_length: int) -> list[Reading]:
         """Says of each text what of it `encode` reads, and which of its words are unknown."""
         encodings = self._inner.encode_batch([*texts], add_special_tokens=False)

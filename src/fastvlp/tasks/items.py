@@ -7,6 +7,7 @@ from contextlib import suppress
 from itertools import islice
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -165,7 +166,7 @@ class ItemMaker:
                     counts[i] = region_count(self.regions, self.shards.info(item.record))
         parts = [texts[i : i + 4096] for i in range(0, len(texts), 4096)]
         length_N = torch.cat([encode_joined(self.tokenizer, part, self.max_length)[1] for part in parts])
-        return Lengths((length_N + counts) * self.images, torch.arange(len(texts) + 1))
+        return Lengths(((length_N + counts) * self.images).int().numpy(), np.arange(len(texts) + 1, dtype=np.int32))
 
     def _read(self, item: Item) -> ItemImages:
         record = self.reader.record(item.record)

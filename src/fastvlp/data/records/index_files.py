@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from fastvlp.data.flat_arrays import DamagedArraysError
-from fastvlp.data.part_file import complete, open_part, part_of
+from fastvlp.data.part_file import first_kept
 from fastvlp.data.records.remote import attempt
 from fastvlp.data.records.split_index import SplitIndex, Tar, read_split_index, write_split_index
 from fastvlp.data.records.tar_index import TarIndex, scan
@@ -41,9 +41,19 @@ def cached_index(url: str) -> Path:
     return Path(folder) / f"{sha256(url.encode()).hexdigest()[:32]}.{NAME}"
 
 
+def index_places(root: str) -> list[Path]:
+    """Where the index of local tars may be kept, best first."""
+    return [Path(index_name(root)), cached_index(str(Path(root).resolve()))]
+
+
+def beside_index(index: Path, name: str) -> Path:
+    """Where another file about the same tars is kept."""
+    return index.with_name(index.name.removesuffix(NAME) + name)
+
+
 def local_index(root: str, tars: Sequence[Tar], read: Read) -> tuple[SplitIndex, Path | None]:
     """The index of local tars and its file; None where it is in no file, because nothing can be written."""
-    places = [Path(index_name(root)), cached_index(str(Path(root).resolve()))]
+    places = index_places(root)
     # One tar of a folder may be in the folder's index.
     older = [*places, *([Path(root).parent / NAME] if Path(root).is_file() else [])]
 
@@ -93,47 +103,22 @@ def _open(
     origin: str,
 ) -> tuple[SplitIndex, Path | None]:
     """The index in the first of these files that has it; otherwise it is made, in the first that can be written."""
-    for path in paths:
-        if index := _existing(path, tars, origin):
-            return index, path
-    for path in paths:
-        with suppress(OSError):
-            return _made(path, tars, indexes, read, origin), path
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / NAME
-        try:
-            return _made(path, tars, indexes, read, origin), None
-        except OSError as error:
-            advice = remedy(error, "free space in it")
-            raise UserError(f"{place}: the index of its tars cannot be kept in {folder} ({error}); {advice}") from error
 
+    def existing(path: Path, check: bool) -> SplitIndex | None:
+        with suppress(OSError, DamagedArraysError):
+            index = read_split_index(path, check=check)
+            return index if index.is_of(tars) and index.origin == origin else None
+        return None
 
-def _existing(path: Path, tars: Sequence[Tar], origin: str) -> SplitIndex | None:
-    with suppress(OSError, DamagedArraysError):
-        index = read_split_index(path)
-        return index if index.is_of(tars) and index.origin == origin else None
-    return None
+    def write(file: int, path: Path) -> None:
+        write_split_index(file, path.parent, tars, indexes(), read, origin)
 
-
-def _made(
-    path: Path, tars: Sequence[Tar], indexes: Callable[[], Iterator[tuple[int, TarIndex]]], read: Read, origin: str
-) -> SplitIndex:
-    """Raises OSError where nothing can be written."""
-    made: list[SplitIndex] = []
-
-    def is_made() -> bool:
-        made[:] = filter(None, [_existing(path, tars, origin)])
-        return bool(made)
-
-    with open_part(path, lambda: None, is_made) as file:
-        if file is not None:
-            try:
-                write_split_index(file, path.parent, tars, indexes(), read, origin)
-                complete(file, path)
-            except BaseException:
-                part_of(path).unlink(missing_ok=True)
-                raise
-    return made[0] if made else read_split_index(path, check=False)
+    try:
+        return first_kept(paths, existing, write)
+    except OSError as error:
+        folder = tempfile.gettempdir()
+        advice = remedy(error, "free space in it")
+        raise UserError(f"{place}: the index of its tars cannot be kept in {folder} ({error}); {advice}") from error
 
 
 def _known(paths: Sequence[Path], name: Callable[[Tar], Any]) -> Mapping[Any, tuple[SplitIndex, int]]:

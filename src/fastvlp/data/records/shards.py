@@ -23,7 +23,7 @@ from fsspec.implementations.local import LocalFileSystem
 from fastvlp.batch import Dropped, Record
 from fastvlp.data.records.captions import caption_texts, merge_captions
 from fastvlp.data.records.held_members import HeldMembers, Place
-from fastvlp.data.records.index_files import local_index, remote_index
+from fastvlp.data.records.index_files import beside_index, cached_index, index_places, local_index, remote_index
 from fastvlp.data.records.remote import FIRST_WAITS, attempt, open_url, read_range
 from fastvlp.data.records.shard_places import list_tars, local_tars, remote_tars, where_shards_are
 from fastvlp.data.records.split_index import Member, SplitIndex, read_split_index
@@ -177,6 +177,7 @@ class Shards:
             if self._local
             else remote_index(self.url, fs, root, tars, versions, self._read_span)
         )
+        self._places = index_places(root) if self._local else [cached_index(self.url)]
         self.damage: list[Dropped] = [part for _, part in self._index.damage]
         if len(self) == 0:
             reasons = "; ".join(f"{d.key}: {d.reason}" for d in self.damage[:5])
@@ -203,6 +204,10 @@ class Shards:
     def folder(self) -> Path | None:
         """The local folder of the tars; None if they are at a URL."""
         return Path(self._tars[0]).parent if self._local else None
+
+    def places(self, name: str) -> list[Path]:
+        """Where a file about these records may be kept, best first: beside their index, and in the user's cache."""
+        return [beside_index(index, name) for index in self._places]
 
     @property
     def keys(self) -> list[str]:
