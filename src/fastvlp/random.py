@@ -7,6 +7,8 @@ of its own address (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -54,6 +56,16 @@ def hash64_rows(*parts: int | Tensor) -> Tensor:
         x = part if isinstance(part, Tensor) else torch.tensor(_signed(part))
         h = mix64(mix64(h) + (x + 1) * _signed(_GOLDEN))
     return _shift(h, 1)
+
+
+def sample_indices(count: int, most: int, seed: int) -> Iterator[int]:
+    """Indices below `count` in rising order: one drawn from each of `most` equal parts, or all where there are no more."""
+    if count <= most:
+        yield from range(count)
+        return
+    for part in range(most):
+        first, end = part * count // most, (part + 1) * count // most
+        yield first + hash64(seed, part) % (end - first)
 
 
 def bits(seed_B: Tensor, shape_after_B: tuple[int, ...], salt: int) -> Tensor:

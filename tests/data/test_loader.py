@@ -10,7 +10,7 @@ from PIL import Image
 
 from fastvlp.batch import Batch, Dropped, Record
 from fastvlp.data.loader import Loader, Row
-from fastvlp.data.pairs import PairData, PairMaker
+from fastvlp.data.pairs import PairData, PairMaker, readable_infos
 from fastvlp.data.records.schema import clean_text, usable_captions
 from fastvlp.data.records.shards import Shards, ShardWriter
 from fastvlp.data.records.transform import Transform
@@ -294,3 +294,26 @@ def test_captions_of_two_languages_are_those_of_both():
     info = {"captions": ["a dog", 3], "captions_zh": "一只狗"}
     assert usable_captions(info, "captions+captions_zh") == ["a dog", "一只狗"]
     assert usable_captions(info, "captions+captions_de") == ["a dog"]
+
+
+@pytest.mark.parametrize("ahead", [0, 3])
+def test_a_vocabulary_is_trained_on_a_sample_spread_over_the_records(tmp_path, ahead):
+    with ShardWriter(tmp_path, per_shard=7) as writer:
+        for i in range(60):
+            writer.write(Record(key=f"r{i}", images=(b"\xff\xd8",), info={"captions": [str(i)]}))
+    data = PairData(train=str(tmp_path), batch_size=1, vocab_records=12)
+    seen = [int(text) for text in data.texts()]
+    assert seen == [*map(int, data.texts())]
+    assert [i // 5 for i in seen] == [*range(12)]
+    assert seen != [*range(0, 60, 5)]
+    held = [int(info["captions"][0]) for info in readable_infos(Shards(tmp_path), ahead, 12)]
+    assert len(held) == len({*held}) == 12
+    assert held == sorted(held)
+
+
+@pytest.mark.parametrize("most", [60, 61, None])
+def test_of_few_records_all_are_read(tmp_path, most):
+    with ShardWriter(tmp_path) as writer:
+        for i in range(60):
+            writer.write(Record(key=f"r{i}", images=(b"\xff\xd8",), info={"captions": [str(i)]}))
+    assert [*PairData(train=str(tmp_path), batch_size=1, vocab_records=most).texts()] == [*map(str, range(60))]

@@ -33,7 +33,7 @@ from fastvlp.data.stores import Stored
 from fastvlp.data.teacher import TeacherVectors
 from fastvlp.data.tokenize import Tokenizer
 from fastvlp.errors import UserError
-from fastvlp.random import hash64
+from fastvlp.random import hash64, sample_indices
 
 Split = Literal["train", "val", "test"]
 
@@ -125,6 +125,8 @@ class Data(abc.ABC):
 
 # Other fields that fine-tuning reads later, and the key of the text in their entries. The tokenizer has to know their words.
 _OTHER_TEXTS = (("questions", "question"), ("statements", "text"))
+# The seed of the records that a vocabulary is trained on. Runs of several seeds share one, and can be compared.
+_VOCABULARY = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,6 +144,9 @@ class PairData(Data):
     a model of two languages."""
     regions: RegionSource | None = None
     """Regions to load with each image."""
+    vocab_records: Count | None = 500_000
+    """Records whose texts a new tokenizer is trained on, drawn evenly from all, the same for every seed of the run; None: all
+    records."""
     order: Literal["random", "sequential"] = "random"
     """Order of training's records: `random`, which reads each by itself, or `sequential`, as they are stored, shard after
     shard, shuffled in a buffer, for data that are far away."""
@@ -222,13 +227,13 @@ class PairData(Data):
         return sample_cut(self.train, self.captions, tokenizer, self.max_length, most)
 
     def texts(self) -> Iterator[str]:
-        """Yields the captions, and the questions and statements in the same languages."""
+        """Yields the captions, and the questions and statements in the same languages, of at most `vocab_records` records."""
         languages = [field.removeprefix("captions") for field in self.captions.split("+")]
         fields = [(f"{field}{language}", text) for language in languages for field, text in _OTHER_TEXTS]
         any_caption = False
         shards = Shards(self.train)
         ahead = self._reading(shards).block if self.order == "sequential" else 0
-        for info in readable_infos(shards, ahead):
+        for info in readable_infos(shards, ahead, self.vocab_records):
             captions = usable_captions(info, self.captions)
             any_caption |= bool(captions)
             yield from captions
@@ -343,15 +348,21 @@ class PairMaker:
         return Pair(image, captions[k], row.seed, regions, states, image_hash, taught)
 
 
-def readable_infos(shards: Shards, ahead: int = 0) -> Iterator[dict[str, Any]]:
+def readable_infos(shards: Shards, ahead: int = 0, most: int | None = None) -> Iterator[dict[str, Any]]:
     """Yields the info of every record whose info can be read. The errors of the others are reported when batches are made.
 
-    `ahead`: records that are read in one go, with their images; 0 reads each info by itself.
+    Args:
+        ahead: records that are read in one go, with their images; 0 reads each info by itself.
+        most: of more records than this, so many, drawn evenly; those that are read in one go are drawn together.
     """
-    for i in range(len(shards)):
-        if ahead and i % ahead == 0:
-            shards.hold(range(i, min(i + ahead, len(shards))))
-        with suppress(RecordError):
-            yield shards.info(i)
+    size, count = max(1, ahead), len(shards)
+    parts = -(-count // size)
+    for part in sample_indices(parts, parts if most is None else -(-most // size), _VOCABULARY):
+        records = range(part * size, min((part + 1) * size, count))
         if ahead:
-            shards.release([i])
+            shards.hold(records)
+        for i in records:
+            with suppress(RecordError):
+                yield shards.info(i)
+            if ahead:
+                shards.release([i])
