@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from fastvlp.comparison.charts import Line, Point, line_chart, nice_ticks, short
-from fastvlp.comparison.report import describe_speedup, page, write_report
+from fastvlp.comparison.charts import Dot, Line, Point, dot_chart, line_chart, nice_ticks, short
+from fastvlp.comparison.report import page, write_report
 from fastvlp.comparison.results import (
     AnsweredQuestion,
     ArmRun,
@@ -17,7 +17,6 @@ from fastvlp.comparison.results import (
     Sample,
     TrainingCost,
 )
-from fastvlp.comparison.summary import Speedup, Spread
 
 PICTURE = "data:image/png;base64,iVBORw0KGgo="
 
@@ -120,12 +119,6 @@ def test_a_comparison_under_way_has_a_page(seeds: int, marks: int) -> None:
     assert not parser.open
 
 
-def test_what_cannot_be_timed_is_not_called_slow() -> None:
-    """The reference had its final score by the first mark: nobody fails to reach it, nobody can be timed."""
-    text = page(comparison_of(seeds=1, marks=1))
-    assert text.count("not timed") == 2 and "did not reach" not in text
-
-
 def test_chance_and_what_the_text_alone_gives_are_lines_of_every_plot_of_their_score() -> None:
     comparison = comparison_of()
     comparison.chance, comparison.blind = {"vqa": 0.125}, {"vqa": 0.25}
@@ -141,28 +134,40 @@ def test_chance_and_what_the_text_alone_gives_are_lines_of_every_plot_of_their_s
     assert 'class="target blind"' not in text.replace(section, "")
 
 
-def lead(text: str) -> str:
-    return text[text.index('<p class="lead">') : text.index('<div class="tiles">')]
+def test_the_answer_comes_first() -> None:
+    comparison = comparison_of()
+    comparison.chance, comparison.blind = {"vqa": 0.125}, {"vqa": 0.25}
+    text = page(comparison)
+    answer = text[: text.index("<h2>")]
+    assert '<p class="lead">&lt;b&gt;odd&lt;/b&gt; reached' in answer and "<b>60.5" in answer and "<b>40.5" not in answer
+    assert "text alone" in answer and "25.0 %" in answer and "12.5 %" in answer
+    assert "optim.lr" in answer, "what the arms differ in"
 
 
-def test_a_difference_within_the_noise_is_no_win() -> None:
-    comparison = comparison_of(seeds=2, marks=1)
+def test_a_score_that_was_measured_once_has_bars_in_place_of_curves() -> None:
+    comparison = comparison_of(seeds=1)
+    comparison.chance, comparison.blind = {"vqa": 0.125}, {"vqa": 0.25}
     for run in comparison.runs:
-        run.marks[-1].scores["vqa"] = {"flm": 0.4, "mlm": 0.39}.get(run.arm, 0.1) + 0.02 * run.seed
-    assert "<b>flm</b>" in lead(page(comparison)) and "mlm (40.0 ± 1.4 %)" in lead(page(comparison))
-    for run in comparison.runs:
-        run.marks[-1].scores["vqa"] = {"flm": 0.5}.get(run.arm, 0.1) + 0.02 * run.seed
-    assert "<b>flm</b>" in lead(page(comparison)) and "within" not in lead(page(comparison))
-    close, apart = (Speedup(Spread(mean, 0.2, 3), False, 3, 3, (0.6, 0.7, 0.8)) for mean in (1.1, 1.5))
-    assert "about as long" in describe_speedup(
-        close, "mlm"
-    ) and "in 0.70 of its time, 0.60 to 0.80" in describe_speedup(apart, "mlm")
+        del run.marks[0].scores["vqa"]
+    text = page(comparison)
+    section = text[text.index("<h2>VQA accuracy") : text.index("<h2>CIDEr")]
+    assert section.count("<svg viewBox") == 1 and 'class="target blind"' in section and "<table" not in section
+
+
+def test_bars_lie_where_their_values_say() -> None:
+    svg = dot_chart([Dot("a", 0, 50, 40, 60), Dot("b", 1, 100, 100, 100)], levels={"chance": 25})
+    (low, high), (same, same_too) = re.findall(r'class="whisker arm\d" x1="([^"]+)" x2="([^"]+)"', svg)
+    chance = re.search(r'class="target chance" x1="([^"]+)"', svg)
+    assert chance is not None and same == same_too
+    assert float(high) - float(low) == pytest.approx(0.2 * (float(same) - 8), abs=0.3)
+    assert float(chance[1]) - 8 == pytest.approx(0.25 * (float(same) - 8), abs=0.3)
+    assert dot_chart([], levels={}) == ""
 
 
 def test_a_comparison_before_its_first_run_has_a_page() -> None:
     comparison = comparison_of()
     comparison.runs, comparison.samples = [], []
-    assert 'class="tiles"' not in page(comparison) and 'class="warning"' not in page(comparison)
+    assert 'class="lead"' not in page(comparison) and 'class="warning"' not in page(comparison)
 
 
 def test_points_lie_where_their_values_say() -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from fastvlp.cli import COMMANDS, main
 from fastvlp.errors import UserError
-from fastvlp.eval.evaluation import add_result, evaluate_embeddings, evaluations
+from fastvlp.eval.evaluation import Evaluation, add_result, check_above_chance, evaluate_embeddings, evaluations
 
 
 def test_data_sets_are_kept_apart_and_results_added(tmp_path):
@@ -45,3 +45,24 @@ def test_help_lists_the_shared_options_too(command, capsys):
         main(["evaluate", command, "--help"])
     assert not stopped.value.code
     assert {"--data", "--batch-size", "--device"} <= {*capsys.readouterr().out.replace("│", " ").split()}
+
+
+@pytest.mark.parametrize(("recall", "error"), [(0.012, 0.001), (0.03, 0.005), (0.01, 0.0)])
+def test_a_recall_that_is_not_clearly_above_chance_is_refused(recall, error):
+    found = {"counts": {}, "data": "d", "weights": "w", "step": 1, "chance": {"recall": 0.01}}
+    for value, refused in ((recall, True), (0.2, False)):
+        result = Evaluation(scores={"towers": {"recall": value}}, errors={"towers": {"recall": error}}, **found)
+        if refused:
+            with pytest.raises(UserError, match=r"chance 1\.00%"):
+                check_above_chance(result)
+        else:
+            check_above_chance(result)
+
+
+def test_the_result_is_saved_before_it_is_refused(runs, world):
+    """The runs of the tests have learned nothing."""
+    options = {"data": str(world), "split": "val"}
+    before = evaluate_embeddings("retrieval", runs["both"], **options)
+    with pytest.raises(UserError, match="finds nothing"):
+        evaluate_embeddings("retrieval", runs["both"], **options, above_chance=True)
+    assert len(json.loads(before.path.read_text())["results"]) >= 2

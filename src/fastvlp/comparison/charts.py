@@ -6,7 +6,7 @@ Classes: `line`, `seed`, `dot`, `whisker` with `arm0 ... arm7`; `grid`, `tick`, 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from typing import NamedTuple
 
@@ -40,6 +40,16 @@ class Line(NamedTuple):
     seeds: Sequence[Sequence[tuple[float, float]]] = ()
     dash: int = 0
     dots: bool = True
+
+
+class Dot(NamedTuple):
+    """A value of an arm with a bar from `low` to `high`. `colour`: index of the arm."""
+
+    name: str
+    colour: int
+    value: float
+    low: float
+    high: float
 
 
 class Scale(NamedTuple):
@@ -161,3 +171,39 @@ def line_chart(
         parts.extend(_line(line, x, y, unit))
     aria = escape(describe or label, quote=True)
     return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{aria}">{"".join(parts)}</svg>'
+
+
+def dot_chart(dots: Sequence[Dot], *, levels: Mapping[str, float], unit: str = "", describe: str = "") -> str:
+    """One value of each arm on a common axis, as SVG; empty if there is none.
+
+    Args:
+        levels: named values that are drawn as lines, such as chance.
+        unit: unit of the values.
+        describe: what the chart shows, for screen readers.
+    """
+    if not dots:
+        return ""
+    values = [v for dot in dots for v in (dot.low, dot.high)] + [*levels.values()]
+    ticks = nice_ticks(min(0.0, *values), max(values) if max(values) > 0 else 1.0)
+    left, row = 8, 30
+    x = Scale(ticks[0], ticks[-1], left, WIDTH - RIGHT)
+    top, bottom = 20, 20 + row * len(dots)
+    parts = []
+    for value in ticks:
+        parts.append(f'<line class="grid" x1="{x(value)}" x2="{x(value)}" y1="{top}" y2="{bottom}"/>')
+        text = f"{short(value)}{unit}"
+        parts.append(f'<text class="tick" x="{x(value)}" y="{bottom + 16}" text-anchor="middle">{text}</text>')
+    for name, level in levels.items():
+        kind = "target chance" if name == "chance" else "target blind"
+        parts.append(f'<line class="{kind}" x1="{x(level)}" x2="{x(level)}" y1="{top}" y2="{bottom}"/>')
+        parts.append(f'<text class="level" x="{x(level)}" y="{top - 6}" text-anchor="middle">{escape(name)}</text>')
+    for i, dot in enumerate(dots):
+        at, arm = top + row * (i + 0.68), f"arm{dot.colour % 8}"
+        bar = f'x1="{x(dot.low)}" x2="{x(dot.high)}" y1="{at:.1f}" y2="{at:.1f}"'
+        parts.append(f'<line class="whisker {arm}" {bar}/>')
+        parts.append(marker(dot.colour, x(dot.value), round(at, 1), dot.colour, f"{dot.name}: {dot.value:.3g}{unit}"))
+        side, shift = ("end", -10) if x(dot.high) > WIDTH / 2 else ("start", 10)
+        place = f'x="{(x(dot.low) if shift < 0 else x(dot.high)) + shift}" y="{at + 4:.1f}" text-anchor="{side}"'
+        parts.append(f'<text class="tick" {place}>{escape(dot.name)} {dot.value:.1f}{unit}</text>')
+    aria = escape(describe, quote=True)
+    return f'<svg viewBox="0 0 {WIDTH} {bottom + 22}" role="img" aria-label="{aria}">{"".join(parts)}</svg>'

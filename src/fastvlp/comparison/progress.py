@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.table import Table
 
+from fastvlp.comparison.findings import findings
 from fastvlp.comparison.results import ArmRun, Comparison, Measurement, TrainingCost
 from fastvlp.comparison.summary import (
     busy_note,
@@ -19,6 +20,7 @@ from fastvlp.comparison.summary import (
     format_speedup,
     known_score,
     measured_scores,
+    shown_marks,
     spread,
     summarise,
 )
@@ -141,8 +143,7 @@ def print_tables(comparison: Comparison, console: Console) -> None:
                 caption = f"{name}: {format_score(score, spread([levels[score.name]]))}; {caption}"
         table = Table("arm", caption=caption)
         table.title = f"{score.title}, {score.note}".rstrip(", ")
-        # Of many marks a few are shown, so that the table fits.
-        shown = [i for i, share in enumerate(comparison.shares) if 4 * share % 1 == 0 or len(comparison.shares) <= 4]
+        shown = shown_marks(comparison)
         for i in shown:
             table.add_column(format_duration(comparison.shares[i] * comparison.budget_s), justify="right")
         table.add_column("time-to-quality", justify="right")
@@ -155,3 +156,5 @@ def print_tables(comparison: Comparison, console: Console) -> None:
     for row in rows:
         for failure in row.failures:
             console.print(f"{row.arm}, {failure}", markup=False)
+    for sentence in findings(comparison):
+        console.print(sentence, markup=False, highlight=False, style="bold")

@@ -10,18 +10,18 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from fastvlp.comparison.charts import Line, Point, line_chart, marker
+from fastvlp.comparison.charts import Dot, Line, Point, dot_chart, line_chart, marker
+from fastvlp.comparison.findings import DIFFERENCES, differences, findings
 from fastvlp.comparison.metrics.interface import Score
 from fastvlp.comparison.results import ArmRun, Comparison, Sample, TrainingCost
 from fastvlp.comparison.summary import (
-    Speedup,
-    Spread,
     Summary,
     busy_note,
     format_duration,
     format_score,
     format_speedup,
     measured_scores,
+    shown_marks,
     spread,
     summarise,
     within_noise,
@@ -47,8 +47,8 @@ def page(comparison: Comparison) -> str:
     """Returns the report as HTML. The comparison need not be finished."""
     rows, scores = summarise(comparison), measured_scores(comparison)
     body = [
-        _head(comparison, rows, scores),
-        _tiles(comparison, rows, scores),
+        _head(comparison, rows),
+        _answer(comparison, rows, scores),
         *(_score_section(comparison, rows, score) for score in scores),
         _speed(comparison, rows),
         _losses(comparison),
@@ -71,23 +71,7 @@ def _name(comparison: Comparison, arm: str) -> str:
     return f'<span class="name">{swatch}{escape(arm)}</span>'
 
 
-def describe_speedup(speed: Speedup, reference: str) -> str:
-    """Describes a speed-up, to end a sentence whose subject is the arm."""
-    if not speed.n:
-        return f"not timed, because {reference} already had its final score at the first scoring, or has no score"
-    if speed.ratio is None:
-        return f"did not reach the final score of {reference}"
-    several = speed.ratio.n > 1
-    if several and within_noise(speed.ratio, Spread(1.0, 0.0, speed.ratio.n)):
-        return f"took about as long as {reference} to reach its final score ({speed})"
-    mean = sum(speed.shares) / len(speed.shares)
-    bound = "at most " if speed.at_least else ""
-    interval = f", {min(speed.shares):.2f} to {max(speed.shares):.2f} over seeds" if several else ""
-    some = f" ({speed.reached} of {speed.n} seeds)" if speed.reached < speed.n else ""
-    return f"reached the final score of {reference} in {bound}{mean:.2f} of its time{interval}{some}"
-
-
-def _head(comparison: Comparison, rows: Sequence[Summary], scores: Sequence[Score]) -> str:
+def _head(comparison: Comparison, rows: Sequence[Summary]) -> str:
     about = comparison.about
     over = f"fastvlp {about.get('fastvlp', '')} · {about.get('date', '')} · {about.get('device', '')}"
     failures = [f"{escape(row.arm)}, {escape(text)}" for row in rows for text in row.failures]
@@ -96,53 +80,57 @@ def _head(comparison: Comparison, rows: Sequence[Summary], scores: Sequence[Scor
         warning = f'<p class="warning">This comparison is not finished: its numbers will change.</p>{warning}'
     if (busy := busy_note(comparison)) is not None:
         warning += f'<p class="warning">{escape(busy)}</p>'
-    heading, lead = escape(_title(comparison)), _lead(comparison, rows, scores)
-    return f'<p class="overline">{escape(over)}</p><h1>{heading}</h1><p class="lead">{lead}</p>{warning}'
+    return f'<p class="overline">{escape(over)}</p><h1>{escape(_title(comparison))}</h1>{warning}'
 
 
-def _lead(comparison: Comparison, rows: Sequence[Summary], scores: Sequence[Score]) -> str:
-    """Returns the summary at the top of the page. If the lead of the best arm is within the noise, it says so."""
-    several = comparison.seeds > 1
-    sentences = [
-        f"Each arm trained for the same time on the same device, with {comparison.seeds} seed{'s' if several else ''}. "
-        "The arms took turns of a few seconds; on a CPU its time is counted, so that other programs take none of it."
-    ]
-    finals = {row.arm: final for row in rows if scores and (final := row.final(scores[0].name))}
-    if finals:
-        score, best = scores[0], max(finals, key=lambda arm: finals[arm].mean)
-        close = [arm for arm, final in finals.items() if arm != best and within_noise(final, finals[best])]
-        result = f"<b>{escape(best)}</b> with {format_score(score, finals[best])}"
-        sentences.append(f"Highest {score.title}{f' ({score.note})' if score.note else ''}: {result}.")
-        if close:
-            named = ", ".join(f"{escape(arm)} ({format_score(score, finals[arm])})" for arm in close)
-            sentences.append(f"There is no winner: the difference from {named} may be chance (two standard errors).")
-        elif best != comparison.reference:
-            speed = next(row for row in rows if row.arm == best).speedups[score.name]
-            sentences.append(f"It {describe_speedup(speed, escape(comparison.reference))}." if speed.n else "")
-        if not several:
-            sentences.append(
-                "These are single runs: ± is the standard error over what was scored, and seeds differ by more."
-            )
-    return " ".join(filter(None, sentences))
-
-
-def _tiles(comparison: Comparison, rows: Sequence[Summary], scores: Sequence[Score]) -> str:
-    if not scores:
+def _answer(comparison: Comparison, rows: Sequence[Summary], scores: Sequence[Score]) -> str:
+    """Returns the answer of the comparison in sentences and in one table, and what was compared."""
+    sentences = [escape(sentence) for sentence in findings(comparison)]
+    if not sentences:
         return '<p class="note">No arm has been scored yet.</p>'
-    score, tiles = scores[0], []
-    for i, row in enumerate(rows):
-        mean, _, deviation = format_score(score, row.final(score.name)).partition(" ± ")
-        unit = " %" if score.percent and deviation else ""
-        deviation = f" <small>± {deviation.removesuffix(' %')}</small>" if deviation else ""
-        if row.arm == comparison.reference:
-            speed = "the others are timed against its final score"
-        else:
-            speed = describe_speedup(row.speedups[score.name], comparison.reference)
-        tiles.append(
-            f'<div class="tile arm{i % 8}">{_name(comparison, row.arm)}<div class="big">{mean}{unit}{deviation}</div>'
-            f"<p>{escape(score.title)}</p><p>{escape(speed)}</p></div>"
-        )
-    return f'<div class="tiles">{"".join(tiles)}</div>'
+    more = "".join(f"<li>{sentence}</li>" for sentence in sentences[1:])
+    return (
+        f'<p class="lead">{sentences[0]}</p>{f"<ul>{more}</ul>" if more else ""}{_finals(comparison, rows, scores)}'
+        f'<p class="note">{escape(_compared(comparison))}</p>'
+    )
+
+
+def _finals(comparison: Comparison, rows: Sequence[Summary], scores: Sequence[Score]) -> str:
+    """Returns the table of the last score of each arm, above what chance and the texts alone give."""
+    best = {
+        score.name: max((final for row in rows if (final := row.final(score.name))), key=lambda final: final.mean)
+        for score in scores
+    }
+    cells = []
+    for row in rows:
+        line = [_name(comparison, row.arm), escape(" + ".join(comparison.configs[row.arm].get("objectives", {})))]
+        for score in scores:
+            final, text = row.final(score.name), format_score(score, row.final(score.name))
+            line.append(f"<b>{text}</b>" if final and within_noise(final, best[score.name]) else text)
+        cells.append(line)
+    for name, levels in (("text alone", comparison.blind), ("chance", comparison.chance)):
+        if levels:
+            known = [spread([levels[score.name]]) if score.name in levels else None for score in scores]
+            cells.append([name, "", *(format_score(score, level) for score, level in zip(scores, known))])
+    return _html_table(["", "objective", *(escape(score.title) for score in scores)], cells)
+
+
+def _compared(comparison: Comparison) -> str:
+    """Says what was compared, and how certain it is."""
+    clock = "CPU time, so that other programs take none of it" if comparison.clock == "cpu" else "wall time"
+    parts = differences(comparison)
+    differ = "the fields in the table of configurations" if len(parts) > DIFFERENCES else " and ".join(parts)
+    several = f"{comparison.seeds} seeds" if comparison.seeds > 1 else "one run"
+    certain = (
+        "± is the standard deviation over seeds"
+        if comparison.seeds > 1
+        else "± is the standard error over what was scored, and other seeds may differ by more"
+    )
+    return (
+        f"Each arm trained for {format_duration(comparison.budget_s)} ({clock}), {several} each, by turns of a few seconds on "
+        f"one device. The arms differ in {differ or 'nothing'}; all else is equal. {certain[0].upper()}{certain[1:]}. "
+        "Bold: the highest score, and those within two standard errors of it."
+    )
 
 
 def _legend(comparison: Comparison) -> str:
@@ -162,22 +150,49 @@ def _points(
 
 
 def _score_section(comparison: Comparison, rows: Sequence[Summary], score: Score) -> str:
-    note = score.note
+    note, once = score.note, measured_once(rows, score)
     if score.percent:
         note += f"{', ' if note else ''}in per cent"
-    note += f"{'; ' if note else ''}the dashed line is the final score of {comparison.reference}"
+    if once:
+        note += f"{'; ' if note else ''}bars are two standard errors to each side"
+    else:
+        note += f"{'; ' if note else ''}the dashed line is the final score of {comparison.reference}"
     if (chance := comparison.chance.get(score.name)) is not None:
         note += f"; the dotted line is chance, {format_score(score, spread([chance]))}"
     if (blind := comparison.blind.get(score.name)) is not None:
         note += f"; the line of dots and dashes is what the questions' text alone gives, {format_score(score, spread([blind]))}"
-    if comparison.seeds > 1:
+    if comparison.seeds > 1 and not once:
         note += "; lines show the mean over seeds, whiskers the range, thin lines the single seeds"
     note = f"{note[0].upper()}{note[1:]}."
+    head = f'<h2>{escape(score.title)}</h2><p class="note">{escape(note)}</p>'
+    if once:
+        return f'{head}<div class="charts">{_final_chart(comparison, rows, score)}</div>'
     return (
-        f'<h2>{escape(score.title)}</h2><p class="note">{escape(note)}</p>'
-        f'{_legend(comparison)}<div class="charts">{_score_charts(comparison, score)}</div>'
+        f'{head}{_legend(comparison)}<div class="charts">{_score_charts(comparison, score)}</div>'
         f"{_score_table(comparison, rows, score)}"
     )
+
+
+def measured_once(rows: Sequence[Summary], score: Score) -> bool:
+    """Whether no arm has a score at more than one mark, so that there is no curve."""
+    return all(sum(value is not None for value in row.scores[score.name]) < 2 for row in rows)
+
+
+def _final_chart(comparison: Comparison, rows: Sequence[Summary], score: Score) -> str:
+    """Draws the last score of each arm, between chance and the highest."""
+    scale, unit = (100.0, " %") if score.percent else (1.0, "")
+    dots = []
+    for i, row in enumerate(rows):
+        if (final := row.final(score.name)) is not None:
+            reach = 2 * final.standard_error
+            low, high = (final.mean - reach) * scale, (final.mean + reach) * scale
+            dots.append(Dot(row.arm, i, final.mean * scale, low, high))
+    levels = {
+        name: at[score.name] * scale
+        for name, at in (("chance", comparison.chance), ("text alone", comparison.blind))
+        if score.name in at
+    }
+    return dot_chart(dots, levels=levels, unit=unit, describe=f"{score.title} at the end")
 
 
 def _score_charts(comparison: Comparison, score: Score) -> str:
@@ -210,11 +225,12 @@ def _html_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def _score_table(comparison: Comparison, rows: Sequence[Summary], score: Score) -> str:
     """Returns the table below a score's charts."""
-    times = [format_duration(share * comparison.budget_s) for share in comparison.shares]
+    shown = shown_marks(comparison)
+    times = [format_duration(comparison.shares[i] * comparison.budget_s) for i in shown]
     cells = [
         [
             _name(comparison, row.arm),
-            *(format_score(score, value) for value in row.scores[score.name]),
+            *(format_score(score, row.scores[score.name][i]) for i in shown),
             format_speedup(comparison, row.arm, score.name),
         ]
         for row in rows
@@ -223,11 +239,11 @@ def _score_table(comparison: Comparison, rows: Sequence[Summary], score: Score) 
 
 
 def _speed(comparison: Comparison, rows: Sequence[Summary]) -> str:
-    head = ["", "steps", "pairs", "pairs/s", "predicted tokens/s", "waiting for data", "CPU s per s"]
+    head = ["", "steps", "pairs", "pairs/s", "predicted tokens/s", "waiting for data", "CPU s per s", "scoring (s)"]
     cells = [
         [_name(comparison, row.arm)]
         + [f"{n:,.0f}" for n in (row.steps, row.pairs, row.pairs_per_s, row.tokens_per_s)]
-        + [f"{row.wait:.1%}", f"{row.cpu:.2f}"]
+        + [f"{row.wait:.1%}", f"{row.cpu:.2f}", f"{row.scoring_s:.0f}"]
         for row in rows
     ]
     reference = comparison.reference
@@ -238,7 +254,8 @@ def _speed(comparison: Comparison, rows: Sequence[Summary]) -> str:
         f"{reference} needs divided by the time that the arm needs, computed for each seed. Between two scorings, scores are "
         "interpolated linearly. A ≥ marks an arm that had already reached it at its first scoring. "
         "Training time is that of the training steps, without scoring: on a CPU the CPU time of the process, all threads "
-        "together, on a GPU wall time. CPU s per s: processor seconds of the main process in each wall second of training."
+        "together, on a GPU wall time. CPU s per s: processor seconds of the main process in each wall second of training. "
+        "Scoring: wall seconds in all scorings of a run together."
     )
     return f'<h2>Work done in that time</h2>{_html_table(head, cells)}<p class="note">{escape(note)}</p>'
 

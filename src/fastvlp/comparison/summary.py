@@ -87,6 +87,8 @@ class Speedup(NamedTuple):
         reached: seeds in which the arm got there.
         n: seeds that can be timed.
         shares: the arm's time divided by the reference's, of each seed in which it got there.
+        interval: of a single run, the lowest and the highest share if the scores are off by two standard errors of their
+            difference; without a highest one where the arm would then not get there. None where errors are not known.
     """
 
     ratio: Spread | None
@@ -94,6 +96,12 @@ class Speedup(NamedTuple):
     reached: int
     n: int
     shares: tuple[float, ...] = ()
+    interval: tuple[float, float | None] | None = None
+
+    @property
+    def range(self) -> tuple[float, float | None] | None:
+        """The lowest and the highest share: over seeds, or of a single run by the errors of its scores."""
+        return (min(self.shares), max(self.shares)) if len(self.shares) > 1 else self.interval
 
     def __str__(self) -> str:
         if self.ratio is None:
@@ -110,7 +118,7 @@ def speedup(comparison: Comparison, arm: str, score: str) -> Speedup:
     reference has its final score at the first measurement already cannot be timed and is left out.
     """
     references = {run.seed: run for run in comparison.runs_of(comparison.reference)}
-    ratios, at_least, n = [], False, 0
+    ratios, at_least, n, interval = [], False, 0, None
     for run in comparison.runs_of(arm):
         reference = references.get(run.seed)
         finals = [mark.scores[score] for mark in reference.marks if score in mark.scores] if reference else []
@@ -123,7 +131,29 @@ def speedup(comparison: Comparison, arm: str, score: str) -> Speedup:
         if own:
             ratios.append(theirs.time / own.time)
             at_least |= own.at_first
-    return Speedup(spread(ratios), at_least, len(ratios), n, tuple(1 / ratio for ratio in ratios))
+            interval = interval_of_time(run, reference, score, theirs.time)
+    shares = tuple(1 / ratio for ratio in ratios)
+    return Speedup(spread(ratios), at_least, len(ratios), n, shares, interval if n == 1 else None)
+
+
+def interval_of_time(
+    run: ArmRun, reference: ArmRun, score: str, reference_time: float
+) -> tuple[float, float | None] | None:
+    """When the arm reaches the final score of the reference, as shares of the reference's time, with its curve moved up and down
+    by two standard errors of the difference; None where these are not known."""
+    scored = [mark for mark in run.marks if score in mark.scores]
+    last = [mark for mark in reference.marks if score in mark.scores][-1]
+    if score not in last.errors or any(score not in mark.errors for mark in scored):
+        return None
+    times = [mark.spent.time for mark in scored]
+    around = [2 * math.hypot(mark.errors[score], last.errors[score]) for mark in scored]
+    values, target = [mark.scores[score] for mark in scored], last.scores[score]
+    low, high = (
+        first_reached(times, [value + sign * width for value, width in zip(values, around)], target)
+        for sign in (1, -1)
+    )
+    assert low is not None, "the curve without the errors reaches it"
+    return low.time / reference_time, high.time / reference_time if high else None
 
 
 def format_speedup(comparison: Comparison, arm: str, score: str) -> str:
@@ -140,6 +170,7 @@ class Summary:
         steps: optimiser steps; like all that follows, a mean over seeds at the last measurement.
         wait: share of the training time that was spent waiting for data.
         cpu: CPU seconds for each wall second of training.
+        scoring_s: wall seconds in all scorings of a run.
         scores: by score, the spread at each share of the budget; None where it was not measured.
         failures: a line for each seed that failed.
     """
@@ -151,6 +182,7 @@ class Summary:
     tokens_per_s: float
     wait: float
     cpu: float
+    scoring_s: float
     scores: dict[str, list[Spread | None]]
     speedups: dict[str, Speedup]
     failures: list[str]
@@ -188,12 +220,19 @@ def summarise(comparison: Comparison) -> list[Summary]:
                 tokens_per_s=sum(s.tokens for s in last) / time,
                 wait=sum(s.wait for s in last) / wall,
                 cpu=sum(s.cpu for s in last) / wall,
+                scoring_s=sum(mark.scoring_s for run in runs for mark in run.marks) / max(1, len(runs)),
                 scores=scores,
                 speedups={name: speedup(comparison, arm, name) for name in names},
                 failures=[f"seed {run.seed}: {run.failure}" for run in runs if run.failure],
             )
         )
     return rows
+
+
+def shown_marks(comparison: Comparison) -> list[int]:
+    """The marks that a table shows: of many a few, so that it fits."""
+    few = len(comparison.shares) <= 4
+    return [i for i, share in enumerate(comparison.shares) if few or 4 * share % 1 == 0]
 
 
 def measured(marks: Sequence[Measurement], name: str) -> Spread | None:

@@ -46,6 +46,7 @@ def evaluate_retrieval(
     rerank: str | None = None,
     rerank_by: Literal["match", "likelihood"] | None = None,
     top: int = 16,
+    above_chance: bool = False,
     encoding: MaskedEncoding = WHOLE_IMAGES,
 ) -> Evaluation:
     """Find images by their captions and captions by their images, among all images and captions of a split.
@@ -62,6 +63,8 @@ def evaluate_retrieval(
         rerank_by: Re-rank by the image-text matching head or by the likelihood of the caption; by default by the head, if
             the run has one.
         top: Candidates of each query that are re-ranked.
+        above_chance: Fail, once the result is saved, unless recall is clearly above chance: twice as high, and by five
+            standard errors.
         encoding: How images and texts are encoded.
 
     Raises:

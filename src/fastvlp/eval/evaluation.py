@@ -70,9 +70,23 @@ def evaluation(measure: Callable[P, Evaluation]) -> Callable[P, Evaluation]:
         content = {key: value for key, value in asdict(result).items() if key not in ("path", "details")}
         content |= {"settings": flat_options(arguments), "about": about(pick_device(arguments["encoding"].device))}
         path = add_result(arguments["run"], name, result.data, content | dict(result.details))
-        return replace(result, path=path)
+        result = replace(result, path=path)
+        if arguments.get("above_chance"):
+            check_above_chance(result)
+        return result
 
     return measure_and_save
+
+
+def check_above_chance(result: Evaluation) -> None:
+    """Raises UserError where a method's recall is not clearly above chance: twice as high, and by five standard errors."""
+    chance = result.chance["recall"]
+    for method, scores in result.scores.items():
+        if scores["recall"] < max(2 * chance, chance + 5 * result.errors[method]["recall"]):
+            raise UserError(
+                f"recall is {scores['recall']:.2%} and chance {chance:.2%}: the model finds nothing yet; train it for more "
+                f"steps, or at another learning rate (scores: {result.path})"
+            )
 
 
 def evaluations() -> dict[str, Callable[..., Evaluation]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -53,6 +54,9 @@ class CLIP(PairObjective):
 
     def counts(self, batch: Batch) -> dict[str, Tensor]:
         return dict.fromkeys(("image", "text"), batch.length.new_tensor(len(batch)))
+
+    def chance_losses(self, rows: int) -> Mapping[str, float]:
+        return dict.fromkeys(("image", "text"), math.log(rows))
 
     def embed(self, model: VLModel, image_BKD: Tensor, batch: Batch) -> tuple[Tensor, ...]:
         return embed_pair(model, image_BKD, batch, self.config, drops_parts=self.drops_parts)

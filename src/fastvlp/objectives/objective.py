@@ -120,6 +120,10 @@ class Objective(nn.Module, abc.ABC):
         DDP then need not search for parameters without one."""
         return False
 
+    def chance_losses(self, rows: int) -> Mapping[str, float]:
+        """By name, the losses of a model that can only guess among the rows of a step, as far as they are known."""
+        return {}
+
     @property
     def cloze_method(self) -> ClozeMethod | None:
         """How a model trained by it predicts single words; None where it does not learn to."""

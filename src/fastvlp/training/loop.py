@@ -6,6 +6,7 @@ import math
 import signal
 import threading
 import time
+from collections import deque
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import replace
@@ -28,6 +29,7 @@ from fastvlp.training.checkpoint import CHECKPOINT, save, save_config
 from fastvlp.training.first_lines import log_dropped, log_start
 from fastvlp.training.flops import Shape
 from fastvlp.training.gradient_cache import cache_gradients
+from fastvlp.training.last_lines import LAST, log_chance
 from fastvlp.training.log import RunLog
 from fastvlp.training.optim import set_rate
 from fastvlp.training.pretraining import Pretraining, augmented, draw_objective
@@ -294,7 +296,9 @@ def train_to_end(state: TrainState, log: RunLog) -> None:
     if validates(state) and state.progress < 1:
         # Its checkpoint was saved before this validation, which may have been interrupted.
         validate_and_keep_best(state, log)
+    last: deque[StepReport] = deque(maxlen=LAST)
     for report in steps(state):
+        last.append(report)
         log.step(report, state)
         log_dropped(state, report.dropped, log)
         if state.stop is not None or state.progress >= 1:
@@ -305,6 +309,8 @@ def train_to_end(state: TrainState, log: RunLog) -> None:
         if validates(state):
             validate_and_keep_best(state, log)
     save(state)
+    if state.progress >= 1:
+        log_chance(state, last, log)
     if state.stop is None and not state.out_of_patience:
         before = state.best
         validate_and_keep_best(state, log)

@@ -1,0 +1,113 @@
+"""What a comparison found, in sentences: who was sooner at the final score of the reference, and who is ahead at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from fastvlp.comparison.metrics.interface import Score
+from fastvlp.comparison.results import Comparison
+from fastvlp.comparison.summary import (
+    Speedup,
+    Spread,
+    Summary,
+    format_score,
+    measured_scores,
+    spread,
+    summarise,
+    within_noise,
+)
+from fastvlp.config import flatten
+
+# More fields that differ than this are left to the table of configurations.
+DIFFERENCES = 8
+
+
+def findings(comparison: Comparison) -> list[str]:
+    """Sentences about the arms; the first is the headline. Empty before anything was scored.
+
+    First how much sooner arms reached the final scores of the reference, then for each score who is ahead, beside chance and
+    what the texts alone give. No winner is named within two standard errors.
+    """
+    rows, scores = summarise(comparison), measured_scores(comparison)
+    sooner = [sentence for score in scores for sentence in speed_sentences(comparison, rows, score)]
+    return sooner + [standing for score in scores if (standing := standing_sentence(comparison, rows, score))]
+
+
+def speed_sentences(comparison: Comparison, rows: Sequence[Summary], score: Score) -> list[str]:
+    """A sentence for each arm that reached the final score of the reference, and one for those that did not."""
+    timed = {row.arm: row.speedups[score.name] for row in rows if row.speedups[score.name].n}
+    timed.pop(comparison.reference, None)
+    final = f"the final {in_sentence(score.title)} of {comparison.reference}"
+    reached = [f"{arm} {describe_speedup(speed, final)}." for arm, speed in timed.items() if speed.ratio]
+    never = [arm for arm, speed in timed.items() if not speed.ratio]
+    return reached + ([f"{_listed(never)} did not reach {final}."] if never else [])
+
+
+def describe_speedup(speed: Speedup, final: str) -> str:
+    """Describes how soon an arm reached `final`, the score of the reference, to end a sentence whose subject is the arm."""
+    mean = sum(speed.shares) / len(speed.shares)
+    some = f", in {speed.reached} of {speed.n} seeds" if speed.reached < speed.n else ""
+    bound = "at most " if speed.at_least else ""
+    share = f"in {bound}{mean:.2f} of its time{describe_range(speed)}{some}"
+    return f"reached {final} {share}{', so perhaps no sooner' if may_be_equal(speed) else ''}"
+
+
+def describe_range(speed: Speedup) -> str:
+    """The interval of a share of time, to follow it."""
+    if speed.range is None:
+        return ""
+    low, high = speed.range
+    whence = f"over {len(speed.shares)} seeds" if len(speed.shares) > 1 else "within two standard errors of the scores"
+    return f" ({low:.2f} to {high:.2f} {whence})" if high is not None else f" ({low:.2f} or more {whence})"
+
+
+def may_be_equal(speed: Speedup) -> bool:
+    """Whether an arm may be as slow as the reference: by the spread over seeds, or by the errors of a single run's scores."""
+    if speed.ratio is not None and speed.ratio.n > 1:
+        return within_noise(speed.ratio, Spread(1.0, 0.0, speed.ratio.n))
+    return speed.range is not None and speed.range[0] < 1 < (speed.range[1] or 2.0)
+
+
+def standing_sentence(comparison: Comparison, rows: Sequence[Summary], score: Score) -> str:
+    """Who is ahead at the end by a score, and what chance and the texts alone give; empty where no arm has it."""
+    finals = {row.arm: final for row in rows if (final := row.final(score.name))}
+    if not finals:
+        return ""
+    order = sorted(finals, key=lambda arm: -finals[arm].mean)
+    best = order[0]
+    close = [arm for arm in order[1:] if within_noise(finals[arm], finals[best])]
+    behind = [arm for arm in order[1:] if arm not in close]
+    values = {arm: f"{arm} {format_score(score, final)}" for arm, final in finals.items()}
+    sentence = f"{score.title}: {values[best]}"
+    if behind:
+        sentence += f" leads {_listed([values[arm] for arm in behind])}"
+    if close:
+        named = _listed([values[arm] for arm in close])
+        certain = all(final.n > 1 or final.error for final in finals.values())
+        why = "within two standard errors" if certain else "how far single runs differ is not known"
+        sentence += f"; {named} may be as good ({why})" if behind else f", {named}; no winner ({why})"
+    return f"{sentence}.{_levels(comparison, score)}"
+
+
+def _levels(comparison: Comparison, score: Score) -> str:
+    known = (("the text alone gives", comparison.blind), ("chance", comparison.chance))
+    levels = [f"{name} {format_score(score, spread([at[score.name]]))}" for name, at in known if score.name in at]
+    return f" {levels[0][0].upper()}{', '.join(levels)[1:]}." if levels else ""
+
+
+def _listed(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+def in_sentence(title: str) -> str:
+    """A title inside a sentence: abbreviations stay as they are."""
+    return title if title[:2].isupper() or not title[:1].isalpha() else f"{title[0].lower()}{title[1:]}"
+
+
+def differences(comparison: Comparison) -> list[str]:
+    """The parts of the configs in which the arms differ, such as `objectives` or `model.reconstructor`."""
+    flat = [flatten(comparison.configs[arm]) for arm in comparison.arms]
+    names = dict.fromkeys(name for one in flat for name in one)
+    differ = [name for name in names if any(one.get(name) != flat[0].get(name) for one in flat)]
+    parts = [name.split(".") for name in differ if name not in ("name", "out")]
+    return list(dict.fromkeys(part[0] if part[0] == "objectives" else ".".join(part[:2]) for part in parts))
