@@ -36,7 +36,7 @@ demo: .venv/.core  ## a small corpus -> a model that searches it; then FLM, MLM 
 	  --probe-steps 150 --probe-batch 64 --probe-lr 1e-3 --probe-items 1000 --out demo/report \
 	  --set data.train=demo/easy/train data.val=demo/easy/val model.image.patch=24
 	@echo "Next: open demo/report/report.html; search the pictures by words at http://127.0.0.1:8000/: make serve"
-	@echo "Your own pairs: .venv/bin/vlp data import PAIRS.csv --out photos --val 0.1, then vlp compare flm_photos mlm_photos --budget 1h"
+	@echo "Your own pairs: source .venv/bin/activate; vlp data import PAIRS.csv --out photos --val 0.1; vlp compare flm_photos mlm_photos --budget 1h"
 
 demo/index: | .venv/.serve
 	@test -d demo/export || { echo "There is no model that searches: make demo"; exit 1; }

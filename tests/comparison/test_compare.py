@@ -185,7 +185,7 @@ def test_results_are_complete_after_every_scoring(
     assert sum(len(run.marks) for run in comparison.runs) == 3
     assert not comparison.finished and not list(tmp_path.glob("*.tmp"))
     assert "not finished" in (tmp_path / "report.html").read_text()
-    assert '<table>' in (tmp_path / "report.html").read_text()
+    assert "<table>" in (tmp_path / "report.html").read_text()
 
 
 def test_the_budget_is_the_runs_length(world: World, tmp_path: Path) -> None:

@@ -139,7 +139,9 @@ def test_the_answer_comes_first() -> None:
     comparison.chance, comparison.blind = {"vqa": 0.125}, {"vqa": 0.25}
     text = page(comparison)
     answer = text[: text.index("<h2>")]
-    assert '<p class="lead">&lt;b&gt;odd&lt;/b&gt; reached' in answer and "<b>60.5" in answer and "<b>40.5" not in answer
+    assert (
+        '<p class="lead">&lt;b&gt;odd&lt;/b&gt; reached' in answer and "<b>60.5" in answer and "<b>40.5" not in answer
+    )
     assert "text alone" in answer and "25.0 %" in answer and "12.5 %" in answer
     assert "optim.lr" in answer, "what the arms differ in"
 

@@ -18,7 +18,9 @@ def chance_lines(run):
 def test_a_loss_at_chance_is_named_at_the_end(tmp_path, capsys, accumulate):
     """A rate of nearly 0 leaves the loss where guessing among the rows of a step has it."""
     pairs = made_pairs(tmp_path / "pairs")
-    run = made_run(pairs, tmp_path / "run", "clip", batch_size=8 // accumulate, accumulate=accumulate, optim=OptimConfig(lr=1e-12))
+    run = made_run(
+        pairs, tmp_path / "run", "clip", batch_size=8 // accumulate, accumulate=accumulate, optim=OptimConfig(lr=1e-12)
+    )
     train(run)
     found = chance_lines(run)
     assert {line["term"] for line in found} <= {"clip/image", "clip/text"} and found

@@ -95,10 +95,22 @@ def compare(
     device = dist.pick_device(next(iter(arms.values())).device)
     arms = with_tokenizers(with_precision(with_budget(arms, plan)), plan.out)
     reference, machine, scorer = reference_arm(arms), about(device), MetricScorer(scoring)
-    with ProgressDisplay(list(arms), budget_s=plan.budget_s, seeds=seeds, scorings=len(plan.shares)) as display:
+    with display_of(plan, arms, scoring) as display:
         comparison = run_comparison(plan, arms, reference=reference, about=machine, scorer=scorer, display=display)
     check_trained(comparison, plan)
     return comparison
+
+
+def display_of(plan: Plan, arms: Iterable[str], scoring: ScoringOptions) -> ProgressDisplay:
+    """Shows how far the arms of a plan are."""
+    return ProgressDisplay(
+        list(arms),
+        budget_s=plan.budget_s,
+        seeds=plan.seeds,
+        scorings=len(plan.shares),
+        tuned_scorings=len({*plan.tuned_marks, 1.0}),
+        tuning_rows=scoring.probe_steps * scoring.probe_batch,
+    )
 
 
 def check_new(out: Path) -> None:

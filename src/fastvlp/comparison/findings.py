@@ -57,8 +57,8 @@ def describe_range(speed: Speedup) -> str:
     if speed.range is None:
         return ""
     low, high = speed.range
-    whence = f"over {len(speed.shares)} seeds" if len(speed.shares) > 1 else "within two standard errors of the scores"
-    return f" ({low:.2f} to {high:.2f} {whence})" if high is not None else f" ({low:.2f} or more {whence})"
+    source = f"over {len(speed.shares)} seeds" if len(speed.shares) > 1 else "within two standard errors of the scores"
+    return f" ({low:.2f} to {high:.2f} {source})" if high is not None else f" ({low:.2f} or more {source})"
 
 
 def may_be_equal(speed: Speedup) -> bool:

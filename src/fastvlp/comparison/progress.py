@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections import deque
 from collections.abc import Sequence
 from types import TracebackType
 
@@ -27,6 +28,8 @@ from fastvlp.comparison.summary import (
 
 # Seconds between two lines about the same arm where the output is no terminal.
 QUIET_S = 30
+# Turns over which the pace of the training is averaged: a machine may become busy.
+RECENT = 16
 
 
 class ProgressDisplay:
@@ -34,16 +37,28 @@ class ProgressDisplay:
 
     Args:
         scorings: how often an arm is scored with one seed.
+        tuned_scorings: how many of these a copy is fine-tuned for.
+        tuning_rows: rows of the fine-tuning before a score, by which its time is guessed until the first one is over.
         console: standard error by default.
     """
 
     def __init__(
-        self, arms: Sequence[str], *, budget_s: float, seeds: int, scorings: int, console: Console | None = None
+        self,
+        arms: Sequence[str],
+        *,
+        budget_s: float,
+        seeds: int,
+        scorings: int,
+        tuned_scorings: int = 1,
+        tuning_rows: int = 0,
+        console: Console | None = None,
     ):
         self.console = console or Console(file=sys.stderr)
         self.arms, self.budget_s, self.seeds, self.scorings = list(arms), budget_s, seeds, scorings
+        self.tuned_scorings, self.tuning_rows = tuned_scorings, tuning_rows
         self.trained_s: dict[tuple[str, int], float] = {}
-        self.pace = 1.0
+        self.spent: dict[tuple[str, int], TrainingCost] = {}
+        self.turns: deque[tuple[float, float]] = deque(maxlen=RECENT)
         self.tuning_s: list[float] = []
         self.scoring_s: list[float] = []
         self.began = time.monotonic()
@@ -74,25 +89,38 @@ class ProgressDisplay:
             self.bars.stop()
 
     @property
+    def pace(self) -> float:
+        """Wall seconds for each second of the budget in the last turns: a busy machine takes more for the same work."""
+        return (
+            sum(wall for _, wall in self.turns) / max(sum(time for time, _ in self.turns), 1e-9) if self.turns else 1.0
+        )
+
+    @property
     def left_s(self) -> float:
-        """Seconds left: the rest of the training at its pace so far, and the scorings at their mean times. Until one was tuned
-        for, that takes as long as a quarter of the training."""
+        """Seconds left: the rest of the training at its recent pace, and the scorings at their mean times."""
         runs = len(self.arms) * self.seeds
         mean = sum(self.scoring_s) / len(self.scoring_s) if self.scoring_s else 0.0
-        tuning = sum(self.tuning_s) / len(self.tuning_s) if self.tuning_s else self.budget_s * self.pace / 4
+        tuning = sum(self.tuning_s) / len(self.tuning_s) if self.tuning_s else self._guessed_tuning_s + mean
         training = runs * self.budget_s - sum(self.trained_s.values())
-        scored = len(self.scoring_s) + len(self.tuning_s)
-        cheap = max(0, runs * (self.scorings - 1) - len(self.scoring_s))
-        return max(training, 0.0) * self.pace + mean * cheap + tuning * min(runs, runs * self.scorings - scored)
+        cheap = max(0, runs * (self.scorings - self.tuned_scorings) - len(self.scoring_s))
+        tuned = max(0, runs * self.tuned_scorings - len(self.tuning_s))
+        return max(training, 0.0) * self.pace + mean * cheap + tuning * tuned
+
+    @property
+    def _guessed_tuning_s(self) -> float:
+        """Wall seconds of a fine-tuning, before the first: as long for each row as the fastest arm takes for a pair."""
+        a_pair = [spent.wall / spent.pairs for spent in self.spent.values() if spent.wall and spent.pairs]
+        return self.tuning_rows * min(a_pair) if self.tuning_rows and a_pair else self.budget_s * self.pace / 4
 
     def note(self, text: str) -> None:
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def trained(self, run: ArmRun, spent: TrainingCost) -> None:
         """Shows an arm after a turn."""
+        before = self.spent.get((run.arm, run.seed), TrainingCost())
+        self.turns.append((spent.time - before.time, (spent.wall or spent.time) - (before.wall or before.time)))
+        self.spent[run.arm, run.seed] = spent
         self.trained_s[run.arm, run.seed] = min(spent.time, self.budget_s)
-        # A busy machine takes more wall time for the same work.
-        self.pace = (spent.wall or spent.time) / max(spent.time, 1e-9)
         share = spent.time / self.budget_s
         time_s = max(spent.time, 1e-9)
         rates = f"{spent.pairs / time_s:,.0f} pairs/s  {spent.tokens / time_s:,.0f} predicted tokens/s"
@@ -108,6 +136,11 @@ class ProgressDisplay:
         """Shows that an arm is being scored."""
         if self.bars is not None:
             self.bars.update(self.tasks[run.arm], scores=f"scoring at {share:.0%}")
+        elif share == 1:
+            # At the end a copy is fine-tuned, which may take as long as the training.
+            self.note(
+                f"{run.arm} seed {run.seed}: last scores  about {format_duration(round(self.left_s))} left in all"
+            )
 
     def scored(self, run: ArmRun, mark: Measurement, *, tuned: bool = True) -> None:
         """Shows the scores of an arm. `tuned`: whether a copy was fine-tuned for them."""

@@ -84,15 +84,21 @@ def _head(comparison: Comparison, rows: Sequence[Summary]) -> str:
 
 
 def _answer(comparison: Comparison, rows: Sequence[Summary], scores: Sequence[Score]) -> str:
-    """Returns the answer of the comparison in sentences and in one table, and what was compared."""
-    sentences = [escape(sentence) for sentence in findings(comparison)]
+    """Returns what was compared, and the answer in sentences and in one table."""
+    sentences = [_unbroken(escape(sentence)) for sentence in findings(comparison)]
+    compared = f"<p>{escape(_compared(comparison))}</p>"
     if not sentences:
-        return '<p class="note">No arm has been scored yet.</p>'
+        return f'{compared}<p class="note">No arm has been scored yet.</p>'
     more = "".join(f"<li>{sentence}</li>" for sentence in sentences[1:])
     return (
-        f'<p class="lead">{sentences[0]}</p>{f"<ul>{more}</ul>" if more else ""}{_finals(comparison, rows, scores)}'
-        f'<p class="note">{escape(_compared(comparison))}</p>'
+        f'{compared}<p class="lead">{sentences[0]}</p>{f"<ul>{more}</ul>" if more else ""}'
+        f'{_finals(comparison, rows, scores)}<p class="note">{escape(_certain(comparison))}</p>'
     )
+
+
+def _unbroken(text: str) -> str:
+    """A text in which no number is parted from its error or its unit at the end of a line."""
+    return text.replace(" %", "\u00a0%").replace(" ± ", "\u00a0±\u00a0")
 
 
 def _finals(comparison: Comparison, rows: Sequence[Summary], scores: Sequence[Score]) -> str:
@@ -116,25 +122,29 @@ def _finals(comparison: Comparison, rows: Sequence[Summary], scores: Sequence[Sc
 
 
 def _compared(comparison: Comparison) -> str:
-    """Says what was compared, and how certain it is."""
+    """Says what was compared."""
     clock = "CPU time, so that other programs take none of it" if comparison.clock == "cpu" else "wall time"
     parts = differences(comparison)
-    differ = "the fields in the table of configurations" if len(parts) > DIFFERENCES else " and ".join(parts)
-    several = f"{comparison.seeds} seeds" if comparison.seeds > 1 else "one run"
-    certain = (
+    differ = "the fields in the table of configurations" if len(parts) > DIFFERENCES else ", ".join(parts)
+    runs = f"with {comparison.seeds} seeds" if comparison.seeds > 1 else "once"
+    return (
+        f"Each arm trained {runs} for {format_duration(comparison.budget_s)} ({clock}), by turns of a few seconds on one "
+        f"device. The arms differ in {differ or 'nothing'}; all else is equal."
+    )
+
+
+def _certain(comparison: Comparison) -> str:
+    """Says how certain the scores are."""
+    around = (
         "± is the standard deviation over seeds"
         if comparison.seeds > 1
-        else "± is the standard error over what was scored, and other seeds may differ by more"
+        else "Single runs: ± is the standard error over what was scored, and other seeds may differ by more"
     )
-    return (
-        f"Each arm trained for {format_duration(comparison.budget_s)} ({clock}), {several} each, by turns of a few seconds on "
-        f"one device. The arms differ in {differ or 'nothing'}; all else is equal. {certain[0].upper()}{certain[1:]}. "
-        "Bold: the highest score, and those within two standard errors of it."
-    )
+    return f"{around}. Bold: the highest score, and those within two standard errors of it."
 
 
-def _legend(comparison: Comparison) -> str:
-    return f'<div class="legend">{"".join(_name(comparison, arm) for arm in comparison.arms)}</div>'
+def _legend(comparison: Comparison, arms: Iterable[str]) -> str:
+    return f'<div class="legend">{"".join(_name(comparison, arm) for arm in arms)}</div>'
 
 
 def _points(
@@ -165,10 +175,11 @@ def _score_section(comparison: Comparison, rows: Sequence[Summary], score: Score
         note += "; lines show the mean over seeds, whiskers the range, thin lines the single seeds"
     note = f"{note[0].upper()}{note[1:]}."
     head = f'<h2>{escape(score.title)}</h2><p class="note">{escape(note)}</p>'
+    scored = [row.arm for row in rows if row.final(score.name)]
     if once:
         return f'{head}<div class="charts">{_final_chart(comparison, rows, score)}</div>'
     return (
-        f'{head}{_legend(comparison)}<div class="charts">{_score_charts(comparison, score)}</div>'
+        f'{head}{_legend(comparison, scored)}<div class="charts">{_score_charts(comparison, score)}</div>'
         f"{_score_table(comparison, rows, score)}"
     )
 
@@ -234,6 +245,7 @@ def _score_table(comparison: Comparison, rows: Sequence[Summary], score: Score) 
             format_speedup(comparison, row.arm, score.name),
         ]
         for row in rows
+        if row.final(score.name)
     ]
     return _html_table(["", *times, "time-to-quality"], cells)
 
@@ -278,7 +290,7 @@ def _losses(comparison: Comparison) -> str:
     )
     return (
         f'<h2>Training losses</h2><p class="note">{escape(note + "; ".join(several) + ("." if several else ""))}</p>'
-        f'{_legend(comparison)}<div class="charts">{"".join(charts)}</div>'
+        f'{_legend(comparison, comparison.arms)}<div class="charts">{"".join(charts)}</div>'
     )
 
 

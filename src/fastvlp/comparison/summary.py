@@ -139,8 +139,8 @@ def speedup(comparison: Comparison, arm: str, score: str) -> Speedup:
 def interval_of_time(
     run: ArmRun, reference: ArmRun, score: str, reference_time: float
 ) -> tuple[float, float | None] | None:
-    """When the arm reaches the final score of the reference, as shares of the reference's time, with its curve moved up and down
-    by two standard errors of the difference; None where these are not known."""
+    """When the arm reaches the final score of the reference, as shares of the reference's time, with its curve moved up and
+    down by two standard errors of the difference; None where these are not known."""
     scored = [mark for mark in run.marks if score in mark.scores]
     last = [mark for mark in reference.marks if score in mark.scores][-1]
     if score not in last.errors or any(score not in mark.errors for mark in scored):
@@ -149,8 +149,7 @@ def interval_of_time(
     around = [2 * math.hypot(mark.errors[score], last.errors[score]) for mark in scored]
     values, target = [mark.scores[score] for mark in scored], last.scores[score]
     low, high = (
-        first_reached(times, [value + sign * width for value, width in zip(values, around)], target)
-        for sign in (1, -1)
+        first_reached(times, [value + sign * width for value, width in zip(values, around)], target) for sign in (1, -1)
     )
     assert low is not None, "the curve without the errors reaches it"
     return low.time / reference_time, high.time / reference_time if high else None

@@ -63,8 +63,7 @@ def evaluate_retrieval(
         rerank_by: Re-rank by the image-text matching head or by the likelihood of the caption; by default by the head, if
             the run has one.
         top: Candidates of each query that are re-ranked.
-        above_chance: Fail, once the result is saved, unless recall is clearly above chance: twice as high, and by five
-            standard errors.
+        above_chance: Fail, with the result saved, unless recall is twice chance and five standard errors above it.
         encoding: How images and texts are encoded.
 
     Raises:
@@ -73,15 +72,13 @@ def evaluate_retrieval(
     if top < 1:
         raise UserError(f"`top` must be at least 1, not {top}: the number of candidates to re-rank")
     loaded, saved, own_captions = open_towers(run, encoding)
-    shards = open_split(str(data), split)
-    captions_of = read_captions(shards, captions or own_captions)
+    captions_of = read_captions(shards := open_split(str(data), split), captions or own_captions)
     clock = Clock(loaded.device)
     embeddings = embed_split(loaded, shards, captions_of)
     clock.stop("embed")
     tower_ranks = ranks(cosine(*embeddings[:2]), embeddings.image_of_text_T, len(shards), tie=ROUNDING)
-    found = {"towers": tower_ranks}
+    found, details = {"towers": tower_ranks}, {}
     clock.stop("rank")
-    details = {}
     if rerank is not None:
         second, second_saved = (loaded, saved) if rerank == "self" else open_run(rerank, encoding)[:2]
         details["reranked_by"], match = pair_score(second_saved, rerank_by)
