@@ -71,7 +71,7 @@ class Data(abc.ABC):
     workers: Annotated[int, Range(least=0, most=1024)] = 0
     """Processes that load; 0 loads in a thread of the training process."""
     cache: bool = True
-    """Keep decoded images in memory."""
+    """Keep decoded images in memory, as many as half of the free memory has room for."""
     max_length: Annotated[int, Range(least=2)] = 50
     """The most tokens of a text, including `<s>` and `</s>`; a longer text is cut at its end."""
     fit: Fit = "crop"

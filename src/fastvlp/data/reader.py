@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property
 from typing import Any, Literal, TypeVar
 
-import torch
 from torch import Tensor
 
 from fastvlp.batch import Dropped, Record
+from fastvlp.data.image_cache import ImageCache, room_for_images
 from fastvlp.data.records.decode import MAX_PIXELS, StoredShape, decoded_images, stored_shape
 from fastvlp.data.records.interface import Records
 from fastvlp.data.records.shards import RecordError
@@ -32,7 +31,8 @@ class RecordReader:
         images: the images of a record that are used: the `first` one, `all`, or exactly this number, where a record with
             another number of images is an error.
         regions: parts of each image that come along; None: no regions.
-        cache: keep the decoded images in memory, 3 * size**2 bytes each. Not for `all`, whose number is not known.
+        cache: keep the decoded images in memory, 3 * size**2 bytes each, as many as there is room for. Not for `all`, whose
+            number is not known.
         states: stored states of these images, which are read in place of their pixels.
         max_pixels: an image with more pixels is an error; its header is enough to see that.
         strict: raise UserError where a record cannot be used (evaluation), instead of dropping and naming it (training).
@@ -65,7 +65,7 @@ class RecordReader:
         if cache and states is None:
             if images == "all":
                 raise ValueError("a cache needs a fixed number of images for each record")
-            self.cache = ImageCache(len(shards) * (1 if images == "first" else images), transform.size)
+            self.cache = room_for_images(shards.url, len(shards) * (1 if images == "first" else images), transform.size)
 
     def record(self, i: int) -> RecordView:
         """Record i of the shards; nothing is read yet."""
@@ -165,43 +165,6 @@ class RecordView:
     def _is_cached(self) -> bool:
         cache = self._reader.cache
         return cache is not None and all(place in cache for place in self._places)
-
-
-class ImageCache:
-    """One decoded image, uint8 [3 size size], for each of `count` places, filled as they are decoded, and the shape in which
-    it was stored.
-
-    The memory is an anonymous shared mapping: forked workers fill one cache between them, and /dev/shm, small in
-    containers, is not involved. A page takes memory when it is first written. A pickled copy starts empty.
-    """
-
-    def __init__(self, count: int, size: int):
-        self._arguments = (count, size)
-        self._images = _shared(count * 3 * size * size).view(count, 3, size, size)
-        self._shapes = _shared(count * 3 * 4).view(torch.int32).view(count, 3)
-        self._filled = _shared(count)
-
-    def __contains__(self, place: int) -> bool:
-        return bool(self._filled[place])
-
-    def image(self, place: int) -> Tensor:
-        return self._images[place]
-
-    def shape(self, place: int) -> StoredShape:
-        return StoredShape(*self._shapes[place].tolist())
-
-    def put(self, place: int, image: Tensor, shape: StoredShape) -> None:
-        # Two workers may both decode an image: they write the same bytes. The flag comes last.
-        self._images[place] = image
-        self._shapes[place] = torch.tensor(shape)
-        self._filled[place] = 1
-
-    def __reduce__(self) -> tuple[type[ImageCache], tuple[int, int]]:
-        return ImageCache, self._arguments
-
-
-def _shared(n: int) -> Tensor:
-    return torch.frombuffer(mmap.mmap(-1, n), dtype=torch.uint8)
 
 
 def refusal(shards: Records, dropped: list[Dropped]) -> UserError:
