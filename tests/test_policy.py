@@ -52,7 +52,7 @@ LEVELS = [
     {"search"},
     {"exporters"},
     {"serve"},
-    {"cli", "cli_options", "cli_results", "__main__", "__init__"},
+    {"cli", "cli_help", "cli_options", "cli_results", "__main__", "__init__"},
 ]
 # What varies: the abstract class, and the package whose modules hold the variants.
 INTERFACES = {

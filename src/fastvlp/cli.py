@@ -1,4 +1,4 @@
-"""The command line, and with `cli_options` and `cli_results` the only place that reads it.
+"""The command line, and with `cli_help`, `cli_options` and `cli_results` the only place that reads it.
 
 A command is a function of the library: its signature gives the options, its docstring their help. `COMMANDS` says which
 function, and how its result is printed. A module that imports torch is imported only when its command is used.
@@ -20,6 +20,7 @@ from inspect import signature
 from pathlib import Path
 from typing import Any
 
+from fastvlp.cli_help import asks_for_help_alone, stand_in_for_torch
 from fastvlp.cli_options import (
     Run,
     as_flags,
@@ -221,6 +222,9 @@ def without_collection() -> Iterator[None]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command. Returns 0, or 2 after saying what is wrong where the user can mend it; tyro exits with 2 too."""
+    if argv is None and asks_for_help_alone(sys.argv[1:]):
+        # This process prints help and ends. One that calls `main` itself goes on, and may need torch.
+        stand_in_for_torch()
     argv = list(sys.argv[1:] if argv is None else argv)
     # Torch's threads spin while they wait for each other: on cores that others use too, a step then takes 50 times as long.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
