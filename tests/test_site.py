@@ -15,6 +15,7 @@ import pytest
 import fastvlp
 from fastvlp.recipes import names
 from tests.documents import DOCS
+from tests.recipe_table import PAGE, with_table
 
 ROOT = DOCS.parent
 CONFIG = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
@@ -37,6 +38,11 @@ def test_the_reference_has_every_public_name_once():
 def test_every_recipe_is_shown_with_its_result():
     shown = re.findall(r"^::: fastvlp\.recipes\.(\w+)$", (DOCS / "recipes.md").read_text(), re.MULTILINE)
     assert sorted(shown) == sorted(names())
+
+
+def test_the_table_of_recipes_is_that_of_the_recipes():
+    page = PAGE.read_text(encoding="utf-8")
+    assert page == with_table(page), "the table is out of date: python -m tests.recipe_table"
 
 
 class Page(HTMLParser):

@@ -47,7 +47,7 @@ def evaluate_probe(
         split: Split that is scored. With `val`, a tenth of train chooses the strength of the regularisation.
         features: Features of an image before (`pooled`) or after (`embedding`) the projection into the joint space.
         label: Field of the records with the class.
-        prefix: Beginning of the splits' names, such as singles- for singles-train and singles-test of the demo corpus.
+        prefix: Beginning of the splits' names, such as singles- for singles-train and singles-test of the embedded corpus.
         encoding: How images are encoded.
 
     Raises:

@@ -2,6 +2,8 @@
 
 vlp data demo
 vlp pretrain ar_demo
+
+Its scores are beside those of flm_demo (docs/log.md, entry 14).
 """
 
 from dataclasses import replace

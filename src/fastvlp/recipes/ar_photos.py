@@ -2,6 +2,8 @@
 
 vlp data import PAIRS --out photos --val 0.1 --max-side 192
 vlp pretrain ar_photos
+
+Its scores are beside those of flm_photos (docs/log.md, entry 6).
 """
 
 from dataclasses import replace
