@@ -78,7 +78,7 @@ def standing_sentence(comparison: Comparison, rows: Sequence[Summary], score: Sc
     close = [arm for arm in order[1:] if within_noise(finals[arm], finals[best])]
     behind = [arm for arm in order[1:] if arm not in close]
     values = {arm: f"{arm} {format_score(score, final)}" for arm, final in finals.items()}
-    sentence = f"{score.title}: {values[best]}"
+    sentence = f"{score.title}{f' ({score.note})' if score.note else ''}: {values[best]}"
     if behind:
         sentence += f" leads {_listed([values[arm] for arm in behind])}"
     if close:

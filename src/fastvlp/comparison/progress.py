@@ -13,8 +13,10 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.table import Table
 
 from fastvlp.comparison.findings import findings
+from fastvlp.comparison.metrics.interface import Score
 from fastvlp.comparison.results import ArmRun, Comparison, Measurement, TrainingCost
 from fastvlp.comparison.summary import (
+    Summary,
     busy_note,
     format_duration,
     format_score,
@@ -170,24 +172,37 @@ def print_tables(comparison: Comparison, console: Console) -> None:
         speed.add_row(row.arm, *(f"{n:,.0f}" for n in numbers), f"{row.wait:.0%}", f"{row.cpu:.2f}")
     console.print(speed)
     for score in measured_scores(comparison):
-        caption = f"time-to-quality: how many times as fast to the final score of {comparison.reference}"
-        for name, levels in (("chance", comparison.chance), ("the text alone", comparison.blind)):
-            if score.name in levels:
-                caption = f"{name}: {format_score(score, spread([levels[score.name]]))}; {caption}"
-        table = Table("arm", caption=caption)
-        table.title = f"{score.title}, {score.note}".rstrip(", ")
-        shown = shown_marks(comparison)
-        for i in shown:
-            table.add_column(format_duration(comparison.shares[i] * comparison.budget_s), justify="right")
-        table.add_column("time-to-quality", justify="right")
-        for row in rows:
-            cells = [format_score(score, row.scores[score.name][i]) for i in shown]
-            table.add_row(row.arm, *cells, format_speedup(comparison, row.arm, score.name))
-        console.print(table)
+        console.print(score_table(comparison, rows, score))
     if (busy := busy_note(comparison)) is not None:
         console.print(busy, markup=False)
     for row in rows:
         for failure in row.failures:
             console.print(f"{row.arm}, {failure}", markup=False)
+    console.print()
     for sentence in findings(comparison):
         console.print(sentence, markup=False, highlight=False, style="bold")
+
+
+def score_table(comparison: Comparison, rows: Sequence[Summary], score: Score) -> Table:
+    """A table of a score at a few marks, with how soon the arms had the final score of the reference."""
+    shown = [i for i in shown_marks(comparison) if any(row.scores[score.name][i] for row in rows)]
+    timed = any(row.speedups[score.name].n for row in rows)
+    title = ", ".join(filter(None, (score.title, score.note, "in per cent" if score.percent else "")))
+    lines = [
+        f"{name}: {format_score(score, spread([levels[score.name]]))}"
+        for name, levels in (("the text alone", comparison.blind), ("chance", comparison.chance))
+        if score.name in levels
+    ]
+    if timed:
+        lines.append(f"speed-up: how many times as fast to the final score of {comparison.reference}")
+    table = Table("arm", title=title, caption="; ".join(lines) or None)
+    for i in shown:
+        table.add_column(format_duration(comparison.shares[i] * comparison.budget_s), justify="right")
+    if timed:
+        table.add_column("speed-up", justify="right")
+    for row in rows:
+        if row.final(score.name):
+            cells = [format_score(score, row.scores[score.name][i]).removesuffix(" %") for i in shown]
+            speed = [format_speedup(comparison, row.arm, score.name)] if timed else []
+            table.add_row(row.arm, *cells, *speed)
+    return table

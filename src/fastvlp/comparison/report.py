@@ -165,7 +165,7 @@ def _score_section(comparison: Comparison, rows: Sequence[Summary], score: Score
         note += f"{', ' if note else ''}in per cent"
     if once:
         note += f"{'; ' if note else ''}bars are two standard errors to each side"
-    else:
+    elif any(row.arm == comparison.reference and row.final(score.name) for row in rows):
         note += f"{'; ' if note else ''}the dashed line is the final score of {comparison.reference}"
     if (chance := comparison.chance.get(score.name)) is not None:
         note += f"; the dotted line is chance, {format_score(score, spread([chance]))}"
@@ -173,11 +173,11 @@ def _score_section(comparison: Comparison, rows: Sequence[Summary], score: Score
         note += f"; the line of dots and dashes is what the questions' text alone gives, {format_score(score, spread([blind]))}"
     if comparison.seeds > 1 and not once:
         note += "; lines show the mean over seeds, whiskers the range, thin lines the single seeds"
-    note = f"{note[0].upper()}{note[1:]}."
+    note = f"{note[:1].upper()}{note[1:]}."
     head = f'<h2>{escape(score.title)}</h2><p class="note">{escape(note)}</p>'
     scored = [row.arm for row in rows if row.final(score.name)]
     if once:
-        return f'{head}<div class="charts">{_final_chart(comparison, rows, score)}</div>'
+        return f'{head}<div class="single">{_final_chart(comparison, rows, score)}</div>'
     return (
         f'{head}{_legend(comparison, scored)}<div class="charts">{_score_charts(comparison, score)}</div>'
         f"{_score_table(comparison, rows, score)}"
@@ -334,6 +334,7 @@ def _configs(comparison: Comparison) -> str:
     flat = {arm: flatten(comparison.configs[arm]) for arm in comparison.arms}
     names = list(dict.fromkeys(name for arm in comparison.arms for name in flat[arm]))
     differ = [n for n in names if len({json.dumps(flat[arm].get(n, "-")) for arm in comparison.arms}) > 1]
+    differ = [n for n in differ if n not in ("name", "out")]
     head = ["", *(_name(comparison, arm) for arm in comparison.arms)]
     lines = [[escape(n), *(escape(_leaf(flat[arm].get(n, ""))) for arm in comparison.arms)] for n in differ]
     table = _html_table(head, lines) if differ else ""
