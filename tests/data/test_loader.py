@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from fastvlp.batch import Batch, Dropped, Record
+from fastvlp.data.batching import Grouping, Lengths
 from fastvlp.data.loader import Loader, Row
 from fastvlp.data.pairs import PairData, PairMaker, readable_infos
 from fastvlp.data.records.schema import clean_text, usable_captions
@@ -63,6 +64,24 @@ def test_the_ranks_together_are_one_rank_with_the_global_batch(world):
     parts = [Loader(17, make, batch_size=2, seed=3, rank=r, world=world) for r in range(world)]
     for s in range(20):
         assert whole.rows(s) == [row for part in parts for row in part.rows(s)]
+
+
+@pytest.mark.parametrize("grouping", [None, Grouping(group=12), Grouping(group=9, max_tokens=30, multiple=1)])
+@pytest.mark.parametrize(("world", "cut"), [(2, 1), (1, 1), (3, 3), (4, 2), (12, 3)])
+def test_other_ranks_have_the_same_rows_in_each_step(world, cut, grouping):
+    """Began on 2 ranks with accumulation 2: 4 planned batches a step."""
+    tokens = torch.arange(2, 9).repeat(3)[:17]
+    own = {"batch_size": 6, "seed": 3, "grouping": grouping, "lengths": lambda: Lengths(tokens, torch.arange(18))}
+    began = [Loader(17, make, rank=rank, world=2, **own) for rank in range(2)]
+    now = [Loader(17, make, rank=rank, world=world, planned_for=2, cut=cut, **own) for rank in range(world)]
+    micro = 4 * cut // world
+    for step in range(9):
+        then = [row for s in (2 * step, 2 * step + 1) for loader in began for row in loader.rows(s)]
+        rows = [row for s in range(step * micro, (step + 1) * micro) for loader in now for row in loader.rows(s)]
+        assert rows == then
+        assert now[0].place(step * micro) == began[0].place(2 * step)
+        assert now[0].batch_behind(began[0].place(2 * step)) == step * micro
+        assert now[0].planned(step * micro) == 2 * step and now[0].dealt(4 * step) == step * micro
 
 
 def test_a_source_smaller_than_one_batch_repeats_over_epochs():

@@ -71,9 +71,9 @@ def test_neighbours_stay_near_and_shards_change_their_order():
 @pytest.mark.parametrize("begin", [0, 1, 5, 16])
 def test_each_record_is_read_once_before_its_row_and_few_wait(world, streams, begin):
     for rank, loader in enumerate(loaders(world, streams=streams, buffer=8)):
-        ahead, waiting, entered, taken = ReadAhead(loader.stored_order, rank), [], 0, 0
+        ahead, waiting, entered, taken = ReadAhead(loader.stored_order), [], 0, 0
         for s in range(begin, begin + 40):
-            new = ahead.before(s)
+            new = ahead.before(s * world + rank)
             entered += len(new)
             waiting += new
             for row in loader.rows(s):
@@ -81,6 +81,23 @@ def test_each_record_is_read_once_before_its_row_and_few_wait(world, streams, be
                 taken += 1
             assert len(waiting) <= 8 + streams * 3
         assert entered == taken + len(waiting)
+
+
+def test_fewer_ranks_read_each_record_once_too():
+    own = {"batch_size": 3, "seed": 1, "reading": reading(streams=2, buffer=8)}
+    began = [Loader(sum(SIZES), None, rank=rank, world=4, **own) for rank in range(4)]
+    for rank in range(2):
+        loader = Loader(sum(SIZES), None, rank=rank, world=2, planned_for=4, **own)
+        ahead, waiting = ReadAhead(loader.stored_order), []
+        for s in range(5, 60):
+            waiting += ahead.before(s * 2 + rank)
+            t = s * 2 + rank
+            assert loader.rows(s) == began[t % 4].rows(t // 4)
+            for row in loader.rows(s):
+                waiting.remove(row.index)
+            assert len(waiting) <= 2 * (8 + 2 * 3)
+    with pytest.raises(UserError, match=r"data\.order.* divides 4"):
+        Loader(sum(SIZES), None, rank=0, world=3, planned_for=4, **own)
 
 
 def test_members_are_read_in_few_spans_and_kept_for_each_use():

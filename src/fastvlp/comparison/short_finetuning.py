@@ -26,6 +26,7 @@ from fastvlp.tasks import caption
 from fastvlp.tasks.caption import CaptionConfig
 from fastvlp.tasks.items import Item, ItemMaker
 from fastvlp.tasks.vqa import VQAConfig, VQAData
+from fastvlp.training.division import Division
 from fastvlp.training.loop import steps
 from fastvlp.training.optim import OptimConfig, adamw
 from fastvlp.training.pretraining import Pretraining
@@ -164,6 +165,7 @@ class ShortFinetuning:
             ema=None,
             train=Loader(rows.count, rows.make, batch_size=self.options.probe_batch, seed=state.run.seed),
             val=None,
+            division=Division(1, 1),
         )
         for _ in steps(tuning):
             pass

@@ -1,7 +1,7 @@
 """Which rows make batch number s, and making batches ahead of their use.
 
 Batch s is a pure function of (seed, s, rank, world, batch_size, grouping): resuming means starting at s, with any
-number of workers.
+number of workers. With another number of ranks a step has the same rows, where `planned_for` and `cut` say so.
 """
 
 from __future__ import annotations
@@ -58,6 +58,9 @@ class Loader:
         grouping: makes training's batches of rows of about one length.
         lengths: the lengths of the rows, for `grouping`; called once.
         reading: reads records as they are stored, through a buffer; None: in random order.
+        planned_for: the number of ranks for which the batches are planned; by default `world`. Planned batches are dealt to the
+            ranks one after the other.
+        cut: equal parts of a planned batch, each of which is dealt as a batch.
     """
 
     def __init__(
@@ -74,6 +77,8 @@ class Loader:
         grouping: Grouping | None = None,
         lengths: Callable[[], Lengths] | None = None,
         reading: SequentialReading | None = None,
+        planned_for: int | None = None,
+        cut: int = 1,
     ):
         if count < 1:
             raise UserError("the data set is empty; look at it with `vlp data inspect`")
@@ -89,14 +94,22 @@ class Loader:
         self.seed = seed
         self.rank = rank
         self.world = world
+        self.planned_for = planned_for or world
+        self.cut = cut
         self.workers = workers
         self.pin = pin
         self.grouping = grouping
         self.lengths = lengths
         self._orders: dict[int, Tensor] = {}
         self.reading, self.stored_order = reading, None
+        if reading is not None and self.planned_for % world:
+            raise UserError(
+                f"`data.order` sequential: a part of the data is read for each of {self.planned_for} ranks, and {world} cannot "
+                f"share these parts; continue on a number of ranks that divides {self.planned_for}"
+            )
         if reading is not None:
-            self.stored_order = SequentialOrder(reading, count=count, batch_size=batch_size, world=world, seed=seed)
+            shape = {"count": count, "batch_size": batch_size, "world": self.planned_for, "seed": seed}
+            self.stored_order = SequentialOrder(reading, **shape)
 
     def batches(self, start: int = 0) -> Iterator[Made]:
         """Endless batches from number `start`. Epochs follow each other without a gap: a batch may straddle two.
@@ -105,9 +118,11 @@ class Loader:
         stops its thread or processes when it is closed or no longer referenced.
         """
         _ = self.plan  # its error is raised here, before there are processes
-        ahead = None if self.stored_order is None else ReadAhead(self.stored_order, self.rank)
+        ahead = None if self.stored_order is None else ReadAhead(self.stored_order)
         numbers = itertools.count(start)
-        return self._run(Planned(s, self.rows(s), () if ahead is None else ahead.before(s)) for s in numbers)
+        return self._run(
+            Planned(s, self.rows(s), () if ahead is None else ahead.before(self._planned_batch(s)[0])) for s in numbers
+        )
 
     def once(self, rows: int | None = None) -> Iterator[Made]:
         """Every record once, in order, `rank::world` on each rank; the last batch is short. For evaluation.
@@ -125,23 +140,37 @@ class Loader:
         return self._run(Planned(s, own, parts[s] if ahead else ()) for s, own in enumerate(every))
 
     def place(self, s: int) -> int:
-        """How many rows of the endless sequence of epochs are before batch number s, of all ranks."""
-        return s * self.world * self.batch_size if self.plan is None else self.plan.place(s * self.world)
+        """How many rows of the endless sequence of epochs are before batch number s, of all ranks. Where batches are cut, s is
+        one with which a planned batch begins."""
+        t = s * self.world // self.cut
+        return t * self.batch_size if self.plan is None else self.plan.place(t)
 
     def batch_behind(self, place: int) -> int:
         """The first batch that begins behind so many rows."""
-        if self.plan is None:
-            return -(-place // (self.world * self.batch_size))
-        return -(-self.plan.batch_behind(place) // self.world)
+        t = -(-place // self.batch_size) if self.plan is None else self.plan.batch_behind(place)
+        return self.dealt(t)
+
+    def dealt(self, t: int) -> int:
+        """The first batch of all ranks that has no row of the first t planned ones."""
+        return -(-t * self.cut // self.world)
+
+    def planned(self, s: int) -> int:
+        """How many batches each of the ranks they are planned for would have before this rank's batch number s."""
+        return -(-s * self.world // (self.cut * self.planned_for))
+
+    def _planned_batch(self, s: int) -> tuple[int, int]:
+        """The planned batch that batch number s of this rank is made of, and which part of it."""
+        return divmod(s * self.world + self.rank, self.cut)
 
     def rows(self, s: int) -> list[Row]:
         """The rows of this rank in batch number s."""
-        t = s * self.world + self.rank
+        t, part = self._planned_batch(s)
         if self.plan is None:
             place_B = torch.arange(t * self.batch_size, (t + 1) * self.batch_size)
         else:
             place_B = self.plan.batch(t)
-        return [Row(*row) for row in zip(*(part.tolist() for part in self._rows_at(place_B)))]
+        place_B = place_B.tensor_split(self.cut)[part]
+        return [Row(*row) for row in zip(*(column.tolist() for column in self._rows_at(place_B)))]
 
     @cached_property
     def plan(self) -> Plan | None:
@@ -150,7 +179,7 @@ class Loader:
             return None
         table = self.lengths()
         longest = int(table.tokens_T.max())
-        shape = {"count": self.count, "batch_size": self.batch_size, "world": self.world, "seed": self.seed}
+        shape = {"count": self.count, "batch_size": self.batch_size, "world": self.planned_for, "seed": self.seed}
         return Plan(self.grouping, lambda place_N: table(*self._rows_at(place_N)), longest, **shape)
 
     def _rows_at(self, place_N: Tensor) -> tuple[Tensor, Tensor]:

@@ -94,7 +94,6 @@ class SequentialOrder:
         self.batch_size = batch_size
         self.seed = seed
         self.streams = world * reading.streams
-        self.world = world
         self.buffer = max(1, reading.buffer // reading.streams)
         self._first_T = torch.tensor([0, *reading.sizes]).cumsum(0)
         self._known: dict[tuple[int, int], Stream] = {}
@@ -161,19 +160,18 @@ class SequentialOrder:
 
 
 class ReadAhead:
-    """Which records a rank reads before each of its batches. Each call is for the next batch."""
+    """Which records a rank reads before each of its batches. Each call is for one behind the last."""
 
-    def __init__(self, order: SequentialOrder, rank: int):
+    def __init__(self, order: SequentialOrder):
         self._order = order
-        self._rank = rank
         self._read: dict[int, int] = {}
 
-    def before(self, s: int) -> list[int]:
-        """The records that enter the buffer for batch number s: for the first batch of a stream all that wait in it."""
+    def before(self, t: int) -> list[int]:
+        """The records that enter the buffer for batch number t of all ranks: for the first batch of a stream all that wait in
+        it."""
         order = self._order
         entering: list[int] = []
-        turn, part = divmod(s, order.reading.streams)
-        v = part * order.world + self._rank
+        turn, v = divmod(t, order.streams)
         row = turn * order.batch_size
         if v not in self._read:
             entering, self._read[v] = order.waiting(row, v)

@@ -123,6 +123,8 @@ class MoCo(PairObjective):
         self.register_buffer("queue_content", torch.full((config.queue, 2), -1))
         self.register_buffer("written", torch.zeros((), dtype=torch.int64))
         self.latest: tuple[Tensor, ...] | None = None
+        # Micro-batches of the step so far, which are scored together.
+        self.micro = 0
         # Of some patches alone there are no stored states.
         self.image_use = "embedding" if config.key_keep == 1 else "pixels"
 
@@ -140,12 +142,14 @@ class MoCo(PairObjective):
 
     @torch.no_grad()
     def constants(self, model: VLModel, batch: Batch) -> tuple[Tensor, ...]:
-        """Keys of images and texts, two [B E], and maybe the contents of the pairs."""
+        """Keys of images and texts, two [B E], the number of their micro-batch [B], and maybe the contents of the pairs."""
         share = self.config.key_keep if self.drops_parts else 1.0
         keep_BK = self.slow.config.image.random_patches(batch.seed, share, batch.image)
         image_BKD = self.slow.encode_image(batch.image, keep_BK)
         keys = embed_pair(self.slow, image_BKD, batch, self.config, drops_parts=self.drops_parts)
-        return *keys, *pair_contents(batch, self.config)
+        micro_B = torch.full_like(batch.length, self.micro)
+        self.micro += self.training
+        return *keys, micro_B, *pair_contents(batch, self.config)
 
     def score(self, *rows: Tensor) -> dict[str, Loss]:
         """Losses of each image among the keys of texts, and of each text among those of images. The queue is as it was before
@@ -154,13 +158,17 @@ class MoCo(PairObjective):
         In validation the candidates are the rows of the batch. With a queue the loss would stay or rise as the negatives get
         harder, so that the first weights would seem the best.
         """
-        image_BE, text_BE, image_key_BE, text_key_BE, *contents = rows
+        image_BE, text_BE, image_key_BE, text_key_BE, micro_B, *contents = rows
         config, filled = self.config, 0
         mode, alpha = (config.mode, config.alpha) if self.training else ("batch+queue", 0.0)
         (images, first), (texts, _) = self.gather_rows(image_key_BE, least=1), self.gather_rows(text_key_BE, least=1)
         content = self.gather_contents(*contents)
         if self.training:
-            self.latest = (images, texts) if content[1] is None else (images, texts, content[1])
+            self.micro = 0
+            # Micro-batches are dealt to the ranks: this is the order that one rank would have, whose oldest keys go first.
+            order_M = self.gather_rows(micro_B, least=1)[0].argsort(stable=True)
+            latest = (images, texts) if content[1] is None else (images, texts, content[1])
+            self.latest = tuple(rows[order_M] for rows in latest)
             filled = min(int(self.written), config.queue) if config.warm else config.queue
         own = first + torch.arange(len(image_BE), device=image_BE.device)
         weight = config.weight / (2 if config.directions == "mean" else 1)
@@ -207,7 +215,7 @@ class MoCo(PairObjective):
                 buffer.copy_(current[name])
 
     def remember(self) -> None:
-        """Replaces the oldest keys by those of the step, of all ranks in rank order."""
+        """Replaces the oldest keys by those of the step, of all ranks."""
         if self.latest is None:
             return
         (count, _), K = self.latest[0].shape, self.config.queue

@@ -101,9 +101,10 @@ def write_state(state: TrainState) -> None:
             "run": to_json(state.run),
             "rows": state.train.count,
             "contents": state.contents,
-            "batches": state.batches,
+            # Of each of the ranks on which the run began.
+            "batches": state.train.planned(state.batches),
             "places": state.train.place(state.batches),
-            "ranks": dist.world(),
+            "ranks": state.division.began,
             "pretraining": state.pretraining.state_dict(),
             "optimiser": state.optimiser.state_dict(),
             "groups": group_names(state),
@@ -186,6 +187,8 @@ def restore(state: TrainState, saved: Mapping[str, Any], change: Collection[str]
     refuse(path, changed, allowed)
     with _expect_form(path):
         state.changed = changed_fields(saved, state.run) | changed
+        if state.division.began != saved["ranks"]:
+            state.changed["ranks"] = (saved["ranks"], state.division.began)
         if state.ema is not None and saved["ema"] is None:
             state.ema.module.load_state_dict(state.pretraining.state_dict())
         elif state.ema is not None:
@@ -208,7 +211,7 @@ def restore(state: TrainState, saved: Mapping[str, Any], change: Collection[str]
         state.remeasured = remeasured(saved, state.run, state.changed)
         if state.remeasured:
             state.best, state.stale, state.validated = math.inf, 0, 0
-        state.skipped_batches = first_batch(saved, state.run, state.train) - state.step * state.run.accumulate
+        state.skipped_batches = first_batch(saved, state.run, state.train) - state.step * state.division.micro
     state.saved = state.step
 
 

@@ -8,7 +8,6 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from fastvlp import dist
 from fastvlp.config import Json, differences, flatten, to_json, with_defaults
 from fastvlp.data.loader import Loader
 from fastvlp.errors import UserError
@@ -41,8 +40,6 @@ def check_names(run: TrainConfig, change: Collection[str], saved: Mapping[str, A
 def changed_fields(saved: Mapping[str, Any], run: TrainConfig) -> dict[str, tuple[Json, Json]]:
     """Fields that differ and make another run, by name: (then, now). The places of data are compared by content, later."""
     changed = differences(with_defaults(saved["run"], run), to_json(run))
-    if saved["ranks"] != dist.world():
-        changed["ranks"] = (saved["ranks"], dist.world())
     return {name: values for name, values in changed.items() if name not in CHANGEABLE and name not in PLACES}
 
 
@@ -93,6 +90,8 @@ def first_batch(saved: Mapping[str, Any], run: TrainConfig, train: Loader) -> in
     read."""
     then, now = flatten(with_defaults(saved["run"], run)), flatten(to_json(run))
     same = all(then.get(name) == now.get(name) for name in ORDER)
-    same = same and saved["rows"] == train.count and saved["ranks"] == dist.world()
+    same = same and saved["rows"] == train.count and saved["ranks"] == train.planned_for
+    if not same and "places" in saved:
+        return train.batch_behind(int(saved["places"]))
     taken = int(saved.get("batches", saved["step"] * int(saved["run"].get("accumulate", 1))))
-    return taken if same or "places" not in saved else train.batch_behind(int(saved["places"]))
+    return train.dealt(taken * train.planned_for)

@@ -27,6 +27,8 @@ def log_start(state: TrainState, log: RunLog, resume: bool) -> None:
         log.say(
             f"{run.folder}: the lowest validation loss begins anew, because validation measures something else ({fields})"
         )
+    if state.division.began != dist.world():
+        log.say(f"{run.folder}: {divided(state)}")
     machine: dict[str, Any] = {"device": device_name(state.device), "precision": state.precision}
     log.event("start", step=state.step, elapsed=state.elapsed, **machine)
     if state.step == 0:
@@ -36,6 +38,16 @@ def log_start(state: TrainState, log: RunLog, resume: bool) -> None:
     elif state.progress >= 1:
         longer = "`patience`" if state.out_of_patience else "`steps` or `budget_s`"
         log.say(f"{run.folder}: was at its end already; raise {longer} to train on")
+
+
+def divided(state: TrainState) -> str:
+    """What becomes of the steps of a run that continues on another number of ranks."""
+    division, data = state.division, state.run.data
+    size = f"{data.batch_size // division.cut} rows" if data.max_tokens is None else f"up to {data.max_tokens} tokens"
+    return (
+        f"began on {division.began} ranks and continues on {dist.world()}: steps have the same rows, {division.micro} "
+        f"micro-batches of {size} on each rank"
+    )
 
 
 def log_new_run(state: TrainState, log: RunLog) -> None:
@@ -66,7 +78,7 @@ def log_new_run(state: TrainState, log: RunLog) -> None:
         text = str(cut).replace("`max_length`", "`data.max_length`")
         log.event("cut", step=0, elapsed=0.0, text=text, **asdict(cut))
     run, records = state.run, state.train.count
-    rows = run.data.batch_size * run.accumulate * dist.world()
+    rows = run.data.batch_size * run.accumulate * state.division.began
     log_data(state, log, rows)
     if rows > records and state.pretraining.pair_objectives() and run.data.max_tokens is None:
         log.say(

@@ -53,7 +53,7 @@ def steps(state: TrainState) -> Iterator[StepReport]:
     while state.progress < 1 and not state.stop:
         began, waited, dropped_before = state.clock(), time.perf_counter(), len(state.dropped)
         with dist.together(state.device):
-            micro = [next_batch(state, batches) for _ in range(run.accumulate)]
+            micro = [next_batch(state, batches) for _ in range(state.division.micro)]
         data_wait = time.perf_counter() - waited
         micro = [augmented(batch, run.augment) for batch in micro]
         micro = reduced_at_first(state, micro)
@@ -153,9 +153,9 @@ def equal_rows(state: TrainState, micro: list[Batch]) -> Tensor:
 
 @contextmanager
 def seeded_autocast(state: TrainState, micro: int) -> Iterator[None]:
-    """Context in which micro-batch `micro` of the next step runs. Its dropout depends only on seed, step, micro-batch and
-    rank."""
-    torch.manual_seed(hash64(state.run.seed, state.step, micro, dist.rank()))
+    """Context in which micro-batch `micro` of the next step runs. Its dropout depends only on seed, step, and which of all
+    ranks' micro-batches it is: they are dealt to the ranks one after the other."""
+    torch.manual_seed(hash64(state.run.seed, state.step, micro * dist.world() + dist.rank(), 0))
     with autocast(state):
         yield
 

@@ -30,6 +30,7 @@ from fastvlp.model.sizes import with_tokenizer
 from fastvlp.random import hash64
 from fastvlp.training.checkpoint import CHECKPOINT, read_checkpoint, restore
 from fastvlp.training.continuing import check_names
+from fastvlp.training.division import Division, divide
 from fastvlp.training.flops import FlopCounter
 from fastvlp.training.optim import adamw
 from fastvlp.training.pretraining import Pretraining
@@ -38,6 +39,9 @@ from fastvlp.training.state import TrainState
 from fastvlp.training.stored_inputs import stored_inputs
 from fastvlp.training.train_config import TrainConfig, check
 from fastvlp.training.trained_parts import freeze
+
+# More ranks than any cluster has: a checkpoint that says more is damaged.
+MOST_RANKS = 1 << 20
 
 
 def check_image_encoder(model: VLModel) -> None:
@@ -81,6 +85,7 @@ def start(run: TrainConfig, *, resume: bool = False, change: Collection[str] = (
     saved = read_checkpoint(run, change) if again else None
     if saved is not None:
         load_exactly(pretraining, saved["pretraining"], run.folder / CHECKPOINT)
+    division = divide(run, began_ranks(run, saved, change))
     # After the weights: stored states are those of one encoder.
     stored = stored_inputs(pretraining, run, precision)
     some = stored is not None and any((stored.images, stored.texts, stored.teacher))
@@ -102,7 +107,8 @@ def start(run: TrainConfig, *, resume: bool = False, change: Collection[str] = (
         wrapped=pretraining,
         optimiser=adamw(pretraining, run.optim),
         ema=ema,
-        train=make_loader(run, rows, hashed=pretraining.contrasts),
+        division=division,
+        train=make_loader(run, rows, division, hashed=pretraining.contrasts),
         val=None if held_out is None else make_loader(run, held_out, hashed=pretraining.contrasts),
         dropped={part.key: part.reason for part in rows.damage},
         inherited=inherited,
@@ -112,11 +118,29 @@ def start(run: TrainConfig, *, resume: bool = False, change: Collection[str] = (
     )
     if saved is not None:
         restore(state, saved, change)
-    if run.compile:
-        compile_blocks(pretraining)
-    if dist.world() > 1:
-        state.wrapped = distributed(run, pretraining)
+    prepare(state)
     return state
+
+
+def prepare(state: TrainState) -> None:
+    """Compiles the blocks, where the run does, and wraps the module for several ranks."""
+    if state.run.compile:
+        compile_blocks(state.pretraining)
+    if dist.world() > 1:
+        state.wrapped = distributed(state.run, state.pretraining)
+
+
+def began_ranks(run: TrainConfig, saved: Mapping[str, Any] | None, change: Collection[str]) -> int:
+    """The number of ranks for which the steps of a run are planned: those on which it began, or those that there are where the
+    user lets `ranks` differ."""
+    if saved is None or "ranks" in change:
+        return dist.world()
+    began = saved["ranks"]
+    if not isinstance(began, int) or not 1 <= began <= MOST_RANKS:
+        raise UserError(
+            f"{run.folder / CHECKPOINT}: not what a run saves (`ranks` is {began!r}); restore the file or start the run anew"
+        )
+    return began
 
 
 def with_teacher_time(run: TrainConfig, stored: Stored | None) -> TrainConfig:
@@ -215,8 +239,9 @@ def find_tokenizer(run: TrainConfig, resume: bool, texts: PublicTexts | None = N
     return Tokenizer.train(run.data.texts(), "wordpiece", vocab_size=run.vocab)
 
 
-def make_loader(run: TrainConfig, rows: Rows, *, hashed: bool = False) -> Loader:
-    """`hashed`: whether an objective contrasts rows, so that batches bring their `content` where the data can make such."""
+def make_loader(run: TrainConfig, rows: Rows, division: Division | None = None, *, hashed: bool = False) -> Loader:
+    """`division`: of the steps of training. `hashed`: whether an objective contrasts rows, so that batches bring their
+    `content` where the data can make such."""
     return Loader(
         rows.count,
         (rows.make_hashed if hashed else None) or rows.make,
@@ -229,4 +254,6 @@ def make_loader(run: TrainConfig, rows: Rows, *, hashed: bool = False) -> Loader
         grouping=run.data.grouping,
         lengths=rows.lengths,
         reading=rows.reading,
+        planned_for=None if division is None else division.began,
+        cut=1 if division is None else division.cut,
     )

@@ -18,6 +18,7 @@ from fastvlp.data.tokenize import Tokenizer
 from fastvlp.dist import Precision, pick_precision
 from fastvlp.model.model import VLModel
 from fastvlp.model.saving import Inheritance
+from fastvlp.training.division import Division
 from fastvlp.training.flops import FlopCounter
 from fastvlp.training.pretraining import Pretraining
 from fastvlp.training.train_config import TrainConfig
@@ -83,6 +84,7 @@ class TrainState:
         stop: the signal for which all ranks stop.
         saved: the step of the last checkpoint; 0 where there is none.
         clock: gives the seconds by which `elapsed` grows; a comparison on a CPU counts CPU time.
+        division: how the batches of a step are divided among the ranks.
         lock: of the run's folder, which one process writes to; None where nothing is locked.
         between_steps: whether the weights are those after `step`; false while a step changes them.
     """
@@ -97,6 +99,7 @@ class TrainState:
     ema: AveragedModel | None
     train: Loader
     val: Loader | None
+    division: Division
     step: int = 0
     elapsed: float = 0.0
     pairs: int = 0
@@ -129,7 +132,7 @@ class TrainState:
     @property
     def batches(self) -> int:
         """The number of the batch that comes next on each rank."""
-        return self.skipped_batches + self.step * self.run.accumulate
+        return self.skipped_batches + self.step * self.division.micro
 
     @property
     def out_of_patience(self) -> bool:

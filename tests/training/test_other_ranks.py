@@ -1,0 +1,85 @@
+"""A run that was stopped continues on another number of ranks, with the same rows in each step."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from fastvlp.errors import UserError
+from fastvlp.training.checkpoint import load_checkpoint
+from fastvlp.training.division import Division, divide
+from fastvlp.training.loop import train
+from tests.training.families import FAMILIES, family_run, made_world, on_ranks, train_all
+from tests.training.runs import assert_equal
+
+# Ten processes on one core take long to start.
+pytestmark = pytest.mark.timeout(1200)
+CUT = ("flm_demo", "flip_demo")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """One process group of each size for all runs: starting one takes longer than they do."""
+    folder = tmp_path_factory.mktemp("ranks")
+    world = made_world(folder / "world")
+    for name in FAMILIES:
+        train(family_run(name, world, folder / "one", accumulate=4))
+    for name in CUT:
+        train(family_run(name, world, folder / "cut", batch_size=8, accumulate=2, steps=1))
+    moved = [family_run(name, world, folder / "moved") for name in FAMILIES]
+    cut = [family_run(name, world, folder / "cut", batch_size=8, accumulate=2) for name in CUT]
+    on_ranks(4, train_all, [replace(run, steps=1) for run in moved])
+    on_ranks(2, train_all, moved, True)
+    # 2 micro-batches of 8 rows become 4 of 4.
+    on_ranks(4, train_all, cut, True)
+    return folder
+
+
+def losses(run: Path) -> list[list[float]]:
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    return [[x for name, x in line.items() if name.startswith("loss")] for line in lines if line["kind"] == "train"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_run_that_stopped_on_four_ranks_continues_on_two(folder, name):
+    one, moved = (load_checkpoint(folder / count / name / "last.pt") for count in ("one", "moved"))
+    assert (moved["ranks"], moved["batches"], moved["step"]) == (4, 3, 3) and moved["pairs"] == one["pairs"]
+    assert_equal(moved["pretraining"], one["pretraining"], 2e-6)
+    for then, now in zip(losses(folder / "one" / name), losses(folder / "moved" / name), strict=True):
+        assert now == pytest.approx(then, rel=1e-5, abs=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CUT)
+def test_micro_batches_are_cut_for_more_ranks(folder, name):
+    one, cut = (load_checkpoint(folder / count / name / "last.pt") for count in ("one", "cut"))
+    assert (cut["ranks"], cut["batches"], cut["pairs"]) == (1, 6, 48)
+    assert_equal(cut["pretraining"], one["pretraining"], 2e-6)
+
+
+@pytest.mark.parametrize(
+    ("began", "accumulate", "ranks", "division"),
+    [
+        (4, 1, 4, Division(4, 1)),
+        (4, 1, 2, Division(4, 2)),
+        (8, 3, 6, Division(8, 4)),
+        (4, 1, 8, Division(4, 1, 2)),
+        (4, 1, 3, Division(4, 4, 3)),
+        (1, 2, 12, Division(1, 1, 6)),
+    ],
+)
+def test_a_step_is_divided_into_whole_micro_batches_where_it_can_be(tmp_path, began, accumulate, ranks, division):
+    run = family_run("mlm_demo", tmp_path, tmp_path, batch_size=12, accumulate=accumulate)
+    assert divide(run, began, ranks) == division
+    assert division.micro * ranks == accumulate * began * division.cut
+
+
+@pytest.mark.parametrize(("name", "batch_size"), [("mlm_demo", 8), ("uniter_demo", 12)])
+def test_ranks_that_cannot_share_a_step_are_refused(tmp_path, name, batch_size):
+    run = family_run(name, tmp_path, tmp_path, batch_size=batch_size)
+    with pytest.raises(UserError, match=r"began on 4 ranks.*3 ranks cannot share.*`ranks` in `change`"):
+        divide(run, 4, 3)
