@@ -10,9 +10,10 @@ import torch
 from fastvlp.batch import Batch
 from fastvlp.errors import UserError
 from fastvlp.model import masks
+from fastvlp.model.directions import reverse_text
 from fastvlp.model.encoders.vit import patchify, resize_positions
 from fastvlp.model.keep import random_keep
-from fastvlp.model.model import VLModel, reverse_text
+from fastvlp.model.model import VLModel
 from fastvlp.model.sizes import flm_base, small, tiny, with_tokenizer
 from fastvlp.objectives.flm import FLM, FLMConfig
 from fastvlp.objectives.objective import combine

@@ -26,7 +26,7 @@ def reconstructed(model: VLModel, objective: FLM, batch: Batch, embedded: Tensor
     """States of rows 1..L-1; with `embedded` the word table's output for the two streams is replaced by it."""
     c = objective.config
     spans = draw_spans(c.span_mode, c.span_rate, batch.seed, batch.length, batch.ids.shape[1])
-    streams = model.streams(model.encode_image(batch.image), batch.ids, batch.length, bos=c.bos)
+    streams = model.streams(model.encode_image(batch.image), batch.ids, batch.length, bos=c.bos, whole=False)
     return objective.queries(batch, spans, streams, model)
 
 
@@ -52,10 +52,10 @@ def dependency(model: VLModel, objective: FLM, batch: Batch, row: int) -> Tensor
     matrix = torch.zeros(L - 1, L, dtype=torch.bool)
     for i in range(length - 1):
         (gradient,) = torch.autograd.grad(state[i].sum(), words[0], retain_graph=True)
-        forward, reverse = gradient.unflatten(0, (len(batch), 2))[row].abs().sum(-1)
-        if flipped:
-            reverse = torch.cat([reverse[:length].flip(0), reverse[length:]])
-        matrix[i] = (forward + reverse) > 0
+        forward, reverse = gradient.unflatten(0, (len(batch), 2))[row].abs().sum(-1) > 0
+        column = torch.arange(len(reverse))
+        matrix[i, column] = forward
+        matrix[i, torch.where(column < length, length - 1 - column, column) if flipped else column] |= reverse
     return matrix
 
 

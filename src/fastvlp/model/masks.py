@@ -65,6 +65,9 @@ def bridge(
     column = reverse_BL[:, None, :]
     right = (column >= end_BQ[..., None]) & (column < n)
     visible = torch.cat([left, right], -1)
+    if first == 0:
+        # Every query sees `<s>`.
+        return visible[:, None], torch.zeros_like(start_BQ, dtype=torch.bool)
     return _never_empty(visible)[:, None], ~visible.any(-1)
 
 

@@ -13,6 +13,7 @@ from fastvlp.batch import Regions
 from fastvlp.errors import UserError
 from fastvlp.model import like_lengths, masks
 from fastvlp.model.absent import Absent
+from fastvlp.model.directions import Streams, reverse_text
 from fastvlp.model.encoders.interface import ImageEncoder, ImageEncoderConfig, TextEncoder, TextEncoderConfig
 from fastvlp.model.freezing import Freezable
 from fastvlp.model.fusion import Fusion, FusionConfig, LMHead, Reconstructor, ReconstructorConfig
@@ -96,17 +97,6 @@ class ModelConfig:
             )
 
 
-class Streams(NamedTuple):
-    """States of FLM's two directions. Row 2b is the forward stream of text b, and row 2b+1 its reverse stream. [B*2 L D] viewed
-    as [B 2L D] is therefore the list of keys that the reconstructor attends to."""
-
-    bottom: list[Tensor]  # after each layer of the text encoder
-    top: list[Tensor]  # after each fusion layer
-    forward_L: Tensor  # the text position of each forward column
-    reverse_BL: Tensor  # the text position of each reverse column, -1 for padding
-    first: int  # the first forward position that a query may attend to
-
-
 class Cache(NamedTuple):
     """Decoding state: keys and values of the text so far and of the image, for each layer."""
 
@@ -116,13 +106,6 @@ class Cache(NamedTuple):
     def select(self, rows: Tensor) -> Cache:
         """Returns the state of the given rows, in the given order."""
         return Cache([p.select(rows) for p in self.past], [i.select(rows) for i in self.image])
-
-
-def reverse_text(x_BL: Tensor, length_B: Tensor) -> Tensor:
-    """Reverses the real tokens of each row, [B L] or [B L D], and leaves padding where it is. It is its own inverse."""
-    position = torch.arange(x_BL.shape[1], device=x_BL.device)
-    source = torch.where(position < length_B[:, None], length_B[:, None] - 1 - position, position)
-    return x_BL.gather(1, source if x_BL.dim() == 2 else source[..., None].expand_as(x_BL))
 
 
 class VLModel(Freezable):
@@ -296,12 +279,20 @@ class VLModel(Freezable):
         return self.read(image_BKD, ids_BL, mask=mask, causal=mask is None, slot_B=slot_B)
 
     def streams(
-        self, image_BKD: Tensor, ids_BL: Tensor, length_B: Tensor, *, bos: Bos = "blind", slot_B: Tensor | None = None
+        self,
+        image_BKD: Tensor,
+        ids_BL: Tensor,
+        length_B: Tensor,
+        *,
+        bos: Bos = "blind",
+        slot_B: Tensor | None = None,
+        whole: bool = True,
     ) -> Streams:
         """Encodes texts in FLM's two directions, in one pass of 2B rows through shared weights (arXiv 2303.14038, section 3.1).
 
         If `bos` is `blind`, the reverse rows hold reversed texts. Both directions are then causal and use the fast causal
-        attention kernel.
+        attention kernel. They then may leave out their last columns (`whole` False): </s> of the longest texts in the forward
+        rows, and <s> in the reverse ones. No other token sees these, and no prediction reads them.
         """
         B, L = ids_BL.shape
         forward_L = torch.arange(L, device=ids_BL.device)
@@ -309,8 +300,10 @@ class VLModel(Freezable):
         position_BL = forward_L.expand(B, L)
         real_BL = position_BL < length_B[:, None]
         if causal:
-            reverse_BL = reverse_text(position_BL, length_B)
-            ids = torch.stack([ids_BL, reverse_text(ids_BL, length_B)], 1).flatten(0, 1)
+            L = L if whole else L - 1
+            reverse_BL = reverse_text(position_BL, length_B)[:, :L]
+            ids = torch.stack([ids_BL[:, :L], reverse_text(ids_BL, length_B)[:, :L]], 1).flatten(0, 1)
+            forward_L, position_BL, real_BL = forward_L[:L], position_BL[:, :L], real_BL[:, :L]
         else:
             reverse_BL = position_BL
             ids = ids_BL.repeat_interleave(2, 0)

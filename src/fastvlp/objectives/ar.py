@@ -30,8 +30,9 @@ class ARConfig(ObjectiveConfig):
 
 
 def next_token_loss(model: VLModel, state_BLD: Tensor, batch: Batch, target_BL: Tensor) -> Loss:
-    """Cross-entropy of the token after each position that `target_BL` marks."""
-    nll = head_loss(model.causal_head, state_BLD[target_BL], batch.ids.roll(-1, 1)[target_BL])
+    """Cross-entropy of the token after each position that `target_BL` marks. Both may leave out the last column."""
+    following_BL = batch.ids.roll(-1, 1)[:, : state_BLD.shape[1]]
+    nll = head_loss(model.causal_head, state_BLD[target_BL], following_BL[target_BL])
     return Loss(nll.sum(), target_BL.sum())
 
 
@@ -62,5 +63,7 @@ class AR(Objective):
         return {"next": self._targets(batch).sum()}
 
     def forward(self, model: VLModel, image_BKD: Tensor, batch: Batch) -> dict[str, Loss]:
-        state = model.read_causally(image_BKD, batch.ids, batch.length, bos=self.config.bos)
-        return {"next": next_token_loss(model, state, batch, self._targets(batch))}
+        # </s> predicts nothing and, unless <s> sees the whole text, is seen by no other token.
+        ids = batch.ids[:, :-1] if self.config.bos == "blind" else batch.ids
+        state = model.read_causally(image_BKD, ids, batch.length, bos=self.config.bos)
+        return {"next": next_token_loss(model, state, batch, self._targets(batch)[:, : ids.shape[1]])}

@@ -66,11 +66,12 @@ class CapPa(Objective):
         return {"next": n[~parallel].sum(), "parallel": n[parallel].sum()}
 
     def forward(self, model: VLModel, image_BKD: Tensor, batch: Batch) -> dict[str, Loss]:
-        parallel_B, L = self.parallel(batch), batch.ids.shape[1]
+        parallel_B = self.parallel(batch)
+        # The state at a position predicts the token after it, so that </s> is not read, and the last column not needed.
+        L = batch.ids.shape[1] - 1
         position = torch.arange(L, device=batch.ids.device)
-        # The state at a position predicts the token after it, so that </s> is not read.
         read_BL = position < batch.length[:, None] - 1
-        ids = torch.where(parallel_B[:, None], self.mask, batch.ids)
+        ids = torch.where(parallel_B[:, None], self.mask, batch.ids[:, :L])
         causal = position <= position[:, None]
         visible = torch.where(parallel_B[:, None, None], read_BL[:, None] | (position == 0), causal)
         state = model.read(image_BKD, ids, mask=visible[:, None])

@@ -6,6 +6,7 @@ span and the reverse states right of it. The next-token losses of the two stream
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -17,7 +18,8 @@ from fastvlp.batch import Batch
 from fastvlp.config import NotNegative
 from fastvlp.data.tokenize import Tokenizer
 from fastvlp.model import masks
-from fastvlp.model.model import Bos, ModelConfig, Streams, VLModel
+from fastvlp.model.directions import Streams
+from fastvlp.model.model import Bos, ModelConfig, VLModel
 from fastvlp.objectives.cloze_methods import likeliest, predict_causal
 from fastvlp.objectives.losses import head_loss
 from fastvlp.objectives.objective import ClozeMethod, Loss, Objective, ObjectiveConfig
@@ -167,28 +169,34 @@ class FLM(Objective):
     ) -> dict[str, Loss]:
         """`spans` (start and end, two [B L]) are drawn where they are not given, as tests do."""
         spans = spans or self._spans(batch)
-        streams = model.streams(image_BKD, batch.ids, batch.length, bos=self.config.bos)
-        reconstructed, forward, reverse = self._targets(batch, spans)
-        top = model.fusion.norm(streams.top[-1]).unflatten(0, (len(batch), 2))
-        # Where the reverse stream has each text position: if the stream is flipped, the flip is its own inverse.
-        column = torch.where(streams.reverse_BL < 0, streams.forward_L, streams.reverse_BL)
-        reverse_state = top[:, 1].gather(1, column[..., None].expand(-1, -1, top.shape[-1]))
-        predictions = {
-            "reconstruct": (self.queries(batch, spans, streams, model), batch.ids[:, 1:], reconstructed[:, 1:]),
-            "forward": (top[:, 0], batch.ids.roll(-1, 1), forward),
-            "reverse": (reverse_state, batch.ids.roll(1, 1), reverse),
-        }
-        return self._losses(model, {name: parts for name, parts in predictions.items() if self._weight(name)})
+        streams = model.streams(image_BKD, batch.ids, batch.length, bos=self.config.bos, whole=False)
+        names = ("reconstruct", "forward", "reverse")
+        masks_BL = {name: mask for name, mask in zip(names, self._targets(batch, spans)) if self._weight(name)}
+        states = {"reconstruct": chosen(self.queries(batch, spans, streams, model), masks_BL["reconstruct"][:, 1:])}
+        states |= self._next_tokens(model, streams, batch, masks_BL)
+        moved = {"reconstruct": batch.ids, "forward": batch.ids.roll(-1, 1), "reverse": batch.ids.roll(1, 1)}
+        return self._losses(model, states, {name: moved[name][mask] for name, mask in masks_BL.items()})
 
-    def _losses(self, model: VLModel, predictions: dict[str, tuple[Tensor, Tensor, Tensor]]) -> dict[str, Loss]:
-        """Losses of states [B L D] that predict ids [B L] where a mask [B L] says so. Only these states meet the vocabulary,
-        all streams that share a head in one call."""
-        states = {name: state[mask] for name, (state, _, mask) in predictions.items()}
-        targets = {name: target[mask] for name, (_, target, mask) in predictions.items()}
-        sizes = [len(target) for target in targets.values()]
+    def _next_tokens(
+        self, model: VLModel, streams: Streams, batch: Batch, masks_BL: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """States [T D] of the two streams that predict a token, of those streams that have a loss."""
+        L, position = len(streams.forward_L), torch.arange(batch.ids.shape[1], device=batch.ids.device)
+        # A flipped text has its last token first.
+        column = batch.length[:, None] - 1 - position if self.config.bos == "blind" else position
+        first_B1 = 2 * L * torch.arange(len(batch), device=batch.ids.device)[:, None]
+        place = {"forward": first_B1 + position, "reverse": first_B1 + L + column}
+        places = {name: place[name][mask] for name, mask in masks_BL.items() if name in place}
+        if not places:
+            return {}
+        state = streams.top[-1].flatten(0, 1).index_select(0, torch.cat(list(places.values())))
+        return dict(zip(places, model.fusion.norm(state).split([*map(len, places.values())])))
+
+    def _losses(self, model: VLModel, states: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> dict[str, Loss]:
+        """Losses of states [T D] that predict ids [T], by name. All that share a head meet it in one call."""
         if model.forward_head is None:
             nll = head_loss(model.head, torch.cat(list(states.values())), torch.cat(list(targets.values())))
-            parts = dict(zip(states, nll.split(sizes)))
+            parts = dict(zip(states, nll.split([*map(len, targets.values())])))
         else:
             parts = {name: head_loss(model.stream_head(name), states[name], targets[name]) for name in states}
         return {
@@ -197,9 +205,14 @@ class FLM(Objective):
         }
 
 
+def chosen(x_BLD: Tensor, mask_BL: Tensor) -> Tensor:
+    """The rows that the mask marks: [T D]."""
+    return x_BLD.flatten(0, 1).index_select(0, mask_BL.flatten().nonzero()[:, 0])
+
+
 def predict_flm(model: VLModel, image_BKD: Tensor, batch: Batch, bos: Bos = "blind") -> Tensor:
     """Each token from all others in one pass, through the reconstructor -> ids [B L]; column 0 holds no prediction."""
     spans = draw_spans("token", 0.0, batch.seed, batch.length, batch.ids.shape[1])
-    streams = model.streams(image_BKD, batch.ids, batch.length, bos=bos)
+    streams = model.streams(image_BKD, batch.ids, batch.length, bos=bos, whole=False)
     state = FLM(FLMConfig(bos=bos)).queries(batch, spans, streams, model)
     return torch.cat([batch.ids[:, :1], likeliest(model.head.hidden(state), model.head.vocabulary)], 1)
