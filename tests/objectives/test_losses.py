@@ -6,6 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from fastvlp.model.fusion import LMHead
+from fastvlp.objectives import losses
 from fastvlp.objectives.losses import token_loss
 from fastvlp.objectives.objective import Loss, combine
 
@@ -61,3 +63,19 @@ def test_combine_divides_once_by_the_count_of_the_whole_step():
 
 def test_combine_of_no_targets_is_zero_not_nan():
     assert combine({"a": Loss(torch.tensor(0.0), torch.tensor(0))}) == 0.0
+
+
+@pytest.mark.parametrize("targets", [0, 5, 64])
+def test_rounding_up_the_number_of_targets_changes_no_loss(monkeypatch, targets):
+    torch.manual_seed(0)
+    head, target = LMHead(16, 30, 1e-5), torch.arange(targets) % 30
+    found = []
+    for multiple in (1, 64):
+        monkeypatch.setattr(losses, "SAME_SHAPE", multiple)
+        state = torch.linspace(-1, 1, targets * 16).view(targets, 16).requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16):
+            nll = losses.head_loss(head, state, target)
+        found.append((nll, *torch.autograd.grad(nll.sum(), (state, *head.parameters()))))
+    for exact, rounded in zip(*found):
+        assert exact.shape == rounded.shape
+        assert torch.allclose(exact.float(), rounded.float(), rtol=0.02, atol=0.02)

@@ -87,6 +87,10 @@ ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
 }
 
 
+# Scores of one head, queries times keys, up to which plain products are faster on the CPU; more would take much memory.
+FEW_SCORES = 1 << 16
+
+
 def _heads(x_BLD: Tensor, heads: int) -> Tensor:
     return x_BLD.unflatten(-1, (heads, -1)).transpose(1, 2)
 
@@ -97,11 +101,26 @@ def attention(
     """Softmax attention of queries [B H Q Dh] to keys and values [B H K Dh] -> [B H Q Dh]. `mask` is True where a query sees
     a key; `drop` is the dropout of attention weights."""
     if query.device.type == "cpu" and query.dtype == torch.bfloat16:
-        # The CPU's bf16 kernel has a backward pass three to seven times as slow as its fp32 one (torch 2.13).
+        # The backward pass of the CPU's bf16 kernel takes three to seven times as long as that of its fp32 kernel, and this one
+        # longer than plain products where the scores are few and not causal (torch 2.13; docs/log.md).
+        if not causal and not drop and query.shape[2] * key.shape[2] <= FEW_SCORES:
+            return plain_attention(query, key, value, mask)
         with torch.autocast("cpu", enabled=False):
             wide = attention(query.float(), key.float(), value.float(), mask=mask, causal=causal, drop=drop)
             return wide.to(query.dtype)
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal, dropout_p=drop)
+
+
+def plain_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
+    """`attention` by batched matrix products, with all scores [B H Q K] in memory. A row that sees no key reads the mean of all
+    values."""
+    B, H, Q, _ = query.shape
+    rows = [x.reshape(B * H, x.shape[2], x.shape[3]) for x in (query * query.shape[3] ** -0.5, key, value)]
+    scores = torch.bmm(rows[0], rows[1].transpose(1, 2))
+    if mask is not None:
+        hidden = query.new_zeros(mask.shape).masked_fill_(~mask, torch.finfo(query.dtype).min)
+        scores = (scores.view(B, H, Q, -1) + hidden).view(B * H, Q, -1)
+    return torch.bmm(scores.softmax(-1), rows[2]).view(B, H, Q, -1)
 
 
 class SelfAttention(nn.Module):

@@ -14,6 +14,8 @@ from fastvlp.objectives.recompute import recomputing
 WHOLE_LOGITS = 1 << 26
 # Logits computed at once on the CPU: so many stay in its cache while they are normalised.
 CACHED_LOGITS = 1 << 21
+# In bf16 on the CPU the number of targets is rounded up to a multiple of this.
+SAME_SHAPE = 64
 
 
 def at_least_fp32(logits: Tensor) -> Tensor:
@@ -81,7 +83,12 @@ class _ChunkedTokenLoss(torch.autograd.Function):
 
 def head_loss(head: LMHead, state_TD: Tensor, target_T: Tensor) -> Tensor:
     """Cross-entropy of each target under a vocabulary head -> [T]."""
-    return token_loss(head.hidden(state_TD), head.vocabulary.weight, head.vocabulary.bias, target_T)
+    T = len(target_T)
+    if state_TD.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
+        # oneDNN compiles each product of a new shape, and most steps have a number of targets that none before had.
+        more = -T % SAME_SHAPE
+        state_TD, target_T = F.pad(state_TD, (0, 0, 0, more)), F.pad(target_T, (0, more))
+    return token_loss(head.hidden(state_TD), head.vocabulary.weight, head.vocabulary.bias, target_T)[:T]
 
 
 def token_loss(
