@@ -42,7 +42,7 @@ from rich.table import Table
 ROOT = Path(__file__).parents[1]
 # Of made pictures, and of the squares that the two models read.
 SIDES = {"tiny": (64, 48), "small": (320, 112)}
-Objective = Literal["mlm", "flm", "clip"]
+Objective = Literal["mlm", "flm", "ar", "cappa", "clip"]
 Size = Literal["tiny", "small"]
 What = Literal["step", "loader", "epoch"]
 
@@ -59,6 +59,8 @@ class Options:
     """Steps of training, the loader alone, or the loader's first epoch."""
     cache: bool = False
     """Whether the loader alone reads images from its cache."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Number type of matrix products."""
     batch: int = 32
     """Rows of a batch."""
     records: int = 512
@@ -110,10 +112,14 @@ def write_data(folder: Path, o: Options, size: Size) -> None:
             writer.write(Record(key=key, images=(image,), info={"captions": captions}))
 
 
-def measured_run(folder: Path, objective: Objective, size: Size, batch: int, cache: bool) -> Any:
+def measured_run(folder: Path, objective: Objective, size: Size, batch: int, cache: bool, precision: str) -> Any:
     """A recipe of the package on the made data. `clip`: the two encoders of the recipe of MLM."""
     from fastvlp.model.sizes import two_towers
     from fastvlp.objectives.clip import CLIPConfig
+    from fastvlp.recipes.ar_demo import ar_demo
+    from fastvlp.recipes.ar_photos import ar_photos
+    from fastvlp.recipes.cappa_demo import cappa_demo
+    from fastvlp.recipes.cappa_photos import cappa_photos
     from fastvlp.recipes.flm_demo import flm_demo
     from fastvlp.recipes.flm_photos import flm_photos
     from fastvlp.recipes.mlm_demo import mlm_demo
@@ -122,9 +128,13 @@ def measured_run(folder: Path, objective: Objective, size: Size, batch: int, cac
     recipes: dict[tuple[str, str], Callable[[], Any]] = {
         ("mlm", "tiny"): mlm_demo,
         ("flm", "tiny"): flm_demo,
+        ("ar", "tiny"): ar_demo,
+        ("cappa", "tiny"): cappa_demo,
         ("clip", "tiny"): mlm_demo,
         ("mlm", "small"): mlm_photos,
         ("flm", "small"): flm_photos,
+        ("ar", "small"): ar_photos,
+        ("cappa", "small"): cappa_photos,
         ("clip", "small"): mlm_photos,
     }
     run = recipes[objective, size]()
@@ -132,14 +142,16 @@ def measured_run(folder: Path, objective: Objective, size: Size, batch: int, cac
         run = replace(run, model=two_towers(run.model), objectives={"clip": CLIPConfig()})
     data = replace(run.data, train=str(folder / "train"), val=None, batch_size=batch, cache=cache, workers=0)
     run = replace(run, data=data, steps=1 << 40, budget_s=None, validate_every=None, checkpoint_every=None, keep=1.0)
-    return replace(run, out=str(folder / "run"), precision="fp32", threads=1, vocab=500)
+    return replace(run, out=str(folder / "run"), precision=precision, threads=1, vocab=500)
 
 
-def serve_turns(folder: str, objective: Objective, size: Size, batch: str, what: What, cache: str, steps: str) -> None:
+def serve_turns(
+    folder: str, objective: Objective, size: Size, batch: str, what: What, cache: str, precision: str, steps: str
+) -> None:
     """Runs `steps` steps for each line of the input, and prints their CPU seconds."""
     from fastvlp.training.loop import start
 
-    state = start(measured_run(Path(folder), objective, size, int(batch), cache == "True"))
+    state = start(measured_run(Path(folder), objective, size, int(batch), cache == "True", precision))
     prepare, turn = first_epochs(state) if what == "epoch" else endless(state, what, int(steps), cache == "True")
     print(sum(p.numel() for p in state.pretraining.parameters()), flush=True)
     for _ in sys.stdin:
@@ -232,7 +244,7 @@ def measure(o: Options, tree: Path, objective: Objective, size: Size, what: What
             place = Path(folder) / name
             write_data(place, o, size)
             trees[name] = (sources, place)
-        words = [objective, size, str(o.batch), what, str(cache), str(o.steps)]
+        words = [objective, size, str(o.batch), what, str(cache), o.precision, str(o.steps)]
         before, now, again = zip(*(measured_arms(o, trees, words) for _ in range(o.sets)))
     (ratio, error), (control, control_error) = compared(now, before), compared(again, now)
     return {
@@ -240,6 +252,7 @@ def measure(o: Options, tree: Path, objective: Objective, size: Size, what: What
         "objective": objective,
         "size": size,
         "cache": cache,
+        "precision": o.precision,
         "batch": o.batch,
         "ratio": ratio,
         "error": error,

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import multiprocessing
 import os
 import runpy
@@ -215,13 +216,28 @@ def slug(name: str) -> str:
     return name.replace(",", "").replace(" ", "-")
 
 
-def first_difference(old: Sequence[dict[str, Any]], new: Sequence[dict[str, Any]]) -> str | None:
+def first_difference(old: Sequence[dict[str, Any]], new: Sequence[dict[str, Any]], within: float = 0.0) -> str | None:
+    """Where two logs differ first: by more than the share `within` of the number, if it is one."""
     old, new = ([line for line in lines if line["kind"] in COMPARED_KINDS] for lines in (old, new))
     for a, b in zip(old, new):
         for name in [*a, *(b.keys() - a.keys())]:
-            if a.get(name) != b.get(name):
+            if relative_difference(a.get(name), b.get(name)) > within:
                 return f"step {a.get('step')}, {a.get('kind')}, {name}: {a.get(name)} and {b.get(name)}"
     return None if len(old) == len(new) else f"{len(old)} and {len(new)} lines of log"
+
+
+def relative_difference(a: Any, b: Any) -> float:
+    """Of two numbers, as a share of the larger one; infinite where anything else differs."""
+    if a == b:
+        return 0.0
+    numbers = isinstance(a, float) and isinstance(b, float)
+    return abs(a - b) / max(abs(a), abs(b)) if numbers else math.inf
+
+
+def largest_difference(old: Sequence[dict[str, Any]], new: Sequence[dict[str, Any]]) -> float:
+    """The largest relative difference of the losses of all steps and validations."""
+    losses = ((a[name], b.get(name)) for a, b in zip(old, new) for name in a if name == "loss" or "/" in name)
+    return max((relative_difference(*pair) for pair in losses), default=0.0)
 
 
 # ---- the two checkouts ----
@@ -267,6 +283,7 @@ def main(
     runs: tuple[str, ...] = (),
     steps: int = 50,
     work: Path = Path("runs/same_losses"),
+    within: float = 0.0,
 ) -> None:
     """Compare two checkouts.
 
@@ -276,6 +293,7 @@ def main(
         runs: Recipes or names of runs, instead of all.
         steps: Steps of each run.
         work: Folder for data, runs and the results of the first checkout.
+        within: Share of a number by which it may differ, for changes of the order of sums.
     """
     began = time.time()
     old, new, work = old.resolve(), new.resolve(), work.resolve()
@@ -294,11 +312,12 @@ def main(
     for case in chosen:
         before = kept_or_run(old, old_folder, case, steps)
         try:
-            found = first_difference(before, run_case(new, new_folder, case, steps))
+            now = run_case(new, new_folder, case, steps)
+            found, largest = first_difference(before, now, within), largest_difference(before, now)
         except RuntimeError as error:
-            found = str(error)
+            found, largest = str(error), math.inf
         rows.append((case.name, found))
-        print(f"{case.name}: {found or f'{steps} steps equal'}", flush=True)
+        print(f"{case.name}: {found or f'{steps} steps equal'}; largest difference of a loss {largest:.1e}", flush=True)
     show(rows, commit(old), commit(new), steps, time.time() - began)
     if any(found for _, found in rows):
         raise SystemExit(1)
