@@ -11,11 +11,12 @@ from PIL import Image
 from fastvlp.batch import Batch, Dropped, Record
 from fastvlp.data.batching import Grouping, Lengths
 from fastvlp.data.loader import Loader, Row
-from fastvlp.data.pairs import PairData, PairMaker, readable_infos
+from fastvlp.data.pairs import PairData, PairMaker
 from fastvlp.data.records.schema import clean_text, usable_captions
 from fastvlp.data.records.shards import Shards, ShardWriter
 from fastvlp.data.records.transform import Transform
 from fastvlp.data.tokenize import Tokenizer
+from fastvlp.data.vocabulary_texts import readable_infos
 from fastvlp.errors import UserError
 from fastvlp.random import hash64
 

@@ -6,6 +6,7 @@ import math
 import shutil
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -118,7 +119,7 @@ def test_an_average_may_begin_later(pairs, tmp_path):
 @pytest.mark.parametrize("grouping", [None, Grouping(group=8), Grouping(group=8, max_tokens=20, multiple=1)])
 def test_a_batch_is_found_by_the_rows_before_it(grouping):
     tokens = torch.arange(2, 9).repeat(3)
-    lengths = Lengths(tokens, torch.arange(len(tokens) + 1))
+    lengths = Lengths(tokens.numpy(), np.arange(len(tokens) + 1))
 
     def loader_of(rank: int) -> Loader:
         return Loader(21, None, batch_size=2, seed=0, rank=rank, world=2, grouping=grouping, lengths=lambda: lengths)

@@ -9,10 +9,11 @@ from typing import Any, cast
 from fastvlp.batch import Batch
 from fastvlp.comparison.scoring_options import ScoringOptions
 from fastvlp.data.loader import Loader
-from fastvlp.data.pairs import Data, PairData, Split, readable_infos
+from fastvlp.data.pairs import Data, PairData, Split
 from fastvlp.data.records.shards import Shards
 from fastvlp.data.regions import RegionSource
 from fastvlp.data.splits import find_splits
+from fastvlp.data.vocabulary_texts import readable_infos
 from fastvlp.errors import UserError
 from fastvlp.tasks.caption import CaptionData
 from fastvlp.tasks.items import Item

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 
+from fastvlp.data.records.interface import Records
 from fastvlp.data.records.schema import usable_captions
-from fastvlp.data.records.shards import RecordError, Shards
+from fastvlp.data.records.shards import RecordError
 from fastvlp.data.tokenize import Tokenizer
 
 # Tokens of `<s>` and `</s>`, for which a text has no room.
@@ -48,9 +49,9 @@ class CaptionCut:
         )
 
 
-def sample_cut(folder: str, field: str, tokenizer: Tokenizer, max_length: int, most: int) -> CaptionCut:
+def sample_cut(shards: Records, field: str, tokenizer: Tokenizer, max_length: int, most: int) -> CaptionCut:
     """What is cut of the captions of up to `most` records, drawn evenly from a split."""
-    shards, cut = Shards(folder), CaptionCut(max_length=max_length)
+    cut = CaptionCut(max_length=max_length)
     step = max(1, len(shards) // most)
     for i in islice(range(0, len(shards), step), most):
         try:

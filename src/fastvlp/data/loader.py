@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 from fastvlp.batch import Batch, Dropped
 from fastvlp.data.batching import Grouping, Lengths, Plan
 from fastvlp.data.prefetch import Prefetch
+from fastvlp.data.row_order import MixedOrder, Mixture, RowOrder, ShuffledOrder
 from fastvlp.data.sequential import HoldsRecords, ReadAhead, SequentialOrder, SequentialReading
 from fastvlp.data.worker_processes import LESS_MEMORY, from_workers
 from fastvlp.errors import UserError, remedy
@@ -61,6 +62,7 @@ class Loader:
         planned_for: the number of ranks for which the batches are planned; by default `world`. Planned batches are dealt to the
             ranks one after the other.
         cut: equal parts of a planned batch, each of which is dealt as a batch.
+        mixture: the data sets that the records are of, and their shares; None: each record is shown once an epoch.
     """
 
     def __init__(
@@ -79,6 +81,7 @@ class Loader:
         reading: SequentialReading | None = None,
         planned_for: int | None = None,
         cut: int = 1,
+        mixture: Mixture | None = None,
     ):
         if count < 1:
             raise UserError("the data set is empty; look at it with `vlp data inspect`")
@@ -100,8 +103,8 @@ class Loader:
         self.pin = pin
         self.grouping = grouping
         self.lengths = lengths
-        self._orders: dict[int, Tensor] = {}
         self.reading, self.stored_order = reading, None
+        self.order: RowOrder = ShuffledOrder(count, seed) if mixture is None else MixedOrder(mixture, seed)
         if reading is not None and self.planned_for % world:
             raise UserError(
                 f"`data.order` sequential: a part of the data is read for each of {self.planned_for} ranks, and {world} cannot "
@@ -110,6 +113,7 @@ class Loader:
         if reading is not None:
             shape = {"count": count, "batch_size": batch_size, "world": self.planned_for, "seed": seed}
             self.stored_order = SequentialOrder(reading, **shape)
+            self.order = self.stored_order
 
     def batches(self, start: int = 0) -> Iterator[Made]:
         """Endless batches from number `start`. Epochs follow each other without a gap: a batch may straddle two.
@@ -184,25 +188,8 @@ class Loader:
 
     def _rows_at(self, place_N: Tensor) -> tuple[Tensor, Tensor]:
         """Index and seed, int64 [N], of the rows at these places in the endless sequence of epochs."""
-        epoch_N = place_N // self.count
-        if self.stored_order is not None:
-            index_N = self.stored_order.index(place_N)
-            return index_N, hash64_rows(self.seed, epoch_N, index_N)
-        index_N = torch.empty_like(place_N)
-        for epoch in sorted({*epoch_N.tolist()}):
-            here_N = epoch_N == epoch
-            index_N[here_N] = self._order(epoch)[place_N[here_N] % self.count].long()
+        index_N, epoch_N = self.order.rows(place_N)
         return index_N, hash64_rows(self.seed, epoch_N, index_N)
-
-    def _order(self, epoch: int) -> Tensor:
-        order = self._orders.get(epoch)
-        if order is None:
-            generator = torch.Generator().manual_seed(hash64(self.seed, epoch))
-            # The same numbers in half of the memory: an epoch of 10 M rows takes 40 MB.
-            dtype = torch.int32 if self.count < 2**31 else torch.int64
-            order = torch.randperm(self.count, generator=generator, dtype=dtype)
-            self._orders = {e: o for e, o in self._orders.items() if e == epoch - 1} | {epoch: order}
-        return order
 
     def _run(self, planned: Iterator[Planned]) -> Iterator[Made]:
         batches = _Batches(self.make, None if self.reading is None else self.reading.shards)

@@ -3,37 +3,40 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Iterator
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
 from copy import copy
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from fastvlp.batch import Batch, Dropped
-from fastvlp.config import Count, Range
+from fastvlp.config import Count, PositiveShare, Range
 from fastvlp.data.augment import is_mirrored
 from fastvlp.data.batching import Grouping, Lengths
 from fastvlp.data.caption_cut import CaptionCut, sample_cut
 from fastvlp.data.contents import ImageHashes, text_hashes
 from fastvlp.data.loader import Row
 from fastvlp.data.reader import RecordReader
-from fastvlp.data.records.schema import clean_text, usable_captions
+from fastvlp.data.records.interface import SplitRecords
+from fastvlp.data.records.joined import joined
+from fastvlp.data.records.schema import usable_captions
 from fastvlp.data.records.shards import RecordError, Shards
 from fastvlp.data.records.transform import Fit, Transform
 from fastvlp.data.regions import ImageRegions, RegionSource, pad_regions
+from fastvlp.data.row_order import Mixture
 from fastvlp.data.sequential import BLOCK, SequentialReading
 from fastvlp.data.states_file import StatesFile
 from fastvlp.data.stored_lengths import caption_lengths
 from fastvlp.data.stores import Stored
 from fastvlp.data.teacher import TeacherVectors
 from fastvlp.data.tokenize import Tokenizer
+from fastvlp.data.vocabulary_texts import vocabulary_texts
 from fastvlp.errors import UserError
-from fastvlp.random import hash64, sample_indices
+from fastvlp.random import hash64
 
 Split = Literal["train", "val", "test"]
 
@@ -51,6 +54,7 @@ class Rows:
         reading: how records are read as they are stored; None: in random order.
         make_hashed: `make` for objectives that contrast rows: its batches have `Batch.content`, for which each image is hashed
             once in a run; None where the data cannot make such.
+        mixture: the data sets that training mixes, and their shares; None: each row is shown once an epoch.
     """
 
     count: int
@@ -60,6 +64,7 @@ class Rows:
     content: str | None = None
     reading: SequentialReading | None = None
     make_hashed: Callable[[list[Row]], tuple[Batch, list[Dropped]]] | None = None
+    mixture: Mixture | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,18 +128,14 @@ class Data(abc.ABC):
         """The training texts, to train a tokenizer on."""
 
 
-# Other fields that fine-tuning reads later, and the key of the text in their entries. The tokenizer has to know their words.
-_OTHER_TEXTS = (("questions", "question"), ("statements", "text"))
-# The seed of the records that a vocabulary is trained on. Runs of several seeds share one, and can be compared.
-_VOCABULARY = 1
-
-
 @dataclass(frozen=True, kw_only=True)
 class PairData(Data):
     """Image-text pairs in shards; each epoch reads one caption of each record."""
 
     train: str
     """Folder of shards to train on."""
+    mix: Mapping[str, PositiveShare] | None = None
+    """Further folders of shards to train on, each with its share of the rows of an epoch; `train` gives the rest."""
     val: str | None = None
     """Folder of shards to validate on."""
     test: str | None = None
@@ -157,6 +158,7 @@ class PairData(Data):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self._check_mix()
         if self.order != "sequential":
             return
         if self.grouping is not None:
@@ -170,13 +172,25 @@ class PairData(Data):
                 f"each as many of them, such as `data.streams` {self.workers}"
             )
 
+    def _check_mix(self) -> None:
+        mix = self.mix or {}
+        if sum(mix.values()) >= 1:
+            raise UserError(
+                f"`data.mix` gives shares of an epoch's rows, here {sum(mix.values()):g} in all, and `data.train` the rest; "
+                f"lower them to less than 1 in all"
+            )
+        if self.train in mix:
+            raise UserError(f"`data.mix` names {self.train} too, which is `data.train` and has the rest; leave it out")
+        if mix and self.order == "sequential":
+            raise UserError("`data.order` sequential reads one data set as it is stored; leave out `data.mix`")
+
     def rows(
         self, split: Split, tokenizer: Tokenizer, size: int, *, strict: bool, stored: Stored | None = None
     ) -> Rows | None:
-        folder = {"train": self.train, "val": self.val, "test": self.test}[split]
-        if folder is None:
+        parts = self._parts(split)
+        if not parts:
             return None
-        shards = Shards(folder)
+        shards = joined(parts)
         transform = Transform(size=size, mode=self.fit)
         images = stored.images if stored else None
         states = images.open(shards, transform) if images else None
@@ -201,9 +215,15 @@ class PairData(Data):
             teacher=stored.teacher.open(shards, self.captions) if stored and stored.teacher else None,
         )
         lengths = partial(caption_lengths, shards, tokenizer, self.captions, self.max_length, self.regions)
-        reading = self._reading(shards) if self.order == "sequential" else None
         return Rows(
-            len(shards), make, tuple(shards.damage), lengths, shards.content, reading=reading, make_hashed=make.hashed()
+            len(shards),
+            make,
+            tuple(shards.damage),
+            lengths,
+            shards.content,
+            reading=self._reading(parts[0]) if self.order == "sequential" else None,
+            make_hashed=make.hashed(),
+            mixture=self._mixture(parts),
         )
 
     def _reading(self, shards: Shards) -> SequentialReading:
@@ -216,7 +236,7 @@ class PairData(Data):
     def reads_mirrored_states(self) -> bool:
         return self.regions is None
 
-    def _stored_texts(self, stored: Stored | None, shards: Shards, tokenizer: Tokenizer) -> StatesFile | None:
+    def _stored_texts(self, stored: Stored | None, shards: SplitRecords, tokenizer: Tokenizer) -> StatesFile | None:
         if stored is None or stored.texts is None:
             return None
         return stored.texts.open(shards, tokenizer, self.captions, self.max_length)
@@ -224,25 +244,23 @@ class PairData(Data):
     def cut(self, tokenizer: Tokenizer) -> CaptionCut | None:
         # A record of a store far away takes a tenth of a second.
         most = 100 if "://" in self.train else 2000
-        return sample_cut(self.train, self.captions, tokenizer, self.max_length, most)
+        return sample_cut(joined(self._parts("train")), self.captions, tokenizer, self.max_length, most)
 
     def texts(self) -> Iterator[str]:
         """Yields the captions, and the questions and statements in the same languages, of at most `vocab_records` records."""
-        languages = [field.removeprefix("captions") for field in self.captions.split("+")]
-        fields = [(f"{field}{language}", text) for language in languages for field, text in _OTHER_TEXTS]
-        any_caption = False
-        shards = Shards(self.train)
-        ahead = self._reading(shards).block if self.order == "sequential" else 0
-        for info in readable_infos(shards, ahead, self.vocab_records):
-            captions = usable_captions(info, self.captions)
-            any_caption |= bool(captions)
-            yield from captions
-            for field, text in fields:
-                entries = info.get(field)
-                dicts = [entry for entry in entries if isinstance(entry, dict)] if isinstance(entries, list) else []
-                yield from filter(None, (clean_text(entry.get(text)) for entry in dicts))
-        if not any_caption:
-            raise UserError(f"{self.train}: no record has {self.captions!r}; name the field with `data.captions`")
+        ahead = self._reading(Shards(self.train)).block if self.order == "sequential" else 0
+        return vocabulary_texts(joined(self._parts("train")), self.captions, ahead, self.vocab_records)
+
+    def _parts(self, split: Split) -> list[Shards]:
+        """The shards of a split, of training those of `mix` too; none where there is no such split."""
+        folder = {"train": self.train, "val": self.val, "test": self.test}[split]
+        more = self.mix if split == "train" and self.mix else ()
+        return [] if folder is None else [Shards(place) for place in (folder, *more)]
+
+    def _mixture(self, parts: list[Shards]) -> Mixture | None:
+        if len(parts) == 1 or self.mix is None:
+            return None
+        return Mixture(tuple(map(len, parts)), (1 - sum(self.mix.values()), *self.mix.values()))
 
 
 class Pair(NamedTuple):
@@ -273,7 +291,7 @@ class PairMaker:
 
     def __init__(
         self,
-        shards: Shards,
+        shards: SplitRecords,
         transform: Transform,
         tokenizer: Tokenizer,
         *,
@@ -346,23 +364,3 @@ class PairMaker:
             image = self.mirrored.image(row.index)
         taught = None if self.teacher is None else self.teacher.of(row.index, k)
         return Pair(image, captions[k], row.seed, regions, states, image_hash, taught)
-
-
-def readable_infos(shards: Shards, ahead: int = 0, most: int | None = None) -> Iterator[dict[str, Any]]:
-    """Yields the info of every record whose info can be read. The errors of the others are reported when batches are made.
-
-    Args:
-        ahead: records that are read in one go, with their images; 0 reads each info by itself.
-        most: of more records than this, so many, drawn evenly; those that are read in one go are drawn together.
-    """
-    size, count = max(1, ahead), len(shards)
-    parts = -(-count // size)
-    for part in sample_indices(parts, parts if most is None else -(-most // size), _VOCABULARY):
-        records = range(part * size, min((part + 1) * size, count))
-        if ahead:
-            shards.hold(records)
-        for i in records:
-            with suppress(RecordError):
-                yield shards.info(i)
-            if ahead:
-                shards.release([i])

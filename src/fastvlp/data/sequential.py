@@ -98,6 +98,10 @@ class SequentialOrder:
         self._first_T = torch.tensor([0, *reading.sizes]).cumsum(0)
         self._known: dict[tuple[int, int], Stream] = {}
 
+    def rows(self, place_N: Tensor) -> tuple[Tensor, Tensor]:
+        """The record of the row at each place, and its epoch: int64 [N] each."""
+        return self.index(place_N), place_N // self.count
+
     def index(self, place_N: Tensor) -> Tensor:
         """The record int64 [N] of the row at each place."""
         index_N = torch.empty_like(place_N)

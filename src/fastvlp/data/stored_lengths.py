@@ -16,8 +16,9 @@ import tokenizers
 from fastvlp.data.batching import Lengths
 from fastvlp.data.flat_arrays import DamagedArraysError, FlatArrays, FlatWriter, open_flat
 from fastvlp.data.part_file import first_kept
+from fastvlp.data.records.interface import SplitRecords
 from fastvlp.data.records.schema import usable_captions
-from fastvlp.data.records.shards import RecordError, Shards
+from fastvlp.data.records.shards import RecordError
 from fastvlp.data.regions import RegionSource, region_count
 from fastvlp.data.state_store import say, with_reports
 from fastvlp.data.streams import blocks
@@ -35,7 +36,7 @@ _BLOCK = 1 << 20
 
 
 def caption_lengths(
-    shards: Shards, tokenizer: Tokenizer, field: str, max_length: int, regions: RegionSource | None = None
+    shards: SplitRecords, tokenizer: Tokenizer, field: str, max_length: int, regions: RegionSource | None = None
 ) -> Lengths:
     """The lengths of a `PairMaker`'s rows, mapped from their file. The first process that asks reads every record's info and
     tokenises every caption; the others wait for it.
@@ -77,7 +78,7 @@ def caption_lengths(
 
 
 def with_progress(
-    shards: Shards, path: Path, parts: Iterator[tuple[np.ndarray, np.ndarray]]
+    shards: SplitRecords, path: Path, parts: Iterator[tuple[np.ndarray, np.ndarray]]
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """The parts of many records, with a line that says what takes so long, and how much is left."""
     if len(shards) < _MANY:
@@ -109,7 +110,7 @@ def write_lengths(
 
 
 def counted_rows(
-    shards: Shards, tokenizer: Tokenizer, field: str, max_length: int, regions: RegionSource | None
+    shards: SplitRecords, tokenizer: Tokenizer, field: str, max_length: int, regions: RegionSource | None
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """For the records in their order, the lengths of their rows, and how many of these each record has."""
     for part in blocks(len(shards), _ROWS):

@@ -9,8 +9,9 @@ from itertools import accumulate, islice
 
 from torch import Tensor
 
+from fastvlp.data.records.interface import Records
 from fastvlp.data.records.schema import usable_captions
-from fastvlp.data.records.shards import RecordError, Shards
+from fastvlp.data.records.shards import RecordError
 from fastvlp.data.state_store import Computed, StateStore
 from fastvlp.data.states_file import EntryShape, StatesFile
 from fastvlp.data.tokenize import Tokenizer
@@ -33,7 +34,7 @@ class TextStore:
     encode: Callable[[Tensor, Tensor], list[Tensor]]
     states: Callable[[Tensor, Tensor], list[int]]
 
-    def open(self, shards: Shards, tokenizer: Tokenizer, field: str, max_length: int) -> StatesFile | None:
+    def open(self, shards: Records, tokenizer: Tokenizer, field: str, max_length: int) -> StatesFile | None:
         """The states of all captions in a field of each record, one record's after the other's (`StatesFile.of_record`). None
         where they are not stored."""
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from fastvlp.data.records.shards import Shards
+from fastvlp.data.records.interface import Records
 from fastvlp.data.records.transform import Transform
 from fastvlp.data.state_store import StoreNote
 from fastvlp.data.states_file import StatesFile
@@ -70,7 +70,7 @@ class TeacherStore:
         """What the teacher took in all: its training, if that is known, and its vectors of the splits that were opened."""
         return (self.trained_s or 0.0) + sum(self.computing_s)
 
-    def open(self, shards: Shards, captions: str) -> TeacherVectors:
+    def open(self, shards: Records, captions: str) -> TeacherVectors:
         """The vectors of a split, computed now where they are not there yet. Raises UserError where they cannot be stored."""
         images = self.images.open(shards, self.transform)
         texts = self.texts.open(shards, self.tokenizer, captions, self.max_length)

@@ -11,8 +11,9 @@ import tyro
 
 from fastvlp import dist
 from fastvlp.data import splits
-from fastvlp.data.pairs import Data, readable_infos
+from fastvlp.data.pairs import Data
 from fastvlp.data.records.shards import Shards
+from fastvlp.data.vocabulary_texts import readable_infos
 from fastvlp.errors import UserError
 from fastvlp.eval.mode import evaluating
 from fastvlp.model.frozen_states import stored_of_run

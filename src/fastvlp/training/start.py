@@ -256,4 +256,5 @@ def make_loader(run: TrainConfig, rows: Rows, division: Division | None = None, 
         reading=rows.reading,
         planned_for=None if division is None else division.began,
         cut=1 if division is None else division.cut,
+        mixture=rows.mixture,
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -44,3 +44,20 @@ class Records(Protocol):
 
     def detected(self, i: int) -> tuple[bytes, ...]:
         """A detector's regions of each image, as npz; empty where there are none."""
+
+
+class SplitRecords(Records, Protocol):
+    """The records of a whole split."""
+
+    @property
+    def content(self) -> str:
+        """Hash of the records in their order, wherever they are."""
+
+    def places(self, name: str) -> list[Path]:
+        """Where a file about these records may be kept, best first."""
+
+    def hold(self, records: Iterable[int]) -> None:
+        """Reads whole records ahead, and keeps them until they are released as often."""
+
+    def release(self, records: Iterable[int]) -> None:
+        """Forgets records that were held, unless they are held again."""

@@ -1,0 +1,92 @@
+"""Several sets of shards as one: their records are numbered one set after the other."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterable, Sequence
+from hashlib import sha256
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+from fastvlp.batch import Dropped
+from fastvlp.data.records.interface import SplitRecords
+from fastvlp.data.records.shards import Shards
+
+
+class JoinedShards:
+    """The records of several `Shards`. Files about them are kept beside the first. Picklable."""
+
+    def __init__(self, parts: Sequence[Shards]):
+        self.parts = parts
+        self._first = [0, *accumulate(map(len, parts))]
+
+    def __len__(self) -> int:
+        return self._first[-1]
+
+    @property
+    def url(self) -> str:
+        return " + ".join(part.url for part in self.parts)
+
+    @property
+    def damage(self) -> list[Dropped]:
+        return [Dropped(key=f"{part.url}: {one.key}", reason=one.reason) for part in self.parts for one in part.damage]
+
+    @property
+    def fingerprint(self) -> str:
+        return _hash([part.fingerprint for part in self.parts])
+
+    @property
+    def content(self) -> str:
+        return _hash([part.content for part in self.parts])
+
+    @property
+    def folder(self) -> Path | None:
+        return self.parts[0].folder
+
+    def places(self, name: str) -> list[Path]:
+        return self.parts[0].places(name)
+
+    def key(self, i: int) -> str:
+        part, own = self._part(i)
+        return part.key(own)
+
+    def info(self, i: int) -> dict[str, Any]:
+        part, own = self._part(i)
+        return part.info(own)
+
+    def images(self, i: int) -> tuple[bytes, ...]:
+        part, own = self._part(i)
+        return part.images(own)
+
+    def image_count(self, i: int) -> int:
+        part, own = self._part(i)
+        return part.image_count(own)
+
+    def detected(self, i: int) -> tuple[bytes, ...]:
+        part, own = self._part(i)
+        return part.detected(own)
+
+    def hold(self, records: Iterable[int]) -> None:
+        for part, own in map(self._part, records):
+            part.hold([own])
+
+    def release(self, records: Iterable[int]) -> None:
+        for part, own in map(self._part, records):
+            part.release([own])
+
+    def _part(self, i: int) -> tuple[Shards, int]:
+        """The shards that have record i, and its number in them."""
+        if not 0 <= i < len(self):
+            raise IndexError(f"record {i} of {len(self)} in {self.url}")
+        s = bisect_right(self._first, i) - 1
+        return self.parts[s], i - self._first[s]
+
+
+def joined(parts: Sequence[Shards]) -> SplitRecords:
+    """The parts as one; a single one as it is."""
+    return parts[0] if len(parts) == 1 else JoinedShards(parts)
+
+
+def _hash(texts: Sequence[str]) -> str:
+    return sha256("\n".join(texts).encode()).hexdigest()
