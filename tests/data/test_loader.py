@@ -72,7 +72,7 @@ def test_the_ranks_together_are_one_rank_with_the_global_batch(world):
 def test_other_ranks_have_the_same_rows_in_each_step(world, cut, grouping):
     """Began on 2 ranks with accumulation 2: 4 planned batches a step."""
     tokens = torch.arange(2, 9).repeat(3)[:17]
-    own = {"batch_size": 6, "seed": 3, "grouping": grouping, "lengths": lambda: Lengths(tokens, torch.arange(18))}
+    own = {"batch_size": 6, "seed": 3, "grouping": grouping, "lengths": lambda: Lengths(tokens.numpy(), np.arange(18))}
     began = [Loader(17, make, rank=rank, world=2, **own) for rank in range(2)]
     now = [Loader(17, make, rank=rank, world=world, planned_for=2, cut=cut, **own) for rank in range(world)]
     micro = 4 * cut // world
