@@ -115,6 +115,8 @@ def show_corpus(corpus: WrittenCorpus) -> None:
 
 
 def show_imported(imported: Imported) -> None:
+    from fastvlp.cli_options import as_flags
+
     print(f"{imported.out}: " + ", ".join(f"{split} {count}" for split, count in sorted(imported.written.items())))
     if imported.dropped:
         print(f"dropped {len(imported.dropped)}, by name in {imported.out / 'dropped.jsonl'}:")
@@ -124,7 +126,7 @@ def show_imported(imported: Imported) -> None:
         print(str(imported.cut).replace("`", ""))
     for text, count in imported.notes.most_common():
         example = imported.examples[text]
-        print(f"note: {text} ({count}{f', as {example}' if example else ''})")
+        print(f"note: {as_flags(text, ['images'])} ({count}{f', as {example}' if example else ''})")
 
 
 def show_inspection(inspection: Inspection) -> None:

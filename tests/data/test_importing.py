@@ -153,7 +153,7 @@ def test_equal_keys_are_made_different(tmp_path: Path) -> None:
 
 
 def test_an_import_that_cannot_work_is_refused(tmp_path: Path) -> None:
-    message = rf"no usable record among 2 \(first: in/none\): 2x image file is missing in {tmp_path}$"
+    message = rf"no usable record among 2 \(first: in/none\): 2x image file is missing in {tmp_path}; .*`images`$"
     with pytest.raises(UserError, match=message):
         run(tmp_path, [row("in/none.png", "x"), row("in/b.png", "x")], {})
     with pytest.raises(UserError, match=f"`images` {tmp_path}/nowhere: no such folder"):
@@ -167,6 +167,25 @@ def test_an_import_that_cannot_work_is_refused(tmp_path: Path) -> None:
     for wrong, named in (({"val": 0.5, "test": 0.5}, "`val` 0.5 and `test` 0.5"), ({"max_side": -1}, "`max_side`")):
         with pytest.raises(UserError, match=named):
             run(tmp_path, [row("a.png", "x")], {"a.png": picture()}, **wrong)
+
+
+def test_images_in_another_folder_are_found_by_the_option_that_a_note_names(tmp_path: Path) -> None:
+    rows = [row("a.png", "x"), row("b.png", "y"), row("c.png", "z")]
+    some = run(tmp_path, rows, {"a.png": picture()})
+    assert some.written == {"train": 1}
+    (note,) = (text for text in some.notes if "`images`" in text)
+    assert some.notes[note] == 2 and some.examples[note] == "b.png"
+    (tmp_path / "elsewhere").mkdir()
+    for name in ("a.png", "b.png", "c.png"):
+        (tmp_path / "elsewhere" / name).write_bytes(picture())
+    moved = import_data(source(tmp_path, rows, {}), tmp_path / "moved", images=tmp_path / "elsewhere")
+    assert moved.written == {"train": 3} and not moved.notes
+    # A folder of pictures has none elsewhere.
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures/a.png").write_bytes(picture())
+    with pytest.raises(UserError) as caught:
+        import_data(tmp_path / "pictures", tmp_path / "out2", progress=False)
+    assert "`images`" not in str(caught.value)
 
 
 def test_an_option_of_another_format_is_refused_with_the_formats_own(tmp_path: Path) -> None:

@@ -65,6 +65,49 @@ def test_a_damaged_first_line_costs_no_other(folder: Path, first: str, name: str
     assert [*dropped] == [f"{name}:1"]
 
 
+@pytest.mark.parametrize("first", ["broken,a 0", "a/b c,a 0", "\x00.jp,a 0", "bro.ken,a man in a hat runs", ",a 0"])
+def test_a_damaged_first_name_of_a_table_without_header_costs_no_other(folder: Path, first: str) -> None:
+    infos, dropped, _ = read(write(folder / "t.csv", f"{first}\n1.jpg,a 1\n2.jpg,a 2\n"))
+    assert {key: info["captions"] for key, info in infos.items()} == {"1": ["a 1"], "2": ["a 2"]}
+    assert [*dropped] == ["t.csv:1"]
+
+
+def test_of_more_columns_only_a_line_that_can_be_no_header_is_damaged(folder: Path) -> None:
+    infos, dropped, _ = read(write(folder / "t.csv", "bro/ken,0,a 0\n1.jpg,1,a 1\n2.jpg,2,a 2\n"))
+    assert {key: info["captions"] for key, info in infos.items()} == {"1": ["a 1"], "2": ["a 2"]}
+    assert [*dropped] == ["t.csv:1"]
+    path = write(folder / "u.csv", "bild,nummer,text\n1.jpg,1,a 1\n")
+    with pytest.raises(UserError, match=r"bild, nummer, text.*`image_column`"):
+        read(path)
+
+
+def test_a_header_of_names_that_are_given_is_one(folder: Path) -> None:
+    path = write(folder / "t.csv", "bild,was man sieht ist\n1.jpg,a 1\n")
+    assert captions(path, image_column="bild", caption_column="was man sieht ist") == {"1": ["a 1"]}
+    infos, dropped, _ = read(path)
+    assert infos["1"]["captions"] == ["a 1"] and [*dropped] == ["t.csv:1"]
+
+
+@pytest.mark.parametrize("pictures_too", [False, True])
+def test_several_tables_in_a_folder_are_given_by_one_path_or_a_pattern(tmp_path: Path, pictures_too: bool) -> None:
+    source, images = tmp_path / "source", tmp_path / "source/images"
+    images.mkdir(parents=True)
+    for n in range(3):
+        (images / f"{n}.jpg").write_bytes(picture((40 * n, 0, 0)))
+        write(source / f"part{n}.csv", f"image,caption\nimages/{n}.jpg,number {n}\n")
+    if pictures_too:
+        (source / "0.jpg").write_bytes(picture())
+    for options in ({}, {"format": "table"}):
+        with pytest.raises(UserError, match=r"'.*/\*\.csv' \(in quotes\)"):
+            import_data(source, tmp_path / "out", progress=False, **options)
+    imported = import_data(source / "*.csv", tmp_path / "out", progress=False)
+    assert imported.written == {"train": 3} and not imported.dropped
+    (source / "part1.csv").unlink()
+    (source / "part2.csv").unlink()
+    with pytest.raises(UserError, match=rf"give the path {source}/part0\.csv"):
+        find_format(source)
+
+
 def test_flickrs_files_have_no_header_even_if_their_first_image_has_no_name(folder: Path) -> None:
     infos, dropped, _ = read(write(folder / "t.token", "broken\ta 0\n1.jpg#0\ta 1\n1.jpg#1\tb 1\n2.jpg#0\ta 2"))
     assert {key: info["captions"] for key, info in infos.items()} == {"1": ["a 1", "b 1"], "2": ["a 2"]}

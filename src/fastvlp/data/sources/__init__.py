@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from fastvlp.data.sources.interface import Match, Source
+from fastvlp.data.sources.source_files import IMAGE_SUFFIXES
 from fastvlp.errors import UserError
 from fastvlp.extensions import variants
 
@@ -52,13 +53,13 @@ def find_format(path: Path, format: str = "auto") -> type[Source]:
     if format != "auto":
         return known[format]
     surest, sources = _surest(path)
-    if surest is Match.NONE:
+    inner = _readable_files(path) if surest in (Match.NONE, Match.CONTENTS) and path.is_dir() else []
+    if surest is Match.NONE and not inner:
         raise UserError(f"{path}: not recognised; name its `format`:\n{formats_help()}")
-    if surest is Match.CONTENTS and (inner := _readable_file(path)):
-        raise UserError(
-            f"{path}: looks like {sources[0].name}, but holds {inner.name}; give the path {inner} to import that, or the "
-            f"`format` {sources[0].name}"
-        )
+    if inner:
+        looks = f"looks like {sources[0].name}, but " if surest is Match.CONTENTS else ""
+        other = f", or the `format` {sources[0].name}" if looks else ""
+        raise UserError(f"{path}: {looks}holds {_names(inner)}; {_how_to_give(inner)}{other}")
     if len(sources) > 1:
         names = " and of ".join(source.name for source in sources)
         raise UserError(f"{path}: holds files of {names}; name the `format` to read")
@@ -107,7 +108,30 @@ def _surest(path: Path) -> tuple[Match, list[type[Source]]]:
     return surest, [source for source, match in matches.items() if match is surest]
 
 
-def _readable_file(folder: Path) -> Path | None:
-    """The first file directly in a folder that has a format itself, such as a table among images."""
-    one_of_each = {file.suffix.lower(): file for file in sorted(folder.iterdir(), reverse=True) if file.is_file()}
-    return next((file for file in sorted(one_of_each.values()) if _surest(file)[0] is not Match.NONE), None)
+def _readable_files(folder: Path) -> list[Path]:
+    """The files directly in a folder that have a format themselves, such as tables among images: all of the first ending of
+    which one has."""
+    by_suffix: dict[str, list[Path]] = {}
+    for file in sorted(folder.iterdir()):
+        if file.is_file():
+            by_suffix.setdefault(file.suffix.lower(), []).append(file)
+    for files in sorted(by_suffix.values()):
+        if readable := [
+            file for file in files if file.suffix not in IMAGE_SUFFIXES and _surest(file)[0] is not Match.NONE
+        ]:
+            return readable
+    return []
+
+
+def _names(files: list[Path]) -> str:
+    names = [file.name for file in files]
+    return " and ".join(names) if len(names) < 3 else f"{', '.join(names[:2])} and {len(names) - 2} more such files"
+
+
+def _how_to_give(files: list[Path]) -> str:
+    first = files[0]
+    if len(files) == 1:
+        return f"give the path {first} to import that"
+    suffixes = {file.suffix for file in files}
+    pattern = first.with_name(f"*{suffixes.pop()}" if len(suffixes) == 1 else "*")
+    return f"give one of their paths, such as {first}, or all by the pattern '{pattern}' (in quotes)"

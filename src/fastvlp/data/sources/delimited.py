@@ -23,6 +23,8 @@ LINES_OF_A_CELL = 100
 # `1.jpg#0`, as Flickr8k and Flickr30k number the captions of an image.
 _NOT_UTF8 = re.compile("[\udc80-\udcff]")
 _NUMBERED = re.compile(r"#\w*$")
+# Of a cell that is no name of a column: a path, damaged bytes, or a sentence.
+_NO_NAME = re.compile(r"[/\\]|\.\w|[\x00-\x1f\ufffd\udc80-\udcff]|\S+\s+\S+\s+\S+\s+\S+")
 
 
 class Row(NamedTuple):
@@ -49,7 +51,7 @@ def read_delimited(path: Path, separator: str, header: Header, usual: Collection
     place, first = next(records)
     following = [*islice(records, 1)]
     if header != "yes" and following and _is_damaged(first, following[0][1], usual):
-        yield Dropped(key=place, reason="the first line is one cell, and those below it are several")
+        yield Dropped(key=place, reason="the first line names neither columns nor an image")
         (place, first), following = following[0], []
     data: Iterator[tuple[str, list[str]]] = chain(following, records)
     second = following[0][1] if following else []
@@ -112,9 +114,16 @@ def _is_header(first: Sequence[str], second: Sequence[str], usual: Collection[st
 
 def _is_damaged(first: Sequence[str], second: Sequence[str], usual: Collection[str]) -> bool:
     """Whether the first line is neither a header nor like the second, which names an image: the columns are those of the
-    second then, or every line would be dropped because of one."""
-    one = len(first) == 1 and plain_name(first[0]) not in usual
-    return one and len(second) > 1 and any(map(looks_like_image, second))
+    second then, or every line would be dropped because of one. A header of other names is taken for such a line where it has
+    two columns, of which no name is needed; where it has more, only if a cell cannot be a name."""
+    if not any(map(looks_like_image, second)) or any(plain_name(cell) in usual for cell in first):
+        return False
+    if len(first) == 1:
+        return len(second) > 1
+    if any(map(looks_like_image, first)):
+        return False
+    no_names = any(not cell.strip() or _NO_NAME.search(cell) for cell in first)
+    return len(first) == len(second) and (len(first) == 2 or no_names) and "caption" in _invented_columns(second)
 
 
 def _invented_columns(first: Sequence[str]) -> list[str]:

@@ -9,7 +9,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -27,6 +27,7 @@ from fastvlp.data.records.transform import Transform
 from fastvlp.data.sources import find_format, make_source, matching_paths
 from fastvlp.data.sources.features import add_regions
 from fastvlp.data.sources.interface import Item, Note, Source
+from fastvlp.data.sources.source_files import is_missing
 from fastvlp.data.sources.split_names import split_note, usual_split
 from fastvlp.data.streams import in_threads, with_progress
 from fastvlp.data.tokenize import Tokenizer
@@ -123,7 +124,10 @@ def import_data(
         cut = None if tokenizer is None else CaptionCut(max_length=max_length)
         if tokenizer is not None and cut is not None:
             shown = _counted(shown, cut, Tokenizer.load(tokenizer))
-        imported = _write(source, out, shown, partial(_split, split=split, val=val, test=test), per_shard, append)
+        has_folder = any(option.name == "images" for option in fields(reader))
+        elsewhere = "if they are in another folder, give it with `images`" if has_folder else ""
+        split_of = partial(_split, split=split, val=val, test=test)
+        imported = _write(source, out, shown, split_of, per_shard, append, elsewhere)
         imported.cut = cut
         return imported
 
@@ -169,8 +173,9 @@ def _write(
     split_of: Callable[[Record], str | Dropped],
     per_shard: int,
     append: bool,
+    images_elsewhere: str,
 ) -> Imported:
-    """Writes the records, and adds to `out/dropped.jsonl`."""
+    """Writes the records, and adds to `out/dropped.jsonl`. `images_elsewhere`: the remedy where images are missing."""
     imported, keys = Imported(out=out), set[str]()
     with ExitStack() as stack:
         writers: dict[str, ShardWriter] = {}
@@ -199,9 +204,13 @@ def _write(
         if not imported.written and not append:
             first = f" (first: {_shown(imported.dropped[0].key)})" if imported.dropped else ""
             reasons = "; ".join(f"{count}x {reason}" for reason, count in imported.reasons.most_common(5))
+            where = f"; {images_elsewhere}" if images_elsewhere and is_missing(imported.dropped[0]) else ""
             raise UserError(
-                f"{source}: no usable record among {len(imported.dropped)}{first}: {reasons or 'the source is empty'}"
+                f"{source}: no usable record among {len(imported.dropped)}{first}: {reasons or 'the source is empty'}{where}"
             )
+        if images_elsewhere and (missing := [drop for drop in imported.dropped if is_missing(drop)]):
+            for drop in missing:
+                imported.add_note(Note(text=f"images are missing; {images_elsewhere}", example=drop.file))
     _add_dropped(out / "dropped.jsonl", imported.dropped)
     return imported
 

@@ -28,6 +28,7 @@ IMAGE_SUFFIXES = frozenset(
 # The longest line, which may hold a picture in base64, and the largest text or JSON file, such as the instances of COCO.
 MOST_LINE = 1 << 27
 MOST_TEXT = 1 << 33
+_MISSING = "image file is missing"
 _URL = re.compile(r"(?:https?|ftp|s3|gs|hf)://", re.IGNORECASE)
 URL_REASON = "its image is a URL; download the images first (`img2dataset`), then import the folder of tars"
 
@@ -58,9 +59,14 @@ def read_image(root: Path | None, name: str, key: str) -> bytes | Dropped:
             )
         return read_plain(path)
     except FileNotFoundError:
-        return Dropped(key=key, reason=f"image file is missing in {root.resolve()}", file=name)
+        return Dropped(key=key, reason=f"{_MISSING} in {root.resolve()}", file=name)
     except (OSError, ValueError) as error:
         return Dropped(key=key, reason=f"image file cannot be read ({type(error).__name__})", file=name)
+
+
+def is_missing(dropped: Dropped) -> bool:
+    """Whether `read_image` found no file of that name."""
+    return dropped.reason.startswith(_MISSING)
 
 
 def is_url(name: str) -> bool:

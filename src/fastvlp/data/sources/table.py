@@ -11,7 +11,7 @@ from typing import Any
 
 from fastvlp.batch import Dropped
 from fastvlp.data.sources.columnar import read_parquet
-from fastvlp.data.sources.delimited import Header, Row, image_name, looks_like_image, read_delimited
+from fastvlp.data.sources.delimited import Header, Row, image_name, looks_like_image, plain_name, read_delimited
 from fastvlp.data.sources.interface import Match, Note
 from fastvlp.data.sources.row_fields import IMAGE_COLUMNS, USUAL_COLUMNS, find_columns
 from fastvlp.data.sources.row_source import RowSource, Table
@@ -46,11 +46,19 @@ class TableSource(RowSource):
         return Match.SUFFIX if path.suffix.lower() in SUFFIXES or FLICKR.fullmatch(path.name) else Match.NONE
 
     def tables(self, path: Path) -> Iterator[Table]:
-        for file in _shards(path) if path.is_dir() else [path]:
+        files = _shards(path) if path.is_dir() else [path]
+        if not files:
+            raise UserError(
+                f"{path}: no parquet files are in this folder; give the path of a table, or all by a pattern such as "
+                f"'{path / '*.csv'}' (in quotes)"
+            )
+        columns = (self.image_column, *self.caption_column.split("+"))
+        usual = {*USUAL_COLUMNS, *(plain_name(name) for name in columns if name)}
+        for file in files:
             split = _split_of(file, path)
             suffix = file.suffix.lower()
             if suffix in (".csv", ".tsv", ".txt", ".token"):
-                lines = read_delimited(file, self.separator, self.header, USUAL_COLUMNS)
+                lines = read_delimited(file, self.separator, self.header, usual)
                 yield Table(path=file, rows=_with_splits(lines, file.parent), split=split)
             elif suffix in (".jsonl", ".ndjson"):
                 yield Table(path=file, rows=_lines(file), split=split, columns_fixed=False)
