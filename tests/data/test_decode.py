@@ -1,5 +1,6 @@
 import io
 import struct
+import tracemalloc
 import zlib
 
 import numpy as np
@@ -318,3 +319,20 @@ def test_colours_in_16_bits_are_scaled_by_the_bits_in_use(bits, alpha):
         values = np.concatenate([values, np.full_like(values[:, :, :1], 0xFFFF)], 2)
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
     assert torch.equal(one(png_of(128, 96, 16, 6 if alpha else 2, rows)), expected(colours))
+
+
+@pytest.mark.parametrize("bits", [12, 16])
+def test_a_large_picture_of_16_bits_takes_no_more_memory_than_its_pixels_twice(bits):
+    small = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    colours = small.repeat(100, 0).repeat(100, 1)
+    values = colours.astype(np.uint16) << (bits - 8)
+    data = png_of(800, 800, 16, 2, b"".join(b"\0" + row.astype(">u2").tobytes() for row in values))
+    # Beside the memory that Pillow takes for the upper and the lower halves.
+    tracemalloc.start()
+    try:
+        pixels = read_pixels(data)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert torch.equal(pixels, torch.from_numpy(colours))
+    assert peak < 2.2 * colours.nbytes + len(data)

@@ -34,6 +34,8 @@ ORIENTATION = 0x0112
 
 # Of a JPEG. Encoders write about ten scans; each is decoded over the whole image, and a few bytes make one.
 MAX_SCANS = 50
+# Rows of a PNG of 16 bits that are joined at a time.
+_STRIP = 64
 # Of a TIFF: the sides of a tile, which is decoded whole.
 TILE = (322, 323)
 
@@ -221,19 +223,31 @@ def _rgb(image: Image.Image) -> Image.Image:
 
 def _in_8_bits(image: Image.Image, data: bytes) -> Image.Image:
     """A PNG of 16 bits a channel, of which Pillow alone would keep the upper 8, also where only the lower 12 are in use; any
-    other image as it is. Pillow can be asked for the upper halves of the numbers, and for the lower ones."""
+    other image as it is. Pillow can be asked for the upper halves of the numbers, and for the lower ones, which are needed
+    only where the upper ones are nearly empty. They are joined in strips, so that no whole image of 16 bits is made."""
     if image.format != "PNG" or data[24:25] != b"\x10":
         return image
     lower = open_image(data)
     if not isinstance(lower, PngImageFile) or lower.tile[0].args not in ("RGB;16B", "RGBA;16B"):
         return image
+    highest = max(most for _, most in image.getextrema()[:3])  # type: ignore[misc]
+    # The colour that is transparent has 16 bits.
+    image.info.pop("transparency", None)
+    if _bits(highest << 8) == 16:
+        return image
     lower.tile = [lower.tile[0]._replace(args=f"{lower.mode};16L")]
-    values = np.array(image).astype(np.uint16) << 8 | np.array(lower)
-    shift = np.full(values.shape[-1], _bits(int(values[..., :3].max())) - 8, dtype=np.uint16)
+    strips = [(0, y, image.width, min(y + _STRIP, image.height)) for y in range(0, image.height, _STRIP)]
+    highest = max(int(_joined(image, lower, strip)[..., :3].max()) for strip in strips)
+    shift = np.full(len(image.getbands()), _bits(highest) - 8, dtype=np.uint16)
     shift[3:] = 8  # of transparency, which is never scaled
-    small = Image.fromarray((values >> shift).astype(np.uint8))
-    small.info = {name: value for name, value in image.info.items() if name != "transparency"}
-    return small
+    for strip in strips:
+        image.paste(Image.fromarray((_joined(image, lower, strip) >> shift).astype(np.uint8)), strip)
+    return image
+
+
+def _joined(upper: Image.Image, lower: Image.Image, strip: tuple[int, int, int, int]) -> np.ndarray:
+    """The numbers of 16 bits of some rows, uint16 [rows width channels]."""
+    return np.asarray(upper.crop(strip)).astype(np.uint16) << 8 | np.asarray(lower.crop(strip))
 
 
 def _bits(highest: int) -> int:
