@@ -172,7 +172,7 @@ def endless(state: Any, what: What, steps: int, cache: bool) -> tuple[Callable[[
         for _ in range(count):
             next(running)
 
-    turn(3 + (state.train.count // state.train.batch_size if cache else 0))
+    turn(3 + (loader.count // loader.batch_size if cache else 0))
     return lambda: None, turn
 
 

@@ -193,6 +193,39 @@ def test_another_order_is_another_run(pairs, tmp_path):
         train(replace(run, data=replace(run.data, shuffle_buffer=11)), resume=True)
 
 
+def test_a_buffer_that_is_not_used_may_have_another_size(pairs, tmp_path):
+    run = replace(run_on(pairs, pairs, tmp_path / "a", order="random"), steps=4)
+    straight = train(replace(run, out=str(tmp_path / "b")))
+    state = start(run)
+    running = steps(state)
+    for _ in range(2):
+        next(running)
+    save(state)
+    running.close()
+    other = replace(run, data=replace(run.data, shuffle_buffer=11, streams=3))
+    assert_equal(weights(train(other, resume=True)), weights(straight))
+    with pytest.raises(UserError, match=r"data\.order: random then, sequential now"):
+        train(replace(other, data=replace(other.data, order="sequential"), steps=5), resume=True)
+
+
+@pytest.mark.parametrize(("world", "streams"), [(1, 1), (2, 2), (1, 4)])
+@pytest.mark.parametrize("begin", [0, 5, 16])
+def test_with_a_large_buffer_no_more_than_an_epoch_waits(world, streams, begin):
+    for rank, loader in enumerate(loaders(world, streams=streams, buffer=4096)):
+        small = loaders(world, streams=streams, buffer=26 * streams)[rank]
+        ahead, waiting, entered = ReadAhead(loader.stored_order), [], 0
+        for s in range(begin, begin + 40):
+            new = ahead.before(s * world + rank)
+            entered += len(new)
+            waiting += new
+            # An epoch of all streams of this rank, a batch that each goes on to, and a block.
+            assert len(waiting) <= 26 + streams * (2 * 3 + 3 + 3)
+            for row in loader.rows(s):
+                waiting.remove(row.index)
+            assert loader.rows(s) == small.rows(s)
+        assert entered == 40 * 3 + len(waiting)
+
+
 def test_held_records_are_read_from_memory(pairs):
     shards, whole = Shards(pairs / "many"), Shards(pairs / "many")
     shards.hold(range(12))

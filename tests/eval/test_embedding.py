@@ -88,7 +88,14 @@ def test_a_run_reads_as_in_training_unless_options_differ(runs, world):
     changed = open_run(runs["both"], Encoding(fit="crop", max_length=7)).loaded
     assert (changed.fit, changed.max_length) == ("crop", 7)
     assert open_split(str(world), "test").url == str(world / "test")
-    assert open_split(str(world / "val"), "test").url == str(world / "val")
+
+
+def test_a_split_that_is_not_chosen_is_said(world, capsys):
+    for data, split in ((world, "test"), (world / "val", "val")):
+        assert open_split(str(data), split).url == str(world / split)
+    assert capsys.readouterr().err == ""
+    assert open_split(f"{world}/val/", "test").content == open_split(str(world), "val").content
+    assert f"{world}/val/: has no folder test" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("option", ["batch_size", "max_length"])

@@ -94,7 +94,9 @@ class SequentialOrder:
         self.batch_size = batch_size
         self.seed = seed
         self.streams = world * reading.streams
-        self.buffer = max(1, reading.buffer // reading.streams)
+        # No stream has more rows in an epoch: a larger buffer would be filled with records of the epochs behind.
+        longest = (count // (batch_size * self.streams) + 1) * batch_size
+        self.buffer = min(max(1, reading.buffer // reading.streams), longest)
         self._first_T = torch.tensor([0, *reading.sizes]).cumsum(0)
         self._known: dict[tuple[int, int], Stream] = {}
 

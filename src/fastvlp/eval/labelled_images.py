@@ -22,7 +22,7 @@ from fastvlp.errors import UserError
 from fastvlp.eval.class_files import read_classes
 from fastvlp.eval.picture_files import PictureFiles, PictureFolder
 from fastvlp.eval.public_sets import PUBLIC_SETS
-from fastvlp.eval.split_reading import open_split, read_labels
+from fastvlp.eval.split_reading import open_split, read_labels, say_itself
 
 
 class LabelledImages(NamedTuple):
@@ -53,7 +53,10 @@ def open_labelled_images(data: str, split: str, classes: str | Path | None, labe
     Raises UserError where an image has no class, or a class that is none of them.
     """
     place = place_in(data, split)
-    records: Records = class_folders(place if is_folder(place) else data) or open_split(data, split)
+    folders = class_folders(place if is_folder(place) else data)
+    if folders is not None and not is_folder(place):
+        say_itself(data, split)
+    records: Records = folders or open_split(data, split)
     labels = read_labels(records, label)
     public = PUBLIC_SETS.get(str(classes))
     names_of: Mapping[str, Sequence[str]]

@@ -19,6 +19,7 @@ from fastvlp.data.records.shards import RecordError, Shards
 from fastvlp.data.records.transform import Transform
 from fastvlp.data.regions import ImageRegions, pad_regions
 from fastvlp.data.splits import is_folder, place_in
+from fastvlp.data.state_store import say
 from fastvlp.data.streams import in_threads, with_progress
 from fastvlp.errors import UserError
 from fastvlp.eval.encoding import LoadedModel
@@ -36,14 +37,24 @@ class Images(NamedTuple):
 
 
 def open_split(data: str, split: str) -> Shards:
-    """The shards in the folder `split` of `data`; if there is no such folder, those in `data` itself."""
+    """The shards in the folder `split` of `data`; if there is no such folder, those in `data` itself, with a line on stderr
+    that says so."""
     place = place_in(data, split)
     if is_folder(place):
         return Shards(place)
     try:
-        return Shards(data)
+        shards = Shards(data)
     except UserError as error:
         raise UserError(f"`split` {split}: the data has no folder of this name; {error}") from error
+    say_itself(data, split)
+    return shards
+
+
+def say_itself(data: str, split: str) -> None:
+    """Says on stderr that `data` is read itself, unless it is called like the split."""
+    name = data.rstrip("/").rpartition("/")[2]
+    if name != split:
+        say(f"{data}: has no folder {split}; what it holds itself is read")
 
 
 def image_batches(

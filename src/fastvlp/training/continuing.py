@@ -20,6 +20,8 @@ ORDER = (
     "data.batch_size", "data.max_tokens", "data.group", "data.fill", "seed", "data.order", "data.shuffle_buffer",
     "data.streams",
 )  # fmt: skip
+# Fields that mean something in one order of records alone.
+OF_SEQUENTIAL = ("data.shuffle_buffer", "data.streams")
 # Changeable fields that decide what validation measures.
 MEASURES = ("validation_rows", "masked_validation")
 
@@ -40,7 +42,13 @@ def check_names(run: TrainConfig, change: Collection[str], saved: Mapping[str, A
 def changed_fields(saved: Mapping[str, Any], run: TrainConfig) -> dict[str, tuple[Json, Json]]:
     """Fields that differ and make another run, by name: (then, now). The places of data are compared by content, later."""
     changed = differences(with_defaults(saved["run"], run), to_json(run))
-    return {name: values for name, values in changed.items() if name not in CHANGEABLE and name not in PLACES}
+    free = {*CHANGEABLE, *PLACES, *_unused(flatten(with_defaults(saved["run"], run)), flatten(to_json(run)))}
+    return {name: values for name, values in changed.items() if name not in free}
+
+
+def _unused(then: Mapping[str, Json], now: Mapping[str, Json]) -> tuple[str, ...]:
+    """Fields that decide nothing in these two runs."""
+    return OF_SEQUENTIAL if then.get("data.order") == now.get("data.order") == "random" else ()
 
 
 def changed_data(
@@ -89,7 +97,7 @@ def first_batch(saved: Mapping[str, Any], run: TrainConfig, train: Loader) -> in
     """Which batch of a rank comes next. Where batches are others than before, it is the first one behind as many rows as were
     read."""
     then, now = flatten(with_defaults(saved["run"], run)), flatten(to_json(run))
-    same = all(then.get(name) == now.get(name) for name in ORDER)
+    same = all(then.get(name) == now.get(name) for name in ORDER if name not in _unused(then, now))
     same = same and saved["rows"] == train.count and saved["ranks"] == train.planned_for
     if not same and "places" in saved:
         return train.batch_behind(int(saved["places"]))

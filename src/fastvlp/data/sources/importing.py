@@ -124,12 +124,16 @@ def import_data(
         cut = None if tokenizer is None else CaptionCut(max_length=max_length)
         if tokenizer is not None and cut is not None:
             shown = _counted(shown, cut, Tokenizer.load(tokenizer))
-        has_folder = any(option.name == "images" for option in fields(reader))
-        elsewhere = "if they are in another folder, give it with `images`" if has_folder else ""
         split_of = partial(_split, split=split, val=val, test=test)
-        imported = _write(source, out, shown, split_of, per_shard, append, elsewhere)
+        imported = _write(source, out, shown, split_of, per_shard, append, _images_elsewhere(reader))
         imported.cut = cut
         return imported
+
+
+def _images_elsewhere(reader: Source) -> str:
+    """The remedy where images are missing; empty for a format that takes no folder of images."""
+    has_folder = any(option.name == "images" for option in fields(reader))
+    return "if they are in another folder, give it with `images`" if has_folder else ""
 
 
 def _check_numbers(val: float, test: float, max_side: int, per_shard: int) -> None:
