@@ -163,10 +163,13 @@ def serve_turns(
 
 
 def endless(state: Any, what: What, steps: int, cache: bool) -> tuple[Callable[[], None], Callable[[], None]]:
-    """Turns of an endless run, which has begun: a the steps after its first epoch where images are cached."""
+    """Turns of an endless run, which has begun: the steps after its first epoch where images are cached. The loader alone
+    makes its batches in the turns themselves: its thread would make the next ones between them."""
     from fastvlp.training.loop import steps as training_steps
 
-    running: Iterator[Any] = training_steps(state) if what == "step" else state.train.batches()
+    loader = state.train
+    batches = (loader.make(loader.rows(s)) for s in itertools.count())
+    running: Iterator[Any] = training_steps(state) if what == "step" else batches
 
     def turn(count: int = steps) -> None:
         for _ in range(count):

@@ -19,8 +19,7 @@ if TYPE_CHECKING:
     from fastvlp.eval.evaluation import Evaluation
     from fastvlp.exporters.export import Exported
     from fastvlp.search.bulk import Counts
-    from fastvlp.search.engines.interface import Hit
-    from fastvlp.search.indexing import Built
+    from fastvlp.search.indexing import Built, Hits
     from fastvlp.tasks.contrast import Tuned
     from fastvlp.tasks.task_scores import TaskScores
 
@@ -92,10 +91,12 @@ def show_built(built: Built) -> None:
     show_dropped(built.dropped)
 
 
-def show_hits(hits: Sequence[Hit]) -> None:
+def show_hits(hits: Hits) -> None:
     from fastvlp.search.indexing import hits_table
 
     Console().print(hits_table(hits))
+    for note in hits.notes:
+        print(f"note: {note}")
 
 
 def show_dropped(dropped: Sequence[Dropped], where: str = "") -> None:

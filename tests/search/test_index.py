@@ -444,3 +444,14 @@ def test_a_filter_finds_one_copy_of_many(searched):
     searched.add([f"o{i}" for i in range(300)], made_vectors(300, seed=5), [{"n": i} for i in range(300)])
     for n in (0, 7, 299):
         assert [hit.id for hit in searched.search(equal[:1], 5, {"n": n})[0]] == [f"i{n}", f"o{n}"]
+
+
+def test_a_folder_that_cannot_be_written_is_the_cause_that_is_named(tmp_path, monkeypatch):
+    open_index(str(tmp_path / "index"), STAMP, create=True).close()
+
+    def client(*_, **__):
+        raise RuntimeError("error returned from database: (code: 8) attempt to write a readonly database")
+
+    monkeypatch.setattr("chromadb.PersistentClient", client)
+    with pytest.raises(EngineError, match="permission, or search in a copy"):
+        open_index(str(tmp_path / "index"), STAMP)

@@ -159,6 +159,22 @@ def test_numbers_on_the_command_line_match_texts_and_numbers(from_export, pictur
     assert main(["index", "search", index, "--export", export, "--text", "a", "--where", "label"]) == 2
 
 
+def test_a_search_says_what_of_the_query_it_could_not_use(arguments, exports, capsys):
+    build(arguments)
+    index, export = arguments["index"], str(exports["towers"])
+    assert search_index(index, export=export, text="a red circle").notes == []
+    odd = search_index(index, export=export, text="a rqzvx circle", where={"colour": "red"})
+    words, fields = odd.notes
+    assert odd == [] and "rqzvx" in words and "circle" not in words
+    assert "colour" in fields and "caption" in fields
+    # A field that images have, and a value that none has, is a filter like any other.
+    assert search_index(index, export=export, text="a red circle", where={"caption": "none"}).notes == []
+    long = search_index(index, export=export, text="a red circle " * 40)
+    assert long and "red circle" in long.notes[0]
+    assert main(["index", "search", index, "--export", export, "--text", "rqzvx"]) == 0
+    assert "rqzvx" in capsys.readouterr().out
+
+
 def test_an_index_of_another_model_is_refused(arguments, exports):
     build(arguments)
     with pytest.raises(UserError, match="vectors of another model, towers"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
@@ -16,6 +16,7 @@ from tyro.constructors import PrimitiveConstructorSpec
 from fastvlp.batch import Dropped
 from fastvlp.data.records.shards import RecordError, Shards
 from fastvlp.data.streams import in_threads, with_progress
+from fastvlp.data.tokenize import Reading
 from fastvlp.dist import PrecisionChoice
 from fastvlp.errors import UserError
 from fastvlp.search.bulk import embed_spans
@@ -30,7 +31,7 @@ from fastvlp.search.thumbnails import thumbnail
 
 # Records that are embedded and added at a time.
 SPAN = 1000
-# Images, and texts, by which recall is measured.
+# Images, and texts, by which recall is measured, and images whose fields are looked at.
 SAMPLE = 100
 
 
@@ -69,6 +70,15 @@ Conditions = Annotated[
         str_from_instance=lambda value: [f"{name}={wanted}" for name, wanted in (value or {}).items()],
     ),
 ]
+
+
+class Hits(list[Hit]):
+    """The hits of a search, best first. `notes`: what the searcher should know of the query: words that the model does not
+    know, what it does not read of a text, fields that no image has."""
+
+    def __init__(self, hits: Iterable[Hit] = (), notes: Iterable[str] = ()):
+        super().__init__(hits)
+        self.notes = list(notes)
 
 
 class Built(NamedTuple):
@@ -252,7 +262,7 @@ def search_index(
     device: str = "auto",
     precision: PrecisionChoice = "auto",
     threads: int | None = None,
-) -> list[Hit]:
+) -> Hits:
     """Find the images of an index by a text, by an image, or by both at once.
 
     Args:
@@ -267,7 +277,7 @@ def search_index(
         threads: Processor threads of PyTorch; by default all cores.
 
     Returns:
-        The most similar images, best first.
+        The most similar images, best first; with `notes` of what of the query could not be used.
 
     Raises:
         UserError: Neither a text nor an image is given, the image cannot be read, or the index is of another model.
@@ -276,7 +286,31 @@ def search_index(
         raise UserError("nothing to search for: give `text`, `image`, or both")
     embedder = Embedder.load(export, device, precision, threads)
     with closing(open_index(index, embedder.stamp)) as engine:
-        return engine.search(query_vector(embedder, text, image), k, where)[0]
+        query = query_vector(embedder, text, image)
+        hits = engine.search(query, k, where)[0]
+        notes = [] if text is None else text_notes(embedder.readings(text)[0])
+        return Hits(hits, notes if hits or not where else notes + field_notes(engine, query, where))
+
+
+def text_notes(reading: Reading) -> list[str]:
+    """What the model does not read of a text."""
+    notes = []
+    if reading.unknown:
+        notes.append(f"words that the model does not know: {', '.join(reading.unknown)}")
+    if reading.cut:
+        notes.append(f"the text is longer than the model reads; not read: {reading.cut}")
+    return notes
+
+
+def field_notes(engine: IndexEngine, query: np.ndarray, where: Where) -> list[str]:
+    """The fields of a filter that none of the nearest images has, where nothing fits it."""
+    near = engine.search(query, SAMPLE)[0]
+    known = sorted({name for hit in near for name in hit.info})
+    unknown = [name for name in where if name not in known]
+    if not near or not unknown:
+        return []
+    fields = f"their fields are {', '.join(known)}" if known else "they have no fields"
+    return [f"none of the {len(near)} nearest images has {' or '.join(unknown)}; {fields}"]
 
 
 def query_vector(embedder: Embedder, text: str | None, image: str | Path | None) -> np.ndarray:

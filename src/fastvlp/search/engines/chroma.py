@@ -9,6 +9,8 @@ searched in memory, without the graph.
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -40,6 +42,8 @@ KEY, COPIED = f"{OWN_FIELDS}vector", f"{OWN_FIELDS}copied"
 # Ids of one request: SQLite takes 32,766 variables, and a server has a limit of its own.
 CHUNK = 2000
 FILE = "chroma.sqlite3"
+# What SQLite says of a file that it may not write.
+_READ_ONLY = re.compile("read-?only|unable to open database", re.IGNORECASE)
 
 
 class ChromaIndex(IndexEngine):
@@ -133,6 +137,8 @@ class ChromaIndex(IndexEngine):
     def _engine_error(self, error: Exception) -> EngineError:
         what = f"{self.uri}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         remedy = "is the disk full, or the folder damaged? Restore it, or build the index again"
+        if self.folder and (_READ_ONLY.search(str(error)) or not os.access(self.folder, os.W_OK)):
+            remedy = "Chroma writes to the folder also in a search; ask for the permission, or search in a copy of it"
         return EngineError(f"{what}; {remedy if self.folder else 'is a Chroma server running there?'}")
 
     def _refusal(self, holder: str) -> EngineError:
