@@ -7,7 +7,7 @@
 
 The arms of a comparison take turns, step by step, on the same batches; a ratio is the median of the ratios of neighbouring
 steps. Seconds are CPU time of the process, or of CUDA events on a GPU. Bytes on a CPU are counted from the operations that
-would run (`counted_bytes.py`), so that they are the same on every machine; on a GPU they are the allocator's. Each command
+would run (`fastvlp.speed.memory`), so that they are the same on every machine; on a GPU they are the allocator's. Each command
 takes 1 to 20 minutes on one core. Rows are appended to bench/results/contrastive_time_and_memory.jsonl.
 
 On one core of an AMD EPYC (commit cbc6530, bf16): half and a quarter of the patches gain 100 to 110 % of what the counted
@@ -26,7 +26,6 @@ from typing import Any, Literal
 
 import torch
 import tyro
-from counted_bytes import CountedBytes
 from interleaved_steps import (
     Laps,
     Options,
@@ -50,6 +49,7 @@ from fastvlp.model import sizes
 from fastvlp.model.joint_space import unit as normalised
 from fastvlp.objectives.contrastive import info_nce, sigmoid_loss
 from fastvlp.objectives.objective import combine
+from fastvlp.speed.memory import CountedBytes, largest_rows
 from fastvlp.training.flops import gradient_flops
 from fastvlp.training.gradient_cache import cache_gradients
 from fastvlp.training.hardware import peak_flops
@@ -279,23 +279,7 @@ def largest_batch(o: Largest, keep: float, micro: int | None) -> int:
                 return math.inf
             return peak()
 
-        return search(memory_of, o.memory_gb * GIGA, micro or 8)
-
-
-def search(memory_of: Callable[[int], float], limit: float, unit: int) -> int:
-    """The largest number of rows, a multiple of `unit`, with memory_of(rows) <= limit, to within 1/32; 0 where even `unit`
-    rows take more. Memory grows about linearly, so that each guess lies on the line through the last two points."""
-    low, high, guess = 0, math.inf, unit
-    points = [(0.0, 0.0)]
-    while True:
-        points = [points[-1], (guess, memory_of(guess))]
-        low, high = (guess, high) if points[1][1] <= limit else (low, guess)
-        near = max(unit, low // 32 // unit * unit)
-        if high - low <= near:
-            return low
-        (b, before), (a, after) = points
-        on_line = a + (limit - after) * (a - b) / (after - before) if before < after < math.inf else (low + high) / 2
-        guess = int(min(max(on_line, low + near), high - unit, 8 * guess)) // unit * unit
+        return largest_rows(memory_of, o.memory_gb * GIGA, micro or 8)
 
 
 def largest(o: Largest) -> list[Row]:

@@ -30,6 +30,7 @@ from fastvlp.batch import Batch
 from fastvlp.model.model import ModelConfig
 from fastvlp.model.sizes import clip_b16, clip_b32, clip_l14, clip_small
 from fastvlp.objectives.objective import combine
+from fastvlp.speed.peers import open_clip_model
 from fastvlp.training.flops import gradient_flops
 
 SIZES = {"small": clip_small, "b32": clip_b32, "b16": clip_b16, "l14": clip_l14}
@@ -63,29 +64,9 @@ class OpenCLIP:
 
     def __init__(self, o: OpenCLIPStep, config: ModelConfig, parameters: int):
         import open_clip
-        from open_clip.loss import ClipLoss
-        from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
-        from open_clip.transformer import PatchDropout
 
-        image, text, embed = config.image, config.text, config.embed
-        assert embed is not None
-        vision = CLIPVisionCfg(
-            layers=image.depth,
-            width=image.layer.width,
-            head_width=image.layer.width // image.layer.heads,
-            patch_size=image.patch,
-            image_size=image.size,
-        )
-        words = CLIPTextCfg(
-            context_length=text.positions,
-            vocab_size=text.vocab,
-            width=text.layer.width,
-            heads=text.layer.heads,
-            layers=text.depth,
-        )
-        quick = image.layer.activation == "quick_gelu"
-        self.model = CLIP(embed.width, vision, words, quick_gelu=quick).to(o.device).train()
-        self.score, self.drop, self.version = ClipLoss(), PatchDropout, open_clip.__version__
+        model, self.score, self.drop = open_clip_model(config)
+        self.model, self.version = model.to(o.device).train(), open_clip.__version__
         if (theirs := sum(p.numel() for p in self.model.parameters())) != parameters:
             raise SystemExit(f"{parameters} parameters here and {theirs} in open_clip: steps are not comparable")
 

@@ -51,6 +51,7 @@ LEVELS = [
     {"comparison"},
     {"search"},
     {"exporters"},
+    {"speed"},
     {"serve"},
     {"cli", "cli_help", "cli_options", "cli_results", "__main__", "__init__"},
 ]

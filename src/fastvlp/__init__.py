@@ -6,6 +6,7 @@ What a notebook needs, in the order of its use:
 - `recipe`, `train`: a named recipe, or a `TrainConfig` of your own, to a run.
 - `finetune_contrast`: a model such as CLIP, public or of your own, on your pairs.
 - `finetune`, `evaluate`, `compare`: a run on a task, its scores, and several recipes at equal time.
+- `measure_speed`: how fast recipes train on this device.
 - `starting_from`, `named_size`: what a recipe of your own is made of, from a saved model or a size's name.
 - `export`, `Embedder`, `load_model`: a run to a folder that stands alone, and to vectors.
 - `embed_shards`, `build_index`, `search_index`, `open_index`: search.
@@ -75,6 +76,7 @@ if TYPE_CHECKING:
     from fastvlp.search.engines.interface import open_index as open_index
     from fastvlp.search.indexing import build_index as build_index
     from fastvlp.search.indexing import search_index as search_index
+    from fastvlp.speed.measure import measure_speed as measure_speed
     from fastvlp.tasks.caption import caption as caption
     from fastvlp.tasks.contrast import finetune_contrast as finetune_contrast
     from fastvlp.tasks.evaluate import evaluate as evaluate
@@ -140,6 +142,7 @@ _HOME = {
     "import_data": "data.sources.importing",
     "import_file": "extensions",
     "load_model": "model.saving",
+    "measure_speed": "speed.measure",
     "named_size": "model.named_sizes",
     "official_flm": "objectives.flm",
     "open_index": "search.engines.interface",

@@ -47,6 +47,7 @@ from fastvlp.cli_results import (
     show_hits,
     show_imported,
     show_inspection,
+    show_speeds,
     show_task_scores,
     show_tuned,
 )
@@ -132,6 +133,7 @@ COMMANDS: Mapping[str, Command] = {
     "evaluate vsr": command("Say whether a spatial relation holds.", "eval.vsr:evaluate_vsr", show_evaluation),
     "evaluate mteb": command("Score an export by mteb.", "eval.mteb_scores:evaluate_mteb", show_evaluation),
     "compare": command("Train recipes for the same time, and report.", "comparison.compare:compare", show_comparison),
+    "bench": command("Measure how fast recipes train here.", "speed.measure:measure_speed", show_speeds),
     "convert": command("Make a folder like a run's of a public model.", "convert.checkpoints:convert", show_converted),
     "export": command("Write a model that stands alone.", "exporters.export:export", show_exported),
     "embed": command("Turn shards into vectors.", "search.bulk:embed_shards", show_counts),

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from fastvlp.exporters.export import Exported
     from fastvlp.search.bulk import Counts
     from fastvlp.search.indexing import Built, Hits
+    from fastvlp.speed.measure import Speeds
     from fastvlp.tasks.contrast import Tuned
     from fastvlp.tasks.task_scores import TaskScores
 
@@ -62,6 +63,14 @@ def show_comparison(comparison: Comparison) -> None:
     print_tables(comparison, Console())
     if comparison.folder is not None:
         print(comparison.folder / "report.html")
+
+
+def show_speeds(speeds: Speeds) -> None:
+    from fastvlp.speed.speed_table import speed_table
+
+    Console().print(speed_table(speeds))
+    if speeds.memory_limit is not None:
+        print(f"largest batch: within {speeds.memory_limit / 1e9:g} GB")
 
 
 def show_converted(done: Converted) -> None:

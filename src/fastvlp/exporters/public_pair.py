@@ -68,6 +68,12 @@ def find_layout(model: ModelConfig) -> PairLayout | None:
     return next((layout for layout in LAYOUTS if _settings(layout, normed) is not None), None)
 
 
+def public_settings(model: ModelConfig) -> dict[str, Any] | None:
+    """Returns the config.json of the layout that a model fits; None where it fits none."""
+    layout = find_layout(model)
+    return None if layout is None else _settings(layout, with_last_norm(model))
+
+
 def public_pair(saved: Saved) -> PublicPair | None:
     """Returns a model in the layout that it fits, with the temperature and bias that an objective learned; None where it fits
     none."""

@@ -95,17 +95,18 @@ class FlopCounter:
     Attributes:
         step: FLOPs of the step so far.
         image: tokens of an image, for the estimate of a shape that was not counted.
+        every: at most one step of so many counts a new shape; 0: each step that has one.
     """
 
-    def __init__(self, image: int = 0) -> None:
-        self.step, self.image = 0.0, image
+    def __init__(self, image: int = 0, *, every: int = EVERY) -> None:
+        self.step, self.image, self.every = 0.0, image, every
         self._known: dict[Shape, float] = {}
         self._steps = self._counted = 0
         self._counting = self._new = False
 
     def begin_step(self) -> None:
         self.step, self._steps, self._new = 0.0, self._steps + 1, False
-        self._counting = self._steps > EVERY * self._counted
+        self._counting = self._steps > self.every * self._counted
 
     @contextmanager
     def counting(self, shape: Shape) -> Iterator[None]:

@@ -1,0 +1,1 @@
+"""How fast recipes train on this device: steps in turns, memory, the largest batch, the loader, other libraries' steps."""

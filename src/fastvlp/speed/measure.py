@@ -1,0 +1,338 @@
+"""`fastvlp.measure_speed` and `vlp bench`: how fast recipes train on this device."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Annotated, Any, TypeVar
+
+import torch
+from tyro.conf import arg
+
+from fastvlp import dist
+from fastvlp.comparison.compare import RECIPES, flat_settings, in_process, named_arms, with_precision, with_tokenizers
+from fastvlp.comparison.settings import with_settings
+from fastvlp.dist import Precision
+from fastvlp.errors import UserError
+from fastvlp.model.named_sizes import named_size
+from fastvlp.provenance import about, data_name
+from fastvlp.speed.clock import Quartiles, in_turn, ratio, seconds
+from fastvlp.speed.made_data import with_made_data
+from fastvlp.speed.memory import largest_rows, release, room
+from fastvlp.speed.peers import PEERS, PeerName
+from fastvlp.speed.trial import Arm, Step, Trial
+from fastvlp.training.hardware import peak_flops
+from fastvlp.training.train_config import TrainConfig
+
+GIGA = 1e9
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Speed:
+    """How fast one recipe trains, or another library at its sizes.
+
+    Attributes:
+        name: of the recipe with what was varied, or of the library and the recipe.
+        rows: pairs of a step.
+        step_s: seconds of a step, quarter, middle and three quarters: of the processor on a CPU, all threads together, and on
+            the wall on a GPU.
+        wall_s: the middle of the seconds on the wall.
+        times: a step's time as a multiple of that of the first recipe, in neighbouring steps: quarter, middle, three quarters.
+        flops: floating-point operations of a step.
+        flops_times: as a multiple of those of the first recipe.
+        flops_per_s: achieved.
+        mfu: share of the device's peak; None where that is not known.
+        pairs_per_s: pairs of a step by `step_s`.
+        tokens_per_s: predicted tokens of a step by `step_s`.
+        memory_bytes: most bytes that are held at once: weights, optimiser and what a step makes; counted on a CPU.
+        losses: of the timed steps, in their order.
+        loss_difference: largest relative difference from the losses of the first recipe.
+        loader_s: seconds to make the batches of a step; None for other libraries.
+        loader_share: of a step's seconds.
+        data_wait: share of a step that waits for data, where steps read theirs.
+        compile_s: seconds on the wall until the first compiled steps were done; None without `compile`.
+        largest_batch: most rows of a micro-batch that fit; None where it was not asked for.
+        config: the options that were varied and those that decide a step's cost.
+    """
+
+    name: str
+    rows: int
+    step_s: Quartiles
+    wall_s: float
+    times: Quartiles
+    flops: float
+    flops_times: float
+    flops_per_s: float
+    mfu: float | None
+    pairs_per_s: float
+    tokens_per_s: float
+    memory_bytes: int
+    losses: list[float]
+    loss_difference: float
+    loader_s: float | None = None
+    loader_share: float | None = None
+    data_wait: float | None = None
+    compile_s: float | None = None
+    largest_batch: int | None = None
+    config: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Speeds:
+    """Of several recipes, measured in turns.
+
+    Attributes:
+        arms: the recipes, then other libraries.
+        about: device, versions, commit, command and date.
+        clock: `cpu` or `wall`.
+        memory_limit: bytes within which the largest batch was sought; None where the device's memory is the limit.
+    """
+
+    arms: list[Speed]
+    about: Mapping[str, Any]
+    clock: str
+    memory_limit: float | None = None
+
+
+def measure_speed(
+    recipes: Annotated[Sequence[str | Path | TrainConfig], RECIPES],
+    /,
+    *,
+    model: str | None = None,
+    set: Annotated[Sequence[str], arg(constructor=flat_settings)] = (),
+    vary: str | None = None,
+    made_data: bool = False,
+    repetitions: int = 10,
+    batches: int = 2,
+    beside: tuple[PeerName, ...] = (),
+    largest_batch: bool = False,
+    memory_gb: float | None = None,
+    trace: str | Path | None = None,
+    out: str | Path | None = None,
+    threads: int | None = None,
+) -> Speeds:
+    """Measure how fast recipes train on this device: step time, FLOPs, memory, the loader, and other libraries beside them.
+
+    The recipes take turns, step by step, on batches that are ready, so that ratios are fair on a busy machine. Time is that of
+    the processor on a CPU, and on the wall on a GPU, which finishes its work first. Nothing is saved of the training.
+
+    Args:
+        recipes: Names of recipes, paths of your own files, or in Python also configs.
+        model: Size of the models, such as clip_b16, in place of the recipes' own.
+        set: Changes of the recipes' fields: FIELD=VALUE for all, RECIPE:FIELD=VALUE for one.
+        vary: FIELD=VALUE,VALUE measures each recipe with each of the values, such as keep=1,0.5.
+        made_data: Measure on scenes of the embedded corpus and with new weights, before you have data.
+        repetitions: Timed steps of each recipe.
+        batches: Different batches on which the steps are timed.
+        beside: Other libraries whose step at the same sizes takes turns with the first recipe's: transformers, open_clip.
+        largest_batch: Find the largest micro-batch that fits into memory too.
+        memory_gb: Memory for it, in 10^9 bytes; by default all of a GPU's. A CPU needs a number.
+        trace: File for a trace of one step of each recipe, for chrome://tracing or Perfetto.
+        out: File of JSON lines to append to, one for each recipe, with commit and device.
+        threads: CPU threads that PyTorch uses; its own choice by default.
+
+    Raises:
+        UserError: an option cannot be used, or a recipe cannot be trained.
+    """
+    if threads:
+        torch.set_num_threads(threads)
+    runs = varied(named_arms(recipes, set), model, vary)
+    device = dist.pick_device(next(iter(runs.values())).device)
+    check_options(repetitions, batches, largest_batch, memory_gb, device)
+    with TemporaryDirectory() as folder:
+        runs = prepared(runs, Path(folder), made_data, batches, repetitions)
+        speeds = timed(runs, batches, repetitions, beside, device, Path(trace) if trace is not None else None)
+        if largest_batch:
+            limit = memory_gb * GIGA if memory_gb is not None else room(device)
+            speeds = [with_largest(one, runs.get(one.name), batches, limit, device) for one in speeds]
+    result = Speeds(
+        arms=speeds,
+        about=about(device),
+        clock="cpu" if device.type == "cpu" else "wall",
+        memory_limit=memory_gb * GIGA if memory_gb is not None else None,
+    )
+    if out is not None:
+        append(Path(out), result)
+    return result
+
+
+def timed(
+    runs: Mapping[str, TrainConfig],
+    batches: int,
+    repetitions: int,
+    beside: Sequence[PeerName],
+    device: torch.device,
+    trace: Path | None,
+) -> list[Speed]:
+    """The speeds of the runs and of other libraries beside the first one, whose steps take turns."""
+    trials = {name: named(name, partial(Trial, run, batches)) for name, run in runs.items()}
+    first = next(iter(trials.values()))
+    arms: dict[str, Arm] = {**trials, **{f"{peer}, as {first.run.name}": PEERS[peer](first) for peer in beside}}
+    taken = in_turn(list(arms), repetitions, lambda name: named(name, arms[name].step))
+    speeds = {name: speed(name, arm, taken, device) for name, arm in arms.items()}
+    speeds |= {name: own_speed(speeds[name], trial) for name, trial in trials.items()}
+    if trace is not None:
+        for name, trial in trials.items():
+            trial.trace(trace_file(trace, name, alone=len(trials) == 1))
+    return list(speeds.values())
+
+
+def check_options(
+    repetitions: int, batches: int, largest_batch: bool, memory_gb: float | None, device: torch.device
+) -> None:
+    if dist.launched() > 1:
+        raise UserError("steps are measured on one device; start it without torchrun")
+    if repetitions < 1 or batches < 1:
+        raise UserError(f"`repetitions` {repetitions} and `batches` {batches} are at least 1")
+    if memory_gb is not None and not (largest_batch and memory_gb > 0):
+        raise UserError("`memory_gb` is a number above 0, the limit for `largest_batch`; give both")
+    if largest_batch and memory_gb is None and device.type == "cpu":
+        raise UserError("`largest_batch` on a CPU needs a limit: say `memory_gb`, such as 8")
+
+
+def varied(runs: Mapping[str, TrainConfig], model: str | None, vary: str | None) -> dict[str, TrainConfig]:
+    """The runs with models of a size, each with every one of the values of `vary`, by names that say which."""
+    sized = {
+        name: run if model is None else replace(run, model=named_size(model, like=run.model))
+        for name, run in runs.items()
+    }
+    if vary is None:
+        return {name: replace(run, name=name) for name, run in sized.items()}
+    field, equals, values = vary.partition("=")
+    if not equals or not values:
+        raise UserError(f"`vary` {vary}: write FIELD=VALUE,VALUE, such as keep=1,0.5")
+    return {
+        f"{name} {field}={value}": replace(
+            with_settings(run, [f"{field}={value}"], name), name=f"{name} {field}={value}"
+        )
+        for name, run in sized.items()
+        for value in values.split(",")
+    }
+
+
+def prepared(
+    runs: Mapping[str, TrainConfig], folder: Path, made_data: bool, batches: int, repetitions: int
+) -> dict[str, TrainConfig]:
+    """The runs with their data and tokenizers, long enough for all steps, and without what is stored or shown of a run."""
+    if made_data:
+        runs = with_made_data(runs, folder, batches)
+    enough = max(200, 4 * (repetitions + 4 * batches))
+    plain = {
+        name: replace(
+            run,
+            steps=enough,
+            budget_s=None,
+            out=str(folder / "run"),
+            report_to=(),
+            patience=None,
+            states=replace(run.states, store="never") if run.states.store == "auto" else run.states,
+            data=in_process(run),
+        )
+        for name, run in runs.items()
+    }
+    try:
+        return with_tokenizers(with_precision(plain), folder)
+    except UserError as error:
+        if made_data:
+            raise
+        raise UserError(f"{error}; without data of your own, `made_data` measures on made ones") from error
+
+
+def named(name: str, act: Callable[[], T]) -> T:
+    """The result of `act`. A UserError says which recipe it is of."""
+    try:
+        return act()
+    except UserError as error:
+        raise UserError(str(error) if str(error).startswith(name) else f"{name}: {error}") from error
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"{name}: a step does not fit into the device's memory; set a smaller data.batch_size"
+        ) from error
+
+
+def share_of_peak(flops_per_s: float, device: torch.device, precision: Precision) -> float | None:
+    peak = peak_flops(device, precision)
+    return flops_per_s / peak if peak else None
+
+
+def speed(name: str, arm: Arm, taken: Mapping[str, list[Step]], device: torch.device) -> Speed:
+    """Of an arm, beside the first one."""
+    own, base = taken[name], next(iter(taken.values()))
+    own_s, base_s = ([seconds(one.lap, device) for one in some] for some in (own, base))
+    step_s = Quartiles.of(own_s)
+    flops = sum(one.flops for one in own) / len(own)
+    pairs = [abs(a.loss - b.loss) / max(abs(b.loss), 1e-12) for a, b in zip(own, base)]
+    return Speed(
+        name=name,
+        rows=own[0].rows,
+        step_s=step_s,
+        wall_s=Quartiles.of([one.lap.wall_s for one in own]).median,
+        times=ratio(own_s, base_s),
+        flops=flops,
+        flops_times=flops / max(1.0, sum(one.flops for one in base) / len(base)),
+        flops_per_s=flops / step_s.median,
+        mfu=share_of_peak(flops / step_s.median, device, arm.precision),
+        pairs_per_s=own[0].rows / step_s.median,
+        tokens_per_s=sum(one.tokens for one in own) / len(own) / step_s.median,
+        memory_bytes=arm.bytes(),
+        losses=[one.loss for one in own],
+        loss_difference=max(pairs, default=math.nan),
+    )
+
+
+def own_speed(one: Speed, trial: Trial) -> Speed:
+    """With what is known of our own recipes alone."""
+    run = trial.run
+    return replace(
+        one,
+        loader_s=trial.loading.s,
+        loader_share=trial.loading.s / one.step_s.median,
+        data_wait=trial.data_wait(3),
+        compile_s=trial.compile_s,
+        config={
+            "batch_size": run.data.batch_size,
+            "accumulate": run.accumulate,
+            "precision": trial.state.precision,
+            "compile": run.compile,
+            "keep": run.keep,
+            "image": run.model.image.size,
+            "vocabulary": trial.state.tokenizer.vocab_size,
+            "parameters": trial.parameters,
+            "objectives": list(run.objectives),
+            "data": data_name(str(getattr(run.data, "train", ""))),
+        },
+    )
+
+
+def with_largest(one: Speed, run: TrainConfig | None, batches: int, limit: float, device: torch.device) -> Speed:
+    """With the largest batch of a recipe; other libraries have none."""
+    if run is None:
+        return one
+    release(device)
+    return replace(one, largest_batch=Trial(run, batches).largest_batch(limit, largest_rows))
+
+
+def trace_file(path: Path, name: str, *, alone: bool) -> Path:
+    """`path` for one recipe; with the recipe's name in it for each of several."""
+    words = "".join(letter if letter.isalnum() or letter in "._-" else "-" for letter in name)
+    return path if alone else path.with_name(f"{path.stem}-{words}{path.suffix}")
+
+
+def append(path: Path, result: Speeds) -> None:
+    """Appends a line of JSON for each arm."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    common = {**result.about, "clock": result.clock, "memory_limit": result.memory_limit}
+    with path.open("a", encoding="utf-8") as file:
+        for one in result.arms:
+            file.write(json.dumps(common | as_record(one)) + "\n")
+
+
+def as_record(one: Speed) -> dict[str, Any]:
+    """As JSON: the quartiles are objects with `low`, `median` and `high`."""
+    return {**vars(one), "step_s": one.step_s._asdict(), "times": one.times._asdict()}

@@ -1,0 +1,184 @@
+"""A recipe that takes single training steps, on batches that are already made."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree
+
+from fastvlp.batch import Batch
+from fastvlp.data.loader import Loader
+from fastvlp.dist import Precision
+from fastvlp.random import hash64
+from fastvlp.speed.clock import Clock, Lap
+from fastvlp.speed.memory import held_bytes, peak_of_step, release
+from fastvlp.training.flops import FlopCounter
+from fastvlp.training.loop import steps
+from fastvlp.training.start import start
+from fastvlp.training.state import StepReport, TrainState
+from fastvlp.training.train_config import TrainConfig
+
+# Seconds that measuring the loader alone may take.
+LOADER_S = 20.0
+# Seed of the rows of a batch that is made larger.
+LARGER_SALT = 811
+
+
+class Step(NamedTuple):
+    """One step: what it took, its rows, predicted tokens and FLOPs, and its loss."""
+
+    lap: Lap
+    rows: int
+    tokens: int
+    flops: float
+    loss: float
+
+
+class Arm(Protocol):
+    """Something whose steps are timed in turn with those of others."""
+
+    @property
+    def precision(self) -> Precision: ...
+
+    def step(self) -> Step: ...
+
+    def bytes(self) -> int:
+        """Most bytes that are held at once in a step, with weights and the optimiser's state."""
+
+
+@dataclass(kw_only=True)
+class Loading:
+    """What making the batches of a step takes.
+
+    Attributes:
+        s: seconds for the batches of one step.
+        made: the batches.
+    """
+
+    s: float
+    made: list[Batch]
+
+
+class Trial:
+    """A recipe on batches that are already made, on its device. Its steps are those of training: augmentation, all
+    micro-batches, the optimiser and the averaged weights.
+
+    Attributes:
+        compile_s: seconds on the wall that the first compiled steps took beyond uncompiled ones; None without `compile`.
+    """
+
+    def __init__(self, run: TrainConfig, batches: int):
+        self.run = run
+        self.state = start(run)
+        self.loader = self.state.train
+        self.loading = load(self.state, batches * run.accumulate)
+        self.state.train = ready(self.loading.made, run.seed)
+        self.state.flops = FlopCounter(self.state.model.config.image.tokens, every=0)
+        self.reports = steps(self.state)
+        # Every shape is counted in the first pass over the batches, so that no timed step counts; counted steps run uncompiled.
+        counted = [self.step() for _ in range(batches)]
+        second = [self.step() for _ in range(batches)]
+        self.compile_s = None
+        if run.compile:
+            self.compile_s = max(0.0, sum(one.lap.wall_s for one in second) - sum(one.lap.wall_s for one in counted))
+
+    @property
+    def precision(self) -> Precision:
+        return self.state.precision
+
+    @property
+    def parameters(self) -> int:
+        """Numbers that are trained."""
+        return sum(p.numel() for p in self.state.pretraining.parameters() if p.requires_grad)
+
+    def step(self) -> Step:
+        clock = Clock(self.state.device)
+        report = next(self.reports)
+        return as_step(report, clock.read())
+
+    def bytes(self) -> int:
+        with peak_of_step(self.state.device) as peak:
+            self.step()
+            extra = peak()
+        return held_bytes(self.state.pretraining, self.state.optimiser) + extra
+
+    def data_wait(self, count: int) -> float:
+        """Share of a step's time on the wall that waits for data, over `count` steps that read theirs as training does."""
+        ready_batches, self.state.train = self.state.train, self.loader
+        reports = steps(self.state)
+        taken = [next(reports) for _ in range(count)]
+        self.state.train = ready_batches
+        return sum(one.data_wait for one in taken) / max(1e-9, sum(one.seconds for one in taken))
+
+    def largest_batch(self, limit: float, search: Callable[[Callable[[int], float], float, int], int]) -> int:
+        """The most rows of a micro-batch whose step holds at most `limit` bytes. The trial cannot be used afterwards."""
+        longest = max(self.loading.made, key=lambda batch: batch.ids.shape[1])
+        return search(lambda rows: self._bytes_with(repeated(longest, rows)), limit, min(8, len(longest)))
+
+    def _bytes_with(self, batch: Batch) -> float:
+        self.state.train = ready([batch], self.run.seed)
+        self.reports = steps(self.state)
+        try:
+            return self.bytes()
+        except (torch.OutOfMemoryError, MemoryError):
+            return math.inf
+        finally:
+            self.state.optimiser.zero_grad()
+            release(self.state.device)
+
+    def trace(self, path: Path) -> None:
+        """Writes what one step runs, on processor and GPU, as a trace for chrome://tracing and Perfetto."""
+        from torch.profiler import ProfilerActivity, profile
+
+        kinds = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if self.state.device.type == "cuda" else [])
+        with profile(activities=kinds) as recorded:
+            self.step()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        recorded.export_chrome_trace(str(path))
+
+
+def as_step(report: StepReport, lap: Lap) -> Step:
+    return Step(lap, report.pairs, report.tokens, report.flops, report.losses["loss"])
+
+
+def load(state: TrainState, count: int) -> Loading:
+    """Makes `count` batches as training does, timed: on a CPU in this thread, elsewhere by the run's workers."""
+    made: list[Batch] = []
+    if state.device.type == "cpu":
+        clock = Clock(state.device)
+        for s in range(count):
+            made.append(state.train.make(state.train.rows(s))[0])
+        return Loading(s=clock.read().cpu_s / count * state.run.accumulate, made=made)
+    batches: Iterator[tuple[Batch, object]] = state.train.batches()
+    # The workers make some at once before the first is taken.
+    ahead, cpu = 2 * state.run.data.workers + 2, torch.device("cpu")
+    for number in range(max(count, ahead)):
+        batch, _ = next(batches)
+        made += [batch.to(state.device)] if number < count else []
+    clock, taken = Clock(cpu), 0
+    while taken < 2 * ahead and clock.read().wall_s < LOADER_S:
+        next(batches)
+        taken += 1
+    return Loading(s=clock.read().wall_s / taken * state.run.accumulate, made=made)
+
+
+def ready(batches: list[Batch], seed: int) -> Loader:
+    """A loader of batches that are already made, in turn."""
+    return Loader(len(batches), lambda rows: (batches[rows[0].index], []), batch_size=1, seed=seed)
+
+
+def repeated(batch: Batch, rows: int) -> Batch:
+    """A batch of so many rows, the first of which are its own: the others repeat them with other seeds and other hashes of
+    their content, so that they are other pairs."""
+    index = torch.arange(rows) % len(batch)
+    larger: Batch = _pytree.tree_map_only(Tensor, lambda x: x[index.to(x.device)], batch)
+    number = torch.arange(rows)
+    seed = torch.tensor([hash64(LARGER_SALT, i) for i in number.tolist()]).to(batch.seed)
+    content = None if batch.content is None else torch.stack([2 * number, 2 * number + 1], 1).to(batch.seed)
+    return replace(larger, seed=seed, content=content)

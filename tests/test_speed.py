@@ -1,0 +1,190 @@
+"""Recipes are timed in turns, with their FLOPs, memory and loader, and other libraries beside them."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from fastvlp.batch import Batch
+from fastvlp.cli import main
+from fastvlp.data.tokenize import Tokenizer
+from fastvlp.errors import UserError
+from fastvlp.model.sizes import flip_tiny
+from fastvlp.recipes import recipe
+from fastvlp.speed.clock import Quartiles, in_turn, ratio
+from fastvlp.speed.made_data import padded
+from fastvlp.speed.measure import measure_speed
+from fastvlp.speed.memory import CountedBytes, held_bytes, largest_rows
+from fastvlp.speed.trial import repeated
+from fastvlp.training.flops import FlopCounter, Shape
+from tests.training.runs import made_pairs, made_run
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory):
+    return made_pairs(tmp_path_factory.mktemp("pairs"))
+
+
+def test_arms_take_turns_in_alternating_order():
+    order = []
+    results = in_turn(["a", "b"], 3, lambda name: order.append(name) or len(order))
+    assert order == ["a", "b", "b", "a", "a", "b"] and results == {"a": [1, 4, 5], "b": [2, 3, 6]}
+
+
+def test_ratios_are_those_of_neighbours():
+    assert ratio([2.0, 40.0, 6.0], [1.0, 10.0, 2.0]) == Quartiles(2.5, 3.0, 3.5)
+    assert Quartiles.of([5.0]) == Quartiles(5.0, 5.0, 5.0)
+
+
+@pytest.mark.parametrize(("limit", "largest"), [(1000, 1000 // 8 * 8), (7, 0), (8, 8), (12, 8)])
+def test_the_search_ends_at_the_largest_batch_that_fits(limit, largest):
+    sizes = []
+
+    def memory_of(B: int) -> float:
+        sizes.append(B)
+        return 1e6 + 500 * B if B < 2000 else float("inf")
+
+    result = largest_rows(memory_of, 1e6 + 500 * limit, 8)
+    assert largest * 31 / 32 <= result <= largest and all(B % 8 == 0 for B in sizes) and len(sizes) < 8
+
+
+@pytest.mark.parametrize("fake", [False, True])
+def test_counted_bytes_are_those_of_living_storages(fake):
+    with FakeTensorMode(allow_non_fake_inputs=True) if fake else torch.enable_grad():
+        x, index = torch.ones(1000, requires_grad=True), torch.zeros(1000)
+        with CountedBytes() as memory:
+            y = x.exp()
+            index.add_(1)  # not made inside
+            part = y[:10]
+            total = part.sum()
+            assert memory.now == memory.peak == 4000 + 4
+            total.backward()
+            del y, part, total
+            assert (
+                memory.now == 4000 and 8004 <= memory.peak <= 16004
+            )  # the gradient; and the peak while it is computed
+        assert x.grad is not None
+
+
+def test_the_largest_batch_before_memory_runs_out_is_found():
+    asked = []
+
+    def bytes_of(rows: int) -> float:
+        asked.append(rows)
+        return math.inf if rows > 1000 else 50 + 3 * rows
+
+    assert 968 <= largest_rows(bytes_of, math.inf, 8) <= 1000 and len(asked) <= 12
+
+
+def test_what_is_held_between_steps_is_counted():
+    linear = nn.Linear(3, 2)
+    optimiser = torch.optim.AdamW(linear.parameters())
+    assert held_bytes(linear, optimiser) == 8 * 4
+    linear(torch.ones(1, 3)).sum().backward()
+    optimiser.step()
+    # Two moments, and a number of steps for each of weight and bias.
+    assert held_bytes(linear, optimiser) == 8 * 4 * 3 + 2 * 4
+
+
+def test_a_counter_for_every_step_counts_each_new_shape_exactly():
+    counter, matrix = FlopCounter(every=0), nn.Linear(4, 4, bias=False)
+    for rows in (2, 3, 2, 3):
+        counter.begin_step()
+        with counter.counting(Shape("step", rows)):
+            matrix(torch.zeros(rows, 4))
+        assert counter.step == 2 * rows * 16
+
+
+def test_a_repeated_batch_has_other_pairs():
+    batch = Batch(
+        image=torch.arange(2 * 3, dtype=torch.uint8).view(2, 3, 1, 1),
+        ids=torch.tensor([[1, 5, 2], [1, 6, 2]]),
+        length=torch.tensor([3, 3]),
+        seed=torch.tensor([7, 8]),
+        content=torch.tensor([[1, 2], [3, 4]]),
+    )
+    larger = repeated(batch, 5)
+    assert larger.ids[:, 1].tolist() == [5, 6, 5, 6, 5] and len(larger) == 5
+    assert len({*larger.seed.tolist()}) == 5 and len({*larger.content.flatten().tolist()}) == 10
+
+
+def test_a_vocabulary_is_as_large_as_asked_for():
+    words = Tokenizer.train(["a red square", "a red circle"], vocab_size=60)
+    larger = padded(words, 200)
+    assert words.vocab_size < 200 == larger.vocab_size
+    assert larger.encode(["a red"], 9)[0].tolist() == words.encode(["a red"], 9)[0].tolist()
+
+
+def test_recipes_are_measured_in_turns(pairs, tmp_path):
+    out, trace = tmp_path / "speed.jsonl", tmp_path / "trace.json"
+    run = made_run(pairs, tmp_path, "mlm")
+    speeds = measure_speed(
+        [run], vary="data.batch_size=4,8", repetitions=2, largest_batch=True, memory_gb=0.004, trace=trace, out=out
+    )
+    small, large = speeds.arms
+    assert (small.name, large.name) == ("made data.batch_size=4", "made data.batch_size=8") and speeds.clock == "cpu"
+    assert (small.rows, large.rows) == (4, 8) and 1.5 < large.flops_times < 2.5 and small.flops_times == 1
+    assert small.times == Quartiles(1, 1, 1) and large.step_s.low <= large.step_s.median <= large.step_s.high
+    assert large.tokens_per_s > 0 and large.pairs_per_s == pytest.approx(8 / large.step_s.median)
+    assert 0 < small.memory_bytes < large.memory_bytes and small.mfu is None and small.compile_s is None
+    assert small.loader_s > 0 and 0 <= small.data_wait <= 1 and len(small.losses) == 2
+    assert 16 <= small.largest_batch <= 64 and 16 <= large.largest_batch <= 64
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [row["name"] for row in rows] == [small.name, large.name]
+    assert rows[1]["commit"] is not None and rows[1]["device"] and rows[1]["step_s"]["median"] == large.step_s.median
+    assert rows[1]["config"]["batch_size"] == 8 and rows[1]["memory_limit"] == 4e6
+    traces = sorted(path.name for path in tmp_path.glob("trace*"))
+    assert traces == ["trace-made-data.batch_size-4.json", "trace-made-data.batch_size-8.json"]
+    assert json.loads((tmp_path / traces[0]).read_text())["traceEvents"]
+
+
+def test_equal_recipes_have_equal_losses(pairs, tmp_path):
+    run = made_run(pairs, tmp_path, "flm")
+    first, second = measure_speed([run, replace(run, name="again")], repetitions=2).arms
+    assert first.losses == second.losses and second.loss_difference == 0
+
+
+def test_the_same_towers_of_transformers_take_turns_on_made_data(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "towers.py"
+    path.write_text(
+        "from dataclasses import replace\nfrom fastvlp.recipes import recipe\n"
+        "from fastvlp.model.sizes import clip_small\n\n\ndef towers():\n"
+        "    run = recipe('clip_photos')\n"
+        "    model = clip_small(size=32)\n"
+        "    model = replace(model, image=replace(model.image, depth=1), text=replace(model.text, depth=1))\n"
+        "    return replace(run, name='towers', model=model, device='cpu', precision='fp32')\n"
+    )
+    words = ["--made-data", "--set", "data.batch_size=4", "vocab=300", "--repetitions", "1", "--beside", "transformers"]
+    assert main(["bench", str(path), *words, "--out", "speed.jsonl"]) == 0
+    ours, theirs = (json.loads(line) for line in (tmp_path / "speed.jsonl").read_text().splitlines())
+    assert ours["config"]["vocabulary"] == 300 and theirs["name"] == "transformers, as towers"
+    assert theirs["flops_times"] == pytest.approx(1, abs=0.02) and theirs["config"] is None
+    shown = capsys.readouterr().out
+    assert "ms a step" in shown and "transformers" in shown
+
+
+def test_what_cannot_be_measured_is_refused(pairs, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = made_run(pairs, tmp_path, "flm")
+    for options, words in (
+        ({"beside": ("transformers",)}, "two encoders"),
+        ({"largest_batch": True}, "memory_gb"),
+        ({"memory_gb": 1.0}, "largest_batch"),
+        ({"repetitions": 0}, "repetitions"),
+        ({"vary": "keep"}, "FIELD=VALUE"),
+        ({"vary": "kep=1"}, "keep"),
+    ):
+        with pytest.raises(UserError, match=words):
+            measure_speed([run], **{"repetitions": 1} | options)
+    with pytest.raises(UserError, match="made_data"):
+        measure_speed(["flm_demo"])
+    towers = replace(recipe("flip_demo"), model=flip_tiny(), accumulate=2)
+    with pytest.raises(UserError, match="accumulate"):
+        measure_speed([towers], set=["data.batch_size=2", "vocab=200"], made_data=True, beside=("transformers",))
