@@ -1,15 +1,18 @@
-"""Every `vlp` command in the README, the documentation and the Makefile is one that the command line understands."""
+"""Every `vlp` command in the README, the documentation, the recipes and the Makefile is understood by the command line."""
 
 from __future__ import annotations
 
+import importlib
 import re
 import resource
 import shlex
+from inspect import getdoc
 from pathlib import Path
 
 import pytest
 
 from fastvlp.cli import keep_freed_memory, main
+from fastvlp.recipes import names
 
 ROOT = Path(__file__).parent.parent
 COMMAND = re.compile(r"(?:^|&& |\|\| |@|@?\.venv/bin/)(vlp [^#\n]*?)(?= +#|$| &&| \|\|)", re.MULTILINE)
@@ -27,9 +30,15 @@ def commands_in(name: str) -> list[str]:
     return [command.replace("$(BUDGET)", "80") for command in found]
 
 
+def commands_of_recipe(name: str) -> list[str]:
+    text = getdoc(importlib.import_module(f"fastvlp.recipes.{name}")) or ""
+    return re.findall(r"^ *(?:torchrun .* --no-python )?(vlp [^#\n]*?)(?= +#|$)", text, re.MULTILINE)
+
+
 # tests/test_own_parts.py runs the commands of that page, which need its files.
 PAGES = [str(page.relative_to(ROOT)) for page in sorted((ROOT / "docs").rglob("*.md")) if page.name != "own-parts.md"]
 COMMANDS = [(name, command) for name in ("README.md", "Makefile", *PAGES) for command in commands_in(name)]
+COMMANDS += [(f"recipes/{name}.py", command) for name in names() for command in commands_of_recipe(name)]
 
 
 def test_they_are_found():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from pathlib import Path
 
 import pytest
@@ -15,8 +16,11 @@ from fastvlp.data.records.shards import ShardWriter
 from fastvlp.errors import UserError
 from fastvlp.eval.embedding_retrieval import evaluate_retrieval
 from fastvlp.eval.mteb_scores import evaluate_mteb
+from fastvlp.eval.mteb_tasks import zeroshot_task
+from fastvlp.eval.split_reading import open_split
 from fastvlp.eval.zeroshot import evaluate_zeroshot
 from fastvlp.exporters.export import export
+from tests.documents import DOCS
 from tests.exporters.made_runs import CAPTIONS, clip_shaped, made_run
 
 pytest.importorskip("mteb")
@@ -58,6 +62,9 @@ def test_the_scores_are_those_of_our_own_evaluations(made: Path, capsys: pytest.
     assert by_mteb.scores["zeroshot"]["top1"] == pytest.approx(zeroshot.scores["zero-shot"]["top1"])
     assert by_mteb.errors["zeroshot"]["top1"] == pytest.approx(zeroshot.errors["zero-shot"]["top1"])
     assert by_mteb.chance["recall"] == retrieval.chance["recall"] and by_mteb.chance["top1"] == 0.2
+    assert by_mteb.counts == {
+        "retrieval_images": 20, "retrieval_texts": 40, "zeroshot_images": 20, "zeroshot_classes": 5,
+    }  # fmt: skip
     assert 0 < scores["recall"] < 1, "an order that is neither all right nor all wrong"
 
 
@@ -70,3 +77,22 @@ def test_what_mteb_cannot_run_is_named(made: Path):
         evaluate_mteb(made / "exported", data=made / "data", tasks=("zeroshot",), templates="flip7")
     with pytest.raises(UserError, match="nor a task of mteb"):
         evaluate_mteb(made / "exported", tasks=("NoSuchTask",))
+
+
+@pytest.mark.slow
+def test_the_example_of_the_guide(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """docs/guide/evaluate.md: mteb's own calls, here with a task made of local data in place of the hub's."""
+    import mteb
+
+    (code,) = re.findall(r"```python\n(.*?)```", (DOCS / "guide/evaluate.md").read_text(encoding="utf-8"), re.DOTALL)
+    records = open_split(str(made / "data"), "test")
+    labels = [i % len(LABELS) for i in range(len(records))]
+    task = zeroshot_task(records, labels, [f"a photo of a {label}" for label in LABELS])
+    monkeypatch.chdir(tmp_path)
+    Path("clip_st").symlink_to(made / "exported")
+    done: list = []
+    run = mteb.evaluate
+    monkeypatch.setattr(mteb, "get_tasks", lambda tasks: [task])
+    monkeypatch.setattr(mteb, "evaluate", lambda *args: done.append(run(*args, cache=None)))
+    exec(code, {})
+    assert 0 <= done[0].task_results[0].scores["test"][0]["accuracy"] <= 1

@@ -86,9 +86,10 @@ def evaluate_mteb(
             measured[task] = runner.own_task(task)
     return Evaluation(
         scores={task: its.scores for task, its in measured.items()},
+        # By metric: retrieval and zeroshot have none in common.
         chance={name: value for its in measured.values() for name, value in its.chance.items()},
         errors={task: its.errors for task, its in measured.items()},
-        counts={name: value for its in measured.values() for name, value in its.counts.items()},
+        counts={f"{task}_{name}": value for task, its in measured.items() for name, value in its.counts.items()},
         data="mteb" if data is None else str(data),
         weights="model.safetensors",
         step=None,
