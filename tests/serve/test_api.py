@@ -161,6 +161,17 @@ def test_results_say_how_near_they_are(tmp_path: Path):
         assert both["near"] is None and {hit["relevance"] for hit in both["results"]} == {None}
 
 
+def test_results_say_where_the_model_cannot_tell(tmp_path: Path):
+    for reached, can_tell in ((0.04, True), (0.3, False)):
+        index = StandinIndex(Calibration(random=0.2, own=0.7, near=0.6, images=0.5, reached=reached))
+        with opened(tmp_path / str(reached), index=index) as client:
+            client.post("/v1/items", data={"id": "red"}, files={"image": shade("red", 0)})
+            by_text = client.post("/v1/search", json={"text": "red"}).json()
+            assert by_text["can_tell"] is can_tell and (by_text["near"] is None) == (not can_tell)
+            assert {hit["relevance"] is None for hit in by_text["results"]} == {not can_tell}
+            assert client.post("/v1/search", json={"id": "red"}).json()["can_tell"] is None
+
+
 def test_health_has_the_languages_of_the_model(tmp_path: Path):
     embedder = StandinEmbedder()
     for languages in (["en"], ["en", "zh"], []):

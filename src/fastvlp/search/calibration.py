@@ -34,15 +34,19 @@ class Calibration(NamedTuple):
     images: float
     reached: float = 0.0
 
+    @property
+    def tells(self) -> bool:
+        """Whether the model tells the images of texts from random ones: at most one in twenty of these are as near."""
+        return self.reached <= MISSED
+
     def is_near(self, score: float) -> bool | None:
-        """Whether an image is as near to a text as all but one in twenty are to their own; None where more than one in twenty
-        random pairs are too, so that it says nothing."""
-        return score >= self.near if self.reached <= MISSED else None
+        """Whether an image is as near to a text as all but one in twenty are to their own; None where the model cannot tell."""
+        return score >= self.near if self.tells else None
 
     def relevance(self, score: float, by_text: bool) -> float | None:
         """Returns a score between that of random pairs, 0, and that of a text and its own image, or of an image and itself,
         1; None where these are equal, or where the model cannot tell pairs from random ones."""
-        if by_text and self.reached > MISSED:
+        if by_text and not self.tells:
             return None
         low, high = (self.random, self.own) if by_text else (self.images, 1.0)
         return min(1.0, max(0.0, (score - low) / (high - low))) if high - low > 1e-3 else None

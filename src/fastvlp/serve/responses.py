@@ -82,13 +82,15 @@ class ItemList(ResponseBody):
 
 class SearchResults(ItemList):
     """One page of results. `next_offset`: of the next page; null at the end. `near`: whether the best result is as near to the
-    text as 19 of 20 captions are to their own pictures; null where the index does not know this, where the model cannot tell
-    (more than one in twenty random pictures are as near), or where a picture was searched by."""
+    text as 19 of 20 captions are to their own pictures; null where the index does not know this, where the model cannot tell,
+    or where a picture was searched by. `can_tell`: false where more than one in twenty random pictures are as near to a caption
+    as that; null where the index does not know this, or where a picture was searched by."""
 
     offset: int
     limit: int
     next_offset: int | None
     near: bool | None
+    can_tell: bool | None
     took_ms: float
     notes: list[Note]
 

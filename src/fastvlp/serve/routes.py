@@ -193,9 +193,10 @@ async def search(request: Request, service: Served) -> Response:
     ]
     best = max((hit.score for hit in hits), default=None)
     near = None if by_picture or calibration is None or best is None else calibration.is_near(best)
+    can_tell = None if by_picture or calibration is None else calibration.tells
     took = {"next_offset": end if more else None, "took_ms": round(1000 * (time.perf_counter() - began), 2)}
     page_fields = {"results": results, "offset": body.offset, "limit": body.limit}
-    return json_response({**page_fields, **took, "near": near, "notes": notes(readings)})
+    return json_response({**page_fields, **took, "near": near, "can_tell": can_tell, "notes": notes(readings)})
 
 
 async def query_vector(service: Service, body: messages.SearchRequest) -> tuple[np.ndarray, list[Reading]]:

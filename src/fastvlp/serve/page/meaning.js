@@ -20,5 +20,8 @@ export function remarks(page) {
     if (cut) lines.push(`Not read, because the text is too long: “${cut.length > 80 ? `${cut.slice(0, 80)}…` : cut}”`);
   }
   if (page.near === false && page.results.length) lines.push("Nothing here is near to these words; these pictures are the least far.");
+  if (page.can_tell === false && page.results.length) {
+    lines.push("This model cannot tell whether a picture fits these words: random pictures are often as near to them. The best come first.");
+  }
   return lines;
 }
