@@ -53,6 +53,14 @@ def read_safetensors(path: Path) -> TensorFile:
     return TensorFile(tensors, metadata)
 
 
+def read_some(path: Path, prefix: str) -> dict[str, Tensor]:
+    """The tensors whose names begin with `prefix`, by the rest of the name. The others are not read, so that there is no
+    checksum to compare. Raises as `safe_open`."""
+    with safe_open(path, "pt") as file:
+        names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118
+        return {name.removeprefix(prefix): file.get_tensor(name) for name in names}
+
+
 def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     """The shapes of a file of safetensors, by name; no tensor is read. Raises as `safe_open`."""
     with safe_open(path, "pt") as file:

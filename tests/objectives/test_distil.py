@@ -150,6 +150,19 @@ def test_the_teachers_temperature_is_the_one_that_it_learned(taught: Path):
     assert learned_scale(str(taught / "teacher")) == pytest.approx(known)
 
 
+def test_the_temperature_is_read_without_the_model(taught: Path, monkeypatch):
+    monkeypatch.setattr("fastvlp.model.saving.VLModel", None)
+    assert learned_scale(str(taught / "teacher")) > 1
+
+
+def test_a_run_names_the_teacher_of_all_its_objectives(taught: Path, tmp_path: Path):
+    run = student(taught, tmp_path)
+    elsewhere = {name: own.with_teacher(str(taught / "no")) for name, own in run.objectives.items()}
+    state = start(replace(run, objectives=elsewhere, teacher=str(taught / "teacher")))
+    assert state.run.objectives == run.objectives
+    assert state.stored.teacher is not None
+
+
 def test_what_cannot_teach_is_named(taught: Path, tmp_path: Path):
     run = student(taught, tmp_path)
     other = str(tmp_path / "other")

@@ -78,18 +78,22 @@ def solarize_add(x: Tensor, level: float, sign_B: Tensor) -> Tensor:
 
 
 def colour(x: Tensor, level: float, sign_B: Tensor) -> Tensor:
+    """From grey to more colour."""
     return blend(grey(x), x, level)
 
 
 def contrast(x: Tensor, level: float, sign_B: Tensor) -> Tensor:
+    """From the image's mean brightness to more contrast."""
     return blend((grey(x).mean((1, 2, 3), keepdim=True) + 0.5).floor(), x, level)
 
 
 def brightness(x: Tensor, level: float, sign_B: Tensor) -> Tensor:
+    """From black to brighter."""
     return blend(torch.zeros_like(x), x, level)
 
 
 def sharpness(x: Tensor, level: float, sign_B: Tensor) -> Tensor:
+    """From a smoothed image to a sharper one; the border stays."""
     weight = torch.ones(3, 1, 3, 3, dtype=x.dtype, device=x.device)
     weight[:, :, 1, 1] = 5
     smooth = x.clone()
@@ -120,18 +124,22 @@ def rotate(x: Tensor, level: float, sign_B: Tensor) -> Tensor:
 
 
 def shear_x(x: Tensor, level: float, sign_B: Tensor) -> Tensor:
+    """Slants by up to 0.3 pixels a row."""
     return affine(x, shifted_identity(sign_B * 0.3 * level, 1))
 
 
 def shear_y(x: Tensor, level: float, sign_B: Tensor) -> Tensor:
+    """Slants by up to 0.3 pixels a column."""
     return affine(x, shifted_identity(sign_B * 0.3 * level, 3))
 
 
 def translate_x(x: Tensor, level: float, sign_B: Tensor) -> Tensor:
+    """Moves sideways by up to 100 / 331 of the width."""
     return affine(x, shifted_identity(sign_B * TRANSLATION * x.shape[3] * level, 2))
 
 
 def translate_y(x: Tensor, level: float, sign_B: Tensor) -> Tensor:
+    """Moves up or down by up to 100 / 331 of the height."""
     return affine(x, shifted_identity(sign_B * TRANSLATION * x.shape[2] * level, 5))
 
 

@@ -33,7 +33,7 @@ from fastvlp.model.lora import merged_state
 from fastvlp.model.model import ModelConfig, VLModel
 from fastvlp.model.outline import check_fits
 from fastvlp.plain_json import check_sum, checksum, parse_strict_json, read_strict_json, with_checksum
-from fastvlp.tensor_files import not_finite, read_safetensors, tensor_shapes, write_safetensors
+from fastvlp.tensor_files import not_finite, read_safetensors, read_some, tensor_shapes, write_safetensors
 
 FORMAT = 1
 Which = Literal["best", "last"]
@@ -183,6 +183,14 @@ def load_model(folder: str | Path, which: Which = "best") -> Saved:
     load_exactly(model, tensors, path)
     _check_finite(model, tensors | objectives, path)
     return Saved(model.eval(), tokenizer, description.info | own_info, objectives, path)
+
+
+def read_objectives(folder: str | Path) -> dict[str, Tensor]:
+    """What a saved model keeps of its objectives, such as `clip.log_scale`; the model itself is not read. Raises UserError as
+    `load_model` does."""
+    path = _weights_file(Path(folder), "best")
+    with _damage(path, "copy it again or load another checkpoint"):
+        return read_some(path, OBJECTIVES)
 
 
 def read_config(folder: str | Path) -> ModelConfig:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import abc
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +20,7 @@ from fastvlp.errors import UserError
 from fastvlp.model.joint_space import unit
 from fastvlp.model.layers import initialise
 from fastvlp.model.model import ModelConfig, VLModel
-from fastvlp.model.saving import load_model, read_config
+from fastvlp.model.saving import read_config, read_objectives
 from fastvlp.objectives.contrastive import clamp_log_scale
 from fastvlp.objectives.losses import at_least_fp32
 from fastvlp.objectives.objective import Loss, Objective, ObjectiveConfig, PairObjective
@@ -52,6 +52,9 @@ class DistilConfig(ObjectiveConfig, abc.ABC):
 
     teacher: str
     """Folder of the teacher: a run, an export, or a converted public model."""
+
+    def with_teacher(self, folder: str) -> DistilConfig:
+        return replace(self, teacher=folder)
 
     def teacher_width(self, model: ModelConfig) -> int:
         """Numbers in a vector of the teacher. Raises UserError where teacher or student have no joint space."""
@@ -177,7 +180,7 @@ class SimilarityDistil(PairObjective):
 
 def learned_scale(folder: str) -> float:
     """The inverse temperature that a teacher learned; CLIP's bound where it kept none."""
-    for name, x in load_model(folder).objectives.items():
+    for name, x in read_objectives(folder).items():
         if name.endswith("log_scale"):
             return float(x.exp())
     return 100.0

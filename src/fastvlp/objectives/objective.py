@@ -205,3 +205,7 @@ class ObjectiveConfig(abc.ABC):
     @abc.abstractmethod
     def build(self, model: ModelConfig, tokenizer: Tokenizer) -> Objective:
         """The objective for this model. `tokenizer` says which ids are special and which start a word."""
+
+    def with_teacher(self, folder: str) -> ObjectiveConfig:
+        """These options, with another teacher where there is one."""
+        return self

@@ -1,7 +1,7 @@
 """CLIP that learns from a teacher too: its vectors (CLIP-KD, arXiv 2307.12732) and its similarities (MobileCLIP, 2311.17049).
 
     vlp data import PAIRS --out photos --val 0.1 --max-side 192
-    vlp convert openai/clip-vit-base-patch32 teacher        # or --objectives.features.teacher RUN, and the same of similarities
+    vlp convert openai/clip-vit-base-patch32 teacher        # or another, such as a run: --teacher RUN
     vlp pretrain distil_photos
 
 The teacher's vectors of all images and captions are computed when the first run begins, and read from then on. Not measured

@@ -68,7 +68,7 @@ def start(run: TrainConfig, *, resume: bool = False, change: Collection[str] = (
     Raises UserError where the config, the data or the checkpoint cannot be used.
     """
     images, texts = read_encoders(run)
-    run = completed(run, images, texts)
+    run = with_one_teacher(completed(run, images, texts))
     check(run)
     if run.threads:
         torch.set_num_threads(run.threads)
@@ -141,6 +141,13 @@ def began_ranks(run: TrainConfig, saved: Mapping[str, Any] | None, change: Colle
             f"{run.folder / CHECKPOINT}: not what a run saves (`ranks` is {began!r}); restore the file or start the run anew"
         )
     return began
+
+
+def with_one_teacher(run: TrainConfig) -> TrainConfig:
+    """The run whose objectives all have the teacher that the run names, where it names one."""
+    if run.teacher is None:
+        return run
+    return replace(run, objectives={name: own.with_teacher(run.teacher) for name, own in run.objectives.items()})
 
 
 def with_teacher_time(run: TrainConfig, stored: Stored | None) -> TrainConfig:

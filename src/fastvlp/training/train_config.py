@@ -107,6 +107,9 @@ class TrainConfig(TrainOptions):
     0.35)."""
     reduced: ReducedStart = field(default_factory=ReducedStart)
     """A cheaper beginning of the run: smaller images, fewer patches, shorter texts."""
+    teacher: str | None = None
+    """Folder of the teacher of all objectives that have one: a run, an export, or a converted public model. By default it is
+    the one that they name."""
     teacher_time: Literal["free", "counted"] = "free"
     """Whether what a teacher took, its training and its vectors, is taken off `budget_s`."""
     masked_validation: bool = False

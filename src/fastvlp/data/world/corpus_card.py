@@ -36,6 +36,7 @@ def claim(folder: Path, card: Mapping[str, Any]) -> bool:
 
 
 def read_card(path: Path) -> dict[str, Any]:
+    """The card of a corpus. Raises UserError where the file is no JSON object."""
     try:
         return dict(parse_json(read_plain(path)))
     except (ValueError, TypeError) as error:
@@ -43,4 +44,5 @@ def read_card(path: Path) -> dict[str, Any]:
 
 
 def write_card(path: Path, card: Mapping[str, Any]) -> None:
+    """Writes the card, whole or not at all."""
     write_whole(path, (json.dumps(card, indent=2, ensure_ascii=False) + "\n").encode())
