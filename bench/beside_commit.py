@@ -3,18 +3,19 @@
     python bench/beside_commit.py --commit f2a0dd9 --rounds 96 --sets 4
     python bench/beside_commit.py --commit f2a0dd9 --sizes small --objectives clip --what step --steps 1 --rounds 30
 
-Three processes take turns, `steps` steps each: the earlier commit, this checkout, and this checkout again, whose ratio to
-the second is the noise. Two processes of one program may differ by some per cent as long as they live (where their memory
-lies), so that `sets` of three follow each other. Measured is the CPU time of the whole process with its threads, so that other
-programs matter little. `step`: the training loop, with its loader and without validation; images are cached, as by default.
-`loader`: batches without a model, images decoded each time (`--cache`: read from the cache). `epoch`: the first epoch of a
-loader, in which each turn decodes all images into the cache, and hashes them where an objective contrasts rows. Prints, for
-each case, the median of the ratios within turns, with its standard error, from the spread of the ratios or of the
-medians of the sets, whichever is larger.
+One process loads the package three times and takes turns, `steps` steps each: the earlier commit, this checkout, and this
+checkout again, whose ratio to the second is the noise; on a busy machine that is half of what processes of their own have.
+Measured is CPU time. Batches are made within the turns, by no thread of their own. Where objects lie in memory matters by a
+per cent or so as long as they live: `sets` of three follow each other. `step`: the training loop, with its loader and without
+validation; images are cached, as by default. `loader`: batches without a model, images decoded each time (`--cache`: read from
+the cache). `epoch`: the first epoch of a loader, in which each turn decodes all images into the cache, and hashes them where an
+objective contrasts rows. Prints, for each case, the median of the ratios within turns, with its standard error, from the
+spread of the ratios or of the medians of the sets, whichever is larger.
 """
 
 from __future__ import annotations
 
+import gc
 import io
 import itertools
 import os
@@ -24,10 +25,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass, field, replace
+from importlib import import_module
 from pathlib import Path
 from random import Random
+from types import ModuleType
 from typing import Any, Literal
 
 os.environ |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -68,29 +72,41 @@ class Options:
     steps: int = 20
     """Steps of a turn."""
     rounds: int = 60
-    """Turns of each process, in all sets together."""
+    """Turns of each, in all sets together."""
     sets: int = 1
-    """Times that the processes are started anew."""
+    """Times that the package is loaded, and the run begun, anew."""
     out: Path = RESULTS / "beside_commit.jsonl"
     """File that rows are appended to."""
 
 
 @dataclass
 class Arm:
-    """A process that runs steps on request, the number of parameters that it trains, and the seconds of its turns."""
+    """The package loaded from a tree: its modules, a turn and what is done before it, and the CPU seconds of its turns."""
 
-    name: str
-    process: subprocess.Popen[str]
-    parameters: int
+    tree: Path
+    modules: dict[str, ModuleType] = field(default_factory=dict)
+    parameters: int = 0
+    prepare: Callable[[], None] = lambda: None
+    turn: Callable[[], None] = lambda: None
     seconds: list[float] = field(default_factory=list)
 
-    def turn(self) -> float:
-        assert self.process.stdin is not None and self.process.stdout is not None
-        print("turn", file=self.process.stdin, flush=True)
-        line = self.process.stdout.readline()
-        if not line:
-            raise SystemExit(f"{self.name}: the process ended")
-        return float(line)
+    def timed_turn(self) -> None:
+        with self.loaded():
+            self.prepare()
+            began = time.process_time()
+            self.turn()
+            self.seconds.append(time.process_time() - began)
+
+    @contextmanager
+    def loaded(self) -> Iterator[None]:
+        """While it lasts, `fastvlp` is that of the tree."""
+        sys.modules |= self.modules
+        sys.path.insert(0, str(self.tree / "src"))
+        try:
+            yield
+        finally:
+            sys.path.pop(0)
+            self.modules = {name: sys.modules.pop(name) for name in [*sys.modules] if name.split(".")[0] == "fastvlp"}
 
 
 def made_records(count: int, side: int) -> Iterator[tuple[str, bytes, list[str]]]:
@@ -116,28 +132,10 @@ def measured_run(folder: Path, objective: Objective, size: Size, batch: int, cac
     """A recipe of the package on the made data. `clip`: the two encoders of the recipe of MLM."""
     from fastvlp.model.sizes import two_towers
     from fastvlp.objectives.clip import CLIPConfig
-    from fastvlp.recipes.ar_demo import ar_demo
-    from fastvlp.recipes.ar_photos import ar_photos
-    from fastvlp.recipes.cappa_demo import cappa_demo
-    from fastvlp.recipes.cappa_photos import cappa_photos
-    from fastvlp.recipes.flm_demo import flm_demo
-    from fastvlp.recipes.flm_photos import flm_photos
-    from fastvlp.recipes.mlm_demo import mlm_demo
-    from fastvlp.recipes.mlm_photos import mlm_photos
 
-    recipes: dict[tuple[str, str], Callable[[], Any]] = {
-        ("mlm", "tiny"): mlm_demo,
-        ("flm", "tiny"): flm_demo,
-        ("ar", "tiny"): ar_demo,
-        ("cappa", "tiny"): cappa_demo,
-        ("clip", "tiny"): mlm_demo,
-        ("mlm", "small"): mlm_photos,
-        ("flm", "small"): flm_photos,
-        ("ar", "small"): ar_photos,
-        ("cappa", "small"): cappa_photos,
-        ("clip", "small"): mlm_photos,
-    }
-    run = recipes[objective, size]()
+    # An earlier commit may lack the recipes of the others.
+    name = f"{'mlm' if objective == 'clip' else objective}_{'demo' if size == 'tiny' else 'photos'}"
+    run = getattr(import_module(f"fastvlp.recipes.{name}"), name)()
     if objective == "clip":
         run = replace(run, model=two_towers(run.model), objectives={"clip": CLIPConfig()})
     data = replace(run.data, train=str(folder / "train"), val=None, batch_size=batch, cache=cache, workers=0)
@@ -145,37 +143,37 @@ def measured_run(folder: Path, objective: Objective, size: Size, batch: int, cac
     return replace(run, out=str(folder / "run"), precision=precision, threads=1, vocab=500)
 
 
-def serve_turns(
-    folder: str, objective: Objective, size: Size, batch: str, what: What, cache: str, precision: str, steps: str
-) -> None:
-    """Runs `steps` steps for each line of the input, and prints their CPU seconds."""
-    from fastvlp.training.loop import start
+def start_arm(tree: Path, folder: Path, o: Options, objective: Objective, size: Size, what: What) -> Arm:
+    """Loads the package from a tree, begins a run, and warms it up."""
+    arm, cache = Arm(tree), o.cache or what != "loader"
+    # Each has its own data, since the indexes that they write beside them may differ.
+    place = Path(tempfile.mkdtemp(dir=folder))
+    with arm.loaded():
+        import fastvlp.data.loader
+        from fastvlp.training.loop import start
 
-    state = start(measured_run(Path(folder), objective, size, int(batch), cache == "True", precision))
-    prepare, turn = first_epochs(state) if what == "epoch" else endless(state, what, int(steps), cache == "True")
-    print(sum(p.numel() for p in state.pretraining.parameters()), flush=True)
-    for _ in sys.stdin:
-        prepare()
-        began = time.process_time()
-        turn()
-        print(time.process_time() - began, flush=True)
-    os._exit(0)
+        if Path(fastvlp.data.loader.__file__).is_relative_to(tree) is False:
+            raise SystemExit(f"{fastvlp.data.loader.__file__} is not in {tree}")
+        # Batches are made where they are used, and not by a thread in the turns of others.
+        fastvlp.data.loader.Prefetch = iter
+        write_data(place, o, size)
+        state = start(measured_run(place, objective, size, o.batch, cache, o.precision))
+        arm.parameters = sum(p.numel() for p in state.pretraining.parameters())
+        arm.prepare, arm.turn = first_epochs(state) if what == "epoch" else endless(state, what, o.steps, cache)
+    return arm
 
 
 def endless(state: Any, what: What, steps: int, cache: bool) -> tuple[Callable[[], None], Callable[[], None]]:
-    """Turns of an endless run, which has begun: the steps after its first epoch where images are cached. The loader alone
-    makes its batches in the turns themselves: its thread would make the next ones between them."""
+    """Turns of an endless run, which has begun: the steps after its first epoch where images are cached."""
     from fastvlp.training.loop import steps as training_steps
 
-    loader = state.train
-    batches = (loader.make(loader.rows(s)) for s in itertools.count())
-    running: Iterator[Any] = training_steps(state) if what == "step" else batches
+    running: Iterator[Any] = training_steps(state) if what == "step" else state.train.batches()
 
     def turn(count: int = steps) -> None:
         for _ in range(count):
             next(running)
 
-    turn(3 + (loader.count // loader.batch_size if cache else 0))
+    turn(3 + (state.train.count // state.train.batch_size if cache else 0))
     return lambda: None, turn
 
 
@@ -193,18 +191,6 @@ def first_epochs(state: Any) -> tuple[Callable[[], None], Callable[[], None]]:
     return prepare, turn
 
 
-def start_arm(name: str, tree: Path, words: list[str]) -> Arm:
-    command = [sys.executable, __file__, "turns", *words]
-    environment = os.environ | {"PYTHONPATH": str(tree / "src")}
-    pipe = subprocess.PIPE
-    process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment)
-    assert process.stdout is not None
-    parameters = process.stdout.readline().strip()
-    if not parameters.isdecimal():
-        raise SystemExit(f"{name}: {' '.join(command)} with the sources in {tree} did not start")
-    return Arm(name, process, int(parameters))
-
-
 def compared(over: Sequence[Arm], under: Sequence[Arm]) -> tuple[float, float]:
     """The median of the ratios within turns, and its standard error: of a median, from the median deviation of the ratios, or
     from the spread of the medians of the sets."""
@@ -218,43 +204,33 @@ def compared(over: Sequence[Arm], under: Sequence[Arm]) -> tuple[float, float]:
     return middle, error
 
 
-def measured_arms(o: Options, trees: dict[str, tuple[Path, Path]], words: list[str]) -> list[Arm]:
-    """The processes of a set, after their turns."""
-    arms = [start_arm(name, tree, [str(place), *words]) for name, (tree, place) in trees.items()]
-    if len({arm.parameters for arm in arms}) > 1:
-        counts = ", ".join(str(arm.parameters) for arm in arms)
-        raise SystemExit(f"{' '.join(words[:2])}: the models differ ({counts})")
-    # In every order equally often: what runs before an arm matters on a shared core.
-    orders = itertools.cycle(itertools.permutations(arms))
-    try:
+def measured_arms(o: Options, trees: Sequence[Path], *case: Any) -> list[Arm]:
+    """The arms of a set, after their turns."""
+    with tempfile.TemporaryDirectory() as folder:
+        arms = [start_arm(tree, Path(folder), o, *case) for tree in trees]
+        if len({arm.parameters for arm in arms}) > 1:
+            counts = ", ".join(str(arm.parameters) for arm in arms)
+            raise SystemExit(f"{' '.join(case)}: the models differ ({counts})")
+        gc.collect()
+        gc.freeze()
+        # In every order equally often: what runs before an arm matters on a shared core.
+        orders = itertools.cycle(itertools.permutations(arms))
         for order in itertools.islice(orders, o.rounds // o.sets):
             for arm in order:
-                arm.seconds.append(arm.turn())
-    finally:
-        for arm in arms:
-            arm.process.kill()
-            arm.process.wait()
+                arm.timed_turn()
     return arms
 
 
 def measure(o: Options, tree: Path, objective: Objective, size: Size, what: What) -> dict[str, Any]:
-    cache = o.cache or what != "loader"
     steps = o.records // o.batch if what == "epoch" else o.steps
-    with tempfile.TemporaryDirectory() as folder:
-        trees = {}
-        for name, sources in (("before", tree), ("now", ROOT), ("again", ROOT)):
-            # Each has its own, since the indexes that they write beside the data may differ.
-            place = Path(folder) / name
-            write_data(place, o, size)
-            trees[name] = (sources, place)
-        words = [objective, size, str(o.batch), what, str(cache), o.precision, str(o.steps)]
-        before, now, again = zip(*(measured_arms(o, trees, words) for _ in range(o.sets)))
+    trees = (tree, ROOT, ROOT)
+    before, now, again = zip(*(measured_arms(o, trees, objective, size, what) for _ in range(o.sets)))
     (ratio, error), (control, control_error) = compared(now, before), compared(again, now)
     return {
         "what": what,
         "objective": objective,
         "size": size,
-        "cache": cache,
+        "cache": o.cache or what != "loader",
         "precision": o.precision,
         "batch": o.batch,
         "ratio": ratio,
@@ -291,7 +267,4 @@ def main(o: Options) -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["turns"]:
-        serve_turns(*sys.argv[2:])  # type: ignore[arg-type]
-    else:
-        main(tyro.cli(Options, description=__doc__))
+    main(tyro.cli(Options, description=__doc__))
