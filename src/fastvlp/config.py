@@ -109,11 +109,11 @@ def to_json(value: Any) -> Json:
     raise TypeError(f"a config holds numbers, strings, lists and dataclasses, not {type(value).__name__}")
 
 
-def from_json(cls: type[T], value: Any, source: str) -> T:
+def from_json(cls: type[T], value: Any, source: str, converter: cattrs.Converter = cattrs.global_converter) -> T:
     """The dataclass that `to_json` wrote; fields that it no longer has are left out. Raises UserError, naming `source`, where
-    a field is missing or of another type."""
+    a field is missing or of another type. `converter`: knows further types."""
     try:
-        return cattrs.structure(value, cls)
+        return converter.structure(value, cls)
     except (BaseValidationError, KeyError, TypeError, ValueError, UserError) as error:
         reasons = "; ".join(cattrs.transform_error(error)) if not isinstance(error, UserError) else str(error)
         raise UserError(f"{source}: not a {cls.__name__} that this version knows ({reasons}); copy it again") from error

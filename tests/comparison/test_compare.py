@@ -1,132 +1,30 @@
 """Arms by turns, on a clock that the test moves: fair turns, scores in time, results complete after each of them."""
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
-from rich.console import Console
 
-from fastvlp.comparison import turns
-from fastvlp.comparison.compare import check_distinct, compare, named_arms, reference_arm, with_budget, with_tokenizers
-from fastvlp.comparison.progress import ProgressDisplay, print_tables
+from fastvlp.comparison import arm_training
+from fastvlp.comparison.compare import compare
+from fastvlp.comparison.plan import Plan
+from fastvlp.comparison.prepared_arms import check_distinct, named_arms, reference_arm, with_budget, with_tokenizers
 from fastvlp.comparison.results import Comparison, Sample, Scored
 from fastvlp.comparison.summary import busy_note
-from fastvlp.comparison.turns import Plan, Training, run_comparison
 from fastvlp.data.state_store import StatesConfig
 from fastvlp.errors import UserError
 from fastvlp.objectives.ar import ARConfig
-from fastvlp.objectives.flm import FLMConfig
 from fastvlp.objectives.mlm import MLMConfig
 from fastvlp.recipes import recipe
-
-
-@dataclass(frozen=True, kw_only=True)
-class Run:
-    """As much of a TrainConfig as a comparison looks at."""
-
-    objectives: Mapping[str, Any]
-    step_s: float = 1.0
-    breaks_at: int | None = None
-    name: str = ""
-    seed: int = 0
-    steps: int | None = 100
-    budget_s: float | None = None
-    out: str | None = None
-    tokenizer: str | None = "given"
-    init: str | None = None
-    text: str | None = None
-    data: Any = None
-    device: str = "cpu"
-    states: StatesConfig = field(default_factory=StatesConfig)
-    vocab: int = 50
-
-
-@dataclass(frozen=True)
-class Options:
-    pictures: int = 1
-
-
-class World:
-    """A clock, the arms that run on it, and which arm ran when."""
-
-    options = Options()
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch):
-        self.now = 0.0
-        self.order: list[str] = []
-        self.scored: list[tuple[str, int, float]] = []
-        self.kept: list[str] = []
-        self.tuned: list[bool] = []
-        self.scoring_s = 1000.0
-        clock = SimpleNamespace(
-            perf_counter=lambda: self.now,
-            process_time=lambda: self.now,
-            monotonic=lambda: self.now,
-        )
-        monkeypatch.setattr(turns, "time", clock)
-
-    def start(self, run: Run) -> Any:
-        self.now += 50
-        return SimpleNamespace(run=run, device=torch.device("cpu"), step=0, pairs=0, tokens=0, elapsed=0.0, dropped={})
-
-    def steps(self, state: Any) -> Iterator[Any]:
-        while state.elapsed < state.run.budget_s:
-            if state.step == state.run.breaks_at:
-                raise UserError("the loss is not finite")
-            self.now += state.run.step_s
-            state.elapsed += state.run.step_s
-            state.step, state.pairs, state.tokens = state.step + 1, state.pairs + 8, state.tokens + 40
-            self.order.append(state.run.name)
-            losses = {"loss": 1.0, "a/next": 1.0 / state.step}
-            yield SimpleNamespace(losses=losses, data_wait=0.25, skipped=False)
-
-    def check(self, state: Any) -> None:
-        pass
-
-    def score(self, state: Any, *, tuned: bool = True) -> Scored:
-        self.now += self.scoring_s if tuned else 1
-        self.scored.append((state.run.name, state.run.seed, state.elapsed))
-        self.tuned.append(tuned)
-        return Scored({"vqa": state.step / 100}, {"vqa": 0.01}, {"vqa": 0.1}, {"vqa": 0.3})
-
-    def keep(self, state: Any) -> None:
-        self.kept.append(state.run.out)
-
-    def samples(self, states: Mapping[str, Any]) -> list[Sample]:
-        picture = "data:image/gif;base64,R0lGODlhAQABAAAAACH5BAEKAAEALAAAAAABAAEAAAICTAEAOw=="
-        captions = {arm: f"by <{arm}>" for arm in states}
-        return [Sample(key="k", picture=picture, references=["a & b"], captions=captions, questions=[])]
+from tests.made_arms import ARMS, Run, World, go, thirds
 
 
 @pytest.fixture
 def world(monkeypatch: pytest.MonkeyPatch) -> World:
     return World(monkeypatch)
-
-
-def go(world: World, plan: Plan, arms: Mapping[str, Run]) -> tuple[Comparison, str]:
-    console = Console(width=100, record=True, quiet=False, file=open("/dev/null", "w"))  # noqa: SIM115, PTH123
-    names, scorings = list(arms), len(plan.shares)
-    training: Any = Training(begin=world.start, iterate=world.steps, keep=world.keep)  # type: ignore[arg-type]
-    configs = with_budget(arms, plan)  # type: ignore[arg-type]
-    with ProgressDisplay(
-        names, budget_s=plan.budget_s, seeds=plan.seeds, scorings=scorings, console=console
-    ) as display:
-        comparison = run_comparison(
-            plan, configs, reference=reference_arm(configs), about={}, scorer=world, display=display, training=training
-        )
-    print_tables(comparison, console)
-    return comparison, console.export_text()
-
-
-def thirds(out: Path) -> Plan:
-    return Plan(budget_s=8, out=out, marks=(0.25, 0.5))
-
-
-ARMS = {"flm": Run(objectives={"flm": FLMConfig()}, step_s=2.0), "mlm": Run(objectives={"mlm": MLMConfig()})}
 
 
 def test_turns_alternate_and_rotate(world: World, tmp_path: Path) -> None:
@@ -318,8 +216,8 @@ def test_marks_are_eighths_and_the_results_say_when_they_are_whole(world: World,
 
 def test_a_busy_machine_gives_an_arm_as_much_work(world: World, tmp_path: Path, monkeypatch) -> None:
     """Half of the wall time goes to other programs: twice as much of it is spent, and as many steps are taken."""
-    clock = turns.time
-    monkeypatch.setattr(turns, "time", SimpleNamespace(**{**vars(clock), "perf_counter": lambda: 2 * world.now}))
+    clock = arm_training.time
+    monkeypatch.setattr(arm_training, "time", SimpleNamespace(**{**vars(clock), "perf_counter": lambda: 2 * world.now}))
     comparison, text = go(world, Plan(budget_s=16, out=tmp_path, marks=(1.0,)), {"mlm": ARMS["mlm"]})
     (mark,) = comparison.runs[0].marks[-1:]
     assert (mark.spent.steps, mark.spent.time, mark.spent.wall) == (16, 16, 32)

@@ -17,6 +17,7 @@ from fastvlp.comparison.metrics.interface import Score
 from fastvlp.comparison.results import ArmRun, Comparison, Measurement, TrainingCost
 from fastvlp.comparison.summary import (
     Summary,
+    added_note,
     busy_note,
     format_duration,
     format_score,
@@ -117,6 +118,16 @@ class ProgressDisplay:
     def note(self, text: str) -> None:
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
+    def known(self, run: ArmRun, tuned: Sequence[bool]) -> None:
+        """Counts what was done before the comparison was continued. `tuned`: for each mark, whether a copy was fine-tuned."""
+        done = run.failure is not None
+        spent = self.budget_s if done else max((mark.spent.time for mark in run.marks), default=0.0)
+        self.trained_s[run.arm, run.seed] = min(spent, self.budget_s)
+        if run.marks:
+            self.spent[run.arm, run.seed] = run.marks[-1].spent
+        for mark, was_tuned in zip(run.marks, tuned):
+            (self.tuning_s if was_tuned else self.scoring_s).append(mark.scoring_s)
+
     def trained(self, run: ArmRun, spent: TrainingCost) -> None:
         """Shows an arm after a turn."""
         before = self.spent.get((run.arm, run.seed), TrainingCost())
@@ -173,8 +184,8 @@ def print_tables(comparison: Comparison, console: Console) -> None:
     console.print(speed)
     for score in measured_scores(comparison):
         console.print(score_table(comparison, rows, score))
-    if (busy := busy_note(comparison)) is not None:
-        console.print(busy, markup=False)
+    for note in filter(None, (busy_note(comparison), added_note(comparison))):
+        console.print(note, markup=False)
     for row in rows:
         for failure in row.failures:
             console.print(f"{row.arm}, {failure}", markup=False)

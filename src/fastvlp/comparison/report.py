@@ -16,6 +16,7 @@ from fastvlp.comparison.metrics.interface import Score
 from fastvlp.comparison.results import ArmRun, Comparison, Sample, TrainingCost
 from fastvlp.comparison.summary import (
     Summary,
+    added_note,
     busy_note,
     format_duration,
     format_score,
@@ -78,8 +79,8 @@ def _head(comparison: Comparison, rows: Sequence[Summary]) -> str:
     warning = f'<p class="warning">Stopped early: {"; ".join(failures)}</p>' if failures else ""
     if not comparison.finished:
         warning = f'<p class="warning">This comparison is not finished: its numbers will change.</p>{warning}'
-    if (busy := busy_note(comparison)) is not None:
-        warning += f'<p class="warning">{escape(busy)}</p>'
+    for note in (busy_note(comparison), added_note(comparison)):
+        warning += f'<p class="warning">{escape(note)}</p>' if note is not None else ""
     return f'<p class="overline">{escape(over)}</p><h1>{escape(_title(comparison))}</h1>{warning}'
 
 

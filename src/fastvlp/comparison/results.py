@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -77,6 +78,7 @@ class ArmRun:
         curve: the training losses.
         dropped: unreadable records that training left out.
         failure: why the arm stopped before the end of its time; None if it did not.
+        contents: hashes of the records of the splits; None where that is not known.
     """
 
     arm: str
@@ -85,6 +87,11 @@ class ArmRun:
     curve: list[LossPoint] = field(default_factory=list)
     dropped: int = 0
     failure: str | None = None
+    contents: dict[str, str | None] = field(default_factory=dict)
+
+    def is_done(self, shares: Sequence[float]) -> bool:
+        """Whether it has all its scores, or has failed."""
+        return len(self.marks) == len(shares) or self.failure is not None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,6 +129,8 @@ class Comparison:
         chance: what chance would score, by score.
         blind: what the texts alone would score, without images, by score.
         finished: whether all arms were trained and scored.
+        sampled: the arms whose captions and answers were asked for.
+        added: arms that were added after the others were finished, with device, versions, commit, command and date of that.
         clock: by which budgets were counted: CPU time of the process, or wall time.
         folder: where results.json and report.html are; not saved.
     """
@@ -139,8 +148,14 @@ class Comparison:
     chance: dict[str, float] = field(default_factory=dict)
     blind: dict[str, float] = field(default_factory=dict)
     finished: bool = True
+    sampled: list[str] = field(default_factory=list)
+    added: dict[str, dict[str, Any]] = field(default_factory=dict)
     clock: Literal["cpu", "wall"] = "wall"
     folder: Path | None = field(default=None, compare=False)
+
+    def run_of(self, arm: str, seed: int) -> ArmRun | None:
+        """The run of one arm with one seed, if it was begun."""
+        return next((run for run in self.runs_of(arm) if run.seed == seed), None)
 
     def runs_of(self, arm: str) -> list[ArmRun]:
         """The runs of one arm, one for each seed."""

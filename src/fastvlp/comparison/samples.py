@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -50,6 +51,21 @@ def make_samples(states: Mapping[str, TrainState], finetuning: ShortFinetuning) 
         )
         for i in range(len(images))
     ]
+
+
+def merged(earlier: Sequence[Sample], later: Sequence[Sample]) -> list[Sample]:
+    """Samples with the captions and answers of further arms, as far as these are of the same pictures."""
+    if not earlier:
+        return list(later)
+    more = {sample.key: sample for sample in later}
+    return [with_answers(sample, more[sample.key]) if sample.key in more else sample for sample in earlier]
+
+
+def with_answers(sample: Sample, more: Sample) -> Sample:
+    """A sample with the captions and answers that another one of the same picture has."""
+    answers = {asked.question: asked.answers for asked in more.questions}
+    questions = [replace(asked, answers=asked.answers | answers.get(asked.question, {})) for asked in sample.questions]
+    return replace(sample, captions=sample.captions | more.captions, questions=questions)
 
 
 def answer_questions(

@@ -99,18 +99,23 @@ class ShortFinetuning:
     def captions(self, state: TrainState, count: int) -> list[str]:
         """Greedy captions of the first `count` validation pictures by a copy of the arm that was tuned to caption; tuned,
         because a model pretrained by MLM cannot write."""
-        data = caption_data(state.run)
-        rows = data.rows("train", state.tokenizer, state.model.config.image.size, strict=False)
-        assert rows is not None
-        self.captioning[state.run.name] = tuned = self.tune(state, CaptionConfig(), data, rows)
-        return self._written(state, tuned.model, count)
+        self.captioning.pop(state.run.name, None)
+        return self._written(state, self._captioning(state).model, count)
+
+    def _captioning(self, state: TrainState) -> Tuned:
+        """The copy that was tuned to caption; it is tuned now where another process measured the last score."""
+        if state.run.name not in self.captioning:
+            data = caption_data(state.run)
+            rows = data.rows("train", state.tokenizer, state.model.config.image.size, strict=False)
+            assert rows is not None
+            self.captioning[state.run.name] = self.tune(state, CaptionConfig(), data, rows)
+        return self.captioning[state.run.name]
 
     def sample_captions(self, state: TrainState, count: int) -> list[str]:
-        """Greedy captions without further training: by the copy that was tuned last, else by the arm as it is; none of an arm
-        that cannot write."""
-        tuned = self.captioning.get(state.run.name)
-        if tuned is not None:
-            return self._written(state, tuned.model, count)
+        """Greedy captions: by the copy that was tuned for CIDEr, where that is measured, else by the arm as it is; none of an
+        arm that cannot write."""
+        if self.options.caption_items > 0:
+            return self._written(state, self._captioning(state).model, count)
         trained = cast(Mapping[str, Objective], state.pretraining.objectives).values()
         # At an <s> that saw the whole text in training there is no text yet.
         writes = any("write" in part.abilities and part.bos == "blind" for part in trained)
@@ -124,10 +129,12 @@ class ShortFinetuning:
         return captions
 
     def answers(self, state: TrainState, questions: list[str], image: Tensor) -> list[str]:
-        """The arm's answers to questions about one image, uint8 [3 H W]; empty if it was not tuned to answer."""
-        own, tuned = self.questions(state), self.answering.get(state.run.name)
-        if own is None or tuned is None or not questions:
+        """The arm's answers to questions about one image, uint8 [3 H W], by the copy that was tuned to answer; it is tuned now
+        where another process measured the last score. Empty where the data has no questions."""
+        own = self.questions(state)
+        if own is None or not questions:
             return [""] * len(questions)
+        tuned = self.answering.get(state.run.name) or self.tune_for_questions(state, own)
         ids, length = state.tokenizer.encode(questions, own.data.max_length)
         images = image.expand(len(questions), -1, -1, -1)
         batch = Batch(image=images, ids=ids, length=length, seed=torch.zeros_like(length)).to(state.device)

@@ -258,6 +258,14 @@ def busy_note(comparison: Comparison) -> str | None:
     )
 
 
+def added_note(comparison: Comparison) -> str | None:
+    """Says which arms were added after the others were finished; None where none was."""
+    if not comparison.added:
+        return None
+    when = ", ".join(f"{arm} was added later ({about.get('date', '')})" for arm, about in comparison.added.items())
+    return f"{when}: turns of added arms are not between those of the others, so a busy machine may have slowed either alone."
+
+
 def format_score(score: Score, value: Spread | None) -> str:
     """A score to read: in per cent where it is a share, with its deviation over several seeds, or with the standard error of
     a single run."""

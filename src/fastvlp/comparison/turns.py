@@ -1,69 +1,31 @@
 """Training the arms of a comparison by turns, on one device.
 
 The arms of one seed train a few seconds each in turn, so that whatever else the machine does slows all of them alike. After
-given shares of the budget each arm is scored, which costs none of its training time.
+given shares of the budget each arm is scored, which costs none of its training time. What was begun is continued from its last
+checkpoint, and what is done stays as it is: a comparison that was interrupted is the same call again.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from statistics import fmean
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
-import torch
-
+from fastvlp.comparison.arm_training import ArmTraining, budget_clock
+from fastvlp.comparison.plan import Plan
 from fastvlp.comparison.progress import ProgressDisplay
 from fastvlp.comparison.report import write_report
-from fastvlp.comparison.results import ArmRun, Comparison, LossPoint, Measurement, Sample, Scored, TrainingCost
-from fastvlp.config import to_json
-from fastvlp.dist import pick_device
+from fastvlp.comparison.results import ArmRun, Comparison, Sample, Scored
+from fastvlp.comparison.samples import merged
 from fastvlp.errors import UserError
-from fastvlp.training.checkpoint import save_config, save_weights
+from fastvlp.training.checkpoint import CHECKPOINT, check_finite, save_config
+from fastvlp.training.checkpoint import save as save_state
 from fastvlp.training.loop import start, steps
 from fastvlp.training.state import StepReport, TrainState
 from fastvlp.training.train_config import TrainConfig
-
-EIGHTHS = tuple(i / 8 for i in range(1, 9))
-# Points of each training-loss curve.
-CURVE_POINTS = 120
-
-
-@dataclass(frozen=True, kw_only=True)
-class Plan:
-    """When each arm trains, and when it is scored.
-
-    Attributes:
-        budget_s: training seconds of each arm and seed.
-        out: folder of results.json, report.html and the runs.
-        seeds: runs of each arm, with consecutive seeds.
-        marks: shares of the budget after which the arms are scored; the end is always one of them.
-        tuned_marks: those after which a copy is fine-tuned for a score, too; the end is always one of them.
-        slice_s: seconds of one turn.
-    """
-
-    budget_s: float
-    out: Path
-    seeds: int = 1
-    marks: tuple[float, ...] = EIGHTHS
-    tuned_marks: tuple[float, ...] = (1.0,)
-    slice_s: float = 5.0
-
-    def __post_init__(self) -> None:
-        if self.budget_s <= 0 or self.slice_s <= 0:
-            raise UserError("`budget` and `slice` must be times above 0, such as 120s or 20m")
-        if self.seeds < 1:
-            raise UserError(f"`seeds` must be at least 1, not {self.seeds}")
-        for name, marks in (("marks", self.marks), ("tuned_marks", self.tuned_marks)):
-            if not all(0 < mark <= 1 for mark in marks):
-                raise UserError(f"`{name}` must be shares of the budget, above 0 and up to 1, not {marks}")
-
-    @property
-    def shares(self) -> list[float]:
-        return sorted({*self.marks, *self.tuned_marks, 1.0})
 
 
 class Scorer(Protocol):
@@ -79,182 +41,150 @@ class Scorer(Protocol):
         """The scores of an arm; without `tuned` those for which nothing is fine-tuned."""
 
     def samples(self, states: Mapping[str, TrainState]) -> list[Sample]:
-        """Pictures with the captions and answers of each arm; called right after the last scores."""
+        """Pictures with the captions and answers of each arm."""
 
 
-def keep_weights(state: TrainState) -> None:
-    save_config(state)
-    save_weights(state, "last")
+def begin(config: TrainConfig, *, resume: bool) -> TrainState:
+    """An arm at its beginning, or where its last checkpoint stands. What an earlier comparison left in its folder counts for
+    nothing."""
+    if not resume:
+        forget(config.folder)
+    return start(config, resume=resume)
+
+
+def keep(state: TrainState) -> None:
+    """Saves all that an arm continues from, and its weights alone."""
+    if not state.saved:
+        save_config(state)
+    save_state(state)
+
+
+def forget(folder: Path) -> None:
+    """Removes the state of an arm that is not continued any more; its weights stay."""
+    (folder / CHECKPOINT).unlink(missing_ok=True)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Training:
-    """The functions with which an arm is begun, trained step by step, and kept at its end."""
+    """The functions with which an arm is begun, trained step by step, checked before it is saved, saved, and left alone."""
 
-    begin: Callable[[TrainConfig], TrainState] = start
+    begin: Callable[..., TrainState] = begin
     iterate: Callable[[TrainState], Iterator[StepReport]] = steps
-    keep: Callable[[TrainState], None] = keep_weights
+    check: Callable[[TrainState], None] = check_finite
+    keep: Callable[[TrainState], None] = keep
+    forget: Callable[[Path], None] = forget
 
 
 TRAINING = Training()
 
 
-def budget_clock(device: torch.device) -> float:
-    """Seconds by which a budget is counted. On a CPU, CPU seconds of this process, all its threads together, so that a busy
-    machine gives each arm as much work as a free one; elsewhere wall seconds."""
-    return time.process_time() if device.type == "cpu" else time.perf_counter()
+@dataclass(frozen=True, kw_only=True)
+class Turns:
+    """What the turns of all arms share."""
 
+    plan: Plan
+    arms: Mapping[str, TrainConfig]
+    comparison: Comparison
+    scorer: Scorer
+    display: ProgressDisplay
+    training: Training = TRAINING
 
-@dataclass(kw_only=True)
-class ArmTraining:
-    """The training of one arm with one seed, which can be interrupted after each step.
-
-    Attributes:
-        reports: the training loop; each step is run by asking for its report.
-        shares: shares of the budget after which the arm is scored.
-        spent: what the training took so far.
-        ended: the loop has run its last step.
-        recent: losses of the steps since the last point of the curve.
-    """
-
-    state: TrainState
-    reports: Iterator[StepReport]
-    run: ArmRun
-    shares: Sequence[float]
-    budget_s: float
-    spent: TrainingCost = field(default_factory=TrainingCost)
-    ended: bool = False
-    recent: list[dict[str, float]] = field(default_factory=list)
-
-    @property
-    def next_scoring(self) -> float:
-        """Training seconds after which the arm is scored next."""
-        return self.next_share * self.budget_s
-
-    @property
-    def due(self) -> bool:
-        """Whether the arm has to be scored now."""
-        return not self.done and (self.ended or self.spent.time >= self.next_scoring)
-
-    @property
-    def done(self) -> bool:
-        return len(self.run.marks) == len(self.shares) or self.run.failure is not None
-
-    def train(self, slice_s: float) -> None:
-        """Trains for a turn: at least one step, and at most until the next scoring. Only time inside the steps counts."""
-        until = min(self.spent.time + slice_s, self.next_scoring)
-        while not self.ended and self.spent.time < until:
-            self._step(until)
-
-    def _step(self, until: float) -> None:
-        wall, cpu, began = time.perf_counter(), time.process_time(), budget_clock(self.state.device)
-        report = next(self.reports, None)
-        before = self.spent
-        last = report is None or before.time + budget_clock(self.state.device) - began >= until
-        if last and self.state.device.type == "cuda":
-            # Work that is still queued belongs to this arm and not to the next one.
-            torch.cuda.synchronize(self.state.device)
-        self.spent = TrainingCost(
-            time=before.time + budget_clock(self.state.device) - began,
-            wall=before.wall + time.perf_counter() - wall,
-            cpu=before.cpu + time.process_time() - cpu,
-            wait=before.wait + (report.data_wait if report else 0.0),
-            steps=self.state.step,
-            pairs=self.state.pairs,
-            tokens=self.state.tokens,
-        )
-        if report is None:
-            self.ended = True
-        else:
-            self._record(report)
-
-    def _record(self, report: StepReport) -> None:
-        if not report.skipped:
-            self.recent.append(report.losses)
-        if self.recent and len(self.run.curve) <= self.spent.time / self.budget_s * CURVE_POINTS:
-            terms = [name for name in report.losses if name != "loss"]
-            losses = {name: fmean(step[name] for step in self.recent) for name in terms}
-            self.run.curve.append(LossPoint(spent=self.spent, losses=losses))
-            self.recent.clear()
-
-    @property
-    def next_share(self) -> float:
-        """The share of the budget after which it is scored next."""
-        return self.shares[len(self.run.marks)]
-
-    def add_scores(self, scored: Scored, scoring_s: float) -> None:
-        self.run.marks.append(
-            Measurement(
-                share=self.next_share, spent=self.spent, scores=scored.values, errors=scored.errors, scoring_s=scoring_s
-            )
-        )
-        self.run.dropped = len(self.state.dropped)
+    def save(self) -> None:
+        save(self.comparison)
 
 
 def run_comparison(
     plan: Plan,
     arms: Mapping[str, TrainConfig],
     *,
-    reference: str,
-    about: dict[str, Any],
+    comparison: Comparison,
     scorer: Scorer,
     display: ProgressDisplay,
     training: Training = TRAINING,
 ) -> Comparison:
-    """Trains and scores every arm with every seed.
+    """Trains and scores every arm with every seed, as far as it is not done in `comparison`, and returns that.
 
-    results.json and report.html are complete after every scoring, and the weights of each arm are in runs/ARM-SEED, as those
-    of a run, before it is scored.
+    results.json and report.html are complete after every scoring. The state of each arm is in runs/ARM-SEED, as that of a run,
+    before it is scored; once the arms of a seed are done, only their weights stay.
     """
-    comparison = Comparison(
-        arms=list(arms),
-        reference=reference,
-        budget_s=plan.budget_s,
-        seeds=plan.seeds,
-        shares=plan.shares,
-        about=about,
-        settings={k: v for k, v in asdict(plan).items() if k != "out"} | asdict(scorer.options),
-        configs={arm: cast(dict[str, Any], to_json(run)) for arm, run in arms.items()},
-        folder=plan.out,
-        finished=False,
-        clock="cpu" if device_of(arms).type == "cpu" else "wall",
-    )
-    save(comparison)
+    turns = Turns(plan=plan, arms=arms, comparison=comparison, scorer=scorer, display=display, training=training)
+    comparison.finished = False
+    for run in comparison.runs:
+        display.known(run, [plan.tunes_at(mark.share) for mark in run.marks])
     for seed in range(plan.seeds):
-        started = []
-        for arm, config in arms.items():
-            display.note(f"seed {seed}: building {arm}")
-            state = training.begin(replace(config, seed=config.seed + seed, out=f"{config.out}-{config.seed + seed}"))
-            state.clock = partial(budget_clock, state.device)
-            scorer.check(state)
-            run = ArmRun(arm=arm, seed=state.run.seed)
-            comparison.runs.append(run)
-            reports = training.iterate(state)
-            started.append(
-                ArmTraining(state=state, reports=reports, run=run, shares=plan.shares, budget_s=plan.budget_s)
-            )
-        take_turns(started, plan, comparison, scorer, display, training.keep)
-        if seed == 0:
-            add_samples(comparison, {arm.run.arm: arm.state for arm in started if not arm.run.failure}, scorer, display)
+        train_seed(turns, seed)
     comparison.finished = True
-    save(comparison)
+    turns.save()
     return comparison
 
 
-def device_of(arms: Mapping[str, TrainConfig]) -> torch.device:
-    """Where the arms train."""
-    return pick_device(next(iter(arms.values())).device)
+def train_seed(turns: Turns, seed: int) -> None:
+    """Trains and scores the arms with one seed; with the first one, they are also asked for captions and answers."""
+    configs = {arm: seeded(config, seed) for arm, config in turns.arms.items()}
+    started = [begin_arm(turns, arm, config) for arm, config in configs.items() if is_open(turns, arm, config, seed)]
+    # From here on each of them is continued and not begun anew.
+    turns.save()
+    take_turns(turns, started)
+    if seed == 0 and started:
+        add_samples(turns, {arm.run.arm: arm.state for arm in started if not arm.run.failure})
+    for config in configs.values():
+        turns.training.forget(config.folder)
 
 
-def add_samples(
-    comparison: Comparison, states: Mapping[str, TrainState], scorer: Scorer, display: ProgressDisplay
-) -> None:
+def seeded(config: TrainConfig, seed: int) -> TrainConfig:
+    """The config of an arm with one of its seeds, in a folder of its own."""
+    number = config.seed + seed
+    return replace(config, seed=number, out=f"{config.out}-{number}")
+
+
+def is_open(turns: Turns, arm: str, config: TrainConfig, seed: int) -> bool:
+    """Whether something of an arm with one seed is missing: scores, or its captions and answers."""
+    run = turns.comparison.run_of(arm, config.seed)
+    if run is None or not run.is_done(turns.plan.shares):
+        return True
+    return seed == 0 and run.failure is None and arm not in turns.comparison.sampled
+
+
+def begin_arm(turns: Turns, arm: str, config: TrainConfig) -> ArmTraining:
+    """An arm with one seed, at its beginning or where its last checkpoint stands."""
+    plan, comparison = turns.plan, turns.comparison
+    run = comparison.run_of(arm, config.seed)
+    turns.display.note(f"seed {config.seed}: {'building' if run is None else 'continuing'} {arm}")
+    state = turns.training.begin(config, resume=run is not None)
+    state.clock = partial(budget_clock, state.device)
+    turns.scorer.check(state)
+    if run is None:
+        run = ArmRun(arm=arm, seed=config.seed, contents=dict(state.contents))
+        check_records(comparison, run)
+        comparison.runs.append(run)
+    reports = turns.training.iterate(state)
+    training = ArmTraining(state=state, reports=reports, run=run, shares=plan.shares, budget_s=plan.budget_s)
+    training.take_up(state.notes)
+    return training
+
+
+def check_records(comparison: Comparison, run: ArmRun) -> None:
+    """Raises UserError where a folder has other records now than when an earlier arm or seed was trained on it."""
+    data = {arm: config.get("data") or {} for arm, config in comparison.configs.items()}
+    for earlier in comparison.runs:
+        for split, content in run.contents.items():
+            known, folder = earlier.contents.get(split), data[run.arm].get(split)
+            if None not in (known, content) and known != content and folder == data[earlier.arm].get(split):
+                raise UserError(
+                    f"{folder}: has other records than {earlier.arm} with seed {earlier.seed} was trained on; put those back, "
+                    "or start a new comparison in another folder"
+                )
+
+
+def add_samples(turns: Turns, states: Mapping[str, TrainState]) -> None:
     """Adds pictures with captions and answers to the report, which is whole without them."""
+    comparison = turns.comparison
     try:
-        comparison.samples = scorer.samples(states)
+        comparison.samples = merged(comparison.samples, turns.scorer.samples(states))
     except UserError as error:
-        display.note(f"no captions and answers: {error}")
-    save(comparison)
+        turns.display.note(f"no captions and answers: {error}")
+    comparison.sampled = list(dict.fromkeys([*comparison.sampled, *states]))
+    turns.save()
 
 
 def save(comparison: Comparison) -> None:
@@ -264,48 +194,58 @@ def save(comparison: Comparison) -> None:
     write_report(comparison, folder / "report.html")
 
 
-def take_turns(
-    arms: Sequence[ArmTraining],
-    plan: Plan,
-    comparison: Comparison,
-    scorer: Scorer,
-    display: ProgressDisplay,
-    keep: Callable[[TrainState], None],
-) -> None:
+def take_turns(turns: Turns, arms: Sequence[ArmTraining]) -> None:
     """Gives the arms turns until all are done. The order rotates, so that no arm always follows the same one."""
     turn = 0
     while any(not arm.done for arm in arms):
         first = turn % len(arms)
         for arm in [*arms[first:], *arms[:first]]:
             if not arm.done:
-                _take_turn(arm, plan, comparison, scorer, display, keep)
+                take_turn(turns, arm)
         turn += 1
 
 
-def _take_turn(
-    arm: ArmTraining,
-    plan: Plan,
-    comparison: Comparison,
-    scorer: Scorer,
-    display: ProgressDisplay,
-    keep: Callable[[TrainState], None],
-) -> None:
+def take_turn(turns: Turns, arm: ArmTraining) -> None:
+    """Trains an arm for a turn, saves it and scores it, where either is due."""
     try:
-        arm.train(plan.slice_s)
-        display.trained(arm.run, arm.spent)
-        if arm.due:
-            keep(arm.state)
-        while arm.due:
-            display.scoring(arm.run, arm.next_share)
-            began, tuned = time.perf_counter(), arm.next_share in {*plan.tuned_marks, 1.0}
-            scored = scorer.score(arm.state, tuned=tuned)
-            arm.add_scores(scored, time.perf_counter() - began)
-            comparison.chance |= scored.chance
-            comparison.blind |= scored.blind
-            display.scored(arm.run, arm.run.marks[-1], tuned=tuned)
-            save(comparison)
+        arm.train(turns.plan.slice_s)
+        turns.training.check(arm.state)
     except UserError as error:
-        # An arm that diverges, in its training or in the fine-tuning before a score, is a result; the others go on.
-        arm.run.failure = str(error)
-        display.note(f"{arm.run.arm}: {error}")
-        save(comparison)
+        fail(turns, arm, error)
+        turns.save()
+        return
+    turns.display.trained(arm.run, arm.spent)
+    if arm.due or arm.save_due:
+        # Not a failure of the arm: where the disk is full, the comparison ends here and is continued later.
+        keep_arm(turns, arm)
+    while arm.due:
+        try:
+            score(turns, arm)
+        except UserError as error:
+            fail(turns, arm, error)
+        turns.save()
+
+
+def keep_arm(turns: Turns, arm: ArmTraining) -> None:
+    """Saves an arm and its account in one file, outside of its training time."""
+    began = time.monotonic()
+    arm.state.notes = arm.notes()
+    turns.training.keep(arm.state)
+    arm.saved_at = time.monotonic()
+    arm.saving_s = arm.saved_at - began
+
+
+def score(turns: Turns, arm: ArmTraining) -> None:
+    turns.display.scoring(arm.run, arm.next_share)
+    began, tuned = time.perf_counter(), turns.plan.tunes_at(arm.next_share)
+    scored = turns.scorer.score(arm.state, tuned=tuned)
+    arm.add_scores(scored, time.perf_counter() - began)
+    turns.comparison.chance |= scored.chance
+    turns.comparison.blind |= scored.blind
+    turns.display.scored(arm.run, arm.run.marks[-1], tuned=tuned)
+
+
+def fail(turns: Turns, arm: ArmTraining, error: UserError) -> None:
+    """An arm that diverges, in its training or in the fine-tuning before a score, is a result; the others go on."""
+    arm.run.failure = str(error)
+    turns.display.note(f"{arm.run.arm}: {error}")

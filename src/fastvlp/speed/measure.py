@@ -15,7 +15,8 @@ import torch
 from tyro.conf import arg
 
 from fastvlp import dist
-from fastvlp.comparison.compare import RECIPES, flat_settings, in_process, named_arms, with_precision, with_tokenizers
+from fastvlp.comparison.compare import RECIPES, flat_settings
+from fastvlp.comparison.prepared_arms import in_process, named_arms, with_precision, with_tokenizers
 from fastvlp.comparison.settings import with_settings
 from fastvlp.dist import Precision
 from fastvlp.errors import UserError

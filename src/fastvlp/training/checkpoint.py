@@ -98,6 +98,7 @@ def write_state(state: TrainState) -> None:
         check_in_place(state.lock)
         saved: dict[str, Any] = {name: getattr(state, name) for name in (*COUNTERS, *LATER_COUNTERS)} | {
             "dropped": state.dropped,
+            "notes": state.notes,
             "run": to_json(state.run),
             "rows": state.train.count,
             "contents": state.contents,
@@ -202,6 +203,7 @@ def restore(state: TrainState, saved: Mapping[str, Any], change: Collection[str]
             )
         load_optimiser(state.optimiser, saved["optimiser"])
         state.dropped = {str(key): str(reason) for key, reason in saved["dropped"].items()} | state.dropped
+        state.notes = dict(saved.get("notes", {}))
         state.earlier_length = replace(state.run, **{name: saved["run"][name] for name in ("steps", "budget_s")}).length
         for name in (*COUNTERS, *LATER_COUNTERS):
             kind, value = type(getattr(state, name)), saved.get(name, 0)

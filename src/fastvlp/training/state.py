@@ -86,6 +86,7 @@ class TrainState:
         clock: gives the seconds by which `elapsed` grows; a comparison on a CPU counts CPU time.
         division: how the batches of a step are divided among the ranks.
         lock: of the run's folder, which one process writes to; None where nothing is locked.
+        notes: what the caller keeps with the state: plain values, saved and restored in one file with it.
         between_steps: whether the weights are those after `step`; false while a step changes them.
     """
 
@@ -124,6 +125,7 @@ class TrainState:
     between_steps: bool = True
     lock: WriterLock | None = None
     clock: Callable[[], float] = time.perf_counter
+    notes: dict[str, Any] = field(default_factory=dict)
 
     @property
     def precision(self) -> Precision:

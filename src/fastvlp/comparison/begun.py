@@ -1,0 +1,179 @@
+"""A comparison that is in a folder already: continued where it was interrupted, or with further arms once it is finished."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastvlp.comparison.plan import OPTION_NAMES, Plan
+from fastvlp.comparison.prepared_arms import Recipe, arm_names, named_arms, prepared, with_budget, with_precision
+from fastvlp.comparison.results import Comparison
+from fastvlp.comparison.scoring_options import ScoringOptions
+from fastvlp.comparison.settings import split_setting
+from fastvlp.config import Json, differences, flatten, from_json, to_json, with_defaults
+from fastvlp.errors import UserError
+from fastvlp.training.saved_config import read_config
+from fastvlp.training.train_config import TrainConfig
+
+# Fields that say where an arm's files are, and not what it is.
+FILES = ("out", "tokenizer")
+# Fields that say which records an arm reads.
+RECORDS = ("data.train", "data.val", "data.test", "data.captions")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What is trained and scored.
+
+    Attributes:
+        arms: the configs by name, as they are trained.
+        settings: the changes of the recipes' fields.
+    """
+
+    comparison: Comparison
+    plan: Plan
+    arms: Mapping[str, TrainConfig]
+    scoring: ScoringOptions
+    settings: tuple[str, ...]
+
+
+def saved_settings(plan: Plan, scoring: ScoringOptions, settings: Sequence[str]) -> dict[str, Any]:
+    """The options of a comparison, as results.json has them."""
+    return {k: v for k, v in asdict(plan).items() if k != "out"} | asdict(scoring) | {"set": list(settings)}
+
+
+def results_path(out: Path) -> Path:
+    return out / "results.json"
+
+
+def read_job(out: Path) -> Job:
+    """Reads what a comparison was begun with. Raises UserError where there is none, or this version would train something
+    else."""
+    path = results_path(out)
+    if not path.exists():
+        raise UserError(
+            f"{out}: holds no comparison; begin one there without `resume` and `add`, or give its folder as `out`"
+        )
+    comparison = Comparison.load(path)
+    plan = from_json(Plan, comparison.settings | {"out": str(out)}, str(path))
+    arms = {arm: read_config(config, f"{path}, {arm}") for arm, config in comparison.configs.items()}
+    return Job(
+        comparison=comparison,
+        plan=plan,
+        arms={arm: moved(run, arm, out) for arm, run in arms.items()},
+        scoring=from_json(ScoringOptions, comparison.settings, str(path)),
+        settings=tuple(map(str, comparison.settings.get("set", ()))),
+    )
+
+
+def moved(run: TrainConfig, arm: str, out: Path) -> TrainConfig:
+    """The config of an arm whose comparison may be called by another path than when it was begun."""
+    before, tokenizer = run.folder.parent.parent, run.tokenizer
+    if tokenizer is not None and Path(tokenizer).parent == before:
+        tokenizer = str(out / Path(tokenizer).name)
+    return replace(run, out=str(out / "runs" / arm), tokenizer=tokenizer)
+
+
+def check_options(
+    job: Job, plan: Mapping[str, Any], scoring: ScoringOptions, settings: Sequence[str], threads: int | None
+) -> None:
+    """Raises UserError where an option differs from that of the comparison. `plan`: those of its fields that were given;
+    `scoring`: an option with its default counts as left out."""
+    names = [field.name for field in fields(scoring)]
+    given = dict(plan) | {
+        name: getattr(scoring, name) for name in names if getattr(scoring, name) != getattr(ScoringOptions(), name)
+    }
+    known = asdict(job.plan) | asdict(job.scoring)
+    changed = {OPTION_NAMES.get(k, k): (known[k], value) for k, value in given.items() if known[k] != value}
+    if settings and tuple(settings) != job.settings:
+        changed["set"] = (" ".join(job.settings), " ".join(settings))
+    if threads is not None and threads != job.comparison.about.get("threads", threads):
+        changed["threads"] = (job.comparison.about["threads"], threads)
+    if changed:
+        words = "; ".join(f"`{name}` was {old}, not {new}" for name, (old, new) in changed.items())
+        raise UserError(f"{results_path(job.plan.out)}: was begun with other options: {words}; leave them out")
+
+
+def check_recipes(job: Job, recipes: Sequence[Recipe], settings: Sequence[str]) -> None:
+    """Raises UserError where the recipes, if any are named, are not the comparison's arms."""
+    if not recipes:
+        return
+    path, names = results_path(job.plan.out), arm_names(recipes)
+    if {*names} != {*job.arms}:
+        raise UserError(f"{path}: its arms are {', '.join(job.arms)}, not {', '.join(names)}; leave the recipes out")
+    arms = named_arms(recipes, settings or job.settings)
+    for arm, run in with_precision(with_budget(arms, job.plan)).items():
+        changed = changed_fields(job.arms[arm], run)
+        if changed:
+            words = "; ".join(f"{name} was {old}, and is {new}" for name, (old, new) in changed.items())
+            raise UserError(f"{path}: {arm} was another recipe ({words}); leave the recipes out to go on as it was")
+
+
+def changed_fields(saved: TrainConfig, run: TrainConfig) -> dict[str, tuple[Json, Json]]:
+    """Fields in which a recipe differs from an arm, by name: (then, now). A tokenizer that it would train is the arm's."""
+    changed = differences(with_defaults(to_json(saved), run), to_json(run))
+    ignored = FILES if run.tokenizer is None else FILES[:1]
+    return {name: values for name, values in changed.items() if name not in ignored}
+
+
+def check_device(comparison: Comparison, device: torch.device, name: str) -> None:
+    """Raises UserError where this is no device like that of the comparison. `name`: what this one is called."""
+    clock, known = "cpu" if device.type == "cpu" else "wall", str(comparison.about.get("device", name))
+    # The last part is the number of cores, or the memory.
+    if comparison.clock != clock or known.rpartition(", ")[0] != name.rpartition(", ")[0]:
+        raise UserError(
+            f"{comparison.folder}: was measured on {known}, and this is {name}; the same time is another amount of work there. "
+            "Go on where it was begun, or start a new comparison in another folder"
+        )
+
+
+def with_added(job: Job, recipes: Sequence[Recipe], settings: Sequence[str], about: dict[str, Any]) -> Job:
+    """The job of training further arms as those of a finished comparison were trained. `settings`: ARM:FIELD=VALUE, after the
+    comparison's own for all arms; `about`: where and when they are added.
+
+    Raises UserError where it is not finished, has an arm of that name, or was trained on other data.
+    """
+    comparison, out = job.comparison, job.plan.out
+    if not comparison.finished:
+        raise UserError(f"{out}: is not finished; finish it with `resume` first, and add to it then")
+    for setting in settings:
+        if split_setting(setting)[0] is None:
+            raise UserError(f"`set` {setting}: is only for arms that are added; write ARM:{setting}")
+    shared = [setting for setting in job.settings if split_setting(setting)[0] is None]
+    arms = named_arms(recipes, [*shared, *settings])
+    if known := [arm for arm in arms if arm in job.arms]:
+        raise UserError(f"{out}: has an arm {known[0]} already; give the new one another name, as a file of your own")
+    check_same_data(job, with_budget(arms, job.plan))
+    arms = prepared(recipes, [*shared, *settings], job.plan, job.arms)
+    comparison.sampled = list(comparison.arms)
+    comparison.finished = False
+    comparison.arms += arms
+    comparison.configs |= {arm: to_json(run) for arm, run in arms.items()}  # type: ignore[misc]
+    comparison.added |= dict.fromkeys(arms, about)
+    comparison.settings["set"] = [*job.settings, *settings]
+    return replace(job, arms={**job.arms, **arms})
+
+
+def check_same_data(job: Job, arms: Mapping[str, TrainConfig]) -> None:
+    """Raises UserError where an arm reads none of the records that the comparison's arms read."""
+    known = {arm: records(run) for arm, run in job.arms.items()}
+    for arm, run in arms.items():
+        own = records(run)
+        if own not in known.values():
+            other, theirs = next(iter(known.items()))
+            words = "; ".join(
+                f"{name} {own[name]}, not {theirs[name]}" for name in own if own[name] != theirs.get(name)
+            )
+            raise UserError(
+                f"{arm}: reads other data than {other} ({words}); name the comparison's with `set` {arm}:FIELD=VALUE"
+            )
+
+
+def records(run: TrainConfig) -> dict[str, Json]:
+    """Which records an arm reads, by field."""
+    flat = flatten(to_json(run))
+    return {name: flat[name] for name in RECORDS if name in flat}

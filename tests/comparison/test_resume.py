@@ -1,0 +1,395 @@
+"""A comparison that was killed at any moment continues to the same steps, weights and scores as one that was not."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+import fastvlp
+from fastvlp.cli import main
+from fastvlp.comparison import arm_training, turns
+from fastvlp.comparison.plan import Plan
+from fastvlp.comparison.results import ArmRun, Comparison, Sample, Scored
+from fastvlp.comparison.scoring import MetricScorer
+from fastvlp.comparison.scoring_options import ScoringOptions
+from fastvlp.comparison.summary import added_note
+from fastvlp.data.pairs import PairData
+from fastvlp.data.world.corpus import WorldConfig, write_world
+from fastvlp.errors import UserError
+from fastvlp.model.saving import load_model
+from fastvlp.model.sizes import fusion_model
+from fastvlp.objectives.flm import FLMConfig
+from fastvlp.objectives.mlm import MLMConfig
+from fastvlp.objectives.objective import ObjectiveConfig
+from fastvlp.training.optim import OptimConfig
+from fastvlp.training.run_folder import locked
+from fastvlp.training.train_config import TrainConfig
+from tests.made_arms import ARMS, Run, World, go
+
+
+class Killed(BaseException):
+    """The process ends."""
+
+
+def kill() -> None:
+    raise Killed
+
+
+class Mortal(World):
+    """A world in which the process can be killed between any two things that it does."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch):
+        super().__init__(monkeypatch)
+        self.lives = -1
+        # Turns of a few seconds, and a checkpoint in every third one.
+        self.saving_s = 0.5
+        write = Comparison.save
+
+        def save(comparison: Comparison, path: Path) -> None:
+            self.moment()
+            write(comparison, path)
+            self.moment()
+
+        monkeypatch.setattr(Comparison, "save", save)
+        # Neither the report nor the disk matters to where a comparison continues.
+        monkeypatch.setattr(turns, "write_report", lambda comparison, path: None)
+        monkeypatch.setattr(os, "fsync", lambda file: None)
+
+    def moment(self) -> None:
+        self.lives -= 1
+        if self.lives == 0:
+            raise Killed
+
+    def start(self, run: Run, *, resume: bool) -> Any:
+        self.moment()
+        return super().start(run, resume=resume)
+
+    def steps(self, state: Any) -> Iterator[Any]:
+        for report in super().steps(state):
+            self.moment()
+            yield report
+
+    def score(self, state: Any, *, tuned: bool = True) -> Scored:
+        self.moment()
+        return super().score(state, tuned=tuned)
+
+    def keep(self, state: Any) -> None:
+        self.moment()
+        super().keep(state)
+        self.moment()
+
+    def forget(self, folder: Any) -> None:
+        self.moment()
+        super().forget(folder)
+
+    def samples(self, states: Mapping[str, Any]) -> list[Sample]:
+        self.moment()
+        return super().samples(states)
+
+
+def content(comparison: Comparison) -> dict[str, Any]:
+    runs = sorted(comparison.runs, key=lambda run: (run.arm, run.seed))
+    return {
+        "runs": runs, "samples": comparison.samples, "chance": comparison.chance, "finished": comparison.finished,
+        "sampled": sorted(comparison.sampled),
+    }  # fmt: skip
+
+
+def test_killed_at_any_moment_it_continues_to_the_same_results(tmp_path):
+    arms = {**ARMS, "broken": replace(ARMS["mlm"], breaks_at=7)}
+    plan = Plan(budget_s=10, out=tmp_path / "whole", seeds=2, marks=(0.5,), slice_s=3)
+    with pytest.MonkeyPatch.context() as patch:
+        whole, _ = go(Mortal(patch), plan, arms)
+    assert whole.finished and whole.sampled == ["flm", "mlm"] and len(whole.runs) == 6
+    assert [len(run.marks) for run in whole.runs] == [2, 2, 1] * 2
+    moment, killed = 0, True
+    while killed:
+        moment += 9
+        with pytest.MonkeyPatch.context() as patch:
+            comparison, world, killed = killed_at(moment, patch, replace(plan, out=tmp_path / str(moment)), arms)
+        assert content(comparison) == content(whole), f"killed at moment {moment}"
+        assert not world.disk, "the states of arms that are done are not kept"
+    assert moment > 80
+
+
+def killed_at(
+    moment: int, patch: pytest.MonkeyPatch, plan: Plan, arms: Mapping[str, Run]
+) -> tuple[Comparison, Mortal, bool]:
+    """A comparison that is continued after it was killed, and whether it was."""
+    world = Mortal(patch)
+    world.lives = moment
+    try:
+        go(world, plan, arms)
+        killed = False
+    except Killed:
+        killed = True
+        go(world, plan, arms)
+    return Comparison.load(plan.out / "results.json"), world, killed
+
+
+def test_what_was_trained_before_the_last_checkpoint_is_not_trained_again(monkeypatch, tmp_path):
+    world, plan = Mortal(monkeypatch), Plan(budget_s=40, out=tmp_path, marks=(0.5,), slice_s=5)
+    saved: list[int] = []
+    keep = world.keep
+    monkeypatch.setattr(world, "keep", lambda state: (saved.append(state.step), keep(state)))
+    monkeypatch.setattr(world, "moment", lambda: kill() if len(world.order) == 33 else None)
+    with pytest.raises(Killed):
+        go(world, plan, {"mlm": ARMS["mlm"]})
+    monkeypatch.setattr(world, "moment", lambda: None)
+    before, step = len(world.order), saved[-1]
+    assert before > step > 10
+    go(world, plan, {"mlm": ARMS["mlm"]})
+    assert len(world.order) == before + 40 - step
+
+
+def test_saving_costs_no_training_time_and_little_of_the_other(monkeypatch, tmp_path):
+    world, plan = World(monkeypatch), Plan(budget_s=100, out=tmp_path, marks=(1.0,), slice_s=1)
+    world.saving_s = 2.0
+    comparison, _ = go(world, plan, {"mlm": ARMS["mlm"]})
+    assert comparison.runs[0].marks[-1].spent.time == comparison.runs[0].marks[-1].spent.wall == 100
+    # The first turn's end, then once in twenty times as long as saving takes, and before the scores.
+    assert len(world.kept) == 1 + 100 // 40 + 1
+
+
+def test_an_arm_that_failed_keeps_its_failure(monkeypatch, tmp_path):
+    world, plan = Mortal(monkeypatch), Plan(budget_s=8, out=tmp_path, marks=(0.5,), slice_s=4)
+    arms = {"ar": replace(ARMS["mlm"], breaks_at=1), "mlm": ARMS["mlm"]}
+    world.lives = 25
+    with pytest.raises(Killed):
+        go(world, plan, arms)
+    assert world.order.count("ar") == 1
+    comparison, _ = go(world, plan, {**arms, "ar": ARMS["mlm"]})
+    assert comparison.runs_of("ar")[0].failure == "the loss is not finite" and world.order.count("ar") == 1
+    assert len(comparison.runs_of("mlm")[0].marks) == 2
+
+
+def test_states_that_do_not_fit_the_scores_are_refused(monkeypatch, tmp_path):
+    world, plan = Mortal(monkeypatch), Plan(budget_s=40, out=tmp_path, marks=(0.25, 0.5), slice_s=5)
+    older: list[dict[str, Any]] = []
+    keep = world.keep
+    monkeypatch.setattr(world, "keep", lambda state: (keep(state), older.append(dict(world.disk))))
+    monkeypatch.setattr(world, "moment", lambda: kill() if len(world.order) == 33 else None)
+    with pytest.raises(Killed):
+        go(world, plan, {"mlm": ARMS["mlm"]})
+    monkeypatch.setattr(world, "moment", lambda: None)
+    assert len(older) > 2 and len(Comparison.load(tmp_path / "results.json").runs[0].marks) == 2
+    for disk in (older[0], {}):
+        world.disk = dict(disk)
+        with pytest.raises(UserError, match=r"results\.json"):
+            go(world, plan, {"mlm": ARMS["mlm"]})
+
+
+# From here on with real arms of a few thousand weights, on a clock that counts its readings.
+
+
+OPTIONS = ScoringOptions(probe_steps=2, probe_batch=4, probe_items=20, cloze_items=4, pictures=2)
+PLAN: dict[str, Any] = {"budget": "60s", "marks": (0.5,), "slice": "9s", "scoring": OPTIONS}
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("corpus")
+    write_world(folder, WorldConfig(), train=24, val=8, test=8, pairs=0, singles=0)
+    return folder
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    count_readings(monkeypatch)
+
+
+def count_readings(patch: pytest.MonkeyPatch) -> None:
+    counted = SimpleNamespace(now=0.0)
+
+    def read() -> float:
+        counted.now += 1
+        return counted.now
+
+    for module in (turns, arm_training):
+        patch.setattr(module, "time", SimpleNamespace(perf_counter=read, process_time=read, monotonic=read))
+
+
+def arm(corpus: Path, name: str, objective: ObjectiveConfig, **more: Any) -> TrainConfig:
+    return TrainConfig(
+        name=name,
+        data=PairData(train=str(corpus / "train"), val=str(corpus / "val"), batch_size=4),
+        model=fusion_model(
+            width=32, depths=(1, 1, 1), size=32, patch=16, positions=64, norm="pre", reconstructor=True, dropout=0.1
+        ),
+        objectives={"only": objective},
+        optim=OptimConfig(lr=1e-3),
+        steps=8,
+        vocab=60,
+        device="cpu",
+        **more,
+    )
+
+
+def arms(corpus: Path) -> list[TrainConfig]:
+    return [arm(corpus, "flm", FLMConfig()), arm(corpus, "mlm", MLMConfig(), ema=0.5)]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    found = {}
+    for run in sorted((folder / "runs").iterdir()):
+        model = load_model(run, which="last").model
+        found |= {f"{run.name}/{name}": value for name, value in model.state_dict().items()}
+    return found
+
+
+def measured(run: ArmRun) -> list[Any]:
+    """All that does not depend on the machine."""
+    marks = [(mark.share, mark.scores, mark.spent.steps, mark.spent.time) for mark in run.marks]
+    curve = [(point.losses, point.spent.steps, point.spent.time) for point in run.curve]
+    return [run.arm, run.seed, run.contents, run.failure, marks, curve]
+
+
+def assert_equal(first: Path, second: Path) -> None:
+    one, two = (Comparison.load(folder / "results.json") for folder in (first, second))
+    assert [measured(run) for run in one.runs] == [measured(run) for run in two.runs]
+    assert one.samples == two.samples and one.samples[0].questions[0].answers.keys() == {"flm", "mlm"}
+    own, others = weights(first), weights(second)
+    assert own.keys() == others.keys() and all(torch.equal(own[name], others[name]) for name in own)
+
+
+def dies(monkeypatch: pytest.MonkeyPatch, where: type, name: str, at: int) -> None:
+    """Lets the process end in the `at`-th call of a method, after half of it was done."""
+    method, calls = getattr(where, name), iter(range(1, 1000))
+
+    def once(*args: Any, **options: Any) -> Any:
+        if next(calls) == at:
+            raise Killed
+        return method(*args, **options)
+
+    monkeypatch.setattr(where, name, once)
+
+
+@pytest.fixture(scope="module")
+def whole(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A comparison that nobody interrupted."""
+    with pytest.MonkeyPatch.context() as patch:
+        count_readings(patch)
+        folder = tmp_path_factory.mktemp("whole")
+        fastvlp.compare(arms(corpus), out=folder, **PLAN)
+        yield folder
+
+
+@pytest.mark.parametrize(
+    ("where", "name", "at"),
+    [(arm_training.ArmTraining, "_step", 14), (MetricScorer, "score", 3), (MetricScorer, "samples", 1)],
+)
+def test_a_killed_comparison_gives_the_same_weights(clock, whole, corpus, tmp_path, monkeypatch, where, name, at):
+    with monkeypatch.context() as patch:
+        dies(patch, where, name, at)
+        with pytest.raises(Killed):
+            fastvlp.compare(arms(corpus), out=tmp_path, **PLAN)
+    assert not Comparison.load(tmp_path / "results.json").finished
+    comparison = fastvlp.compare(resume=True, out=tmp_path)
+    assert comparison.finished
+    assert_equal(whole, tmp_path)
+    assert not list(tmp_path.rglob("last.pt")) and not list(tmp_path.rglob("*.tmp"))
+
+
+@pytest.fixture
+def copied(whole: Path, tmp_path: Path) -> Path:
+    """A finished comparison, in another place than where it was measured."""
+    shutil.copytree(whole, tmp_path / "copied")
+    return tmp_path / "copied"
+
+
+def test_a_finished_comparison_trains_nothing_and_says_so(copied, capsys, monkeypatch):
+    monkeypatch.setattr(turns, "begin_arm", None)
+    before = {path: path.read_bytes() for path in copied.rglob("*") if path.is_file()}
+    assert main(["compare", "--resume", "--out", str(copied)]) == 0
+    said = capsys.readouterr()
+    assert "finished already" in said.err and "report.html" in said.out
+    assert {path: path.read_bytes() for path in copied.rglob("*") if path.is_file()} == before
+
+
+def test_an_arm_is_added_to_a_finished_comparison(clock, copied, corpus):
+    before = Comparison.load(copied / "results.json")
+    late = arm(corpus, "late", MLMConfig(mask_rate=0.2))
+    comparison = fastvlp.compare(add=[late], out=copied, set=["late:optim.lr=0.01"])
+    assert comparison.arms == ["flm", "mlm", "late"] and [*comparison.added] == ["late"] and comparison.finished
+    assert comparison.runs[:2] == before.runs and len(comparison.runs) == 3
+    assert [mark.share for mark in comparison.runs[2].marks] == [0.5, 1.0]
+    assert comparison.configs["late"]["tokenizer"] == str(copied / "tokenizer-flm.json")
+    assert comparison.configs["late"]["optim"]["lr"] == 0.01 and comparison.settings["set"] == ["late:optim.lr=0.01"]
+    for sample, earlier in zip(comparison.samples, before.samples, strict=True):
+        assert sample.captions.keys() == earlier.captions.keys() and sample.picture == earlier.picture
+        assert all({*asked.answers} == {"flm", "mlm", "late"} for asked in sample.questions)
+    for text in ((copied / "report.html").read_text(), added_note(comparison)):
+        assert text is not None and "late was added later" in text
+    assert fastvlp.compare(resume=True, out=copied) == comparison
+    for wrong, word in (([late], "late"), ([replace(late, name="flm")], "flm")):
+        with pytest.raises(UserError, match=f"an arm {word} already"):
+            fastvlp.compare(add=wrong, out=copied)
+
+
+def test_other_data_cannot_be_added(copied, corpus):
+    other = arm(corpus, "late", MLMConfig())
+    data = replace(other.data, train=str(corpus / "test"))
+    with pytest.raises(UserError, match=r"late.*data\.train"):
+        fastvlp.compare(add=[replace(other, data=data)], out=copied)
+    results = copied / "results.json"
+    known = json.loads(results.read_text())
+    known["runs"][0]["contents"]["train"] = "0123"
+    results.write_text(json.dumps(known))
+    with pytest.raises(UserError, match=r"train: has other records"):
+        fastvlp.compare(add=[other], out=copied)
+
+
+def test_what_differs_from_the_comparison_is_refused(copied, corpus):
+    before = (copied / "results.json").read_text()
+    refused: list[tuple[dict[str, Any], str]] = [
+        ({"budget": "61s"}, "`budget`"),
+        ({"seeds": 3}, "`seeds`"),
+        ({"marks": (0.25,)}, "`marks`"),
+        ({"slice": "4s"}, "`slice`"),
+        ({"scoring": replace(OPTIONS, cloze_items=5)}, "`cloze_items`"),
+        ({"set": ["optim.lr=0.5"]}, "`set`"),
+        ({"threads": 37}, "`threads`"),
+    ]
+    for options, name in refused:
+        with pytest.raises(UserError, match=name):
+            fastvlp.compare(resume=True, out=copied, **options)
+    one, two = arms(corpus)
+    for recipes, name in (([one], "mlm"), ([one, replace(two, vocab=61)], r"mlm.*vocab")):
+        with pytest.raises(UserError, match=name):
+            fastvlp.compare(recipes, resume=True, out=copied)
+    assert fastvlp.compare([two, one], resume=True, out=copied, **PLAN).finished
+    assert (copied / "results.json").read_text() == before
+
+
+def test_where_there_is_nothing_to_continue_or_to_add_to(copied, corpus, tmp_path):
+    late = arm(corpus, "late", MLMConfig())
+    for options in ({"resume": True}, {"add": [late]}):
+        with pytest.raises(UserError, match="holds no comparison"):
+            fastvlp.compare(out=tmp_path / "new", **options)
+    assert not (tmp_path / "new").exists()
+    with pytest.raises(UserError, match=r"`resume`.*`add`"):
+        fastvlp.compare(arms(corpus), out=copied)
+    with pytest.raises(UserError, match=r"`resume`.*`add`"):
+        fastvlp.compare(resume=True, add=[late], out=copied)
+    with pytest.raises(UserError, match="ARM:vocab=9"):
+        fastvlp.compare(add=[late], out=copied, set=["vocab=9"])
+    with locked(copied), pytest.raises(UserError, match="another process"):
+        fastvlp.compare(resume=True, out=copied)
+    unfinished = Comparison.load(copied / "results.json")
+    unfinished.finished = False
+    unfinished.save(copied / "results.json")
+    with pytest.raises(UserError, match="not finished"):
+        fastvlp.compare(add=[late], out=copied)
+    unfinished.about["device"] = "Another Processor, 2 cores"
+    unfinished.save(copied / "results.json")
+    with pytest.raises(UserError, match="Another Processor"):
+        fastvlp.compare(resume=True, out=copied)
