@@ -88,7 +88,7 @@ class World:
         )
 
     def steps(self, state: Any) -> Iterator[Any]:
-        while state.elapsed < state.run.budget_s:
+        while state.step < state.run.steps if state.run.budget_s is None else state.elapsed < state.run.budget_s:
             if state.step == state.run.breaks_at:
                 raise UserError("the loss is not finite")
             self.now += state.run.step_s
@@ -134,6 +134,7 @@ def begun(plan: Plan, configs: Mapping[str, Any]) -> Comparison:
         configs={arm: to_json(config) for arm, config in configs.items()},  # type: ignore[misc]
         folder=plan.out,
         clock="cpu",
+        counted="steps" if plan.steps else "seconds",
     )
 
 

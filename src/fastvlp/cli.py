@@ -50,6 +50,7 @@ from fastvlp.cli_results import (
     show_speeds,
     show_task_scores,
     show_tuned,
+    show_verified,
 )
 from fastvlp.errors import UserError, remedy
 from fastvlp.extensions import import_file
@@ -57,13 +58,13 @@ from fastvlp.extensions import import_file
 
 @dataclass(frozen=True, kw_only=True)
 class Command:
-    """summary: a line for the list of commands. function: `module:function` of the library. show: prints its result.
-    parse: reads the words instead of `function`'s signature, where what follows depends on the first word. options: names of
-    the options that are not in the signature."""
+    """summary: a line for the list of commands. function: `module:function` of the library. show: prints its result, and
+    returns the exit code where that is not 0. parse: reads the words instead of `function`'s signature, where what follows
+    depends on the first word. options: names of the options that are not in the signature."""
 
     summary: str
     function: str = ""
-    show: Callable[[Any], None] = lambda result: None
+    show: Callable[[Any], int | None] = lambda result: None
     parse: Callable[[Sequence[str]], Run] | None = None
     options: Callable[[], Collection[str]] = tuple
 
@@ -79,7 +80,7 @@ class Command:
         return [*parameters, *(field.name for group in groups for field in group), *self.options()]
 
 
-def command(summary: str, function: str, show: Callable[[Any], None]) -> Command:
+def command(summary: str, function: str, show: Callable[[Any], int | None]) -> Command:
     return Command(summary=summary, function=f"fastvlp.{function}", show=show)
 
 
@@ -134,6 +135,7 @@ COMMANDS: Mapping[str, Command] = {
     "evaluate mteb": command("Score an export by mteb.", "eval.mteb_scores:evaluate_mteb", show_evaluation),
     "compare": command("Train recipes for the same time, and report.", "comparison.compare:compare", show_comparison),
     "bench": command("Measure how fast recipes train here.", "speed.measure:measure_speed", show_speeds),
+    "records verify": command("Measure a speed record again.", "comparison.speed_records:verify_record", show_verified),
     "convert": command("Make a folder like a run's of a public model.", "convert.checkpoints:convert", show_converted),
     "export": command("Write a model that stands alone.", "exporters.export:export", show_exported),
     "embed": command("Turn shards into vectors.", "search.bulk:embed_shards", show_counts),
@@ -194,9 +196,9 @@ def parse(name: str, argv: Sequence[str]) -> Run:
     return parse_function(name, command.load(), argv)
 
 
-def run(name: str, ready: Run) -> None:
-    """Runs a parsed command and prints its result."""
-    COMMANDS[name].show(ready())
+def run(name: str, ready: Run) -> int | None:
+    """Runs a parsed command and prints its result. Returns the exit code where that is not 0."""
+    return COMMANDS[name].show(ready())
 
 
 def keep_freed_memory() -> bool:
@@ -223,7 +225,8 @@ def without_collection() -> Iterator[None]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command. Returns 0, or 2 after saying what is wrong where the user can mend it; tyro exits with 2 too."""
+    """Runs one command. Returns 0, or 1 where the result is that something does not hold, or 2 after saying what is wrong
+    where the user can mend it; tyro exits with 2 too."""
     if argv is None and asks_for_help_alone(sys.argv[1:]):
         # This process prints help and ends. One that calls `main` itself goes on, and may need torch.
         stand_in_for_torch()
@@ -248,7 +251,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         name, rest = find_command(argv)
         with without_collection():
             ready = parse(name, rest)
-        run(name, ready)
+        return run(name, ready) or 0
     except UserError as error:
         options = COMMANDS[name].option_names() if name else ()
         print(f"error: {as_flags(str(error), options)}", file=sys.stderr)
@@ -267,4 +270,3 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 130
-    return 0

@@ -12,6 +12,7 @@ from fastvlp.errors import install
 if TYPE_CHECKING:
     from fastvlp.batch import Dropped
     from fastvlp.comparison.results import Comparison
+    from fastvlp.comparison.speed_records import Verified
     from fastvlp.convert.checkpoints import Converted
     from fastvlp.data.sources.importing import Imported
     from fastvlp.data.sources.inspection import Inspection
@@ -71,6 +72,14 @@ def show_speeds(speeds: Speeds) -> None:
     Console().print(speed_table(speeds))
     if speeds.memory_limit is not None:
         print(f"largest batch: within {speeds.memory_limit / 1e9:g} GB")
+
+
+def show_verified(verified: Verified) -> int:
+    """Returns 1 where the target is not met."""
+    from fastvlp.comparison.record_table import print_record
+
+    print_record(verified, Console())
+    return 0 if verified.measured.met else 1
 
 
 def show_converted(done: Converted) -> None:

@@ -45,6 +45,16 @@ def test_only_time_inside_the_steps_counts(world: World, tmp_path: Path) -> None
         assert run.curve[-1].losses == {"a/next": pytest.approx(1 / steps[-1], rel=0.5)}
 
 
+def test_budgets_and_turns_may_be_counted_in_steps(world: World, tmp_path: Path) -> None:
+    plan = Plan(budget_s=8, out=tmp_path, steps=True, slice_s=2, marks=(0.25, 0.5))
+    comparison, text = go(world, plan, ARMS)
+    for run in comparison.runs:
+        assert [mark.spent.steps for mark in run.marks] == [2, 4, 8]
+    assert [run.marks[-1].spent.time for run in comparison.runs] == [16, 8]
+    assert comparison.configs["flm"]["steps"] == 8 and comparison.configs["flm"]["budget_s"] is None
+    assert "8 steps of training" in text and "once for 8 steps" in (tmp_path / "report.html").read_text()
+
+
 def test_a_long_step_is_scored_late_and_once_for_each_share(world: World, tmp_path: Path) -> None:
     comparison, _ = go(world, thirds(tmp_path), {"slow": Run(objectives={"ar": ARConfig()}, step_s=5.0)})
     (run,) = comparison.runs
@@ -122,7 +132,14 @@ def test_the_reference_is_mlm_alone_else_the_first() -> None:
 def test_plans_that_cannot_be() -> None:
     plan = Plan(budget_s=10, out=Path(), marks=(0.5,))
     assert plan.shares == [0.5, 1.0]
-    for wrong in ({"budget_s": 0}, {"seeds": 0}, {"slice_s": -1}, {"marks": (0.0,)}, {"marks": (1.5,)}):
+    for wrong in (
+        {"budget_s": 0},
+        {"budget_s": 1.5, "steps": True},
+        {"seeds": 0},
+        {"slice_s": -1},
+        {"marks": (0.0,)},
+        {"marks": (1.5,)},
+    ):
         with pytest.raises(UserError):
             replace(plan, **wrong)
     with pytest.raises(UserError, match=r"\ba\b"):

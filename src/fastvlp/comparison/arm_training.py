@@ -55,6 +55,7 @@ class ArmTraining:
     Attributes:
         reports: the training loop; each step is run by asking for its report.
         shares: shares of the budget after which the arm is scored.
+        by_steps: whether the budget and turns are counted in steps, and not in seconds.
         spent: what the training took so far.
         ended: the loop has run its last step.
         recent: losses of the steps since the last point of the curve.
@@ -67,6 +68,7 @@ class ArmTraining:
     run: ArmRun
     shares: Sequence[float]
     budget_s: float
+    by_steps: bool = False
     spent: TrainingCost = field(default_factory=TrainingCost)
     ended: bool = False
     recent: list[dict[str, float]] = field(default_factory=list)
@@ -74,8 +76,13 @@ class ArmTraining:
     saving_s: float = 0.0
 
     @property
+    def used(self) -> float:
+        """How much of the budget is spent, in seconds or steps."""
+        return self.spent.steps if self.by_steps else self.spent.time
+
+    @property
     def next_scoring(self) -> float:
-        """Training seconds after which the arm is scored next."""
+        """Training seconds or steps after which the arm is scored next."""
         return self.next_share * self.budget_s
 
     @property
@@ -86,7 +93,7 @@ class ArmTraining:
     @property
     def due(self) -> bool:
         """Whether the arm has to be scored now."""
-        return not self.done and (self.ended or self.spent.time >= self.next_scoring)
+        return not self.done and (self.ended or self.used >= self.next_scoring)
 
     @property
     def done(self) -> bool:
@@ -98,17 +105,18 @@ class ArmTraining:
         return time.monotonic() - self.saved_at >= max(SAVE_EVERY_S, SAVE_SHARE * self.saving_s)
 
     def train(self, slice_s: float) -> None:
-        """Trains for a turn: at least one step, and at most until the next scoring. Only time inside the steps counts."""
-        until = min(self.spent.time + slice_s, self.next_scoring)
-        while not self.ended and self.spent.time < until:
+        """Trains for a turn: at least one step, and at most until the next scoring. Only time inside the steps counts.
+        `slice_s`: seconds of the turn, or its steps."""
+        until = min(self.used + slice_s, self.next_scoring)
+        while not self.ended and self.used < until:
             self._step(until)
 
     def _step(self, until: float) -> None:
         wall, cpu, began = time.perf_counter(), time.process_time(), budget_clock(self.state.device)
         report = next(self.reports, None)
         before = self.spent
-        last = report is None or before.time + budget_clock(self.state.device) - began >= until
-        if last and self.state.device.type == "cuda":
+        after = self.state.step if self.by_steps else before.time + budget_clock(self.state.device) - began
+        if (report is None or after >= until) and self.state.device.type == "cuda":
             # Work that is still queued belongs to this arm and not to the next one.
             torch.cuda.synchronize(self.state.device)
         self.spent = TrainingCost(
@@ -128,7 +136,7 @@ class ArmTraining:
     def _record(self, report: StepReport) -> None:
         if not report.skipped:
             self.recent.append(report.losses)
-        if self.recent and len(self.run.curve) <= self.spent.time / self.budget_s * CURVE_POINTS:
+        if self.recent and len(self.run.curve) <= self.used / self.budget_s * CURVE_POINTS:
             terms = [name for name in report.losses if name != "loss"]
             losses = {name: fmean(step[name] for step in self.recent) for name in terms}
             self.run.curve.append(LossPoint(spent=self.spent, losses=losses))

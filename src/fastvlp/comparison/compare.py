@@ -27,7 +27,8 @@ from fastvlp.comparison.progress import ProgressDisplay
 from fastvlp.comparison.results import Comparison
 from fastvlp.comparison.scoring import MetricScorer
 from fastvlp.comparison.scoring_options import ScoringOptions
-from fastvlp.comparison.settings import duration
+from fastvlp.comparison.settings import budget_of, duration
+from fastvlp.comparison.summary import format_length
 from fastvlp.comparison.turns import run_comparison
 from fastvlp.config import to_json
 from fastvlp.errors import UserError
@@ -79,12 +80,12 @@ def compare(
     Args:
         recipes: Names of recipes, paths of your own files, or in Python also configs.
         budget: Training time of each recipe and seed: 90s, 20m, 1.5h; by default 120s. On a CPU this is CPU time of the
-            process, all threads together, so that other programs take none of it.
+            process, all threads together, so that other programs take none of it. Or the same number of steps: 800steps.
         seeds: Runs of each recipe, with different seeds; by default 1.
         out: Folder for results.json, report.html and the runs; results and report are complete after every scoring.
         marks: Shares of the budget after which the recipes are scored, by default each eighth; the end is always one of them.
         tuned_marks: Those after which scores with a short fine-tuning are measured too, such as VQA; the end always.
-        slice: Length of a turn, by default 5s.
+        slice: Length of a turn, by default 5s, or 5 steps.
         scoring: How the recipes are scored.
         set: Changes of the recipes' fields: FIELD=VALUE for all, RECIPE:FIELD=VALUE for one.
         threads: CPU threads that PyTorch uses; its own choice by default.
@@ -126,8 +127,10 @@ def plan_fields(
     slice: str | None,
 ) -> dict[str, Any]:
     """The fields of the plan that were given."""
+    amount, steps = (None, None) if budget is None else budget_of(budget)
     fields = {
-        "budget_s": None if budget is None else duration(budget),
+        "budget_s": amount,
+        "steps": steps,
         "seeds": seeds,
         "marks": None if marks is None else tuple(marks),
         "tuned_marks": None if tuned_marks is None else tuple(tuned_marks),
@@ -189,6 +192,7 @@ def new_job(
         folder=plan.out,
         finished=False,
         clock="cpu" if device_of(arms).type == "cpu" else "wall",
+        counted="steps" if plan.steps else "seconds",
     )
     return Job(comparison=comparison, plan=plan, arms=arms, scoring=scoring, settings=tuple(settings))
 
@@ -209,6 +213,6 @@ def check_trained(comparison: Comparison, plan: Plan) -> None:
     """Raises UserError where no arm was trained to its end."""
     if all(run.failure for run in comparison.runs):
         raise UserError(
-            f"no recipe could be trained for {plan.budget_s:g} s: {comparison.runs[0].failure}; what was measured is in "
-            f"{plan.out / 'report.html'}"
+            f"no recipe could be trained for {format_length(comparison)}: {comparison.runs[0].failure}; what was measured is "
+            f"in {plan.out / 'report.html'}"
         )

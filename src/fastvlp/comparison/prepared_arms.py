@@ -66,8 +66,8 @@ def with_budget(arms: Mapping[str, TrainConfig], plan: Plan) -> dict[str, TrainC
         arm: replace(
             run,
             name=arm,
-            steps=None,
-            budget_s=plan.budget_s,
+            steps=int(plan.budget_s) if plan.steps else None,
+            budget_s=None if plan.steps else plan.budget_s,
             out=str(plan.out / "runs" / arm),
             states=replace(run.states, store="never") if run.states.store == "auto" else run.states,
             data=in_process(run),

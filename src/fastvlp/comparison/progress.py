@@ -20,6 +20,7 @@ from fastvlp.comparison.summary import (
     added_note,
     busy_note,
     format_duration,
+    format_length,
     format_score,
     format_speedup,
     known_score,
@@ -120,21 +121,22 @@ class ProgressDisplay:
 
     def known(self, run: ArmRun, tuned: Sequence[bool]) -> None:
         """Counts what was done before the comparison was continued. `tuned`: for each mark, whether a copy was fine-tuned."""
-        done = run.failure is not None
-        spent = self.budget_s if done else max((mark.spent.time for mark in run.marks), default=0.0)
-        self.trained_s[run.arm, run.seed] = min(spent, self.budget_s)
+        share = 1.0 if run.failure is not None else max((mark.share for mark in run.marks), default=0.0)
+        self.trained_s[run.arm, run.seed] = share * self.budget_s
         if run.marks:
             self.spent[run.arm, run.seed] = run.marks[-1].spent
         for mark, was_tuned in zip(run.marks, tuned):
             (self.tuning_s if was_tuned else self.scoring_s).append(mark.scoring_s)
 
-    def trained(self, run: ArmRun, spent: TrainingCost) -> None:
-        """Shows an arm after a turn."""
-        before = self.spent.get((run.arm, run.seed), TrainingCost())
-        self.turns.append((spent.time - before.time, (spent.wall or spent.time) - (before.wall or before.time)))
-        self.spent[run.arm, run.seed] = spent
-        self.trained_s[run.arm, run.seed] = min(spent.time, self.budget_s)
-        share = spent.time / self.budget_s
+    def trained(self, run: ArmRun, spent: TrainingCost, used: float) -> None:
+        """Shows an arm after a turn. `used`: how much of the budget it has spent."""
+        key = run.arm, run.seed
+        before = self.spent.get(key, TrainingCost())
+        wall = (spent.wall or spent.time) - (before.wall or before.time)
+        self.turns.append((used - self.trained_s.get(key, 0.0), wall))
+        self.spent[key] = spent
+        self.trained_s[key] = min(used, self.budget_s)
+        share = used / self.budget_s
         time_s = max(spent.time, 1e-9)
         rates = f"{spent.pairs / time_s:,.0f} pairs/s  {spent.tokens / time_s:,.0f} predicted tokens/s"
         left = f"about {format_duration(round(self.left_s))} left in all"
@@ -175,7 +177,7 @@ def print_tables(comparison: Comparison, console: Console) -> None:
     """Prints how fast each arm trained, a table of each score, and the failures."""
     rows = summarise(comparison)
     speed = Table("arm", "steps", "pairs", "pairs/s", "predicted tokens/s", "waiting for data", "CPU s/s")
-    speed.title = f"{format_duration(comparison.budget_s)} of training for each arm, seeds: {comparison.seeds}"
+    speed.title = f"{format_length(comparison)} of training for each arm, seeds: {comparison.seeds}"
     for column in speed.columns[1:]:
         column.justify = "right"
     for row in rows:
@@ -208,7 +210,7 @@ def score_table(comparison: Comparison, rows: Sequence[Summary], score: Score) -
         lines.append(f"speed-up: how many times as fast to the final score of {comparison.reference}")
     table = Table("arm", title=title, caption="; ".join(lines) or None)
     for i in shown:
-        table.add_column(format_duration(comparison.shares[i] * comparison.budget_s), justify="right")
+        table.add_column(format_length(comparison, comparison.shares[i]), justify="right")
     if timed:
         table.add_column("speed-up", justify="right")
     for row in rows:

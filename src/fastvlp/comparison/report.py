@@ -18,7 +18,7 @@ from fastvlp.comparison.summary import (
     Summary,
     added_note,
     busy_note,
-    format_duration,
+    format_length,
     format_score,
     format_speedup,
     measured_scores,
@@ -63,7 +63,7 @@ def page(comparison: Comparison) -> str:
 def _title(comparison: Comparison) -> str:
     arms = comparison.arms
     named = ", ".join(arms[:-1]) + f" and {arms[-1]}" if len(arms) > 1 else arms[0]
-    return f"{named}: {format_duration(comparison.budget_s)} of training each"
+    return f"{named}: {format_length(comparison)} of training each"
 
 
 def _name(comparison: Comparison, arm: str) -> str:
@@ -125,11 +125,13 @@ def _finals(comparison: Comparison, rows: Sequence[Summary], scores: Sequence[Sc
 def _compared(comparison: Comparison) -> str:
     """Says what was compared."""
     clock = "CPU time, so that other programs take none of it" if comparison.clock == "cpu" else "wall time"
+    if comparison.counted == "steps":
+        clock = f"their times are {clock}"
     parts = differences(comparison)
     differ = "the fields in the table of configurations" if len(parts) > DIFFERENCES else ", ".join(parts)
     runs = f"with {comparison.seeds} seeds" if comparison.seeds > 1 else "once"
     return (
-        f"Each arm trained {runs} for {format_duration(comparison.budget_s)} ({clock}), by turns of a few seconds on one "
+        f"Each arm trained {runs} for {format_length(comparison)} ({clock}), by turns of a few seconds on one "
         f"device. The arms differ in {differ or 'nothing'}; all else is equal."
     )
 
@@ -238,7 +240,7 @@ def _html_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 def _score_table(comparison: Comparison, rows: Sequence[Summary], score: Score) -> str:
     """Returns the table below a score's charts."""
     shown = shown_marks(comparison)
-    times = [format_duration(comparison.shares[i] * comparison.budget_s) for i in shown]
+    times = [format_length(comparison, comparison.shares[i]) for i in shown]
     cells = [
         [
             _name(comparison, row.arm),

@@ -31,7 +31,7 @@ class TrainingCost:
     """What an arm's training took so far.
 
     Attributes:
-        time: seconds inside the training steps by the clock of the budget: of the process's CPU time, or wall time on a GPU.
+        time: seconds inside the training steps by the comparison's clock: CPU time of the process, or wall time on a GPU.
         wall: wall seconds inside the training steps, waiting for data included.
         cpu: CPU seconds of this process inside the training steps.
         wait: the part of `wall` that was spent waiting for data.
@@ -120,7 +120,7 @@ class Comparison:
 
     Attributes:
         reference: the arm that the others are timed against.
-        budget_s: training seconds of each arm and seed.
+        budget_s: training seconds of each arm and seed, or its steps.
         shares: shares of the budget after which the arms are scored.
         about: device, versions, commit, command and date.
         settings: options of the comparison.
@@ -131,7 +131,8 @@ class Comparison:
         finished: whether all arms were trained and scored.
         sampled: the arms whose captions and answers were asked for.
         added: arms that were added after the others were finished, with device, versions, commit, command and date of that.
-        clock: by which budgets were counted: CPU time of the process, or wall time.
+        clock: by which training time was measured: CPU time of the process, or wall time.
+        counted: what `budget_s` is a number of.
         folder: where results.json and report.html are; not saved.
     """
 
@@ -151,6 +152,7 @@ class Comparison:
     sampled: list[str] = field(default_factory=list)
     added: dict[str, dict[str, Any]] = field(default_factory=dict)
     clock: Literal["cpu", "wall"] = "wall"
+    counted: Literal["seconds", "steps"] = "seconds"
     folder: Path | None = field(default=None, compare=False)
 
     def run_of(self, arm: str, seed: int) -> ArmRun | None:

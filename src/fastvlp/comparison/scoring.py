@@ -5,14 +5,22 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from fastvlp.comparison.metrics.interface import metric_types
+from fastvlp.comparison.metrics.interface import Metric, known_scores, metric_types
 from fastvlp.comparison.results import Sample, Scored
 from fastvlp.comparison.samples import make_samples
 from fastvlp.comparison.scored_data import validation_pairs
 from fastvlp.comparison.scoring_options import ScoringOptions
 from fastvlp.comparison.short_finetuning import ShortFinetuning
+from fastvlp.errors import UserError
 from fastvlp.tasks.items import batches_in_order
 from fastvlp.training.state import TrainState
+
+
+def chosen_metrics(options: ScoringOptions) -> list[type[Metric]]:
+    """The metrics that give some of the scores that are measured. Raises UserError for a score that there is not."""
+    if unknown := {*options.scores} - known_scores().keys():
+        raise UserError(f"`scores`: there is no {min(unknown)}; there are {', '.join(known_scores())}")
+    return [metric for metric in metric_types() if any(options.measures(score.name) for score in metric.scores)]
 
 
 class MetricScorer:
@@ -21,7 +29,7 @@ class MetricScorer:
     def __init__(self, options: ScoringOptions) -> None:
         self.options = options
         self.finetuning = ShortFinetuning(options=options)
-        self.metrics = [metric(self.finetuning) for metric in metric_types()]
+        self.metrics = [metric(self.finetuning) for metric in chosen_metrics(options)]
         self._checked: set[Any] = set()
 
     def check(self, state: TrainState) -> None:
@@ -32,7 +40,8 @@ class MetricScorer:
         self._checked.add(key)
         for _ in validation_pairs(state, self.options):
             pass
-        if (questions := self.finetuning.questions(state)) is not None:
+        tunes = any(metric.tunes for metric in self.metrics)
+        if tunes and (questions := self.finetuning.questions(state)) is not None:
             for _ in batches_in_order(questions.held_out, self.options.probe_batch, "cpu"):
                 pass
 

@@ -26,10 +26,16 @@ class ScoringOptions:
     """Pictures that are captioned for CIDEr in each scoring; 0 leaves CIDEr out."""
     pictures: Annotated[int, Range(least=0)] = 6
     """Pictures with captions and answers in the report."""
+    scores: tuple[str, ...] = ()
+    """Scores to measure, such as cloze, next_word, vqa or cider; by default all that fit an arm."""
     split: Literal["val", "test"] = "val"
     """Split of the data on which the arms are scored."""
     vqa: str | None = None
     """Folder with a folder of questions for each split; by default the data of the recipe, if it has questions."""
+
+    def measures(self, score: str) -> bool:
+        """Whether a score is measured where it fits."""
+        return not self.scores or score in self.scores
 
     def __post_init__(self) -> None:
         check_numbers(self)

@@ -49,6 +49,12 @@ def split_setting(setting: str) -> tuple[str | None, str, str]:
     return owner if colon else None, field, value
 
 
+def budget_of(text: str) -> tuple[float, bool]:
+    """The seconds of `120s`, `20m` or `1.5h`, or the steps of `800steps`; and whether they are steps."""
+    number, steps, rest = text.partition("steps")
+    return (duration(number), True) if steps and not rest and number[-1:].isdigit() else (duration(text), False)
+
+
 def duration(text: str) -> float:
     """Seconds of `120`, `120s`, `20m` or `1.5h`."""
     units = {"s": 1.0, "m": 60.0, "h": 3600.0}
@@ -58,7 +64,7 @@ def duration(text: str) -> float:
     except ValueError:
         seconds = math.nan
     if not math.isfinite(seconds):
-        raise UserError(f"{text!r} is no duration; write 120s, 20m or 1.5h")
+        raise UserError(f"{text!r} is no duration; write 120s, 20m or 1.5h, or as a budget also 800steps")
     return seconds
 
 

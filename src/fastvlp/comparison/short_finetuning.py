@@ -114,7 +114,7 @@ class ShortFinetuning:
     def sample_captions(self, state: TrainState, count: int) -> list[str]:
         """Greedy captions: by the copy that was tuned for CIDEr, where that is measured, else by the arm as it is; none of an
         arm that cannot write."""
-        if self.options.caption_items > 0:
+        if self.options.caption_items > 0 and self.options.measures("cider"):
             return self._written(state, self._captioning(state).model, count)
         trained = cast(Mapping[str, Objective], state.pretraining.objectives).values()
         # At an <s> that saw the whole text in training there is no text yet.
@@ -130,9 +130,9 @@ class ShortFinetuning:
 
     def answers(self, state: TrainState, questions: list[str], image: Tensor) -> list[str]:
         """The arm's answers to questions about one image, uint8 [3 H W], by the copy that was tuned to answer; it is tuned now
-        where another process measured the last score. Empty where the data has no questions."""
+        where another process measured the last score. Empty where none is tuned."""
         own = self.questions(state)
-        if own is None or not questions:
+        if own is None or not questions or not self.options.measures("vqa"):
             return [""] * len(questions)
         tuned = self.answering.get(state.run.name) or self.tune_for_questions(state, own)
         ids, length = state.tokenizer.encode(questions, own.data.max_length)

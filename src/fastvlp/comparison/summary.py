@@ -277,6 +277,12 @@ def format_score(score: Score, value: Spread | None) -> str:
     return f"{value.mean * scale:.{digits}f}{deviation}{' %' if score.percent else ''}"
 
 
+def format_length(comparison: Comparison, share: float = 1.0) -> str:
+    """A share of the budget to read, in the unit in which it is counted."""
+    length = share * comparison.budget_s
+    return f"{length:,.0f} steps" if comparison.counted == "steps" else format_duration(length)
+
+
 def format_duration(seconds: float) -> str:
     """A time to read: 45 s, 2 min, 1.5 h."""
     for size, unit in ((3600, "h"), (60, "min")):

@@ -158,7 +158,9 @@ def begin_arm(turns: Turns, arm: str, config: TrainConfig) -> ArmTraining:
         check_records(comparison, run)
         comparison.runs.append(run)
     reports = turns.training.iterate(state)
-    training = ArmTraining(state=state, reports=reports, run=run, shares=plan.shares, budget_s=plan.budget_s)
+    training = ArmTraining(
+        state=state, reports=reports, run=run, shares=plan.shares, budget_s=plan.budget_s, by_steps=plan.steps
+    )
     training.take_up(state.notes)
     return training
 
@@ -214,7 +216,7 @@ def take_turn(turns: Turns, arm: ArmTraining) -> None:
         fail(turns, arm, error)
         turns.save()
         return
-    turns.display.trained(arm.run, arm.spent)
+    turns.display.trained(arm.run, arm.spent, arm.used)
     if arm.due or arm.save_due:
         # Not a failure of the arm: where the disk is full, the comparison ends here and is continued later.
         keep_arm(turns, arm)
