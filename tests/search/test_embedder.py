@@ -45,6 +45,17 @@ def test_vectors_do_not_depend_on_the_batch(embedder, pictures):
     assert embedder.images([]).shape == embedder.texts([]).shape == (0, embedder.width)
 
 
+def test_texts_of_one_length_share_a_pass_and_keep_their_places(embedder, monkeypatch):
+    texts = [f"{'a red circle ' * (i % 7)}{'blue ' * (i % 3)}" for i in range(40)]
+    alone = np.concatenate([embedder.texts(text) for text in texts])
+    monkeypatch.setattr("fastvlp.search.embedder.ROWS", 8)
+    passes, own = [], embedder._ids
+    monkeypatch.setattr(embedder, "_ids", lambda part: passes.append(embedder.lengths(part)) or own(part))
+    assert np.allclose(embedder.texts(texts), alone, atol=1e-6)
+    assert [len(part) for part in passes] == [8] * 5
+    assert sum(passes, []) == sorted(embedder.lengths(texts))
+
+
 def test_an_opened_picture_equals_its_bytes(embedder, pictures):
     opened = [Image.open(io.BytesIO(data)) for data in pictures]
     assert np.allclose(embedder.images(opened), embedder.images(pictures), atol=1e-6)

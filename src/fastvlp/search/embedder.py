@@ -244,12 +244,12 @@ class Embedder:
 
     def lengths(self, texts: Sequence[str]) -> list[int]:
         """Counts the tokens of each text, <s> and </s> included, after it is cut."""
-        return self._ids(texts)[1].tolist()
+        return self.tokenizer.lengths(_cleaned(texts), self.max_length).tolist()
 
     def readings(self, texts: str | Sequence[str]) -> list[Reading]:
         """Says how each text is read: how many tokens it has, what is cut off, and which of its words are unknown."""
         texts = [texts] if isinstance(texts, str) else texts
-        return self.tokenizer.readings([clean_text(text) or "" for text in texts], self.max_length)
+        return self.tokenizer.readings(_cleaned(texts), self.max_length)
 
     def caption(self, pictures: PictureBatch) -> list[str]:
         """Captions each picture by greedy decoding.
@@ -309,7 +309,7 @@ class Embedder:
         return result.float() if result.is_floating_point() else result
 
     def _ids(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        return self.tokenizer.encode([clean_text(text) or "" for text in texts], self.max_length)
+        return self.tokenizer.encode(_cleaned(texts), self.max_length)
 
     def _decode(self, i: int, picture: Picture) -> Tensor:
         try:
@@ -331,6 +331,10 @@ class Embedder:
                 f"{self.card.get('name', 'this export')} cannot {ability}; it can {', '.join(sorted(self.can)) or 'nothing'}: "
                 f"export a run that learned it"
             )
+
+
+def _cleaned(texts: Sequence[str]) -> list[str]:
+    return [clean_text(text) or "" for text in texts]
 
 
 def _as_list(pictures: PictureBatch) -> Sequence[Picture] | Tensor:
