@@ -13,7 +13,8 @@ from PIL import Image
 
 from fastvlp.batch import Dropped, Record
 from fastvlp.data.reader import RecordReader
-from fastvlp.data.records.decode import decode
+from fastvlp.data.records import decode as decode_file
+from fastvlp.data.records.decode import StoredShape, decode, stored_shape
 from fastvlp.data.records.shards import RecordError, Shards, ShardWriter
 from fastvlp.data.records.transform import Transform
 from fastvlp.data.regions import RegionSource
@@ -103,3 +104,17 @@ def test_a_pickled_reader_starts_with_an_empty_cache(shards: Shards) -> None:
 def test_a_large_image_is_an_error_before_it_is_decoded(shards: Shards) -> None:
     with pytest.raises(RecordError, match="40x20 pixels"):
         _ = RecordReader(shards, SQUARE, max_pixels=100).record(0).images
+
+
+def test_the_head_of_an_image_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    exif, file = Image.Exif(), io.BytesIO()
+    exif[0x0112] = 6  # lies on its side
+    Image.open(io.BytesIO(jpeg(0))).save(file, "JPEG", exif=exif)
+    with ShardWriter(tmp_path) as writer:
+        writer.write(Record(key="turned", images=(file.getvalue(),), info={}))
+    opened, own = [], decode_file.open_image
+    monkeypatch.setattr(decode_file, "open_image", lambda data: opened.append(1) or own(data))
+    record = RecordReader(Shards(tmp_path), SQUARE, cache=True).record(0)
+    assert len(record.images) == 1 and record.shapes == [StoredShape(20, 40, 6)]
+    assert len(opened) == 1
+    assert record.shapes == [stored_shape(file.getvalue())]

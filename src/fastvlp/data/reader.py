@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastvlp.batch import Dropped, Record
 from fastvlp.data.image_cache import ImageCache, room_for_images
-from fastvlp.data.records.decode import MAX_PIXELS, StoredShape, decoded_images, stored_shape
+from fastvlp.data.records.decode import MAX_PIXELS, StoredShape, decoded_with_shapes, stored_shape
 from fastvlp.data.records.interface import Records
 from fastvlp.data.records.shards import RecordError
 from fastvlp.data.records.transform import Transform
@@ -121,8 +121,8 @@ class RecordView:
         if cache is not None and self._is_cached:
             return [cache.image(place) for place in self._places]
         record = Record(key=self.key, images=self.encoded, info=self.info)
-        images = decoded_images(record, reader.transform, max_pixels=reader.max_pixels)
-        images = images[:1] if reader.images == "first" else images
+        decoded = decoded_with_shapes(record, reader.transform, max_pixels=reader.max_pixels)
+        images, self.shapes = (list(part) for part in zip(*(decoded[:1] if reader.images == "first" else decoded)))
         if reader.states is not None:
             raise RecordError(record.key, f"could not be read when {reader.states.path} was made; delete that file")
         if isinstance(cache, ImageCache):

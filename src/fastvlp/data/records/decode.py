@@ -69,12 +69,20 @@ def decoded_images(
     record: Record, transform: Transform, *, max_pixels: int = MAX_PIXELS, min_side: int = 2
 ) -> list[Tensor]:
     """The images of `decode`, uint8 [3 size size] each."""
+    return [image for image, _ in decoded_with_shapes(record, transform, max_pixels=max_pixels, min_side=min_side)]
+
+
+def decoded_with_shapes(
+    record: Record, transform: Transform, *, max_pixels: int = MAX_PIXELS, min_side: int = 2
+) -> list[tuple[Tensor, StoredShape]]:
+    """The images of `decode`, uint8 [3 size size] each, and how each is stored."""
     if not record.images:
         raise DecodeError(record.key, "no image")
     images = []
     for i, data in enumerate(record.images):
         try:
-            images.append(transform(read_pixels(data, transform, max_pixels=max_pixels, min_side=min_side)))
+            pixels, shape = _pixels_and_shape(data, transform, max_pixels, min_side)
+            images.append((transform(pixels), shape))
         # Decoders given hostile bytes raise anything from struct.error to RecursionError; MemoryError is one of them.
         except Exception as error:
             which = f"image {i}: " if len(record.images) > 1 else ""
@@ -98,22 +106,30 @@ def read_pixels(
 
     Raises what the decoders raise; ValueError for an image that is too large or too small.
     """
+    return _pixels_and_shape(data, transform, max_pixels, min_side, upright)[0]
+
+
+def _pixels_and_shape(
+    data: bytes, transform: Transform | None, max_pixels: int, min_side: int, upright: bool = True
+) -> tuple[Tensor, StoredShape]:
+    """The pixels, and what `stored_shape` gives; the head of an image is read once."""
     plain = plain_size(data)
     if plain is not None and plain[0] * plain[1] <= MAX_PIXELS:
         _check_size(*plain, max_pixels, min_side)
         with suppress(ValueError):  # also raised for harmless oddities that Pillow reads
-            return _fast_pixels(data, *plain, transform)
+            return _fast_pixels(data, *plain, transform), StoredShape(*plain, 1)
     image = open_image(data)
     _check_size(image.height, image.width, max_pixels, min_side)
     jpeg = image.format in ("JPEG", "MPO")
-    turned = upright and orientation(image) != 1
+    shape = StoredShape(image.height, image.width, orientation(image))
+    turned = upright and shape.orientation != 1
     if jpeg and image.mode in ("RGB", "L") and not turned:
         with suppress(ValueError):
-            return _fast_pixels(data, image.height, image.width, transform)
+            return _fast_pixels(data, image.height, image.width, transform), shape
     if jpeg and transform:
         height, width = transform.least(image.height, image.width)
         image.draft(None, (width, height))
-    return opened_pixels(_in_8_bits(image, data), upright=upright)
+    return opened_pixels(_in_8_bits(image, data), upright=upright), shape
 
 
 def _check_size(height: int, width: int, max_pixels: int, min_side: int) -> None:
