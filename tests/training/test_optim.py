@@ -1,16 +1,18 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from fastvlp.errors import UserError
 from fastvlp.model.model import VLModel
 from fastvlp.model.sizes import two_towers
 from fastvlp.objectives.clip import CLIPConfig
 from fastvlp.objectives.itm import ITMConfig
+from fastvlp.objectives.mlm import MLMConfig
 from fastvlp.objectives.moco import albef
 from fastvlp.objectives.region import MRFRConfig
 from fastvlp.objectives.siglip import SigLIPConfig
-from fastvlp.training.optim import OptimConfig, flip_optim, parameter_groups
+from fastvlp.training.optim import OptimConfig, build_optimiser, flip_optim, parameter_groups, set_rate
 from fastvlp.training.pretraining import Pretraining
 from fastvlp.training.schedule import rate_factor
 from tests.made import made_config, made_model, made_tokenizer
@@ -120,3 +122,59 @@ def test_the_rate_warms_up_and_decays(decay):
     assert rate_factor(1.0, 0.1, decay) == pytest.approx(end)
     assert rate_factor(1.7, 0.1, decay) == pytest.approx(end)
     assert rate_factor(0.55, 0.1, "linear") == pytest.approx(0.5)
+
+
+def test_muon_updates_the_matrices_of_layers_alone():
+    torch.manual_seed(0)
+    model = made_model()
+    pretraining = Pretraining(model, {"mlm": MLMConfig().build(model.config, made_tokenizer())})
+    optimiser = build_optimiser(pretraining, OptimConfig(lr=0.1, weight_decay=0, cross_multiplier=3, matrices="muon"))
+    muon = {id(p) for group in optimiser.param_groups if group["muon"] for p in group["params"]}
+    every = [p for group in optimiser.param_groups for p in group["params"]]
+    assert len({id(p) for p in every}) == len(every) == len(list(pretraining.parameters()))
+    block = model.fusion.blocks[0]
+    assert {id(block.mlp_in.weight), id(block.attend.qkv.weight)} <= muon
+    others = (block.mlp_in.bias, model.text.word.weight, model.head.vocabulary.weight, model.image.patch.weight)
+    assert not {id(p) for p in others} & muon
+    before = {name: p.detach().clone() for name, p in pretraining.named_parameters()}
+    for p in every:
+        p.grad = torch.randn_like(p)
+    set_rate(optimiser, 0.5)
+    optimiser.step()
+    # An orthogonal update of the size of AdamW's: 0.2 times the root of the larger side, at the group's rate.
+    change = before["model.fusion.blocks.0.mlp_in.weight"] - block.mlp_in.weight
+    singular = torch.linalg.svdvals(change) / (0.5 * 0.1 * 3 * 0.2 * max(change.shape) ** 0.5)
+    assert singular.min() > 0.5 and singular.max() < 1.5
+    # AdamW's first step is the rate, whatever the gradient.
+    step = (before["model.text.word.weight"] - model.text.word.weight).abs()
+    assert step.max().item() == pytest.approx(0.05, rel=1e-3)
+
+
+def test_a_resumed_muon_goes_on_as_it_would_have():
+    def run(steps: int, resume_at: int | None = None) -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        model = made_model()
+        pretraining = Pretraining(model, {"mlm": MLMConfig().build(model.config, made_tokenizer())})
+        config = OptimConfig(lr=0.01, matrices="muon")
+        optimiser = build_optimiser(pretraining, config)
+        for step in range(steps):
+            if step == resume_at:
+                saved, optimiser = optimiser.state_dict(), build_optimiser(pretraining, config)
+                optimiser.load_state_dict(saved)
+            random = torch.Generator().manual_seed(step)
+            for p in pretraining.parameters():
+                p.grad = torch.randn(p.shape, generator=random)
+            optimiser.step()
+        return [p.detach() for p in pretraining.parameters()]
+
+    for whole, resumed in zip(run(3), run(3, resume_at=2)):
+        assert torch.equal(whole, resumed)
+
+
+def test_muon_without_a_layer_to_train_is_refused():
+    model = made_model()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.startswith("head."))
+    pretraining = Pretraining(model, {"mlm": MLMConfig().build(model.config, made_tokenizer())})
+    with pytest.raises(UserError, match="muon"):
+        build_optimiser(pretraining, OptimConfig(lr=1.0, matrices="muon"))

@@ -28,7 +28,7 @@ from fastvlp.tasks.items import Item, ItemMaker
 from fastvlp.tasks.vqa import VQAConfig, VQAData
 from fastvlp.training.division import Division
 from fastvlp.training.loop import steps
-from fastvlp.training.optim import OptimConfig, adamw
+from fastvlp.training.optim import OptimConfig, build_optimiser
 from fastvlp.training.pretraining import Pretraining
 from fastvlp.training.state import TrainState, autocast
 
@@ -168,7 +168,7 @@ class ShortFinetuning:
             model=model,
             pretraining=pretraining,
             wrapped=pretraining,
-            optimiser=adamw(pretraining, run.optim),
+            optimiser=build_optimiser(pretraining, run.optim),
             ema=None,
             train=Loader(rows.count, rows.make, batch_size=self.options.probe_batch, seed=state.run.seed),
             val=None,

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from fastvlp.config import Count, Positive, ShareBelowOne
 from fastvlp.errors import UserError
+from fastvlp.model.recompute import computed_twice
 
 Norm = Literal["pre", "post"]
 Activation = Literal["gelu", "gelu_tanh", "quick_gelu", "relu"]
@@ -171,6 +173,9 @@ class Block(nn.Module):
     """A transformer layer: self-attention (`attend`), cross-attention (`cross`) and an MLP, each with a residual connection.
 
     Image and text encoders attend, fusion layers attend and cross, reconstructor layers cross.
+
+    Attributes:
+        recompute: keep the inputs alone in training, and compute the rest again in the backward pass.
     """
 
     def __init__(self, config: LayerConfig, *, attend: bool = True, cross: bool = False):
@@ -186,6 +191,13 @@ class Block(nn.Module):
         self.mlp_norm = norm()
         self.activation = ACTIVATIONS[config.activation]
         self.drop = nn.Dropout(config.dropout)
+        self.recompute = False
+
+    def __call__(self, *inputs: Any, **options: Any) -> Any:
+        # Around the compiled layer, not inside it.
+        if self.recompute and self.training and torch.is_grad_enabled():
+            return checkpoint(super().__call__, *inputs, use_reentrant=False, context_fn=computed_twice, **options)
+        return super().__call__(*inputs, **options)
 
     def keys(self, memory_BKD: Tensor) -> KeyValue:
         """Keys and values of the states that cross-attention reads [B K D], to be shared by all rows that read them."""

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastvlp.model.fusion import LMHead
-from fastvlp.objectives.recompute import recomputing
+from fastvlp.model.recompute import recomputing
 
 # With more logits than this (64 Mi numbers) the loss is computed chunk by chunk, and the logits are computed again in the
 # backward pass: a third more multiplications, but never T x V numbers in memory.

@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from fastvlp.model.recompute import recomputing
 from fastvlp.objectives.equal_pairs import are_equal
 from fastvlp.objectives.losses import WHOLE_LOGITS
-from fastvlp.objectives.recompute import recomputing
 
 # The same for a CPU, whose cache holds a tile while it is normalised. On one core the softmax loss of 4096 pairs (E = 256)
 # was 5 to 17 % faster in tiles than whole in three runs, that of 1024 and 2048 pairs up to a fifth slower.

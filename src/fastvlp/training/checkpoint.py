@@ -198,8 +198,9 @@ def restore(state: TrainState, saved: Mapping[str, Any], change: Collection[str]
         if saved.get("groups", own := group_names(state)) != own:
             raise UserError(
                 f"{path}: its optimiser has other groups of parameters; `optim.head_multiplier`, `optim.cross_multiplier`, "
-                f"`optim.layer_decay`, `optim.spared`, `optim.parts` and what is trained cannot group them otherwise in a "
-                f"continued run: give the values that it was saved with, or start a new run from its weights with `init`"
+                f"`optim.layer_decay`, `optim.spared`, `optim.parts`, `optim.matrices` and what is trained cannot group them "
+                f"otherwise in a continued run: give the values that it was saved with, or start a new run from its weights "
+                f"with `init`"
             )
         load_optimiser(state.optimiser, saved["optimiser"])
         state.dropped = {str(key): str(reason) for key, reason in saved["dropped"].items()} | state.dropped

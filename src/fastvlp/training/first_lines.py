@@ -68,6 +68,8 @@ def log_new_run(state: TrainState, log: RunLog) -> None:
     sizes = part_sizes(state.model, state.pretraining.objectives)
     parts = {name: size._asdict() for name, size in sizes.items()}
     log.event("parameters", step=0, elapsed=0.0, text=sizes_line(sizes), parts=parts)
+    if state.recomputes:
+        log_recomputed(state, log)
     for note in state.stored.notes if state.stored is not None else ():
         facts = {**note._asdict(), "path": str(note.path or "")}
         log.event("states", step=0, elapsed=0.0, text=str(note), **facts)
@@ -85,6 +87,15 @@ def log_new_run(state: TrainState, log: RunLog) -> None:
             f"`data.batch_size` {run.data.batch_size}: a step contrasts {rows} rows of only {records} records, so that it has "
             f"some pairs twice; lower it"
         )
+
+
+def log_recomputed(state: TrainState, log: RunLog) -> None:
+    """Logs which layers are computed twice, and which encoder cannot do that."""
+    some = ", ".join(f"{count} of {name}" for name, count in state.recomputes.items() if count)
+    cannot = [name for name, count in state.recomputes.items() if not count]
+    none = f"; {' and '.join(cannot)} cannot, and keeps all its states" if cannot else ""
+    text = f"computes layers again in the backward pass: {some or 'none'}{none}"
+    log.event("recompute", step=0, elapsed=0.0, text=text, layers=state.recomputes)
 
 
 def log_teacher(teacher: TeacherStore, log: RunLog, *, counted: bool) -> None:

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from fastvlp.batch import Batch
-from fastvlp.objectives.recompute import is_recomputing
+from fastvlp.model.recompute import is_recomputing
 
 aten = torch.ops.aten
 EVERY = 50

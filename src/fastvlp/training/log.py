@@ -22,6 +22,7 @@ from fastvlp.errors import UserError, remedy
 from fastvlp.files import write_whole
 from fastvlp.model.saved_run import read_json
 from fastvlp.plain_json import parse_json
+from fastvlp.training.blocks import compiled
 from fastvlp.training.hardware import peak_flops, peak_memory
 from fastvlp.training.run_folder import check_in_place
 from fastvlp.training.state import StepReport, TrainState, validates
@@ -78,6 +79,7 @@ class RunLog:
         self.peak = peak_flops(state.device, state.precision)
         self.quiet, self.console = quiet, console or Console()
         self._totals, self._seconds_a_step = _Totals(), 0.0
+        self._compiled = compiled() if run.compile else None
         self._live: Live | None = None
         self._trackers: dict[str, Tracker] = {}
         if not self.active:
@@ -115,12 +117,23 @@ class RunLog:
         else:
             fields["left"] = max(0.0, (state.run.budget_s or 0.0) - state.elapsed)
         self._record("train", report.step, fields)
+        self._log_compiled(report, state)
         line = train_line(report.step, state.run.steps, fields)
         if self._live is not None:
             self._progress.update(self._task, completed=state.progress)
             self._live.update(Group(self._progress, Text(line)))
         else:
             self.say(line)
+
+    def _log_compiled(self, report: StepReport, state: TrainState) -> None:
+        """Says what was compiled since the last line; after the first steps that should be nothing."""
+        if self._compiled is None or (now := compiled()) == self._compiled:
+            return
+        graphs, seconds = (new - old for new, old in zip(now, self._compiled))
+        self._compiled = now
+        facts: dict[str, Any] = {"graphs": graphs, "seconds": seconds}
+        text = f"compiled {graphs} kinds of layers in {seconds:.0f} s"
+        self.event("compiled", step=report.step, elapsed=state.elapsed, text=text, **facts)
 
     def event(
         self,

@@ -11,6 +11,7 @@ from torch import nn
 
 from fastvlp.config import NotNegative, Positive, PositiveShare, ShareBelowOne, check_numbers
 from fastvlp.errors import UserError
+from fastvlp.training.muon import MuonAndAdamW, split_groups
 from fastvlp.training.pretraining import Pretraining
 from fastvlp.training.schedule import Decay
 from fastvlp.training.trained_parts import layer_rates
@@ -24,6 +25,8 @@ class OptimConfig:
     """Learning rate of the encoders, at its highest."""
     betas: tuple[ShareBelowOne, ShareBelowOne] = (0.9, 0.98)
     """Decay of AdamW's averages of the gradient and of its square."""
+    matrices: Literal["adamw", "muon"] = "adamw"
+    """What updates the matrices of the transformer layers: AdamW, as all else, or Muon at the same rates (arXiv 2502.16982)."""
     eps: Positive = 1e-8
     """What AdamW adds to the denominator."""
     weight_decay: NotNegative = 0.01
@@ -129,8 +132,11 @@ def _parameters(modules: Iterable[nn.Module]) -> Iterable[nn.Parameter]:
     return (parameter for module in modules for parameter in module.parameters())
 
 
-def adamw(pretraining: Pretraining, config: OptimConfig) -> torch.optim.AdamW:
-    return torch.optim.AdamW(parameter_groups(pretraining, config), betas=config.betas, eps=config.eps, fused=True)
+def build_optimiser(pretraining: Pretraining, config: OptimConfig) -> torch.optim.Optimizer:
+    groups = parameter_groups(pretraining, config)
+    if config.matrices == "muon":
+        return MuonAndAdamW(split_groups(groups, pretraining), config.betas, config.eps)
+    return torch.optim.AdamW(groups, betas=config.betas, eps=config.eps, fused=True)
 
 
 def set_rate(optimiser: torch.optim.Optimizer, factor: float) -> None:

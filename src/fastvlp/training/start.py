@@ -21,18 +21,18 @@ from fastvlp.data.tokenize import Tokenizer
 from fastvlp.dist import Precision, pick_device, pick_precision
 from fastvlp.errors import UserError
 from fastvlp.model.inherited_config import inheritable_weights
-from fastvlp.model.layers import Block
 from fastvlp.model.lora import add_adapters
 from fastvlp.model.model import VLModel
 from fastvlp.model.saved_run import read_saved_run
 from fastvlp.model.saving import Inheritance, inherit, inherit_objectives, load_exactly, load_model, read_config
 from fastvlp.model.sizes import with_tokenizer
 from fastvlp.random import hash64
+from fastvlp.training.blocks import compile_blocks, recompute_blocks
 from fastvlp.training.checkpoint import CHECKPOINT, read_checkpoint, restore
 from fastvlp.training.continuing import check_names
 from fastvlp.training.division import Division, divide
 from fastvlp.training.flops import FlopCounter
-from fastvlp.training.optim import adamw
+from fastvlp.training.optim import build_optimiser
 from fastvlp.training.pretraining import Pretraining
 from fastvlp.training.public_start import check_tokens, completed, load_encoders, public_tokenizer, read_encoders
 from fastvlp.training.state import TrainState
@@ -105,7 +105,7 @@ def start(run: TrainConfig, *, resume: bool = False, change: Collection[str] = (
         model=model,
         pretraining=pretraining,
         wrapped=pretraining,
-        optimiser=adamw(pretraining, run.optim),
+        optimiser=build_optimiser(pretraining, run.optim),
         ema=ema,
         division=division,
         train=make_loader(run, rows, division, hashed=pretraining.contrasts),
@@ -123,9 +123,11 @@ def start(run: TrainConfig, *, resume: bool = False, change: Collection[str] = (
 
 
 def prepare(state: TrainState) -> None:
-    """Compiles the blocks, where the run does, and wraps the module for several ranks."""
+    """Makes the blocks recompute their states and compiles them, where the run does, and wraps the module for several ranks."""
+    if state.run.recompute:
+        state.recomputes = recompute_blocks(state.model)
     if state.run.compile:
-        compile_blocks(state.pretraining)
+        compile_blocks(state.pretraining, state.device)
     if dist.world() > 1:
         state.wrapped = distributed(state.run, state.pretraining)
 
@@ -220,14 +222,6 @@ def make_pretraining(
         objective.begin(model)
     shares: dict[str, Any] = {"keep_states": run.keep_states, "masked_validation": run.masked_validation}
     return Pretraining(model, objectives, run.keep, **shares), inherited
-
-
-def compile_blocks(module: nn.Module) -> None:
-    """Compiles the blocks, where nearly all the work is: one compilation serves all layers of a kind and, after the second text
-    length, all lengths. Compiled whole, the draws of FLM crash the CPU backend of torch 2.13."""
-    for part in module.modules():
-        if isinstance(part, Block):
-            part.compile()
 
 
 def find_tokenizer(run: TrainConfig, resume: bool, texts: PublicTexts | None = None) -> Tokenizer:

@@ -87,6 +87,7 @@ class TrainState:
         division: how the batches of a step are divided among the ranks.
         lock: of the run's folder, which one process writes to; None where nothing is locked.
         notes: what the caller keeps with the state: plain values, saved and restored in one file with it.
+        recomputes: layers of each part of the model that are computed again in the backward pass.
         between_steps: whether the weights are those after `step`; false while a step changes them.
     """
 
@@ -126,6 +127,7 @@ class TrainState:
     lock: WriterLock | None = None
     clock: Callable[[], float] = time.perf_counter
     notes: dict[str, Any] = field(default_factory=dict)
+    recomputes: dict[str, int] = field(default_factory=dict)
 
     @property
     def precision(self) -> Precision:

@@ -24,7 +24,7 @@ from fastvlp.training.trained_parts import LastLayers
 # A resumed run may change these; anything else would make it another run.
 CHANGEABLE = {
     "name", "out", "steps", "budget_s", "log_every", "validate_every", "patience", "checkpoint_every", "max_bad_steps", "init",
-    "compile", "device", "report_to", "threads", "tokenizer", "data.workers", "data.cache", "data.test",
+    "compile", "recompute", "device", "report_to", "threads", "tokenizer", "data.workers", "data.cache", "data.test",
     "states.folder", "masked_validation", "validation_rows",
 }  # fmt: skip
 
@@ -52,6 +52,8 @@ class TrainOptions:
     losses are fp32 in both."""
     compile: bool = False
     """Compile the transformer blocks. A step whose FLOPs are counted runs uncompiled."""
+    recompute: bool = False
+    """Compute the states inside each block again in the backward pass, in place of keeping them: less memory, more work."""
     ema: Annotated[float, Range(above=0, below=1)] | None = None
     """Decay of averaged weights, such as 0.999; then these are validated and saved. By default there are none."""
     log_every: Count = 20
