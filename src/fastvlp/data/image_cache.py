@@ -41,13 +41,14 @@ class ImageCache:
         self._arguments = (count, size)
         self._images = _shared(count * 3 * size * size).view(count, 3, size, size)
         self._shapes = _shared(count * 3 * 4).view(torch.int32).view(count, 3)
-        self._filled = _shared(count)
+        # Looked at for every row: numpy reads one number in a fiftieth of the time.
+        self._filled = _shared(count).numpy()
 
     def __len__(self) -> int:
-        return len(self._filled)
+        return self._arguments[0]
 
     def __contains__(self, place: int) -> bool:
-        return place < len(self) and bool(self._filled[place])
+        return place < self._arguments[0] and bool(self._filled[place])
 
     def image(self, place: int) -> Tensor:
         return self._images[place]

@@ -250,11 +250,14 @@ class Shards:
         tar, members = self.place(i)
         info: dict[str, Any] = {}
         caption = None
-        for kind, at, n in members:
-            if kind == "json":
-                info = _parse(self._bytes(tar, at, n), self.key(i))
-            elif kind == "txt":
-                caption = _text(self._bytes(tar, at, n), self.key(i), "txt")
+        try:
+            for kind, at, n in members:
+                if kind == "json":
+                    info = _parse(self._bytes(tar, at, n))
+                elif kind == "txt":
+                    caption = _text(self._bytes(tar, at, n), "txt")
+        except ValueError as error:
+            raise RecordError(self.key(i), str(error)) from error
         text = caption_texts(caption or "")
         return merge_captions(info, text if "captions" not in info else None) if text or "caption" in info else info
 
@@ -379,18 +382,19 @@ def _suffix(data: bytes) -> str:
     return next((suffix for magic, suffix in _MAGIC if data.startswith(magic)), "img")
 
 
-def _text(data: bytes, key: str, member: str) -> str:
+def _text(data: bytes, member: str) -> str:
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise RecordError(key, f"{member} is not UTF-8 (byte {error.start}); save it as UTF-8") from error
+        raise ValueError(f"{member} is not UTF-8 (byte {error.start}); save it as UTF-8") from error
 
 
-def _parse(data: bytes, key: str) -> dict[str, Any]:
+def _parse(data: bytes) -> dict[str, Any]:
+    text = _text(data, "json")
     try:
-        info = parse_json(_text(data, key, "json"))
+        info = parse_json(text)
     except ValueError as error:
-        raise RecordError(key, f"json cannot be parsed ({error})") from error
+        raise ValueError(f"json cannot be parsed ({error})") from error
     if not isinstance(info, dict):
-        raise RecordError(key, f"json is a {type(info).__name__}, not an object")
+        raise ValueError(f"json is a {type(info).__name__}, not an object")
     return info
