@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -122,6 +122,12 @@ def explained(error: Exception) -> Exception:
     )
     explained.__cause__ = error
     return explained
+
+
+def own_parts(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """What this rank has of tensors that may be divided among the ranks, without gradients, in the same memory."""
+    # DTensor's method; its module takes long to import.
+    return [getattr(x.detach(), "to_local", x.detach)() for x in tensors]
 
 
 def all_reduce_sum(x: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from fastvlp.training.train_config import TrainConfig
 # What differs from the recipe of this name, so that it runs on the embedded corpus and shows what the test is about.
 FAMILIES: dict[str, dict[str, Any]] = {
     "flm_demo": {},
-    "mlm_demo": {},
+    "mlm_demo": {"optim.clip": 0.5},
     "ar_demo": {},
     "prefixlm_demo": {},
     "cappa_demo": {},
@@ -61,7 +61,8 @@ def family_run(name: str, world: Path, out: Path, *, batch_size: int = 4, **chan
     if (queue := own.pop("data.queue", None)) is not None:
         own["objectives"] = {"moco": replace(run.objectives["moco"], queue=queue)}
     # With a small eps Adam blows the rounding noise of gradients that are zero up to the size of a step.
-    optim = replace(run.optim, lr=1e-3, eps=1e-3, clip=10, warmup=0, decay="constant")
+    longest = own.pop("optim.clip", 10)
+    optim = replace(run.optim, lr=1e-3, eps=1e-3, clip=longest, warmup=0, decay="constant")
     common = {"steps": 3, "budget_s": None, "vocab": 300, "validate_every": None, "checkpoint_every": None}
     common |= {"precision": "fp32", "device": "cpu", "threads": 1, "log_every": 1}
     return replace(run, **{**common, **own, **changes}, data=data, optim=optim, out=str(out / name))

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from fastvlp.errors import UserError
+from fastvlp.model.saving import load_model
 from fastvlp.training.checkpoint import load_checkpoint
 from fastvlp.training.division import Division, divide
 from fastvlp.training.loop import train
@@ -18,6 +19,8 @@ from tests.training.runs import assert_equal
 # Ten processes on one core take long to start.
 pytestmark = pytest.mark.timeout(1200)
 CUT = ("flm_demo", "flip_demo")
+# Averaged weights; a queue and a momentum copy.
+CROSSED = ("flip_demo", "brivl_demo")
 
 
 @pytest.fixture(scope="module")
@@ -29,28 +32,59 @@ def folder(tmp_path_factory) -> Path:
         train(family_run(name, world, folder / "one", accumulate=4))
     for name in CUT:
         train(family_run(name, world, folder / "cut", batch_size=8, accumulate=2, steps=1))
+    for name in CROSSED:
+        train(family_run(name, world, folder / "divided", accumulate=4, steps=1))
     moved = [family_run(name, world, folder / "moved") for name in FAMILIES]
-    cut = [family_run(name, world, folder / "cut", batch_size=8, accumulate=2) for name in CUT]
-    on_ranks(4, train_all, [replace(run, steps=1) for run in moved])
-    on_ranks(2, train_all, moved, True)
+    sharded = [family_run(name, world, folder / "sharded", shard=True) for name in FAMILIES]
+    united = [family_run(name, world, folder / "united", shard=True) for name in CROSSED]
+    divided = [family_run(name, world, folder / "divided", accumulate=4, shard=True) for name in CROSSED]
     # 2 micro-batches of 8 rows become 4 of 4.
+    cut = [family_run(name, world, folder / "cut", batch_size=8, accumulate=2) for name in CUT]
+    on_ranks(4, train_all, [replace(run, steps=1) for run in (*moved, *sharded, *united)])
+    on_ranks(2, train_all, [*moved, *sharded, *divided], True)
     on_ranks(4, train_all, cut, True)
+    train_all([replace(run, shard=False) for run in united], True)
     return folder
 
 
 def losses(run: Path) -> list[list[float]]:
     lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    return [[x for name, x in line.items() if name.startswith("loss")] for line in lines if line["kind"] == "train"]
+    names = ("loss", "grad_norm")
+    return [[x for name, x in line.items() if name.startswith(names)] for line in lines if line["kind"] == "train"]
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("how", ["moved", "sharded"])
 @pytest.mark.parametrize("name", FAMILIES)
-def test_a_run_that_stopped_on_four_ranks_continues_on_two(folder, name):
-    one, moved = (load_checkpoint(folder / count / name / "last.pt") for count in ("one", "moved"))
-    assert (moved["ranks"], moved["batches"], moved["step"]) == (4, 3, 3) and moved["pairs"] == one["pairs"]
-    assert_equal(moved["pretraining"], one["pretraining"], 2e-6)
-    for then, now in zip(losses(folder / "one" / name), losses(folder / "moved" / name), strict=True):
-        assert now == pytest.approx(then, rel=1e-5, abs=1e-5)
+def test_a_run_that_stopped_on_four_ranks_continues_on_two(folder, name, how):
+    """Two, of which each has all weights, or a part of them."""
+    assert_same_run(folder / "one" / name, folder / how / name)
+    saved = load_checkpoint(folder / how / name / "last.pt")
+    assert (saved["ranks"], saved["batches"], saved["step"]) == (4, 3, 3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["united", "divided"])
+@pytest.mark.parametrize("name", CROSSED)
+def test_weights_are_divided_and_united_when_a_run_continues(folder, name, how):
+    assert_same_run(folder / "one" / name, folder / how / name)
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    then, now = (load_checkpoint(run / "last.pt") for run in (one, other))
+    assert_equal(now["pretraining"], then["pretraining"], 2e-6)
+    assert now["pairs"] == then["pairs"] and now["best"] == pytest.approx(then["best"], rel=1e-5)
+    assert now["groups"] == then["groups"] and (now["ema"] is None) == (then["ema"] is None)
+    if now["ema"] is not None:
+        assert_equal(now["ema"], then["ema"], 2e-6)
+    for i, moments in then["optimiser"]["state"].items():
+        assert_equal(now["optimiser"]["state"][i], moments, 1e-5)
+    for name in ("best", "last") if (one / "best.safetensors").exists() else ("last",):
+        models = [load_model(run, name) for run in (one, other)]
+        assert_equal(models[1].model.state_dict(), models[0].model.state_dict(), 2e-6)
+        assert_equal(models[1].objectives, models[0].objectives, 2e-6)
+    for before, after in zip(losses(one), losses(other), strict=True):
+        assert after == pytest.approx(before, rel=1e-5, abs=1e-5)
 
 
 @pytest.mark.slow

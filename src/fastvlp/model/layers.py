@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from fastvlp.batch import register_dataclass_node
 from fastvlp.config import Count, Positive, ShareBelowOne
 from fastvlp.errors import UserError
 from fastvlp.model.recompute import computed_twice
@@ -69,6 +70,10 @@ class KeyValue:
     def select(self, rows: Tensor) -> KeyValue:
         """Those of some rows, in the order of their indices."""
         return KeyValue(self.key[rows], self.value[rows])
+
+
+# FSDP finds the tensors that go into and out of a layer by pytree.
+register_dataclass_node(KeyValue)
 
 
 def quick_gelu(x: Tensor) -> Tensor:

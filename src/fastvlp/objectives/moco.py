@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from fastvlp import dist
 from fastvlp.batch import Batch
 from fastvlp.config import PositiveShare, Share
 from fastvlp.data.tokenize import Tokenizer
@@ -208,11 +209,13 @@ class MoCo(PairObjective):
         """Updates the copy in place: slow <- m slow + (1 - m) model."""
         fast = dict(model.named_parameters())
         moved = {name: p for name, p in self.slow.named_parameters() if p is not fast[name]}
-        get_ema_multi_avg_fn(self.config.momentum)([*moved.values()], [fast[name] for name in moved], None)
+        # Where they are divided among ranks, both are divided alike.
+        slow, current = dist.own_parts(moved.values()), dist.own_parts(fast[name] for name in moved)
+        get_ema_multi_avg_fn(self.config.momentum)(slow, current, None)
         if self.config.buffers == "copy":
-            current = dict(model.named_buffers())
+            buffers = dict(model.named_buffers())
             for name, buffer in self.slow.named_buffers():
-                buffer.copy_(current[name])
+                buffer.copy_(buffers[name])
 
     def remember(self) -> None:
         """Replaces the oldest keys by those of the step, of all ranks."""

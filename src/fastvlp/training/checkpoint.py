@@ -12,9 +12,10 @@ from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
+from torch import Tensor
 
 from fastvlp import dist
 from fastvlp.config import Json, to_json
@@ -29,6 +30,7 @@ from fastvlp.plain_json import with_checksum
 from fastvlp.provenance import about
 from fastvlp.tensor_files import check_torch_file, not_finite
 from fastvlp.training.continuing import changed_data, changed_fields, check_names, first_batch, refuse, remeasured
+from fastvlp.training.pretraining import Pretraining
 from fastvlp.training.run_folder import check_in_place
 from fastvlp.training.state import TrainState
 from fastvlp.training.train_config import TrainConfig
@@ -85,16 +87,54 @@ def save(state: TrainState, *, wait: bool = True) -> None:
     Raises UserError where a weight is not finite, so that what was saved before stays, where the folder was removed, and where
     the disk is full.
     """
-    check_finite(state)
+    if state.sharding is not None and not wait:
+        # The weights of a rank that has ended are lost.
+        return
     with dist.together(state.device) if wait else nullcontext():
-        write_state(state)
+        check_finite(state)
+    whole = gather(state)
+    with dist.together(state.device) if wait else nullcontext():
+        write_state(state, whole)
     if wait:
         state.saved = state.step
 
 
-def write_state(state: TrainState) -> None:
+class Whole(NamedTuple):
+    """What is saved of the weights of a run, from all ranks.
+
+    Attributes:
+        pretraining, optimiser, ema: their states.
+        evaluated: the module whose weights are validated.
+    """
+
+    pretraining: dict[str, Tensor]
+    optimiser: dict[str, Any]
+    ema: dict[str, Tensor] | None
+    evaluated: Pretraining
+
+
+def evaluated_whole(state: TrainState) -> Pretraining | None:
+    """The module that is validated, with whole weights; None on all ranks but the main one where they are divided."""
+    return state.evaluated if state.sharding is None else state.sharding.whole(state.evaluated)[0]
+
+
+def gather(state: TrainState) -> Whole | None:
+    """The weights of a run as they are saved; None on all ranks but the main one where they are divided."""
+    ema = None if state.ema is None else state.ema.state_dict()
+    if state.sharding is None:
+        return Whole(state.pretraining.state_dict(), state.optimiser.state_dict(), ema, state.evaluated)
+    evaluated, weights = state.sharding.whole(state.evaluated)
+    optimiser = state.sharding.gathered(state.optimiser.state_dict())
+    if ema is not None:
+        # The averages are in memory already.
+        ema = {name: weights.get(name.removeprefix("module."), x) for name, x in ema.items()}
+        weights = state.sharding.gathered(state.pretraining.state_dict())
+    return None if evaluated is None else Whole(weights, optimiser, ema, evaluated)
+
+
+def write_state(state: TrainState, whole: Whole | None) -> None:
     """Writes what is saved of a run, on the main rank alone."""
-    if dist.is_main():
+    if dist.is_main() and whole is not None:
         check_in_place(state.lock)
         saved: dict[str, Any] = {name: getattr(state, name) for name in (*COUNTERS, *LATER_COUNTERS)} | {
             "dropped": state.dropped,
@@ -106,20 +146,22 @@ def write_state(state: TrainState) -> None:
             "batches": state.train.planned(state.batches),
             "places": state.train.place(state.batches),
             "ranks": state.division.began,
-            "pretraining": state.pretraining.state_dict(),
-            "optimiser": state.optimiser.state_dict(),
+            "pretraining": whole.pretraining,
+            "optimiser": whole.optimiser,
             "groups": group_names(state),
-            "ema": None if state.ema is None else state.ema.state_dict(),
+            "ema": whole.ema,
         }
         save_checkpoint(state.run.folder / CHECKPOINT, saved)
-        save_weights(state, "last")
+        save_weights(state, "last", whole.evaluated)
         state.saved = state.step
 
 
 def check_finite(state: TrainState) -> None:
     """Raises UserError, on every rank, where a weight is NaN or infinite."""
     module = state.pretraining
-    if wrong := not_finite(module.state_dict(), {name for name, _ in module.named_buffers()}):
+    weights = module.state_dict()
+    own = dict(zip(weights, dist.own_parts(weights.values())))
+    if wrong := not_finite(own, {name for name, _ in module.named_buffers()}):
         raise UserError(
             f"{state.run.folder}: after step {state.step} {len(wrong)} tensors hold numbers that are not finite, such as "
             f"{wrong[0]}, and are not saved; lower `optim.lr` or lengthen `optim.warmup`"
@@ -139,11 +181,10 @@ def save_config(state: TrainState) -> TrainConfig:
     return whole
 
 
-def save_weights(state: TrainState, name: str, **more: Any) -> None:
-    """`name`.safetensors: the model and what is kept of the objectives, averaged where the run averages. Adapters are merged
-    into it, and written beside it too."""
+def save_weights(state: TrainState, name: str, module: Pretraining, **more: Any) -> None:
+    """`name`.safetensors: the model of `module` and what is kept of its objectives. Adapters are merged into it, and written
+    beside it too."""
     check_in_place(state.lock)
-    module = state.evaluated
     objectives = module.all_objectives()
     info = {
         "name": state.run.name,
@@ -193,7 +234,10 @@ def restore(state: TrainState, saved: Mapping[str, Any], change: Collection[str]
         if state.ema is not None and saved["ema"] is None:
             state.ema.module.load_state_dict(state.pretraining.state_dict())
         elif state.ema is not None:
-            load_exactly(state.ema, saved["ema"], path)
+            averaged = saved["ema"]
+            if state.sharding is not None:
+                averaged = state.sharding.parts_of(averaged, state.ema.state_dict())
+            load_exactly(state.ema, averaged, path)
         # Moments are matched by order; older checkpoints do not name their parameters.
         if saved.get("groups", own := group_names(state)) != own:
             raise UserError(
@@ -202,7 +246,11 @@ def restore(state: TrainState, saved: Mapping[str, Any], change: Collection[str]
                 f"otherwise in a continued run: give the values that it was saved with, or start a new run from its weights "
                 f"with `init`"
             )
-        load_optimiser(state.optimiser, saved["optimiser"])
+        moments = saved["optimiser"]
+        if state.sharding is not None:
+            parameters = [p for group in state.optimiser.param_groups for p in group["params"]]
+            moments = state.sharding.moments_of(moments, parameters)
+        load_optimiser(state.optimiser, moments)
         state.dropped = {str(key): str(reason) for key, reason in saved["dropped"].items()} | state.dropped
         state.notes = dict(saved.get("notes", {}))
         state.earlier_length = replace(state.run, **{name: saved["run"][name] for name in ("steps", "budget_s")}).length
@@ -238,7 +286,8 @@ def load_optimiser(optimiser: torch.optim.Optimizer, saved: dict[str, Any]) -> N
         raise ValueError(f"{wrong[0]} of the optimiser is not finite")
     for parameter, moments in optimiser.state.items():
         shapes = {name: x.shape for name, x in moments.items() if isinstance(x, torch.Tensor) and name != "step"}
-        if wrong := [name for name, shape in shapes.items() if shape != parameter.shape] or not_finite(moments):
+        own = dict(zip(moments, dist.own_parts(moments.values())))
+        if wrong := [name for name, shape in shapes.items() if shape != parameter.shape] or not_finite(own):
             raise ValueError(f"{wrong[0]} of the optimiser is of another shape, or not finite")
 
 

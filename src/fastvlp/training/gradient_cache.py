@@ -17,7 +17,7 @@ from torch import Tensor
 from fastvlp.batch import Batch
 from fastvlp.objectives.objective import Loss, combine
 from fastvlp.training.flops import FlopCounter, Shape
-from fastvlp.training.pretraining import Pretraining, RowGrads
+from fastvlp.training.pretraining import Embedded, Pretraining, RowGrads
 
 
 class Cached(NamedTuple):
@@ -39,27 +39,24 @@ def cache_gradients(
     computes again."""
     counting = flops.counting if flops is not None else lambda shape: nullcontext()
     objectives = pretraining.pair_objectives()
-    embedded: dict[str, list[tuple[Tensor, ...]]] = {name: [] for name in objectives}
-    constants: dict[str, list[tuple[Tensor, ...]]] = {name: [] for name in objectives}
+    embedded: list[dict[str, Embedded]] = []
     for i, batch in enumerate(micro):
+        around = lambda name, batch=batch: counting(Shape.of(f"{name}/constants", batch))  # noqa: E731
         with torch.no_grad(), seeded(i):
-            image_BKD = pretraining.encode_image(batch)
-            for name, objective in objectives.items():
-                embedded[name].append(objective.embed(pretraining.model, image_BKD, batch))
-            for name, objective in objectives.items():
-                with counting(Shape.of(f"{name}/constants", batch)):
-                    constants[name].append(objective.constants(pretraining.model, batch))
+            embedded.append(pretraining.embedded(batch, around))
 
     losses: dict[str, Loss] = {}
     grads: list[dict[str, RowGrads]] = [{} for _ in micro]
     for name, objective in objectives.items():
-        rows = [torch.cat(parts).requires_grad_() for parts in zip(*embedded[name])]
+        rows = [torch.cat(parts).requires_grad_() for parts in zip(*(part[name].rows for part in embedded))]
+        constants = [torch.cat(parts) for parts in zip(*(part[name].constants for part in embedded))]
         learned = [p for p in objective.parameters() if p.requires_grad]
         with counting(Shape(f"{name}/score", len(rows[0]))):
-            scored = objective.score(*rows, *(torch.cat(parts) for parts in zip(*constants[name])))
+            scored = objective.score(*rows, *constants)
             terms = {f"{name}/{term}": loss for term, loss in scored.items()}
-            gradient = torch.autograd.grad(combine(terms, counts), [*rows, *learned], materialize_grads=True)
-        split = zip(*(g.split([len(batch) for batch in micro]) for g in gradient[: len(rows)]))
+            gradient = torch.autograd.grad(combine(terms, counts), [*rows, *learned], allow_unused=True)
+        of_rows = [torch.zeros_like(x) if g is None else g for x, g in zip(rows, gradient)]
+        split = zip(*(g.split([len(batch) for batch in micro]) for g in of_rows))
         # The gradient of what the objective learns goes to one micro-batch alone.
         own = (gradient[len(rows) :], *((None,) * len(learned) for _ in micro[1:]))
         for i, (parts, parameters) in enumerate(zip(split, own)):

@@ -7,7 +7,7 @@ import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from functools import partial
@@ -63,7 +63,7 @@ def steps(state: TrainState) -> Iterator[StepReport]:
         state.flops.begin_step()
         counts, shares = backward(state, micro)
 
-        norm = clip_grad_norm_(parameters, run.optim.clip or math.inf)
+        norm = clip(state, parameters)
         rows = norm.new_tensor(sum(map(len, micro))), equal_rows(state, micro).to(norm)
         totals = dist.all_reduce_sum(torch.stack([*shares.values(), *rows]))
         target_counts = torch.stack([*counts.values()]).float()
@@ -129,10 +129,19 @@ def backward(state: TrainState, micro: list[Batch]) -> tuple[dict[str, Tensor], 
         with last, state.flops.counting(Shape.of(f"{pretraining.active}/{pretraining.keep}", batch)):
             with seeded(i):
                 losses = wrapped(batch, cached.grads[i] if cached is not None else None)
-            # `counts` are those of all ranks, so the ranks' gradients must be summed; DDP averages them, hence the factor.
+            # `counts` are those of all ranks, so that the ranks' gradients must be summed; DDP and FSDP average them.
             (combine(losses, counts) * dist.world()).backward()
         add_shares(shares, losses, counts)
     return counts, shares
+
+
+def clip(state: TrainState, parameters: Sequence[nn.Parameter]) -> Tensor:
+    """Scales down the gradients of a step where they are too long, and returns their norm before that."""
+    most = state.run.optim.clip or math.inf
+    if state.sharding is None:
+        return clip_grad_norm_(parameters, most)
+    state.sharding.average_whole(parameters)
+    return state.sharding.clip(parameters, most)
 
 
 def next_batch(state: TrainState, batches: Iterator[tuple[Batch, list[Dropped]]]) -> Batch:
@@ -216,11 +225,13 @@ def count_skipped(state: TrainState, report: StepReport) -> None:
 
 @contextmanager
 def stop_signals(state: TrainState) -> Iterator[None]:
-    """Context in which SIGTERM and Ctrl-C end the run after the current step; a second Ctrl-C ends it at once."""
+    """Context in which SIGTERM and Ctrl-C end the run after the current step; a second Ctrl-C ends it at once. A second SIGTERM
+    does not: a job queue may send one to every process, and `torchrun` passes on its own."""
 
     def stop(number: int, frame: object) -> None:
         state.signal = number
-        signal.signal(number, old[signal.Signals(number)])
+        if number == signal.SIGINT:
+            signal.signal(number, old[signal.SIGINT])
 
     # Python allows only the main thread to handle signals.
     main = threading.current_thread() is threading.main_thread()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from itertools import accumulate
 from typing import NamedTuple, cast
@@ -32,6 +33,13 @@ class RowGrads(NamedTuple):
         pairs = [*zip(rows, self.rows), *((p, g) for p, g in zip(learned, self.parameters) if g is not None)]
         total = torch.stack([(x * grad).sum() for x, grad in pairs]).sum()
         return Loss(total - total.detach(), total.new_ones(()))
+
+
+class Embedded(NamedTuple):
+    """What an objective scores: its embeddings, which get gradients, and further tensors, which do not."""
+
+    rows: tuple[Tensor, ...]
+    constants: tuple[Tensor, ...]
 
 
 def draw_objective(mix: Mapping[str, float] | None, seed: int, step: int) -> str | None:
@@ -139,6 +147,18 @@ class Pretraining(nn.Module):
             states = self.states_for(objective, image_BKD, batch)
             losses |= {f"{name}/{term}": loss for term, loss in objective(self.model, states, batch).items()}
         return losses
+
+    def embedded(self, batch: Batch, around: Callable[[str], AbstractContextManager[None]]) -> dict[str, Embedded]:
+        """What the objectives that couple rows score, of one batch, by name. `around(name)`: the context in which the constants
+        of one are computed."""
+        image_BKD = self.encode_image(batch)
+        pairs = self.pair_objectives()
+        rows = {name: part.embed(self.model, image_BKD, batch) for name, part in pairs.items()}
+        constants = {}
+        for name, part in pairs.items():
+            with around(name):
+                constants[name] = part.constants(self.model, batch)
+        return {name: Embedded(rows[name], constants[name]) for name in pairs}
 
     def validation(self, batch: Batch) -> tuple[dict[str, Loss], dict[str, tuple[Tensor, ...]]]:
         """Losses of a batch by the objectives that need no other batch; and of those that couple rows what they score, which is

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
@@ -39,6 +39,9 @@ from fastvlp.training.state import TrainState
 from fastvlp.training.stored_inputs import stored_inputs
 from fastvlp.training.train_config import TrainConfig, check
 from fastvlp.training.trained_parts import freeze
+
+if TYPE_CHECKING:
+    from fastvlp.training.sharding import Sharding
 
 # More ranks than any cluster has: a checkpoint that says more is damaged.
 MOST_RANKS = 1 << 20
@@ -87,7 +90,7 @@ def start(run: TrainConfig, *, resume: bool = False, change: Collection[str] = (
         load_exactly(pretraining, saved["pretraining"], run.folder / CHECKPOINT)
     division = divide(run, began_ranks(run, saved, change))
     # After the weights: stored states are those of one encoder.
-    stored = stored_inputs(pretraining, run, precision)
+    stored = stored_inputs(pretraining, run, precision, division.began)
     some = stored is not None and any((stored.images, stored.texts, stored.teacher))
     given: dict[str, Any] = {"stored": stored} if some else {}
     rows = run.data.rows("train", tokenizer, size, strict=False, **given)
@@ -96,8 +99,9 @@ def start(run: TrainConfig, *, resume: bool = False, change: Collection[str] = (
     for objective in pretraining.all_objectives().values():
         objective.check(samples(rows))
     # After the checks, which fill buffers that are not saved.
-    ema = AveragedModel(pretraining, multi_avg_fn=get_ema_multi_avg_fn(run.ema)) if run.ema is not None else None
+    ema = AveragedModel(pretraining, multi_avg_fn=averaging(run.ema)) if run.ema is not None else None
     held_out = held_out_rows(run, tokenizer, size, given)
+    sharding = sharded(run, pretraining, ema)
     state = TrainState(
         run=with_teacher_time(run, stored),
         device=device,
@@ -108,6 +112,7 @@ def start(run: TrainConfig, *, resume: bool = False, change: Collection[str] = (
         optimiser=build_optimiser(pretraining, run.optim),
         ema=ema,
         division=division,
+        sharding=sharding,
         train=make_loader(run, rows, division, hashed=pretraining.contrasts),
         val=None if held_out is None else make_loader(run, held_out, hashed=pretraining.contrasts),
         dropped={part.key: part.reason for part in rows.damage},
@@ -118,18 +123,18 @@ def start(run: TrainConfig, *, resume: bool = False, change: Collection[str] = (
     )
     if saved is not None:
         restore(state, saved, change)
-    prepare(state)
-    return state
+    return prepared(state)
 
 
-def prepare(state: TrainState) -> None:
+def prepared(state: TrainState) -> TrainState:
     """Makes the blocks recompute their states and compiles them, where the run does, and wraps the module for several ranks."""
     if state.run.recompute:
         state.recomputes = recompute_blocks(state.model)
     if state.run.compile:
         compile_blocks(state.pretraining, state.device)
-    if dist.world() > 1:
+    if dist.world() > 1 and state.sharding is None:
         state.wrapped = distributed(state.run, state.pretraining)
+    return state
 
 
 def began_ranks(run: TrainConfig, saved: Mapping[str, Any] | None, change: Collection[str]) -> int:
@@ -173,6 +178,27 @@ def held_out_rows(run: TrainConfig, tokenizer: Tokenizer, size: int, given: Mapp
     if rows is None and run.patience is not None:
         raise UserError(f"{run.name}: `patience` counts validations, which need data; give `data.val`, or leave it out")
     return rows
+
+
+def averaging(decay: float) -> Callable[..., None]:
+    """How the average follows the weights: each rank's own part, where they are divided."""
+    average = get_ema_multi_avg_fn(decay)
+    return lambda own, current, count: average(dist.own_parts(own), dist.own_parts(current), count)
+
+
+def sharded(run: TrainConfig, pretraining: Pretraining, ema: AveragedModel | None) -> Sharding | None:
+    """Divides the weights of a run among the ranks, and their average alike, where the run says so and there are several. The
+    states of frozen encoders, which run by themselves for that, are stored before."""
+    if not run.shard or dist.world() == 1:
+        return None
+    # It takes as long to import as the rest of PyTorch.
+    from fastvlp.training.sharding import Sharding
+
+    device = pick_device(run.device)
+    sharding = Sharding(pretraining, device)
+    if ema is not None:
+        sharding.divide(cast(Pretraining, ema.module), device)
+    return sharding
 
 
 def distributed(run: TrainConfig, pretraining: Pretraining) -> nn.Module:

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
@@ -23,6 +23,9 @@ from fastvlp.training.flops import FlopCounter
 from fastvlp.training.pretraining import Pretraining
 from fastvlp.training.train_config import TrainConfig
 from fastvlp.writer_lock import WriterLock
+
+if TYPE_CHECKING:
+    from fastvlp.training.sharding import Sharding
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +64,7 @@ class TrainState:
     """Where a run stands.
 
     Attributes:
-        wrapped: `pretraining`, under DDP where there are several ranks.
+        wrapped: `pretraining`, under DDP where there are several ranks that all have its weights.
         ema: the averaged weights, where the run averages.
         elapsed: seconds of training, the same on all ranks.
         pairs: rows of all ranks so far.
@@ -85,6 +88,7 @@ class TrainState:
         saved: the step of the last checkpoint; 0 where there is none.
         clock: gives the seconds by which `elapsed` grows; a comparison on a CPU counts CPU time.
         division: how the batches of a step are divided among the ranks.
+        sharding: how weights are divided among the ranks; None where each has all.
         lock: of the run's folder, which one process writes to; None where nothing is locked.
         notes: what the caller keeps with the state: plain values, saved and restored in one file with it.
         recomputes: layers of each part of the model that are computed again in the backward pass.
@@ -124,6 +128,7 @@ class TrainState:
     stop: int | None = None
     saved: int = 0
     between_steps: bool = True
+    sharding: Sharding | None = None
     lock: WriterLock | None = None
     clock: Callable[[], float] = time.perf_counter
     notes: dict[str, Any] = field(default_factory=dict)

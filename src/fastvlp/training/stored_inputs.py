@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from fastvlp import dist
 from fastvlp.data.augment import AugmentConfig
 from fastvlp.data.pairs import Data
 from fastvlp.data.state_store import StoreNote
@@ -19,15 +18,16 @@ from fastvlp.training.reduced_start import ReducedStart
 from fastvlp.training.train_config import TrainConfig
 
 
-def stored_inputs(pretraining: Pretraining, run: TrainConfig, precision: Precision) -> Stored | None:
+def stored_inputs(pretraining: Pretraining, run: TrainConfig, precision: Precision, ranks: int) -> Stored | None:
     """Where the states are that a run reads, as its weights stand. None where it has no frozen encoder, or stores nothing.
 
     Args:
         precision: in which the encoders run.
+        ranks: for which the steps of the run are planned.
 
     Raises UserError where the run says that states are always stored, and those of a frozen encoder cannot be used.
     """
-    model, config, reads = pretraining.model, run.states, rows_read(run.data, run.steps, run.accumulate)
+    model, config, reads = pretraining.model, run.states, rows_read(run.data, run.steps, run.accumulate * ranks)
     teacher = find_teacher(pretraining, run, precision)
     if config.store == "never":
         return None if teacher is None else Stored(teacher=teacher)
@@ -95,8 +95,8 @@ def why_no_texts(pretraining: Pretraining, reduced: ReducedStart) -> str | None:
     return None
 
 
-def rows_read(data: Data, steps: int | None, accumulate: int) -> float | None:
+def rows_read(data: Data, steps: int | None, batches: int) -> float | None:
     """Rows that a run reads in all; None where nobody knows."""
     if steps is None or data.max_tokens is not None:
         return None
-    return steps * accumulate * data.batch_size * dist.world()
+    return steps * batches * data.batch_size

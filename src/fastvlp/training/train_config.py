@@ -24,7 +24,7 @@ from fastvlp.training.trained_parts import LastLayers
 # A resumed run may change these; anything else would make it another run.
 CHANGEABLE = {
     "name", "out", "steps", "budget_s", "log_every", "validate_every", "patience", "checkpoint_every", "max_bad_steps", "init",
-    "compile", "recompute", "device", "report_to", "threads", "tokenizer", "data.workers", "data.cache", "data.test",
+    "compile", "recompute", "device", "report_to", "shard", "threads", "tokenizer", "data.workers", "data.cache", "data.test",
     "states.folder", "masked_validation", "validation_rows",
 }  # fmt: skip
 
@@ -123,6 +123,9 @@ class TrainConfig(TrainOptions):
     """End the run after so many validations in a row whose loss was no new lowest; None: never."""
     checkpoint_every: Count | None = None
     """Steps between checkpoints; there is always one at the end."""
+    shard: bool = False
+    """Divide weights, gradients and the optimiser's moments among the ranks, for a model that is too large for each to have
+    all of them (FSDP2); by default each has all (DDP)."""
     init: str | None = None
     """Folder of a run or an export to take weights from: the model's, and those of objectives of the same names."""
     image: str | None = None
@@ -168,6 +171,10 @@ def check(run: TrainConfig) -> None:
     if run.keep < 1:
         run.model.image.check_can_drop()
     run.reduced.check(run.model)
+    if run.shard and run.compile:
+        raise UserError(f"{name}: `compile` does not work with `shard` yet; leave out one of the two")
+    if run.shard and run.optim.matrices == "muon":
+        raise UserError(f"{name}: `optim.matrices` muon needs whole matrices, and `shard` divides them; choose adamw")
     if run.data.max_length > run.model.longest_text:
         raise UserError(
             f"{name}: `data.max_length` {run.data.max_length} exceeds the model's {run.model.longest_text} text positions; "

@@ -14,7 +14,7 @@ from fastvlp.data.loader import Loader
 from fastvlp.data.pairs import Split
 from fastvlp.data.streams import with_progress
 from fastvlp.objectives.objective import Loss, PairObjective
-from fastvlp.training.checkpoint import save_weights
+from fastvlp.training.checkpoint import evaluated_whole, save_weights
 from fastvlp.training.log import RunLog
 from fastvlp.training.start import make_loader
 from fastvlp.training.state import TrainState, autocast
@@ -141,6 +141,7 @@ def validate_and_keep_best(state: TrainState, log: RunLog) -> None:
     state.validated = state.step
     if losses["loss"] < state.best:
         state.best, state.stale = losses["loss"], 0
+        whole = evaluated_whole(state)
         with dist.together(state.device):
-            if dist.is_main():
-                save_weights(state, "best", validation=losses)
+            if whole is not None and dist.is_main():
+                save_weights(state, "best", whole, validation=losses)

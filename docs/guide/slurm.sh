@@ -1,0 +1,43 @@
+#!/bin/bash
+# Pretrains on several machines of a Slurm cluster:  sbatch slurm.sh clip_photos --data.batch-size 480
+# Three minutes before its time is over the run saves its state, and the job goes back into the queue and continues.
+#SBATCH --job-name=fastvlp
+#SBATCH --nodes=4
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=64
+#SBATCH --time=24:00:00
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=%x-%j.log
+#SBATCH --signal=B:USR1@180
+set -uo pipefail
+
+recipe=${1:?name a recipe, and then its options}
+shift
+out=${OUT:-$PWD/runs/$recipe}
+first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+again=
+
+# Slurm signals this script alone, which passes SIGTERM on to the ranks.
+stop() {
+    again=yes
+    scancel --signal=TERM "$SLURM_JOB_ID.0"
+}
+trap stop USR1
+
+# One torchrun on each machine starts a process for each GPU. `--resume` begins where there is no checkpoint yet.
+srun --kill-on-bad-exit=1 torchrun \
+    --nnodes "$SLURM_NNODES" --nproc-per-node "${SLURM_GPUS_ON_NODE:-8}" \
+    --rdzv-id "$SLURM_JOB_ID" --rdzv-backend c10d --rdzv-endpoint "$first:29500" \
+    -m fastvlp pretrain "$recipe" --out "$out" --resume "$@" &
+run=$!
+wait "$run"
+code=$?
+if [ -n "$again" ]; then
+    # The signal ended the first `wait`, not the run.
+    wait "$run"
+    scontrol requeue "$SLURM_JOB_ID"
+    exit 0
+fi
+exit "$code"
