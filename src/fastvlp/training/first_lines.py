@@ -87,6 +87,11 @@ def log_new_run(state: TrainState, log: RunLog) -> None:
             f"`data.batch_size` {run.data.batch_size}: a step contrasts {rows} rows of only {records} records, so that it has "
             f"some pairs twice; lower it"
         )
+    if run.data.grouping is not None and (pairs := state.pretraining.pair_objectives()):
+        log.say(
+            f"`data.group` and `data.max_tokens` make batches of rows of one length, and {', '.join(pairs)} tells the rows of "
+            f"a batch apart: it mostly sees wrong texts as long as the right one; leave them out"
+        )
 
 
 def log_recomputed(state: TrainState, log: RunLog) -> None:
