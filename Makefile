@@ -25,7 +25,7 @@ BUDGET ?= 60
 
 demo: .venv/.core  ## a small corpus -> a model that searches it; then FLM, MLM and AR at equal time -> report
 	@.venv/bin/vlp data demo --level easy --out demo/easy --train 3000 --val 400 --test 600 --pairs 0 --singles 0
-	@echo "1 of 2: a model that searches the pictures by words (FLIP, 300 steps), and how well it does beside chance"
+	@echo "1 of 2: a model that searches the pictures by words (FLIP, 300 steps); it finds colours, and shapes hardly"
 	@rm -rf demo/flip demo/export demo/index demo/report
 	@.venv/bin/vlp pretrain flip_demo --steps 300 --threads 1 --out demo/flip \
 	  --data.train demo/easy/train --data.val demo/easy/val --model.image.patch 12

@@ -37,7 +37,7 @@ class Options:
     """Folder with report/report.html, export and index."""
     out: Path = Path("docs")
     """Folder for report.png and search.png."""
-    query: str = "a red circle and a blue square"
+    query: str = "purple and green shapes on a black background"
     """What is searched."""
     ready_s: float = 120.0
     """Seconds within which the service has to answer."""

@@ -34,6 +34,8 @@ from fastvlp.comparison.summary import (
 QUIET_S = 30
 # Turns over which the pace of the training is averaged: a machine may become busy.
 RECENT = 16
+# Time for a row of a fine-tuning, a question say, over that for a pair of the fastest arm (docs/log.md, entries 37 and 41).
+ROW_TO_PAIR = 0.75
 
 
 class ProgressDisplay:
@@ -112,9 +114,13 @@ class ProgressDisplay:
 
     @property
     def _guessed_tuning_s(self) -> float:
-        """Wall seconds of a fine-tuning, before the first: as long for each row as the fastest arm takes for a pair."""
+        """Wall seconds of a fine-tuning, before the first: for each row a share of what the fastest arm takes for a pair."""
         a_pair = [spent.wall / spent.pairs for spent in self.spent.values() if spent.wall and spent.pairs]
-        return self.tuning_rows * min(a_pair) if self.tuning_rows and a_pair else self.budget_s * self.pace / 4
+        return (
+            self.tuning_rows * ROW_TO_PAIR * min(a_pair)
+            if self.tuning_rows and a_pair
+            else self.budget_s * self.pace / 4
+        )
 
     def note(self, text: str) -> None:
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
