@@ -91,7 +91,7 @@ def test_other_tools_read_the_file(pairs):
 def test_records_have_states_in_place_of_pixels(pairs, monkeypatch):
     shards = Shards(pairs / "train")
     states = store(Encoder()).open(shards, TRANSFORM)
-    monkeypatch.setattr("fastvlp.data.reader.decoded_images", None)
+    monkeypatch.setattr("fastvlp.data.reader.decoded_with_shapes", None)
     monkeypatch.setattr(Shards, "images", None)
     record = RecordReader(shards, TRANSFORM, cache=True, states=states).record(4)
     assert torch.equal(record.images[0], states.image(4)) and record.shapes == [(16, 16, 1)]

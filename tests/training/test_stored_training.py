@@ -211,7 +211,7 @@ def test_nothing_is_decoded_or_encoded_again(pairs, tmp_path, encoded, monkeypat
     state = start(run)
     # And a blank image, whose states are checked at the start.
     assert encoded.images == 24 + 6 + 1
-    monkeypatch.setattr("fastvlp.data.reader.decoded_images", None)
+    monkeypatch.setattr("fastvlp.data.reader.decoded_with_shapes", None)
     list(steps(state))
     validate(state)
     assert encoded.images == 24 + 6 + 1
