@@ -161,10 +161,10 @@ class RecordView:
         n = self._reader.images if isinstance(self._reader.images, int) else 1
         return range(self._i * n, (self._i + 1) * n)
 
-    @cached_property
+    @property
     def _is_cached(self) -> bool:
         cache = self._reader.cache
-        return cache is not None and all(place in cache for place in self._places)
+        return cache is not None and all(map(cache.__contains__, self._places))
 
 
 def refusal(shards: Records, dropped: list[Dropped]) -> UserError:

@@ -258,7 +258,7 @@ class Shards:
                     caption = _text(self._bytes(tar, at, n), "txt")
         except ValueError as error:
             raise RecordError(self.key(i), str(error)) from error
-        text = caption_texts(caption or "")
+        text = caption_texts(caption) if caption else []
         return merge_captions(info, text if "captions" not in info else None) if text or "caption" in info else info
 
     @property
@@ -288,7 +288,7 @@ class Shards:
         return (self.read(i) for i in range(len(self)))
 
     def _check(self, i: int) -> None:
-        if not 0 <= i < len(self):
+        if not 0 <= i < self._index.count:
             raise IndexError(f"record {i} of {len(self)} in {self.url}")
 
     def _bytes(self, tar: str, offset: int, length: int) -> bytes:

@@ -90,9 +90,10 @@ class SplitIndex:
         (self.tar_size, self.tar_mtime_ns, self.tar_records, self.tar_members, self.tar_keys, self.first, self.key,
          self.kind, self.length, self.offset, self.keys) = (flat.arrays[name] for name in _ARRAYS)  # fmt: skip
         self._starts: list[int] = self.tar_records.tolist()
+        self.count = self._starts[-1]
 
     def __len__(self) -> int:
-        return self._starts[-1]
+        return self.count
 
     @property
     def sizes(self) -> list[int]:
@@ -105,12 +106,13 @@ class SplitIndex:
 
     def members(self, i: int) -> tuple[int, list[Member]]:
         """The number of record i's tar, and its members in it: images in order, texts, regions."""
-        t = self.tar_of(i)
+        t = bisect_right(self._starts, i) - 1
         # A tar has one entry more than records in `first`.
         base = int(self.tar_members[t])
         begin, end = base + int(self.first[i + t]), base + int(self.first[i + t + 1])
-        parts = (part[begin:end].tolist() for part in (self.kind, self.offset, self.length))
-        return t, [Member(KINDS[kind], offset, length) for kind, offset, length in zip(*parts)]
+        kinds, offsets = self.kind[begin:end].tolist(), self.offset[begin:end].tolist()
+        lengths = self.length[begin:end].tolist()
+        return t, [Member(KINDS[kind], offset, length) for kind, offset, length in zip(kinds, offsets, lengths)]
 
     def key_of(self, i: int) -> str:
         t = self.tar_of(i)
