@@ -340,6 +340,9 @@ def test_other_data_cannot_be_added(copied, corpus):
     data = replace(other.data, train=str(corpus / "test"))
     with pytest.raises(UserError, match=r"late.*data\.train"):
         fastvlp.compare(add=[replace(other, data=data)], out=copied)
+    mixed = replace(other.data, mix={str(corpus / "test"): 0.5})
+    with pytest.raises(UserError, match=r"late.*data\.mix"):
+        fastvlp.compare(add=[replace(other, data=mixed)], out=copied)
     results = copied / "results.json"
     known = json.loads(results.read_text())
     known["runs"][0]["contents"]["train"] = "0123"
@@ -368,6 +371,18 @@ def test_what_differs_from_the_comparison_is_refused(copied, corpus):
             fastvlp.compare(recipes, resume=True, out=copied)
     assert fastvlp.compare([two, one], resume=True, out=copied, **PLAN).finished
     assert (copied / "results.json").read_text() == before
+
+
+def test_who_stops_a_comparison_reads_how_it_is_continued(copied, capsys, monkeypatch):
+    def stopped(*args: Any, **options: Any) -> None:
+        raise KeyboardInterrupt
+
+    comparison = Comparison.load(copied / "results.json")
+    comparison.finished = False
+    comparison.save(copied / "results.json")
+    monkeypatch.setattr("fastvlp.comparison.compare.run_comparison", stopped)
+    assert main(["compare", "--resume", "--out", str(copied)]) == 130
+    assert f"vlp compare --resume --out {copied}" in capsys.readouterr().err.replace("\n", "")
 
 
 def test_where_there_is_nothing_to_continue_or_to_add_to(copied, corpus, tmp_path):

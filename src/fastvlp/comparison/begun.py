@@ -22,7 +22,7 @@ from fastvlp.training.train_config import TrainConfig
 # Fields that say where an arm's files are, and not what it is.
 FILES = ("out", "tokenizer")
 # Fields that say which records an arm reads.
-RECORDS = ("data.train", "data.val", "data.test", "data.captions")
+RECORDS = ("data.train", "data.mix", "data.val", "data.test", "data.captions")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,9 +165,7 @@ def check_same_data(job: Job, arms: Mapping[str, TrainConfig]) -> None:
         own = records(run)
         if own not in known.values():
             other, theirs = next(iter(known.items()))
-            words = "; ".join(
-                f"{name} {own[name]}, not {theirs[name]}" for name in own if own[name] != theirs.get(name)
-            )
+            words = "; ".join(f"{name} {now}, not {then}" for name, (then, now) in differences(theirs, own).items())
             raise UserError(
                 f"{arm}: reads other data than {other} ({words}); name the comparison's with `set` {arm}:FIELD=VALUE"
             )
@@ -176,4 +174,5 @@ def check_same_data(job: Job, arms: Mapping[str, TrainConfig]) -> None:
 def records(run: TrainConfig) -> dict[str, Json]:
     """Which records an arm reads, by field."""
     flat = flatten(to_json(run))
-    return {name: flat[name] for name in RECORDS if name in flat}
+    # What is mixed has a name for each folder.
+    return {name: value for name, value in flat.items() if any(f"{name}.".startswith(f"{field}.") for field in RECORDS)}

@@ -204,7 +204,12 @@ def run(job: Job) -> Comparison:
         if comparison.finished:
             display.note(f"{plan.out}: this comparison is finished already, nothing is trained")
         else:
-            run_comparison(plan, arms, comparison=comparison, scorer=MetricScorer(job.scoring), display=display)
+            try:
+                run_comparison(plan, arms, comparison=comparison, scorer=MetricScorer(job.scoring), display=display)
+            except KeyboardInterrupt:
+                if results_path(plan.out).exists():
+                    display.note(f"{plan.out}: stopped; `vlp compare --resume --out {plan.out}` continues it")
+                raise
     check_trained(comparison, plan)
     return comparison
 
