@@ -53,7 +53,8 @@ class Speed:
         tokens_per_s: predicted tokens of a step by `step_s`.
         memory_bytes: most bytes that are held at once: weights, optimiser and what a step makes; counted on a CPU.
         losses: of the timed steps, in their order.
-        loss_difference: largest relative difference from the losses of the first recipe.
+        loss_difference: largest relative difference from the losses of the first recipe; None for other libraries, whose
+            weights are others.
         loader_s: seconds to make the batches of a step; None for other libraries.
         loader_share: of a step's seconds.
         data_wait: share of a step that waits for data, where steps read theirs.
@@ -75,7 +76,7 @@ class Speed:
     tokens_per_s: float
     memory_bytes: int
     losses: list[float]
-    loss_difference: float
+    loss_difference: float | None
     loader_s: float | None = None
     loader_share: float | None = None
     data_wait: float | None = None
@@ -177,6 +178,7 @@ def timed(
     arms: dict[str, Arm] = {**trials, **{f"{peer}, as {first.run.name}": PEERS[peer](first) for peer in beside}}
     taken = in_turn(list(arms), repetitions, lambda name: named(name, arms[name].step))
     speeds = {name: speed(name, arm, taken, device) for name, arm in arms.items()}
+    speeds |= {name: replace(speeds[name], loss_difference=None) for name in arms if name not in trials}
     speeds |= {name: own_speed(speeds[name], trial) for name, trial in trials.items()}
     if trace is not None:
         for name, trial in trials.items():
