@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,7 +13,7 @@ from fastvlp.batch import Batch
 from fastvlp.model.model import VLModel
 from fastvlp.objectives.flm import FLM, FLMConfig, draw_spans, official_flm
 from fastvlp.objectives.objective import combine
-from tests.made import SPECIALS, made_batch, made_model
+from tests.made import SPECIALS, made_batch, made_config, made_model
 
 SPAN_CONFIGS = [
     FLMConfig(),
@@ -57,6 +59,14 @@ def dependency(model: VLModel, objective: FLM, batch: Batch, row: int) -> Tensor
         matrix[i, column] = forward
         matrix[i, torch.where(column < length, length - 1 - column, column) if flipped else column] |= reverse
     return matrix
+
+
+def test_a_query_of_a_shallow_model_depends_on_all_but_its_token():
+    model, batch = shallow_model().double(), made_batch(lengths=(7, 4), seed=3)
+    for row, n in enumerate((7, 4)):
+        matrix = dependency(model, FLM(FLMConfig()), batch, row)
+        for i in range(1, n):
+            assert set(matrix[i - 1].nonzero().flatten().tolist()) == set(range(n)) - {i}
 
 
 @pytest.mark.parametrize("config", SPAN_CONFIGS, ids=lambda c: f"{c.span_mode}-{c.span_rate}-{c.bos}-{c.empty_rows}")
@@ -122,10 +132,22 @@ def test_rows_without_keys_are_left_out():
     assert blind["reconstruct"].count == 6, "a text-blind <s> is always there to be read: no row is empty"
 
 
+def shallow_model() -> VLModel:
+    """Two layers for texts, one of fusion, and a reconstructor of one layer, as in flm_fast_demo."""
+    model, config = made_model(), made_config()
+    assert config.fusion is not None and config.reconstructor is not None
+    fusion, part = replace(config.fusion, depth=1), replace(config.reconstructor, bottom=0, top=1)
+    shallow = VLModel(replace(config, fusion=fusion, reconstructor=part))
+    known = model.state_dict()
+    shallow.load_state_dict({name: known[name] for name in shallow.state_dict()})
+    return shallow
+
+
+@pytest.mark.parametrize("make", [made_model, shallow_model])
 @pytest.mark.parametrize("bos", ["blind", "official"])
-def test_the_loss_equals_a_loop_over_tokens(bos):
+def test_the_loss_equals_a_loop_over_tokens(bos, make):
     """Every prediction computed alone: one text, one query, no batching, no folding of directions, no flipping."""
-    model, batch = made_model().double(), made_batch(lengths=(9, 5, 6), seed=1)
+    model, batch = make().double(), made_batch(lengths=(9, 5, 6), seed=1)
     objective = FLM(FLMConfig(span_mode="uniform", span_rate=0.4, bos=bos))
     image = model.encode_image(batch.image)
     losses = objective(model, image, batch)
@@ -188,10 +210,13 @@ def plain_streams(model: VLModel, image: Tensor, ids: Tensor, bos: str) -> tuple
 def plain_query(model: VLModel, position: int, keys, forward: list[Tensor], reverse: list[Tensor]) -> Tensor:
     part, depth = model.reconstructor, len(model.text.blocks)
     x = model.text.embed(torch.tensor([[SPECIALS["mask"]]]), torch.tensor([[position]]))
-    layers = list(zip(part.bottom, part.bottom_key_norm)) + list(zip(part.top, part.top_key_norm))
-    for l, (block, norm) in enumerate(layers):  # noqa: E741
+    top, layers = depth + len(model.fusion.blocks), []
+    # Each stage of the reconstructor reads the last layers of its own part of the streams.
+    for end, blocks, norms in ((depth, part.bottom, part.bottom_key_norm), (top, part.top, part.top_key_norm)):
+        layers += [(end - len(blocks) + i, block, norm) for i, (block, norm) in enumerate(zip(blocks, norms))]
+    for l, block, norm in layers:  # noqa: E741
         states = torch.stack([(forward if kind == "f" else reverse)[l][0, j] for kind, j in keys])
-        if l == depth:
+        if block is part.top[0]:
             x = model.fusion.text_in(x) + part.query_type
         x = block(x, memory=block.keys(norm(states)[None]))
     return part.norm(x)[0, 0]
