@@ -79,8 +79,8 @@ def _head(comparison: Comparison, rows: Sequence[Summary]) -> str:
     warning = f'<p class="warning">Stopped early: {"; ".join(failures)}</p>' if failures else ""
     if not comparison.finished:
         warning = f'<p class="warning">This comparison is not finished: its numbers will change.</p>{warning}'
-    for note in (busy_note(comparison), added_note(comparison)):
-        warning += f'<p class="warning">{escape(note)}</p>' if note is not None else ""
+    if (added := added_note(comparison)) is not None:
+        warning += f'<p class="warning">{escape(added)}</p>'
     return f'<p class="overline">{escape(over)}</p><h1>{escape(_title(comparison))}</h1>{warning}'
 
 
@@ -143,7 +143,8 @@ def _certain(comparison: Comparison) -> str:
         if comparison.seeds > 1
         else "Single runs: ± is the standard error over what was scored, and other seeds may differ by more"
     )
-    return f"{around}. Bold: the highest score, and those within two standard errors of it."
+    certain = f"{around}. Bold: the highest score, and those within two standard errors of it."
+    return " ".join(filter(None, (certain, busy_note(comparison))))
 
 
 def _legend(comparison: Comparison, arms: Iterable[str]) -> str:
