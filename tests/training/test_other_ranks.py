@@ -13,6 +13,7 @@ from fastvlp.model.saving import load_model
 from fastvlp.training.checkpoint import load_checkpoint
 from fastvlp.training.division import Division, divide
 from fastvlp.training.loop import train
+from fastvlp.training.train_config import check
 from tests.training.families import FAMILIES, family_run, made_world, on_ranks, train_all
 from tests.training.runs import assert_equal
 
@@ -110,6 +111,17 @@ def test_a_step_is_divided_into_whole_micro_batches_where_it_can_be(tmp_path, be
     run = family_run("mlm_demo", tmp_path, tmp_path, batch_size=12, accumulate=accumulate)
     assert divide(run, began, ranks) == division
     assert division.micro * ranks == accumulate * began * division.cut
+
+
+@pytest.mark.parametrize("option", ["compile", "muon"])
+def test_what_does_not_work_with_divided_weights_is_refused(tmp_path, option):
+    run = family_run("mlm_demo", tmp_path, tmp_path, shard=True)
+    check(run)
+    other = (
+        replace(run, compile=True) if option == "compile" else replace(run, optim=replace(run.optim, matrices="muon"))
+    )
+    with pytest.raises(UserError, match=rf"{option}.*`shard`"):
+        check(other)
 
 
 @pytest.mark.parametrize(("name", "batch_size"), [("mlm_demo", 8), ("uniter_demo", 12)])
