@@ -25,7 +25,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "mlm_demo": {"optim.clip": 0.5},
     "ar_demo": {},
     "prefixlm_demo": {},
-    "cappa_demo": {},
+    "cappa_demo": {"recompute": True},
     "mdc_demo": {},
     "flip_demo": {"ema": 0.5},
     "siglip_photos": {"model": flip_tiny()},
