@@ -6,7 +6,7 @@
 #
 # The machine has Python 3.12 with torch 2.11 or later (PYTHON names it). Each step has a limit of its own and may fail without
 # the others; what is left of SECONDS_IN_ALL ends the call. $OUT then has steps.tsv (step, exit code, seconds), log.txt,
-# speed.jsonl (a line for each recipe and library), parity.txt, and comparison.json and comparison.html.
+# speed.jsonl (a line for each recipe and library), and the comparison's results.json and report.html.
 #
 # GPU_SH_TINY=1 runs the same steps in tiny sizes on any device, GPU_SH_DRY=1 prints their commands.
 set -u
@@ -101,6 +101,8 @@ if [ -z "$DRY" ]; then
   for kind in json html; do
     cp "$WORK"/comparison/{results,report}.$kind "$OUT/" 2>/dev/null
   done
+  # Nothing about the machine's folders.
+  [ -f "$OUT/speed.jsonl" ] && sed -i "s#$OUT/##g; s#$WORK/##g" "$OUT/speed.jsonl"
   cat "$OUT/steps.tsv"
 fi
 exit 0
