@@ -1,6 +1,6 @@
 #!/bin/bash
 # The packages that bench/gpu.sh carries to a machine without a network, for Python 3.12 on Linux x86-64, into .gpu/wheels: all that
-# fastvlp, its parity tests and the peers import, but torch, numpy and CUDA, which are there. About 60 MB.
+# fastvlp, its parity tests and the peers import, but torch, numpy and CUDA, which are there. About 50 MB.
 set -eu
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
@@ -10,6 +10,6 @@ mkdir -p .gpu/wheels
   tyro docstring-parser typing-extensions typeguard cattrs attrs tokenizers safetensors fsspec simplejpeg pillow rich \
   markdown-it-py mdurl pygments matplotlib contourpy cycler fonttools kiwisolver pyparsing python-dateutil six packaging \
   pytest pytest-timeout pluggy iniconfig hypothesis sortedcontainers \
-  transformers huggingface-hub hf-xet regex pyyaml filelock tqdm httpx httpcore h11 anyio idna certifi sniffio shellingham typer click \
-  open-clip-torch ftfy wcwidth timm
+  transformers huggingface-hub regex pyyaml filelock tqdm httpx httpcore h11 anyio idna certifi sniffio shellingham typer click \
+  open-clip-torch ftfy wcwidth
 du -sh .gpu/wheels

@@ -42,7 +42,9 @@ def fresh_dynamo():
     "objectives", [("flm",), pytest.param(("mlm", "prefixlm", "clip"), marks=pytest.mark.slow)], ids=["flm", "others"]
 )
 def test_lengths_neither_break_the_graph_nor_compile_again(objectives, pairs, tmp_path, fresh_dynamo):
-    plain, compiled = (start(made_run(pairs, tmp_path / "a", *objectives, steps=6, batch_size=2)) for _ in range(2))
+    plain, compiled = (
+        start(made_run(pairs, tmp_path / "a", *objectives, steps=6, batch_size=2, vocab=200)) for _ in range(2)
+    )
     compile_blocks(compiled.pretraining, compiled.device, backend="aot_eager")
     lengths, graphs = set(), []
     for left, right in zip(steps(plain), steps(compiled)):
