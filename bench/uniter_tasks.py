@@ -3,10 +3,11 @@
     vlp data demo
     vlp data demo --out demo/small --train 2000 --val 64 --test 64 --pairs 0 --singles 0
     python bench/uniter_tasks.py nine        # nine fine-tunings of uniter_demo, each with and without pretraining
+    python bench/uniter_tasks.py boxes       # the nine tasks after pretraining with and without prediction of boxes
     python bench/uniter_tasks.py objectives  # the objectives added one by one, as in the paper's Table 2 (arXiv 1909.11740)
 
 Runs the `vlp` commands that it prints, in the folder that holds demo/. The first command takes 40 CPU minutes on one core,
-the second several hours. Seconds are CPU time. A model without pretraining has made one step, so that it has a tokenizer.
+the last several hours. Seconds are CPU time. A model without pretraining has made one step, so that it has a tokenizer.
 Retrieval scores each image with each caption, and therefore uses the small corpus. Chance is the score of always giving the
 most frequent answer or label. Rows are appended to bench/results/uniter_tasks.jsonl.
 """
@@ -63,7 +64,7 @@ SHARES = {"itm": 6, "mlm": 8, "mrfr": 4, "mrc_kl": 4}
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    what: Annotated[Literal["nine", "objectives"], tyro.conf.Positional]
+    what: Annotated[Literal["nine", "boxes", "objectives"], tyro.conf.Positional]
     """What to measure."""
     steps: int = 4800
     """Steps of pretraining."""
@@ -74,7 +75,7 @@ class Options:
     lr: float | None = None
     """Learning rate of fine-tuning, instead of the task's own."""
     tasks: tuple[str, ...] = ()
-    """Tasks, instead of all in `nine` and four in `objectives`."""
+    """Tasks, instead of all in `nine` and `boxes`, and four in `objectives`."""
     seeds: int = 1
     """Seeds of `objectives`."""
     first: int = 0
@@ -108,13 +109,13 @@ def cpu_seconds_of_children() -> float:
     return used.ru_utime + used.ru_stime
 
 
-def pretrain(o: Options, name: str, *more: object) -> tuple[Path, float]:
+def pretrain(o: Options, name: str, *more: object, recipe: str = "uniter_demo") -> tuple[Path, float]:
     """The run's folder, and the CPU seconds it took: 0 where the run was there already."""
     out = o.runs / name
     if (out / "last.safetensors").exists():
         return out, 0.0
     data = ("--data.train", f"{o.data}/train", "--data.val", f"{o.data}/val", "--threads", o.threads)
-    return out, vlp("pretrain", "uniter_demo", "--out", out, *data, *more)
+    return out, vlp("pretrain", recipe, "--out", out, *data, *more)
 
 
 def tune(o: Options, task: str, source: Path, seed: int = 0) -> tuple[dict[str, float], float]:
@@ -164,6 +165,20 @@ def nine(o: Options) -> Iterator[Row]:
         yield row | {"seconds": seconds, "score": name, "scores": scores}
 
 
+def boxes(o: Options) -> Iterator[Row]:
+    """A row for each task: after pretraining that predicts boxes too, after the same steps without, and without pretraining."""
+    more = ("--steps", o.steps, "--seed", o.first)
+    predicted, _ = pretrain(o, "boxes", *more, recipe=str(Path(__file__).parent / "recipes" / "uniter_boxes.py"))
+    usual, _ = pretrain(o, "pretrained", *more)
+    fresh, _ = pretrain(o, "fresh", "--steps", 1, "--seed", o.first)
+    for task in o.tasks or NINE:
+        runs = {"boxes": predicted, "pretrained": usual, "fresh": fresh}
+        scores = {name: tune(o, task, run, o.first)[0] for name, run in runs.items()}
+        name = NINE[task][-1]
+        row = {"task": task, "score": name, "chance": chance(o, task, scores["boxes"])}
+        yield row | {run: values[name] for run, values in scores.items()} | {"scores": scores}
+
+
 def objectives(o: Options) -> Iterator[Row]:
     """A row for each seed and each set of objectives, all after the same number of steps; a step runs one objective."""
     for seed in range(o.first, o.first + o.seeds):
@@ -180,8 +195,9 @@ def objectives(o: Options) -> Iterator[Row]:
 
 def show(o: Options, rows: list[Row]) -> None:
     table = Table(title="UNITER on the embedded corpus, split test")
-    if o.what == "nine":
-        columns = ("task", "score", "pretrained", "fresh", "chance", "seconds")
+    if o.what in ("nine", "boxes"):
+        columns: tuple[str, ...] = ("task", "score", "pretrained", "fresh", "chance")
+        columns += ("seconds",) if o.what == "nine" else ("boxes",)
         for row in rows:
             row["score"] = row.get("score", "")
     else:
@@ -213,7 +229,7 @@ def cell(column: str, value: Any) -> str:
 
 def main(o: Options) -> None:
     about, rows = stamp("cpu", "uniter_tasks.py"), []
-    for row in (nine if o.what == "nine" else objectives)(o):
+    for row in {"nine": nine, "boxes": boxes, "objectives": objectives}[o.what](o):
         rows.append(row)
         print(json.dumps(row), flush=True)
         append(o.out, [{**about, **asdict(o), "runs": None, "out": None, **row}])
