@@ -37,6 +37,7 @@ LEVELS = [
         "plain_json",
         "provenance",
         "random",
+        "recipe_options",
         "tensor_files",
         "writer_lock",
     },

@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any, cast
 
 import torch
-from tyro.conf import UseAppendAction, arg
-from tyro.constructors import PrimitiveConstructorSpec
+from tyro.conf import arg
 
 from fastvlp import dist
 from fastvlp.comparison.begun import (
@@ -33,27 +32,11 @@ from fastvlp.comparison.turns import run_comparison
 from fastvlp.config import to_json
 from fastvlp.errors import UserError
 from fastvlp.provenance import about
+from fastvlp.recipe_options import RECIPES, flat_settings
 from fastvlp.training.run_folder import locked
 from fastvlp.training.train_config import TrainConfig
 
 SCORING = ScoringOptions()
-# On the command line all words before the first option are recipes.
-RECIPES = PrimitiveConstructorSpec[Any](
-    nargs="*",
-    metavar="RECIPE ...",
-    instance_from_str=tuple,
-    is_instance=lambda value: isinstance(value, tuple),
-    str_from_instance=lambda value: [str(one) for one in value],
-)
-
-
-def flat_settings(set: UseAppendAction[tuple[tuple[str, ...], ...]] = ()) -> tuple[str, ...]:
-    """Changes of the recipes' fields.
-
-    Args:
-        set: FIELD=VALUE ..., such as data.train=FOLDER, for all recipes; RECIPE:FIELD=VALUE for one of them.
-    """
-    return tuple(setting for group in set for setting in group)
 
 
 def compare(

@@ -15,13 +15,13 @@ import torch
 from tyro.conf import arg
 
 from fastvlp import dist
-from fastvlp.comparison.compare import RECIPES, flat_settings
 from fastvlp.comparison.prepared_arms import in_process, named_arms, with_precision, with_tokenizers
 from fastvlp.comparison.settings import with_settings
 from fastvlp.dist import Precision
 from fastvlp.errors import UserError
 from fastvlp.model.named_sizes import named_size
 from fastvlp.provenance import about, data_name
+from fastvlp.recipe_options import RECIPES, flat_settings
 from fastvlp.speed.clock import Quartiles, in_turn, ratio, seconds
 from fastvlp.speed.made_data import with_made_data
 from fastvlp.speed.memory import largest_rows, release, room
