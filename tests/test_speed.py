@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import time
+from copy import deepcopy
 from dataclasses import replace
 
 import pytest
@@ -18,11 +20,14 @@ from fastvlp.errors import UserError
 from fastvlp.model.sizes import flip_tiny
 from fastvlp.recipes import recipe
 from fastvlp.speed.clock import Quartiles, in_turn, ratio
-from fastvlp.speed.made_data import padded
-from fastvlp.speed.measure import measure_speed
+from fastvlp.speed.made_data import padded, with_made_data
+from fastvlp.speed.measure import measure_speed, prepared, varied
 from fastvlp.speed.memory import CountedBytes, held_bytes, largest_rows
-from fastvlp.speed.trial import repeated
+from fastvlp.speed.peers import PEERS
+from fastvlp.speed.trial import Trial, repeated
+from fastvlp.tasks.vqa import VQAData
 from fastvlp.training.flops import FlopCounter, Shape
+from fastvlp.training.reduced_start import ReducedStart
 from tests.training.runs import made_pairs, made_run
 
 
@@ -85,11 +90,12 @@ def test_the_largest_batch_before_memory_runs_out_is_found():
 def test_what_is_held_between_steps_is_counted():
     linear = nn.Linear(3, 2)
     optimiser = torch.optim.AdamW(linear.parameters())
-    assert held_bytes(linear, optimiser) == 8 * 4
+    assert held_bytes(optimiser, linear) == 8 * 4
     linear(torch.ones(1, 3)).sum().backward()
     optimiser.step()
     # Two moments, and a number of steps for each of weight and bias.
-    assert held_bytes(linear, optimiser) == 8 * 4 * 3 + 2 * 4
+    assert held_bytes(optimiser, linear) == 8 * 4 * 3 + 2 * 4
+    assert held_bytes(optimiser, linear, deepcopy(linear)) == 8 * 4 * 4 + 2 * 4
 
 
 def test_a_counter_for_every_step_counts_each_new_shape_exactly():
@@ -142,6 +148,79 @@ def test_recipes_are_measured_in_turns(pairs, tmp_path):
     traces = sorted(path.name for path in tmp_path.glob("trace*"))
     assert traces == ["trace-made-data.batch_size-4.json", "trace-made-data.batch_size-8.json"]
     assert json.loads((tmp_path / traces[0]).read_text())["traceEvents"]
+
+
+def ready_run(pairs, folder, *objectives, **changes):
+    """A run as `measure_speed` prepares it."""
+    run = replace(made_run(pairs, folder, *objectives), **changes)
+    return prepared({"made": run}, folder, made_data=False, batches=1, repetitions=1)["made"]
+
+
+def test_a_reduced_beginning_is_not_what_is_measured(pairs, tmp_path):
+    reduced = ReducedStart(share=0.9, size=8, max_length=4)
+    whole, cheap = (Trial(ready_run(pairs, tmp_path, "clip", reduced=r), 1) for r in (ReducedStart(), reduced))
+    assert cheap.step().flops == whole.step().flops
+    with pytest.raises(UserError, match="whole steps"):
+        varied({"made": whole.run}, None, "reduced.share=0.5,0.9")
+
+
+def test_the_start_of_the_loader_is_no_waiting_of_a_step(pairs, tmp_path):
+    trial, closed = Trial(ready_run(pairs, tmp_path, "clip"), 1), []
+
+    class SlowStart:
+        def batches(self, start=0):
+            time.sleep(5)
+            try:
+                while True:
+                    yield trial.loading.made[0], []
+            finally:
+                closed.append(True)
+
+    trial.loader = SlowStart()
+    assert trial.data_wait(2) < 0.5 and closed == [True]
+    assert trial.step().rows == 8
+
+
+def test_each_objective_of_a_mix_is_counted_before_steps_are_timed(pairs, tmp_path):
+    # The second objective is drawn in one of ten thousand steps.
+    trial = Trial(ready_run(pairs, tmp_path, "flm", "clip", mix={"flm": 1.0, "clip": 1e-4}), 2)
+    known = {shape.part.split("/")[0] for shape in trial.state.flops._known}
+    assert known == {"flm", "clip"} and trial.state.run.mix == {"flm": 1.0, "clip": 1e-4}
+    drawn = trial.step()
+    assert drawn.tokens > 0 and drawn.flops > 0
+    alone = Trial(ready_run(pairs, tmp_path, "flm"), 2)
+    assert trial.bytes() >= alone.bytes()
+
+
+def test_averaged_weights_are_part_of_the_memory(pairs, tmp_path):
+    plain, averaged = (Trial(ready_run(pairs, tmp_path, "clip", ema=ema), 1) for ema in (None, 0.9))
+    weights = sum(p.nbytes for p in plain.state.pretraining.parameters())
+    assert averaged.bytes() - plain.bytes() >= weights
+
+
+def test_the_seconds_of_compiling_are_those_that_pytorch_counts(pairs, tmp_path, monkeypatch):
+    counted = iter([(3, 1.5), (7, 6.0)])
+    monkeypatch.setattr("fastvlp.speed.trial.compiled", lambda: next(counted))
+    monkeypatch.setattr("fastvlp.training.start.compile_blocks", lambda *_: None)
+    assert Trial(ready_run(pairs, tmp_path, "clip", compile=True), 1).compile_s == 4.5
+
+
+def test_another_library_without_memory_is_named(pairs, tmp_path, monkeypatch):
+    def full(trial):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setitem(PEERS, "transformers", full)
+    with pytest.raises(UserError, match="transformers, as made: a step does not fit"):
+        measure_speed([made_run(pairs, tmp_path, "clip")], repetitions=1, batches=1, beside=("transformers",))
+
+
+def test_made_data_take_the_place_of_all_data(tmp_path):
+    run = recipe("flip_demo")
+    run = replace(run, data=replace(run.data, train="own", mix={"other": 0.5}, val="v"), vocab=300)
+    made = with_made_data({"a": run, "b": run}, tmp_path, 1)
+    assert made["a"].data.mix is None and made["a"].data.val is None and made["a"].tokenizer == made["b"].tokenizer
+    with pytest.raises(UserError, match="VQAData reads data of its own kind"):
+        with_made_data({"a": replace(run, data=VQAData(batch_size=2, train="own", answers=()))}, tmp_path, 1)
 
 
 def test_equal_recipes_have_equal_losses(pairs, tmp_path):

@@ -127,6 +127,12 @@ class Data(abc.ABC):
     def texts(self) -> Iterator[str]:
         """The training texts, to train a tokenizer on."""
 
+    def of_pairs(self, train: str) -> Data:
+        """The same options with a folder of image-text pairs as the only data. Raises UserError where others are needed."""
+        raise UserError(
+            f"{type(self).__name__} reads data of its own kind, and image-text pairs cannot take their place"
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class PairData(Data):
@@ -250,6 +256,9 @@ class PairData(Data):
         """Yields the captions, and the questions and statements in the same languages, of at most `vocab_records` records."""
         ahead = self._reading(Shards(self.train)).block if self.order == "sequential" else 0
         return vocabulary_texts(joined(self._parts("train")), self.captions, ahead, self.vocab_records)
+
+    def of_pairs(self, train: str) -> PairData:
+        return replace(self, train=train, mix=None, val=None, test=None)
 
     def _parts(self, split: Split) -> list[Shards]:
         """The shards of a split, of training those of `mix` too; none where there is no such split."""

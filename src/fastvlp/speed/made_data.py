@@ -6,7 +6,6 @@ import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import tokenizers
 
@@ -21,29 +20,32 @@ MOST_SCENES = 512
 
 def with_made_data(runs: Mapping[str, TrainConfig], folder: Path, steps: int) -> dict[str, TrainConfig]:
     """The runs on scenes of the embedded corpus, in pictures as large as the model's images, with a tokenizer of as many tokens
-    as the run's vocabulary, and with new weights in place of those that they would start from.
+    as the run's vocabulary, and with new weights in place of those that they would start from. A teacher stays the run's own.
 
     Args:
         folder: where the scenes are written.
         steps: steps of which each row should be another scene.
     """
-    made = {}
+    made: dict[str, TrainConfig] = {}
+    # By texts and size: recipes of the same texts share one.
+    tokenizers_of: dict[tuple[tuple[str, ...], int], str] = {}
     for name, run in runs.items():
-        data: Any = run.data
-        if not hasattr(data, "train"):
-            raise UserError(
-                f"{name}: its data are of its own kind, for which there are no made ones; leave out `made_data`"
-            )
         size = max(16, run.model.image.size)
         scenes = min(MOST_SCENES, steps * run.accumulate * run.data.batch_size)
         out = folder / f"scenes-{size}-{scenes}"
         none = {"val": 0, "test": 0, "pairs": 0, "singles": 0}
         write_world(out, WorldConfig(size=size), train=scenes, **none, progress=False)
-        data = replace(data, train=str(out / "train"), val=None, test=None)
-        path = folder / f"tokenizer-{size}-{scenes}-{run.vocab}-{data.captions}.json"
-        if not path.exists():
-            padded(Tokenizer.train(data.texts(), "wordpiece", vocab_size=run.vocab), run.vocab).save(path)
-        made[name] = replace(run, data=data, tokenizer=str(path), init=None, image=None, text=None, text_prefix=None)
+        try:
+            data = run.data.of_pairs(str(out / "train"))
+        except UserError as error:
+            raise UserError(f"{name}: {error}; leave out `made_data`") from error
+        key = tuple(data.texts()), run.vocab
+        if key not in tokenizers_of:
+            tokenizers_of[key] = str(folder / f"tokenizer-{len(tokenizers_of)}.json")
+            padded(Tokenizer.train(key[0], "wordpiece", vocab_size=run.vocab), run.vocab).save(tokenizers_of[key])
+        made[name] = replace(
+            run, data=data, tokenizer=tokenizers_of[key], init=None, image=None, text=None, text_prefix=None
+        )
     return made
 
 

@@ -28,6 +28,7 @@ from fastvlp.speed.memory import largest_rows, release, room
 from fastvlp.speed.peers import PEERS, PeerName
 from fastvlp.speed.trial import Arm, Step, Trial
 from fastvlp.training.hardware import peak_flops
+from fastvlp.training.reduced_start import ReducedStart
 from fastvlp.training.train_config import TrainConfig
 
 GIGA = 1e9
@@ -58,7 +59,7 @@ class Speed:
         loader_s: seconds to make the batches of a step; None for other libraries.
         loader_share: of a step's seconds.
         data_wait: share of a step that waits for data, where steps read theirs.
-        compile_s: seconds on the wall until the first compiled steps were done; None without `compile`.
+        compile_s: seconds that PyTorch compiled before the timed steps; None without `compile`.
         largest_batch: most rows of a micro-batch that fit; None where it was not asked for.
         config: the options that were varied and those that decide a step's cost.
     """
@@ -121,8 +122,8 @@ def measure_speed(
 ) -> Speeds:
     """Measure how fast recipes train on this device: step time, FLOPs, memory, the loader, and other libraries beside them.
 
-    The recipes take turns, step by step, on batches that are ready, so that ratios are fair on a busy machine. Time is that of
-    the processor on a CPU, and on the wall on a GPU, which finishes its work first. Nothing is saved of the training.
+    The recipes take turns, step by step, on batches that are ready, so that ratios are fair on a busy machine. Steps are whole
+    ones, without `reduced`. Time is that of the processor on a CPU, and on the wall on a GPU. Nothing is saved of the training.
 
     Args:
         recipes: Names of recipes, paths of your own files, or in Python also configs.
@@ -175,7 +176,11 @@ def timed(
     """The speeds of the runs and of other libraries beside the first one, whose steps take turns."""
     trials = {name: named(name, partial(Trial, run, batches)) for name, run in runs.items()}
     first = next(iter(trials.values()))
-    arms: dict[str, Arm] = {**trials, **{f"{peer}, as {first.run.name}": PEERS[peer](first) for peer in beside}}
+    peers = {f"{peer}, as {first.run.name}": peer for peer in beside}
+    arms: dict[str, Arm] = {
+        **trials,
+        **{name: named(name, partial(PEERS[peer], first)) for name, peer in peers.items()},
+    }
     taken = in_turn(list(arms), repetitions, lambda name: named(name, arms[name].step))
     speeds = {name: speed(name, arm, taken, device) for name, arm in arms.items()}
     speeds |= {name: replace(speeds[name], loss_difference=None) for name in arms if name not in trials}
@@ -210,6 +215,8 @@ def varied(runs: Mapping[str, TrainConfig], model: str | None, vary: str | None)
     field, equals, values = vary.partition("=")
     if not equals or not values:
         raise UserError(f"`vary` {vary}: write FIELD=VALUE,VALUE, such as keep=1,0.5")
+    if field.startswith("reduced"):
+        raise UserError(f"`vary` {vary}: whole steps are measured; vary keep, model.image.size or data.max_length")
     return {
         f"{name} {field}={value}": replace(
             with_settings(run, [f"{field}={value}"], name), name=f"{name} {field}={value}"
@@ -222,15 +229,19 @@ def varied(runs: Mapping[str, TrainConfig], model: str | None, vary: str | None)
 def prepared(
     runs: Mapping[str, TrainConfig], folder: Path, made_data: bool, batches: int, repetitions: int
 ) -> dict[str, TrainConfig]:
-    """The runs with their data and tokenizers, long enough for all steps, and without what is stored or shown of a run."""
+    """The runs with their data and tokenizers, of whole steps alone, long enough for all of them, and without what is stored
+    or shown of a run."""
     if made_data:
         runs = with_made_data(runs, folder, batches)
-    enough = max(200, 4 * (repetitions + 4 * batches))
+    parts = max(len(run.mix or (run,)) for run in runs.values())
+    workers = max(run.data.workers for run in runs.values())
+    enough = max(200, 4 * (repetitions + 8 * batches * parts + workers))
     plain = {
         name: replace(
             run,
             steps=enough,
             budget_s=None,
+            reduced=ReducedStart(),
             out=str(folder / "run"),
             report_to=(),
             patience=None,
@@ -331,9 +342,10 @@ def append(path: Path, result: Speeds) -> None:
     """Appends a line of JSON for each arm."""
     path.parent.mkdir(parents=True, exist_ok=True)
     common = {**result.about, "clock": result.clock, "memory_limit": result.memory_limit}
+    lines = [json.dumps(common | as_record(one)) + "\n" for one in result.arms]
+    # Written at once, so that lines of other processes come before or after them.
     with path.open("a", encoding="utf-8") as file:
-        for one in result.arms:
-            file.write(json.dumps(common | as_record(one)) + "\n")
+        file.write("".join(lines))
 
 
 def as_record(one: Speed) -> dict[str, Any]:

@@ -49,10 +49,11 @@ class CountedBytes(TorchDispatchMode):
         self.now -= size
 
 
-def held_bytes(module: nn.Module, optimiser: torch.optim.Optimizer) -> int:
-    """Bytes of weights, buffers and the optimiser's state: what is held between steps."""
+def held_bytes(optimiser: torch.optim.Optimizer, *modules: nn.Module) -> int:
+    """Bytes of the modules' weights and buffers and of the optimiser's state: what is held between steps."""
     states = [x for state in optimiser.state.values() for x in state.values() if isinstance(x, Tensor)]
-    storages = {id(x): x.nbytes for x in (*module.parameters(), *module.buffers(), *states)}
+    weights = [x for module in modules for x in (*module.parameters(), *module.buffers())]
+    storages = {id(x): x.nbytes for x in (*weights, *states)}
     return sum(storages.values())
 
 

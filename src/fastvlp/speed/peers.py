@@ -74,7 +74,7 @@ class Peer:
         with peak_of_step(self.device) as peak:
             self.step()
             extra = peak()
-        return held_bytes(self.model, self.optimiser) + extra
+        return held_bytes(self.optimiser, self.model) + extra
 
 
 def transformers_step(trial: Trial) -> Peer:

@@ -18,6 +18,7 @@ from fastvlp.dist import Precision
 from fastvlp.random import hash64
 from fastvlp.speed.clock import Clock, Lap
 from fastvlp.speed.memory import held_bytes, peak_of_step, release
+from fastvlp.training.blocks import compiled
 from fastvlp.training.flops import FlopCounter
 from fastvlp.training.loop import steps
 from fastvlp.training.start import start
@@ -70,7 +71,8 @@ class Trial:
     micro-batches, the optimiser and the averaged weights.
 
     Attributes:
-        compile_s: seconds on the wall that the first compiled steps took beyond uncompiled ones; None without `compile`.
+        compile_s: seconds that PyTorch compiled until all batches were seen; what an earlier recipe compiled may serve this
+            one too. None without `compile`.
     """
 
     def __init__(self, run: TrainConfig, batches: int):
@@ -80,13 +82,16 @@ class Trial:
         self.loading = load(self.state, batches * run.accumulate)
         self.state.train = ready(self.loading.made, run.seed)
         self.state.flops = FlopCounter(self.state.model.config.image.tokens, every=0)
-        self.reports = steps(self.state)
-        # Every shape is counted in the first pass over the batches, so that no timed step counts; counted steps run uncompiled.
-        counted = [self.step() for _ in range(batches)]
-        second = [self.step() for _ in range(batches)]
-        self.compile_s = None
-        if run.compile:
-            self.compile_s = max(0.0, sum(one.lap.wall_s for one in second) - sum(one.lap.wall_s for one in counted))
+        self.whole = self.state.run
+        before = compiled()[1] if run.compile else 0.0
+        # Counted steps run uncompiled. Every shape of every objective is counted in the first pass over the batches, and
+        # compiled in the second, so that a timed step does neither.
+        for part in self.parts():
+            self._follow(part)
+            for _ in range(2 * batches):
+                self.step()
+        self.compile_s = compiled()[1] - before if run.compile else None
+        self._follow(self.whole)
 
     @property
     def precision(self) -> Precision:
@@ -97,23 +102,43 @@ class Trial:
         """Numbers that are trained."""
         return sum(p.numel() for p in self.state.pretraining.parameters() if p.requires_grad)
 
+    def parts(self) -> list[TrainConfig]:
+        """The runs whose steps the run's steps are: of a mix, one for each objective."""
+        run = self.whole
+        return [run] if run.mix is None else [replace(run, mix={name: 1.0}) for name in run.mix]
+
+    def _follow(self, run: TrainConfig) -> None:
+        """Makes the next steps those of `run`."""
+        self.state.run = run
+        self.reports = steps(self.state)
+
     def step(self) -> Step:
         clock = Clock(self.state.device)
         report = next(self.reports)
         return as_step(report, clock.read())
 
     def bytes(self) -> int:
-        with peak_of_step(self.state.device) as peak:
-            self.step()
-            extra = peak()
-        return held_bytes(self.state.pretraining, self.state.optimiser) + extra
+        extra = 0
+        for part in self.parts():
+            self._follow(part)
+            with peak_of_step(self.state.device) as peak:
+                self.step()
+                extra = max(extra, peak())
+        self._follow(self.whole)
+        averaged = [] if self.state.ema is None else [self.state.ema]
+        return held_bytes(self.state.optimiser, self.state.pretraining, *averaged) + extra
 
     def data_wait(self, count: int) -> float:
-        """Share of a step's time on the wall that waits for data, over `count` steps that read theirs as training does."""
-        ready_batches, self.state.train = self.state.train, self.loader
+        """Share of a step's time on the wall that waits for data, over `count` steps that read theirs as training does. Steps
+        before them, in which the loader starts and whose batches it made at once, do not count."""
+        ready_batches, flops = self.state.train, self.state.flops
+        # Counting a new shape would make a step longer, and its wait a smaller share.
+        self.state.train, self.state.flops = self.loader, FlopCounter(flops.image)
         reports = steps(self.state)
-        taken = [next(reports) for _ in range(count)]
-        self.state.train = ready_batches
+        first = made_ahead(self.whole) // self.state.division.micro + 1
+        taken = [next(reports) for _ in range(first + count)][first:]
+        reports.close()
+        self.state.train, self.state.flops = ready_batches, flops
         return sum(one.data_wait for one in taken) / max(1e-9, sum(one.seconds for one in taken))
 
     def largest_batch(self, limit: float, search: Callable[[Callable[[int], float], float, int], int]) -> int:
@@ -123,7 +148,6 @@ class Trial:
 
     def _bytes_with(self, batch: Batch) -> float:
         self.state.train = ready([batch], self.run.seed)
-        self.reports = steps(self.state)
         try:
             return self.bytes()
         except (torch.OutOfMemoryError, MemoryError):
@@ -156,8 +180,7 @@ def load(state: TrainState, count: int) -> Loading:
             made.append(state.train.make(state.train.rows(s))[0])
         return Loading(s=clock.read().cpu_s / count * state.run.accumulate, made=made)
     batches: Iterator[tuple[Batch, object]] = state.train.batches()
-    # The workers make some at once before the first is taken.
-    ahead, cpu = 2 * state.run.data.workers + 2, torch.device("cpu")
+    ahead, cpu = made_ahead(state.run), torch.device("cpu")
     for number in range(max(count, ahead)):
         batch, _ = next(batches)
         made += [batch.to(state.device)] if number < count else []
@@ -166,6 +189,11 @@ def load(state: TrainState, count: int) -> Loading:
         next(batches)
         taken += 1
     return Loading(s=clock.read().wall_s / taken * state.run.accumulate, made=made)
+
+
+def made_ahead(run: TrainConfig) -> int:
+    """Batches that the loader makes at once, before the first is taken."""
+    return 2 * run.data.workers + 2
 
 
 def ready(batches: list[Batch], seed: int) -> Loader:

@@ -7,7 +7,7 @@ import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from functools import partial
@@ -44,7 +44,7 @@ from fastvlp.training.validation import read_before_training, validate, validate
 __all__ = ["StepReport", "TrainConfig", "TrainState", "start", "steps", "train", "validate"]
 
 
-def steps(state: TrainState) -> Iterator[StepReport]:
+def steps(state: TrainState) -> Generator[StepReport, None, None]:
     """Trains one step each time that the next report is asked for, until the run is over or a signal stops it."""
     run = state.run
     parameters = [p for group in state.optimiser.param_groups for p in group["params"]]
