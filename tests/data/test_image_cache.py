@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import mmap
 import pickle
 from pathlib import Path
+from weakref import WeakSet
 
 import pytest
 import torch
@@ -18,6 +20,11 @@ from fastvlp.data.records.transform import Transform
 from tests.training.runs import made_records
 
 EACH = 3 * 8 * 8 + 13
+
+
+@pytest.fixture(autouse=True)
+def no_other_caches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(image_cache, "_CACHES", WeakSet())
 
 
 def test_where_there_is_room_nothing_is_said(capfd: pytest.CaptureFixture[str]) -> None:
@@ -52,6 +59,30 @@ def test_the_processes_of_a_machine_share_its_memory(monkeypatch: pytest.MonkeyP
     cache = room_for_images("split", 6, 8)
     assert cache is not None and len(cache) == 2
     assert capfd.readouterr().err == "", "the first process of the machine says it"
+
+
+def test_what_other_caches_will_take_is_not_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(image_cache, "free_memory", lambda: 16 * EACH)
+    caches = [room_for_images("split", 100, 8) for _ in range(6)]
+    # Half of 16, of the 8 that are left, of 4, of 2; then there is room for none.
+    assert [len(cache) if cache else 0 for cache in caches] == [8, 4, 2, 1, 0, 0]
+    first = caches[0]
+    assert first is not None and first.unfilled == 8 * EACH
+    # The memory of an image that is there is no longer free, and the system says so.
+    for place in (0, 3):
+        first.put(place, torch.zeros(3, 8, 8, dtype=torch.uint8), StoredShape(8, 8, 1))
+    assert first.unfilled == 6 * EACH
+    del first, caches
+    gc.collect()
+    again = room_for_images("split", 100, 8)
+    assert again is not None and len(again) == 8
+
+
+def test_the_promises_of_the_other_processes_of_a_machine_count_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(image_cache, "free_memory", lambda: 16 * EACH)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    first, second = (room_for_images("split", 100, 8) for _ in range(2))
+    assert first is not None and second is not None and (len(first), len(second)) == (4, 2)
 
 
 @pytest.mark.parametrize("free", [None, 10**30])

@@ -14,7 +14,9 @@ from fastvlp.data.batching import Grouping
 from fastvlp.data.loader import Loader, Row
 from fastvlp.data.pairs import PairData
 from fastvlp.data.records.joined import JoinedShards, joined
-from fastvlp.data.records.shards import Shards, ShardWriter
+from fastvlp.data.reader import RecordReader
+from fastvlp.data.records.shards import RecordError, Shards, ShardWriter
+from fastvlp.data.records.transform import Transform
 from fastvlp.data.row_order import MixedOrder, Mixture, exact_rows
 from fastvlp.data.stored_lengths import caption_lengths
 from fastvlp.data.tokenize import Tokenizer
@@ -112,12 +114,69 @@ def test_joined_shards_are_those_of_each_folder(tmp_path: Path) -> None:
     assert len(whole) == 34 and joined(parts[:1]) is parts[0]
     for i in (0, 23, 24, 33):
         part, own = (parts[0], i) if i < 24 else (parts[1], i - 24)
-        assert whole.key(i) == part.key(own) and whole.info(i) == part.info(own)
+        assert whole.key(i) == (part.key(own) if i < 24 else f"{web}: {part.key(own)}") and whole.info(i) == part.info(
+            own
+        )
         assert whole.images(i) == part.images(own) and whole.image_count(i) == 1 and whole.detected(i) == ()
     assert whole.fingerprint not in {part.fingerprint for part in parts}
     assert joined(parts[::-1]).content != whole.content
     with pytest.raises(IndexError):
         whole.key(34)
+
+
+def test_unreadable_records_of_two_folders_with_the_same_keys_are_both_named(tmp_path: Path) -> None:
+    for name in ("shop", "web"):
+        with ShardWriter(tmp_path / name) as writer:
+            for record in made_records(3):
+                writer.write(replace(record, images=(b"no image",)) if record.key == "r001" else record)
+    whole = joined([Shards(tmp_path / "shop"), Shards(tmp_path / "web")])
+    reader = RecordReader(whole, Transform(size=8))
+    kept, dropped = reader.read_each(lambda i: reader.record(i).images, range(6))
+    assert len(kept) == 4
+    assert [one.key for one in dropped] == ["r001", f"{tmp_path / 'web'}: r001"]
+
+
+def test_errors_of_a_later_folder_name_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shop, web = folders(tmp_path)
+    whole = joined([Shards(shop / "train"), Shards(web)])
+
+    def fail(shards: Shards, i: int) -> None:
+        raise RecordError(shards.key(i), "no image")
+
+    for method in ("info", "images", "detected"):
+        monkeypatch.setattr(Shards, method, fail)
+        with pytest.raises(RecordError) as caught:
+            getattr(whole, method)(24)
+        assert (caught.value.key, caught.value.reason) == (whole.key(24), "no image")
+    assert whole.key(24).startswith(f"{web}: ")
+
+
+@pytest.mark.parametrize(("share", "folder"), [(0.001, "web"), (0.999, "shop/train")])
+def test_a_share_of_less_than_a_row_is_refused(tmp_path: Path, share: float, folder: str) -> None:
+    shop, web = folders(tmp_path)
+    data = PairData(train=str(shop / "train"), batch_size=1, mix={str(web): share})
+    with pytest.raises(UserError, match=rf"{tmp_path / folder} .*34 rows.*at least 1 / 34"):
+        data.rows("train", Tokenizer.train(["red blue"] * 3), 8, strict=False)
+    least = replace(data, mix={str(web): 1 / 34 + 1e-9})
+    rows = least.rows("train", Tokenizer.train(["red blue"] * 3), 8, strict=False)
+    assert rows is not None and rows.mixture is not None and MixedOrder(rows.mixture, 0).rows_S == [33, 1]
+
+
+def test_mixed_folders_may_move(tmp_path: Path) -> None:
+    shop, web = folders(tmp_path)
+    run = made_run(shop, tmp_path / "run", "mlm", batch_size=4, steps=1)
+    run = replace(run, data=replace(run.data, mix={str(web): 0.25}))
+    train(run)
+    web.rename(tmp_path / "moved")
+    moved = replace(run, data=replace(run.data, mix={str(tmp_path / "moved"): 0.25}))
+    assert start(moved, resume=True).changed == {}
+    with pytest.raises(UserError, match=r"data\.mix.*moved"):
+        start(replace(moved, data=replace(moved.data, mix={str(tmp_path / "moved"): 0.5})), resume=True)
+    with ShardWriter(tmp_path / "other") as writer:
+        for record in made_records(10, seed=8):
+            writer.write(record)
+    with pytest.raises(UserError, match="holds other records now"):
+        start(replace(moved, data=replace(moved.data, mix={str(tmp_path / "other"): 0.25})), resume=True)
 
 
 def test_a_resumed_mixed_run_equals_a_straight_one(tmp_path: Path) -> None:

@@ -53,6 +53,14 @@ def test_a_text_too_long_is_cut_and_keeps_its_end_token(tokenizer):
         tokenizer.encode(["two"], 1)
 
 
+@pytest.mark.parametrize("max_length", [2, 3, 6, 50])
+def test_lengths_are_those_of_the_rows(tokenizer, max_length):
+    texts = [*ENGLISH, *CHINESE, "", "two", "x" * (64 * max_length + 5), ENGLISH[0] * 200]
+    assert torch.equal(tokenizer.lengths(texts, max_length), tokenizer.encode(texts, max_length)[1])
+    with pytest.raises(ValueError, match="max_length 1"):
+        tokenizer.lengths(["two"], 1)
+
+
 def test_of_a_hundred_thousand_characters_only_the_beginning_is_tokenised(tokenizer, monkeypatch):
     inner, tokenised = tokenizer._inner, []
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import mmap
 import os
 from pathlib import Path
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -26,6 +27,9 @@ _LIMITS = (
     ),
 )
 
+# The caches of this process. Their pages take memory when they are written: until then the system counts them as free.
+_CACHES: WeakSet[ImageCache] = WeakSet()
+
 
 class ImageCache:
     """One decoded image, uint8 [3 size size], for each of `count` places, filled as they are decoded, and the shape in which
@@ -43,12 +47,19 @@ class ImageCache:
         self._shapes = _shared(count * 3 * 4).view(torch.int32).view(count, 3)
         # Looked at for every row: numpy reads one number in a fiftieth of the time.
         self._filled = _shared(count).numpy()
+        _CACHES.add(self)
 
     def __len__(self) -> int:
         return self._arguments[0]
 
     def __contains__(self, place: int) -> bool:
         return place < self._arguments[0] and bool(self._filled[place])
+
+    @property
+    def unfilled(self) -> int:
+        """Bytes that it will take when the places that are still empty are filled."""
+        count, size = self._arguments
+        return (count - int(self._filled.sum(dtype="int64"))) * _bytes_of_one(size)
 
     def image(self, place: int) -> Tensor:
         return self._images[place]
@@ -70,14 +81,17 @@ class ImageCache:
 
 def room_for_images(source: str, count: int, size: int) -> ImageCache | None:
     """A cache for `count` images, or for the first of them where the free memory has no room for all, which a line says. None
-    where there is room for none.
+    where there is room for none. What other caches of this process will still take is not free.
 
     Args:
         source: where the images are from, for the line.
     """
-    each, free = 3 * size * size + _BESIDE, free_memory()
-    # All processes of a machine have caches of their own.
-    room = count if free is None else int(ROOM * free) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) // each
+    each, free = _bytes_of_one(size), free_memory()
+    room = count
+    if free is not None:
+        # All processes of a machine have caches of their own.
+        own = free // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - sum(cache.unfilled for cache in _CACHES)
+        room = int(ROOM * max(0, own)) // each
     kept = min(count, room)
     cache = None
     try:
@@ -102,6 +116,10 @@ def free_memory() -> int | None:
         return None
     limits = (_free_of_container(*(Path(path) for path in paths)) for paths in _LIMITS)
     return min([free, *(limit for limit in limits if limit is not None)])
+
+
+def _bytes_of_one(size: int) -> int:
+    return 3 * size * size + _BESIDE
 
 
 def _free_of_container(most: Path, used: Path, stat: Path) -> int | None:

@@ -269,7 +269,15 @@ class PairData(Data):
     def _mixture(self, parts: list[Shards]) -> Mixture | None:
         if len(parts) == 1 or self.mix is None:
             return None
-        return Mixture(tuple(map(len, parts)), (1 - sum(self.mix.values()), *self.mix.values()))
+        mixture = Mixture(tuple(map(len, parts)), (1 - sum(self.mix.values()), *self.mix.values()))
+        count = sum(mixture.sizes)
+        for folder, share in zip((self.train, *self.mix), mixture.shares):
+            if share * count < 1:
+                raise UserError(
+                    f"`data.mix` leaves {folder} a share of {share:g}, less than one of the {count:,} rows of an epoch, so that "
+                    f"it would not be shown; give it at least 1 / {count}, or leave it out"
+                )
+        return mixture
 
 
 class Pair(NamedTuple):

@@ -155,12 +155,8 @@ class Tokenizer:
 
         A text of more than `max_length` tokens loses its end and keeps its </s>.
         """
-        if max_length < 2:
-            raise ValueError(f"max_length {max_length} leaves no room for <s> and </s>")
-        # Tokenising all of 100,000 characters for 50 tokens would be in vain.
-        cut = [text[: max_length * _CHARS_PER_TOKEN] for text in texts]
-        encodings = self._inner.encode_batch_fast(cut, add_special_tokens=False)
-        rows = [[self.bos, *encoding.ids[: max_length - 2], self.eos] for encoding in encodings]
+        encodings, words = self._cut(texts, max_length)
+        rows = [[self.bos, *encoding.ids[:kept], self.eos] for encoding, kept in zip(encodings, words)]
         length_B = torch.tensor([len(row) for row in rows], dtype=torch.int64)
         longest = max(map(len, rows), default=2)
         padded = [row + [self.pad] * (longest - len(row)) for row in rows]
@@ -168,9 +164,16 @@ class Tokenizer:
 
     def lengths(self, texts: Sequence[str], max_length: int) -> Tensor:
         """The length int64 [B] that `encode` gives each text, without its ids."""
+        return torch.tensor(self._cut(texts, max_length)[1], dtype=torch.int64) + 2
+
+    def _cut(self, texts: Sequence[str], max_length: int) -> tuple[list[Any], list[int]]:
+        """The encoding of each text, and how many of its tokens there is room for beside <s> and </s>."""
+        if max_length < 2:
+            raise ValueError(f"max_length {max_length} leaves no room for <s> and </s>")
+        # Tokenising all of 100,000 characters for 50 tokens would be in vain.
         cut = [text[: max_length * _CHARS_PER_TOKEN] for text in texts]
         encodings = self._inner.encode_batch_fast(cut, add_special_tokens=False)
-        return torch.tensor([min(len(encoding), max_length - 2) + 2 for encoding in encodings], dtype=torch.int64)
+        return encodings, [min(len(encoding), max_length - 2) for encoding in encodings]
 
     def readings(self, texts: Sequence[str], max_length: int) -> list[Reading]:
         """Says of each text what of it `encode` reads, and which of its words are unknown."""

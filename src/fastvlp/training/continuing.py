@@ -15,6 +15,8 @@ from fastvlp.training.train_config import CHANGEABLE, TrainConfig
 
 # Fields that say where data are, and not what they are.
 PLACES = {"data.train": "train", "data.val": "val"}
+# What the names of the shares of mixed data begin with; the rest of each is a place.
+MIX = "data.mix."
 # What decides which rows batch number s has.
 ORDER = (
     "data.batch_size", "data.max_tokens", "data.group", "data.fill", "seed", "data.order", "data.shuffle_buffer",
@@ -42,8 +44,16 @@ def check_names(run: TrainConfig, change: Collection[str], saved: Mapping[str, A
 def changed_fields(saved: Mapping[str, Any], run: TrainConfig) -> dict[str, tuple[Json, Json]]:
     """Fields that differ and make another run, by name: (then, now). The places of data are compared by content, later."""
     changed = differences(with_defaults(saved["run"], run), to_json(run))
-    free = {*CHANGEABLE, *PLACES, *_unused(flatten(with_defaults(saved["run"], run)), flatten(to_json(run)))}
+    then, now = flatten(with_defaults(saved["run"], run)), flatten(to_json(run))
+    free = {*CHANGEABLE, *PLACES, *_unused(then, now)}
+    if [*_mixed(then).values()] == [*_mixed(now).values()]:
+        free |= {*_mixed(then), *_mixed(now)}
     return {name: values for name, values in changed.items() if name not in free}
+
+
+def _mixed(fields: Mapping[str, Json]) -> dict[str, Json]:
+    """The shares of mixed data by the names of their fields, in the order in which the data are joined."""
+    return {name: share for name, share in fields.items() if name.startswith(MIX)}
 
 
 def _unused(then: Mapping[str, Json], now: Mapping[str, Json]) -> tuple[str, ...]:
@@ -62,7 +72,9 @@ def changed_data(
         if known.get(split) is not None and contents.get(split) is not None:
             same = known[split] == contents[split]
         else:
-            same = then.get(name) == now.get(name) and (split != "train" or saved["rows"] == rows)
+            same = then.get(name) == now.get(name)
+            if split == "train":
+                same = same and saved["rows"] == rows and [*_mixed(then)] == [*_mixed(now)]
         if not same:
             changed[name] = (then.get(name), now.get(name))
     return changed

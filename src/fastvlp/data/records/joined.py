@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from hashlib import sha256
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from fastvlp.batch import Dropped
 from fastvlp.data.records.interface import SplitRecords
-from fastvlp.data.records.shards import Shards
+from fastvlp.data.records.shards import RecordError, Shards
+
+T = TypeVar("T")
 
 
 class JoinedShards:
@@ -48,24 +50,22 @@ class JoinedShards:
         return self.parts[0].places(name)
 
     def key(self, i: int) -> str:
+        """The key in its own set, with the place of that set where it is not the first: two sets may use the same keys."""
         part, own = self._part(i)
-        return part.key(own)
+        key = part.key(own)
+        return key if part is self.parts[0] else f"{part.url}: {key}"
 
     def info(self, i: int) -> dict[str, Any]:
-        part, own = self._part(i)
-        return part.info(own)
+        return self._read(Shards.info, i)
 
     def images(self, i: int) -> tuple[bytes, ...]:
-        part, own = self._part(i)
-        return part.images(own)
+        return self._read(Shards.images, i)
 
     def image_count(self, i: int) -> int:
-        part, own = self._part(i)
-        return part.image_count(own)
+        return self._read(Shards.image_count, i)
 
     def detected(self, i: int) -> tuple[bytes, ...]:
-        part, own = self._part(i)
-        return part.detected(own)
+        return self._read(Shards.detected, i)
 
     def hold(self, records: Iterable[int]) -> None:
         for part, own in map(self._part, records):
@@ -74,6 +74,13 @@ class JoinedShards:
     def release(self, records: Iterable[int]) -> None:
         for part, own in map(self._part, records):
             part.release([own])
+
+    def _read(self, method: Callable[[Shards, int], T], i: int) -> T:
+        part, own = self._part(i)
+        try:
+            return method(part, own)
+        except RecordError as error:
+            raise RecordError(self.key(i), error.reason) from error
 
     def _part(self, i: int) -> tuple[Shards, int]:
         """The shards that have record i, and its number in them."""
