@@ -1,6 +1,7 @@
 #!/bin/bash
 # Pretrains on several machines of a Slurm cluster:  sbatch slurm.sh clip_photos --data.batch-size 480
 # Three minutes before its time is over the run saves its state, and the job goes back into the queue and continues.
+# A run that is at its end by then, or fails, does not.
 #SBATCH --job-name=fastvlp
 #SBATCH --nodes=4
 #SBATCH --ntasks-per-node=1
@@ -26,18 +27,24 @@ stop() {
 }
 trap stop USR1
 
+# What the run says, which tells a run that stopped at the signal from one that failed: torchrun exits with 1 after both.
+said=$(mktemp)
+trap 'rm -f "$said"' EXIT
+
 # One torchrun on each machine starts a process for each GPU. `--resume` begins where there is no checkpoint yet.
 srun --kill-on-bad-exit=1 torchrun \
     --nnodes "$SLURM_NNODES" --nproc-per-node "${SLURM_GPUS_ON_NODE:-8}" \
     --rdzv-id "$SLURM_JOB_ID" --rdzv-backend c10d --rdzv-endpoint "$first:29500" \
-    -m fastvlp pretrain "$recipe" --out "$out" --resume "$@" &
-run=$!
-wait "$run"
+    -m fastvlp pretrain "$recipe" --out "$out" --resume "$@" | tee "$said" &
+wait %1
 code=$?
 if [ -n "$again" ]; then
     # The signal ended the first `wait`, not the run.
-    wait "$run"
-    scontrol requeue "$SLURM_JOB_ID"
-    exit 0
+    wait %1
+    code=$?
+    if [ "$code" -ne 0 ] && grep -q "and saved; the same command continues it" "$said"; then
+        scontrol requeue "$SLURM_JOB_ID"
+        exit 0
+    fi
 fi
 exit "$code"
