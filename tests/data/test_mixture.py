@@ -13,8 +13,8 @@ import torch
 from fastvlp.data.batching import Grouping
 from fastvlp.data.loader import Loader, Row
 from fastvlp.data.pairs import PairData
-from fastvlp.data.records.joined import JoinedShards, joined
 from fastvlp.data.reader import RecordReader
+from fastvlp.data.records.joined import JoinedShards, joined
 from fastvlp.data.records.shards import RecordError, Shards, ShardWriter
 from fastvlp.data.records.transform import Transform
 from fastvlp.data.row_order import MixedOrder, Mixture, exact_rows

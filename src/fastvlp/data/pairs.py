@@ -274,8 +274,8 @@ class PairData(Data):
         for folder, share in zip((self.train, *self.mix), mixture.shares):
             if share * count < 1:
                 raise UserError(
-                    f"`data.mix` leaves {folder} a share of {share:g}, less than one of the {count:,} rows of an epoch, so that "
-                    f"it would not be shown; give it at least 1 / {count}, or leave it out"
+                    f"`data.mix` leaves {folder} a share of {share:g}, less than one of the {count:,} rows of an epoch, so "
+                    f"that it would not be shown; give it at least 1 / {count}, or leave it out"
                 )
         return mixture
 
