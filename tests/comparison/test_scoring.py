@@ -246,6 +246,35 @@ def test_a_metric_of_ones_own_is_measured(world: Path) -> None:
         gc.collect()
 
 
+def test_a_metric_of_several_scores_gives_the_named_ones_alone(world: Path) -> None:
+    state = start(run(world, FLMConfig()))
+    assert {"cloze", "next_word"} <= MetricScorer(replace(OPTIONS, caption_items=0)).score(
+        state, tuned=False
+    ).values.keys()
+    scored = MetricScorer(replace(OPTIONS, scores=("cloze",))).score(state, tuned=False)
+    assert scored.values.keys() == scored.errors.keys() == {"cloze"}
+
+
+def test_numbers_that_nobody_named_are_left_out(world: Path) -> None:
+    class Both(Metric):
+        scores = (Score("first", "First"), Score("second", "Second"))
+
+        def fits(self, state: TrainState) -> bool:
+            return True
+
+        def measure(self, state: TrainState) -> dict[str, float]:
+            self.errors = self.chance = self.blind = {"first": 0.1, "second": 0.2}
+            return {"first": 1.0, "second": 2.0}
+
+    try:
+        scored = MetricScorer(replace(OPTIONS, scores=("second",))).score(start(run(world, ITMConfig())))
+        assert scored.values == {"second": 2.0} and scored.errors == scored.chance == scored.blind == {"second": 0.2}
+    finally:
+        # `variants` lists the classes that are still there.
+        del Both
+        gc.collect()
+
+
 def test_two_towers_are_scored_by_retrieval_alone(world: Path, tmp_path: Path) -> None:
     data = PairData(train=str(world / "train"), val=str(world / "val"), batch_size=4)
     run = TrainConfig(

@@ -30,14 +30,15 @@ class MetricScorer:
         self.options = options
         self.finetuning = ShortFinetuning(options=options)
         self.metrics = [metric(self.finetuning) for metric in chosen_metrics(options)]
-        self._checked: set[Any] = set()
+        # A mixture of data has no hash.
+        self._checked: list[Any] = []
 
     def check(self, state: TrainState) -> None:
         """Reads the pairs and questions on which an arm is scored once. Raises UserError where one cannot be used."""
         key = (state.run.data, state.run.tokenizer, state.run.text, state.model.config.image)
         if key in self._checked:
             return
-        self._checked.add(key)
+        self._checked.append(key)
         for _ in validation_pairs(state, self.options):
             pass
         tunes = any(metric.tunes for metric in self.metrics)
@@ -51,11 +52,15 @@ class MetricScorer:
         for metric in self.metrics:
             if metric.fits(state) and (tuned or not metric.tunes):
                 metric.errors, metric.chance, metric.blind = {}, {}, {}
-                found.values.update(metric.measure(state))
-                found.errors.update(metric.errors)
-                found.chance.update(metric.chance)
-                found.blind.update(metric.blind)
+                found.values.update(self._chosen(metric.measure(state)))
+                found.errors.update(self._chosen(metric.errors))
+                found.chance.update(self._chosen(metric.chance))
+                found.blind.update(self._chosen(metric.blind))
         return found
+
+    def _chosen(self, numbers: Mapping[str, float]) -> dict[str, float]:
+        """Those of the scores that are measured: a metric may give further ones."""
+        return {name: number for name, number in numbers.items() if self.options.measures(name)}
 
     def samples(self, states: Mapping[str, TrainState]) -> list[Sample]:
         """Pictures with the captions and answers of each arm, whose last scoring was just before."""

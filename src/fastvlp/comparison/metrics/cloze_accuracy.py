@@ -29,6 +29,8 @@ class ClozeAccuracy(Metric):
     def measure(self, state: TrainState) -> dict[str, float]:
         values = {}
         for name, method in cloze_methods(state).items():
+            if not self.options.measures(name):
+                continue
             pairs = validation_pairs(state, self.options, self.options.cloze_items)
             with autocast(state):
                 found = cloze(state.evaluated.model, method, pairs)
