@@ -8,6 +8,7 @@ import platform
 import shlex
 import subprocess
 import sys
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -53,17 +54,27 @@ def data_name(path: str) -> str:
     return "/".join(path.rstrip("/").split("/")[-2:])
 
 
-def about(device: torch.device) -> dict[str, Any]:
+def code() -> dict[str, str]:
+    """Version and commit of this package, and the version of torch."""
     try:
         package = version("fastvlp")
     except PackageNotFoundError:
         package = ""
+    return {"fastvlp": package, "commit": commit(), "torch": torch.__version__}
+
+
+def other_code(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """In which commit and versions two results of `about` or `code` differ, as far as both know them: (first, second) by
+    name."""
+    names = [name for name in ("fastvlp", "commit", "torch") if name in first and name in second]
+    return {name: (first[name], second[name]) for name in names if first[name] != second[name]}
+
+
+def about(device: torch.device) -> dict[str, Any]:
     return {
         "device": device_name(device),
         "threads": torch.get_num_threads(),
-        "fastvlp": package,
-        "commit": commit(),
-        "torch": torch.__version__,
+        **code(),
         "python": platform.python_version(),
         "command": shlex.join(["vlp", *sys.argv[1:]]),
         "date": datetime.datetime.now().astimezone().strftime("%Y-%m-%d %H:%M"),

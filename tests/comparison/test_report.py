@@ -1,12 +1,15 @@
 """The page holds everything, asks no other host for anything, and trusts no text."""
 
 import html.parser
+import io
 import re
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from fastvlp.comparison.charts import Dot, Line, Point, dot_chart, line_chart, nice_ticks, short
+from fastvlp.comparison.progress import print_tables
 from fastvlp.comparison.report import page, write_report
 from fastvlp.comparison.results import (
     AnsweredQuestion,
@@ -17,6 +20,7 @@ from fastvlp.comparison.results import (
     Sample,
     TrainingCost,
 )
+from fastvlp.comparison.summary import code_note
 
 PICTURE = "data:image/png;base64,iVBORw0KGgo="
 
@@ -144,6 +148,31 @@ def test_the_answer_comes_first() -> None:
     )
     assert "text alone" in answer and "25.0 %" in answer and "12.5 %" in answer
     assert "optim.lr" in answer, "what the arms differ in"
+
+
+def test_it_says_how_the_arms_took_turns() -> None:
+    comparison = comparison_of()
+    assert "by turns of 5 s, on one device" in page(comparison)
+    comparison.settings, comparison.counted = {"slice_s": 7.0, "steps": True}, "steps"
+    assert "by turns of 7 steps, on one device" in page(comparison)
+    comparison.added = {"<b>odd</b>": {"date": "later"}}
+    assert "flm and mlm by turns of 7 steps, on one device" in page(comparison)
+    comparison.added = {"mlm": {}, "<b>odd</b>": {}}
+    assert "by turns" not in page(comparison)
+
+
+def test_it_says_where_parts_were_measured_with_other_code() -> None:
+    comparison = comparison_of()
+    comparison.about |= {"commit": "aaa", "torch": "2.9"}
+    assert code_note(comparison) is None
+    comparison.added = {"flm": {"commit": "aaa", "torch": "2.9"}}
+    assert code_note(comparison) is None
+    comparison.continued = [{"commit": "bbb", "torch": "2.9", "date": "tomorrow"}]
+    assert "tomorrow: commit bbb, not aaa" in str(code_note(comparison))
+    assert "commit bbb, not aaa" in page(comparison)
+    console = Console(width=200, record=True, file=io.StringIO())
+    print_tables(comparison, console)
+    assert "commit bbb, not aaa" in console.export_text()
 
 
 def test_a_score_that_was_measured_once_has_bars_in_place_of_curves() -> None:

@@ -351,6 +351,40 @@ def test_other_data_cannot_be_added(copied, corpus):
         fastvlp.compare(add=[other], out=copied)
 
 
+def test_arms_of_which_one_mixes_folders_are_compared(corpus, tmp_path):
+    alone, mixed = arms(corpus)
+    mixed = replace(mixed, data=replace(mixed.data, mix={str(corpus / "test"): 0.5}))
+    options = {"scoring": replace(OPTIONS, scores=("cloze",), pictures=0), "budget": "1steps", "marks": (1.0,)}
+    comparison = fastvlp.compare([alone, mixed], out=tmp_path, **options)
+    one, two = (run.contents for run in comparison.runs)
+    assert one["train"] != two["train"] and one["val"] == two["val"] and comparison.finished
+
+
+def test_an_arm_without_a_checkpoint_ignores_the_tokenizer_of_an_earlier_run(corpus, tmp_path):
+    config = replace(arm(corpus, "flm", FLMConfig()), out=str(tmp_path / "run"))
+    state = turns.begin(config, resume=False)
+    turns.keep(state)
+    assert turns.begin(config, resume=True).tokenizer.vocab_size == state.tokenizer.vocab_size
+    turns.forget(config.folder)
+    assert (config.folder / "tokenizer.json").exists()
+    assert turns.begin(replace(config, vocab=90), resume=True).tokenizer.vocab_size > state.tokenizer.vocab_size
+
+
+def test_it_is_kept_that_a_comparison_goes_on_with_other_code(copied, monkeypatch):
+    comparison = Comparison.load(copied / "results.json")
+    comparison.finished, own = False, comparison.about["commit"]
+    comparison.save(copied / "results.json")
+    assert fastvlp.compare(resume=True, out=copied).continued == []
+    comparison.about["commit"] = "older"
+    comparison.save(copied / "results.json")
+    for _ in range(2):
+        ended = fastvlp.compare(resume=True, out=copied)
+        assert [about["commit"] for about in ended.continued] == [own] and ended.about["commit"] == "older"
+        ended.finished = False
+        ended.save(copied / "results.json")
+    assert f"commit {own}, not older" in (copied / "report.html").read_text()
+
+
 def test_what_differs_from_the_comparison_is_refused(copied, corpus):
     before = (copied / "results.json").read_text()
     refused: list[tuple[dict[str, Any], str]] = [

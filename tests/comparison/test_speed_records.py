@@ -10,11 +10,14 @@ from typing import Any
 
 import pytest
 
+from fastvlp import provenance
 from fastvlp.cli import main
 from fastvlp.comparison import speed_records
 from fastvlp.comparison.results import ArmRun, Comparison, Measurement, TrainingCost
-from fastvlp.comparison.speed_records import SpeedRecord, measure, read_record, verify_record
+from fastvlp.comparison.speed_records import SpeedRecord, find_data, measure, read_record, verify_record
 from fastvlp.config import to_json
+from fastvlp.data.records.shards import Shards
+from fastvlp.data.world.corpus import WorldConfig, write_world
 from fastvlp.errors import UserError
 from fastvlp.eval.t_test import p_above
 from fastvlp.recipes import names
@@ -65,6 +68,7 @@ def write(folder: Path, record: SpeedRecord) -> Path:
 
 def test_a_record_is_measured_by_a_comparison_of_its_recipe(calls, tmp_path):
     file = write(tmp_path, replace(RECORD, settings=("vocab=99",), scoring={"cloze_items": 7}, threads=2))
+    (tmp_path / "easy").mkdir()
     verified = verify_record(file, data=str(tmp_path / "easy"), out=tmp_path / "out")
     (call,) = calls
     assert call["marks"] == (0.25, 0.5, 0.75, 1.0)
@@ -99,7 +103,8 @@ def test_a_seed_that_failed_or_has_no_score_is_no_record(tmp_path):
     assert not other.met and other.runs[0].failure is not None
 
 
-def test_what_was_measured_is_written_with_its_log(calls, tmp_path):
+def test_what_was_measured_is_written_with_its_log(calls, tmp_path, monkeypatch):
+    monkeypatch.setattr(speed_records, "contents_of", lambda recipe, settings: {"train": "12", "val": "34"})
     file = write(tmp_path, RECORD)
     verify_record(file, out=tmp_path / "out", write=True)
     record = read_record(file)
@@ -107,9 +112,63 @@ def test_what_was_measured_is_written_with_its_log(calls, tmp_path):
     assert record.log == "logs/record.json" and len(Comparison.load(tmp_path / record.log).runs) == 3
     again = verify_record(file, out=tmp_path / "out")
     assert asdict(replace(again.measured, log=record.log)) == asdict(record)
-    file.write_text(json.dumps(to_json(replace(record, contents={"train": "99", "val": "34"}))))
+
+
+def test_data_are_checked_before_anything_is_trained(calls, tmp_path):
+    write_world(tmp_path / "data", WorldConfig(), train=12, val=4, test=0, pairs=0, singles=0)
+    contents = {split: Shards(tmp_path / "data" / split).content for split in ("train", "val")}
+    file = write(tmp_path, replace(RECORD, contents=contents | {"val": "34"}))
     with pytest.raises(UserError, match="other records"):
-        verify_record(file, out=tmp_path / "out")
+        verify_record(file, data=str(tmp_path / "data"), out=tmp_path / "out")
+    assert not calls
+    file = write(tmp_path, replace(RECORD, contents=contents))
+    with pytest.raises(UserError, match="other records"):
+        verify_record(file, data=str(tmp_path / "data"), out=tmp_path / "out")
+    assert len(calls) == 1, "what the stand-in says that it read is other data"
+
+
+def test_a_target_that_is_not_met_is_not_written(calls, tmp_path):
+    file = write(tmp_path, replace(RECORD, target=0.7))
+    before = file.read_text()
+    with pytest.raises(UserError, match=r"not met.*0\.5900"):
+        verify_record(file, out=tmp_path / "out", write=True)
+    assert file.read_text() == before and not (tmp_path / "logs").exists()
+
+
+def test_a_measurement_of_other_code_is_not_continued(calls, tmp_path):
+    file, out = write(tmp_path, RECORD), tmp_path / "out"
+    out.mkdir()
+    earlier = measured_comparison(out, [0.6, 0.6])
+    earlier.save(out / "results.json")
+    with pytest.raises(UserError, match=r"other code \(commit abc, not .*`out`"):
+        verify_record(file, out=out)
+    earlier.about |= provenance.code()
+    earlier.continued = [provenance.code() | {"torch": "0.1"}]
+    earlier.save(out / "results.json")
+    with pytest.raises(UserError, match=r"torch 0\.1, not"):
+        verify_record(file, out=out)
+    assert not calls
+    earlier.continued = []
+    earlier.save(out / "results.json")
+    verify_record(file, out=out)
+    assert calls[0]["resume"]
+
+
+def test_a_corpus_is_written_where_it_is_missing_by_default_alone(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    written: list[Path] = []
+    monkeypatch.setattr(speed_records, "write_world", lambda folder, config, **counts: written.append(folder))
+    own = tmp_path / "own"
+    with pytest.raises(UserError, match="no such folder"):
+        find_data(RECORD, str(own))
+    own.mkdir()
+    assert find_data(RECORD, str(own)) == own and not written
+    assert find_data(RECORD, None) == Path("easy") and written == [Path("easy")]
+    for complete, times in ((False, 2), (True, 2)):
+        Path("easy").mkdir(exist_ok=True)
+        Path("easy/corpus.json").write_text(json.dumps({"counts": {"train": 7}, "complete": complete}))
+        find_data(RECORD, None)
+        assert len(written) == times
 
 
 def test_records_that_cannot_be(calls, tmp_path):

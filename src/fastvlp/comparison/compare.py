@@ -10,11 +10,12 @@ import torch
 from tyro.conf import arg
 
 from fastvlp import dist
-from fastvlp.comparison.begun import (
+from fastvlp.comparison.continued import (
     Job,
     check_device,
     check_options,
     check_recipes,
+    keep_code,
     read_job,
     results_path,
     saved_settings,
@@ -96,9 +97,7 @@ def compare(
         check_options(job, plan, scoring, () if add else set, threads)
         check_recipes(job, recipes, set)
         use_threads(threads or job.comparison.about.get("threads"))
-        if add or not job.comparison.finished:
-            check_device(job.comparison, device_of(job.arms), here(job.arms)["device"])
-        return run(with_added(job, add, set, here(job.arms)) if add else job)
+        return run(on_this_device(job, add, set))
 
 
 def plan_fields(
@@ -135,6 +134,19 @@ def device_of(arms: Mapping[str, TrainConfig]) -> torch.device:
 def here(arms: Mapping[str, TrainConfig]) -> dict[str, Any]:
     """Device, versions, commit, command and date."""
     return about(device_of(arms))
+
+
+def on_this_device(job: Job, add: Sequence[str | Path | TrainConfig], settings: Sequence[str]) -> Job:
+    """The job with further arms, if there are any to add, or to be continued here. Raises UserError where this is no device
+    like that of the comparison."""
+    if job.comparison.finished and not add:
+        return job
+    now = here(job.arms)
+    check_device(job.comparison, device_of(job.arms), now["device"])
+    if add:
+        return with_added(job, add, settings, now)
+    keep_code(job.comparison, now)
+    return job
 
 
 def display_of(plan: Plan, arms: Iterable[str], scoring: ScoringOptions) -> ProgressDisplay:

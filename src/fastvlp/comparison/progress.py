@@ -19,6 +19,7 @@ from fastvlp.comparison.summary import (
     Summary,
     added_note,
     busy_note,
+    code_note,
     format_duration,
     format_length,
     format_score,
@@ -192,7 +193,7 @@ def print_tables(comparison: Comparison, console: Console) -> None:
     console.print(speed)
     for score in measured_scores(comparison):
         console.print(score_table(comparison, rows, score))
-    for note in filter(None, (busy_note(comparison), added_note(comparison))):
+    for note in filter(None, (busy_note(comparison), added_note(comparison), code_note(comparison))):
         console.print(note, markup=False)
     for row in rows:
         for failure in row.failures:

@@ -18,6 +18,8 @@ from fastvlp.comparison.summary import (
     Summary,
     added_note,
     busy_note,
+    code_note,
+    format_duration,
     format_length,
     format_score,
     format_speedup,
@@ -79,8 +81,8 @@ def _head(comparison: Comparison, rows: Sequence[Summary]) -> str:
     warning = f'<p class="warning">Stopped early: {"; ".join(failures)}</p>' if failures else ""
     if not comparison.finished:
         warning = f'<p class="warning">This comparison is not finished: its numbers will change.</p>{warning}'
-    if (added := added_note(comparison)) is not None:
-        warning += f'<p class="warning">{escape(added)}</p>'
+    for note in filter(None, (added_note(comparison), code_note(comparison))):
+        warning += f'<p class="warning">{escape(note)}</p>'
     return f'<p class="overline">{escape(over)}</p><h1>{escape(_title(comparison))}</h1>{warning}'
 
 
@@ -131,9 +133,20 @@ def _compared(comparison: Comparison) -> str:
     differ = "the fields in the table of configurations" if len(parts) > DIFFERENCES else ", ".join(parts)
     runs = f"with {comparison.seeds} seeds" if comparison.seeds > 1 else "once"
     return (
-        f"Each arm trained {runs} for {format_length(comparison)} ({clock}), by turns of a few seconds on one "
-        f"device. The arms differ in {differ or 'nothing'}; all else is equal."
+        f"Each arm trained {runs} for {format_length(comparison)} ({clock}), {_turns(comparison)}on one device. "
+        f"The arms differ in {differ or 'nothing'}; all else is equal."
     )
+
+
+def _turns(comparison: Comparison) -> str:
+    """Says which arms trained by turns, and how long a turn was; nothing of a single arm."""
+    together = [arm for arm in comparison.arms if arm not in comparison.added]
+    length = comparison.settings.get("slice_s")
+    if len(together) < 2 or length is None:
+        return ""
+    turn = f"{length:,.0f} steps" if comparison.counted == "steps" else format_duration(length)
+    named = f"{', '.join(together[:-1])} and {together[-1]} " if comparison.added else ""
+    return f"{named}by turns of {turn}, "
 
 
 def _certain(comparison: Comparison) -> str:

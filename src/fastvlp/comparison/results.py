@@ -131,6 +131,7 @@ class Comparison:
         finished: whether all arms were trained and scored.
         sampled: the arms whose captions and answers were asked for.
         added: arms that were added after the others were finished, with device, versions, commit, command and date of that.
+        continued: where and when it was continued with other code than before: as `about`.
         clock: by which training time was measured: CPU time of the process, or wall time.
         counted: what `budget_s` is a number of.
         folder: where results.json and report.html are; not saved.
@@ -151,6 +152,7 @@ class Comparison:
     finished: bool = True
     sampled: list[str] = field(default_factory=list)
     added: dict[str, dict[str, Any]] = field(default_factory=dict)
+    continued: list[dict[str, Any]] = field(default_factory=list)
     clock: Literal["cpu", "wall"] = "wall"
     counted: Literal["seconds", "steps"] = "seconds"
     folder: Path | None = field(default=None, compare=False)

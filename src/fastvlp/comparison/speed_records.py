@@ -9,22 +9,27 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from fastvlp.comparison.begun import results_path
 from fastvlp.comparison.compare import compare
+from fastvlp.comparison.continued import results_path
+from fastvlp.comparison.prepared_arms import named_arms
 from fastvlp.comparison.results import ArmRun, Comparison
 from fastvlp.comparison.scoring_options import ScoringOptions
 from fastvlp.comparison.settings import budget_of
 from fastvlp.comparison.summary import first_reached
 from fastvlp.config import from_json, to_json
+from fastvlp.data.pairs import Split
 from fastvlp.data.world.corpus import WorldConfig, write_world
+from fastvlp.data.world.corpus_card import read_card
 from fastvlp.errors import UserError
 from fastvlp.eval.t_test import p_above
 from fastvlp.files import read_plain, write_whole
 from fastvlp.plain_json import parse_json
+from fastvlp.provenance import code, other_code
 
-# A target is met where a mean this far above it would be rarer than this if the true mean were the target.
+# A target is met if the test that the mean of the seeds is above it gives a p-value below this.
 MOST_P = 0.01
 Track = Literal["cpu2", "gpu1", "steps"]
+CONTENT_SPLITS: tuple[Split, ...] = ("train", "val")
 DEVICES: Mapping[Track, str] = {"cpu2": "cpu", "gpu1": "cuda", "steps": "auto"}
 
 
@@ -138,13 +143,15 @@ def verify_record(
     Args:
         file: The record.
         data: Folder with the data, a split in each of train and val. By default it is called as the record calls the data;
-            levels of the embedded corpus are written there where they are missing.
+            levels of the embedded corpus are then written where they are missing.
         seeds: Runs with different seeds.
-        out: Folder of the measurement, by default verified/RECORD. What was measured there before is continued.
-        write: Write what was measured into the record's file, and the whole measurement beside it.
+        out: Folder of the measurement, by default verified/RECORD. What the same code measured there before is
+            continued.
+        write: Write what was measured into the record's file, and the whole measurement beside it, if the target is met.
 
     Raises:
-        UserError: the file is no record, its data are others, or its recipe cannot be trained.
+        UserError: the file is no record, its data are others, its recipe cannot be trained, `out` holds a measurement of other
+            code, or a target that is not met would be written.
     """
     file = Path(file)
     record = read_record(file)
@@ -152,7 +159,16 @@ def verify_record(
         raise UserError(f"`seeds` {seeds}: the spread over seeds decides; give at least 2")
     folder = find_data(record, data)
     out = Path(out or f"verified/{file.stem}")
+    check_code(out)
     recipe = str(file.parent / record.recipe) if record.recipe.endswith(".py") else record.recipe
+    settings = [
+        *record.settings,
+        f"data.train={folder / 'train'}",
+        f"data.val={folder / 'val'}",
+        device_setting(record),
+    ]
+    if record.contents:
+        check_contents(file, record, folder, contents_of(recipe, settings))
     comparison = compare(
         [recipe],
         budget=record.budget,
@@ -160,28 +176,70 @@ def verify_record(
         out=out,
         marks=record.marks,
         scoring=from_json(ScoringOptions, {"pictures": 0, "scores": [record.score]} | record.scoring, str(file)),
-        set=[*record.settings, f"data.train={folder / 'train'}", f"data.val={folder / 'val'}", device_setting(record)],
+        set=settings,
         threads=record.threads,
         resume=results_path(out).exists(),
     )
     measured = measure(record, comparison)
-    if record.contents and record.contents != measured.contents:
-        raise UserError(
-            f"{folder}: has other records than {file} was measured on; give the folder with those as `data`"
-        )
+    if record.contents:
+        # An earlier measurement, which was continued here, may have read other data.
+        check_contents(file, record, folder, measured.contents)
     if write:
+        check_met(file, measured, out)
         write_record(file, measured, comparison)
     return Verified(file=file, record=record, measured=measured, comparison=comparison)
 
 
 def find_data(record: SpeedRecord, data: str | None) -> Path:
-    """The folder with the record's data; a level of the embedded corpus is written where it is missing."""
+    """The folder with the record's data; without `data` a level of the embedded corpus is written where it is missing."""
     folder = Path(data or record.data)
-    if record.data != "flickr8k":
-        write_world(folder, WorldConfig(level=record.data), pairs=0, singles=0)
+    if data is None and record.data != "flickr8k":
+        card = folder / "corpus.json"
+        if not card.exists() or not read_card(card).get("complete", True):
+            write_world(folder, WorldConfig(level=record.data), pairs=0, singles=0)
     elif not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; import Flickr8k (`vlp data import`), and give its folder as `data`")
+        how = "import it with `vlp data import`" if record.data == "flickr8k" else "leave `data` out to have it written"
+        raise UserError(f"{folder}: no such folder; give that of {record.data} as `data`, or {how}")
     return folder
+
+
+def check_code(out: Path) -> None:
+    """Raises UserError where what was measured in a folder before is of another commit or version than this."""
+    path = results_path(out)
+    if not path.exists():
+        return
+    earlier = Comparison.load(path)
+    now = code()
+    for about in (earlier.about, *earlier.continued):
+        if changed := other_code(about, now):
+            words = ", ".join(f"{name} {then}, not {current}" for name, (then, current) in changed.items())
+            raise UserError(
+                f"{out}: was measured with other code ({words}); delete it, or give another folder as `out`"
+            )
+
+
+def contents_of(recipe: str, settings: Sequence[str]) -> dict[str, str | None]:
+    """Hashes of the records that a recipe would be trained and scored on."""
+    (run,) = named_arms([recipe], settings).values()
+    return {split: run.data.content(split) for split in CONTENT_SPLITS}
+
+
+def check_contents(file: Path, record: SpeedRecord, folder: Path, contents: Mapping[str, str | None]) -> None:
+    """Raises UserError where these are not the records on which a record was measured."""
+    if record.contents != contents:
+        raise UserError(
+            f"{folder}: has other records than {file} was measured on; give the folder with those as `data`"
+        )
+
+
+def check_met(file: Path, measured: SpeedRecord, out: Path) -> None:
+    """Raises UserError where what was measured is no record."""
+    if not measured.met:
+        finals = ", ".join(f"{run.final:.4f}" for run in measured.runs)
+        raise UserError(
+            f"{file}: not written, since the target {measured.target:g} is not met beyond chance (final scores {finals}); give "
+            f"the record a longer `budget` or a lower `target`; what was measured is in {out}"
+        )
 
 
 def device_setting(record: SpeedRecord) -> str:

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from fastvlp.comparison.metrics.interface import Score, known_scores
 from fastvlp.comparison.results import ArmRun, Comparison, Measurement, TrainingCost
+from fastvlp.provenance import other_code
 
 
 class Spread(NamedTuple):
@@ -264,6 +265,18 @@ def added_note(comparison: Comparison) -> str | None:
         return None
     when = ", ".join(f"{arm} was added later ({about.get('date', '')})" for arm, about in comparison.added.items())
     return f"{when}: turns of added arms are not between those of the others, so a busy machine may have slowed either alone."
+
+
+def code_note(comparison: Comparison) -> str | None:
+    """Says that parts were measured with other code, another commit or version; None where all is of the same."""
+    changes = []
+    for later in (*comparison.continued, *comparison.added.values()):
+        if changed := other_code(comparison.about, later):
+            words = ", ".join(f"{name} {now}, not {then}" for name, (then, now) in changed.items())
+            changes.append(f"{later.get('date', '')}: {words}")
+    if not changes:
+        return None
+    return f"Not all was measured with the same code ({'; '.join(dict.fromkeys(changes))}): a difference may be due to that."
 
 
 def format_score(score: Score, value: Spread | None) -> str:

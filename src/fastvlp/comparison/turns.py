@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from fastvlp.comparison.arm_training import ArmTraining, budget_clock
+from fastvlp.comparison.continued import check_records
 from fastvlp.comparison.plan import Plan
 from fastvlp.comparison.progress import ProgressDisplay
 from fastvlp.comparison.report import write_report
@@ -163,19 +164,6 @@ def begin_arm(turns: Turns, arm: str, config: TrainConfig) -> ArmTraining:
     )
     training.take_up(state.notes)
     return training
-
-
-def check_records(comparison: Comparison, run: ArmRun) -> None:
-    """Raises UserError where a folder has other records now than when an earlier arm or seed was trained on it."""
-    data = {arm: config.get("data") or {} for arm, config in comparison.configs.items()}
-    for earlier in comparison.runs:
-        for split, content in run.contents.items():
-            known, folder = earlier.contents.get(split), data[run.arm].get(split)
-            if None not in (known, content) and known != content and folder == data[earlier.arm].get(split):
-                raise UserError(
-                    f"{folder}: has other records than {earlier.arm} with seed {earlier.seed} was trained on; put those back, "
-                    "or start a new comparison in another folder"
-                )
 
 
 def add_samples(turns: Turns, states: Mapping[str, TrainState]) -> None:

@@ -123,6 +123,10 @@ class Data(abc.ABC):
         """What `max_length` cuts of a sample of the training captions; None for data without captions."""
         return None
 
+    def content(self, split: Split) -> str | None:
+        """A hash of the records of a split, that of its `Rows`; None where there is none."""
+        return None
+
     @abc.abstractmethod
     def texts(self) -> Iterator[str]:
         """The training texts, to train a tokenizer on."""
@@ -231,6 +235,10 @@ class PairData(Data):
             make_hashed=make.hashed(),
             mixture=self._mixture(parts),
         )
+
+    def content(self, split: Split) -> str | None:
+        parts = self._parts(split)
+        return joined(parts).content if parts else None
 
     def _reading(self, shards: Shards) -> SequentialReading:
         block = max(1, BLOCK * len(shards) // max(1, shards.total_bytes))

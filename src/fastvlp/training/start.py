@@ -80,7 +80,7 @@ def start(run: TrainConfig, *, resume: bool = False, change: Collection[str] = (
         check_names(run, change)
     precision = run_precision(run, device, again)
     run = replace(run, precision=precision)
-    tokenizer = find_tokenizer(run, resume, texts)
+    tokenizer = find_tokenizer(run, again, texts)
     pretraining, inherited = make_pretraining(run, tokenizer, images, texts)
     pretraining.to(device)
     check_image_encoder(pretraining.model)
@@ -251,8 +251,8 @@ def make_pretraining(
 
 
 def find_tokenizer(run: TrainConfig, resume: bool, texts: PublicTexts | None = None) -> Tokenizer:
-    """The resumed run's own, that of a public text encoder, the one named, that of the weights to start from, or one trained
-    on the texts of the data."""
+    """That of the checkpoint that the run is resumed from, that of a public text encoder, the one named, that of the weights to
+    start from, or one trained on the texts of the data."""
     own = run.folder / "tokenizer.json"
     if resume and own.exists():
         return Tokenizer.load(own)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -11,18 +11,23 @@ import torch
 
 from fastvlp.comparison.plan import OPTION_NAMES, Plan
 from fastvlp.comparison.prepared_arms import Recipe, arm_names, named_arms, prepared, with_budget, with_precision
-from fastvlp.comparison.results import Comparison
+from fastvlp.comparison.results import ArmRun, Comparison
 from fastvlp.comparison.scoring_options import ScoringOptions
 from fastvlp.comparison.settings import split_setting
 from fastvlp.config import Json, differences, flatten, from_json, to_json, with_defaults
 from fastvlp.errors import UserError
+from fastvlp.provenance import other_code
 from fastvlp.training.saved_config import read_config
 from fastvlp.training.train_config import TrainConfig
 
 # Fields that say where an arm's files are, and not what it is.
 FILES = ("out", "tokenizer")
-# Fields that say which records an arm reads.
-RECORDS = ("data.train", "data.mix", "data.val", "data.test", "data.captions")
+# Fields that say which records an arm reads, by split.
+SPLITS: Mapping[str, tuple[str, ...]] = {
+    "train": ("data.train", "data.mix", "data.captions"),
+    "val": ("data.val", "data.captions"),
+    "test": ("data.test", "data.captions"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,9 +165,9 @@ def with_added(job: Job, recipes: Sequence[Recipe], settings: Sequence[str], abo
 
 def check_same_data(job: Job, arms: Mapping[str, TrainConfig]) -> None:
     """Raises UserError where an arm reads none of the records that the comparison's arms read."""
-    known = {arm: records(run) for arm, run in job.arms.items()}
+    known = {arm: records(to_json(run)) for arm, run in job.arms.items()}
     for arm, run in arms.items():
-        own = records(run)
+        own = records(to_json(run))
         if own not in known.values():
             other, theirs = next(iter(known.items()))
             words = "; ".join(f"{name} {now}, not {then}" for name, (then, now) in differences(theirs, own).items())
@@ -171,8 +176,35 @@ def check_same_data(job: Job, arms: Mapping[str, TrainConfig]) -> None:
             )
 
 
-def records(run: TrainConfig) -> dict[str, Json]:
-    """Which records an arm reads, by field."""
-    flat = flatten(to_json(run))
+def records(config: Json, splits: Iterable[str] = SPLITS) -> dict[str, Json]:
+    """Which records an arm reads in these splits, by field."""
+    decisive = {field for split in splits for field in SPLITS[split]}
     # What is mixed has a name for each folder.
-    return {name: value for name, value in flat.items() if any(f"{name}.".startswith(f"{field}.") for field in RECORDS)}
+    return {
+        name: value
+        for name, value in flatten(config).items()
+        if any(f"{name}.".startswith(f"{field}.") for field in decisive)
+    }
+
+
+def check_records(comparison: Comparison, run: ArmRun) -> None:
+    """Raises UserError where a folder has other records now than when an earlier arm or seed was trained on it."""
+    for split, content in run.contents.items():
+        own = records(comparison.configs[run.arm], [split])
+        for earlier in comparison.runs:
+            # A mixture has one hash for all of its folders.
+            same_folders = own == records(comparison.configs[earlier.arm], [split])
+            known = earlier.contents.get(split)
+            if same_folders and None not in (known, content) and known != content:
+                folder = own.get(f"data.{split}")
+                raise UserError(
+                    f"{folder}: has other records than {earlier.arm} with seed {earlier.seed} was trained on; "
+                    "put those back, or start a new comparison in another folder"
+                )
+
+
+def keep_code(comparison: Comparison, about: dict[str, Any]) -> None:
+    """Adds to the results that a comparison is continued with other code than before. `about`: where and when."""
+    known = (comparison.about, *comparison.added.values(), *comparison.continued)
+    if all(other_code(earlier, about) for earlier in known):
+        comparison.continued.append(about)
