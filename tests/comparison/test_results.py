@@ -126,7 +126,7 @@ def test_results_are_read_back_as_they_were(tmp_path: Path) -> None:
     content = json.loads((tmp_path / "results.json").read_text())
     assert {*content} == {
         "arms", "reference", "budget_s", "seeds", "shares", "about", "settings", "configs", "runs", "samples", "chance",
-        "blind", "finished", "sampled", "added", "clock", "counted",
+        "blind", "finished", "sampled", "added", "continued", "clock", "counted",
     }  # fmt: skip
     assert {*content["runs"][0]} == {"arm", "seed", "marks", "curve", "dropped", "failure", "contents"}
     assert {*content["runs"][0]["marks"][0]} == {"share", "spent", "scores", "errors", "scoring_s"}
