@@ -4,7 +4,7 @@ PIP = .venv/bin/python -m pip install --quiet --disable-pip-version-check -c con
 # CPU seconds of training for each recipe.
 BUDGET ?= 60
 
-.PHONY: demo serve pictures test check docs clean
+.PHONY: install demo serve pictures test check docs clean
 
 # torch goes first: asked for by another package, pip might pick another build of it.
 .venv/.core: pyproject.toml constraints.txt
@@ -22,6 +22,8 @@ BUDGET ?= 60
 .venv/.serve: .venv/.core
 	@$(PIP) -e '.[serve]'
 	@touch $@
+
+install: .venv/.core  ## the package and the command vlp, in .venv
 
 demo: .venv/.core  ## a small corpus -> a model that searches it; then FLM, MLM and AR at equal time -> report
 	@.venv/bin/vlp data demo --level easy --out demo/easy --train 3000 --val 400 --test 600 --pairs 0 --singles 0

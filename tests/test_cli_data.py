@@ -78,6 +78,7 @@ def test_an_option_of_another_format_is_named_with_the_paths_own(
             ["evaluate", "retreival", "run", "--data", "x"],
             "retreival: no command of `vlp evaluate`; did you mean retrieval?",
         ),
+        (["records"], "`vlp records` needs one of its commands: verify"),
         (["evaluate", "nowhere"], "nowhere: not the folder of a run"),
         (["evaluate", "runs/probe"], "runs/probe: not the folder of a run"),
     ],

@@ -53,6 +53,12 @@ def test_help_imports_nothing_heavy(words):
     assert not {*HEAVY} & {*modules}
 
 
+def test_the_help_of_a_recipe_says_what_it_is(capsys):
+    with pytest.raises(SystemExit):
+        main(["pretrain", "flip_photos", "--help"])
+    assert "FLIP (arXiv 2212.00794) on your own image-text pairs" in capsys.readouterr().out
+
+
 @pytest.mark.slow
 def test_help_is_the_same_as_with_torch(monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "100")

@@ -162,7 +162,9 @@ def find_command(argv: Sequence[str]) -> tuple[str, Sequence[str]]:
     looks_like_run = "/" in second or Path(second).exists() or not get_close_matches(second, parts, n=1)
     if argv[0] == "evaluate" and second and not second.startswith("-") and looks_like_run:
         return "evaluate task", argv[1:]
-    raise UserError(f"{second or 'no word'}: no command of `vlp {argv[0]}`; {_nearest(second, parts)}")
+    if not second:
+        raise UserError(f"`vlp {argv[0]}` needs one of its commands: {', '.join(parts)}")
+    raise UserError(f"{second}: no command of `vlp {argv[0]}`; {_nearest(second, parts)}")
 
 
 def _nearest(word: str, known: Sequence[str]) -> str:

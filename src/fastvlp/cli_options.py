@@ -71,7 +71,7 @@ def parse_with_groups(
 def parse_pretrain(argv: Sequence[str]) -> Run:
     """`argv`: RECIPE and overrides of its fields. The recipe comes first, because it says which fields there are."""
     from fastvlp.model.named_sizes import named_sizes
-    from fastvlp.recipes import names, recipe
+    from fastvlp.recipes import about_recipe, names, recipe
     from fastvlp.training import loop
     from fastvlp.training.starting_point import starting_from
     from fastvlp.training.train_config import TrainConfig
@@ -103,7 +103,7 @@ def parse_pretrain(argv: Sequence[str]) -> Run:
         default=Overrides(run),
         args=args,
         prog=f"vlp pretrain {argv[0]}",
-        description=f"{getdoc(TrainConfig)}\n\n`--from FOLDER` starts from a run, an export or a converted model, and takes "
+        description=f"{about_recipe(argv[0])}\n\n`--from FOLDER` starts from a run, an export or a converted model, and takes "
         f"over its encoders. `--model SIZE` replaces the model's size: {', '.join(named_sizes())}.",
         config=(tyro.conf.AvoidSubcommands,),
     )

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import inspect
 import pkgutil
 from pathlib import Path
+from types import ModuleType
 
 from fastvlp.errors import UserError
 from fastvlp.extensions import import_file
@@ -18,15 +20,7 @@ def names() -> list[str]:
 
 def recipe(name: str) -> TrainConfig:
     """By name, or by the path of a file of your own (`my.py`). Raises UserError with the nearest names."""
-    if name.endswith(".py"):
-        module = import_file(name)
-        name = Path(name).stem
-    elif name in names():
-        module = importlib.import_module(f"{__name__}.{name}")
-    else:
-        near = difflib.get_close_matches(name, names(), n=3, cutoff=0.4)
-        hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(names())}."
-        raise UserError(f"{name}: no such recipe; {hint} A file of your own is given by its path, ending in .py")
+    module, name = _module(name), Path(name).stem
     make = getattr(module, name, None)
     if not callable(make):
         raise UserError(f"{module.__file__}: a recipe is a function of the file's name, {name}() -> TrainConfig")
@@ -34,3 +28,18 @@ def recipe(name: str) -> TrainConfig:
     if not isinstance(run, TrainConfig):
         raise UserError(f"{module.__file__}: {name}() returned a {type(run).__name__}, not a TrainConfig")
     return run
+
+
+def about_recipe(name: str) -> str:
+    """What a recipe's file says of it: the method, its command, what it reached. Raises UserError as `recipe` does."""
+    return inspect.getdoc(_module(name)) or ""
+
+
+def _module(name: str) -> ModuleType:
+    if name.endswith(".py"):
+        return import_file(name)
+    if name in names():
+        return importlib.import_module(f"{__name__}.{name}")
+    near = difflib.get_close_matches(name, names(), n=3, cutoff=0.4)
+    hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(names())}."
+    raise UserError(f"{name}: no such recipe; {hint} A file of your own is given by its path, ending in .py")

@@ -7,7 +7,7 @@
 The model has CLIP's shape, which other tools load; `--model flip_small_published` has the paper's. As in the released code,
 images are mirrored at random; if captions distinguish left and right, add `--augment.flip 0`. On whole images train clip_photos
 or siglip_photos. In nine minutes on one CPU core, with smaller towers of whose states the mean was taken, and 6,000 photos,
-it had the best retrieval recall: 8.4 %, where clip_photos had 6.4 % (docs/log.md, entry 13).
+it had the best retrieval recall on the split val: 8.4 %, where clip_photos had 6.4 % (docs/log.md, entry 13).
 """
 
 from dataclasses import replace

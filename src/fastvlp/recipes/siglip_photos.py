@@ -3,8 +3,8 @@
     vlp data import PAIRS --out photos --val 0.1 --max-side 192
     vlp pretrain siglip_photos
 
-With smaller towers and in nine minutes of one CPU core: 5.2 % retrieval recall, where clip_photos had 6.4 % and flip_photos
-8.4 % (docs/log.md, entry 13).
+With smaller towers and in nine minutes of one CPU core: 5.2 % retrieval recall on the split val, where clip_photos had
+6.4 % and flip_photos 8.4 % (docs/log.md, entry 13).
 """
 
 from dataclasses import replace
