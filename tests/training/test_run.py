@@ -20,6 +20,7 @@ from fastvlp.data.records.shards import ShardWriter
 from fastvlp.errors import UserError
 from fastvlp.model.saving import load_model
 from fastvlp.objectives.itm import ITMConfig
+from fastvlp.training import loop
 from fastvlp.training.checkpoint import load_checkpoint, save
 from fastvlp.training.loop import start, steps, train, validate
 from tests.training.runs import assert_equal, made_pairs, made_records, made_run, weights
@@ -194,6 +195,15 @@ def test_sigterm_saves_and_says_how_to_go_on(pairs, tmp_path, capsys):
     assert stopped.value.code == 143 and "--resume" in capsys.readouterr().out
     assert 0 < load_checkpoint(tmp_path / "a/last.pt")["step"] < 6
     assert_equal(weights(train(run, resume=True)), weights(train(replace(run, out=str(tmp_path / "b")))))
+
+
+def test_a_checkpoint_is_saved_after_so_many_seconds(pairs, tmp_path, monkeypatch):
+    run = made_run(pairs, tmp_path / "a", "mlm", steps=6, validate_every=None, checkpoint_every=None, checkpoint_s=2.5)
+    monkeypatch.setattr(loop, "agree", lambda *_: 1.0)  # each step takes a second
+    saved = []
+    monkeypatch.setattr(loop, "save", lambda state: saved.append(state.step) or save(state))
+    train(run)
+    assert saved[:2] == [3, 6]
 
 
 def test_a_full_disk_leaves_the_earlier_checkpoint(pairs, tmp_path, monkeypatch):

@@ -308,6 +308,7 @@ def train_to_end(state: TrainState, log: RunLog) -> None:
         # Its checkpoint was saved before this validation, which may have been interrupted.
         validate_and_keep_best(state, log)
     last: deque[StepReport] = deque(maxlen=LAST)
+    saved = state.elapsed  # the same on all ranks
     for report in steps(state):
         last.append(report)
         log.step(report, state)
@@ -315,8 +316,10 @@ def train_to_end(state: TrainState, log: RunLog) -> None:
         if state.stop is not None or state.progress >= 1:
             continue
         # After a skipped step the weights may be broken, and the last checkpoint is sound.
-        if (validates(state) or due(run.checkpoint_every, state.step)) and not state.bad_steps:
+        is_late = run.checkpoint_s is not None and state.elapsed - saved >= run.checkpoint_s
+        if (validates(state) or due(run.checkpoint_every, state.step) or is_late) and not state.bad_steps:
             save(state)
+            saved = state.elapsed
         if validates(state):
             validate_and_keep_best(state, log)
     save(state)

@@ -23,9 +23,9 @@ from fastvlp.training.trained_parts import LastLayers
 
 # A resumed run may change these; anything else would make it another run.
 CHANGEABLE = {
-    "name", "out", "steps", "budget_s", "log_every", "validate_every", "patience", "checkpoint_every", "max_bad_steps", "init",
-    "compile", "recompute", "device", "report_to", "shard", "threads", "tokenizer", "data.workers", "data.cache", "data.test",
-    "states.folder", "masked_validation", "validation_rows",
+    "name", "out", "steps", "budget_s", "log_every", "validate_every", "patience", "checkpoint_every", "checkpoint_s",
+    "max_bad_steps", "init", "compile", "recompute", "device", "report_to", "shard", "threads", "tokenizer", "data.workers",
+    "data.cache", "data.test", "states.folder", "masked_validation", "validation_rows",
 }  # fmt: skip
 
 
@@ -123,6 +123,8 @@ class TrainConfig(TrainOptions):
     """End the run after so many validations in a row whose loss was no new lowest; None: never."""
     checkpoint_every: Count | None = None
     """Steps between checkpoints; there is always one at the end."""
+    checkpoint_s: Positive | None = 600.0
+    """Training seconds after which a checkpoint is saved, whatever `checkpoint_every` says; None: only after its steps."""
     shard: bool = False
     """Divide weights, gradients and the optimiser's moments among the ranks, for a model that is too large for each to have
     all of them (FSDP2); by default each has all (DDP)."""
