@@ -142,7 +142,12 @@ def go(world: World, plan: Plan, arms: Mapping[str, Run]) -> tuple[Comparison, s
     console = Console(width=100, record=True, quiet=False, file=open("/dev/null", "w"))  # noqa: SIM115, PTH123
     names, scorings = list(arms), len(plan.shares)
     training: Any = Training(
-        begin=world.start, iterate=world.steps, check=lambda state: None, keep=world.keep, forget=world.forget
+        begin=world.start,
+        iterate=world.steps,
+        check=lambda state: None,
+        keep=world.keep,
+        forget=world.forget,
+        is_kept=lambda folder: str(folder) in world.disk,
     )
     configs = with_budget(arms, plan)  # type: ignore[arg-type]
     path = plan.out / "results.json"

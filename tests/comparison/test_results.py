@@ -8,6 +8,7 @@ import pytest
 from fastvlp.comparison.results import ArmRun, Comparison, Measurement, TrainingCost
 from fastvlp.comparison.summary import (
     Reached,
+    exact_duration,
     first_reached,
     format_duration,
     format_score,
@@ -116,6 +117,8 @@ def test_numbers_for_reading() -> None:
     assert format_score(VQA, spread([0.5, 0.6])) == "55.0 ± 7.1 %"
     assert format_score(known_score("cider"), spread([0.51234])) == "0.512"
     assert [format_duration(s) for s in (15, 60, 120, 7200)] == ["15 s", "60 s", "2 min", "2 h"]
+    exact = {15: "15 s", 99.5: "99.5 s", 90: "90 s", 150: "2.5 min", 5400: "90 min", 7201: "7201 s", 9000: "2.5 h"}
+    assert [exact_duration(s) for s in exact] == [*exact.values()]
 
 
 def test_results_are_read_back_as_they_were(tmp_path: Path) -> None:
@@ -126,7 +129,7 @@ def test_results_are_read_back_as_they_were(tmp_path: Path) -> None:
     content = json.loads((tmp_path / "results.json").read_text())
     assert {*content} == {
         "arms", "reference", "budget_s", "seeds", "shares", "about", "settings", "configs", "runs", "samples", "chance",
-        "blind", "finished", "sampled", "added", "continued", "clock", "counted",
+        "blind", "images", "finished", "sampled", "added", "continued", "clock", "counted",
     }  # fmt: skip
     assert {*content["runs"][0]} == {"arm", "seed", "marks", "curve", "dropped", "failure", "contents"}
     assert {*content["runs"][0]["marks"][0]} == {"share", "spent", "scores", "errors", "scoring_s"}

@@ -151,6 +151,17 @@ def test_what_was_trained_before_the_last_checkpoint_is_not_trained_again(monkey
     assert len(world.order) == before + 40 - step
 
 
+def test_only_an_arm_that_was_saved_is_said_to_be_continued(monkeypatch, tmp_path):
+    world, plan = Mortal(monkeypatch), Plan(budget_s=40, out=tmp_path, marks=(0.5,), slice_s=5)
+    monkeypatch.setattr(world, "moment", lambda: kill() if "mlm" in world.order else None)
+    with pytest.raises(Killed):
+        go(world, plan, ARMS)
+    assert len(world.disk) == 1
+    monkeypatch.setattr(world, "moment", lambda: None)
+    _, text = go(world, plan, ARMS)
+    assert "seed 0: continuing flm" in text and "seed 0: building mlm" in text
+
+
 def test_saving_costs_no_training_time_and_little_of_the_other(monkeypatch, tmp_path):
     world, plan = World(monkeypatch), Plan(budget_s=100, out=tmp_path, marks=(1.0,), slice_s=1)
     world.saving_s = 2.0
@@ -388,10 +399,11 @@ def test_it_is_kept_that_a_comparison_goes_on_with_other_code(copied, monkeypatc
 def test_what_differs_from_the_comparison_is_refused(copied, corpus):
     before = (copied / "results.json").read_text()
     refused: list[tuple[dict[str, Any], str]] = [
-        ({"budget": "61s"}, "`budget`"),
+        ({"budget": "61s"}, r"`budget` was \S+ \w+, not 61 s;"),
+        ({"budget": "800steps"}, r"`budget` was \S+ \w+, not 800 steps;"),
         ({"seeds": 3}, "`seeds`"),
-        ({"marks": (0.25,)}, "`marks`"),
-        ({"slice": "4s"}, "`slice`"),
+        ({"marks": (0.25, 0.75)}, "`marks`.*not 0.25 0.75;"),
+        ({"slice": "4s"}, r"`slice` was \S+ \w+, not 4 s;"),
         ({"scoring": replace(OPTIONS, cloze_items=5)}, "`cloze_items`"),
         ({"set": ["optim.lr=0.5"]}, "`set`"),
         ({"threads": 37}, "`threads`"),

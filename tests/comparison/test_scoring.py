@@ -253,6 +253,31 @@ def test_a_metric_of_several_scores_gives_the_named_ones_alone(world: Path) -> N
     ).values.keys()
     scored = MetricScorer(replace(OPTIONS, scores=("cloze",))).score(state, tuned=False)
     assert scored.values.keys() == scored.errors.keys() == {"cloze"}
+    assert scored.images == {"cloze": OPTIONS.cloze_items}
+
+
+@pytest.mark.parametrize(
+    "value, error, expected", [(0.0, 0.0, 0.0487), (1.0, 0.0, 0.0487), (0.5, 0.1, 0.1), (0.5, 0.0, 0.0)]
+)
+def test_a_share_at_an_end_is_not_certain(world: Path, value: float, error: float, expected: float) -> None:
+    class Ends(Metric):
+        scores = (Score("share", "Share", percent=True), Score("other", "Other"))
+
+        def fits(self, state: TrainState) -> bool:
+            return True
+
+        def measure(self, state: TrainState) -> dict[str, float]:
+            self.errors, self.images = dict.fromkeys(("share", "other"), error), {"share": 18, "other": 18}
+            return {"share": value, "other": value}
+
+    try:
+        scored = MetricScorer(replace(OPTIONS, scores=("share", "other"))).score(start(run(world, ITMConfig())))
+        # 1 of 20 is the share, with one item more at each end.
+        assert scored.errors == {"share": pytest.approx(expected, abs=1e-4), "other": error}
+    finally:
+        # `variants` lists the classes that are still there.
+        del Ends
+        gc.collect()
 
 
 def test_numbers_that_nobody_named_are_left_out(world: Path) -> None:
@@ -294,4 +319,5 @@ def test_two_towers_are_scored_by_retrieval_alone(world: Path, tmp_path: Path) -
     scores = scorer.score(state).values
     assert set(scores) == {"recall", "image_to_text/r1", "text_to_image/r1"}
     assert all(0 <= score <= 1 for score in scores.values())
+    assert set(scorer.score(state).images.values()) == {8}
     assert scorer.samples({"towers": state}) == []

@@ -14,6 +14,7 @@ from fastvlp.comparison.prepared_arms import Recipe, arm_names, named_arms, prep
 from fastvlp.comparison.results import ArmRun, Comparison
 from fastvlp.comparison.scoring_options import ScoringOptions
 from fastvlp.comparison.settings import split_setting
+from fastvlp.comparison.summary import exact_duration
 from fastvlp.config import Json, differences, flatten, from_json, to_json, with_defaults
 from fastvlp.errors import UserError
 from fastvlp.provenance import other_code
@@ -93,14 +94,31 @@ def check_options(
         name: getattr(scoring, name) for name in names if getattr(scoring, name) != getattr(ScoringOptions(), name)
     }
     known = asdict(job.plan) | asdict(job.scoring)
-    changed = {OPTION_NAMES.get(k, k): (known[k], value) for k, value in given.items() if known[k] != value}
+    changed = {
+        OPTION_NAMES.get(k, k): (written(k, known), written(k, known | given))
+        for k, value in given.items()
+        if known[k] != value
+    }
     if settings and tuple(settings) != job.settings:
-        changed["set"] = (" ".join(job.settings), " ".join(settings))
+        changed["set"] = (written("set", {"set": job.settings}), written("set", {"set": settings}))
     if threads is not None and threads != job.comparison.about.get("threads", threads):
-        changed["threads"] = (job.comparison.about["threads"], threads)
+        changed["threads"] = (str(job.comparison.about["threads"]), str(threads))
     if changed:
         words = "; ".join(f"`{name}` was {old}, not {new}" for name, (old, new) in changed.items())
         raise UserError(f"{results_path(job.plan.out)}: was begun with other options: {words}; leave them out")
+
+
+def written(name: str, options: Mapping[str, Any]) -> str:
+    """An option as it is read: a time or a number of steps with its unit, and several values side by side."""
+    if name == "steps":
+        # It has the name of the budget, whose unit it is.
+        name = "budget_s"
+    value = options[name]
+    if name in ("budget_s", "slice_s"):
+        return f"{value:g} steps" if options["steps"] else exact_duration(value)
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return " ".join(map(str, value)) or "none"
+    return str(value)
 
 
 def check_recipes(job: Job, recipes: Sequence[Recipe], settings: Sequence[str]) -> None:

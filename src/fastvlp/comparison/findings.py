@@ -20,45 +20,64 @@ from fastvlp.config import flatten
 
 # More fields that differ than this are left to the table of configurations.
 DIFFERENCES = 8
+# Scores over fewer images than this are said to say little.
+FEW_IMAGES = 100
 
 
 def findings(comparison: Comparison) -> list[str]:
     """Sentences about the arms; the first is the headline. Empty before anything was scored.
 
     First how much sooner arms reached the final scores of the reference, then for each score who is ahead, beside chance and
-    what the texts alone give. No winner is named within two standard errors.
+    what the texts alone give, and last that few images were scored. No winner is named within two standard errors.
     """
     rows, scores = summarise(comparison), measured_scores(comparison)
     sooner = [sentence for score in scores for sentence in speed_sentences(comparison, rows, score)]
-    return sooner + [standing for score in scores if (standing := standing_sentence(comparison, rows, score))]
+    standings = [standing for score in scores if (standing := standing_sentence(comparison, rows, score))]
+    return sooner + standings + few_images(comparison, scores)
+
+
+def few_images(comparison: Comparison, scores: Sequence[Score]) -> list[str]:
+    """A sentence where few images were scored, with the titles of the scores if their numbers differ. Empty where there were
+    enough, or the number is not known."""
+    known = {score.title: n for score in scores if (n := comparison.images.get(score.name))}
+    few = {title: n for title, n in known.items() if n < FEW_IMAGES}
+    if not few:
+        return []
+    if len({*known.values()}) == 1:
+        n = min(few.values())
+        return [f"Only {n} image{'s were' if n > 1 else ' was'} scored: so few say little."]
+    return [
+        f"Few images were scored, and so few say little: {_listed([f'{few[title]} for {title}' for title in few])}."
+    ]
 
 
 def speed_sentences(comparison: Comparison, rows: Sequence[Summary], score: Score) -> list[str]:
-    """A sentence for each arm that reached the final score of the reference, and one for those that did not."""
+    """A sentence for each arm that reached the final score of the reference and kept it, and one for those that never did.
+
+    An arm that only touched the score on its way, or that its errors may have kept from it, has none.
+    """
     timed = {row.arm: row.speedups[score.name] for row in rows if row.speedups[score.name].n}
     timed.pop(comparison.reference, None)
     final = f"the final {in_sentence(score.title)} of {comparison.reference}"
-    reached = [f"{arm} {describe_speedup(speed, final)}." for arm, speed in timed.items() if speed.ratio]
+    finals = {row.arm: end.mean for row in rows if (end := row.final(score.name))}
+    kept = [arm for arm in timed if finals[arm] >= finals[comparison.reference]]
+    reached = [f"{arm} {words}." for arm in kept if (words := describe_speedup(timed[arm], final))]
     never = [arm for arm, speed in timed.items() if not speed.ratio]
     return reached + ([f"{_listed(never)} did not reach {final}."] if never else [])
 
 
 def describe_speedup(speed: Speedup, final: str) -> str:
-    """Describes how soon an arm reached `final`, the score of the reference, to end a sentence whose subject is the arm."""
+    """Describes how soon an arm reached `final`, the score of the reference, to end a sentence whose subject is the arm; empty
+    where it is not known how late that may have been."""
+    low, high = speed.range or (0.0, None)
+    if high is None:
+        return ""
     mean = sum(speed.shares) / len(speed.shares)
     some = f", in {speed.reached} of {speed.n} seeds" if speed.reached < speed.n else ""
     bound = "at most " if speed.at_least else ""
-    share = f"in {bound}{mean:.2f} of its time{describe_range(speed)}{some}"
-    return f"reached {final} {share}{', so perhaps no sooner' if may_be_equal(speed) else ''}"
-
-
-def describe_range(speed: Speedup) -> str:
-    """The interval of a share of time, to follow it."""
-    if speed.range is None:
-        return ""
-    low, high = speed.range
     source = f"over {len(speed.shares)} seeds" if len(speed.shares) > 1 else "within two standard errors of the scores"
-    return f" ({low:.2f} to {high:.2f} {source})" if high is not None else f" ({low:.2f} or more {source})"
+    share = f"in {bound}{mean:.2f} of its time ({low:.2f} to {high:.2f} {source}){some}"
+    return f"reached {final} {share}{', so perhaps no sooner' if may_be_equal(speed) else ''}"
 
 
 def may_be_equal(speed: Speedup) -> bool:

@@ -17,13 +17,14 @@ from fastvlp.plain_json import parse_json
 
 @dataclass(frozen=True)
 class Scored:
-    """Values of an arm by score, their standard errors, and what chance and the texts alone would score, where these are
-    known."""
+    """Values of an arm by score, their standard errors, what chance and the texts alone would score, and how many
+    images were scored, where these are known."""
 
     values: dict[str, float] = field(default_factory=dict)
     errors: dict[str, float] = field(default_factory=dict)
     chance: dict[str, float] = field(default_factory=dict)
     blind: dict[str, float] = field(default_factory=dict)
+    images: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,6 +129,7 @@ class Comparison:
         samples: pictures for the report.
         chance: what chance would score, by score.
         blind: what the texts alone would score, without images, by score.
+        images: how many images were scored, by score.
         finished: whether all arms were trained and scored.
         sampled: the arms whose captions and answers were asked for.
         added: arms that were added after the others were finished, with device, versions, commit, command and date of that.
@@ -149,6 +151,7 @@ class Comparison:
     samples: list[Sample] = field(default_factory=list)
     chance: dict[str, float] = field(default_factory=dict)
     blind: dict[str, float] = field(default_factory=dict)
+    images: dict[str, int] = field(default_factory=dict)
     finished: bool = True
     sampled: list[str] = field(default_factory=list)
     added: dict[str, dict[str, Any]] = field(default_factory=dict)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from fastvlp.comparison.metrics.interface import Metric, known_scores, metric_types
 from fastvlp.comparison.results import Sample, Scored
@@ -12,8 +12,11 @@ from fastvlp.comparison.scored_data import validation_pairs
 from fastvlp.comparison.scoring_options import ScoringOptions
 from fastvlp.comparison.short_finetuning import ShortFinetuning
 from fastvlp.errors import UserError
+from fastvlp.eval.uncertainty import error_at_the_end
 from fastvlp.tasks.items import batches_in_order
 from fastvlp.training.state import TrainState
+
+Number = TypeVar("Number", int, float)
 
 
 def chosen_metrics(options: ScoringOptions) -> list[type[Metric]]:
@@ -21,6 +24,17 @@ def chosen_metrics(options: ScoringOptions) -> list[type[Metric]]:
     if unknown := {*options.scores} - known_scores().keys():
         raise UserError(f"`scores`: there is no {min(unknown)}; there are {', '.join(known_scores())}")
     return [metric for metric in metric_types() if any(options.measures(score.name) for score in metric.scores)]
+
+
+def errors_at_the_ends(metric: Metric, values: Mapping[str, float]) -> dict[str, float]:
+    """Standard errors of the shares that are exactly 0 or 1, for which the metric found an error of 0: few items are often all
+    wrong or all right, and that does not make such a score certain."""
+    shares = [score.name for score in metric.scores if score.percent and values.get(score.name) in (0.0, 1.0)]
+    return {
+        name: error_at_the_end(metric.images[name])
+        for name in shares
+        if name in metric.images and metric.errors.get(name) == 0
+    }
 
 
 class MetricScorer:
@@ -51,14 +65,16 @@ class MetricScorer:
         found = Scored()
         for metric in self.metrics:
             if metric.fits(state) and (tuned or not metric.tunes):
-                metric.errors, metric.chance, metric.blind = {}, {}, {}
-                found.values.update(self._chosen(metric.measure(state)))
-                found.errors.update(self._chosen(metric.errors))
+                metric.errors, metric.chance, metric.blind, metric.images = {}, {}, {}, {}
+                values = metric.measure(state)
+                found.values.update(self._chosen(values))
+                found.errors.update(self._chosen(metric.errors | errors_at_the_ends(metric, values)))
                 found.chance.update(self._chosen(metric.chance))
                 found.blind.update(self._chosen(metric.blind))
+                found.images.update(self._chosen(metric.images))
         return found
 
-    def _chosen(self, numbers: Mapping[str, float]) -> dict[str, float]:
+    def _chosen(self, numbers: Mapping[str, Number]) -> dict[str, Number]:
         """Those of the scores that are measured: a metric may give further ones."""
         return {name: number for name, number in numbers.items() if self.options.measures(name)}
 

@@ -302,3 +302,11 @@ def format_duration(seconds: float) -> str:
         if seconds >= 2 * size:
             return f"{seconds / size:.3g} {unit}"
     return f"{seconds:.3g} s"
+
+
+def exact_duration(seconds: float) -> str:
+    """A time to read as `format_duration` writes it, in a unit in which nothing is rounded: 99 s, 20 min, 2.5 h."""
+    for size, unit in ((3600, "h"), (60, "min")):
+        if seconds >= 2 * size and 2 * seconds % size == 0:
+            return f"{seconds / size:g} {unit}"
+    return f"{seconds:.15g} s"

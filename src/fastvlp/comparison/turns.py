@@ -60,6 +60,11 @@ def keep(state: TrainState) -> None:
     save_state(state)
 
 
+def is_kept(folder: Path) -> bool:
+    """Whether an arm has a state that it continues from."""
+    return (folder / CHECKPOINT).exists()
+
+
 def forget(folder: Path) -> None:
     """Removes the state of an arm that is not continued any more; its weights stay."""
     (folder / CHECKPOINT).unlink(missing_ok=True)
@@ -67,12 +72,14 @@ def forget(folder: Path) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Training:
-    """The functions with which an arm is begun, trained step by step, checked before it is saved, saved, and left alone."""
+    """The functions with which an arm is begun, trained step by step, checked before it is saved, saved, and left alone; and
+    whether it has been saved."""
 
     begin: Callable[..., TrainState] = begin
     iterate: Callable[[TrainState], Iterator[StepReport]] = steps
     check: Callable[[TrainState], None] = check_finite
     keep: Callable[[TrainState], None] = keep
+    is_kept: Callable[[Path], bool] = is_kept
     forget: Callable[[Path], None] = forget
 
 
@@ -150,7 +157,9 @@ def begin_arm(turns: Turns, arm: str, config: TrainConfig) -> ArmTraining:
     """An arm with one seed, at its beginning or where its last checkpoint stands."""
     plan, comparison = turns.plan, turns.comparison
     run = comparison.run_of(arm, config.seed)
-    turns.display.note(f"seed {config.seed}: {'building' if run is None else 'continuing'} {arm}")
+    # An arm may be in the results without having trained: that of a comparison which ended before its first turn was saved.
+    begun = run is not None and turns.training.is_kept(config.folder)
+    turns.display.note(f"seed {config.seed}: {'continuing' if begun else 'building'} {arm}")
     state = turns.training.begin(config, resume=run is not None)
     state.clock = partial(budget_clock, state.device)
     turns.scorer.check(state)
@@ -232,6 +241,7 @@ def score(turns: Turns, arm: ArmTraining) -> None:
     arm.add_scores(scored, time.perf_counter() - began)
     turns.comparison.chance |= scored.chance
     turns.comparison.blind |= scored.blind
+    turns.comparison.images |= scored.images
     turns.display.scored(arm.run, arm.run.marks[-1], tuned=tuned)
 
 

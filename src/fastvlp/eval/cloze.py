@@ -16,12 +16,13 @@ from fastvlp.objectives.objective import ClozeMethod
 
 
 class Cloze(NamedTuple):
-    """Accuracy in 0..1, NaN without words; the number of words that were predicted; and the standard error, for which captions
-    count as independent, not words: NaN for a single caption."""
+    """Accuracy in 0..1, NaN without words; the number of words that were predicted; the standard error, for which captions
+    count as independent, not words: NaN for a single caption; and the number of captions."""
 
     accuracy: float
     words: int
     error: float = math.nan
+    texts: int = 0
 
 
 def word_positions(length_B: Tensor, L: int) -> Tensor:
@@ -54,4 +55,4 @@ def cloze(model: VLModel, method: ClozeMethod, batches: Iterable[Batch]) -> Cloz
     # What each caption adds to the difference of a ratio of sums from its expectation.
     parts = [own - accuracy * of for own, of in zip(right, count)]
     error = math.sqrt(n / (n - 1) * sum(part**2 for part in parts)) / words if n > 1 else math.nan
-    return Cloze(accuracy, words, error)
+    return Cloze(accuracy, words, error, n)

@@ -23,6 +23,13 @@ def standard_error(values: Sequence[float], groups: Sequence[Hashable] | None = 
     return math.sqrt(n / (n - 1) * sum(total**2 for total in sums.values())) / len(values)
 
 
+def error_at_the_end(n: int) -> float:
+    """A standard error for a share of n items that is 0 or 1, where the items themselves show none."""
+    # The add-one rule: as if one more item were right and one more wrong, so that k of n become k + 1 of n + 2.
+    share = 1 / (n + 2)
+    return math.sqrt(share * (1 - share) / (n + 2))
+
+
 def with_error(values: Sequence[float], groups: Sequence[Hashable] | None = None) -> dict[str, float]:
     """`accuracy`, the mean of the values, and its `standard_error` where there is one."""
     error = standard_error(values, groups)

@@ -20,4 +20,5 @@ class CaptionQuality(Metric):
         count = self.options.caption_items
         captions = self.finetuning.captions(state, count)
         references = reference_captions(state.run, self.options.split)[:count]
+        self.images["cider"] = len(references)
         return {"cider": caption.scores(captions, references)["cider"]}

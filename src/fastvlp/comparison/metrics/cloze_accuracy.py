@@ -35,6 +35,7 @@ class ClozeAccuracy(Metric):
             with autocast(state):
                 found = cloze(state.evaluated.model, method, pairs)
             values[name] = found.accuracy
+            self.images[name] = found.texts
             if not math.isnan(found.error):
                 self.errors[name] = found.error
         return values

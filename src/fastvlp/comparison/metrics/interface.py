@@ -39,6 +39,7 @@ class Metric(abc.ABC):
         errors: standard errors of the last measurement, by score, as far as they are known.
         chance: what guessing would score, by score, as far as that is known.
         blind: what the texts alone would score, without images, by score, as far as that is known.
+        images: how many images were scored, by score, as far as that is known.
     """
 
     scores: ClassVar[tuple[Score, ...]]
@@ -51,6 +52,7 @@ class Metric(abc.ABC):
         self.errors: dict[str, float] = {}
         self.chance: dict[str, float] = {}
         self.blind: dict[str, float] = {}
+        self.images: dict[str, int] = {}
 
     @abc.abstractmethod
     def fits(self, state: TrainState) -> bool:

@@ -42,7 +42,9 @@ class TowerRecall(Metric):
             regions=region_source(data),
             precision=state.precision,
         )
-        found = retrieval(*embed_split(loaded, shards, read_captions(shards, caption_field(data))))
+        captions = read_captions(shards, caption_field(data))
+        found = retrieval(*embed_split(loaded, shards, captions))
+        self.images = {score.name: len(captions) for score in self.scores}
         self.errors = {score.name: found.errors[score.name] for score in self.scores if score.name in found.errors}
         self.chance = {score.name: found.chance[score.name] for score in self.scores}
         return {score.name: found.scores[score.name] for score in self.scores}

@@ -25,6 +25,7 @@ class VQAAccuracy(Metric):
         self.chance["vqa"] = scores["chance"]
         if questions.blind is not None:
             self.blind["vqa"] = questions.blind.blind
+        self.images["vqa"] = len({item.record for item in questions.held_out.items})
         # Questions about a single image have none.
         if "standard_error" in scores:
             self.errors["vqa"] = scores["standard_error"]
