@@ -26,6 +26,8 @@ def compile_blocks(module: nn.Module, device: torch.device, *, backend: str = "i
     # Above its limit, dynamo would raise: `fullgraph`.
     config: Any = torch._dynamo.config
     config.recompile_limit = max(config.recompile_limit, MOST_VERSIONS)
+    # Else two sizes that happen to be equal at first, such as the tokens and the width of a head, are taken for one.
+    torch.fx.experimental._config.use_duck_shape = False
     for part in module.modules():
         if isinstance(part, Block):
             part.compile(dynamic=True, fullgraph=True, backend=backend)
