@@ -34,7 +34,7 @@ class State:
     skipped: int = 0
     dropped: dict = field(default_factory=dict)
     device = torch.device("cpu")
-    lock, name, precision, log_every, validate_every = None, "demo", "bf16", 10, None
+    lock, name, precision, log_every, validate_every, compile = None, "demo", "bf16", 10, None, False
 
     @property
     def run(self):
