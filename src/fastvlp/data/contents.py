@@ -43,6 +43,10 @@ def hash_rows(x: Tensor) -> Tensor:
     if x.device.type == "cpu" and words_BN.shape[1] > _SHORT:
         return torch.tensor([hash_one(row) for row in words_BN])
     whole_N, upper_N = _factors(words_BN.shape[1], x.device)
+    if x.device.type == "cpu":
+        # numpy takes a fraction of torch's time for so few numbers, and a loader hashes each batch.
+        words = words_BN.numpy()
+        return torch.from_numpy(words @ whole_N.numpy() + (words >> 32) @ upper_N.numpy())
     rows = max(1, _WORDS // words_BN.shape[1])
     return torch.cat([(part * whole_N + (part >> 32) * upper_N).sum(1) for part in words_BN.split(rows)])
 
@@ -60,11 +64,6 @@ def hash_one(x: Tensor) -> int:
 
 def text_hashes(ids_BL: Tensor, length_B: Tensor) -> Tensor:
     """A hash of the tokens of each text: int64 [B]. Padding changes nothing."""
-    if ids_BL.device.type == "cpu":
-        # numpy takes half of torch's time for so few numbers, and a loader hashes each batch.
-        whole_L, upper_L = (factor.numpy() for factor in _factors(ids_BL.shape[1], ids_BL.device))
-        words = (ids_BL.numpy() + 1) * (np.arange(ids_BL.shape[1]) < length_B.numpy()[:, None])
-        return torch.from_numpy(words @ whole_L + (words >> 32) @ upper_L)
     position_L = torch.arange(ids_BL.shape[1], device=ids_BL.device)
     return hash_rows((ids_BL + 1) * (position_L < length_B[:, None]))
 
