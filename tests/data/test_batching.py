@@ -26,10 +26,9 @@ from fastvlp.data.tokenize import Tokenizer
 from fastvlp.data.world.corpus import WorldConfig, scene_record
 from fastvlp.errors import UserError
 from fastvlp.random import hash64
-from fastvlp.training.checkpoint import save
-from fastvlp.training.loop import start, steps, train
+from fastvlp.training.loop import train
 from tests.made import made_config
-from tests.training.runs import assert_equal, made_run, weights
+from tests.training.runs import assert_equal, made_run, stopped_after, weights
 
 FIXED, BUDGET = Grouping(group=24), Grouping(group=40, max_tokens=90, multiple=2)
 RECORDS = 128
@@ -260,11 +259,7 @@ def test_a_resumed_grouped_run_equals_a_straight_one(world, tmp_path, options):
     run = replace(run, data=replace(run.data, **options), accumulate=2)
     straight = train(run)
     half = replace(run, out=str(tmp_path / "half"))
-    state = start(half)
-    for _ in zip(range(3), steps(state)):
-        pass
-    save(state)
-    state.tokenizer.save(half.folder / "tokenizer.json")
+    stopped_after(half, 3)
     assert_equal(weights(train(half, resume=True)), weights(straight))
     assert straight.pairs == 6 * 16 or "max_tokens" in options
 

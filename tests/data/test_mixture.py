@@ -21,9 +21,8 @@ from fastvlp.data.row_order import MixedOrder, Mixture, exact_rows
 from fastvlp.data.stored_lengths import caption_lengths
 from fastvlp.data.tokenize import Tokenizer
 from fastvlp.errors import UserError
-from fastvlp.training.checkpoint import save
-from fastvlp.training.loop import start, steps, train
-from tests.training.runs import assert_equal, made_pairs, made_records, made_run, weights
+from fastvlp.training.loop import start, train
+from tests.training.runs import assert_equal, made_pairs, made_records, made_run, stopped_after, weights
 
 MIXTURE = Mixture((7, 40, 13), (0.5, 0.2, 0.3))
 COUNT = 60
@@ -185,11 +184,7 @@ def test_a_resumed_mixed_run_equals_a_straight_one(tmp_path: Path) -> None:
     run = replace(run, data=replace(run.data, mix={str(web): 0.25}))
     straight = train(run)
     half = replace(run, out=str(tmp_path / "half"))
-    state = start(half)
-    for _ in zip(range(3), steps(state)):
-        pass
-    save(state)
-    state.tokenizer.save(half.folder / "tokenizer.json")
+    stopped_after(half, 3)
     assert_equal(weights(train(half, resume=True)), weights(straight))
     with pytest.raises(UserError, match=r"data\.mix"):
         train(replace(half, data=replace(half.data, mix={str(web): 0.5})), resume=True)
@@ -215,3 +210,13 @@ def test_a_vocabulary_has_the_words_of_all_folders(tmp_path: Path) -> None:
 def test_mistakes(options: dict, message: str) -> None:
     with pytest.raises(UserError, match=message):
         PairData(train="shop", batch_size=1, **options)
+
+
+def test_neighbours_of_one_data_set_are_read_in_one_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shop, web = folders(tmp_path)
+    parts = [Shards(shop / "train"), Shards(web)]
+    held: list[tuple[str, list[int]]] = []
+    monkeypatch.setattr(Shards, "hold", lambda self, records: held.append((self.url, list(records))))
+    first = len(parts[0])
+    joined(parts).hold([first - 2, first - 1, first, first + 1])
+    assert held == [(parts[0].url, [first - 2, first - 1]), (parts[1].url, [0, 1])]

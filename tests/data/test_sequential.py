@@ -15,10 +15,9 @@ from fastvlp.data.records.shards import Shards, ShardWriter
 from fastvlp.data.sequential import _DRAW, _REST, ReadAhead, SequentialReading, through_buffer
 from fastvlp.errors import UserError
 from fastvlp.random import hash64
-from fastvlp.training.checkpoint import save
-from fastvlp.training.loop import start, steps, train
+from fastvlp.training.loop import start, train
 from tests.data.test_remote import serving
-from tests.training.runs import assert_equal, made_pairs, made_records, made_run, weights
+from tests.training.runs import assert_equal, made_pairs, made_records, made_run, stopped_after, weights
 
 SIZES = (5, 9, 1, 7, 4)
 
@@ -166,12 +165,7 @@ def test_loader_processes_change_nothing(server, pairs, tmp_path, workers):
 def test_a_run_resumed_within_an_epoch_equals_an_uninterrupted_one(server, pairs, tmp_path, objectives):
     run = replace(run_on(server.url, pairs, tmp_path / "a", *objectives), steps=14)
     straight = train(replace(run, out=str(tmp_path / "b")))
-    state = start(run)
-    running = steps(state)
-    for _ in range(6):
-        next(running)
-    save(state)
-    running.close()
+    stopped_after(run, 6)
     assert_equal(weights(train(run, resume=True)), weights(straight))
 
 
@@ -196,12 +190,7 @@ def test_another_order_is_another_run(pairs, tmp_path):
 def test_a_buffer_that_is_not_used_may_have_another_size(pairs, tmp_path):
     run = replace(run_on(pairs, pairs, tmp_path / "a", order="random"), steps=4)
     straight = train(replace(run, out=str(tmp_path / "b")))
-    state = start(run)
-    running = steps(state)
-    for _ in range(2):
-        next(running)
-    save(state)
-    running.close()
+    stopped_after(run, 2)
     other = replace(run, data=replace(run.data, shuffle_buffer=11, streams=3))
     assert_equal(weights(train(other, resume=True)), weights(straight))
     with pytest.raises(UserError, match=r"data\.order: random then, sequential now"):

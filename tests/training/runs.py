@@ -22,6 +22,8 @@ from fastvlp.objectives.objective import ObjectiveConfig
 from fastvlp.objectives.prefixlm import PrefixLMConfig
 from fastvlp.objectives.siglip import SigLIPConfig
 from fastvlp.objectives.simclr import SimCLRConfig
+from fastvlp.training.checkpoint import save
+from fastvlp.training.loop import start, steps
 from fastvlp.training.optim import OptimConfig
 from fastvlp.training.state import TrainState
 from fastvlp.training.train_config import TrainConfig
@@ -41,6 +43,17 @@ OBJECTIVES: dict[str, ObjectiveConfig] = {
     "moco": MoCoConfig(queue=24, momentum=0.9),
     "albef": replace(albef(queue=24), momentum=0.9),
 }
+
+
+def stopped_after(run: TrainConfig, count: int) -> None:
+    """Trains so many steps, and saves the run as one that was stopped there."""
+    state = start(run)
+    running = steps(state)
+    for _ in range(count):
+        next(running)
+    save(state)
+    running.close()
+    state.tokenizer.save(run.folder / "tokenizer.json")
 
 
 def made_records(count: int, seed: int = 0) -> list[Record]:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from hashlib import sha256
-from itertools import accumulate
+from itertools import accumulate, groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -68,12 +69,17 @@ class JoinedShards:
         return self._read(Shards.detected, i)
 
     def hold(self, records: Iterable[int]) -> None:
-        for part, own in map(self._part, records):
-            part.hold([own])
+        for part, own in self._by_part(records):
+            part.hold(own)
 
     def release(self, records: Iterable[int]) -> None:
-        for part, own in map(self._part, records):
-            part.release([own])
+        for part, own in self._by_part(records):
+            part.release(own)
+
+    def _by_part(self, records: Iterable[int]) -> Iterator[tuple[Shards, list[int]]]:
+        """Neighbours of one part together, as it reads them in one go."""
+        for s, placed in groupby(map(self._place, records), itemgetter(0)):
+            yield self.parts[s], [own for _, own in placed]
 
     def _read(self, method: Callable[[Shards, int], T], i: int) -> T:
         part, own = self._part(i)
@@ -84,10 +90,14 @@ class JoinedShards:
 
     def _part(self, i: int) -> tuple[Shards, int]:
         """The shards that have record i, and its number in them."""
+        s, own = self._place(i)
+        return self.parts[s], own
+
+    def _place(self, i: int) -> tuple[int, int]:
         if not 0 <= i < len(self):
             raise IndexError(f"record {i} of {len(self)} in {self.url}")
         s = bisect_right(self._first, i) - 1
-        return self.parts[s], i - self._first[s]
+        return s, i - self._first[s]
 
 
 def joined(parts: Sequence[Shards]) -> SplitRecords:
