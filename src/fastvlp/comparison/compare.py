@@ -156,7 +156,7 @@ def display_of(plan: Plan, arms: Iterable[str], scoring: ScoringOptions) -> Prog
         budget_s=plan.budget_s,
         seeds=plan.seeds,
         scorings=len(plan.shares),
-        tuned_scorings=len({*plan.tuned_marks, 1.0}),
+        tuned_scorings=len(plan.tuned_shares),
         tuning_rows=scoring.probe_steps * scoring.probe_batch,
     )
 

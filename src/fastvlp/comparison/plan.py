@@ -48,8 +48,13 @@ class Plan:
     @property
     def shares(self) -> list[float]:
         """All shares of the budget after which the arms are scored."""
-        return sorted({*self.marks, *self.tuned_marks, 1.0})
+        return sorted({*self.marks, *self.tuned_shares})
+
+    @property
+    def tuned_shares(self) -> set[float]:
+        """Those after which a copy is fine-tuned for a score, too."""
+        return {*self.tuned_marks, 1.0}
 
     def tunes_at(self, share: float) -> bool:
         """Whether a copy is fine-tuned for the scores after this share."""
-        return share in {*self.tuned_marks, 1.0}
+        return share in self.tuned_shares

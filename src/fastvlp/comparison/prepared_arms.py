@@ -69,18 +69,19 @@ def with_budget(arms: Mapping[str, TrainConfig], plan: Plan) -> dict[str, TrainC
             steps=int(plan.budget_s) if plan.steps else None,
             budget_s=None if plan.steps else plan.budget_s,
             out=str(plan.out / "runs" / arm),
-            states=replace(run.states, store="never") if run.states.store == "auto" else run.states,
-            data=in_process(run),
+            **computed_in_time(run),
         )
         for arm, run in arms.items()
     }
 
 
-def in_process(run: TrainConfig) -> Any:
-    """The data; on a CPU without loader processes, whose CPU time is not counted."""
+def computed_in_time(run: TrainConfig) -> dict[str, Any]:
+    """Fields that keep a run's work within the time that is measured: states of a frozen encoder are not stored before, unless
+    the config says so, and on a CPU there are no loader processes, whose CPU time is not counted."""
+    states = replace(run.states, store="never") if run.states.store == "auto" else run.states
     on_cpu = dist.pick_device(run.device).type == "cpu"
     data: Any = run.data
-    return replace(data, workers=0) if on_cpu and getattr(data, "workers", False) else data
+    return {"states": states, "data": replace(data, workers=0) if on_cpu and getattr(data, "workers", False) else data}
 
 
 def with_tokenizers(

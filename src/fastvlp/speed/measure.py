@@ -15,7 +15,7 @@ import torch
 from tyro.conf import arg
 
 from fastvlp import dist
-from fastvlp.comparison.prepared_arms import in_process, named_arms, with_precision, with_tokenizers
+from fastvlp.comparison.prepared_arms import computed_in_time, named_arms, with_precision, with_tokenizers
 from fastvlp.comparison.settings import with_settings
 from fastvlp.dist import Precision
 from fastvlp.errors import UserError
@@ -245,8 +245,7 @@ def prepared(
             out=str(folder / "run"),
             report_to=(),
             patience=None,
-            states=replace(run.states, store="never") if run.states.store == "auto" else run.states,
-            data=in_process(run),
+            **computed_in_time(run),
         )
         for name, run in runs.items()
     }
