@@ -20,10 +20,19 @@ from fastvlp.comparison.progress import ProgressDisplay, print_tables
 from fastvlp.comparison.results import Comparison, Sample, Scored
 from fastvlp.comparison.turns import Training, run_comparison
 from fastvlp.config import to_json
+from fastvlp.data.pairs import PairData
 from fastvlp.data.state_store import StatesConfig
 from fastvlp.errors import UserError
+from fastvlp.model.sizes import fusion_model
 from fastvlp.objectives.flm import FLMConfig
 from fastvlp.objectives.mlm import MLMConfig
+from fastvlp.objectives.objective import ObjectiveConfig
+from fastvlp.training.optim import OptimConfig
+from fastvlp.training.train_config import TrainConfig
+
+
+class Killed(BaseException):
+    """The process ends."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,3 +174,18 @@ def thirds(out: Path) -> Plan:
 
 
 ARMS = {"flm": Run(objectives={"flm": FLMConfig()}, step_s=2.0), "mlm": Run(objectives={"mlm": MLMConfig()})}
+
+
+def small_config(corpus: Path, objective: ObjectiveConfig, **more: Any) -> TrainConfig:
+    """A run with one objective on a corpus in shards, which takes a second."""
+    return TrainConfig(
+        data=PairData(train=str(corpus / "train"), val=str(corpus / "val"), batch_size=4),
+        model=fusion_model(
+            width=32, depths=(1, 1, 1), size=32, patch=16, positions=64, norm="pre", reconstructor=True, dropout=0.1
+        ),
+        objectives={"only": objective},
+        optim=OptimConfig(lr=1e-3),
+        steps=8,
+        device="cpu",
+        **more,
+    )

@@ -5,8 +5,9 @@ from dataclasses import replace
 import pytest
 
 from fastvlp.comparison.findings import differences, findings
-from fastvlp.comparison.results import ArmRun, Comparison, Measurement, TrainingCost
+from fastvlp.comparison.results import ArmRun, Measurement, TrainingCost
 from fastvlp.comparison.summary import speedup
+from tests.comparison.made_results import comparison_of
 
 TIMES = (10.0, 20.0, 40.0)
 
@@ -22,21 +23,6 @@ def run(arm: str, scores: list[float], *, seed: int = 0, error: float | None = 0
         for time, score in zip(TIMES, scores)
     ]
     return ArmRun(arm=arm, seed=seed, marks=marks)
-
-
-def comparison_of(*runs: ArmRun) -> Comparison:
-    arms = list(dict.fromkeys(run.arm for run in runs))
-    return Comparison(
-        arms=arms,
-        reference="mlm",
-        budget_s=40,
-        seeds=len({run.seed for run in runs}),
-        shares=[0.25, 0.5, 1.0],
-        about={},
-        settings={},
-        configs={arm: {"name": arm, "objectives": {arm: {"type": arm}}, "data": {"train": "a"}} for arm in arms},
-        runs=list(runs),
-    )
 
 
 def test_the_time_of_a_single_run_has_an_interval_by_the_errors_of_its_scores():

@@ -21,6 +21,7 @@ from fastvlp.comparison.summary import (
     within_noise,
 )
 from fastvlp.errors import UserError
+from tests.comparison.made_results import comparison_of
 
 VQA = known_score("vqa")
 
@@ -36,21 +37,6 @@ def run(arm: str, seed: int, scores: list[float]) -> ArmRun:
         for t, s in zip(times, scores)
     ]
     return ArmRun(arm=arm, seed=seed, marks=marks)
-
-
-def comparison_of(*runs: ArmRun) -> Comparison:
-    arms = list(dict.fromkeys(r.arm for r in runs))
-    return Comparison(
-        arms=arms,
-        reference="mlm",
-        budget_s=40,
-        seeds=len({r.seed for r in runs}),
-        shares=[0.25, 0.5, 1.0],
-        about={},
-        settings={},
-        configs={arm: {} for arm in arms},
-        runs=list(runs),
-    )
 
 
 def test_the_curve_is_straight_between_marks() -> None:

@@ -23,7 +23,7 @@ from fastvlp.data.pairs import PairData
 from fastvlp.data.world.corpus import WorldConfig, write_world
 from fastvlp.errors import UserError
 from fastvlp.model.saving import load_model
-from fastvlp.model.sizes import fusion_model, tiny, two_towers
+from fastvlp.model.sizes import tiny, two_towers
 from fastvlp.objectives.ar import ARConfig
 from fastvlp.objectives.clip import CLIPConfig
 from fastvlp.objectives.cloze_methods import predict_causal, predict_masked
@@ -37,6 +37,7 @@ from fastvlp.training.loop import start, steps
 from fastvlp.training.optim import OptimConfig
 from fastvlp.training.state import TrainState
 from fastvlp.training.train_config import TrainConfig
+from tests.made_arms import small_config
 
 OPTIONS = ScoringOptions(probe_steps=2, probe_batch=4, probe_items=20, cloze_items=4, caption_items=2, pictures=2)
 
@@ -49,20 +50,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(world: Path, objective: ObjectiveConfig, **more: object) -> TrainConfig:
-    return TrainConfig(
-        name="small",
-        data=PairData(train=str(world / "train"), val=str(world / "val"), batch_size=4),
-        model=fusion_model(
-            width=32, depths=(1, 1, 1), size=32, patch=16, positions=64, norm="pre", reconstructor=True, dropout=0.1
-        ),
-        objectives={"only": objective},
-        optim=OptimConfig(lr=1e-3),
-        steps=8,
-        vocab=200,
-        precision="fp32",
-        device="cpu",
-        **more,  # type: ignore[arg-type]
-    )
+    return small_config(world, objective, name="small", vocab=200, precision="fp32", **more)
 
 
 def weights(state: TrainState) -> list[torch.Tensor]:
