@@ -71,6 +71,13 @@ def has_fast_bf16(device: torch.device) -> bool:
     return any(getattr(torch.cpu, name, lambda: False)() for name in names)
 
 
+def slow_precision(precision: Precision, device: torch.device) -> str | None:
+    """A warning where a device computes slowly in a precision that was chosen; None where it does not."""
+    if precision == "fp32" or has_fast_bf16(device):
+        return None
+    return f"`precision` bf16 is slower than fp32 on this device ({device.type}), up to ten times; choose auto or fp32"
+
+
 def launched() -> int:
     """How many processes `torchrun` started, before they have joined; 1 without it."""
     return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1

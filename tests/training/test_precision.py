@@ -8,7 +8,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fastvlp import dist
+from fastvlp import dist, recipe
+from fastvlp.comparison.compare import slow_arms
 from fastvlp.dist import has_fast_bf16, pick_precision
 from fastvlp.eval.encoding import Encoding, open_run
 from fastvlp.model.saved_run import read_saved_run
@@ -50,6 +51,16 @@ def test_auto_is_bf16_where_that_is_fast_and_was_trained(monkeypatch, fast):
     assert [pick_precision(choice, CPU, trained="fp32") for choice in ("fp32", "bf16")] == ["fp32", "bf16"]
 
 
+@pytest.mark.parametrize("fast", [True, False])
+def test_bf16_where_it_is_slow_is_warned_of(monkeypatch, fast):
+    monkeypatch.setattr(dist, "has_fast_bf16", lambda device: fast)
+    assert dist.slow_precision("fp32", CPU) is None
+    assert (dist.slow_precision("bf16", CPU) is None) is fast
+    arms = {"one": recipe("mlm_demo"), "two": replace(recipe("mlm_demo"), precision="bf16")}
+    assert (slow_arms(arms) or "").startswith("" if fast else "two: ")
+    assert (slow_arms(arms) is None) is fast
+
+
 @pytest.fixture
 def pairs(tmp_path):
     return made_pairs(tmp_path / "pairs")
@@ -64,7 +75,8 @@ def test_a_run_says_what_it_computes_in_and_goes_on_so(pairs, tmp_path, monkeypa
     assert state.precision == state.run.precision == expected
     assert read_saved_run(run.folder).precision == expected
     assert json.loads((run.folder / "about.json").read_text())["precision"] == expected
-    first = json.loads((run.folder / "log.jsonl").read_text().splitlines()[0])
+    first, *others = map(json.loads, (run.folder / "log.jsonl").read_text().splitlines())
+    assert not any("`precision`" in line.get("text", "") for line in others)
     assert (first["kind"], first["step"], first["precision"]) == ("start", 0, expected)
     # On another processor too.
     monkeypatch.setattr(dist, "has_fast_bf16", lambda device: not fast)

@@ -199,6 +199,8 @@ def run(job: Job) -> Comparison:
         if comparison.finished:
             display.note(f"{plan.out}: this comparison is finished already, nothing is trained")
         else:
+            if slow := slow_arms(arms):
+                display.note(slow)
             try:
                 run_comparison(plan, arms, comparison=comparison, scorer=MetricScorer(job.scoring), display=display)
             except KeyboardInterrupt:
@@ -207,6 +209,15 @@ def run(job: Job) -> Comparison:
                 raise
     check_trained(comparison, plan)
     return comparison
+
+
+def slow_arms(arms: Mapping[str, TrainConfig]) -> str | None:
+    """Names the arms whose chosen precision is slow on this device; None where there are none."""
+    device, slow = device_of(arms), {}
+    for name, run in arms.items():
+        if warning := dist.slow_precision(dist.pick_precision(run.precision, device), device):
+            slow[name] = warning
+    return f"{', '.join(slow)}: {next(iter(slow.values()))}" if slow else None
 
 
 def check_trained(comparison: Comparison, plan: Plan) -> None:

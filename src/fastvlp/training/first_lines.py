@@ -31,6 +31,8 @@ def log_start(state: TrainState, log: RunLog, resume: bool) -> None:
         log.say(f"{run.folder}: {divided(state)}")
     machine: dict[str, Any] = {"device": device_name(state.device), "precision": state.precision}
     log.event("start", step=state.step, elapsed=state.elapsed, **machine)
+    if slow := dist.slow_precision(state.precision, state.device):
+        log.say(slow)
     if state.step == 0:
         if resume:
             log.say(f"{run.folder}: no checkpoint here to resume from; the run starts from the beginning")
