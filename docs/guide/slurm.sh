@@ -1,7 +1,7 @@
 #!/bin/bash
 # Pretrains on several machines of a Slurm cluster:  sbatch slurm.sh clip_photos --data.batch-size 480
-# Three minutes before its time is over the run saves its state, and the job goes back into the queue and continues.
-# A run that is at its end by then, or fails, does not.
+# Three minutes before the time of the job is over, the run saves its state, and the job goes back into the queue to continue.
+# It does not go back if the run has finished or failed by then.
 #SBATCH --job-name=fastvlp
 #SBATCH --nodes=4
 #SBATCH --ntasks-per-node=1
@@ -20,29 +20,29 @@ out=${OUT:-$PWD/runs/$recipe}
 first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 again=
 
-# Slurm signals this script alone, which passes SIGTERM on to the ranks.
+# Slurm sends its signal to this script only. The script passes it on to the ranks as SIGTERM.
 stop() {
     again=yes
     scancel --signal=TERM "$SLURM_JOB_ID.0"
 }
 trap stop USR1
 
-# What the run says, which tells a run that stopped at the signal from one that failed: torchrun exits with 1 after both.
-said=$(mktemp)
-trap 'rm -f "$said"' EXIT
+# The output of the run. It distinguishes a run that stopped at the signal from one that failed: torchrun exits with 1 in both cases.
+output=$(mktemp)
+trap 'rm -f "$output"' EXIT
 
-# One torchrun on each machine starts a process for each GPU. `--resume` begins where there is no checkpoint yet.
+# One torchrun on each machine starts a process for each GPU. With `--resume` the run starts anew if there is no checkpoint yet.
 srun --kill-on-bad-exit=1 torchrun \
     --nnodes "$SLURM_NNODES" --nproc-per-node "${SLURM_GPUS_ON_NODE:-8}" \
     --rdzv-id "$SLURM_JOB_ID" --rdzv-backend c10d --rdzv-endpoint "$first:29500" \
-    -m fastvlp pretrain "$recipe" --out "$out" --resume "$@" | tee "$said" &
+    -m fastvlp pretrain "$recipe" --out "$out" --resume "$@" | tee "$output" &
 wait %1
 code=$?
 if [ -n "$again" ]; then
-    # The signal ended the first `wait`, not the run.
+    # The signal ended the first `wait`, but not the run.
     wait %1
     code=$?
-    if [ "$code" -ne 0 ] && grep -q "and saved; the same command continues it" "$said"; then
+    if [ "$code" -ne 0 ] && grep -q "and saved; the same command continues it" "$output"; then
         scontrol requeue "$SLURM_JOB_ID"
         exit 0
     fi
