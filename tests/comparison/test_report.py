@@ -152,11 +152,11 @@ def test_the_answer_comes_first() -> None:
 
 def test_it_says_how_the_arms_took_turns() -> None:
     comparison = comparison_of()
-    assert "by turns of 5 s, on one device" in page(comparison)
+    assert "in turns of 5 s, on one device" in page(comparison)
     comparison.settings, comparison.counted = {"slice_s": 7.0, "steps": True}, "steps"
-    assert "by turns of 7 steps, on one device" in page(comparison)
+    assert "in turns of 7 steps, on one device" in page(comparison)
     comparison.added = {"<b>odd</b>": {"date": "later"}}
-    assert "flm and mlm by turns of 7 steps, on one device" in page(comparison)
+    assert "flm and mlm in turns of 7 steps, on one device" in page(comparison)
     comparison.added = {"mlm": {}, "<b>odd</b>": {}}
     assert "by turns" not in page(comparison)
 

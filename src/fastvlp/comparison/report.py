@@ -1,4 +1,4 @@
-"""Writes report.html of a comparison: one self-contained file, with colours for light and dark mode."""
+"""Writes report.html of a comparison: one file that needs no other, with colours for light and dark mode."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def write_report(comparison: Comparison, path: Path) -> None:
 
 
 def page(comparison: Comparison) -> str:
-    """Returns the report as HTML. The comparison need not be finished."""
+    """Returns the report as HTML, also of a comparison that is not finished."""
     rows, scores = summarise(comparison), measured_scores(comparison)
     body = [
         _head(comparison, rows),
@@ -87,25 +87,25 @@ def _head(comparison: Comparison, rows: Sequence[Summary]) -> str:
 
 
 def _answer(comparison: Comparison, rows: Sequence[Summary], scores: Sequence[Score]) -> str:
-    """Returns what was compared, and the answer in sentences and in one table."""
-    sentences = [_unbroken(escape(sentence)) for sentence in findings(comparison)]
-    compared = f"<p>{escape(_compared(comparison))}</p>"
+    """Returns a description of the comparison, and its result in sentences and in one table."""
+    sentences = [_without_breaks_in_numbers(escape(sentence)) for sentence in findings(comparison)]
+    described = f"<p>{escape(_description(comparison))}</p>"
     if not sentences:
-        return f'{compared}<p class="note">No arm has been scored yet.</p>'
+        return f'{described}<p class="note">No arm has been scored yet.</p>'
     more = "".join(f"<li>{sentence}</li>" for sentence in sentences[1:])
     return (
-        f'{compared}<p class="lead">{sentences[0]}</p>{f"<ul>{more}</ul>" if more else ""}'
-        f'{_finals(comparison, rows, scores)}<p class="note">{escape(_certain(comparison))}</p>'
+        f'{described}<p class="lead">{sentences[0]}</p>{f"<ul>{more}</ul>" if more else ""}'
+        f'{_final_scores(comparison, rows, scores)}<p class="note">{escape(_certainty(comparison))}</p>'
     )
 
 
-def _unbroken(text: str) -> str:
-    """A text in which no number is parted from its error or its unit at the end of a line."""
+def _without_breaks_in_numbers(text: str) -> str:
+    """Returns a text in which a line never ends between a number and its error or unit."""
     return text.replace(" %", "\u00a0%").replace(" ± ", "\u00a0±\u00a0")
 
 
-def _finals(comparison: Comparison, rows: Sequence[Summary], scores: Sequence[Score]) -> str:
-    """Returns the table of the last score of each arm, above what chance and the texts alone give."""
+def _final_scores(comparison: Comparison, rows: Sequence[Summary], scores: Sequence[Score]) -> str:
+    """Returns the table of the last score of each arm. Below are the scores of chance and of the texts alone."""
     best = {
         score.name: max((final for row in rows if (final := row.final(score.name))), key=lambda final: final.mean)
         for score in scores
@@ -124,9 +124,9 @@ def _finals(comparison: Comparison, rows: Sequence[Summary], scores: Sequence[Sc
     return _html_table(["", "objective", *(escape(score.title) for score in scores)], cells)
 
 
-def _compared(comparison: Comparison) -> str:
-    """Says what was compared."""
-    clock = "CPU time, so that other programs take none of it" if comparison.clock == "cpu" else "wall time"
+def _description(comparison: Comparison) -> str:
+    """Returns sentences that say which arms trained for how long, and in what they differ."""
+    clock = "CPU time, which does not count other programs" if comparison.clock == "cpu" else "wall time"
     if comparison.counted == "steps":
         clock = f"their times are {clock}"
     parts = differences(comparison)
@@ -134,30 +134,30 @@ def _compared(comparison: Comparison) -> str:
     runs = f"with {comparison.seeds} seeds" if comparison.seeds > 1 else "once"
     return (
         f"Each arm trained {runs} for {format_length(comparison)} ({clock}), {_turns(comparison)}on one device. "
-        f"The arms differ in {differ or 'nothing'}; all else is equal."
+        f"The arms differ in {differ or 'nothing'}; all other settings are equal."
     )
 
 
 def _turns(comparison: Comparison) -> str:
-    """Says which arms trained by turns, and how long a turn was; nothing of a single arm."""
+    """Returns which arms trained in turns, and how long a turn was; empty for a single arm."""
     together = [arm for arm in comparison.arms if arm not in comparison.added]
     length = comparison.settings.get("slice_s")
     if len(together) < 2 or length is None:
         return ""
     turn = f"{length:,.0f} steps" if comparison.counted == "steps" else format_duration(length)
     named = f"{', '.join(together[:-1])} and {together[-1]} " if comparison.added else ""
-    return f"{named}by turns of {turn}, "
+    return f"{named}in turns of {turn}, "
 
 
-def _certain(comparison: Comparison) -> str:
-    """Says how certain the scores are."""
-    around = (
+def _certainty(comparison: Comparison) -> str:
+    """Returns sentences that say how certain the scores are."""
+    meaning = (
         "± is the standard deviation over seeds"
         if comparison.seeds > 1
-        else "Single runs: ± is the standard error over what was scored, and other seeds may differ by more"
+        else "Single runs: ± is the standard error over the scored items, and other seeds may differ by more"
     )
-    certain = f"{around}. Bold: the highest score, and those within two standard errors of it."
-    return " ".join(filter(None, (certain, busy_note(comparison))))
+    text = f"{meaning}. Bold: the highest score, and all scores within two standard errors of it."
+    return " ".join(filter(None, (text, busy_note(comparison))))
 
 
 def _legend(comparison: Comparison, arms: Iterable[str]) -> str:
@@ -187,9 +187,11 @@ def _score_section(comparison: Comparison, rows: Sequence[Summary], score: Score
     if (chance := comparison.chance.get(score.name)) is not None:
         note += f"; the dotted line is chance, {format_score(score, spread([chance]))}"
     if (blind := comparison.blind.get(score.name)) is not None:
-        note += f"; the line of dots and dashes is what the questions' text alone gives, {format_score(score, spread([blind]))}"
+        note += (
+            f"; the line of dots and dashes is the score from the text alone, {format_score(score, spread([blind]))}"
+        )
     if comparison.seeds > 1 and not once:
-        note += "; lines show the mean over seeds, whiskers the range, thin lines the single seeds"
+        note += "; thick lines show the mean over seeds, whiskers their range, and thin lines the single seeds"
     note = f"{note[:1].upper()}{note[1:]}."
     head = f'<h2>{escape(score.title)}</h2><p class="note">{escape(note)}</p>'
     scored = [row.arm for row in rows if row.final(score.name)]
@@ -202,12 +204,12 @@ def _score_section(comparison: Comparison, rows: Sequence[Summary], score: Score
 
 
 def measured_once(rows: Sequence[Summary], score: Score) -> bool:
-    """Whether no arm has a score at more than one mark, so that there is no curve."""
+    """Whether every arm has the score at one mark at most, so that there is no curve."""
     return all(sum(value is not None for value in row.scores[score.name]) < 2 for row in rows)
 
 
 def _final_chart(comparison: Comparison, rows: Sequence[Summary], score: Score) -> str:
-    """Draws the last score of each arm, between chance and the highest."""
+    """Draws the last score of each arm, with lines for chance and for the text alone."""
     scale, unit = (100.0, " %") if score.percent else (1.0, "")
     dots = []
     for i, row in enumerate(rows):
@@ -277,16 +279,16 @@ def _speed(comparison: Comparison, rows: Sequence[Summary]) -> str:
     ]
     reference = comparison.reference
     note = (
-        "All numbers are means over seeds; ± gives the sample standard deviation, or of a single run the standard error over "
-        "what was scored. "
-        f"Time-to-quality compares how soon two arms reach the final score of {reference}: it is the time that "
-        f"{reference} needs divided by the time that the arm needs, computed for each seed. Between two scorings, scores are "
-        "interpolated linearly. A ≥ marks an arm that had already reached it at its first scoring. "
-        "Training time is that of the training steps, without scoring: on a CPU the CPU time of the process, all threads "
-        "together, on a GPU wall time. CPU s per s: processor seconds of the main process in each wall second of training. "
-        "Scoring: wall seconds in all scorings of a run together."
+        "All numbers are means over seeds. ± is the sample standard deviation; for a single run it is the standard error over "
+        "the scored items. "
+        f"Time-to-quality compares how soon an arm reaches the final score of {reference}: it is the time that "
+        f"{reference} needs, divided by the time that the arm needs. It is computed for each seed. Between two scorings, "
+        "scores are interpolated linearly. A ≥ marks an arm that had already reached the score at its first scoring. "
+        "Training time counts only training steps, not scoring. On a CPU it is the CPU time of the process, over all threads; "
+        "on a GPU it is wall time. CPU s per s: CPU seconds of the main process in each wall second of training. "
+        "Scoring: wall seconds of all scorings of a run together."
     )
-    return f'<h2>Work done in that time</h2>{_html_table(head, cells)}<p class="note">{escape(note)}</p>'
+    return f'<h2>Work done in the training time</h2>{_html_table(head, cells)}<p class="note">{escape(note)}</p>'
 
 
 def _losses(comparison: Comparison) -> str:
@@ -302,8 +304,8 @@ def _losses(comparison: Comparison) -> str:
         charts.append(line_chart(lines, label=label, describe=f"training losses against {label}"))
     several = [f"{arm} has {', '.join(t)} (solid, dashed, dotted)" for arm, t in terms.items() if len(t) > 1]
     note = (
-        "In nats for each predicted token; first seed. The methods predict different tokens from different context, so "
-        "compare the shapes of the curves and not their heights. "
+        "Losses of the first seed, in nats for each predicted token. The methods predict different tokens from different "
+        "context, so compare the shapes of the curves and not their heights. "
     )
     return (
         f'<h2>Training losses</h2><p class="note">{escape(note + "; ".join(several) + ("." if several else ""))}</p>'
@@ -340,9 +342,9 @@ def _samples(comparison: Comparison) -> str:
         return ""
     cards = "".join(_sample(comparison, sample) for sample in comparison.samples)
     note = (
-        "The first pictures of the scored split, not chosen by hand. "
-        "Answers are those of each arm after the same short fine-tuning, captions those of the arms that learned to write, "
-        "without any, unless CIDEr was measured; first seed."
+        "These are the first pictures of the scored split; they were not selected. Answers and captions are from the first "
+        "seed. Each arm gives its answers after the same short fine-tuning. Captions are shown for the arms that have learned "
+        "to write. They are written without fine-tuning, unless CIDEr was measured."
     )
     return f'<h2>Captions and answers</h2><p class="note">{note}</p><div class="samples">{cards}</div>'
 
@@ -360,7 +362,7 @@ def _configs(comparison: Comparison) -> str:
         f"<pre>{escape(json.dumps(comparison.configs[arm], indent=2, ensure_ascii=False))}</pre></details>"
         for arm in comparison.arms
     )
-    note = "The fields in which the arms differ, then the whole config of each."
+    note = "The table has the fields in which the arms differ. Below it is the whole configuration of each arm."
     return f'<h2>Configurations</h2><p class="note">{note}</p>{table}{whole}'
 
 

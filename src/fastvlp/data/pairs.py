@@ -1,4 +1,4 @@
-"""Image-text pairs: the config of a run's data, and the batches that are made of it."""
+"""Image-text pairs: the config of a run's data, and how its records become batches."""
 
 from __future__ import annotations
 
@@ -43,18 +43,18 @@ Split = Literal["train", "val", "test"]
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows of a split, and how a list of them becomes a batch.
+    """The rows of a split, and the functions that make batches of them.
 
     Attributes:
         count: number of rows.
-        make: makes a batch of rows, and names the records that could not be used.
-        damage: the parts of the shards that cannot be read, which have no rows.
+        make: makes a batch from a list of rows. Returns it with the records that could not be used.
+        damage: the parts of the shards that cannot be read; they have no rows.
         lengths: reads the number of tokens of every row, to group rows by length.
-        content: a hash of the records, by which data that moved are recognised; None where there is none.
-        reading: how records are read as they are stored; None: in random order.
-        make_hashed: `make` for objectives that contrast rows: its batches have `Batch.content`, for which each image is hashed
-            once in a run; None where the data cannot make such.
-        mixture: the data sets that training mixes, and their shares; None: each row is shown once an epoch.
+        content: a hash of the records, by which a resumed run recognises data that were moved; None if there is no hash.
+        reading: how records are read in the order in which they are stored; None for random order.
+        make_hashed: like `make`, for contrastive objectives: its batches have `Batch.content`, for which each image is hashed
+            once in a run. None if the data cannot make such batches.
+        mixture: the data sets that training mixes, and their shares; None if each row is shown once an epoch.
     """
 
     count: int
@@ -69,32 +69,32 @@ class Rows:
 
 @dataclass(frozen=True, kw_only=True)
 class Data(abc.ABC):
-    """The data of a run: how its rows are read and made into batches."""
+    """The data of a run, and how its rows are read and made into batches."""
 
     batch_size: Annotated[int, Range(least=1, most=1 << 24)]
-    """Rows of one micro-batch on one rank."""
+    """Number of rows of one micro-batch on one rank."""
     workers: Annotated[int, Range(least=0, most=1024)] = 0
-    """Processes that load; 0 loads in a thread of the training process."""
+    """Number of processes that load data; 0 loads in a thread of the training process."""
     cache: bool = True
-    """Keep decoded images in memory, as many as half of the free memory has room for."""
+    """Keep decoded images in memory, in at most half of the free memory."""
     max_length: Annotated[int, Range(least=2)] = 50
-    """The most tokens of a text, including `<s>` and `</s>`; a longer text is cut at its end."""
+    """Largest number of tokens of a text, including `<s>` and `</s>`; a longer text is cut at its end."""
     fit: Fit = "crop"
-    """How an image becomes a square: cut to its middle (crop), to seven eighths of that (centre), squashed, or whole on a grey
-    square (letterbox)."""
+    """How an image becomes a square: crop cuts out the square in its middle, centre cuts out seven eighths of that square,
+    squash changes its aspect ratio, and letterbox puts the whole image on a grey square."""
     group: Count | None = None
-    """Make training batches of rows of about the same length, chosen among this many shuffled rows."""
+    """Make training batches of rows of similar length: sort this many shuffled rows by length and cut them into batches."""
     max_tokens: Count | None = None
-    """Token budget of one micro-batch on one rank, in place of `batch_size`: it has as many rows as fit, where each row counts
-    as much as the longest. Rows are grouped by length among `group` rows, by default 32768."""
+    """Token budget of one micro-batch on one rank, in place of `batch_size`. The micro-batch has as many rows as fit, where
+    each row counts as many tokens as the longest. Rows are sorted by length among `group` rows, by default 32768."""
     fill: Literal["official"] | None = None
-    """How the budget is filled: `official` makes batches as small as UNITER's released code does."""
+    """How the token budget is filled: official makes batches that are as small as those of UNITER's released code."""
 
     def __post_init__(self) -> None:
         if any(value is not None and value < 1 for value in (self.group, self.max_tokens)):
-            raise UserError("`data.group` (rows) and `data.max_tokens` are at least 1; leave out what you do not want")
+            raise UserError("`data.group` and `data.max_tokens` must be at least 1; leave them out to switch them off")
         if self.fill is not None and self.max_tokens is None:
-            raise UserError("`data.fill` says how a budget of tokens is filled; give `data.max_tokens` too")
+            raise UserError("`data.fill` says how a token budget is filled; give `data.max_tokens` too")
 
     @property
     def grouping(self) -> Grouping | None:
@@ -105,36 +105,37 @@ class Data(abc.ABC):
 
     @property
     def reads_mirrored_states(self) -> bool:
-        """Whether training can read stored states of mirrored images too."""
+        """Whether training can also read stored states of mirrored images."""
         return False
 
     @abc.abstractmethod
     def rows(
         self, split: Split, tokenizer: Tokenizer, size: int, *, strict: bool, stored: Stored | None = None
     ) -> Rows | None:
-        """Rows with images of `size` x `size` pixels; None where there is no such split.
+        """Returns the rows of a split, with images of `size` x `size` pixels; None if the data have no such split.
 
         Args:
             strict: whether an unreadable record raises an error (evaluation) or is left out and named (training).
-            stored: states of frozen encoders, to read in place of pixels and texts; None if there are none.
+            stored: stored states of frozen encoders, to read instead of pixels and texts; None if there are none.
         """
 
     def cut(self, tokenizer: Tokenizer) -> CaptionCut | None:
-        """What `max_length` cuts of a sample of the training captions; None for data without captions."""
+        """Counts the tokens that `max_length` cuts off, in a sample of the training captions; None without captions."""
         return None
 
     def content(self, split: Split) -> str | None:
-        """A hash of the records of a split, that of its `Rows`; None where there is none."""
+        """Returns a hash of the records of a split, as in its `Rows`; None if there is no hash."""
         return None
 
     @abc.abstractmethod
     def texts(self) -> Iterator[str]:
-        """The training texts, to train a tokenizer on."""
+        """Yields the training texts, to train a tokenizer on."""
 
     def of_pairs(self, train: str) -> Data:
-        """The same options with a folder of image-text pairs as the only data. Raises UserError where others are needed."""
+        """Returns the same options with a folder of image-text pairs as the only data. Raises UserError if the run needs data
+        of another kind."""
         raise UserError(
-            f"{type(self).__name__} reads data of its own kind, and image-text pairs cannot take their place"
+            f"{type(self).__name__} reads data of its own kind, and cannot be used with image-text pairs instead"
         )
 
 
@@ -145,26 +146,27 @@ class PairData(Data):
     train: str
     """Folder of shards to train on."""
     mix: Mapping[str, PositiveShare] | None = None
-    """Further folders of shards to train on, each with its share of the rows of an epoch; `train` gives the rest."""
+    """Further folders of shards to train on, each with its share of the rows of an epoch; the other rows are from `train`."""
     val: str | None = None
     """Folder of shards to validate on."""
     test: str | None = None
     """Folder of shards to test on."""
     captions: str = "captions"
-    """Field of a record that holds its list of captions. `captions_zh`: the Chinese ones; `captions+captions_zh`: both, for
-    a model of two languages."""
+    """Field of a record that holds its list of captions. `captions_zh` holds the Chinese captions; `captions+captions_zh` uses
+    both, for a model of two languages."""
     regions: RegionSource | None = None
     """Regions to load with each image."""
     vocab_records: Count | None = 500_000
-    """Records whose texts a new tokenizer is trained on, drawn evenly from all, the same for every seed of the run; None: all
-    records."""
+    """Number of records whose texts a new tokenizer is trained on. They are spread evenly over the data, and are the same for
+    every seed of the run. None uses all records."""
     order: Literal["random", "sequential"] = "random"
-    """Order of training's records: `random`, which reads each by itself, or `sequential`, as they are stored, shard after
-    shard, shuffled in a buffer, for data that are far away."""
+    """Order of the training records. random reads each record separately. sequential reads shard after shard and shuffles the
+    records in a buffer; use it for remote data."""
     shuffle_buffer: Count = 4096
-    """With `sequential`: records that wait in the memory of each rank, among which the next is drawn."""
+    """With sequential order: number of records in the memory of each rank, from which the next record is drawn."""
     streams: Count = 1
-    """With `sequential`: parts of the data that each rank reads side by side; a multiple of `workers`, which share them."""
+    """With sequential order: number of parts of the data that each rank reads at the same time. It must be a multiple of
+    `workers`, which share the parts."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -173,26 +175,28 @@ class PairData(Data):
             return
         if self.grouping is not None:
             raise UserError(
-                "`data.order` sequential reads records as they are stored, and rows of one length would be taken from all "
-                "over the data; leave out `data.group` and `data.max_tokens`"
+                "`data.order` sequential reads records in the order in which they are stored, so rows cannot be grouped by "
+                "length; leave out `data.group` and `data.max_tokens`"
             )
         if self.streams % max(1, self.workers):
             raise UserError(
-                f"`data.workers` {self.workers} cannot share `data.streams` {self.streams} (`data.order` is sequential): give "
-                f"each as many of them, such as `data.streams` {self.workers}"
+                f"`data.streams` {self.streams} cannot be shared equally by `data.workers` {self.workers}; set "
+                f"`data.streams` to a multiple of it, such as {self.workers}"
             )
 
     def _check_mix(self) -> None:
         mix = self.mix or {}
         if sum(mix.values()) >= 1:
             raise UserError(
-                f"`data.mix` gives shares of an epoch's rows, here {sum(mix.values()):g} in all, and `data.train` the rest; "
-                f"lower them to less than 1 in all"
+                f"`data.mix`: the shares sum to {sum(mix.values()):g}, and no rows would be left for `data.train`; lower them "
+                f"to less than 1 in all"
             )
         if self.train in mix:
-            raise UserError(f"`data.mix` names {self.train} too, which is `data.train` and has the rest; leave it out")
+            raise UserError(
+                f"`data.mix` names {self.train}, which is also `data.train`; leave it out of `data.mix`: it gets the other rows"
+            )
         if mix and self.order == "sequential":
-            raise UserError("`data.order` sequential reads one data set as it is stored; leave out `data.mix`")
+            raise UserError("`data.order` sequential cannot mix data sets; leave out `data.mix`")
 
     def rows(
         self, split: Split, tokenizer: Tokenizer, size: int, *, strict: bool, stored: Stored | None = None
@@ -207,7 +211,7 @@ class PairData(Data):
         mirrored = None
         if images and states and images.flip and split == "train":
             mirrored = images.open(shards, transform, mirrored=True)
-            # Without room for both, all images are encoded.
+            # If there is no room for the states of the mirrored images, images are encoded at each step.
             states = mirrored and states
         make = PairMaker(
             shards,
@@ -256,7 +260,7 @@ class PairData(Data):
         return stored.texts.open(shards, tokenizer, self.captions, self.max_length)
 
     def cut(self, tokenizer: Tokenizer) -> CaptionCut | None:
-        # A record of a store far away takes a tenth of a second.
+        # Reading a remote record takes a tenth of a second.
         most = 100 if "://" in self.train else 2000
         return sample_cut(joined(self._parts("train")), self.captions, tokenizer, self.max_length, most)
 
@@ -269,7 +273,7 @@ class PairData(Data):
         return replace(self, train=train, mix=None, val=None, test=None)
 
     def _parts(self, split: Split) -> list[Shards]:
-        """The shards of a split, of training those of `mix` too; none where there is no such split."""
+        """Returns the shards of a split, for training also those of `mix`; an empty list if there is no such split."""
         folder = {"train": self.train, "val": self.val, "test": self.test}[split]
         more = self.mix if split == "train" and self.mix else ()
         return [] if folder is None else [Shards(place) for place in (folder, *more)]
@@ -282,15 +286,15 @@ class PairData(Data):
         for folder, share in zip((self.train, *self.mix), mixture.shares):
             if share * count < 1:
                 raise UserError(
-                    f"`data.mix` leaves {folder} a share of {share:g}, less than one of the {count:,} rows of an epoch, so "
-                    f"that it would not be shown; give it at least 1 / {count}, or leave it out"
+                    f"`data.mix`: the share of {folder} is {share:g}, which is less than one of the {count:,} rows of an "
+                    f"epoch; give it at least 1 / {count}, or leave it out"
                 )
         return mixture
 
 
 class Pair(NamedTuple):
-    """An image as the model sees it (or its stored states), its text, the row's seed, the image's regions, if any, stored
-    states of the text, and a hash of the image."""
+    """One row of a batch: an image as the model sees it (or its stored states), its text, and the row's seed. It may also have
+    the image's regions, stored states of the text, a hash of the image, and a teacher's vectors of image and text."""
 
     image: Tensor
     text: str
@@ -302,16 +306,16 @@ class Pair(NamedTuple):
 
 
 class PairMaker:
-    """Makes batches of rows: the record's first image, and one of its captions chosen by the row's seed.
+    """Makes batches of rows. A row has the record's first image, and one of its captions, which the row's seed chooses.
 
     Args:
-        captions: the field of `info` that holds a list of captions (or one).
-        max_length: tokens of a row, <s> and </s> included; longer captions are cut.
-        regions, cache, states, strict: as `RecordReader` takes them.
-        texts: stored states of all captions, which come along.
+        captions: the field of `info` that holds a list of captions (or a single caption).
+        max_length: largest number of tokens of a row, including <s> and </s>; longer captions are cut.
+        regions, cache, states, strict: as in `RecordReader`.
+        texts: stored states of all captions, which are added to the batches.
         mirrored: stored states of the mirrored images.
-        teacher: a teacher's vectors of all images and captions, which come along.
-        flip: share of the rows that read these; those that `augment` would mirror.
+        teacher: a teacher's vectors of all images and captions, which are added to the batches.
+        flip: share of the rows that read mirrored states: the rows that `augment` would mirror.
     """
 
     def __init__(
@@ -341,7 +345,7 @@ class PairMaker:
         self.image_hashes: ImageHashes | None = None
 
     def hashed(self) -> PairMaker:
-        """The same, and its batches have `content`."""
+        """Returns a copy whose batches have `content`."""
         made = copy(self)
         made.image_hashes = ImageHashes(len(self.reader.shards))
         return made
@@ -374,12 +378,12 @@ class PairMaker:
 
     def _pair(self, row: Row) -> Pair:
         record = self.reader.record(row.index)
-        # Checked before the image is decoded, which would be in vain without a caption.
+        # Checked first, because decoding the image of a record without a caption would be wasted work.
         captions = usable_captions(record.info, self.captions)
         if not captions:
             fields = ", ".join(sorted(record.info)) or "none"
             raise RecordError(record.key, f"no usable caption in {self.captions!r} (fields: {fields})")
-        # A hash of the seed, because the objective draws from the seed itself: the two draws must be independent.
+        # A hash of the seed is used, because objectives draw from the seed itself, and the draws must be independent.
         k = hash64(row.seed) % len(captions)
         states = None if self.texts is None else self.texts.entry(self.texts.of_record(row.index)[k])
         image, regions, image_hash = record.images[0], record.regions, 0

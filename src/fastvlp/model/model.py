@@ -1,4 +1,4 @@
-"""VLModel: image and text encoder, the parts that join them, and the ways to encode a text together with an image."""
+"""VLModel: an image encoder, a text encoder, the parts that join them, and the ways to encode a text together with an image."""
 
 from __future__ import annotations
 
@@ -25,48 +25,48 @@ from fastvlp.model.single_stream import SingleConfig, SingleStates, SingleStream
 
 # How `summarise` encodes a text: in both directions at once, left to right, or with FLM's two streams and reconstructor.
 Reading = Literal["full", "causal", "flm"]
-# What <s> attends to. `blind`: only itself, as the first token of a left-to-right text. `official`: the whole text, and no
-# other token attends to <s>, as in FLM's released code.
+# What <s> attends to. `blind`: only itself, as usual in left-to-right texts. `official`, as in FLM's released code: the whole
+# text, while no other token attends to <s>.
 Bos = Literal["blind", "official"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """A model: an image encoder, a text encoder, and what joins them. It is one of
+    """Config of a model with an image encoder, a text encoder, and parts that join them. There are three kinds:
 
     - two encoders with a joint space (`embed`),
-    - two encoders with fusion layers, in which the text reads the image (`fusion`), maybe with a joint space too,
+    - two encoders with fusion layers, in which the text attends to the image (`fusion`), with or without a joint space,
     - a single stream over words and regions (`single`).
     """
 
     image: ImageEncoderConfig
-    """The image encoder. A single stream over a detector's regions uses only its size."""
+    """The image encoder. A single stream over a detector's regions uses only its image size."""
     text: TextEncoderConfig
-    """The text encoder. A single stream uses only its embedding."""
+    """The text encoder. A single stream uses only its word embedding."""
     fusion: FusionConfig | None = None
-    """Layers in which the text reads the image, with a vocabulary head."""
+    """Layers in which the text attends to the image, with a vocabulary head."""
     reconstructor: ReconstructorConfig | None = None
-    """FLM's reconstructor, beside fusion layers."""
+    """FLM's reconstructor. It needs fusion layers."""
     embed: EmbedConfig | None = None
     """Heads that map images and texts into one joint space."""
     single: SingleConfig | None = None
-    """One stream over words and regions. It excludes fusion, reconstructor and joint space."""
+    """One transformer over words and regions. It cannot be combined with fusion, reconstructor or joint space."""
     separate_heads: bool = False
-    """Whether FLM's forward and reverse stream have vocabulary heads of their own."""
+    """Whether FLM's forward and reverse streams have their own vocabulary heads."""
     initial: Literal["bert", "mae"] = "bert"
-    """How new weights are drawn: as in BERT, or as in MAE and FLIP."""
+    """Distribution of new weights: as in BERT, or as in MAE and FLIP."""
 
     @property
     def longest_text(self) -> int:
-        """The most tokens that a text may have, including <s> and </s>."""
+        """The largest number of tokens that a text may have, including <s> and </s>."""
         embed = self.embed if self.fusion is None else None
         if embed is None or embed.text_length is None:
             return self.text.positions
         return self.text.positions + (2 if not embed.text_special else int(not embed.text_start))
 
     def check(self) -> None:
-        """Raises UserError if parts do not fit together. This is not checked on creation, because the command line overrides
-        fields one by one."""
+        """Raises UserError if parts do not fit together. They are not checked on creation, because the command line changes
+        the fields one by one."""
         self.image.check()
         self.text.check()
         for name, part in {"fusion": self.fusion, "reconstructor": self.reconstructor, "single": self.single}.items():
@@ -82,7 +82,8 @@ class ModelConfig:
         if self.single:
             if self.fusion or self.reconstructor or self.embed or self.separate_heads or self.text.depth:
                 raise UserError(
-                    "`model.single` excludes fusion, reconstructor, embed and separate heads, and needs `model.text.depth` 0"
+                    "`model.single` cannot be combined with fusion, reconstructor, embed or separate heads, and needs "
+                    "`model.text.depth` 0"
                 )
             self.single.regions.check(self.image)
         if self.embed:
@@ -92,15 +93,15 @@ class ModelConfig:
         depth = self.fusion.depth if self.fusion else 0
         if part.bottom > self.text.depth or part.top > depth:
             raise UserError(
-                f"`model.reconstructor`: each bottom layer reads one of the text encoder ({self.text.depth} layers), each "
-                f"top layer one of fusion ({depth} layers); bottom {part.bottom} and top {part.top} are too many"
+                f"`model.reconstructor`: bottom {part.bottom} and top {part.top} are too many. Each bottom layer reads one "
+                f"layer of the text encoder, which has {self.text.depth}, and each top layer one of fusion, which has {depth}"
             )
 
 
 class Cache(NamedTuple):
-    """Decoding state: keys and values of the text so far and of the image, for each layer."""
+    """Decoding state: for each layer, the keys and values of the text so far and of the image."""
 
-    past: list[KeyValue]  # of the text encoder's layers, then of the fusion layers
+    past: list[KeyValue]  # first for the text encoder's layers, then for the fusion layers
     image: list[KeyValue]
 
     def select(self, rows: Tensor) -> Cache:
@@ -111,7 +112,7 @@ class Cache(NamedTuple):
 class VLModel(Freezable):
     """A vision-language model. Raises UserError for a config whose parts do not fit together.
 
-    Parts that the config leaves out are `Absent`: reading one raises a UserError that names the field to set.
+    Parts that the config leaves out are `Absent`. Using such a part raises a UserError that names the field to set.
     """
 
     def __init__(self, config: ModelConfig):
@@ -137,8 +138,8 @@ class VLModel(Freezable):
                 self.image.start_positions()
 
     def resized(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Returns the weights of a similar model, made to fit this one where only the number of positions or of token types
-        differs."""
+        """Returns the weights `state` of a similar model, resized to fit this one if only the number of positions or of token
+        types differs."""
         for name, part in (("image", self.image), ("text", self.text), ("single", self.single)):
             if isinstance(part, Absent):
                 continue
@@ -166,7 +167,7 @@ class VLModel(Freezable):
 
         Args:
             image: the images, or their stored states [B K D], which are not encoded again.
-            keep_BK: the patches to encode; None means all.
+            keep_BK: indices of the patches to encode; None means all.
             regions: the batch's regions, for a single stream.
 
         Raises UserError if `keep_BK` is given and the model needs all patches.
@@ -176,7 +177,7 @@ class VLModel(Freezable):
         if self.config.single is None:
             return self._encoded(image, keep_BK)
         if keep_BK is not None:
-            raise UserError("patches cannot be left out where a single stream reads regions; set `keep` to 1")
+            raise UserError("a single stream over regions needs all patches; set `keep` to 1")
         source = self.config.single.regions
         if source.pool is None:
             return region_features(source, image, regions)
@@ -198,21 +199,21 @@ class VLModel(Freezable):
         slot_B: Tensor | None = None,
         kind_BL: Tensor | None = None,
     ) -> SingleStates:
-        """Encodes words and regions together, in one stream.
+        """Encodes words and regions together, in a single stream.
 
         Args:
-            feature_BRF: what `encode_image` returned.
+            feature_BRF: the features that `encode_image` returned.
             hidden_BR: True for regions whose features are masked.
             slot_B: as in `SingleStream.forward`.
-            kind_BL: the row of the type table for each word; None means row 0.
+            kind_BL: the row of the table of token types for each word; None means row 0.
         """
         position_L, kinds = torch.arange(ids_BL.shape[1], device=ids_BL.device), self.single.kinds
         words = self.text.embed(ids_BL, position_L, kinds[0] if kind_BL is None else kinds[kind_BL])
         return self.single(words, length_B, feature_BRF, require_regions(regions), hidden_BR=hidden_BR, slot_B=slot_B)
 
     def embed_image(self, image_BKD: Tensor, regions: Regions | None = None) -> Tensor:
-        """Returns unit vectors of images in the joint space, fp32 [B E], given the states from `encode_image`. `regions`: the
-        batch's regions, for heads that pool them."""
+        """Returns unit vectors of images in the joint space, fp32 [B E], from the states that `encode_image` returned.
+        `regions`: the batch's regions, for heads that pool regions."""
         return self.embed.image(image_BKD, regions=regions)
 
     def embed_text(
@@ -221,8 +222,8 @@ class VLModel(Freezable):
         """Returns unit vectors of texts in the joint space, fp32 [B E].
 
         Args:
-            keep_BK: the sorted positions to encode (FLIP's text masking); the others are not computed.
-            stored_BSD: stored states of the texts (`text_states`), which are not encoded again.
+            keep_BK: sorted positions of the tokens to encode (FLIP's text masking); the others are not computed.
+            stored_BSD: stored states of the texts (from `text_states`), which are not computed again.
         """
         if stored_BSD is None:
             return self.embed.text(*self.text_states(ids_BL, length_B, keep_BK))
@@ -230,7 +231,7 @@ class VLModel(Freezable):
         return self.embed.text(stored_BSD.to(self.text.word_table.dtype), length.clamp(max=stored_BSD.shape[1]))
 
     def text_states(self, ids_BL: Tensor, length_B: Tensor, keep_BK: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Returns the states of texts [B L D] that the joint space pools, and the number of real states in each row [B]."""
+        """Returns the states of texts [B L D] that the joint space pools, and the number of states without padding [B]."""
         config = self.embed.config
         ids, length = self.embed.words(ids_BL, length_B, self.config.text)
         if keep_BK is not None:
@@ -256,12 +257,12 @@ class VLModel(Freezable):
     ) -> Tensor:
         """Encodes texts with cross-attention to images -> [B L D].
 
-        An image may have s texts: rows b*s ... b*s+s-1 attend to image b.
+        Each image may have s texts. Rows b*s ... b*s+s-1 then attend to image b.
 
         Args:
-            mask: True where a row attends to a column. Not together with `causal`.
+            mask: True where a row attends to a column. Cannot be combined with `causal`.
             causal: whether each token attends only to itself and the tokens before it.
-            slot_B: the position of the image within its item, for items with several images; None means the first.
+            slot_B: the number of the image within its item, for items with several images; None means the first image.
         """
         position_L = torch.arange(ids_BL.shape[1], device=ids_BL.device)
         x = self.text(ids_BL, position_L, mask=mask, causal=causal)
@@ -274,7 +275,7 @@ class VLModel(Freezable):
     def read_causally(
         self, image_BKD: Tensor, ids_BL: Tensor, length_B: Tensor, *, bos: Bos, slot_B: Tensor | None = None
     ) -> Tensor:
-        """Encodes texts left to right with cross-attention to images -> [B L D]. `bos`: as in pretraining."""
+        """Encodes texts left to right with cross-attention to images -> [B L D]. `bos` must be as in pretraining."""
         mask = None if bos == "blind" else masks.causal_official(length_B, ids_BL.shape[1])
         return self.read(image_BKD, ids_BL, mask=mask, causal=mask is None, slot_B=slot_B)
 
@@ -291,8 +292,8 @@ class VLModel(Freezable):
         """Encodes texts in FLM's two directions, in one pass of 2B rows through shared weights (arXiv 2303.14038, section 3.1).
 
         If `bos` is `blind`, the reverse rows hold reversed texts. Both directions are then causal and use the fast causal
-        attention kernel. They then may leave out their last columns (`whole` False): </s> of the longest texts in the forward
-        rows, and <s> in the reverse ones. No other token sees these, and no prediction reads them.
+        attention kernel. With `whole` False they leave out their last column: </s> of the longest texts in the forward rows,
+        and <s> in the reverse rows. No other token attends to these tokens, and no prediction reads them.
         """
         B, L = ids_BL.shape
         forward_L = torch.arange(L, device=ids_BL.device)
@@ -325,14 +326,14 @@ class VLModel(Freezable):
     @property
     def _reconstructor(self) -> Reconstructor:
         if self.reconstructor is None:
-            raise UserError("the model has no reconstructor, which FLM needs; set `model.reconstructor`")
+            raise UserError("the model has no reconstructor, but FLM needs one; set `model.reconstructor`")
         return self.reconstructor
 
     def reconstruct(self, streams: Streams, ids_BQ: Tensor, position_BQ: Tensor, mask: Tensor) -> Tensor:
-        """Runs the reconstructor -> [B Q D]. A query is a token id at a position; layer by layer it attends to the two streams.
+        """Runs the reconstructor -> [B Q D]. A query is a token id at a position. In each layer it attends to the two streams.
 
-        `mask`: [B 1 Q 2L] from `masks.bridge`, used in every layer. If the masks of the layers differed, a query could see the
-        words that it has to predict indirectly, through another layer.
+        `mask`: [B 1 Q 2L] from `masks.bridge`. It is the same in every layer: with different masks, a query could see the
+        words that it has to predict through the states of another layer.
         """
         part, B = self._reconstructor, ids_BQ.shape[0]
         x = self.text.embed(ids_BQ, position_BQ)
@@ -358,10 +359,12 @@ class VLModel(Freezable):
         slot_B: Tensor | None = None,
         bos: Bos = "blind",
     ) -> Tensor:
-        """Returns one vector for each text and its image -> [B D], the input of a task's head.
+        """Returns one vector for each text with its image -> [B D], the input of a task's head.
 
-        `reading` full: the state of `<s>` after attention in both directions. causal: the state of `</s>`, the only position
-        that has seen the whole text. flm: a query at position 0 that attends to all states of both streams.
+        Args:
+            reading: how the vector is computed. `full`: the state of `<s>` after attention in both directions. `causal`: the
+                state of `</s>`, the only position that has seen the whole text. `flm`: the state of a query at position 0 that
+                attends to all states of both streams.
         """
         if reading == "full":
             mask = masks.full(length_B, ids_BL.shape[1])
@@ -375,15 +378,15 @@ class VLModel(Freezable):
         return self.reconstruct(streams, ids_BL[:, :1], zero_B1, mask)[:, 0]
 
     def begin(self, image_BKD: Tensor) -> Cache:
-        """Starts decoding: returns the state of an empty text for each image, to be continued with `step`."""
+        """Returns the decoding state of an empty text for each image, which `step` continues."""
         memory = self.fusion.image_memory(image_BKD, None)
         layer = cast(FusionConfig, self.config.fusion).layer
         past = [*self.text.empty_past(memory), *(KeyValue.empty(layer, memory) for _ in self.fusion.blocks)]
         return Cache(past, [block.keys(memory) for block in self.fusion.blocks])
 
     def step(self, ids_B: Tensor, cache: Cache) -> Tensor:
-        """Appends one token to each row of `cache`, in place. Returns the token's state [B D], which equals the last state of a
-        causal `read` of all tokens so far."""
+        """Appends one token to each row of `cache`, in place. Returns the state of the token [B D]. It equals the last state
+        that a causal `read` of all tokens so far would return."""
         first = len(cache.past) - len(self.fusion.blocks)
         position = torch.full_like(ids_B[:, None], cache.past[first].length)
         x = self.text.step(ids_B[:, None], position, cache.past[:first])

@@ -1,7 +1,7 @@
-"""A model in a folder: model.json (its config and how it was made), tokenizer.json, and weights as safetensors.
+"""Saves and loads models. A folder has model.json (the config, and how the model was made), tokenizer.json, and safetensors.
 
-A file of weights has its own `info` in its metadata, because `best` and `last` of a run are of different steps. Each file has a
-checksum, that of tokenizer.json is in model.json. They are compared when the model is loaded.
+A file of weights also has an `info` in its metadata, because the `best` and `last` weights of a run are from different steps.
+Each file has a checksum (that of tokenizer.json is in model.json), which is compared when the model is loaded.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from fastvlp.tensor_files import not_finite, read_safetensors, read_some, tensor
 FORMAT = 1
 Which = Literal["best", "last"]
 OBJECTIVES = "objectives."
-# Modules that a model may lack; every model has all others.
+# Modules that a model may lack; every model has all other modules.
 OPTIONAL = (
     "image.",
     "text.",
@@ -54,7 +54,7 @@ OPTIONAL = (
     "single.match.",
 )
 
-# Parts whose class varies, and the class of those that were saved before its name was.
+# Parts whose class varies, and the class of parts that were saved by earlier versions, without the name of the class.
 ENCODERS = "fastvlp.model.encoders"
 VARYING: dict[type, type] = {ImageEncoderConfig: ViTConfig, TextEncoderConfig: TextTransformerConfig}
 
@@ -67,18 +67,20 @@ _converter.register_structure_hook_func(VARYING.__contains__, lambda saved, base
 
 
 def _structured(saved: Mapping[str, Any], base: type) -> Any:
-    """The config of an encoder, of the class that is named in it. Raises UserError where the class is not known."""
+    """Returns the config of an encoder, as an instance of the class that it names. Raises UserError if the class is unknown."""
     name = saved.get("type", VARYING[base].__name__)
     return _plain.structure({key: x for key, x in saved.items() if key != "type"}, variant(base, name, ENCODERS))
 
 
 class Saved(NamedTuple):
-    """What `load_model` returns.
+    """A loaded model, as `load_model` returns it.
 
     Attributes:
+        model: the model, in evaluation mode on the CPU.
+        tokenizer: its tokenizer.
         info: how the model was made, as JSON.
-        objectives: parameters of objectives that were kept, by `<name>.<parameter>`.
-        weights: the file that was read.
+        objectives: saved parameters of objectives, by `<name>.<parameter>`.
+        weights: the file that the weights were read from.
     """
 
     model: VLModel
@@ -88,20 +90,22 @@ class Saved(NamedTuple):
     weights: Path
 
     def learned(self, name: str) -> dict[str, Tensor]:
-        """The parameters of one objective that were kept, by name."""
+        """Returns the saved parameters of one objective, by name."""
         own = f"{name}."
         return {key.removeprefix(own): x for key, x in self.objectives.items() if key.startswith(own)}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Inheritance:
-    """What became of each parameter, by name. Those of objectives are called `objectives.<name>.<parameter>`.
+    """The names of the parameters that a model took over from another model, and of those that it did not.
+
+    Parameters of objectives are called `objectives.<name>.<parameter>`.
 
     Attributes:
-        loaded: taken over.
-        resized: taken over and made to fit.
-        fresh: new, because the source lacks the module.
-        dropped: of the source, because the model lacks the module.
+        loaded: parameters that were taken over.
+        resized: parameters that were resized and taken over.
+        fresh: parameters that are new, because the source lacks the module.
+        dropped: parameters of the source that are not used, because the model lacks the module.
     """
 
     loaded: list[str] = field(default_factory=list)
@@ -110,7 +114,8 @@ class Inheritance:
     dropped: list[str] = field(default_factory=list)
 
     def summary(self) -> str:
-        """What became of the parts, for people: `loaded image 199, text 197; resized image.position; new embed 2`."""
+        """Returns the numbers of parameters as a line of text: `loaded image 199, text 197; resized image.position; new embed
+        2`."""
         parts = [
             ("loaded", _counted(self.loaded)),
             ("resized", _few(self.resized)),
@@ -131,11 +136,12 @@ def save_model(
 ) -> None:
     """Writes `<name>.safetensors`, model.json and tokenizer.json. Adapters are merged into the weights.
 
-    Raises UserError where the disk is full, and where a number is not finite.
-
     Args:
         info: how the model was made, as JSON.
-        objectives: parameters of objectives to keep, by `<name>.<parameter>`.
+        objectives: parameters of objectives to save, by `<name>.<parameter>`.
+
+    Raises:
+        UserError: The disk is full, or a number is not finite.
     """
     folder = Path(folder)
     path = folder / f"{name}.safetensors"
@@ -153,19 +159,27 @@ def save_model(
     with whole_file(path, f"{path.name}.tmp") as part:
         try:
             write_safetensors(part, tensors, {"info": json.dumps(dict(info))})
-            # `save_file` leaves it readable by its owner alone.
+            # safetensors makes a file that only its owner can read.
             shutil.copymode(folder / "model.json", part)
         except SafetensorError as error:
             raise OSError(None, str(error)) from error
 
 
 def load_model(folder: str | Path, which: Which = "best") -> Saved:
-    """The model of a run, an export, or a converted checkpoint, in evaluation mode on the CPU.
+    """Loads the model of a run, an export, or a converted checkpoint.
 
-    A run without validation has no best weights: `best` then reads model.safetensors or the last ones. Raises UserError where
-    the folder is no such, where a file is damaged or hostile (before it takes memory or time beyond the size of its files),
-    where a weight is not finite, where a newer version wrote it, and where the class of an encoder is not known (it is in a
-    file that was not imported).
+    Args:
+        folder: Folder of the run, export or converted checkpoint.
+        which: `best` for the weights with the lowest validation loss, or `last`. A run without validation has no best weights;
+            `best` then reads model.safetensors or the last weights.
+
+    Returns:
+        The model in evaluation mode on the CPU, its tokenizer, and more.
+
+    Raises:
+        UserError: The folder has no model; a file is damaged or hostile (this is found before it takes more memory or time than
+            its size justifies); a weight is not finite; the files were written by a newer version; or the class of an encoder
+            is unknown, because its file was not imported.
     """
     folder = Path(folder)
     description = _read_description(folder / "model.json")
@@ -177,7 +191,7 @@ def load_model(folder: str | Path, which: Which = "best") -> Saved:
     tokenizer_file = folder / "tokenizer.json"
     tokenizer = Tokenizer.load(tokenizer_file)
     if description.tokenizer not in (None, checksum([tokenizer_file.read_bytes()])):
-        raise UserError(f"{tokenizer_file}: not the one that was saved with the model; copy the folder again")
+        raise UserError(f"{tokenizer_file}: this tokenizer was not saved with the model; copy the folder again")
     objectives = {key.removeprefix(OBJECTIVES): tensors.pop(key) for key in list(tensors) if key.startswith(OBJECTIVES)}
     model = VLModel(description.config)
     load_exactly(model, tensors, path)
@@ -186,15 +200,15 @@ def load_model(folder: str | Path, which: Which = "best") -> Saved:
 
 
 def read_objectives(folder: str | Path) -> dict[str, Tensor]:
-    """What a saved model keeps of its objectives, such as `clip.log_scale`; the model itself is not read. Raises UserError as
-    `load_model` does."""
+    """Reads the parameters of objectives that were saved with a model, such as `clip.log_scale`, without the model itself.
+    Raises UserError as `load_model` does."""
     path = _weights_file(Path(folder), "best")
     with _damage(path, "copy it again or load another checkpoint"):
         return read_some(path, OBJECTIVES)
 
 
 def read_config(folder: str | Path) -> ModelConfig:
-    """The config of a saved model, without its weights. Raises UserError as `load_model` does."""
+    """Reads the config of a saved model, without its weights. Raises UserError as `load_model` does."""
     return _read_description(Path(folder) / "model.json").config
 
 
@@ -208,7 +222,8 @@ def _check_finite(model: VLModel, tensors: Mapping[str, Tensor], source: Path) -
 
 
 def load_exactly(module: nn.Module, state: Mapping[str, Tensor], source: str | Path) -> None:
-    """Loads every parameter from `state`, which has no others. Raises UserError, which names `source` and what does not fit."""
+    """Loads every parameter from `state`, which must have exactly the same names and shapes. Raises UserError, which names
+    `source` and the parameters that do not fit."""
     own = module.state_dict()
     if missing := [name for name in own if name not in state]:
         raise UserError(
@@ -216,22 +231,24 @@ def load_exactly(module: nn.Module, state: Mapping[str, Tensor], source: str | P
         )
     if extra := [name for name in state if name not in own]:
         raise UserError(
-            f"{source}: saved from another model, it has {_few(extra)} besides; use the config it was saved with"
+            f"{source}: saved from another model, it also has {_few(extra)}; use the config it was saved with"
         )
     for name, value in own.items():
         if not isinstance(state[name], Tensor):
-            raise UserError(f"{source}: {name} is a {type(state[name]).__name__} and no tensor; copy it again")
+            raise UserError(f"{source}: {name} is a {type(state[name]).__name__} and not a tensor; copy the file again")
         _same_shape(name, state[name], value, source, "use the config it was saved with")
         if state[name].is_floating_point() != value.is_floating_point():
-            raise UserError(f"{source}: {name} holds {state[name].dtype}, the model has {value.dtype}; copy it again")
+            raise UserError(
+                f"{source}: {name} holds {state[name].dtype}, the model has {value.dtype}; copy the file again"
+            )
     module.load_state_dict(dict(state))
 
 
 def inherit(model: VLModel, state: Mapping[str, Tensor], source: str | Path = "saved model") -> Inheritance:
-    """Takes over the weights of another model, in place, and returns what became of each parameter.
+    """Takes over the weights of another model, in place. Returns the names of the parameters that were taken over or not.
 
-    Weights are made to fit other positions and types (`VLModel.resized`). A module in `OPTIONAL` that the source lacks stays
-    as it is, and one that the model lacks is dropped. Raises UserError for any other difference.
+    Weights are resized to fit other numbers of positions and token types (`VLModel.resized`). A module in `OPTIONAL` keeps its
+    weights if the source lacks it, and is ignored if only the source has it. Raises UserError for any other difference.
     """
     own, result, taken = model.state_dict(), Inheritance(), {}
     fitted = model.resized(state)
@@ -246,12 +263,12 @@ def inherit(model: VLModel, state: Mapping[str, Tensor], source: str | Path = "s
             taken[name] = value
             result.fresh.append(name)
         else:
-            raise UserError(f"{source}: has no {name}; inherit from a model with the same towers")
+            raise UserError(f"{source}: has no {name}; inherit from a model with the same encoders")
     for name in state:
         if name in own:
             continue
         if not any(name.startswith(prefix) and not wants[prefix] for prefix in OPTIONAL):
-            raise UserError(f"{source}: the new model has no place for {name}; give it the same depth and towers")
+            raise UserError(f"{source}: the new model has no place for {name}; give it the same depth and encoders")
         result.dropped.append(name)
     model.load_state_dict(taken)
     return result
@@ -259,10 +276,10 @@ def inherit(model: VLModel, state: Mapping[str, Tensor], source: str | Path = "s
 
 @torch.no_grad()
 def inherit_objectives(objectives: Mapping[str, nn.Module], state: Mapping[str, Tensor], result: Inheritance) -> None:
-    """Takes over what objectives of the same names had learned, such as a temperature or a head, in place; adds to `result`.
+    """Takes over the parameters of objectives of the same names, such as a temperature or a head, in place; adds to `result`.
 
-    `state` has keys `<name>.<parameter>`. An objective of which it lacks a parameter, or has one of another shape, stays as it
-    is.
+    `state` has keys `<name>.<parameter>`. If it lacks a parameter of an objective, or has it in another shape, the objective
+    is not changed.
     """
     for name, objective in objectives.items():
         own = {f"{name}.{key}": p for key, p in objective.named_parameters() if p.requires_grad}
@@ -281,7 +298,7 @@ def _same_shape(name: str, saved: Tensor, own: Tensor, source: str | Path, remed
 
 
 def _counted(names: list[str]) -> str:
-    """How many parameters each part has: of an objective, each its own."""
+    """Returns the number of parameters of each part as text. Each objective is a part of its own."""
     parts = Counter(".".join(name.split(".")[: 2 if name.startswith(OBJECTIVES) else 1]) for name in names)
     return ", ".join(f"{part} {count}" for part, count in parts.items())
 
@@ -291,7 +308,7 @@ def _few(names: list[str]) -> str:
 
 
 class _Description(NamedTuple):
-    """What model.json says. `tokenizer`: checksum of tokenizer.json; None in files of earlier versions."""
+    """The content of model.json. `tokenizer`: checksum of tokenizer.json; None in files of earlier versions."""
 
     config: ModelConfig
     info: dict[str, Any]
@@ -300,7 +317,9 @@ class _Description(NamedTuple):
 
 def _read_description(path: Path) -> _Description:
     if not path.is_file():
-        raise UserError(f"{path.parent}: not the folder of a run or a saved model, it has no {path.name}")
+        raise UserError(
+            f"{path.parent}: not the folder of a run or a saved model, it has no {path.name}; check the path"
+        )
     with _damage(path, "copy the folder again"):
         written = _object(read_strict_json(path))
         version = int(written["format"])
@@ -312,14 +331,14 @@ def _read_description(path: Path) -> _Description:
         tokenizer, info = description.get("tokenizer"), _object(description["info"])
     try:
         config = _converter.structure(description["config"], ModelConfig)
-    # Given hostile values, the converters raise anything.
+    # With hostile values, the converters may raise any exception.
     except Exception as error:
         if isinstance(error, UserError):
             raise UserError(f"{path}: {error}") from error
         if isinstance(error, BaseValidationError) and (user_errors := error.subgroup(UserError)) is not None:
             raise UserError(f"{path}: {_first(user_errors)}") from error
         causes = "; ".join(cattrs.transform_error(error))
-        raise UserError(f"{path}: not a model this version knows ({causes}); copy the folder again") from error
+        raise UserError(f"{path}: this version cannot read the model ({causes}); copy the folder again") from error
     try:
         check_numbers(config, "model")
     except UserError as error:
@@ -329,7 +348,7 @@ def _read_description(path: Path) -> _Description:
 
 @contextmanager
 def _damage(path: Path, remedy: str) -> Iterator[None]:
-    """Turns what the readers of a damaged file raise into a UserError."""
+    """Turns the exceptions that reading a damaged file raises into a UserError."""
     try:
         yield
     except UserError:
@@ -345,7 +364,7 @@ def _object(value: Any) -> dict[str, Any]:
 
 
 def _first(group: BaseExceptionGroup) -> BaseException:
-    """The first exception within nested groups."""
+    """Returns the first exception within nested groups."""
     inner = group.exceptions[0]
     return _first(inner) if isinstance(inner, BaseExceptionGroup) else inner
 
@@ -355,4 +374,4 @@ def _weights_file(folder: Path, which: Which) -> Path:
     for name in order:
         if (path := folder / f"{name}.safetensors").is_file():
             return path
-    raise UserError(f"{folder}: no weights here, looked for {', '.join(f'{n}.safetensors' for n in order)}")
+    raise UserError(f"{folder}: no weights here; it needs one of {', '.join(f'{n}.safetensors' for n in order)}")

@@ -1,7 +1,7 @@
 """An exported model: unit vectors of pictures and texts and, if it has learned them, captions, answers and match scores.
 
-It reads only what `vlp export` wrote. It imports no training code, except the head of a model that answers questions, which
-is in the package of its task.
+It reads only files that `vlp export` wrote. It imports no training code, except the head of a model that answers questions,
+which belongs to a fine-tuning task.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ class Unreadable(Exception):  # noqa: N818 (not a fault of the program)
     """A picture cannot be read, or has too many pixels.
 
     Attributes:
-        index: Position of the picture among those that were given.
-        reason: What is wrong with it, as a message to the user.
+        index: Position of the picture in the list that was passed.
+        reason: What is wrong with the picture, for a message.
     """
 
     def __init__(self, index: int, reason: str):
@@ -86,7 +86,7 @@ def usable_abilities(saved: Saved) -> frozenset[EmbedderAbility]:
         can.add("embed")
     if config.fusion is None:
         return frozenset(can)
-    # A model whose <s> saw the whole text in training cannot generate: at <s> there is no text yet.
+    # A model whose <s> saw the whole text in training cannot generate: when generation starts at <s>, there is no text yet.
     if "write" in learned and saved_bos(saved) == "blind":
         can.add("caption")
     if "answer" in learned:
@@ -97,16 +97,16 @@ def usable_abilities(saved: Saved) -> frozenset[EmbedderAbility]:
 
 
 class Embedder:
-    """An exported model; `Embedder.load` reads one. Not thread-safe: only one thread may use it at a time.
+    """An exported model that embeds pictures and texts; `Embedder.load` reads one. Only one thread may use it at a time.
 
     Attributes:
         width: Dimensions of a vector; 0 if the model cannot embed.
-        can: What it can do, of embed, caption, answer and match.
-        card: Facts of the run, as in the export's card.json.
-        captions: Name of the record field with the captions that it was trained on.
+        can: The abilities of the model: a subset of embed, caption, answer and match.
+        card: Facts about the run, from the export's card.json.
+        captions: Name of the record field whose captions the model was trained on.
         fingerprint: Hash of the export. An index stores it, to refuse vectors of other models.
-        max_pixels: A picture with more pixels is Unreadable; its header is read before anything is decoded.
-        max_length: The most tokens of a text; longer texts are cut.
+        max_pixels: Largest number of pixels of a picture. A picture with more is `Unreadable`, and is not decoded.
+        max_length: Largest number of tokens of a text; longer texts are cut.
         precision: The precision in which the model computes.
     """
 
@@ -128,18 +128,18 @@ class Embedder:
     def load(
         cls, folder: str | Path, device: str = "auto", precision: PrecisionChoice = "auto", threads: int | None = None
     ) -> Embedder:
-        """Loads what `vlp export` wrote, or a public model.
+        """Loads an export, or a public model.
 
         Args:
-            folder: The export; or the folder of a public model with two towers, or its name on the Hugging Face hub, such as
-                openai/clip-vit-base-patch32.
+            folder: A folder that `vlp export` wrote; or the folder of a public model with two towers, or its name on the
+                Hugging Face hub, such as openai/clip-vit-base-patch32.
             device: auto, cpu, cuda or cuda:N.
-            precision: In which the model computes: fp32, bf16, or auto: bf16 if it was trained so and the device is fast at it.
-                Results are in fp32.
-            threads: Processor threads of PyTorch, in this process; by default all cores.
+            precision: Precision of the computation: fp32, bf16, or auto, which is bf16 if the model was trained in bf16 and the
+                device computes bf16 fast. Results are in fp32.
+            threads: CPU threads of PyTorch in this process; by default one for each core.
 
         Raises:
-            UserError: The folder is no export, is damaged, or was written by a newer version.
+            UserError: The folder is not an export, is damaged, or was written by a newer version.
         """
         if threads:
             torch.set_num_threads(threads)
@@ -163,18 +163,18 @@ class Embedder:
         reading = run.data
         if missing := {"fit", "max_length", "captions"} - reading.stated:
             raise UserError(
-                f"{folder}: a damaged export, config.json lacks {', '.join(sorted(missing))}; export the run again"
+                f"{folder}: damaged export, its config.json lacks {', '.join(sorted(missing))}; export the run again"
             )
         return cls(saved, reading, card, hashed, pick_precision(precision, place, run.precision))
 
     @property
     def device(self) -> torch.device:
-        """Where the model computes."""
+        """The device on which the model computes."""
         return next(self.model.parameters()).device
 
     @property
     def languages(self) -> list[str]:
-        """The languages of its training captions (en, zh), inferred from the name of their field."""
+        """The languages of the model's training captions (en, zh), inferred from the name of their field."""
         return sorted({LANGUAGES[field] for field in self.captions.split("+") if field in LANGUAGES})
 
     @property
@@ -183,15 +183,15 @@ class Embedder:
         return Stamp(fingerprint=self.fingerprint, width=self.width, model=str(self.card.get("name", "")))
 
     def pixels(self, pictures: PictureBatch) -> Tensor:
-        """Decodes pictures to the model's input, uint8 [n 3 size size], on all cores. The other methods accept the result in
-        place of pictures.
+        """Decodes pictures to the model's input, uint8 [n 3 size size], on all cores. The other methods accept the result
+        instead of pictures.
 
         Raises:
-            Unreadable: For the first picture that cannot be read.
+            Unreadable: A picture cannot be read; the error names the first one.
         """
         if isinstance(pictures, Tensor):
             return pictures
-        # An open file may be given twice, and is read in its turn.
+        # Open files are read here, one after the other, because the same file may be in the list twice.
         given = [
             _read(i, picture) if hasattr(picture, "read") else picture for i, picture in enumerate(_as_list(pictures))
         ]
@@ -203,8 +203,8 @@ class Embedder:
         """Embeds pictures.
 
         Args:
-            pictures: Paths of files, their bytes, files opened for bytes, Pillow's images, or what `pixels` returned; one
-                picture is a list of one.
+            pictures: Paths of files, their bytes, files opened for bytes, Pillow images, or the result of `pixels`. A single
+                picture counts as a list of one.
 
         Returns:
             Unit vectors, float32 [n width].
@@ -224,7 +224,8 @@ class Embedder:
         """Embeds texts.
 
         Args:
-            texts: Texts; each is cleaned like a caption, and cut after `max_length` tokens. One text is a list of one.
+            texts: Texts. Each is cleaned like a caption, and cut after `max_length` tokens. A single text counts as a list of
+                one.
 
         Returns:
             Unit vectors, float32 [n width].
@@ -234,7 +235,7 @@ class Embedder:
         """
         self._require("embed")
         texts = [texts] if isinstance(texts, str) else texts
-        # Texts of about the same length share a pass, to compute little padding.
+        # Texts of similar length share a pass through the model, so that little padding is computed.
         order = np.argsort(self.lengths(texts), kind="stable")
         vectors = np.empty((len(texts), self.width), np.float32)
         for part in blocks(len(texts), ROWS):
@@ -247,16 +248,16 @@ class Embedder:
         return self.tokenizer.lengths(_cleaned(texts), self.max_length).tolist()
 
     def readings(self, texts: str | Sequence[str]) -> list[Reading]:
-        """Says how each text is read: how many tokens it has, what is cut off, and which of its words are unknown."""
+        """Returns how the tokenizer reads each text: its number of tokens, the part that is cut off, and its unknown words."""
         texts = [texts] if isinstance(texts, str) else texts
         return self.tokenizer.readings(_cleaned(texts), self.max_length)
 
     def caption(self, pictures: PictureBatch) -> list[str]:
-        """Captions each picture by greedy decoding.
+        """Writes a caption for each picture, by greedy decoding.
 
         Raises:
             Unreadable: A picture cannot be read.
-            UserError: The model cannot caption.
+            UserError: The model cannot write captions.
         """
         self._require("caption")
         pictures = _as_list(pictures)
@@ -267,7 +268,7 @@ class Embedder:
         return captions
 
     def answer(self, pictures: PictureBatch, questions: str | Sequence[str]) -> list[str]:
-        """Answers a question about each picture, with one of the answers that the model was fine-tuned to choose from.
+        """Answers one question about each picture. The answer is one of those that the model was fine-tuned to choose from.
 
         Raises:
             Unreadable: A picture cannot be read.
@@ -277,14 +278,14 @@ class Embedder:
         return [self._answers[i] for part in self._pairs(self._answer, pictures, questions) for i in part.argmax(1)]
 
     def match(self, pictures: PictureBatch, texts: str | Sequence[str]) -> np.ndarray:
-        """Scores how well each picture fits its text, by layers that read both together.
+        """Scores how well each picture matches its text, by layers that read both together.
 
         Returns:
-            float32 [n]. Larger is better; scores can be compared for one text or for one picture.
+            float32 [n]; larger is better. Compare only scores of the same text, or of the same picture.
 
         Raises:
             Unreadable: A picture cannot be read.
-            UserError: The model cannot match.
+            UserError: The model has not learned to match, or the numbers of pictures and texts differ.
         """
         self._require("match")
         return np.concatenate([np.empty(0, np.float32), *map(np.asarray, self._pairs(self._match, pictures, texts))])
@@ -294,7 +295,7 @@ class Embedder:
         assert head is not None
         pictures, texts = _as_list(pictures), [texts] if isinstance(texts, str) else texts
         if len(pictures) != len(texts):
-            raise UserError(f"{len(pictures)} pictures and {len(texts)} texts; give as many of one as of the other")
+            raise UserError(f"{len(pictures)} pictures and {len(texts)} texts; give one text for each picture")
         for rows in blocks(len(texts), ROWS):
             yield self._run(head, self.pixels(pictures[rows]), texts[rows])
 
@@ -328,8 +329,8 @@ class Embedder:
     def _require(self, ability: EmbedderAbility) -> None:
         if ability not in self.can:
             raise UserError(
-                f"{self.card.get('name', 'this export')} cannot {ability}; it can {', '.join(sorted(self.can)) or 'nothing'}: "
-                f"export a run that learned it"
+                f"{self.card.get('name', 'this export')} cannot {ability}; it can {', '.join(sorted(self.can)) or 'nothing'}. "
+                f"Export a run that has learned to {ability}"
             )
 
 
@@ -352,17 +353,17 @@ def _read(i: int, picture: Picture) -> bytes:
 
 
 def _encoded(picture: Any) -> bytes:
-    """Returns the bytes of a file. Raises OSError, or ValueError for what is none."""
+    """Returns the bytes of a picture file. Raises OSError, or ValueError if `picture` is neither a file nor bytes."""
     if isinstance(picture, str | PathLike):
         return Path(picture).read_bytes()
     if hasattr(picture, "read"):
-        # Whoever opened it may have read its head.
+        # The caller may already have read the beginning of the file.
         if picture.seekable():
             picture.seek(0)
         picture = picture.read()
     if not isinstance(picture, bytes | bytearray | memoryview):
         raise ValueError(
-            f"a {type(picture).__name__} is no picture; give a path, bytes, a file opened with 'rb' or an image"
+            f"a {type(picture).__name__} is no picture; give a path, bytes, a file opened with 'rb' or a Pillow image"
         )
     return bytes(picture)
 
@@ -391,7 +392,7 @@ def mean_direction(vectors: Sequence[np.ndarray]) -> np.ndarray:
 
 def _why_no_export(folder: Path) -> str:
     if not folder.is_dir():
-        return "there is no such folder; give the folder of an export"
+        return "this folder does not exist; give the folder of an export"
     if (folder / "model.json").is_file():
-        return f"a run or converted model, not an export; make one with `vlp export {folder} FOLDER`, and give FOLDER"
-    return "not an export, it has no card.json; make one with `vlp export RUN FOLDER`"
+        return f"this is a run or a converted model, not an export; run `vlp export {folder} FOLDER`, and give FOLDER"
+    return "this is not an export, it has no card.json; make one with `vlp export RUN FOLDER`"

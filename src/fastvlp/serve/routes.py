@@ -1,4 +1,4 @@
-"""The HTTP routes. They read request bodies themselves and not through FastAPI, because a body may be JSON or a form."""
+"""The HTTP routes. They read request bodies themselves, without FastAPI, because a body may be JSON or a form."""
 
 from __future__ import annotations
 
@@ -28,13 +28,16 @@ from fastvlp.serve.service import Service, picture_id, random_direction
 REPORT_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; frame-ancestors 'none'"
 FAILURES: dict[int | str, dict[str, Any]] = {
     "4XX": {"model": responses.Failure, "description": "The sender can correct the request"},
-    "503": {"model": responses.Failure, "description": "Full, slow or stopping; Retry-After says when to try again"},
+    "503": {
+        "model": responses.Failure,
+        "description": "The service is full, slow or stopping; Retry-After says when to retry",
+    },
 }
 router = APIRouter(responses=FAILURES)
 
 
 def service_of(request: Request) -> Service:
-    """Returns the service that a request is for."""
+    """Returns the service that handles a request."""
     service: Service = request.app.state.service
     return service
 
@@ -68,9 +71,9 @@ async def embeddings(request: Request, service: Served) -> Response:
     """Returns unit vectors of texts and pictures in one space, in the format of OpenAI's API."""
     body = await service.read(messages.EmbeddingsRequest, request)
     if body.model not in (None, service.name, service.embedder.fingerprint):
-        raise Refusal(404, "model_not_found", f"{body.model}: this service has {service.name}")
+        raise Refusal(404, "model_not_found", f"{body.model}: this service serves {service.name}")
     if body.dimensions not in (None, service.embedder.width):
-        raise bad_request(f"dimensions: the vectors of {service.name} have {service.embedder.width}")
+        raise bad_request(f"dimensions: the vectors of {service.name} have {service.embedder.width} dimensions")
     inputs = body.input if isinstance(body.input, list) else [body.input]
     service.check_count(inputs)
     texts = [value for value in inputs if isinstance(value, str)]
@@ -91,8 +94,7 @@ async def embeddings(request: Request, service: Served) -> Response:
 
 
 def notes(readings: Sequence[Reading], places: Sequence[int] | None = None) -> list[dict[str, Any]]:
-    """Returns what the sender should know of texts that were not read whole, or have unknown words. `places`: of the texts in
-    the request."""
+    """Returns a note for each text that was cut or has unknown words. `places`: the position of each text in the request."""
     numbered = zip(places if places is not None else range(len(readings)), readings)
     return [
         {"index": i, "cut": reading.cut or None, "unknown": reading.unknown}
@@ -124,7 +126,8 @@ async def picture_pixels(service: Service, body: messages.PictureRequest | messa
     tags=["model"],
 )
 async def score(request: Request, service: Served) -> Response:
-    """Scores how well texts fit pictures: by the cosine of their vectors and, if the model has learned it, by a match score."""
+    """Scores how well texts match pictures: by the cosine of their vectors and, if the model has learned it, by a match
+    score."""
     body = await service.read(messages.ScoreRequest, request)
     if "embed" not in service.embedder.can:
         service.require("match")
@@ -169,27 +172,28 @@ async def search(request: Request, service: Served) -> Response:
             f"offset plus limit is {end}; a search returns at most {service.limits.results} results", "too_deep"
         )
     if body.rerank and body.text is None:
-        raise bad_request("rerank: needs a text to compare with the pictures")
+        raise bad_request("rerank: it needs a text to compare with the pictures")
     if body.rerank:
         service.require("match")
     vector, readings = await query_vector(service, body)
     # Pages after the re-ranked results keep the order of the index.
-    read = body.rerank if body.offset < body.rerank else 0
+    reranked = body.rerank if body.offset < body.rerank else 0
     # If the query is an item's own picture, that item is left out: it would be its own first result.
     skipped = int(body.id is not None)
-    hits = await service.search(vector, max(end, read) + skipped + 1, body.where)
+    hits = await service.search(vector, max(end, reranked) + skipped + 1, body.where)
     hits = [hit for hit in hits if hit.id != body.id]
     matches: dict[str, float] = {}
-    if read and body.text is not None:
-        matches = await service.match_hits(hits[:read], body.text)
+    if reranked and body.text is not None:
+        matches = await service.match_hits(hits[:reranked], body.text)
         hits.sort(key=lambda hit: -matches.get(hit.id, float("-inf")))
     page = hits[body.offset : end]
     more = len(hits) > end and end < service.limits.results
     calibration = await service.calibration()
     by_text, by_picture = body.text is not None, body.image is not None or body.id is not None
-    meaning = None if by_text and by_picture else calibration
+    # Relevance is not defined for the mean direction of a text and a picture.
+    used = None if by_text and by_picture else calibration
     results = [
-        hit_fields(hit, meaning, by_text) | ({"match": matches[hit.id]} if hit.id in matches else {}) for hit in page
+        hit_fields(hit, used, by_text) | ({"match": matches[hit.id]} if hit.id in matches else {}) for hit in page
     ]
     best = max((hit.score for hit in hits), default=None)
     near = None if by_picture or calibration is None or best is None else calibration.is_near(best)
@@ -200,8 +204,8 @@ async def search(request: Request, service: Served) -> Response:
 
 
 async def query_vector(service: Service, body: messages.SearchRequest) -> tuple[np.ndarray, list[Reading]]:
-    """Returns the unit vector [E] to search by: the mean direction of the text, picture and item in the request; and how the
-    text was read."""
+    """Returns the unit vector [E] to search by, and how the tokenizer reads the text. The vector is the mean direction of the
+    text, picture and item in the request."""
     parts, readings = [], list[Reading]()
     if body.text is not None:
         rows, readings = await service.texts([body.text])
@@ -231,7 +235,7 @@ async def some_items(
     limit: Annotated[int, Query(ge=1, le=100)] = 24,
     seed: Annotated[int, Query(ge=0, le=2**31)] = 0,
 ) -> Response:
-    """Returns some items, to show before a search. The same seed gives the same items; their order has no meaning."""
+    """Returns arbitrary items, to show before a search. The same seed gives the same items; their order has no meaning."""
     hits = await service.search(random_direction(service.embedder.width, seed), limit)
     return json_response({"results": [hit_fields(hit) for hit in hits]})
 
@@ -322,30 +326,30 @@ async def models(service: Served) -> Response:
 async def model(id: str, service: Served) -> Response:
     """Returns the model of this service."""
     if id not in (service.name, service.embedder.fingerprint):
-        raise Refusal(404, "model_not_found", f"{id}: this service has {service.name}")
+        raise Refusal(404, "model_not_found", f"{id}: this service serves {service.name}")
     return json_response(model_fields(service))
 
 
 def model_fields(service: Service) -> dict[str, Any]:
-    """Returns what is said of the model."""
+    """Returns the description of the model in a response."""
     embedder = service.embedder
-    facts = {"fingerprint": embedder.fingerprint, "width": embedder.width, "can": sorted(embedder.can)}
-    return {"id": service.name, "object": "model", "created": 0, "owned_by": "fastvlp", **facts}
+    own = {"fingerprint": embedder.fingerprint, "width": embedder.width, "can": sorted(embedder.can)}
+    return {"id": service.name, "object": "model", "created": 0, "owned_by": "fastvlp", **own}
 
 
 @router.get("/health", response_model=responses.Health, tags=["service"])
 async def health(request: Request, service: Served) -> Response:
     """Returns what this service offers, and whether the thread that runs the model is alive."""
     state = request.app.state
-    facts: dict[str, Any] = {"model": service.name, "fingerprint": service.embedder.fingerprint}
-    facts |= {"width": service.embedder.width, "can": sorted(service.embedder.can)}
-    facts |= {"languages": service.embedder.languages, "items": await service.count()}
-    facts |= {
+    offers: dict[str, Any] = {"model": service.name, "fingerprint": service.embedder.fingerprint}
+    offers |= {"width": service.embedder.width, "can": sorted(service.embedder.can)}
+    offers |= {"languages": service.embedder.languages, "items": await service.count()}
+    offers |= {
         "report": state.report is not None,
         "key": not state.access.allows(request.headers),
     }
     alive = service.batcher.alive
-    return json_response({"status": "ok" if alive else "failed", **facts}, 200 if alive else 503)
+    return json_response({"status": "ok" if alive else "failed", **offers}, 200 if alive else 503)
 
 
 @router.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}}, tags=["service"])
@@ -380,7 +384,7 @@ async def report(request: Request) -> Response:
 
 
 def body_schemas(kinds: Sequence[type[messages.RequestBody]]) -> dict[str, Any]:
-    """Returns JSON schemas of the request bodies and of their parts, by name."""
+    """Returns the JSON schemas of the request bodies and of their parts, by name."""
     schemas: dict[str, Any] = {}
     for kind in kinds:
         schema = kind.model_json_schema(ref_template="#/components/schemas/{model}")

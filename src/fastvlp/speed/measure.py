@@ -37,31 +37,31 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True)
 class Speed:
-    """How fast one recipe trains, or another library at its sizes.
+    """The measured training speed of one recipe, or of another library with the sizes of a recipe.
 
     Attributes:
-        name: of the recipe with what was varied, or of the library and the recipe.
-        rows: pairs of a step.
-        step_s: seconds of a step, quarter, middle and three quarters: of the processor on a CPU, all threads together, and on
-            the wall on a GPU.
-        wall_s: the middle of the seconds on the wall.
-        times: a step's time as a multiple of that of the first recipe, in neighbouring steps: quarter, middle, three quarters.
+        name: name of the recipe with the varied field, or of the library and the recipe.
+        rows: number of pairs in a step.
+        step_s: quartiles of the seconds of a step: CPU time of all threads on a CPU, and wall time on a GPU.
+        wall_s: median of the wall seconds of a step.
+        times: quartiles of the ratio of a step's time to that of the first recipe, in neighbouring steps.
         flops: floating-point operations of a step.
-        flops_times: as a multiple of those of the first recipe.
-        flops_per_s: achieved.
-        mfu: share of the device's peak; None where that is not known.
-        pairs_per_s: pairs of a step by `step_s`.
-        tokens_per_s: predicted tokens of a step by `step_s`.
-        memory_bytes: most bytes that are held at once: weights, optimiser and what a step makes; counted on a CPU.
-        losses: of the timed steps, in their order.
-        loss_difference: largest relative difference from the losses of the first recipe; None for other libraries, whose
-            weights are others.
+        flops_times: ratio of `flops` to those of the first recipe.
+        flops_per_s: floating-point operations per second that were achieved.
+        mfu: share of the device's peak that was achieved; None if the peak is not known.
+        pairs_per_s: pairs of a step divided by the median of `step_s`.
+        tokens_per_s: predicted tokens of a step divided by the median of `step_s`.
+        memory_bytes: largest number of bytes in use at once: weights, optimiser and the tensors of a step. On a CPU it is
+            counted, not measured.
+        losses: losses of the timed steps, in their order.
+        loss_difference: largest relative difference from the losses of the first recipe; None for other libraries, which have
+            other weights.
         loader_s: seconds to make the batches of a step; None for other libraries.
-        loader_share: of a step's seconds.
-        data_wait: share of a step that waits for data, where steps read theirs.
+        loader_share: `loader_s` as a share of a step's seconds.
+        data_wait: share of a step's time that is spent waiting for data, if steps read their batches from the loader.
         compile_s: seconds that PyTorch compiled before the timed steps; None without `compile`.
-        largest_batch: most rows of a micro-batch that fit; None where it was not asked for.
-        config: the options that were varied and those that decide a step's cost.
+        largest_batch: largest number of rows of a micro-batch that fits into memory; None if it was not sought.
+        config: the varied options, and the options that decide the cost of a step.
     """
 
     name: str
@@ -88,13 +88,13 @@ class Speed:
 
 @dataclass(frozen=True, kw_only=True)
 class Speeds:
-    """Of several recipes, measured in turns.
+    """The measured training speeds of several recipes, which took turns.
 
     Attributes:
-        arms: the recipes, then other libraries.
+        arms: the speeds of the recipes, then of other libraries.
         about: device, versions, commit, command and date.
-        clock: `cpu` or `wall`.
-        memory_limit: bytes within which the largest batch was sought; None where the device's memory is the limit.
+        clock: `cpu` (CPU time) or `wall` (wall time).
+        memory_limit: memory in bytes for the largest batch; None if it is the device's memory.
     """
 
     arms: list[Speed]
@@ -120,28 +120,30 @@ def measure_speed(
     out: str | Path | None = None,
     threads: int | None = None,
 ) -> Speeds:
-    """Measure how fast recipes train on this device: step time, FLOPs, memory, the loader, and other libraries beside them.
+    """Measure how fast recipes train on this device: step time, FLOPs, memory and loading, also compared with other libraries.
 
-    The recipes take turns, step by step, on batches that are ready, so that ratios are fair on a busy machine. Steps are whole
-    ones, without `reduced`. Time is that of the processor on a CPU, and on the wall on a GPU. Nothing is saved of the training.
+    The recipes take turns, step by step, so that the ratios of their times are fair on a busy machine. Batches are made before
+    the timed steps. Steps use full inputs, without `reduced`. Times are CPU time on a CPU, and wall time on a GPU. No weights
+    are saved.
 
     Args:
         recipes: Names of recipes, paths of your own files, or in Python also configs.
-        model: Size of the models, such as clip_b16, in place of the recipes' own.
-        set: Changes of the recipes' fields: FIELD=VALUE for all, RECIPE:FIELD=VALUE for one.
+        model: Size of the models, such as clip_b16, instead of the sizes in the recipes.
+        set: Changes of the recipes' fields: FIELD=VALUE for all recipes, RECIPE:FIELD=VALUE for one.
         vary: FIELD=VALUE,VALUE measures each recipe with each of the values, such as keep=1,0.5.
-        made_data: Measure on scenes of the embedded corpus and with new weights, before you have data.
-        repetitions: Timed steps of each recipe.
-        batches: Different batches on which the steps are timed.
-        beside: Other libraries whose step at the same sizes takes turns with the first recipe's: transformers, open_clip.
-        largest_batch: Find the largest micro-batch that fits into memory too.
-        memory_gb: Memory for it, in 10^9 bytes; by default all of a GPU's. A CPU needs a number.
+        made_data: Measure on generated scenes of the embedded corpus and with random weights; needs no data.
+        repetitions: Number of timed steps of each recipe.
+        batches: Number of different batches that the steps use.
+        beside: Other libraries to compare with, transformers or open_clip. They run steps of the same sizes as the first
+            recipe.
+        largest_batch: Also find the largest micro-batch that fits into memory.
+        memory_gb: Memory limit for largest_batch, in 10^9 bytes. Needed on a CPU; by default all memory of a GPU.
         trace: File for a trace of one step of each recipe, for chrome://tracing or Perfetto.
-        out: File of JSON lines to append to, one for each recipe, with commit and device.
-        threads: CPU threads that PyTorch uses; its own choice by default.
+        out: File to which the results are appended, as a line of JSON for each recipe, with commit and device.
+        threads: CPU threads that PyTorch uses; by default PyTorch chooses.
 
     Raises:
-        UserError: an option cannot be used, or a recipe cannot be trained.
+        UserError: An option cannot be used, or a recipe cannot be trained.
     """
     if threads:
         torch.set_num_threads(threads)
@@ -173,7 +175,7 @@ def timed(
     device: torch.device,
     trace: Path | None,
 ) -> list[Speed]:
-    """The speeds of the runs and of other libraries beside the first one, whose steps take turns."""
+    """Times the steps of the runs, and of other libraries with the sizes of the first run, in turns. Returns their speeds."""
     trials = {name: named(name, partial(Trial, run, batches)) for name, run in runs.items()}
     first = next(iter(trials.values()))
     peers = {f"{peer}, as {first.run.name}": peer for peer in beside}
@@ -195,17 +197,17 @@ def check_options(
     repetitions: int, batches: int, largest_batch: bool, memory_gb: float | None, device: torch.device
 ) -> None:
     if dist.launched() > 1:
-        raise UserError("steps are measured on one device; start it without torchrun")
+        raise UserError("steps are measured on one device; start the command without torchrun")
     if repetitions < 1 or batches < 1:
-        raise UserError(f"`repetitions` {repetitions} and `batches` {batches} are at least 1")
+        raise UserError(f"`repetitions` {repetitions} and `batches` {batches} must be at least 1")
     if memory_gb is not None and not (largest_batch and memory_gb > 0):
-        raise UserError("`memory_gb` is a number above 0, the limit for `largest_batch`; give both")
+        raise UserError("`memory_gb` must be above 0, and is only used with `largest_batch`; give both")
     if largest_batch and memory_gb is None and device.type == "cpu":
-        raise UserError("`largest_batch` on a CPU needs a limit: say `memory_gb`, such as 8")
+        raise UserError("`largest_batch` needs a memory limit on a CPU; give `memory_gb`, such as 8")
 
 
 def varied(runs: Mapping[str, TrainConfig], model: str | None, vary: str | None) -> dict[str, TrainConfig]:
-    """The runs with models of a size, each with every one of the values of `vary`, by names that say which."""
+    """Returns the runs with models of the size `model`, one for each value of `vary`. Their names contain the value."""
     sized = {
         name: run if model is None else replace(run, model=named_size(model, like=run.model))
         for name, run in runs.items()
@@ -216,7 +218,9 @@ def varied(runs: Mapping[str, TrainConfig], model: str | None, vary: str | None)
     if not equals or not values:
         raise UserError(f"`vary` {vary}: write FIELD=VALUE,VALUE, such as keep=1,0.5")
     if field.startswith("reduced"):
-        raise UserError(f"`vary` {vary}: whole steps are measured; vary keep, model.image.size or data.max_length")
+        raise UserError(
+            f"`vary` {vary}: whole steps are measured, without `reduced`; vary keep, model.image.size or data.max_length"
+        )
     return {
         f"{name} {field}={value}": replace(
             with_settings(run, [f"{field}={value}"], name), name=f"{name} {field}={value}"
@@ -229,8 +233,8 @@ def varied(runs: Mapping[str, TrainConfig], model: str | None, vary: str | None)
 def prepared(
     runs: Mapping[str, TrainConfig], folder: Path, made_data: bool, batches: int, repetitions: int
 ) -> dict[str, TrainConfig]:
-    """The runs with their data and tokenizers, of whole steps alone, long enough for all of them, and without what is stored
-    or shown of a run."""
+    """Returns the runs with data and tokenizers, ready to be timed: with enough steps, with full inputs, without stored states
+    and without trackers."""
     if made_data:
         runs = with_made_data(runs, folder, batches)
     parts = max(len(run.mix or (run,)) for run in runs.values())
@@ -254,11 +258,11 @@ def prepared(
     except UserError as error:
         if made_data:
             raise
-        raise UserError(f"{error}; without data of your own, `made_data` measures on made ones") from error
+        raise UserError(f"{error}; if you have no data yet, `made_data` measures on generated data") from error
 
 
 def named(name: str, act: Callable[[], T]) -> T:
-    """The result of `act`. A UserError says which recipe it is of."""
+    """Returns the result of `act`. A UserError begins with the name of the recipe."""
     try:
         return act()
     except UserError as error:
@@ -275,7 +279,7 @@ def share_of_peak(flops_per_s: float, device: torch.device, precision: Precision
 
 
 def speed(name: str, arm: Arm, taken: Mapping[str, list[Step]], device: torch.device) -> Speed:
-    """Of an arm, beside the first one."""
+    """Returns the speed of an arm, with its ratios to the first arm. `taken`: the timed steps of all arms."""
     own, base = taken[name], next(iter(taken.values()))
     own_s, base_s = ([seconds(one.lap, device) for one in some] for some in (own, base))
     step_s = Quartiles.of(own_s)
@@ -300,7 +304,7 @@ def speed(name: str, arm: Arm, taken: Mapping[str, list[Step]], device: torch.de
 
 
 def own_speed(one: Speed, trial: Trial) -> Speed:
-    """With what is known of our own recipes alone."""
+    """Adds the values that are measured only for our own recipes, not for other libraries."""
     run = trial.run
     return replace(
         one,
@@ -324,7 +328,7 @@ def own_speed(one: Speed, trial: Trial) -> Speed:
 
 
 def with_largest(one: Speed, run: TrainConfig | None, batches: int, limit: float, device: torch.device) -> Speed:
-    """With the largest batch of a recipe; other libraries have none."""
+    """Adds the largest batch of a recipe. For other libraries (`run` None) it is not sought."""
     if run is None:
         return one
     release(device)
@@ -332,7 +336,7 @@ def with_largest(one: Speed, run: TrainConfig | None, batches: int, limit: float
 
 
 def trace_file(path: Path, name: str, *, alone: bool) -> Path:
-    """`path` for one recipe; with the recipe's name in it for each of several."""
+    """Returns the file for a recipe's trace: `path` if there is one recipe, else a path with the recipe's name in it."""
     words = "".join(letter if letter.isalnum() or letter in "._-" else "-" for letter in name)
     return path if alone else path.with_name(f"{path.stem}-{words}{path.suffix}")
 
@@ -342,11 +346,11 @@ def append(path: Path, result: Speeds) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     common = {**result.about, "clock": result.clock, "memory_limit": result.memory_limit}
     lines = [json.dumps(common | as_record(one)) + "\n" for one in result.arms]
-    # Written at once, so that lines of other processes come before or after them.
+    # All lines are written in one call, so that lines of other processes cannot come between them.
     with path.open("a", encoding="utf-8") as file:
         file.write("".join(lines))
 
 
 def as_record(one: Speed) -> dict[str, Any]:
-    """As JSON: the quartiles are objects with `low`, `median` and `high`."""
+    """Returns a speed as JSON. Quartiles are objects with `low`, `median` and `high`."""
     return {**vars(one), "step_s": one.step_s._asdict(), "times": one.times._asdict()}

@@ -1,4 +1,4 @@
-"""The training loop: `steps` trains, `train` adds validation, checkpoints, the log and orderly stopping."""
+"""The training loop. `steps` trains; `train` adds validation, checkpoints, the log, and stopping after a signal."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ __all__ = ["StepReport", "TrainConfig", "TrainState", "start", "steps", "train",
 
 
 def steps(state: TrainState) -> Generator[StepReport, None, None]:
-    """Trains one step each time that the next report is asked for, until the run is over or a signal stops it."""
+    """Trains one step for each report that it yields, until the run is over or a signal stops it."""
     run = state.run
     parameters = [p for group in state.optimiser.param_groups for p in group["params"]]
     batches = state.train.batches(start=state.batches)
@@ -67,8 +67,8 @@ def steps(state: TrainState) -> Generator[StepReport, None, None]:
         rows = norm.new_tensor(sum(map(len, micro))), equal_rows(state, micro).to(norm)
         totals = dist.all_reduce_sum(torch.stack([*shares.values(), *rows]))
         target_counts = torch.stack([*counts.values()]).float()
-        # `tolist` waits for the device. A step does this only here and where it needs a number on the CPU: to select the
-        # target tokens, to pack a single stream, while a queue is filling, and for the batch sizes of other ranks.
+        # `tolist` waits for the device. A step waits only here and if it needs a number on the CPU: to select the target
+        # tokens, to pack a single stream, while a queue is filling, and for the batch sizes of other ranks.
         grad_norm, *numbers = torch.cat([norm[None], totals, target_counts]).tolist()
         n = len(shares)
         values, pairs, equal, targets = numbers[:n], int(numbers[n]), int(numbers[n + 1]), numbers[n + 2 :]
@@ -106,15 +106,16 @@ def steps(state: TrainState) -> Generator[StepReport, None, None]:
 
 
 def reduced_at_first(state: TrainState, micro: list[Batch]) -> list[Batch]:
-    """The micro-batches of a step, reduced in the first part of the run, and how much of each image is encoded."""
-    run, holds = state.run, state.run.reduced.holds(state.midway)
-    state.pretraining.keep = run.reduced.keep if holds and run.reduced.keep is not None else run.keep
-    return [run.reduced.reduce(batch, state.tokenizer.eos) for batch in micro] if holds else micro
+    """Returns the micro-batches of a step, with smaller inputs in the first part of the run (`reduced`). Also sets the share of
+    each image's patches that is encoded."""
+    run, is_reduced = state.run, state.run.reduced.holds(state.midway)
+    state.pretraining.keep = run.reduced.keep if is_reduced and run.reduced.keep is not None else run.keep
+    return [run.reduced.reduce(batch, state.tokenizer.eos) for batch in micro] if is_reduced else micro
 
 
 def backward(state: TrainState, micro: list[Batch]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Computes the gradients of a step, in the parameters' `grad`. Returns the number of targets of each loss in the whole
-    step, and this rank's share of the minimised `loss` and of the mean of each loss term."""
+    """Computes the gradients of a step and adds them to the parameters' `grad`. Returns the number of targets of each loss in
+    the whole step, and this rank's share of the minimised `loss` and of the mean of each loss term."""
     pretraining, wrapped = state.pretraining, state.wrapped
     counts = global_counts(pretraining, micro)
     shares = {name: torch.zeros((), device=state.device) for name in ("loss", *counts)}
@@ -125,18 +126,19 @@ def backward(state: TrainState, micro: list[Batch]) -> tuple[dict[str, Tensor], 
         add_shares(shares, cached.losses, counts)
     for i, batch in enumerate(micro):
         # Ranks average their gradients once a step, with the last micro-batch.
-        last = nullcontext() if i == len(micro) - 1 else no_sync(wrapped)
-        with last, state.flops.counting(Shape.of(f"{pretraining.active}/{pretraining.keep}", batch)):
+        averaging = nullcontext() if i == len(micro) - 1 else no_sync(wrapped)
+        with averaging, state.flops.counting(Shape.of(f"{pretraining.active}/{pretraining.keep}", batch)):
             with seeded(i):
                 losses = wrapped(batch, cached.grads[i] if cached is not None else None)
-            # `counts` are those of all ranks, so that the ranks' gradients must be summed; DDP and FSDP average them.
+            # `counts` are summed over all ranks, so gradients must be summed too. DDP and FSDP average them; the factor undoes
+            # it.
             (combine(losses, counts) * dist.world()).backward()
         add_shares(shares, losses, counts)
     return counts, shares
 
 
 def clip(state: TrainState, parameters: Sequence[nn.Parameter]) -> Tensor:
-    """Scales down the gradients of a step where they are too long, and returns their norm before that."""
+    """Scales down the gradients of a step if their norm is above `optim.clip`, and returns the norm before scaling."""
     most = state.run.optim.clip or math.inf
     if state.sharding is None:
         return clip_grad_norm_(parameters, most)
@@ -152,7 +154,7 @@ def next_batch(state: TrainState, batches: Iterator[tuple[Batch, list[Dropped]]]
 
 
 def equal_rows(state: TrainState, micro: list[Batch]) -> Tensor:
-    """How many rows of this rank have a text or an image that another row of the step has too."""
+    """Counts the rows of this rank whose text or image also belongs to another row of the step."""
     if not state.pretraining.contrasts:
         return torch.zeros((), device=state.device)
     own = torch.cat([contents(batch) for batch in micro])
@@ -162,8 +164,8 @@ def equal_rows(state: TrainState, micro: list[Batch]) -> Tensor:
 
 @contextmanager
 def seeded_autocast(state: TrainState, micro: int) -> Iterator[None]:
-    """Context in which micro-batch `micro` of the next step runs. Its dropout depends only on seed, step, and which of all
-    ranks' micro-batches it is: they are dealt to the ranks one after the other."""
+    """Context in which micro-batch `micro` of the next step runs. Its dropout depends only on the seed, the step, and the
+    number of the micro-batch, counted over all ranks: they take micro-batches in turn."""
     torch.manual_seed(hash64(state.run.seed, state.step, micro * dist.world() + dist.rank(), 0))
     with autocast(state):
         yield
@@ -181,18 +183,18 @@ def no_sync(wrapped: nn.Module) -> AbstractContextManager[None]:
 
 
 def global_counts(pretraining: Pretraining, micro: list[Batch]) -> dict[str, Tensor]:
-    """Counts the targets of each loss in the whole step: in all micro-batches of all ranks. Losses are divided by them, because
-    the mean of the micro-batches' means would give more weight to targets of micro-batches that have few."""
+    """Counts the targets of each loss in the whole step, over all micro-batches and ranks. Losses are divided by these counts:
+    in a mean of the micro-batches' means, targets of micro-batches with few targets would have more weight."""
     parts = [pretraining.counts(batch) for batch in micro]
     summed = torch.stack([torch.stack([part[name] for part in parts]).sum() for name in parts[0]])
     return dict(zip(parts[0], dist.all_reduce_sum(summed)))
 
 
 def agree(state: TrainState, dropped_before: int, seconds: float) -> float:
-    """Makes the ranks agree after a step, and returns the mean of their seconds, which the schedule may follow.
+    """Exchanges the state of all ranks after a step. Returns the mean of their seconds, which the schedule may follow.
 
     Sets `stop` if any rank has received a signal. It is set only here, so that all ranks leave the loop after the same step.
-    Adds to `dropped` what other ranks found unreadable; `dropped_before` is its length before the step.
+    Adds the records that other ranks could not read to `dropped`; `dropped_before` is its length before the step.
     """
     state.stop = state.signal
     if dist.world() > 1:
@@ -213,20 +215,20 @@ def count_skipped(state: TrainState, report: StepReport) -> None:
     if state.bad_steps < state.run.max_bad_steps:
         return
     bad = [name for name, value in report.losses.items() if not math.isfinite(value)]
-    what = f"the loss is not finite ({', '.join(bad)})" if bad else "the loss is finite, its gradient is not"
+    what = f"the loss is not finite ({', '.join(bad)})" if bad else "the loss is finite, but its gradient is not"
     broken = [name for name, p in state.pretraining.named_parameters() if not torch.isfinite(p).all()]
     if broken:
         cause = f"some weights are already not finite ({broken[0]}): start from other weights"
     else:
         cause = f"the learning rate {state.run.optim.lr:g} is too high: lower `optim.lr`, or lengthen `optim.warmup`"
         cause += ", or set `precision` to fp32" if state.precision != "fp32" else ""
-    raise UserError(f"step {report.step}: {state.bad_steps} steps in a row were skipped, {what}; likely {cause}")
+    raise UserError(f"step {report.step}: {state.bad_steps} steps in a row were skipped: {what}; likely {cause}")
 
 
 @contextmanager
 def stop_signals(state: TrainState) -> Iterator[None]:
-    """Context in which SIGTERM and Ctrl-C end the run after the current step; a second Ctrl-C ends it at once. A second SIGTERM
-    does not: a job queue may send one to every process, and `torchrun` passes on its own."""
+    """Context in which SIGTERM and Ctrl-C end the run after the current step. A second Ctrl-C ends it at once. A second SIGTERM
+    does not, because a process may get two: one from the job queue, and one from `torchrun`."""
 
     def stop(number: int, frame: object) -> None:
         state.signal = number
@@ -256,31 +258,33 @@ def train(
 ) -> TrainState:
     """Trains a run to its end.
 
-    Its folder then holds config.json (the run), log.jsonl, the weights as best.safetensors and last.safetensors with model.json
-    and tokenizer.json, and last.pt, from which it can be resumed.
+    Its folder then has config.json (the run), log.jsonl, the weights as best.safetensors and last.safetensors with model.json
+    and tokenizer.json, and last.pt, from which the run can be resumed.
 
     Args:
-        run: What to train; a recipe (`fastvlp.recipe`) returns one.
-        resume: Continue from the run's last checkpoint; if there is none, the run starts from the beginning.
-        change: Names of fields, such as `data.batch_size` or `optim.lr`, in which a resumed run may differ from the one that
-            was saved; it continues where that one stood in its data. Data that only moved need not be named.
+        run: Config of the run; `fastvlp.recipe` returns one.
+        resume: Continue from the run's last checkpoint. If there is none, the run starts from the beginning.
+        change: Names of fields, such as `data.batch_size` or `optim.lr`, that a resumed run may change. The run continues after
+            the rows that it has already read. Data that were only moved need not be named.
         verbose: Print the whole config first.
-        scored: Splits on which the trained model is scored later. Like the validation data, they are read once before the
-            first step, so that a record that cannot be read is found then.
+        scored: Splits on which the trained model will be scored. Like the validation data, they are read once before the first
+            step, so that unreadable records are found early.
 
     Returns:
-        The final state: `model`, `tokenizer`, `step`, `best` and more.
+        The final state: `model`, `tokenizer`, `step`, `best` (the lowest validation loss) and more.
 
     Raises:
         UserError: The config, the data or the checkpoint cannot be used, or the loss is not finite.
-        SystemExit: A signal stopped the run, and its state is saved; the code is 128 + the signal's number.
+        SystemExit: A signal stopped the run, and its state was saved. The code is 128 + the number of the signal.
     """
     if not isinstance(run, TrainConfig):
-        raise UserError(f"`run` is a TrainConfig, not {run!r}; fastvlp.recipe(NAME) returns that of a recipe")
+        raise UserError(
+            f"`run` must be a TrainConfig, not {run!r}; fastvlp.recipe(NAME) returns the config of a recipe"
+        )
     check_installed(run.report_to)
     with dist.process_group(), locked(run.folder) as lock:
         if not resume and (run.folder / CHECKPOINT).exists():
-            raise UserError(f"{run.folder}: holds a run already; continue it with `resume`, or choose another `out`")
+            raise UserError(f"{run.folder}: already has a run; continue it with `resume`, or choose another `out`")
         state = start(run, resume=resume, change=change)
         state.lock = lock
         if state.progress < 1:
@@ -302,10 +306,10 @@ def train(
 
 
 def train_to_end(state: TrainState, log: RunLog) -> None:
-    """Trains, validates and saves until the run is over or a signal stops it. The state is on disk before each validation."""
+    """Trains, validates and saves until the run is over or a signal stops it. The state is saved before each validation."""
     run = state.run
     if validates(state) and state.progress < 1:
-        # Its checkpoint was saved before this validation, which may have been interrupted.
+        # The run was resumed from a checkpoint that is saved before a validation. The validation may have been interrupted.
         validate_and_keep_best(state, log)
     last: deque[StepReport] = deque(maxlen=LAST)
     saved = state.elapsed  # the same on all ranks
@@ -315,9 +319,9 @@ def train_to_end(state: TrainState, log: RunLog) -> None:
         log_dropped(state, report.dropped, log)
         if state.stop is not None or state.progress >= 1:
             continue
-        # After a skipped step the weights may be broken, and the last checkpoint is sound.
-        is_late = run.checkpoint_s is not None and state.elapsed - saved >= run.checkpoint_s
-        if (validates(state) or due(run.checkpoint_every, state.step) or is_late) and not state.bad_steps:
+        # After a skipped step nothing is saved: the weights may be broken, and the last checkpoint is not.
+        is_overdue = run.checkpoint_s is not None and state.elapsed - saved >= run.checkpoint_s
+        if (validates(state) or due(run.checkpoint_every, state.step) or is_overdue) and not state.bad_steps:
             save(state)
             saved = state.elapsed
         if validates(state):
@@ -338,14 +342,15 @@ def train_to_end(state: TrainState, log: RunLog) -> None:
 
 @contextmanager
 def saved_on_failure(state: TrainState) -> Iterator[None]:
-    """Context in which an error is raised only after the state is saved, if the weights are sound."""
+    """Context that saves the state before an error is raised, if the weights are not broken."""
     try:
         yield
     except Exception as caught:
         error = dist.explained(caught)
         sound = state.between_steps and state.bad_steps < state.run.max_bad_steps
         if sound and state.saved < state.step:
-            # Another rank may have failed or ended: nobody waits for it. What is saved already stays, whatever happens here.
+            # Another rank may have ended, so saving must not wait for it. If saving fails, the last checkpoint is still
+            # complete.
             with suppress(Exception):
                 save(state, wait=False)
         if state.saved == 0 or not dist.is_main() or not (state.run.folder / CHECKPOINT).exists():

@@ -1,9 +1,9 @@
 """Sharded records: WebDataset-compatible tars with random access, on a local disk or through fsspec.
 
 A split is a folder of `00000.tar, 00001.tar, ...`. Consecutive members of a tar that share a key are one record:
-`{key}.jpg|png|webp` is its image (`{key}.1.jpg` a second one), `{key}.npz` a detector's regions of the image (`{key}.1.npz`
-those of the second), `{key}.json` the info, and `{key}.txt` the caption if the info has none. `index.safetensors` beside the
-tars has the places of all members; it is made again where it is missing, damaged or not of these tars.
+`{key}.jpg|png|webp` is its image (`{key}.1.jpg` a second image), `{key}.npz` has a detector's regions of the image
+(`{key}.1.npz` of the second), `{key}.json` is the info, and `{key}.txt` the caption if the info has none. `index.safetensors`
+beside the tars has the positions of all members; it is made again if it is missing, damaged, or belongs to other tars.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _MAGIC = (
 
 
 class RecordError(Exception):
-    """A record that cannot be used. Training leaves it out and counts it; evaluation stops with an error."""
+    """A record cannot be used. Training leaves it out and counts it; an evaluation stops with an error."""
 
     def __init__(self, key: str, reason: str):
         super().__init__(key, reason)
@@ -65,7 +65,7 @@ class ShardWriter:
     """
 
     def __init__(self, folder: str | Path, per_shard: int = 1000, *, append: bool = False):
-        """`append` adds further tars to those that are there."""
+        """`append`: add further tars to an existing split."""
         self.folder = Path(folder)
         self.append = append
         self._first = 0
@@ -78,11 +78,11 @@ class ShardWriter:
     def __enter__(self) -> ShardWriter:
         with _explain_write_errors(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
-            there = sorted(self.folder.glob("*.tar"))
-            if there and not self.append:
-                remedy = "remove them, choose another split or folder, or `append` to them"
+            existing = sorted(self.folder.glob("*.tar"))
+            if existing and not self.append:
+                remedy = "remove them, choose another split or folder, or set `append` to add to them"
                 raise UserError(f"{self.folder}: already holds shards; {remedy}")
-            self._first = 1 + max((int(tar.stem) for tar in there if tar.stem.isdecimal()), default=-1)
+            self._first = 1 + max((int(tar.stem) for tar in existing if tar.stem.isdecimal()), default=-1)
             for stale in self.folder.glob("*.tmp"):
                 stale.unlink()
         return self
@@ -146,7 +146,7 @@ class ShardWriter:
 
 
 class Shards:
-    """Random access to the records of one split. They are numbered tar by tar, in their order in each tar.
+    """Random access to the records of one split. Records are numbered through all tars, in the order in which they are stored.
 
     Args:
         url: a folder of tars, one tar, or an fsspec URL of either.
@@ -190,14 +190,14 @@ class Shards:
 
     @property
     def fingerprint(self) -> str:
-        """Hash that changes when the tars change: of their names, sizes and modification times, and of the keys and offsets
-        in their index. The tars are not read, nor the times of tars at a URL, because uploading changes them."""
+        """A hash that changes when the tars change: of their names, sizes and modification times, and of the keys and offsets
+        in their index. The tars are not read. The times of tars at a URL are left out, because uploading changes them."""
         return self._index.fingerprint
 
     @property
     def content(self) -> str:
-        """Hash of the records in their order, wherever they are and whenever they were written: of all keys, sizes and kinds of
-        members, and of all that a few records hold."""
+        """A hash of the records in their order: of the keys, sizes and kinds of all members, and of the bytes of a few records.
+        It does not depend on where the records are or when they were written."""
         return self._index.content
 
     @property
@@ -206,7 +206,7 @@ class Shards:
         return Path(self._tars[0]).parent if self._local else None
 
     def places(self, name: str) -> list[Path]:
-        """Where a file about these records may be kept, best first: beside their index, and in the user's cache."""
+        """Returns where a file about these records may be kept, best first: beside the index, or in the user's cache."""
         return [beside_index(index, name) for index in self._places]
 
     @property
@@ -219,7 +219,7 @@ class Shards:
         return self._index.key_of(i)
 
     def place(self, i: int) -> tuple[str, list[Member]]:
-        """The tar that has record i, and the record's members in it."""
+        """Returns the tar that contains record i, and the record's members in it."""
         self._check(i)
         t, members = self._index.members(i)
         return self._tars[t], members
@@ -272,11 +272,11 @@ class Shards:
         return int(self._index.tar_size.sum())
 
     def hold(self, records: Iterable[int]) -> None:
-        """Reads whole records ahead, neighbours in one go, and keeps them in memory until they are released as often."""
+        """Reads whole records ahead, neighbours in one request. Each is kept until it was released as often as held."""
         self._held.add(self._members(records), self._read_span)
 
     def release(self, records: Iterable[int]) -> None:
-        """Forgets records that were held, unless they are held again."""
+        """Releases records that `hold` keeps in memory."""
         self._held.release(self._members(records))
 
     def _members(self, records: Iterable[int]) -> Iterator[Place]:
@@ -301,10 +301,10 @@ class Shards:
         try:
             data = self._pread(tar, offset, length)
         except OSError as error:
-            advice = remedy(error, "is the file still there?")
+            advice = remedy(error, "check that the file still exists")
             raise UserError(f"{tar}: cannot read ({error.strerror or error}); {advice}") from error
         if len(data) != length:
-            raise UserError(f"{tar}: became shorter while it was in use; start again, and its index is rebuilt")
+            raise UserError(f"{tar}: became shorter while it was in use; run the command again to rebuild its index")
         return data
 
     def _pread(self, tar: str, offset: int, length: int) -> bytes:
@@ -337,7 +337,7 @@ class Shards:
         if self._index_path is not None:
             index = read_split_index(self._index_path, check=False)
             if index.fingerprint != state["_index"]:
-                raise UserError(f"{self.url}: its tars were changed while they were in use; start again")
+                raise UserError(f"{self.url}: the tars were changed while they were in use; run the command again")
             self._index = index
 
     def __del__(self) -> None:

@@ -16,7 +16,7 @@ from fastvlp.data.world.levels import RADII
 from fastvlp.data.world.scene import Look, Scene, Thing, edit_look, relation
 
 Question = tuple[str, Meaning, str]  # kind, question, answer
-# Captions that are drawn for each one that is wanted.
+# Largest number of draws for each caption of a scene.
 _TRIES = 500
 OPPOSITE = {"left": "right", "right": "left", "above": "below", "below": "above"}
 
@@ -87,7 +87,7 @@ def _caption_extremes(rng: Random, scene: Scene) -> Meaning | None:
 
 
 def place(thing: Thing) -> str | None:
-    """Returns the part of the picture that a thing is in, as a key of `Language.words`; None near a border of parts."""
+    """Returns the part of the picture that a thing is in, as a key of `Language.words`; None if it is between two parts."""
 
     def third(at: float) -> int | None:
         return 0 if at < 0.35 else 1 if 0.42 < at < 0.58 else 2 if at > 0.65 else None
@@ -130,8 +130,8 @@ def _caption_single(rng: Random, scene: Scene) -> Meaning:
 
 
 def captions(rng: Random, language: Language, scene: Scene, count: int, single: bool = False) -> list[str]:
-    """Draws `count` different true captions of a scene, each within the language's limits of length; fewer where its words do
-    not make as many."""
+    """Draws `count` different true captions of a scene, each within the language's limits of length. Returns fewer if the
+    language does not have enough words for that many."""
     texts: dict[str, None] = {}
     low, high = language.limits
     for _ in range(_TRIES * count):
@@ -144,7 +144,7 @@ def captions(rng: Random, language: Language, scene: Scene, count: int, single: 
 
 
 def _extreme(things: Sequence[Thing], thing: Thing) -> str | None:
-    """Returns an extreme place that only this thing has, such as "leftmost"; None if others are nearly as far out."""
+    """Returns an extreme place that only this thing has, such as "leftmost"; None if another thing is nearly as extreme."""
     others = [other for other in things if other is not thing]
     for place, distance_to in (
         ("leftmost", lambda other: other.x - thing.x),
@@ -160,8 +160,8 @@ def _extreme(things: Sequence[Thing], thing: Thing) -> str | None:
 def unique_phrase(
     rng: Random, things: Sequence[Thing], thing: Thing, avoid: str = "", places: bool = False
 ) -> Phrase | None:
-    """Draws a definite phrase that fits only `thing` and does not name the attribute `avoid`; None if there is none. With
-    `places`, it may also be an extreme place, as in "the leftmost thing"."""
+    """Draws a definite phrase that describes only `thing` and does not name the attribute `avoid`; None if there is none. With
+    `places`, the phrase may also name an extreme place, as in "the leftmost thing"."""
     options = []
     for keys in (("shape",), ("colour",), ("colour", "shape"), ("size", "shape"), ("size", "colour"), ("size",)):
         phrase = Phrase(definite=True, **{key: getattr(thing.look, key) for key in keys})
@@ -174,7 +174,7 @@ def unique_phrase(
 
 
 def attribute_question(rng: Random, scene: Scene, attribute: str) -> Question | None:
-    """Asks for the colour, shape or size of a thing; the size is drawn first, so that rare ones are asked for as often."""
+    """Asks for the colour, shape or size of a thing. A size is drawn first, so that all sizes are equally frequent answers."""
     things = list(scene.things)
     if attribute == "size":
         wanted = rng.choice(sorted({thing.look.size for thing in things}))
@@ -201,7 +201,7 @@ def _count(rng: Random, scene: Scene, split: str) -> Question:
 
 
 def _facts(looks: Sequence[Look], form: str) -> list[Meaning]:
-    """Lists all facts about things with these looks, but not about their places: which exist (`exists`), or how many."""
+    """Lists all facts about things with these looks, except about their places: which exist (`exists`), or how many."""
     if form == "exists":
         existing = [*phrases(looks, "colour", "shape"), *phrases(looks, "size", "colour", "shape")]
         return [(form, phrase._replace(number=1, numeral="some")) for phrase in existing]
@@ -210,9 +210,10 @@ def _facts(looks: Sequence[Look], form: str) -> list[Meaning]:
 
 
 def _contrast(rng: Random, scene: Scene, label: bool, form: str) -> Meaning | None:
-    """Draws a fact that is true of only one of the scene and an edited copy: of the scene if `label`, and else of the copy.
+    """Draws a fact that is true of either the scene or an edited copy, but not of both: of the scene if `label`, else of the
+    copy.
 
-    Only edits that allow both are used: otherwise one label would be more frequent.
+    An edit is used only if there are facts of both kinds. Otherwise one label would be more frequent.
     """
     looks = [thing.look for thing in scene.things]
     for _ in range(6):
@@ -224,14 +225,14 @@ def _contrast(rng: Random, scene: Scene, label: bool, form: str) -> Meaning | No
 
 
 def existence_question(rng: Random, scene: Scene) -> Question | None:
-    """Asks whether there is a thing that is either in the scene or in an edited copy."""
+    """Asks whether a thing exists. The thing is either in the scene or in an edited copy, but not in both."""
     label = rng.random() < 0.5
     fact = _contrast(rng, scene, label, "exists")
     return fact and ("existence", ("q-exists", *fact[1:]), "yes" if label else "no")
 
 
 def _related(rng: Random, scene: Scene) -> tuple[Phrase, str, Phrase] | None:
-    """Draws two things (a, b), and returns phrases of them around the side of b that a is on: (a, side, b)."""
+    """Draws two things a and b. Returns a phrase for a, the side of b that a is on, and a phrase for b."""
     for _ in range(4):
         a, b = rng.sample(scene.things, 2)
         first, second, where = unique_phrase(rng, scene.things, a), unique_phrase(rng, scene.things, b), relation(a, b)
@@ -241,7 +242,7 @@ def _related(rng: Random, scene: Scene) -> tuple[Phrase, str, Phrase] | None:
 
 
 def side_question(rng: Random, scene: Scene) -> Question | None:
-    """Asks on which side of one thing another is."""
+    """Asks on which side of one thing another thing is."""
     related = _related(rng, scene)
     return related and ("relation", ("q-where", related[0], related[2]), related[1])
 
@@ -259,7 +260,7 @@ def _relation(rng: Random, scene: Scene) -> Question | None:
 
 
 def _by_size(rng: Random, scene: Scene) -> tuple[Phrase, Phrase] | None:
-    """Draws two things of different sizes, and returns phrases of them, the larger thing first."""
+    """Draws two things of different sizes. Returns a phrase for each, the larger thing first."""
     for _ in range(4):
         a, b = sorted(rng.sample(scene.things, 2), key=lambda thing: -RADII[thing.look.size])
         first, second = (unique_phrase(rng, scene.things, thing, avoid="size") for thing in (a, b))
@@ -291,8 +292,8 @@ def _more(rng: Random, scene: Scene) -> Question | None:
 
 
 def _same(rng: Random, scene: Scene) -> Question | None:
-    """Asks whether two things share an attribute. It is asked only if some drawn pair does and another does not: otherwise "no"
-    would be more frequent."""
+    """Asks whether two things share an attribute. Returns a question only if one drawn pair shares it and another does not:
+    otherwise the answer "no" would be more frequent."""
     attribute = rng.choice(("colour", "shape"))
     pairs: dict[bool, tuple[Phrase, Phrase]] = {}
     for _ in range(8):

@@ -59,7 +59,7 @@ CLASS_NAMES, HELD_OUT_NAMES = class_names(COMBINATIONS), class_names(HELD_OUT)
 CLASS_NAMES_ZH = tuple(CHINESE.words[colour][0] + CHINESE.words[shape][0] for colour, shape in COMBINATIONS)
 
 _FORMAT = 1
-# Increases when records get new fields. New fields are drawn from random generators of their own, so that the values of older
+# Increases when records get new fields. New fields are drawn from their own random generators, so that the values of older
 # fields do not change.
 _EDITION = 3
 
@@ -75,12 +75,12 @@ class WorldConfig:
     captions: int = 5
     """Number of captions of a scene in each language."""
     level: Literal["easy", "standard", "hard"] = "standard"
-    """How hard: `easy` has few, large things of few outlines on plain ground, `hard` has many small ones on patterns. In both,
-    the text of a question gives little away."""
+    """Difficulty: `easy` has a few large things of few shapes on a plain background, and `hard` has many small things on
+    patterns. In both, questions can hardly be answered from their text alone."""
 
     def __post_init__(self) -> None:
         if self.level not in LEVELS:
-            raise UserError(f"`level` {self.level!r}: there are {', '.join(LEVELS)}")
+            raise UserError(f"`level` {self.level!r}: choose one of {', '.join(LEVELS)}")
         if self.size < 16 or self.captions < 1:
             raise UserError(
                 f"`size` {self.size}, `captions` {self.captions}: use at least 16 pixels and at least one caption"
@@ -89,21 +89,22 @@ class WorldConfig:
 
 @lru_cache
 def _languages(level: Level) -> tuple[tuple[Language, Language, str], ...]:
-    """Each language, the same with expressions, and the ending of its fields' names; with the words of a level."""
+    """Returns for each language: the language with the words of a level, the same with referring expressions, and the ending
+    of the names of its fields."""
     english, chinese = (ENGLISH, ENGLISH_WITH_EXPRESSIONS), (CHINESE, CHINESE_WITH_EXPRESSIONS)
     first, second = ([one.shortened(level.words, level.templates) for one in both] for both in (english, chinese))
     return (first[0], first[1], ""), (second[0], second[1], "_zh")
 
 
 def _rng(config: WorldConfig, *names: str | int) -> Random:
-    # The other levels came later: the draws of the standard one stay as they were.
+    # The other levels were added later, so the name of the standard level is left out: its draws must not change.
     own = () if config.level == "standard" else (config.level,)
     return Random("/".join(map(str, (_FORMAT, config.seed, *own, *names))))
 
 
 def _object(thing: Thing, size: int, split: str, level: Level) -> dict[str, Any]:
-    """Returns a thing as an object of a record. Its class distribution imitates a detector's: 0.8 for the true class, and the
-    rest for four classes that share its colour or its shape."""
+    """Returns a thing as an object of a record. Its class distribution imitates a detector's: 0.8 for the true class, and 0.05
+    for each of four classes that share its colour or its shape."""
     look = thing.look
     name = f"{look.colour} {look.shape}"
     rng = Random(_seed(thing))
@@ -120,7 +121,8 @@ def _object(thing: Thing, size: int, split: str, level: Level) -> dict[str, Any]
 
 
 def _seed(thing: Thing) -> str:
-    """Returns a seed for a thing, as a text in the format of the first edition: another format would change the records."""
+    """Returns a seed for a thing. The text has the format of the first edition, because another format would change the
+    records."""
     size, colour, shape = thing.look
     kind = f"Kind(size={size!r}, colour={colour!r}, shape={shape!r})"
     place = f"x={thing.x!r}, y={thing.y!r}, radius={thing.radius!r}, angle={thing.angle!r}"
@@ -137,7 +139,9 @@ def _key(kind: str, split: str, index: int) -> str:
 
 def _check(split: str, index: int) -> None:
     if split not in SPLITS or index < 0:
-        raise UserError(f"`split` {split!r}, `index` {index}: use one of {', '.join(SPLITS)} and an index from 0")
+        raise UserError(
+            f"`split` {split!r}, `index` {index}: use a split of {', '.join(SPLITS)}, and an index of at least 0"
+        )
 
 
 def _record(
@@ -154,24 +158,24 @@ def _record(
 
 
 def scene_record(config: WorldConfig, split: str, index: int) -> Record:
-    """A scene of 2 to 6 objects with captions, questions, statements, expressions, entailments and multiple choice, in English
-    and Chinese."""
+    """Returns the record of a scene of 2 to 6 objects with captions, questions, statements, expressions, entailments and
+    multiple choice, in English and Chinese."""
     _check(split, index)
     level = LEVELS[config.level]
     scene = draw_scene(_rng(config, "scene", split, index), split, level)
-    ask = balanced_questions if level.questions else questions
-    asked = ask(_rng(config, "questions", split, index), scene, split)
-    stated = statements(_rng(config, "statements", split, index), scene)
+    draw_questions = balanced_questions if level.questions else questions
+    drawn_questions = draw_questions(_rng(config, "questions", split, index), scene, split)
+    drawn_statements = statements(_rng(config, "statements", split, index), scene)
     info: dict[str, Any] = {"objects": [_object(thing, config.size, split, level) for thing in scene.things]}
     for language, _, suffix in _languages(level):
         rng = _rng(config, "words" + suffix, split, index)
         info[f"captions{suffix}"] = captions(rng, language, scene, config.captions)
         info[f"questions{suffix}"] = [
             {"question": language.express(rng, meaning), "answers": {_answer(language, answer): 1.0}, "kind": kind}
-            for kind, meaning, answer in asked
+            for kind, meaning, answer in drawn_questions
         ]
         info[f"statements{suffix}"] = [
-            {"text": language.express(rng, meaning), "label": label} for meaning, label in stated
+            {"text": language.express(rng, meaning), "label": label} for meaning, label in drawn_statements
         ]
     info["background"] = _background(scene)
     info |= _expressions_and_choices(config, split, index, scene, info)
@@ -181,11 +185,11 @@ def scene_record(config: WorldConfig, split: str, index: int) -> Record:
 def _expressions_and_choices(
     config: WorldConfig, split: str, index: int, scene: Scene, info: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Returns the fields that the second edition added: referring expressions, entailments and multiple choice. Entailments are
-    the statements, true and false, and about as many neutral ones as there are of each."""
+    """Returns the fields that the second edition added: referring expressions, entailments and multiple choice. The entailments
+    are the true and the false statements, and about as many neutral statements as there are of each."""
     rng = _rng(config, "expressions", split, index)
-    referring, neutral, asked = expressions(rng, scene), neutrals(rng, scene, split), choices(rng, scene, split)
-    orders = [(rng.sample(range(4), 4), rng.sample(range(4), 4)) for _ in asked]
+    referring, neutral, drawn_choices = expressions(rng, scene), neutrals(rng, scene, split), choices(rng, scene, split)
+    orders = [(rng.sample(range(4), 4), rng.sample(range(4), 4)) for _ in drawn_choices]
     fields: dict[str, Any] = {}
     for plain, language, suffix in _languages(scene.level):
         rng = _rng(config, "expression-words" + suffix, split, index)
@@ -204,7 +208,7 @@ def _expressions_and_choices(
                 "rationales": [language.express(rng, choice.reasons[k]) for k in reasons],
                 "right_rationale": reasons.index(0),
             }
-            for choice, (answers, reasons) in zip(asked, orders)
+            for choice, (answers, reasons) in zip(drawn_choices, orders)
         ]
     return fields
 
@@ -234,10 +238,10 @@ def _pair_looks(rng: Random, split: str, level: Level) -> list[list[list[Look]]]
 
 
 def pair_record(config: WorldConfig, split: str, index: int) -> Record:
-    """A record of two scenes with statements about both (as in NLVR2, Suhr et al. 2019, arXiv 1811.00491).
+    """Returns a record of two scenes with statements about both (as in NLVR2, Suhr et al. 2019, arXiv 1811.00491).
 
-    Records 2k and 2k + 1 have the same statements with opposite labels, so the text alone does not give the label. The field
-    `image` of an object is 0 for the left scene and 1 for the right one.
+    Records 2k and 2k + 1 have the same statements with opposite labels, so the label cannot be guessed from the text alone.
+    The field `image` of an object is 0 for the left scene and 1 for the right scene.
     """
     _check(split, index)
     level = LEVELS[config.level]
@@ -266,7 +270,8 @@ def pair_record(config: WorldConfig, split: str, index: int) -> Record:
 
 
 def single_record(config: WorldConfig, split: str, index: int) -> Record:
-    """A scene of one large object with its class as `label`; classes take turns. The test split has all classes."""
+    """Returns the record of a scene of one large object with its class as `label`. Consecutive records have different classes.
+    The test split has all classes."""
     _check(split, index)
     level = LEVELS[config.level]
     classes = level.allowed(split)
@@ -291,8 +296,8 @@ def _folders(train: int, val: int, test: int, pairs: int, singles: int) -> Itera
 
 
 class WrittenCorpus(NamedTuple):
-    """The folder of the corpus, the number of records of each split, and by split and field the score in 0..1 of answering its
-    questions from their text alone, as training suggests."""
+    """The folder of the corpus, the number of records of each split, and by split and field the score (0 to 1) of answering the
+    questions from their text alone, with the most frequent answers of the training split."""
 
     out: Path
     counts: dict[str, int]
@@ -302,13 +307,14 @@ class WrittenCorpus(NamedTuple):
 _QUESTIONS = ("questions", "questions_zh")
 
 
-def _blind_scores(asked: Mapping[tuple[str, str], Sequence[Asked]]) -> dict[str, dict[str, float]]:
-    """By split and field, for the splits that are not for training; `asked`: the questions by split and field."""
+def _blind_scores(questions_of: Mapping[tuple[str, str], Sequence[Asked]]) -> dict[str, dict[str, float]]:
+    """Returns the score of answers from the text alone, by split and field, for all splits except train. `questions_of`: the
+    questions by split and field."""
     return {
         split: {
             name: round(own.blind, 4)
             for name in _QUESTIONS
-            if (own := blind_score(asked["train", name], asked[split, name]))
+            if (own := blind_score(questions_of["train", name], questions_of[split, name]))
         }
         for split in SPLITS[1:]
     }
@@ -327,22 +333,23 @@ def write_world(
 ) -> WrittenCorpus:
     """Write the embedded corpus: rendered scenes with captions, questions and statements.
 
-    The splits are folders of shards: train, val, test; pairs-train, pairs-val, pairs-test; singles-train, singles-test.
-    `corpus.json` beside them describes them, and says how often the text of a question alone gives its answer. If the folder
-    already holds the same corpus, nothing is written.
+    The splits are folders of shards: train, val, test; pairs-train, pairs-val, pairs-test; singles-train, singles-test. The
+    file `corpus.json` describes them, and says how many questions can be answered from their text alone. If the folder already
+    has the same corpus, nothing is written.
 
     Args:
         out: Folder to write; by default demo/world, or demo/LEVEL for another level.
-        config: Which corpus.
-        train: Scenes to train on.
-        val: Scenes to validate on.
-        test: Scenes with combinations of colour and shape that training never shows.
-        pairs: Pairs of scenes with statements about both, to train on; a quarter as many to validate on and to test on.
-        singles: Pictures of one object, for zero-shot classification, to train on; as many to test on.
-        progress: Show a bar, where stderr is a terminal.
+        config: Seed, picture size, number of captions and level of the corpus.
+        train: Number of scenes to train on.
+        val: Number of scenes to validate on.
+        test: Number of scenes to test on; they have combinations of colour and shape that training never shows.
+        pairs: Number of pairs of scenes with statements about both, to train on. The validation and test splits have a quarter
+            as many each.
+        singles: Number of pictures of one object, for zero-shot classification, to train on; the test split has as many.
+        progress: Show a progress bar if stderr is a terminal.
 
     Raises:
-        UserError: if the folder holds something else.
+        UserError: The folder contains something else.
     """
     out = Path(out or Path("demo", "world" if config.level == "standard" else config.level))
     level = LEVELS[config.level]
@@ -352,7 +359,7 @@ def write_world(
         "corpus": "fastvlp world",
         "format": _FORMAT,
         "edition": _EDITION,
-        # The standard level has no name in the cards of older versions.
+        # The standard level is not named, as in the cards of older versions.
         "config": {name: value for name, value in asdict(config).items() if (name, value) != ("level", "standard")},
         "counts": counts,
         "classes": list(class_names(level.combinations)),
@@ -360,7 +367,7 @@ def write_world(
     }
     if not claim(out, card):
         return WrittenCorpus(out, counts, read_card(out / "corpus.json").get("blind", {}))
-    asked: dict[tuple[str, str], list[Asked]] = {(split, name): [] for split in SPLITS for name in _QUESTIONS}
+    questions_of: dict[tuple[str, str], list[Asked]] = {(split, name): [] for split in SPLITS for name in _QUESTIONS}
     for name, make, split, count in parts:
         if not count:
             continue
@@ -368,7 +375,7 @@ def write_world(
             for index in with_progress(range(count), range(count).__len__, name, progress):
                 writer.write(record := make(config, split, index))
                 for field in _QUESTIONS:
-                    asked[split, field] += asked_in(record.info.get(field))
-    blind = _blind_scores(asked)
+                    questions_of[split, field] += asked_in(record.info.get(field))
+    blind = _blind_scores(questions_of)
     write_card(out / "corpus.json", {**card, "blind": blind, "complete": True})
     return WrittenCorpus(out, counts, blind)

@@ -1,10 +1,10 @@
-"""An index kept by Chroma: embedded in a folder, or by the same client on its server (and so on its distributed edition).
+"""An index in a Chroma database: in a folder, which this process opens, or on a Chroma server (also the distributed edition).
 
-Chroma is given every vector, so that it never loads an embedder of its own, and is set to report nothing to anybody.
+Chroma is given every vector, so that it never loads an embedder of its own. Its telemetry is off.
 
-Two collections make an index. One has an item for each distinct vector, and is what a graph searches. The other, `-copies`,
-has the further items of these vectors, which a graph would not survive (`search.distinct`). A small index in a folder is
-searched in memory, without the graph.
+An index consists of two collections. The first has one item for each distinct vector, and is searched by a graph. The second,
+`-copies`, has the further items of these vectors: many equal vectors in a graph would hide their neighbours
+(`search.distinct`). A small index in a folder is searched in memory, without the graph.
 """
 
 from __future__ import annotations
@@ -33,21 +33,22 @@ from fastvlp.writer_lock import WriterLock
 if TYPE_CHECKING:
     from fastvlp.search.pictures import PictureStore
 
-# Of the graph (HNSW, arXiv 1603.09320). Rows are of length one, so that their product is the cosine.
+# Settings of the graph (HNSW, arXiv 1603.09320). Vectors have length one, so that their product is the cosine.
 GRAPH = {"space": "ip", "ef_construction": 128, "max_neighbors": 24, "ef_search": 128}
-# Of the copies, in which nothing is searched: as little as can be.
+# Settings of the collection of copies, whose graph is never searched: the smallest possible.
 NO_GRAPH = {"space": "ip", "ef_construction": 4, "max_neighbors": 2}
-# Fields that are no item's: which vector it has, and whether there are copies of it.
+# Fields that the engine adds to an item: the key of its vector, and whether the vector has copies.
 KEY, COPIED = f"{OWN_FIELDS}vector", f"{OWN_FIELDS}copied"
-# Ids of one request: SQLite takes 32,766 variables, and a server has a limit of its own.
+# Ids in one request: SQLite takes at most 32,766 variables, and a server has a limit of its own.
 CHUNK = 2000
 FILE = "chroma.sqlite3"
-# What SQLite says of a file that it may not write.
+# Messages of SQLite about a file that it may not write.
 _READ_ONLY = re.compile("read-?only|unable to open database", re.IGNORECASE)
 
 
 class ChromaIndex(IndexEngine):
-    """In a folder one process at a time writes. Others may read; they see what was written since at their next search."""
+    """An index of Chroma. Only one process at a time may write to a folder. Other processes may read it, and see the changes at
+    their next search."""
 
     prefixes = ("", "http://", "https://")
     address = "a folder; http://HOST:PORT/NAME of a Chroma server"
@@ -55,14 +56,14 @@ class ChromaIndex(IndexEngine):
     def __init__(self, uri: str, stamp: Stamp | None = None, create: bool = False):
         self.uri = uri
         self.folder = None if "://" in uri else Path(uri)
-        # Its time of change tells other processes that something was written.
+        # The modification time of this file tells other processes that the index was changed.
         self._mark = self.folder / "written" if self.folder else None
         self._lock = WriterLock(self.folder / "writer.lock", self._refusal) if self.folder else None
         if self.folder and not create and not (self.folder / FILE).exists():
             from fastvlp.search.embedded import PLAN
 
             if (self.folder / PLAN).exists():
-                raise UserError(f"{uri}: no index but a folder of `vlp embed`; search it as codes:{uri}")
+                raise UserError(f"{uri}: not an index but a folder of `vlp embed`; search it as codes:{uri}")
             raise UserError(f"{uri}: no index here; make one with `vlp index build {uri} EMBEDDED`")
         self._open(stamp, create)
         self._last_write = self._written()
@@ -74,20 +75,21 @@ class ChromaIndex(IndexEngine):
         return None if "://" in uri else PictureFolder(Path(uri) / "pictures")
 
     def _open(self, stamp: Stamp | None, create: bool) -> None:
-        # All items, where they are few; None where they are many, or not read yet.
+        # All items of a small index; None if there are many items, or if they were not read yet.
         self._small: ExactItems | None = None
+        # Whether it is known if the index is small.
         self._measured = False
         try:
             self._client = self._connect()
         except UserError:
             raise
-        except Exception as error:  # the engine raises what its parts raise, ValueError for a server that is not there
+        except Exception as error:  # Chroma raises many types of errors, such as ValueError if no server answers
             raise self._engine_error(error) from error
         with self._engine_errors():
             self._collection = self._find(self._name())
             if self._collection is None and create and stamp is not None:
                 self._make(f"{self._name()}-copies", NO_GRAPH, {OWN_FIELDS: "copies"})
-                # Atomic: a collection is there with its stamp or not at all.
+                # The collection and its stamp are made in one call, so that neither exists without the other.
                 self._collection = self._make(self._name(), GRAPH, asdict(stamp))
             if self._collection is None:
                 raise UserError(f"{self.uri}: no index here; make one with `vlp index build`")
@@ -138,17 +140,17 @@ class ChromaIndex(IndexEngine):
         what = f"{self.uri}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         remedy = "is the disk full, or the folder damaged? Restore it, or build the index again"
         if self.folder and (_READ_ONLY.search(str(error)) or not os.access(self.folder, os.W_OK)):
-            remedy = "Chroma writes to the folder also in a search; ask for the permission, or search in a copy of it"
+            remedy = "Chroma writes to the folder even in a search; get the permission, or search in a copy of it"
         return EngineError(f"{what}; {remedy if self.folder else 'is a Chroma server running there?'}")
 
     def _refusal(self, holder: str) -> EngineError:
         return EngineError(
-            f"{self.uri}: another process (number {holder}) writes to this index; stop it, add through its `vlp serve`, or "
-            f"keep the index on a server"
+            f"{self.uri}: another process (id {holder}) writes to this index; stop it, add items through its `vlp serve`, "
+            f"or keep the index on a server"
         )
 
     def _written(self) -> int:
-        """When a process last wrote to the folder."""
+        """Returns the time at which a process last wrote to the folder."""
         try:
             return self._mark.stat().st_mtime_ns if self._mark else 0
         except FileNotFoundError:
@@ -160,7 +162,7 @@ class ChromaIndex(IndexEngine):
             if self._lock is not None:
                 self._lock.take()
             self._refresh()
-            if self._copies is None:  # an index of before there were copies
+            if self._copies is None:  # an index of an earlier version, which had no collection of copies
                 self._copies = self._make(f"{self._name()}-copies", NO_GRAPH, {OWN_FIELDS: "copies"})
             try:
                 yield
@@ -170,7 +172,7 @@ class ChromaIndex(IndexEngine):
                     self._last_write = self._written()
 
     def _refresh(self) -> None:
-        """The engine keeps its graph in memory and does not notice what other processes write."""
+        """Opens the index again if another process has written to it: Chroma keeps its graph in memory and would not notice."""
         if (now := self._written()) != self._last_write:
             self._client.close()
             try:
@@ -189,7 +191,7 @@ class ChromaIndex(IndexEngine):
                     self._small = None
 
     def _add_part(self, ids: list[str], vectors: np.ndarray, infos: Sequence[Mapping[str, Scalar]]) -> None:
-        """Each step leaves an index in which a search finds what was there before."""
+        """Adds or replaces items. After each step a search still finds all items that were in the index before."""
         keys = vector_keys(vectors)
         nodes, copies = _fields(self._collection, ids=ids), _fields(self._copies, ids=ids)
         moved = [id for id, key in zip(ids, keys) if id in nodes and nodes[id].get(KEY) != key]
@@ -201,7 +203,7 @@ class ChromaIndex(IndexEngine):
         is_node = [node_of[key] == id for id, key in zip(ids, keys)]
         copied = {node_of[key] for node, key in zip(is_node, keys) if not node}
         copied |= {id for id, info in known.items() if info.get(COPIED)}
-        # A field that is not given would stay: of an item that is replaced, the old ones are taken away.
+        # Chroma keeps fields that an update does not name, so the old fields of a replaced item are set to None.
         full = [
             {**dict.fromkeys(nodes.get(id, {})), **dict.fromkeys(copies.get(id, {})), **info, KEY: key}
             | ({COPIED: True} if node and id in copied else {})
@@ -224,14 +226,15 @@ class ChromaIndex(IndexEngine):
             )
 
     def _hand_over(self, leaving: Sequence[str], changing: set[str]) -> None:
-        """Makes a copy of each vector that loses its node the new node; not one of the items that are changing as well."""
+        """Before the items `leaving` lose their nodes, makes a copy of each of their vectors the new node. Copies in
+        `changing`, which are being changed too, are not used."""
         for info in _fields(self._collection, ids=leaving).values():
             if not info.get(COPIED):
                 continue
-            found = self._copies.get(
+            copies = self._copies.get(
                 where={KEY: info[KEY]}, limit=len(changing) + 1, include=["embeddings", "metadatas"]
             )
-            for id, vector, fields in zip(found["ids"], found["embeddings"], found["metadatas"]):
+            for id, vector, fields in zip(copies["ids"], copies["embeddings"], copies["metadatas"]):
                 if id not in changing:
                     self._collection.upsert(ids=[id], embeddings=[vector], metadatas=[{**fields, COPIED: True}])
                     self._copies.delete(ids=[id])
@@ -259,20 +262,23 @@ class ChromaIndex(IndexEngine):
         with self._engine_errors():
             if (small := self._few_items()) is not None:
                 return [
-                    [Hit(small.ids[row], float(score), small.infos[row]) for row, score in zip(*found)][offset:]
-                    for found in small.search(vectors, k + offset, where)
+                    [Hit(small.ids[row], float(score), small.infos[row]) for row, score in zip(*rows_and_scores)][
+                        offset:
+                    ]
+                    for rows_and_scores in small.search(vectors, k + offset, where)
                 ]
             return [hits[offset:] for hits in self._search_graph(vectors, k + offset, where)]
 
     def _few_items(self) -> ExactItems | None:
-        """Reads all items, where they are few. A server's may change at any time, so they are not kept."""
+        """Returns all items of a small index in a folder, else None. Items on a server are not kept in memory, since they may
+        change at any time."""
         if not self._measured and self.folder is not None:
             self._small = None
             if self.is_small(self._count()):
                 try:
                     items = [*_items(self._copies), *_items(self._collection)]
                 except Exception:
-                    # While another process writes, Chroma cannot read all vectors, but searches: once more next time.
+                    # While another process writes, Chroma can search but cannot read all vectors. The next search tries again.
                     return None
                 self._small = ExactItems(self.stamp.width)
                 for item in items:
@@ -283,22 +289,22 @@ class ChromaIndex(IndexEngine):
     def _search_graph(self, vectors: np.ndarray, k: int, where: Mapping[str, Sequence[Scalar]]) -> list[list[Hit]]:
         condition = _condition(where)
         if condition is not None:
-            # A copy may fit where the item in the graph does not.
+            # A copy may match the filter even if the item in the graph does not.
             condition = {"$or": [condition, {COPIED: True}]}
-        asked, wanted = k, len(vectors)
+        n_results, incomplete = k, len(vectors)
         results: list[list[Hit]] = []
-        while wanted:
+        while incomplete:
             answer = self._collection.query(
-                query_embeddings=vectors, n_results=asked, where=condition, include=["metadatas", "distances"]
+                query_embeddings=vectors, n_results=n_results, where=condition, include=["metadatas", "distances"]
             )
             rows = [*zip(answer["ids"], answer["metadatas"], answer["distances"])]
             results = [self._with_copies(vector, row, k, where) for vector, row in zip(vectors, rows)]
-            wanted = sum(len(hits) < k and len(row[0]) == asked for hits, row in zip(results, rows))
-            asked *= 4
+            incomplete = sum(len(hits) < k and len(row[0]) == n_results for hits, row in zip(results, rows))
+            n_results *= 4
         return results
 
     def _with_copies(self, vector_E: np.ndarray, row: Any, k: int, where: Mapping[str, Sequence[Scalar]]) -> list[Hit]:
-        """Returns the hits of one query, with the copies of each."""
+        """Returns the hits of one query, including the copies of each."""
         hits: dict[str, Hit] = {}
         for id, info, distance in zip(*row):
             if len(hits) >= k:
@@ -345,8 +351,8 @@ class ChromaIndex(IndexEngine):
 
 
 def _condition(where: Mapping[str, Sequence[Scalar]]) -> Any:
-    """Returns a filter in Chroma's language; None where there is none."""
-    # The values of one $in are of one type.
+    """Returns a filter in Chroma's query language; None if `where` is empty."""
+    # Chroma needs all values of one $in to have the same type.
     terms = [
         {name: {"$in": values}} if len({*map(type, values)}) == 1 else {"$or": [{name: value} for value in values]}
         for name, values in where.items()
@@ -355,7 +361,7 @@ def _condition(where: Mapping[str, Sequence[Scalar]]) -> Any:
 
 
 def _fields(collection: Any, **which: Any) -> dict[str, dict[str, Scalar]]:
-    """Returns the fields of those items of a collection, by id."""
+    """Returns the fields of the selected items of a collection, by id."""
     if collection is None or which.get("ids") == []:
         return {}
     answer = collection.get(**which, include=["metadatas"])
@@ -371,7 +377,7 @@ def _items(collection: Any, **which: Any) -> list[Item]:
 
 
 def _own(info: Any) -> dict[str, Scalar]:
-    """Returns the fields that are the item's."""
+    """Returns the fields of an item without those that the engine added."""
     return {name: value for name, value in (info or {}).items() if not name.startswith(OWN_FIELDS)}
 
 
