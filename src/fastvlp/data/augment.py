@@ -1,8 +1,8 @@
 """Augmentation of whole batches on the device: RandAugment as in FLM's fine-tuning (arXiv 2303.14038), random crops, flips,
 colour jitter, grayscale and blur, as in FLIP (2212.00794), BriVL (2103.06561), SimCLR (2002.05709) and MoCo v2 (2003.04297).
 
-Every draw is a hash of the row's seed, every step one call for all rows. Cropping and blurring are linear along each axis, so
-each is two matrix products a row.
+Every draw is a hash of the row's seed, and every operation is one call for all rows. Cropping and blurring are linear along
+each axis, so each needs two matrix products for a row.
 """
 
 from __future__ import annotations
@@ -26,29 +26,29 @@ ASPECT = 4 / 3
 
 @dataclass(frozen=True, kw_only=True)
 class AugmentConfig:
-    """Random changes of training's images, in the order of these options. By default nothing changes."""
+    """Random changes of the training images, in the order of these options. By default nothing changes."""
 
     operations: int = 0
-    """RandAugment (arXiv 1909.13719): operations that are drawn for each image, such as turning, shearing or equalizing (FLM's
-    fine-tuning: 2). Not for images with boxes."""
+    """RandAugment (arXiv 1909.13719): number of operations that are drawn for each image, such as rotating, shearing or
+    equalizing (FLM's fine-tuning: 2). Not for images with boxes."""
     magnitude: float = 9.0
-    """How far these operations go, from 0 to 30 (FLM's fine-tuning: 9)."""
+    """Strength of these operations, from 0 to 30 (FLM's fine-tuning: 9)."""
     crop: tuple[float, float] | None = None
-    """Least and greatest area of a random part that is scaled up to the whole image, its sides 3:4 to 4:3 (FLIP: 0.5, 1; MoCo
-    v2: 0.2, 1)."""
+    """Smallest and largest area of a random crop, as a share of the image. The crop is scaled to the size of the image; its
+    aspect ratio is 3:4 to 4:3 (FLIP: 0.5, 1; MoCo v2: 0.2, 1)."""
     flip: float = 0.0
-    """Share of rows mirrored left to right."""
+    """Share of rows that are mirrored left to right."""
     jitter: float = 0.0
     """Share of rows whose colours change (BriVL: 0.8)."""
     strength: tuple[float, float, float, float] = (0.4, 0.4, 0.4, 0.1)
-    """Greatest change s of brightness, contrast, saturation and hue: the first three by a factor 1 - s to 1 + s, hue by -s to s
-    turns, always in this order (torchvision draws the order)."""
+    """Largest change s of brightness, contrast, saturation and hue. The first three are multiplied by 1 - s to 1 + s, and hue
+    is rotated by -s to s turns, always in this order (torchvision draws the order)."""
     gray: float = 0.0
     """Share of rows that lose their colour (BriVL, MoCo v2: 0.2)."""
     blur: float = 0.0
-    """Share of rows blurred by a Gaussian (MoCo v2: 0.5)."""
+    """Share of rows that are blurred by a Gaussian (MoCo v2: 0.5)."""
     sigma: tuple[float, float] = (0.1, 2.0)
-    """Least and greatest standard deviation of the Gaussian in pixels."""
+    """Smallest and largest standard deviation of the Gaussian, in pixels."""
 
     def __post_init__(self) -> None:
         for name in ("flip", "jitter", "gray", "blur"):
@@ -60,31 +60,35 @@ class AugmentConfig:
                 f"{self.magnitude}"
             )
         if self.crop is not None and not 0 < self.crop[0] <= self.crop[1] <= 1:
-            raise UserError(f"`augment.crop` is the least and the greatest area, above 0 and up to 1, not {self.crop}")
+            raise UserError(
+                f"`augment.crop` is the smallest and the largest area, above 0 and up to 1, not {self.crop}"
+            )
         if not all(0 <= s <= most for s, most in zip(self.strength, (1, 1, 1, 0.5))):
-            raise UserError(f"`augment.strength` is up to 1, 1, 1 and, for hue, 0.5, not {self.strength}")
+            raise UserError(
+                f"`augment.strength` is at most 1 for brightness, contrast and saturation, and 0.5 for hue, not {self.strength}"
+            )
         if not 0 < self.sigma[0] <= self.sigma[1]:
-            raise UserError(f"`augment.sigma` is the least and the greatest deviation in pixels, not {self.sigma}")
+            raise UserError(f"`augment.sigma` is the smallest and the largest deviation in pixels, not {self.sigma}")
 
 
 def augment(
     image_BCHW: Tensor, seed_B: Tensor, config: AugmentConfig, box_BR4: Tensor | None = None, view: int = 0
 ) -> tuple[Tensor, Tensor | None]:
-    """Returns another view of each image, and its boxes there.
+    """Returns a random view of each image, and the boxes in that view.
 
     Args:
         image_BCHW: [B 3 n n], uint8, or float from 0 to 1. The view has the same type; it is computed in fp32 and rounded
             once.
-        seed_B: `Batch.seed`; a row's view depends on its own image, boxes and seed.
-        box_BR4: `Regions.box`. A box is cut at the edge of the view, and becomes zeros where nothing of it is left. A row
-            whose crop would leave it no box is not cropped.
-        view: each number is another draw, for objectives that compare two views of an image (SimCLR).
+        seed_B: `Batch.seed`. The view of a row depends only on its own image, boxes and seed.
+        box_BR4: `Regions.box`. A box is cut at the edge of the view, and becomes zeros if nothing of it is left. A row is not
+            cropped if the crop would leave it no box.
+        view: number of the draw, for objectives that compare two views of an image (SimCLR).
     """
     if config.operations and box_BR4 is not None:
-        raise UserError("`augment.operations` moves images without their boxes: set it to 0 for data with boxes")
+        raise UserError("`augment.operations` cannot move boxes with their images; set it to 0 for data with boxes")
     x = image_BCHW.float() / 255 if image_BCHW.dtype == torch.uint8 else image_BCHW.float()
     chance = chances(seed_B, view)[..., None, None, None].unbind(1)
-    # Half types hold 8 or 11 bits of a position: too few for the weights of a crop.
+    # bf16 and fp16 represent a position with 8 or 11 bits, which is too inaccurate for the weights of a crop.
     with torch.no_grad(), torch.autocast(image_BCHW.device.type, enabled=False):
         if config.operations:
             x = rand_augment((x * 255).round(), seed_B, config.operations, config.magnitude, view) / 255

@@ -45,13 +45,13 @@ CHANGED = 0.1
 
 @dataclass(frozen=True, kw_only=True)
 class StatesConfig:
-    """What becomes of the states of an encoder that the run keeps as it is."""
+    """Whether, where and how the states of frozen encoders are stored."""
 
     store: Literal["auto", "always", "never"] = "auto"
-    """Whether the states of a frozen encoder are computed once, stored, and read from then on. `auto`: where nothing in the
-    run needs the pixels or words, they are read more than once, and they fit into half of the free space."""
+    """Compute the states of a frozen encoder once, store them, and read them from then on. auto does so if nothing in the run
+    needs the pixels or words, the states are read more than once, and they fit into half of the free disk space."""
     folder: str | None = None
-    """Folder of the files; by default that of the shards."""
+    """Folder of the files with states; by default the folder of the shards."""
     dtype: StateType = "fp16"
     """Number type in which states are stored."""
 

@@ -13,28 +13,29 @@ from fastvlp.model.layers import LayerConfig, initialise, stack
 
 @dataclass(frozen=True, kw_only=True)
 class FusionConfig:
-    """Layers in which a text reads an image."""
+    """Fusion layers, in which a text attends to an image."""
 
     depth: int
-    """Layers."""
+    """Number of layers."""
     layer: LayerConfig
-    """Shape of each layer; its width is the text encoder's."""
+    """Shape of each layer; its width must equal the text encoder's."""
     slots: int = 2
-    """Images that a text may be read beside, each with its own type vector (2 for NLVR2)."""
+    """Largest number of images of an item. Each has its own type vector (NLVR2: 2)."""
     image_depth: int = 0
-    """Layers of self-attention over the states of an image, before texts read them (FLIP's captioner: 3)."""
+    """Number of self-attention layers over the states of an image, before texts attend to them (FLIP's captioner: 3)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReconstructorConfig:
-    """FLM's reconstructor: layers that predict a hidden word from the states on both sides of it."""
+    """FLM's reconstructor: layers that predict a hidden word from the states of both streams, which read the text before and
+    after it."""
 
     bottom: int
-    """Layers that read the states of the text encoder's last layers."""
+    """Number of layers that attend to the states of the text encoder's last layers."""
     top: int
-    """Layers that read the states of the last fusion layers."""
+    """Number of layers that attend to the states of the last fusion layers."""
     layer: LayerConfig
-    """Shape of each layer; its width is the text encoder's."""
+    """Shape of each layer; its width must equal the text encoder's."""
 
 
 class Fusion(nn.Module):

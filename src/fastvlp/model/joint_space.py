@@ -16,69 +16,71 @@ from fastvlp.model.encoders.interface import ImageEncoderConfig, TextEncoderConf
 from fastvlp.model.layers import ACTIVATIONS, CrossAttention, LayerConfig, initialise, stack
 from fastvlp.model.region_pooling import RegionPool, RegionPooling
 
-# first: the state at position 0 (class token, <s>, or FLIP's first word). last: that of the last real token (</s>). end: that
-# of the last position, padding too (SigLIP). mean: of all states that are no padding, a class token's too (FLIP). patches: the
-# mean of all but the first. attention: what a learned query reads of all (SigLIP).
+# first: the state at position 0 (class token, <s>, or FLIP's first word). last: the state of the last token before padding
+# (</s>). end: the state of the last position, even if it is padding (SigLIP). mean: the mean of all states except padding,
+# including the class token (FLIP). patches: the mean of all states except the first. attention: the output of attention with
+# a learned query over all states (SigLIP).
 Pool = Literal["first", "last", "end", "mean", "patches", "attention"]
-# What a word sees in the text encoder: all words; itself and those before it (CLIP); or all positions, padding too (FLIP).
+# The tokens that a word attends to in the text encoder. full: all words. causal: itself and the words before it (CLIP). none:
+# all positions, including padding (FLIP).
 TextMask = Literal["full", "causal", "none"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class HeadConfig:
-    """How the states of an image or a text become a vector."""
+    """A head that computes one vector from the states of an image or a text."""
 
     pool: Pool
-    """Which states are its summary: the first, the last real one, the one at the end of all positions, the mean of all, that
-    of all but the first (patches), or what a learned query reads of all (attention)."""
+    """How the states are pooled: first state, last state before padding, state at the end of all positions, mean of all states,
+    mean of all except the first (patches), or attention with a learned query."""
     norm: bool = False
-    """Whether a layer norm comes first, for encoders that end without one."""
+    """Whether a layer norm comes first, for encoders that do not end with one."""
     hidden: int | None = None
-    """Width of a hidden layer before the projection; None: the projection alone."""
+    """Width of a hidden layer before the projection; None: no hidden layer."""
     hidden_activation: Literal["relu", "tanh"] = "relu"
-    """Of the hidden layer: relu (BriVL), or tanh (BERT's pooler)."""
+    """Activation function of the hidden layer: relu (BriVL), or tanh (BERT's pooler)."""
     skip: bool = False
-    """Whether a second projection, without a hidden layer, is added to that of the hidden layer."""
+    """Whether a second projection, which bypasses the hidden layer, is added to the output."""
     dropout: float = 0.0
     """Share of the hidden layer's outputs that is set to zero in training."""
     bias: bool = False
     """Whether the projection has a bias."""
     project: bool = True
-    """Whether there is a projection; without one the summary is the vector (SigLIP's images)."""
+    """Whether there is a projection. Without one the pooled state is the vector (SigLIP's images)."""
     eps: float = 1e-5
     """Epsilon of the norm."""
     regions: RegionPool | None = None
-    """Regions of the image, pooled from the map of its states, that take the place of the states (BriVL)."""
+    """Regions that are pooled from the map of the image's states, and used instead of the states (BriVL)."""
     depth: int = 0
-    """Layers of self-attention over states or regions, without positions, before they are pooled (BriVL)."""
+    """Number of self-attention layers over states or regions, without positions, before they are pooled (BriVL)."""
     layer: LayerConfig | None = None
-    """Shape of these layers, and of the query's attention where it pools."""
+    """Shape of these layers, and of the attention that pools."""
 
     def check(self, name: str, width: int, joint: int) -> None:
-        """Raises UserError for a head that cannot be built on states of `width`, for a joint space of `joint` numbers; `name`
-        is image or text."""
+        """Raises UserError if the head cannot be built on states of `width`, for a joint space of `joint` dimensions. `name`:
+        image or text."""
         layer, regions, field = self.layer, self.regions, f"model.embed.{name}"
         inner = self.hidden or (width if layer is None else layer.width)
         if not self.project and inner != joint:
             raise UserError(
-                f"`{field}.project` is off, and the summary has {inner} numbers where `model.embed.width` is {joint}"
+                f"`{field}.project` is off, but the pooled state has {inner} dimensions and `model.embed.width` is {joint}"
             )
         if self.hidden is None and (self.skip or self.dropout):
             given = "skip" if self.skip else "dropout"
-            raise UserError(f"`{field}.{given}`: there is no hidden layer; set `{field}.hidden`, its width")
+            raise UserError(f"`{field}.{given}` needs a hidden layer; set its width, `{field}.hidden`")
         if layer is None and (self.depth or self.pool == "attention"):
             what = f"`{field}.depth` is {self.depth}" if self.depth else f"`{field}.pool` is attention"
-            raise UserError(f"{what}: set `{field}.layer` too, the shape of these layers")
+            raise UserError(f"{what}: also set the shape of these layers, `{field}.layer`")
         if layer is not None:
             layer.check(f"{field}.layer")
             if regions is None and layer.width != width:
                 raise UserError(
-                    f"`{field}.layer.width` {layer.width} must equal the encoder's width {width}, where no regions are pooled"
+                    f"`{field}.layer.width` {layer.width} must equal the encoder's width {width} if no regions are pooled"
                 )
         if regions is None:
             return
         if name == "text" or self.pool != "mean":
-            raise UserError(f"`{field}.regions`: regions are of an image, and their mean is its summary (pool mean)")
+            raise UserError(f"`{field}.regions` can only be used by the image head, and with pool mean")
         if regions.samples < 1 or (regions.grid is not None and regions.grid < 1):
             raise UserError(f"`{field}.regions`: samples {regions.samples}, grid {regions.grid}; use 1 or more")
 
@@ -88,29 +90,31 @@ class EmbedConfig:
     """A joint space of images and texts."""
 
     width: int
-    """Numbers in a vector of the joint space."""
+    """Dimension of the joint space."""
     image: HeadConfig
     """Head of the images."""
     text: HeadConfig
     """Head of the texts."""
     text_mask: TextMask = "causal"
-    """What a word sees: all words (full), itself and those before it (causal), or all positions, padding too (none)."""
+    """The tokens that a word attends to: all words (full), itself and the words before it (causal), or all positions including
+    padding (none)."""
     text_special: bool = True
     """Whether <s> and </s> are encoded (not in FLIP)."""
     text_start: bool = True
-    """Whether <s> is encoded, where </s> is (not in SigLIP)."""
+    """Whether <s> is encoded if </s> is (not in SigLIP)."""
     text_length: int | None = None
-    """Positions that every text is cut and padded to, where padding is seen (FLIP: 32); None: the longest of the batch."""
+    """Length to which every text is cut and padded, for encoders that attend to padding (FLIP: 32); None: the longest text of
+    the batch."""
     text_pad: int | None = None
-    """Id that padding then has (SigLIP: that of </s>); None: the tokenizer's."""
+    """Id of this padding (SigLIP: that of </s>); None: the tokenizer's."""
 
     def check(self, image: ImageEncoderConfig, text: TextEncoderConfig) -> None:
-        """Raises UserError for heads that cannot be built on these encoders."""
+        """Raises UserError if the heads cannot be built on these encoders."""
         self.image.check("image", image.width, self.width)
         self.text.check("text", text.width, self.width)
         if self.image.pool == "patches" and not image.prefix:
             raise UserError(
-                "`model.embed.image.pool` patches leaves out the class token, and there is none; choose mean"
+                "`model.embed.image.pool` patches leaves out the class token, but the encoder has none; choose mean"
             )
         if self.text_length is not None and not 1 <= self.text_length <= text.positions:
             raise UserError(

@@ -25,22 +25,22 @@ class LayerConfig:
     """Shape of one transformer layer."""
 
     width: Count
-    """Numbers in each state."""
+    """Width: the dimension of each state."""
     heads: Count
-    """Attention heads."""
+    """Number of attention heads."""
     hidden: Count
     """Width of the hidden layer of the MLP."""
     norm: Norm = "pre"
-    """Whether a norm comes before each sublayer (pre) or after its residual sum (post, as in BERT)."""
+    """Layer norm before each sublayer (pre), or after its residual sum (post, as in BERT)."""
     eps: Positive = 1e-5
     """Epsilon of the norms."""
     activation: Activation = "gelu"
-    """Of the MLP."""
+    """Activation function of the MLP."""
     dropout: ShareBelowOne = 0.0
     """Share of each sublayer's outputs that is set to zero in training."""
 
     def check(self, name: str) -> None:
-        """Raises UserError where the width does not divide into heads; `name` is the config's, such as model.text.layer."""
+        """Raises UserError if the width cannot be divided by the heads. `name`: of the config, such as model.text.layer."""
         if self.heads < 1 or self.width % self.heads:
             raise UserError(f"`{name}.width` {self.width} does not divide into {self.heads} heads (`{name}.heads`)")
 

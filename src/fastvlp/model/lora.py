@@ -23,19 +23,19 @@ _OWN = re.compile(r"(^|\.)lora_")
 
 @dataclass(frozen=True, kw_only=True)
 class LoRAConfig:
-    """Adapters in place of training whole parts: two small matrices beside each linear layer, whose product is added to its
-    weight. The parts are otherwise kept as they are."""
+    """Adapters that are trained instead of whole parts: two small matrices beside each linear layer, whose product is added to
+    the weight of the layer. The weights of the parts are frozen."""
 
     rank: int = 0
-    """Width between the two matrices, such as 8; 0: no adapters."""
+    """Inner width of the two matrices, such as 8; 0: no adapters."""
     alpha: float = 16.0
-    """Their product is multiplied by alpha / rank."""
+    """The product of the matrices is multiplied by alpha / rank."""
     dropout: float = 0.0
     """Share of the inputs of the adapters that is set to zero in training."""
     parts: tuple[str, ...] = ("image", "text")
     """Parts of the model that get adapters, such as text, text.blocks.11 or fusion."""
     targets: tuple[str, ...] = ()
-    """Linear layers that get one, by the end of their names, such as qkv; by default all of the parts."""
+    """Linear layers that get an adapter, by the end of their names, such as qkv; by default all in these parts."""
 
     def __post_init__(self) -> None:
         if self.rank < 0 or self.alpha <= 0 or not 0 <= self.dropout < 1:

@@ -1,8 +1,8 @@
-"""Masked box regression: where each region is, from the words, the features, and the boxes that are not hidden.
+"""Masked box regression: predicts the box of each region from the words, the features, and the boxes that are not hidden.
 
-It is our own, near the bounding-box prediction of X-VLM (arXiv 2111.08276, section 3.2). The objectives of UNITER seldom need
-to know where a region is, so that a stream learns to overlook boxes, and what is fine-tuned from it cannot find them again.
-Here the states have to keep the boxes that are shown, and words such as "left of" tell of those that are hidden.
+This objective is our own; the bounding-box prediction of X-VLM (arXiv 2111.08276, section 3.2) is similar. UNITER's objectives
+seldom need the position of a region. A model therefore learns to ignore boxes, and fine-tuning cannot undo this. With this
+objective the states have to keep the boxes that are shown, and words such as "left of" help to predict those that are hidden.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ HIDE_SALT = 641
 
 @dataclass(frozen=True, kw_only=True)
 class BoxesConfig(ObjectiveConfig):
-    """Predict the box of each region, of which some are hidden."""
+    """Predict the box of each region, while some of the boxes are hidden."""
 
     rate: float = 0.3
-    """Share of the boxes that are hidden; at least one of each image."""
+    """Share of the boxes that are hidden; at least one box of each image."""
 
     def __post_init__(self) -> None:
         if not 0 < self.rate <= 1:
@@ -55,7 +55,7 @@ class Boxes(Objective):
         initialise(self, layer.width)
 
     def hidden(self, batch: Batch) -> Regions:
-        """The regions, some of whose boxes are the mean box, which the stream reads as nothing."""
+        """Returns the regions with some boxes replaced by the mean box, which gives the model no information."""
         regions = require_regions(batch.regions)
         hidden_BR = random_hide(batch.seed, regions.mask, self.config.rate, salt=HIDE_SALT)
         return replace(regions, box=torch.where(hidden_BR[..., None], regions.box.new_tensor(MEAN_BOX), regions.box))

@@ -23,11 +23,11 @@ PARALLEL_SALT = 421
 
 @dataclass(frozen=True, kw_only=True)
 class CapPaConfig(ObjectiveConfig):
-    """Predict each token from the image and the tokens before it or, for some texts, from the image and the length of the text
-    alone."""
+    """Predict each token from the image and the tokens before it. For a share of the texts, predict all tokens from only the
+    image and the length of the text."""
 
     parallel: Share = 0.75
-    """Share of the texts whose tokens are predicted all at once."""
+    """Share of the texts whose tokens are all predicted at once."""
 
     def build(self, model: ModelConfig, tokenizer: Tokenizer) -> CapPa:
         return CapPa(self, model)

@@ -20,15 +20,15 @@ from fastvlp.objectives.pair_embedding import PairsConfig, embed_pair, pair_cont
 
 @dataclass(frozen=True, kw_only=True)
 class CLIPConfig(PairsConfig):
-    """Find each image's own text among those of all rows, and each text's own image."""
+    """Find each image's own text among the texts of all rows, and each text's own image."""
 
     temperature: float = 0.07
-    """Temperature at the start. It is learned, as the logarithm of its inverse, the scale of the logits."""
+    """Initial temperature. It is learned, as the logarithm of its inverse, which is the scale of the logits."""
     max_scale: float = 100.0
-    """Highest scale of the logits."""
+    """Largest scale of the logits."""
     bound: Literal["clamp", "clip"] = "clamp"
-    """How the scale is bounded: `clamp` its parameter after each step (CLIP), or `clip` it in the loss, where its gradient is
-    zero beyond the bound (FLIP)."""
+    """How the scale is limited: clamp limits the parameter after each step (CLIP); clip limits it in the loss, so that its
+    gradient is zero beyond the limit (FLIP)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -48,7 +48,7 @@ def similarity_divergence(
 
 @dataclass(frozen=True, kw_only=True)
 class DistilConfig(ObjectiveConfig, abc.ABC):
-    """Options of all distillation."""
+    """Options of all objectives that distil from a teacher."""
 
     teacher: str
     """Folder of the teacher: a run, an export, or a converted public model."""
@@ -68,10 +68,10 @@ class DistilConfig(ObjectiveConfig, abc.ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class FeatureDistilConfig(DistilConfig):
-    """Move the vectors of images and texts to the teacher's (CLIP-KD, arXiv 2307.12732, section 3.2)."""
+    """Bring the vectors of images and texts close to the teacher's (CLIP-KD, arXiv 2307.12732, section 3.2)."""
 
     weight: NotNegative = 4.0
-    """Weight of the squared distance. CLIP-KD has 2,000 for its mean over 512 numbers, which is about 4 for their sum."""
+    """Weight of the squared distance. CLIP-KD uses 2,000 for the mean over 512 dimensions, which is about 4 for the sum."""
 
     def build(self, model: ModelConfig, tokenizer: Tokenizer) -> FeatureDistil:
         return FeatureDistil(self, model, self.teacher_width(model))
@@ -79,16 +79,17 @@ class FeatureDistilConfig(DistilConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class SimilarityDistilConfig(DistilConfig):
-    """Have the teacher's similarities of all images and texts of a step (MobileCLIP, arXiv 2311.17049, section 3.2)."""
+    """Match the teacher's similarities between all images and texts of a step (MobileCLIP, arXiv 2311.17049, section 3.2)."""
 
     weight: NotNegative = 1.0
-    """Weight of the divergence beside the contrastive loss (MobileCLIP: from 0.7 beside 0.3 to 1 alone)."""
+    """Weight of the divergence, relative to the contrastive loss (MobileCLIP: from 0.7 with 0.3 for the contrastive loss, to 1
+    without it)."""
     temperature: Positive = 0.07
-    """The student's temperature at the start; it is learned."""
+    """The student's initial temperature; it is learned."""
     teacher_temperature: Positive | None = None
-    """The teacher's; None: the one that it learned, or else 0.01."""
+    """The teacher's temperature; None: the temperature that the teacher learned, or 0.01 if it has none."""
     max_scale: Positive = 100.0
-    """Highest inverse of the student's temperature."""
+    """Largest inverse of the student's temperature."""
 
     def build(self, model: ModelConfig, tokenizer: Tokenizer) -> SimilarityDistil:
         self.teacher_width(model)

@@ -31,26 +31,28 @@ EXTRA_SALT, SIDE_SALT = 201, 202
 
 @dataclass(frozen=True, kw_only=True)
 class FLMConfig(ObjectiveConfig):
-    """Predict each token from all tokens outside its span. The defaults are those of the paper; `official_flm` has what the
-    released code does otherwise."""
+    """Predict each token from the image and all tokens outside its span. The defaults follow the paper; `official_flm` follows
+    the released code where it differs."""
 
     span_mode: SpanMode = "token"
-    """The span of a token: `token`, the token alone (the released recipe); `centred`, with Binomial(M-1, p) neighbours around
-    it (the released code); or `uniform`, a span of such a length placed uniformly over it, inside the text."""
+    """The tokens that are hidden when a token is predicted (its span): token hides only the token (the released recipe),
+    centred also hides Binomial(M-1, p) neighbours around it (the released code), and uniform hides a span of the same length
+    that is placed uniformly over the token, inside the text."""
     span_rate: float = 0.0
-    """Share of the M predictable tokens that a span has on average; for `centred` and `uniform`."""
+    """Average length of a span, as a share of the M predictable tokens; for centred and uniform."""
     forward_weight: NotNegative = 1.0
     """Weight of the forward stream's next-token loss; 0 leaves it out."""
     reverse_weight: NotNegative = 1.0
     """Weight of the reverse stream's loss; 0 leaves it out."""
     bos: Bos = "blind"
-    """What <s> sees: `blind`, no text, so that the first word is learned and every query sees something; or `official`: all
-    text, while no other token sees it."""
+    """What <s> attends to. blind: no text, so that the first word is learned and every query has something to attend to.
+    official: the whole text, while no other token attends to <s>."""
     end_query: Literal["mask", "official"] = "mask"
-    """The query at the position of </s>: `mask`, as for any token; or `official`, </s> itself, which gives the answer away."""
+    """The query at the position of </s>. mask: the mask token, as for other tokens. official: </s> itself, which gives the
+    answer away."""
     empty_rows: Literal["drop", "official"] = "drop"
-    """Queries whose span covers all that they could see: `drop` leaves them out of the loss; with `official` they see every
-    key, their own token's included."""
+    """Queries whose span covers all tokens that they could see: drop leaves them out of the loss; with official they see every
+    token, including the one to predict."""
     pad_target: bool = False
     """Also predict </s> at the first padding position of the reverse stream, as the released code does."""
 
@@ -58,14 +60,16 @@ class FLMConfig(ObjectiveConfig):
         if not 0 <= self.span_rate <= 1:
             raise ValueError(f"`span_rate` is a share of the text, 0 to 1, not {self.span_rate}")
         if self.span_mode == "token" and self.span_rate:
-            raise ValueError("`span_mode` token hides one token; for a `span_rate` choose centred or uniform")
+            raise ValueError(
+                "`span_mode` token hides one token, so `span_rate` must be 0; or choose centred or uniform"
+            )
 
     def build(self, model: ModelConfig, tokenizer: Tokenizer) -> FLM:
         return FLM(self)
 
 
 def official_flm(span_mode: SpanMode = "token", span_rate: float = 0.0) -> FLMConfig:
-    """Free language modeling as the released code computes it (TencentARC/FLM bd8b19d)."""
+    """Returns the config of free language modeling as the released code computes it (TencentARC/FLM bd8b19d)."""
     return FLMConfig(
         span_mode=span_mode,
         span_rate=span_rate,
@@ -77,10 +81,11 @@ def official_flm(span_mode: SpanMode = "token", span_rate: float = 0.0) -> FLMCo
 
 
 def draw_spans(mode: SpanMode, rate: float, seed_B: Tensor, length_B: Tensor, L: int) -> tuple[Tensor, Tensor]:
-    """A half-open span [start, end) around each position -> two [B L] tensors; position 0 (<s>) is not corrupted.
+    """Draws a half-open span [start, end) around each position -> two [B L] tensors. Position 0 (<s>) is not corrupted.
 
-    A span has m ~ Binomial(M-1, p) further tokens, p = (M rate - 1)/(M - 1 + 1e-5), as in the released code. `centred` has m//2
-    of them on the left, and one more by a coin where m is odd; it slides at the left edge and is cut at the right one.
+    A span has m ~ Binomial(M-1, p) further tokens with p = (M rate - 1)/(M - 1 + 1e-5), as in the released code. With
+    `centred`, m//2 of them are on the left; if m is odd, the last one is on either side with equal chance. At the left edge of
+    the text the span is shifted, and at the right edge it is cut.
     """
     position = torch.arange(L, device=seed_B.device).expand(len(seed_B), L)
     if mode == "token":

@@ -27,12 +27,13 @@ NEGATIVE_SALT, OFFSET_SALT = 501, 502
 
 @dataclass(frozen=True, kw_only=True)
 class ITMConfig(ObjectiveConfig):
-    """Decide whether a text belongs to an image. Each image is read with its own text and with one of another pair."""
+    """Decide whether a text belongs to an image. Each image is read with its own text and with the text of another pair."""
 
     candidates: int = 4
-    """Other texts of the batch that are scored for each image; 1 is a random negative at no extra cost."""
+    """Number of other texts of the batch that are scored for each image, to draw a hard negative; 1 takes a random negative at
+    no extra cost."""
     equal_pairs: EqualPairs = "ignored"
-    """Whether pairs with the same text or the same image may be `negatives` of each other, or are `ignored`."""
+    """Pairs with the same text or the same image: negatives uses them as negatives of each other, ignored does not."""
 
     def __post_init__(self) -> None:
         if self.candidates < 1:

@@ -22,15 +22,15 @@ RATE_SALT, MASK_SALT = 431, 432
 
 @dataclass(frozen=True, kw_only=True)
 class MDCConfig(ObjectiveConfig):
-    """Predict masked tokens, at a mask rate drawn for each text; a text's loss is divided by its rate, which makes it a bound
-    of the likelihood under the linear schedule of masked diffusion (arXiv 2406.07524)."""
+    """Predict masked tokens, with a mask rate that is drawn for each text. A text's loss is divided by its rate, which makes it
+    a bound of the likelihood under the linear schedule of masked diffusion (arXiv 2406.07524)."""
 
     least_rate: float = 0.0
-    """The lowest mask rate; a higher one keeps texts with few masks, and large weights, out."""
+    """Lowest mask rate. Above 0 it avoids texts with few masks, whose losses have a large weight."""
     most_rate: float = 1.0
-    """The highest mask rate."""
+    """Highest mask rate."""
     weighted: bool = True
-    """Whether a text's loss is divided by its rate; otherwise all masked tokens count alike."""
+    """Whether a text's loss is divided by its mask rate; otherwise all masked tokens have the same weight."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.least_rate < self.most_rate <= 1:

@@ -31,15 +31,15 @@ class MLMConfig(ObjectiveConfig):
     baseline = True
 
     mask_rate: float = 0.4
-    """Share of the words that are corrupted, or of the tokens."""
+    """Share of the words that are corrupted (of the tokens, without `whole_word`)."""
     predict_rate: float | None = None
-    """Share of all tokens that are predicted, at most mask_rate; by default all corrupted ones."""
+    """Share of all tokens that are predicted, at most mask_rate; by default all corrupted tokens."""
     keep_mask: Share = 0.8
-    """Share of the corrupted tokens that become the mask."""
+    """Share of the corrupted tokens that are replaced by the mask token."""
     keep_random: Share = 0.1
-    """Share of the corrupted tokens that become a random one. The others stay as they are."""
+    """Share of the corrupted tokens that are replaced by a random token. The others are not replaced."""
     whole_word: bool = True
-    """Corrupt all pieces of a word together."""
+    """Corrupt all tokens of a word together."""
     region_rate: float = 0.0
     """In a single stream, share of the regions that are hidden at the same time; 0 is UNITER's conditional masking (arXiv
     1909.11740, section 3.2)."""

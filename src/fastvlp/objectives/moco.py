@@ -37,13 +37,14 @@ class MoCoConfig(PairsConfig):
     released BriVL 1.0; `albef` has ALBEF's."""
 
     mode: Literal["pos+queue", "batch+queue"] = "pos+queue"
-    """Candidates of a row: its own key and the queue, or all keys of the step and the queue (ALBEF, BriVL 2)."""
+    """Candidates of a row: its own key and the queue (pos+queue), or all keys of the step and the queue (batch+queue; ALBEF,
+    BriVL 2)."""
     queue: int = 9600
-    """Keys of each modality that are remembered. A batch may be larger."""
+    """Number of keys of each modality in the queue. A batch may be larger."""
     momentum: Share = 0.99
-    """Share of itself that the copy keeps at each step."""
+    """Momentum: share of its old weights that the copy keeps at each step."""
     temperature: float = 0.07
-    """Temperature of the softmax, or where it starts if it is learned."""
+    """Temperature of the softmax; its initial value if it is learned."""
     temperature_learned: bool = False
     """Whether the temperature is learned."""
     alpha: Share = 0.0
@@ -51,11 +52,13 @@ class MoCoConfig(PairsConfig):
     directions: Literal["sum", "mean"] = "sum"
     """How the losses of images and of texts are combined."""
     warm: bool = False
-    """Until the queue is full, use only the keys that were written; otherwise it begins as random vectors, as released."""
+    """Use only the keys that were written so far, until the queue is full. Otherwise the queue starts with random vectors, as
+    in the released code."""
     key_keep: PositiveShare = 1.0
     """Share of an image's patches that the copy encodes. If it equals the run's `keep`, they are the same patches."""
     buffers: Literal["copy", "own"] = "copy"
-    """Buffers of the copy, such as those of batch norms: `copy` takes the model's, `own` updates its own, as released."""
+    """Buffers of the momentum copy, such as statistics of batch norms: copy takes those of the model, own updates its own, as
+    in the released code."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

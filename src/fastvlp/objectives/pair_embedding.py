@@ -24,11 +24,12 @@ class PairsConfig(ObjectiveConfig, abc.ABC):
     text_keep: float = 1.0
     """Share of the text positions that are encoded; in FLIP 1 is best (arXiv 2212.00794, section 4.1)."""
     text_policy: TextPolicy = "random"
-    """Which positions are encoded: `random` ones of all, or `prioritised`, where padding is dropped first."""
+    """Which positions are encoded: random draws them from all positions; prioritised drops padding first."""
     weight: NotNegative = 1.0
-    """Weight of the loss beside those of other objectives."""
+    """Weight of the loss, relative to the losses of other objectives."""
     equal_pairs: EqualPairs = "ignored"
-    """Whether pairs with the same text or the same image are `negatives` of each other, as published, or `ignored`."""
+    """Pairs with the same text or the same image: negatives uses them as negatives of each other, as published; ignored does
+    not."""
 
     def __post_init__(self) -> None:
         if not 0 < self.text_keep <= 1:

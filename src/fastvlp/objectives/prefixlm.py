@@ -25,7 +25,7 @@ class PrefixLMConfig(ObjectiveConfig):
     """Read a prefix of the text in both directions, and predict the rest left to right."""
 
     suffix_rate: float | None = None
-    """Share of the tokens after <s> that are predicted, at least one; by default it is drawn uniformly for each text. The
+    """Share of the tokens after <s> that are predicted, at least one token. By default it is drawn uniformly for each text; the
     papers do not say how they draw it."""
 
     def __post_init__(self) -> None:

@@ -22,17 +22,17 @@ from fastvlp.objectives.objective import Loss, Objective, ObjectiveConfig
 
 @dataclass(frozen=True, kw_only=True)
 class ReconstructConfig(ObjectiveConfig):
-    """Predict the pixels of the dropped patches. The decoder's size is MAE's and the weight of 1 is ours: FLIP states
-    neither."""
+    """Predict the pixels of the dropped patches. The decoder's size is that of MAE, and the weight of 1 is our choice: FLIP
+    states neither."""
 
     depth: Count = 8
-    """Layers of the decoder."""
+    """Number of layers of the decoder."""
     width: Count = 512
     """Width of the decoder."""
     heads: Count = 16
-    """Attention heads of the decoder."""
+    """Number of attention heads of the decoder."""
     weight: NotNegative = 1.0
-    """Weight of the loss beside those of other objectives."""
+    """Weight of the loss, relative to the losses of other objectives."""
 
     def __post_init__(self) -> None:
         if self.width % 4 or self.width % self.heads:

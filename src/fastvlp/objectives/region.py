@@ -31,10 +31,10 @@ from fastvlp.objectives.objective import Loss, Objective, ObjectiveConfig
 
 @dataclass(frozen=True, kw_only=True)
 class MaskedRegionsConfig(ObjectiveConfig, abc.ABC):
-    """Options of both objectives that predict hidden regions."""
+    """Options of the two objectives that predict hidden regions."""
 
     rate: float = 0.15
-    """Share of the regions that are hidden; at least one of each image."""
+    """Share of the regions that are hidden; at least one region of each image."""
     word_rate: float = 0.0
     """Share of the words that are hidden at the same time."""
 
@@ -50,7 +50,8 @@ class MRFRConfig(MaskedRegionsConfig):
     """Predict the feature of each hidden region."""
 
     reduction: Literal["mean", "sum"] = "mean"
-    """Over the numbers of a feature: `mean`, as in the released code, or `sum`, the paper's squared L2 distance."""
+    """How the squared differences are reduced over the dimensions of a feature: mean, as in the released code, or sum, which is
+    the paper's squared L2 distance."""
 
     def build(self, model: ModelConfig, tokenizer: Tokenizer) -> MRFR:
         return MRFR(self, model, tokenizer)
@@ -61,13 +62,15 @@ class MRCConfig(MaskedRegionsConfig):
     """Predict the detector's class of each hidden region."""
 
     classes: Count = 1601
-    """Classes of the detector."""
+    """Number of classes of the detector."""
     background: bool = True
     """Whether the first class is the background."""
     target: Literal["soft", "hard"] = "soft"
-    """`soft`, the shares of all classes (MRC-kl), or `hard`, the best class that is not background."""
+    """Target: soft uses the detector's probabilities of all classes (MRC-kl), and hard the most probable class that is not
+    background."""
     reduction: Literal["mean", "batchmean"] = "mean"
-    """With soft targets, over the classes: `mean`, as in the released code, or `batchmean`, the divergence itself."""
+    """With soft targets, how the divergence is reduced over the classes: mean, as in the released code, or batchmean, which
+    gives the divergence itself."""
 
     def build(self, model: ModelConfig, tokenizer: Tokenizer) -> MRC:
         return MRC(self, model, tokenizer)

@@ -20,12 +20,12 @@ from fastvlp.objectives.pair_embedding import PairsConfig, embed_pair, pair_cont
 
 @dataclass(frozen=True, kw_only=True)
 class SigLIPConfig(PairsConfig):
-    """Decide of each image and each text of all rows whether they belong together."""
+    """Decide for each image and each text of all rows whether they belong together."""
 
     scale: Positive = 10.0
-    """Scale of the logits at the start (arXiv 2303.15343, section 3.2); it is learned."""
+    """Initial scale of the logits (arXiv 2303.15343, section 3.2); it is learned."""
     bias: float = -10.0
-    """What is added to the logits at the start; it is learned."""
+    """Initial bias of the logits; it is learned."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

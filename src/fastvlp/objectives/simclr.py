@@ -32,13 +32,13 @@ class SimCLRConfig(ObjectiveConfig):
     """Find the other view of each image among two random views of all images."""
 
     augment: AugmentConfig = NATURAL
-    """Random changes of an image that make a view of it; by default the paper's, whose blur is meant for 224 pixels."""
+    """Random changes of an image that make a view of it; by default those of the paper, whose blur is meant for 224 pixels."""
     keep: float = 1.0
-    """Share of a view's patches that are encoded, drawn for each view."""
+    """Share of a view's patches that are encoded; the patches are drawn for each view."""
     hidden: Count | None = None
-    """Width of the projection's hidden layer; by default that of the image encoder."""
+    """Width of the projection's hidden layer; by default the width of the image encoder."""
     width: Count = 128
-    """Numbers of a projected view."""
+    """Dimension of a projected view."""
     temperature: float = 0.1
     """Temperature of the softmax; it is not learned."""
     weight: NotNegative = 1.0

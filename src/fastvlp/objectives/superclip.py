@@ -22,12 +22,12 @@ from fastvlp.objectives.objective import Loss, Objective, ObjectiveConfig
 
 @dataclass(frozen=True, kw_only=True)
 class SuperCLIPConfig(ObjectiveConfig):
-    """Predict which words are in the caption, from the mean of the image's states. Rare words count more."""
+    """Predict which words are in the caption, from the mean of the image's states. Rare words have more weight."""
 
     weight: NotNegative = 1.0
-    """Weight of the loss beside the contrastive one."""
+    """Weight of the loss, relative to the contrastive loss."""
     rare_words: bool = True
-    """Whether a word's weight is the logarithm of its inverse frequency in texts; otherwise all words count alike."""
+    """Whether a word's weight is the logarithm of its inverse frequency in texts; otherwise all words have the same weight."""
 
     def build(self, model: ModelConfig, tokenizer: Tokenizer) -> SuperCLIP:
         if model.single is not None:

@@ -35,22 +35,24 @@ class WRAConfig(ObjectiveConfig):
     rate: float = 0.5
     """Share of the pairs that get the image or text of another pair."""
     negative: Literal["image", "text", "both"] = "image"
-    """Which half of a wrong pair is another's: the image (the released code), the text, or either by a coin (the paper)."""
+    """Part of a wrong pair that is from another pair: the image (the released code), the text, or one of both with equal chance
+    (the paper)."""
     loss: Literal["ce", "bce"] = "ce"
-    """`ce`, the cross-entropy of both logits, or `bce`, of the second alone (the paper), which later is the retrieval score."""
+    """Matching loss: ce is the cross-entropy over both logits; bce uses only the second logit (the paper), which is later the
+    retrieval score."""
     align: NotNegative = 0.1
     """Weight of the transport distance; 0 leaves it out."""
     sign: Literal["code", "paper"] = "code"
-    """Distances that count: `code`, those of right pairs, minus those of wrong pairs; or `paper`, those of right pairs
-    alone."""
+    """Distances in the loss: code adds those of right pairs and subtracts those of wrong pairs; paper uses only those of right
+    pairs."""
     special: bool = True
-    """Whether <s> and </s> are among the words that are aligned."""
+    """Whether <s> and </s> are aligned too."""
     beta: Positive = 0.5
     """Strength of the entropy term in the transport problem (IPOT)."""
     iterations: Count = 50
-    """Steps in which the transport problem is solved."""
+    """Number of iterations that solve the transport problem."""
     equal_pairs: EqualPairs = "ignored"
-    """Whether pairs with the same text or the same image may be `negatives` of each other, or are `ignored`."""
+    """Pairs with the same text or the same image: negatives uses them as negatives of each other, ignored does not."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.rate < 1:

@@ -22,50 +22,56 @@ class OptimConfig:
     """AdamW, and the learning rate of each part of the model over the run."""
 
     lr: Positive
-    """Learning rate of the encoders, at its highest."""
+    """Highest learning rate of the encoders."""
     betas: tuple[ShareBelowOne, ShareBelowOne] = (0.9, 0.98)
     """Decay of AdamW's averages of the gradient and of its square."""
     matrices: Literal["adamw", "muon"] = "adamw"
-    """What updates the matrices of the transformer layers: AdamW, as all else, or Muon at the same rates (arXiv 2502.16982)."""
+    """Optimiser of the matrices of the transformer layers: adamw, which updates all other parameters, or muon at the same
+    learning rates (arXiv 2502.16982)."""
     eps: Positive = 1e-8
-    """What AdamW adds to the denominator."""
+    """Number that AdamW adds to the denominator."""
     weight_decay: NotNegative = 0.01
-    """Share of a weight, times the learning rate, that each step takes off."""
+    """Weight decay: each step subtracts this share of a weight, times the learning rate."""
     spared: Literal["vectors", "flip"] = "vectors"
-    """Parameters without weight decay: `vectors`, all of one dimension; or `flip`, as in FLIP's released code, biases, norms
-    and tables of positions: there the class token and the temperature decay."""
+    """Parameters without weight decay: vectors means all parameters of one dimension. flip means biases, norms and position
+    tables, as in FLIP's released code; there the class token and the temperature decay."""
     clip: Positive | None = 1.0
-    """Largest norm of the gradient; a longer one is scaled down. None leaves it as it is."""
+    """Largest norm of the gradient; larger gradients are scaled down. None: no limit."""
     cross_multiplier: NotNegative = 5.0
-    """Times the rate, for fusion and reconstructor. METER and FLM start from trained encoders and use 5; from scratch use 1."""
+    """Factor of the learning rate for fusion layers and reconstructor. METER and FLM start from trained encoders and use 5;
+    from scratch use 1."""
     head_multiplier: NotNegative = 5.0
-    """Times the rate, for vocabulary and matching heads and for what objectives own, except single numbers such as a
-    temperature. From scratch use 1."""
+    """Factor of the learning rate for vocabulary and matching heads, and for parameters of objectives, except single numbers
+    such as a temperature. From scratch use 1."""
     warmup: ShareBelowOne = 0.05
-    """Share of the run in which the rate rises linearly from 0."""
+    """Share of the run in which the learning rate rises linearly from 0."""
     decay: Decay = "linear"
-    """How the rate falls after that: to 0 linearly or as a cosine, or not at all (constant)."""
+    """How the learning rate falls after the warm-up: to 0 along a line (linear) or a cosine (cosine), or not (constant)."""
     layer_decay: PositiveShare = 1.0
-    """Share of the next layer's rate that each layer of an encoder learns at, down to its embeddings; 1: all alike."""
+    """Factor of the learning rate between a layer of an encoder and the next one, down to its embeddings; 1: the same rate in
+    all layers."""
     parts: Mapping[str, Positive] = field(default_factory=dict)
-    """Times the rate that a part would have otherwise, by its name, such as `image 0.1 text.word 10`; objectives.vqa is what
-    the objective vqa owns."""
+    """Additional factor of the learning rate for parts, by name, such as `image 0.1 text.word 10`. The parameters of the
+    objective vqa are called objectives.vqa."""
 
     def __post_init__(self) -> None:
         check_numbers(self, "optim")
 
 
 def scaled_rate(base: float, batch: int) -> float:
-    """FLIP's rule: base rates are for 256 pairs a step, of all ranks (arXiv 2212.00794, section A.1; Goyal et al., arXiv
-    1706.02677)."""
+    """Returns the learning rate for a batch by FLIP's rule: `base` is meant for 256 pairs a step, counted over all ranks (arXiv
+    2212.00794, section A.1; Goyal et al., arXiv 1706.02677)."""
     return base * batch / 256
 
 
 def flip_optim(batch: int, *, base: float = 4e-6, warmup: float = 0.004) -> OptimConfig:
-    """FLIP's values (arXiv 2212.00794, Table 10) at `batch` pairs a step.
+    """Returns FLIP's optimiser settings (arXiv 2212.00794, Table 10) for `batch` pairs a step.
 
-    The sizes B and L warm up for 51.2 of 12,800 M pairs; H for 256 M, which is 0.02. `base` is 2e-6 on LAION-2B; tuning on
-    whole images has 4e-8 and a warm-up of 0.2.
+    Args:
+        batch: pairs of a step, on all ranks.
+        base: learning rate for 256 pairs a step. The paper uses 2e-6 on LAION-2B, and 4e-8 for tuning on whole images.
+        warmup: share of the run in which the rate rises. The sizes B and L warm up for 51.2 of 12,800 M pairs, H for 256 M,
+            which is 0.02. Tuning on whole images uses 0.2.
     """
     return OptimConfig(
         lr=scaled_rate(base, batch),
@@ -81,13 +87,13 @@ def flip_optim(batch: int, *, base: float = 4e-6, warmup: float = 0.004) -> Opti
 
 
 def parameter_groups(pretraining: Pretraining, config: OptimConfig) -> list[dict[str, Any]]:
-    """Groups of parameters with the same rate and weight decay. The schedule scales each group's `base_lr`. Frozen parameters
-    are in no group."""
+    """Returns groups of parameters with the same learning rate and weight decay. The schedule scales each group's `base_lr`.
+    Frozen parameters are in no group."""
     model = pretraining.model
     cross: list[nn.Module] = [model.fusion, *([model.reconstructor] if model.reconstructor else [])]
     heads: list[nn.Module] = [head for head in (model.head, model.forward_head, model.reverse_head) if head is not None]
     heads += model.single.heads if model.config.single is not None else []
-    # A temperature and the bias of all logits are no layer of a head: their rate is that of the encoders that they suit.
+    # A temperature and the bias of all logits are single numbers and not layers of a head: they learn at the encoders' rate.
     owned = [parameter for parameter in pretraining.objectives.parameters() if parameter.dim()]
     multiplier = layer_rates(model, config.layer_decay) if config.layer_decay < 1 else {}
     multiplier |= {id(p): config.cross_multiplier for p in _parameters(cross)}
@@ -100,7 +106,7 @@ def parameter_groups(pretraining: Pretraining, config: OptimConfig) -> list[dict
         decay = 0.0 if id(parameter) in without_decay else config.weight_decay
         groups.setdefault((multiplier.get(id(parameter), 1.0), decay), []).append(parameter)
     if not groups:
-        raise UserError("nothing is left to train; name fewer parts in `freeze`")
+        raise UserError("nothing is left to train, since all parts are frozen; name fewer parts in `freeze`")
     return [
         {"params": params, "lr": config.lr * times, "base_lr": config.lr * times, "weight_decay": decay}
         for (times, decay), params in groups.items()

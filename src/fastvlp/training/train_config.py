@@ -1,4 +1,4 @@
-"""TrainConfig: what a run trains, on what, how, and for how long."""
+"""TrainConfig: the config of a run: its model, data, objectives, optimiser and length."""
 
 from __future__ import annotations
 
@@ -31,116 +31,120 @@ CHANGEABLE = {
 
 @dataclass(frozen=True, kw_only=True)
 class TrainOptions:
-    """How a run trains, whatever it learns."""
+    """Options that pretraining and fine-tuning share."""
 
     accumulate: Count = 1
-    """Micro-batches of a step, on each rank. Contrastive losses see all rows of the step, with exact gradients."""
+    """Number of micro-batches in a step, on each rank. Contrastive losses compare all rows of the step, with exact
+    gradients."""
     augment: AugmentConfig = field(default_factory=AugmentConfig)
-    """Random changes of the images, in training alone."""
+    """Random changes of the images, in training only."""
     freeze: tuple[str, ...] = ()
     """Parts of the model that are not trained, such as image, text.word or text.blocks.0."""
     train_last: LastLayers = field(default_factory=LastLayers)
-    """Train the last layers of an encoder alone."""
+    """Train only the last layers of an encoder."""
     lora: LoRAConfig = field(default_factory=LoRAConfig)
-    """Train low-rank adapters in place of whole parts."""
+    """Train low-rank adapters instead of whole parts of the model."""
     states: StatesConfig = field(default_factory=StatesConfig)
-    """Store the states of encoders that the run keeps as they are."""
+    """Store the states of frozen encoders."""
     seed: int = 0
-    """Seed of everything that is drawn: new weights, the order of rows, masks, dropout."""
+    """Seed of all random numbers: new weights, the order of rows, masks, dropout."""
     precision: PrecisionChoice = "auto"
-    """Number type of matrix products: fp32, bf16, or auto, which is bf16 where the device is fast at it. Weights, optimiser and
-    losses are fp32 in both."""
+    """Number type of matrix products: fp32, bf16, or auto, which is bf16 on devices that compute it fast. Weights, optimiser
+    and losses are always fp32."""
     compile: bool = False
-    """Compile the transformer blocks. A step whose FLOPs are counted runs uncompiled."""
+    """Compile the transformer blocks with torch.compile. One step in fifty runs uncompiled, to count its FLOPs."""
     recompute: bool = False
-    """Compute the states inside each block again in the backward pass, in place of keeping them: less memory, more work."""
+    """Compute the states inside each block again in the backward pass instead of keeping them: less memory, more work."""
     ema: Annotated[float, Range(above=0, below=1)] | None = None
-    """Decay of averaged weights, such as 0.999; then these are validated and saved. By default there are none."""
+    """Decay of averaged weights, such as 0.999. If it is set, the averaged weights are validated and saved."""
     log_every: Count = 20
-    """Steps between lines of the log; a line also comes after 10 seconds."""
+    """Steps between lines of the log. A line is also printed after 10 seconds."""
     validation_rows: Count = 256
-    """Rows that a contrastive loss tells apart in validation, whatever the batch size."""
+    """Number of rows that a contrastive loss compares in validation. It does not depend on the batch size."""
     max_bad_steps: Count = 10
-    """End the run after so many steps in a row whose loss or gradient is not finite; such a step changes no weights."""
+    """End the run after this many steps in a row whose loss or gradient is not finite. Such a step changes no weights."""
     device: str = "auto"
     """Device such as cpu or cuda:1; auto takes a GPU if there is one."""
     report_to: tuple[TrackerName, ...] = ()
-    """Where else the log is shown: tensorboard, wandb, mlflow or trackio, or several of them."""
+    """Trackers that also show the log: tensorboard, wandb, mlflow, trackio, or several of them."""
     threads: Annotated[int, Range(least=1, most=4096)] | None = None
-    """CPU threads of PyTorch, for the whole process; its own choice by default."""
+    """CPU threads of PyTorch, for the whole process; by default PyTorch chooses."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(TrainOptions):
-    """A run: its data, model and objectives, and how long it trains.
+    """Config of a run: its data, model, objectives, optimiser and length.
 
-    A recipe returns one, the command line changes its fields, and it is saved beside the run's results. One step is
-    `accumulate` micro-batches of `data.batch_size` rows on each rank. A run ends after `steps`, or after `budget_s` seconds:
-    exactly one of the two is given.
+    A recipe returns a config, the command line changes its fields, and the run saves it in its folder. A step consists of
+    `accumulate` micro-batches of `data.batch_size` rows on each rank. A run ends after `steps` steps, or after `budget_s`
+    seconds; exactly one of the two must be given.
     """
 
     name: str
     """Name of the run."""
     data: Data
-    """What is read, and how it becomes batches."""
+    """The data, and how batches are made of them."""
     model: ModelConfig
-    """The model. Its vocabulary is filled in from the tokenizer."""
+    """The model. Its vocabulary size is filled in from the tokenizer."""
     objectives: Mapping[str, ObjectiveConfig]
-    """What is learned, by names of your choice. The losses of all objectives are added."""
+    """The objectives, by names of your choice. Their losses are added."""
     optim: OptimConfig
     """The optimiser and its learning rates."""
     out: str | None = None
     """Folder of the run; by default runs/NAME."""
     tokenizer: str | None = None
-    """File of a tokenizer. By default it is that of the weights to start from, or is trained on the texts of the data."""
+    """File of a tokenizer. By default the tokenizer of the weights to start from is used, or a new one is trained on the texts
+    of the data."""
     vocab: Count = 8000
-    """Tokens of a tokenizer that is trained on the texts of the data."""
+    """Vocabulary size of a new tokenizer."""
     steps: Count | None = None
     """Steps after which the run ends."""
     budget_s: Positive | None = None
-    """Seconds of training after which the run ends; validation and checkpoints do not count."""
+    """Seconds of training after which the run ends. Validation and checkpoints do not count."""
     mix: Mapping[str, Positive] | None = None
-    """Share of the steps that each objective gets: a step runs one of them (UNITER, arXiv 1909.11740, section 3.1). By default
-    each step runs all."""
+    """Run only one objective in each step, and draw it with these shares (UNITER, arXiv 1909.11740, section 3.1). By default
+    each step runs all objectives."""
     keep: PositiveShare = 1.0
     """Share of an image's patches that are encoded in training (FLIP, arXiv 2212.00794)."""
     keep_states: PositiveShare = 1.0
-    """Share of an image's encoded states that objectives which predict words read in training (OpenVision 2, arXiv 2509.01644:
-    0.35)."""
+    """Share of an image's encoded states that is read in training by objectives that predict words (OpenVision 2, arXiv
+    2509.01644: 0.35)."""
     reduced: ReducedStart = field(default_factory=ReducedStart)
-    """A cheaper beginning of the run: smaller images, fewer patches, shorter texts."""
+    """Use smaller images, fewer patches or shorter texts in the first part of the run."""
     teacher: str | None = None
-    """Folder of the teacher of all objectives that have one: a run, an export, or a converted public model. By default it is
-    the one that they name."""
+    """Folder of the teacher of all objectives that distil: a run, an export, or a converted public model. By default the
+    teacher that the objectives name."""
     teacher_time: Literal["free", "counted"] = "free"
-    """Whether what a teacher took, its training and its vectors, is taken off `budget_s`."""
+    """counted subtracts from `budget_s` the time in which the teacher was trained and its vectors were computed; free does
+    not."""
     masked_validation: bool = False
-    """Validate as in training, on a share of each image and text, where `keep`, `keep_states` and `text_keep` say so; by
-    default on whole ones, as the model will be used."""
+    """Validate on a share of each image and text, with `keep`, `keep_states` and `text_keep` as in training. By default
+    validation reads whole images and texts, as the model will be used."""
     validate_every: Count | None = None
-    """Steps between validations; there is always one at the end. The weights with the lowest loss are kept as best."""
+    """Steps between validations. The end of the run is always validated. The weights with the lowest loss are kept as best."""
     patience: Count | None = None
-    """End the run after so many validations in a row whose loss was no new lowest; None: never."""
+    """End the run after this many validations in a row without a new lowest loss; None: never."""
     checkpoint_every: Count | None = None
-    """Steps between checkpoints; there is always one at the end."""
+    """Steps between checkpoints. The end of the run always has a checkpoint."""
     checkpoint_s: Positive | None = 600.0
-    """Training seconds after which a checkpoint is saved, whatever `checkpoint_every` says; None: only after its steps."""
+    """Also save a checkpoint after this many seconds of training since the last one; None: only by `checkpoint_every`."""
     shard: bool = False
-    """Divide weights, gradients and the optimiser's moments among the ranks, for a model that is too large for each to have
-    all of them (FSDP2); by default each has all (DDP)."""
+    """Divide weights, gradients and the optimiser's moments among the ranks (FSDP2), for models that do not fit into the
+    memory of one rank. By default each rank has all of them (DDP)."""
     init: str | None = None
-    """Folder of a run or an export to take weights from: the model's, and those of objectives of the same names."""
+    """Folder of a run or an export whose weights the run starts from: those of the model, and those of objectives with the
+    same names."""
     image: str | None = None
-    """Public image encoder to start from, in place of the model's: the folder of a model in the layout of transformers, or its
+    """Public image encoder to start from, instead of the recipe's: the folder of a model in the layout of transformers, or its
     name on the Hugging Face hub."""
     image_layers: Count | None = None
-    """How many of its first layers to take; None for all."""
+    """Number of first layers of the public image encoder to use; None for all."""
     text: str | None = None
-    """Public text encoder to start from, in place of the model's, with its tokenizer."""
+    """Public text encoder to start from, with its tokenizer, instead of the recipe's: a folder or a name, as for `image`."""
     text_layers: Count | None = None
-    """How many of its first layers to take; None for all."""
+    """Number of first layers of the public text encoder to use; None for all."""
     text_prefix: str | None = None
-    """What the public text encoder was trained to find before every text, such as "query: " (e5)."""
+    """Words to put before every text, if the public text encoder was trained with them, such as "query: " (e5)."""
 
     @property
     def folder(self) -> Path:
@@ -152,23 +156,26 @@ class TrainConfig(TrainOptions):
 
 
 def check(run: TrainConfig) -> None:
-    """Raises UserError for a config that cannot be run, before any work is done."""
+    """Raises UserError if the config cannot be run. It is checked before any work is done."""
     name = run.name
     if (run.steps is None) == (run.budget_s is None):
         given = "neither" if run.steps is None else "both"
         raise UserError(f"{name}: it has {given} of `steps` and `budget_s` (seconds); give one of the two")
     if not run.objectives:
-        raise UserError(f"{name}: it has no objectives; a recipe names at least one")
+        raise UserError(f"{name}: it has no objectives; give at least one")
     try:
         check_numbers(run)
     except UserError as error:
         raise UserError(f"{name}: {error}") from None
     mix = run.mix
     if mix is not None and mix.keys() != run.objectives.keys():
-        raise UserError(f"{name}: `mix` gives each of {', '.join(run.objectives)} a number above 0, not {dict(mix)}")
+        raise UserError(
+            f"{name}: `mix` must have a number above 0 for each of {', '.join(run.objectives)}; it is {dict(mix)}"
+        )
     if run.patience is not None and run.validate_every is None:
         raise UserError(
-            f"{name}: `patience` counts validations, of which there is one at the end; give `validate_every` too"
+            f"{name}: `patience` counts validations, and without `validate_every` there is only one, at the end; give "
+            f"`validate_every` too"
         )
     if run.keep < 1:
         run.model.image.check_can_drop()
@@ -176,7 +183,7 @@ def check(run: TrainConfig) -> None:
     if run.shard and run.compile:
         raise UserError(f"{name}: `compile` does not work with `shard` yet; leave out one of the two")
     if run.shard and run.optim.matrices == "muon":
-        raise UserError(f"{name}: `optim.matrices` muon needs whole matrices, and `shard` divides them; choose adamw")
+        raise UserError(f"{name}: `optim.matrices` muon needs whole matrices, but `shard` divides them; choose adamw")
     if run.data.max_length > run.model.longest_text:
         raise UserError(
             f"{name}: `data.max_length` {run.data.max_length} exceeds the model's {run.model.longest_text} text positions; "

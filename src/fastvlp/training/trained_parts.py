@@ -1,4 +1,4 @@
-"""Which parts of a model a run trains, and at what share of the rate."""
+"""The parts of a model that a run trains, and their shares of the learning rate."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from fastvlp.model.model import VLModel
 
 @dataclass(frozen=True, kw_only=True)
 class LastLayers:
-    """How many of an encoder's last layers are trained, with what follows them. The layers before them and the embeddings
-    stay as they are."""
+    """The number of last layers of each encoder that are trained, together with everything after them. Earlier layers and the
+    embeddings are frozen."""
 
     image: int | None = None
-    """Layers of the image encoder; 0 freezes it all, None trains it all."""
+    """Number of trained last layers of the image encoder; 0 freezes the whole encoder, None trains it all."""
     text: int | None = None
-    """Layers of the text encoder; 0 freezes it all, None trains it all."""
+    """Number of trained last layers of the text encoder; 0 freezes the whole encoder, None trains it all."""
 
 
 class PartSize(NamedTuple):
-    """Parameters of a part: all of them, and how many are trained."""
+    """The number of parameters of a part, and how many of them are trained."""
 
     parameters: int
     trained: int
 
 
 def freeze(model: VLModel, parts: Iterable[str], last: LastLayers) -> None:
-    """Keeps `parts` as they are, and all but the last layers. A part is a parameter's name, or that of a module that holds
-    some. Raises UserError where there is no such part, or not so many layers."""
+    """Freezes `parts`, and all but the `last` layers. A part is the name of a parameter or of a module. Raises UserError if
+    there is no such part, or if an encoder has fewer layers."""
     names = [name for name, _ in model.named_parameters()]
     for part in parts:
         if not any(f"{name}.".startswith(f"{part}.") for name in names):

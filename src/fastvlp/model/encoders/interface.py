@@ -21,7 +21,7 @@ from fastvlp.model.layers import KeyValue
 
 
 def require_fields(config: object, **meanings: str) -> None:
-    """Raises UserError where a config has neither a field nor a property of one of these names."""
+    """Raises UserError if a config lacks one of these names, as a field or a property."""
     if missing := [name for name in meanings if not hasattr(config, name)]:
         raise UserError(
             f"{type(config).__name__}: add "
@@ -32,50 +32,50 @@ def require_fields(config: object, **meanings: str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class ImageEncoderConfig(abc.ABC):
-    """An image encoder: its fields are options of the command line, and are saved with the model.
+    """Config of an image encoder. Its fields are options of the command line, and are saved with the model.
 
-    Its module turns an image into `prefix` tokens, such as a class token, followed by a square map of `grid` x `grid` cells,
+    The encoder turns an image into `prefix` tokens, such as a class token, followed by a square map of `grid` x `grid` cells,
     row by row. A subclass has `width` and `grid` as fields or properties.
     """
 
     size: Count
     """Side of the square image, in pixels."""
     mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
-    """What is subtracted from pixels scaled to 0..1, by channel; CLIP's values by default."""
+    """Mean of each channel, which is subtracted from the pixels after they are scaled to 0..1; CLIP's values by default."""
     std: tuple[Positive, Positive, Positive] = (0.26862954, 0.26130258, 0.27577711)
-    """What they are then divided by."""
+    """Standard deviation of each channel, by which the pixels are then divided."""
 
     can_drop_patches: ClassVar[bool] = False
-    """Whether the module can encode some cells of the map alone (`keep_BK`), at the cost of those."""
+    """Whether the encoder can encode only some cells of the map (`keep_BK`), at a cost in proportion to their number."""
     present: ClassVar[bool] = True
-    """Whether it encodes images, and is no stand-in of a model without an image encoder."""
+    """Whether it encodes images; False for the placeholder in a model without an image encoder."""
 
-    # For type checkers alone: a property here would hide a field of its name that has no default.
+    # Only for type checkers: a property here would hide a field of the same name that has no default.
     if TYPE_CHECKING:
 
         @property
         @abc.abstractmethod
         def width(self) -> int:
-            """Numbers in each state."""
+            """The dimension of each state."""
 
         @property
         @abc.abstractmethod
         def grid(self) -> int:
-            """Cells a side of the map."""
+            """The number of cells on each side of the map."""
 
     @property
     def prefix(self) -> int:
-        """States that come before the map."""
+        """The number of states before the map."""
         return 0
 
     @property
     def tokens(self) -> int:
-        """States of a whole image."""
+        """The number of states of a whole image."""
         return self.grid**2 + self.prefix
 
     @abc.abstractmethod
     def build(self) -> ImageEncoder:
-        """A module with new weights."""
+        """Builds the encoder, with new weights."""
 
     def starting_weights(self) -> Mapping[str, Tensor] | None:
         """The state dict of the module that a run starts from where it names no other weights; None: new weights."""

@@ -19,21 +19,22 @@ class TextTransformerConfig(TextEncoderConfig):
     """Learned word and position tables, and transformer layers."""
 
     depth: int
-    """Layers."""
+    """Number of layers."""
     layer: LayerConfig
     """Shape of each layer."""
     embed_eps: Positive = 1e-5
     """Epsilon of the norm of the embeddings."""
     position_offset: int = 0
-    """Row of the position table that position 0 has (RoBERTa: 2)."""
+    """Row of the position table for position 0 (RoBERTa: 2)."""
     pad_position: int | None = None
-    """Row of the position table that padding has (RoBERTa: 1); None: that of its place, as any token."""
+    """Row of the position table for padding (RoBERTa: 1); None: the row of its position, as for other tokens."""
     embed_norm: bool = True
-    """Whether the embeddings are normalised (BERT; not CLIP)."""
+    """Whether a layer norm follows the embeddings (BERT; not CLIP)."""
     learn_pad: bool = False
-    """Whether padding has a learned vector, for layers that see it (FLIP)."""
+    """Whether the embedding of padding is learned, for layers that attend to it (FLIP)."""
     last_norm: bool = False
-    """Whether a norm follows the last layer (CLIP); without it, what reads the states of pre-norm layers has its own."""
+    """Whether a layer norm follows the last layer (CLIP). Without it, parts that read the states of pre-norm layers have a norm
+    of their own."""
 
     @property
     def width(self) -> int:

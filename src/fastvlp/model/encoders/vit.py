@@ -24,26 +24,26 @@ class ViTConfig(ImageEncoderConfig):
     patch: Count
     """Side of a patch, in pixels."""
     depth: int
-    """Layers."""
+    """Number of layers."""
     layer: LayerConfig
     """Shape of each layer."""
     class_token: bool = True
-    """Whether a learned token comes before the patches."""
+    """Whether a learned class token comes before the patches."""
     more_tokens: int = 0
-    """Further learned tokens after it, such as DeiT's distillation token."""
+    """Number of further learned tokens after the class token, such as DeiT's distillation token."""
     position: Literal["learned", "sincos"] = "learned"
-    """A learned table, or fixed sines and cosines with none for the class token (FLIP)."""
+    """Position embeddings: a learned table, or fixed sines and cosines (sincos), with none for the class token (FLIP)."""
     position_start: Literal["random", "sincos"] = "random"
-    """Where a learned table begins: at random numbers, or at the fixed sines and cosines."""
+    """Initial values of a learned position table: random numbers, or the sines and cosines."""
     embed_norm: bool = False
-    """Whether the embedded patches are normalised (CLIP's ln_pre)."""
+    """Whether a layer norm follows the embedding of patches (CLIP's ln_pre)."""
     patch_bias: bool = True
     """Whether the embedding of patches has a bias (not in CLIP)."""
     norm_eps: Positive = 1e-5
     """Epsilon of the norms before and after the layers."""
 
     can_drop_patches: ClassVar[bool] = True
-    """Patches that are not kept are not even embedded."""
+    """Dropped patches are removed before they are embedded."""
 
     @property
     def width(self) -> int:
