@@ -70,15 +70,15 @@ def test_an_option_of_another_format_is_named_with_the_paths_own(
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["dta", "inspect", "x"], "dta: no command of `vlp`; did you mean data?"),
-        (["xyz"], "xyz: no command of `vlp`; there are data, pretrain"),
-        (["data", "inspct", "photos"], "inspct: no command of `vlp data`; did you mean inspect?"),
-        (["index", "serch", "a"], "serch: no command of `vlp index`; did you mean search?"),
+        (["dta", "inspect", "x"], "dta: not a command of `vlp`; did you mean data?"),
+        (["xyz"], "xyz: not a command of `vlp`; choose from data, pretrain"),
+        (["data", "inspct", "photos"], "inspct: not a command of `vlp data`; did you mean inspect?"),
+        (["index", "serch", "a"], "serch: not a command of `vlp index`; did you mean search?"),
         (
             ["evaluate", "retreival", "run", "--data", "x"],
-            "retreival: no command of `vlp evaluate`; did you mean retrieval?",
+            "retreival: not a command of `vlp evaluate`; did you mean retrieval?",
         ),
-        (["records"], "`vlp records` needs one of its commands: verify"),
+        (["records"], "`vlp records` needs a further word: verify"),
         (["evaluate", "nowhere"], "nowhere: not the folder of a run"),
         (["evaluate", "runs/probe"], "runs/probe: not the folder of a run"),
     ],

@@ -1,7 +1,8 @@
-"""The command line, and with `cli_help`, `cli_options` and `cli_results` the only place that reads it.
+"""The command line. Only this module, `cli_help`, `cli_options` and `cli_results` deal with it.
 
-A command is a function of the library: its signature gives the options, its docstring their help. `COMMANDS` says which
-function, and how its result is printed. A module that imports torch is imported only when its command is used.
+A command is a function of the library. Its signature gives the options, and its docstring their help. `COMMANDS` names the
+function of each command, and the function that prints its result. A module that imports torch is imported only when its command
+is used.
 """
 
 from __future__ import annotations
@@ -58,9 +59,16 @@ from fastvlp.extensions import import_file
 
 @dataclass(frozen=True, kw_only=True)
 class Command:
-    """summary: a line for the list of commands. function: `module:function` of the library. show: prints its result, and
-    returns the exit code where that is not 0. parse: reads the words instead of `function`'s signature, where what follows
-    depends on the first word. options: names of the options that are not in the signature."""
+    """A command of `vlp`.
+
+    Attributes:
+        summary: a line for the list of commands.
+        function: `module:function` of the library.
+        show: prints the result of the function. It returns the exit code if that is not 0.
+        parse: parses the command's words, for commands whose options depend on their first word. By default the options come
+            from the function's signature.
+        options: names of the options that are not in the signature.
+    """
 
     summary: str
     function: str = ""
@@ -75,7 +83,7 @@ class Command:
 
     def option_names(self) -> Collection[str]:
         parameters = signature(self.load()).parameters if self.function else {}
-        # The fields of a dataclass are options beside the other parameters.
+        # The fields of a dataclass are options, like the other parameters.
         groups = [fields(p.default) for p in parameters.values() if is_dataclass(p.default)]
         return [*parameters, *(field.name for group in groups for field in group), *self.options()]
 
@@ -87,16 +95,16 @@ def command(summary: str, function: str, show: Callable[[Any], int | None]) -> C
 COMMANDS: Mapping[str, Command] = {
     "data demo": command("Write the embedded corpus of rendered scenes.", "data.world.corpus:write_world", show_corpus),
     "data import": Command(
-        summary="Import your pairs into shards.",
+        summary="Import your image-text pairs into shards.",
         function="fastvlp.data.sources.importing:import_data",
         parse=parse_import,
         options=format_options,
         show=show_imported,
     ),
     "data inspect": command(
-        "Count, check and show a folder of shards.", "data.sources.inspection:inspect_data", show_inspection
+        "Count and check the records of shards; draw some.", "data.sources.inspection:inspect_data", show_inspection
     ),
-    "pretrain": Command(summary="Pretrain a model by a recipe.", parse=parse_pretrain, options=run_fields),
+    "pretrain": Command(summary="Pretrain a model with a recipe.", parse=parse_pretrain, options=run_fields),
     "finetune": Command(
         summary="Fine-tune a pretrained run on a task.",
         function="fastvlp.tasks.finetune:finetune",
@@ -105,7 +113,7 @@ COMMANDS: Mapping[str, Command] = {
         show=show_task_scores,
     ),
     "finetune contrast": Command(
-        summary="Tune a model such as CLIP on your pairs.",
+        summary="Fine-tune a model such as CLIP on your pairs.",
         function="fastvlp.tasks.contrast:finetune_contrast",
         parse=parse_contrast,
         options=contrast_options,
@@ -119,39 +127,46 @@ COMMANDS: Mapping[str, Command] = {
         show=show_task_scores,
     ),
     "evaluate retrieval": command(
-        "Find images by captions and back.", "eval.embedding_retrieval:evaluate_retrieval", show_evaluation
+        "Retrieve images by captions, and captions by images.",
+        "eval.embedding_retrieval:evaluate_retrieval",
+        show_evaluation,
     ),
     "evaluate zeroshot": command(
         "Classify images by the names of classes.", "eval.zeroshot:evaluate_zeroshot", show_evaluation
     ),
-    "evaluate probe": command("Logistic regression on frozen features.", "eval.probe:evaluate_probe", show_evaluation),
+    "evaluate probe": command(
+        "Fit a logistic regression to frozen features.", "eval.probe:evaluate_probe", show_evaluation
+    ),
     "evaluate sugarcrepe": command(
-        "Tell captions from hard negatives.", "eval.sugarcrepe:evaluate_sugarcrepe", show_evaluation
+        "Distinguish captions from hard negatives.", "eval.sugarcrepe:evaluate_sugarcrepe", show_evaluation
     ),
     "evaluate winoground": command(
         "Match two pictures with two captions.", "eval.winoground:evaluate_winoground", show_evaluation
     ),
-    "evaluate vsr": command("Say whether a spatial relation holds.", "eval.vsr:evaluate_vsr", show_evaluation),
-    "evaluate mteb": command("Score an export by mteb.", "eval.mteb_scores:evaluate_mteb", show_evaluation),
-    "compare": command("Train recipes for the same time, and report.", "comparison.compare:compare", show_comparison),
+    "evaluate vsr": command("Decide whether a spatial relation holds.", "eval.vsr:evaluate_vsr", show_evaluation),
+    "evaluate mteb": command("Score an export with mteb.", "eval.mteb_scores:evaluate_mteb", show_evaluation),
+    "compare": command(
+        "Train recipes for the same time and compare them.", "comparison.compare:compare", show_comparison
+    ),
     "bench": command("Measure how fast recipes train here.", "speed.measure:measure_speed", show_speeds),
     "records verify": command("Measure a speed record again.", "comparison.speed_records:verify_record", show_verified),
-    "convert": command("Make a folder like a run's of a public model.", "convert.checkpoints:convert", show_converted),
-    "export": command("Write a model that stands alone.", "exporters.export:export", show_exported),
-    "embed": command("Turn shards into vectors.", "search.bulk:embed_shards", show_counts),
+    "convert": command("Convert a public model.", "convert.checkpoints:convert", show_converted),
+    "export": command("Export a run, also to other libraries.", "exporters.export:export", show_exported),
+    "embed": command("Compute vectors of images and captions.", "search.bulk:embed_shards", show_counts),
     "index build": command("Add images to a search index.", "search.indexing:build_index", show_built),
-    "index search": command("Find images in an index.", "search.indexing:search_index", show_hits),
-    "serve": Command(summary="Serve a model over HTTP.", function="fastvlp.serve.server:serve"),
+    "index search": command("Search an index for images.", "search.indexing:search_index", show_hits),
+    "serve": Command(summary="Serve a model and a search page over HTTP.", function="fastvlp.serve.server:serve"),
 }
 
 
 def find_command(argv: Sequence[str]) -> tuple[str, Sequence[str]]:
-    """Split `argv` into a command and its words. Raises UserError with the nearest name for a misspelt word."""
+    """Splits `argv` into the name of a command and the other words. Raises UserError, with the nearest name for a misspelt
+    word."""
     if (two := " ".join(argv[:2])) in COMMANDS:
         return two, argv[2:]
     words = dict.fromkeys(name.split()[0] for name in COMMANDS)
     if argv[0] not in words:
-        raise UserError(f"{argv[0]}: no command of `vlp`; {_nearest(argv[0], list(words))}")
+        raise UserError(f"{argv[0]}: not a command of `vlp`; {_nearest(argv[0], list(words))}")
     if argv[0] in COMMANDS:
         return argv[0], argv[1:]
     parts = [name.split()[1] for name in COMMANDS if name.split()[0] == argv[0]]
@@ -163,17 +178,17 @@ def find_command(argv: Sequence[str]) -> tuple[str, Sequence[str]]:
     if argv[0] == "evaluate" and second and not second.startswith("-") and looks_like_run:
         return "evaluate task", argv[1:]
     if not second:
-        raise UserError(f"`vlp {argv[0]}` needs one of its commands: {', '.join(parts)}")
-    raise UserError(f"{second}: no command of `vlp {argv[0]}`; {_nearest(second, parts)}")
+        raise UserError(f"`vlp {argv[0]}` needs a further word: {', '.join(parts)}")
+    raise UserError(f"{second}: not a command of `vlp {argv[0]}`; {_nearest(second, parts)}")
 
 
 def _nearest(word: str, known: Sequence[str]) -> str:
     near = get_close_matches(word, known, n=1)
-    return f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
+    return f"did you mean {near[0]}?" if near else f"choose from {', '.join(known)}"
 
 
 def help_text(first: str = "") -> str:
-    """The list of commands, or of those that begin with one word."""
+    """Returns the list of commands, or of those that begin with the word `first`."""
     listed = {name: command.summary for name, command in COMMANDS.items() if not first or name.split()[0] == first}
     lines = [f"  {name:20}{summary}" for name, summary in listed.items()]
     return "\n".join(
@@ -184,14 +199,14 @@ def help_text(first: str = "") -> str:
             "",
             *lines,
             "",
-            "`vlp COMMAND --help` lists a command's options. `--import` reads your own file first, with encoders,",
-            "objectives, tasks, sources, index engines, export targets or metrics of yours.",
+            "`vlp COMMAND --help` lists the options of a command. `--import FILE.py` first imports your own encoders,",
+            "objectives, tasks, data sources, index engines, export targets or metrics from a file.",
         ]
     )
 
 
 def parse(name: str, argv: Sequence[str]) -> Run:
-    """The function of a command with the options in `argv`, not yet called."""
+    """Returns the function of a command with the options in `argv` bound to it. Does not call it."""
     command = COMMANDS[name]
     if command.parse is not None:
         return command.parse(argv)
@@ -199,15 +214,15 @@ def parse(name: str, argv: Sequence[str]) -> Run:
 
 
 def run(name: str, ready: Run) -> int | None:
-    """Runs a parsed command and prints its result. Returns the exit code where that is not 0."""
+    """Runs a parsed command and prints its result. Returns the exit code if that is not 0."""
     return COMMANDS[name].show(ready())
 
 
 def keep_freed_memory() -> bool:
-    """Lets this process keep the memory that it frees for what it allocates next. Returns whether it can: with glibc.
+    """Lets this process keep freed memory for later allocations. Returns whether this is possible, which needs glibc.
 
-    By default glibc gives blocks of 32 MB and more back at once, and the system clears them again when the next large tensor
-    is made: a third of a step on a CPU, or more (docs/log.md, entry 23).
+    By default glibc returns freed blocks of 32 MB and more to the system at once, and the system clears them again when the
+    next large tensor is made. This takes a third of a step on a CPU, or more (docs/log.md, entry 23).
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     # M_MMAP_THRESHOLD and M_TRIM_THRESHOLD of malloc.h, at the highest values that they take.
@@ -216,7 +231,8 @@ def keep_freed_memory() -> bool:
 
 @contextmanager
 def without_collection() -> Iterator[None]:
-    """Importing torch makes very many objects and hardly any garbage: without a search for it, it takes a tenth less time."""
+    """Context without garbage collection. Importing torch makes many objects and hardly any garbage, and takes a tenth less
+    time without it."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -227,13 +243,13 @@ def without_collection() -> Iterator[None]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command. Returns 0, or 1 where the result is that something does not hold, or 2 after saying what is wrong
-    where the user can mend it; tyro exits with 2 too."""
+    """Runs one command. Returns 0; or 1 if a check that the command makes fails; or 2 after an error that the user can fix,
+    which is printed. tyro also exits with 2."""
     if argv is None and asks_for_help_alone(sys.argv[1:]):
-        # This process prints help and ends. One that calls `main` itself goes on, and may need torch.
+        # This process only prints help. A program that calls `main` with `argv` goes on afterwards, and may need torch.
         stand_in_for_torch()
     argv = list(sys.argv[1:] if argv is None else argv)
-    # Torch's threads spin while they wait for each other: on cores that others use too, a step then takes 50 times as long.
+    # Torch's threads spin while they wait for each other. On cores that other programs use, a step then takes 50 times as long.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     keep_freed_memory()
     name = ""

@@ -173,8 +173,8 @@ def parse_finetune(argv: Sequence[str]) -> Run:
     if not argv or argv[0].startswith("-"):
         print("usage: vlp finetune TASK --from RUN --data FOLDER [options]\n")
         print("\n".join(f"  {task.name:20}{task.summary()}" for task in tasks()))
-        print("  contrast            Two encoders, such as CLIP's, on your own pairs.")
-        print("\n`vlp finetune TASK --help` lists the options, with those of the task.")
+        print("  contrast            Fine-tune two encoders, such as CLIP's, on your own pairs.")
+        print("\n`vlp finetune TASK --help` lists all options of a task.")
         raise SystemExit(0 if argv else 2)
 
     def bind(*, task: Any, tuning: Any, **options: Any) -> Run:

@@ -56,36 +56,36 @@ def compare(
     resume: bool = False,
     add: Annotated[Sequence[str | Path | TrainConfig], RECIPES] = (),
 ) -> Comparison:
-    """Give several recipes the same training time on this device, score them on the way, and write a report.
+    """Train several recipes for the same time on this device, score them several times, and write a report.
 
-    The recipes train by turns. They share a tokenizer, trained once, if they would train one on the same texts. A comparison
-    that was interrupted is continued with `resume`; further recipes are added to a finished one with `add`.
+    The recipes train in turns. If they would train a tokenizer on the same texts, they share one. `resume` continues a
+    comparison that was interrupted, and `add` trains further recipes for a finished comparison.
 
     Args:
         recipes: Names of recipes, paths of your own files, or in Python also configs.
-        budget: Training time of each recipe and seed: 90s, 20m, 1.5h; by default 120s. On a CPU this is CPU time of the
-            process, all threads together, so that other programs take none of it. Or the same number of steps: 800steps.
-        seeds: Runs of each recipe, with different seeds; by default 1.
-        out: Folder for results.json, report.html and the runs; results and report are complete after every scoring.
-        marks: Shares of the budget after which the recipes are scored, by default each eighth; the end is always one of them.
-        tuned_marks: Those after which scores with a short fine-tuning are measured too, such as VQA; the end always.
-        slice: Length of a turn, by default 5s, or 5 steps.
-        scoring: How the recipes are scored.
-        set: Changes of the recipes' fields: FIELD=VALUE for all, RECIPE:FIELD=VALUE for one.
-        threads: CPU threads that PyTorch uses; its own choice by default.
-        resume: Continue the comparison in `out`, with the recipes and options that it was begun with.
-        add: Recipes to train and score like those of the finished comparison in `out`.
+        budget: Training time of each recipe and seed, such as 90s, 20m or 1.5h; by default 120s. On a CPU this is CPU time of
+            the process, over all threads, which does not count other programs. 800steps gives each recipe 800 steps instead.
+        seeds: Number of runs of each recipe, with different seeds; by default 1.
+        out: Folder for results.json, report.html and the runs. Results and report are updated after every scoring.
+        marks: Shares of the budget after which the recipes are scored; by default each eighth. The end is always scored.
+        tuned_marks: Shares after which scores that need a short fine-tuning, such as VQA, are measured; always at the end.
+        slice: Length of a turn; by default 5s, or 5 steps.
+        scoring: Options of the scoring.
+        set: Changes of the recipes' fields: FIELD=VALUE for all recipes, RECIPE:FIELD=VALUE for one.
+        threads: CPU threads that PyTorch uses; by default PyTorch chooses.
+        resume: Continue the comparison in `out`, with its recipes and options.
+        add: Recipes to train and score in the same way as those of the finished comparison in `out`.
 
     Raises:
-        UserError: an option cannot be used or is another than the comparison was begun with, the folder holds a comparison
-            already, or none to continue, or no recipe could be trained.
+        UserError: An option cannot be used, or differs from the comparison that is continued; the folder already has a
+            comparison, or has none to continue; or no recipe could be trained.
     """
     if dist.launched() > 1:
-        raise UserError("a comparison trains each recipe on one device; start it without torchrun")
+        raise UserError("a comparison trains each recipe on one device; start the command without torchrun")
     if resume and add:
-        raise UserError("`resume` finishes what was begun and `add` begins something new; give one of them")
+        raise UserError("`resume` continues an interrupted comparison and `add` extends a finished one; give only one")
     if add and recipes:
-        raise UserError("the recipes of the comparison are in its folder; name those to add after `add` alone")
+        raise UserError("`add` reads the comparison's own recipes from its folder; name only the recipes to add")
     out = Path(out)
     plan = plan_fields(budget=budget, seeds=seeds, marks=marks, tuned_marks=tuned_marks, slice=slice)
     with locked(out):
@@ -108,7 +108,7 @@ def plan_fields(
     tuned_marks: Sequence[float] | None,
     slice: str | None,
 ) -> dict[str, Any]:
-    """The fields of the plan that were given."""
+    """Returns the fields of the plan that were given."""
     amount, steps = (None, None) if budget is None else budget_of(budget)
     fields = {
         "budget_s": amount,

@@ -7,7 +7,9 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Annotated, Any, Literal, cast
+
+from tyro.conf import arg
 
 from fastvlp.comparison.compare import compare
 from fastvlp.comparison.continued import results_path
@@ -130,7 +132,7 @@ def read_record(file: Path) -> SpeedRecord:
 
 
 def verify_record(
-    file: str | Path,
+    file: Annotated[str | Path, arg(metavar="FILE")],
     /,
     *,
     data: str | None = None,
@@ -138,25 +140,25 @@ def verify_record(
     out: str | Path | None = None,
     write: bool = False,
 ) -> Verified:
-    """Measure a speed record again: train its recipe, and test that the target is met beyond chance (p < 0.01).
+    """Measure a speed record again: train its recipe, and test statistically whether the target is met (p < 0.01).
 
     Args:
-        file: The record.
-        data: Folder with the data, a split in each of train and val. By default it is called as the record calls the data;
-            levels of the embedded corpus are then written where they are missing.
-        seeds: Runs with different seeds.
-        out: Folder of the measurement, by default verified/RECORD. What the same code measured there before is
+        file: File of the record.
+        data: Folder with the data, with sub-folders train and val. By default the folder is named by the record; a missing
+            level of the embedded corpus is written first.
+        seeds: Number of runs, with different seeds.
+        out: Folder of the measurement, by default verified/RECORD. A measurement by the same code in this folder is
             continued.
-        write: Write what was measured into the record's file, and the whole measurement beside it, if the target is met.
+        write: If the target is met, write the results into the record's file, and the whole measurement beside it.
 
     Raises:
-        UserError: the file is no record, its data are others, its recipe cannot be trained, `out` holds a measurement of other
-            code, or a target that is not met would be written.
+        UserError: The file is not a record, the data differ from the record's, its recipe cannot be trained, `out` has a
+            measurement by other code, or `write` is given and the target is not met.
     """
     file = Path(file)
     record = read_record(file)
     if seeds < 2:
-        raise UserError(f"`seeds` {seeds}: the spread over seeds decides; give at least 2")
+        raise UserError(f"`seeds` {seeds}: the test needs the spread over seeds; give at least 2")
     folder = find_data(record, data)
     out = Path(out or f"verified/{file.stem}")
     check_code(out)
@@ -199,12 +201,12 @@ def find_data(record: SpeedRecord, data: str | None) -> Path:
             write_world(folder, WorldConfig(level=record.data), pairs=0, singles=0)
     elif not folder.is_dir():
         how = "import it with `vlp data import`" if record.data == "flickr8k" else "leave `data` out to have it written"
-        raise UserError(f"{folder}: no such folder; give that of {record.data} as `data`, or {how}")
+        raise UserError(f"{folder}: no such folder; give the folder of {record.data} as `data`, or {how}")
     return folder
 
 
 def check_code(out: Path) -> None:
-    """Raises UserError where what was measured in a folder before is of another commit or version than this."""
+    """Raises UserError if the folder has measurements of another commit or version."""
     path = results_path(out)
     if not path.exists():
         return
@@ -214,31 +216,31 @@ def check_code(out: Path) -> None:
         if changed := other_code(about, now):
             words = ", ".join(f"{name} {then}, not {current}" for name, (then, current) in changed.items())
             raise UserError(
-                f"{out}: was measured with other code ({words}); delete it, or give another folder as `out`"
+                f"{out}: its measurements were made with other code ({words}); delete it, or give another folder as `out`"
             )
 
 
 def contents_of(recipe: str, settings: Sequence[str]) -> dict[str, str | None]:
-    """Hashes of the records that a recipe would be trained and scored on."""
+    """Returns hashes of the records that a recipe would be trained and scored on, by split."""
     (run,) = named_arms([recipe], settings).values()
     return {split: run.data.content(split) for split in CONTENT_SPLITS}
 
 
 def check_contents(file: Path, record: SpeedRecord, folder: Path, contents: Mapping[str, str | None]) -> None:
-    """Raises UserError where these are not the records on which a record was measured."""
+    """Raises UserError if the data are not those on which the speed record was measured."""
     if record.contents != contents:
         raise UserError(
-            f"{folder}: has other records than {file} was measured on; give the folder with those as `data`"
+            f"{folder}: these are not the data on which {file} was measured; give the right folder as `data`"
         )
 
 
 def check_met(file: Path, measured: SpeedRecord, out: Path) -> None:
-    """Raises UserError where what was measured is no record."""
+    """Raises UserError if the target was not met."""
     if not measured.met:
         finals = ", ".join(f"{run.final:.4f}" for run in measured.runs)
         raise UserError(
-            f"{file}: not written, since the target {measured.target:g} is not met beyond chance (final scores {finals}); give "
-            f"the record a longer `budget` or a lower `target`; what was measured is in {out}"
+            f"{file}: not written, since the target {measured.target:g} is not met with p < {MOST_P} (final scores {finals}); "
+            f"give the record a longer `budget` or a lower `target`. The measurement is in {out}"
         )
 
 
@@ -247,7 +249,7 @@ def device_setting(record: SpeedRecord) -> str:
 
 
 def measure(record: SpeedRecord, comparison: Comparison) -> SpeedRecord:
-    """The record with what a comparison of its recipe alone measured."""
+    """Returns the record with the results of a comparison that trained only its recipe."""
     runs = tuple(record_run(run, record) for run in comparison.runs)
     about = comparison.about
     return replace(

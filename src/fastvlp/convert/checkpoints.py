@@ -36,22 +36,23 @@ TRANSFORMERS = ("vision_model.", "text_model.", "embeddings.", "bert.", "roberta
 
 @dataclass(frozen=True)
 class Converted:
-    """What `convert` wrote."""
+    """The result of `convert`."""
 
     folder: Path
+    """Folder that was written."""
     layout: str
-    """Name of the layout that the source has."""
+    """Name of the source's layout."""
     parameters: int
-    """How many numbers the model has."""
+    """Number of parameters of the model."""
     untrained: tuple[str, ...]
-    """Prefixes of the parameters that the source lacks; they are drawn from seed 0."""
+    """Prefixes of the parameters that the source lacks; they have random values, drawn with seed 0."""
     absent: tuple[str, ...] = ()
     """Encoders that the model lacks: image or text."""
 
 
 def convert(
     source: Annotated[str, arg(metavar="SOURCE")],
-    out: Path,
+    out: Annotated[Path, arg(metavar="OUT")],
     /,
     *,
     layout: str = "auto",
@@ -62,26 +63,27 @@ def convert(
     answers: Path | None = None,
     task: str | None = None,
 ) -> Converted:
-    """Make a folder like a run's of a public model. `vlp pretrain RECIPE --from`, `vlp finetune --from`, `vlp evaluate` and
-    `vlp export` read it, each as far as the model allows.
+    """Convert a public model to a folder with the same files as a run. `vlp pretrain RECIPE --from`, `vlp finetune --from`,
+    `vlp evaluate` and `vlp export` read it, if the model has the parts that they need.
 
     Args:
-        source: Folder of a model, a file of weights, or a repository of the Hugging Face hub, such as
+        source: Folder of a model, a file of weights, or a repository on the Hugging Face hub, such as
             openai/clip-vit-base-patch32. Nothing in a file is executed.
         out: Folder to write.
-        layout: Whose models are laid out like the source; auto recognises it by config.json, open_clip_config.json, or the
-            names of the tensors.
-        tokenizer: The model's own tokenizer.json; by default the one beside its weights.
-        config: Its config where no config.json is beside the weights: that of transformers, a file of open_clip's
-            model_configs, UNITER's config, or BriVL's .yml.
-        activation: Of the layers, where no config says.
-        heads: Attention heads where no config says: of the image and the text encoder, or of the only stack of layers.
-        answers: The answers of a model that was fine-tuned to answer questions, in the order of its outputs: a JSON list, or an
+        layout: Name of the source's layout, such as open_clip or uniter. auto recognises it by config.json,
+            open_clip_config.json, or the names of the tensors.
+        tokenizer: The model's tokenizer.json; by default the file beside its weights.
+        config: Config of the model, if there is no config.json beside the weights: a config.json of transformers, a file of
+            open_clip's model_configs, UNITER's config, or BriVL's .yml.
+        activation: Activation function of the layers, if no config states it.
+        heads: Number of attention heads, if no config states it: two numbers for the image and the text encoder, or one for a
+            single stack of layers.
+        answers: Answers of a model that was fine-tuned to answer questions, in the order of its outputs: a JSON list, or a JSON
             object from answers to numbers.
-        task: Of a fine-tuned model with the heads of several tasks, the one to evaluate.
+        task: Task to evaluate, if a fine-tuned model has the heads of several tasks.
 
     Raises:
-        UserError: The source is none that is known, is damaged or lacks tensors; its tokenizer lacks a token that the model
+        UserError: The source is not a known model, is damaged or lacks tensors; its tokenizer lacks a token that the model
             needs; an option is missing; the hub does not answer; or `out` exists.
     """
     stated = Stated(activation=activation, heads=tuple(heads), answers=read_answers(answers), task=task)
@@ -90,7 +92,7 @@ def convert(
         kind = find_layout(checkpoint, layout)
         if further := sorted(stated.given - {*kind.options}):
             raise UserError(
-                f"{source}: {kind.name} needs no {', '.join(f'`{name}`' for name in further)}; leave it out"
+                f"{source}: layout {kind.name} has no {', '.join(f'`{name}`' for name in further)}; leave it out"
             )
         release = read_release(kind, checkpoint, stated)
         words = words_of(checkpoint, release, tokenizer)
@@ -111,18 +113,18 @@ def convert(
 
 
 def never_trained(release: Release, words: Tokenizer) -> dict[str, list[str]]:
-    """What is random in a converted model, as part of its `info`: parameters, and the roles of tokens that were added."""
+    """Returns the random parts of a converted model, for its `info`: parameters, and the roles of tokens that were added."""
     return {"untrained": list(release.untrained), "untrained_tokens": list(words.added)}
 
 
 def layouts() -> dict[str, type[Layout]]:
-    """All layouts by name, those of a user's own files too."""
+    """Returns all layouts by name, including those in a user's own files."""
     return {kind.name: kind for package in PACKAGES for kind in variants(Layout, package)}
 
 
 def find_layout(source: Checkpoint, name: str) -> Layout:
-    """The layout of that name; with `auto`, the one that recognises the source. Raises UserError where there is none, or where
-    several do."""
+    """Returns the layout of this name; for `auto`, the layout that recognises the source. Raises UserError if there is none, or
+    if several layouts recognise it."""
     known = layouts()
     if name != "auto":
         if name not in known:

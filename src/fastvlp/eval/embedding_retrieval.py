@@ -16,7 +16,7 @@ from torch import Tensor
 from fastvlp.data.records.shards import Shards
 from fastvlp.errors import UserError
 from fastvlp.eval.embedding import SplitEmbeddings, embed_split
-from fastvlp.eval.encoding import WHOLE_IMAGES, LoadedModel, MaskedEncoding, open_run, open_towers
+from fastvlp.eval.encoding import WHOLE_IMAGES, LoadedModel, MaskedEncoding, RunFolder, open_run, open_towers
 from fastvlp.eval.evaluation import Evaluation, evaluation
 from fastvlp.eval.pair_scores import Match, pair_score
 from fastvlp.eval.ranks import (
@@ -37,7 +37,7 @@ from fastvlp.eval.split_reading import open_split, read_captions
 
 @evaluation
 def evaluate_retrieval(
-    run: str | Path,
+    run: RunFolder,
     /,
     *,
     data: str | Path,
@@ -51,26 +51,26 @@ def evaluate_retrieval(
 ) -> Evaluation:
     """Find images by their captions and captions by their images, among all images and captions of a split.
 
-    The embeddings alone rank all candidates (`towers`); with `rerank`, a run that reads an image and a text together
-    re-ranks the best of them (`reranked`). The result is also added to a file in the folder of the run.
+    All candidates are ranked by the cosines of the embeddings (`towers`). With `rerank`, a run that reads image and text
+    together then re-ranks the best candidates (`reranked`). The result is also added to a file in the folder of the run.
 
     Args:
         run: Folder of the run.
-        data: Folder of shards, or folder with a folder for each split.
-        split: Folder in `data`, if there is one of this name.
-        captions: Field of the records with the captions; by default the one of the training.
-        rerank: Folder of a run whose fusion layers re-rank the best candidates, or `self`.
+        data: Folder of shards, or folder with a sub-folder for each split.
+        split: Sub-folder of `data` to use, if there is one of this name.
+        captions: Field of the records with the captions; by default the field that the run was trained on.
+        rerank: Folder of a run whose fusion layers re-rank the best candidates; `self` uses those of the run itself.
         rerank_by: Re-rank by the image-text matching head or by the likelihood of the caption; by default by the head, if
             the run has one.
-        top: Candidates of each query that are re-ranked.
-        above_chance: Fail, with the result saved, unless recall is twice chance and five standard errors above it.
-        encoding: How images and texts are encoded.
+        top: Number of candidates of each query that are re-ranked.
+        above_chance: Fail, after saving the result, unless recall is twice chance and five standard errors above it.
+        encoding: Options of encoding images and texts.
 
     Raises:
-        UserError: a record cannot be used; an evaluation leaves none out.
+        UserError: A record cannot be used; an evaluation leaves none out.
     """
     if top < 1:
-        raise UserError(f"`top` must be at least 1, not {top}: the number of candidates to re-rank")
+        raise UserError(f"`top`, the number of candidates to re-rank, must be at least 1, not {top}")
     loaded, saved, own_captions = open_towers(run, encoding)
     captions_of = read_captions(shards := open_split(str(data), split), captions or own_captions)
     clock = Clock(loaded.device)

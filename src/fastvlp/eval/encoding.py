@@ -1,4 +1,4 @@
-"""How a saved run encodes the images and texts of a data set: the options, and the model with all that it needs."""
+"""Encoding of images and texts by a saved run: the options, and the loaded model with its tokenizer and preprocessing."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import torch
+from tyro.conf import arg
 
 from fastvlp.data.records.transform import Fit
 from fastvlp.data.regions import RegionSource
@@ -22,23 +23,27 @@ from fastvlp.model.model import VLModel
 from fastvlp.model.saved_run import read_saved_run
 from fastvlp.model.saving import Saved, load_model
 
+# The folder of the run that an evaluation scores.
+RunFolder = Annotated[str | Path, arg(metavar="RUN")]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Encoding:
-    """How the run encodes images and texts. What is not given is as it was in the run's training."""
+    """Options of encoding images and texts. Options that are not given are as in the training of the run."""
 
     batch_size: int = 256
-    """Images, or texts, that are encoded at a time."""
+    """Number of images, or of texts, that are encoded at a time."""
     max_length: int | None = None
-    """Most tokens of a text, its start and end included; the rest of a longer text is cut off."""
+    """Largest number of tokens of a text, including `<s>` and `</s>`; the rest of a longer text is cut off."""
     fit: Fit | None = None
     """How an image becomes a square: by cropping, by squashing, or with bars at its edges."""
     precision: PrecisionChoice = "auto"
-    """Number type in which the model computes: fp32, bf16, or `auto`: bf16 if training had it and the device is fast at it."""
+    """Precision of the computation: fp32, bf16, or `auto`, which is bf16 if the model was trained in bf16 and the device
+    computes bf16 fast."""
     device: str = "auto"
     """Device such as cpu or cuda:1; `auto` takes a GPU if there is one."""
     threads: int | None = None
-    """CPU threads that PyTorch uses; its own choice by default."""
+    """CPU threads that PyTorch uses; by default PyTorch chooses."""
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
@@ -49,13 +54,14 @@ class Encoding:
 
 @dataclass(frozen=True, kw_only=True)
 class MaskedEncoding(Encoding):
-    """How the run encodes images and texts. What is not given is as it was in the run's training; but whole images are
-    encoded, even if training dropped some of their patches."""
+    """Options of encoding images and texts. Options that are not given are as in the training of the run, except that whole
+    images are encoded, even if training dropped patches."""
 
     keep: float = 1.0
-    """Share of the patches of an image that one view of it shows (FLIP)."""
+    """Share of an image's patches in a view of it (FLIP)."""
     views: int = 1
-    """Views of an image, no patch in two of them, whose embeddings are averaged; 2 views of half of the patches show it all."""
+    """Number of views of an image whose embeddings are averaged. No patch is in two views, so 2 views of half of the patches
+    show the whole image."""
     mirror: bool = False
     """Average the embeddings of an image and of its mirror image."""
 
@@ -66,7 +72,7 @@ WHOLE_IMAGES = MaskedEncoding()
 
 @dataclass(frozen=True, kw_only=True)
 class LoadedModel:
-    """A model with its tokenizer, and how it reads images and texts.
+    """A model with its tokenizer and the options of encoding images and texts.
 
     Attributes:
         regions: where the boxes come from, for a model that reads boxes.

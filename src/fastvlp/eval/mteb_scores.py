@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
+from tyro.conf import arg
 
 from fastvlp.dist import pick_device
 from fastvlp.errors import UserError, install
@@ -41,7 +42,7 @@ class MtebEncoding:
 
 @evaluation
 def evaluate_mteb(
-    run: str | Path,
+    run: Annotated[str | Path, arg(metavar="EXPORT")],
     /,
     *,
     tasks: tuple[str, ...] = LOCAL,
@@ -53,28 +54,31 @@ def evaluate_mteb(
     label: str = "label",
     encoding: MtebEncoding = MtebEncoding(),
 ) -> Evaluation:
-    """Score an export for sentence-transformers by mteb's own runner.
+    """Score an export for sentence-transformers with mteb's own runner.
 
-    `retrieval` and `zeroshot` are tasks made of local data, with the scores of `vlp evaluate retrieval` and `zeroshot` under
-    the same names; every other task is one of mteb's own, such as CIFAR10ZeroShot, whose data it fetches. The result is also
+    The tasks `retrieval` and `zeroshot` use local data. Their scores have the same names as in `vlp evaluate retrieval` and
+    `zeroshot`. All other names are mteb's own tasks, such as CIFAR10ZeroShot, whose data mteb downloads. The result is also
     added to a file in the folder.
 
     Args:
-        run: Folder that `vlp export --to sentence-transformers` wrote, or any other that sentence-transformers loads.
+        run: Folder that `vlp export --to sentence-transformers` wrote, or another folder that sentence-transformers loads.
         tasks: retrieval, zeroshot, or names of mteb's tasks.
-        data: Local data, for retrieval and zeroshot: a folder of shards; for zeroshot also one of class folders.
-        split: Folder in `data`, if there is one of this name.
+        data: Local data for retrieval and zeroshot: a folder of shards; for zeroshot also a folder with a sub-folder of
+            pictures for each class.
+        split: Sub-folder of `data` to use, if there is one of this name.
         captions: Field of the records with the captions.
-        classes: For zeroshot: a file with the names of the classes or a public set, as for `evaluate zeroshot`.
+        classes: For zeroshot: a file with the names of the classes or a public data set, as for `evaluate zeroshot`.
         templates: For zeroshot: simple, or a file with a single template, since mteb compares with one text for each class.
         label: Field of the records with the class.
-        encoding: How mteb runs the model.
+        encoding: Options of encoding images and texts.
 
     Raises:
         UserError: mteb is not installed, there is no such task, or its data cannot be read.
     """
     if data is None and (local := [task for task in tasks if task in LOCAL]):
-        raise UserError(f"the task {local[0]} is made of local data; give its folder as `data`, or mteb's own `tasks`")
+        raise UserError(
+            f"the task {local[0]} needs local data; give its folder as `data`, or name mteb's own tasks in `tasks`"
+        )
     runner = MtebRunner.open(run, encoding)
     measured: dict[str, MtebScores] = {}
     for task in tasks:

@@ -14,7 +14,7 @@ from fastvlp.data.records.shards import Shards
 from fastvlp.data.splits import find_splits
 from fastvlp.eval.classification import class_chance, class_ranks, class_scores
 from fastvlp.eval.embedding import Features, image_features
-from fastvlp.eval.encoding import AS_IN_TRAINING, Encoding, LoadedModel, open_run
+from fastvlp.eval.encoding import AS_IN_TRAINING, Encoding, LoadedModel, RunFolder, open_run
 from fastvlp.eval.evaluation import Evaluation, evaluation
 from fastvlp.eval.split_reading import image_batches, read_labels
 from fastvlp.random import hash64_rows
@@ -27,7 +27,7 @@ HELD_OUT = 0.1
 
 @evaluation
 def evaluate_probe(
-    run: str | Path,
+    run: RunFolder,
     /,
     *,
     data: str | Path,
@@ -43,15 +43,15 @@ def evaluate_probe(
 
     Args:
         run: Folder of the run.
-        data: Folder with a folder for each split: train, the one that is scored, and val if there is one.
-        split: Split that is scored. With `val`, a tenth of train chooses the strength of the regularisation.
+        data: Folder with a sub-folder for each split: train, the scored split, and val if there is one.
+        split: Split that is scored. With `val`, the strength of the regularisation is chosen on a tenth of train.
         features: Features of an image before (`pooled`) or after (`embedding`) the projection into the joint space.
         label: Field of the records with the class.
         prefix: Beginning of the splits' names, such as singles- for singles-train and singles-test of the embedded corpus.
-        encoding: How images are encoded.
+        encoding: Options of encoding images.
 
     Raises:
-        UserError: a record cannot be used; an evaluation leaves none out.
+        UserError: A record cannot be used; an evaluation leaves none out.
     """
     shards = open_splits(str(data), split, prefix)
     labels = {name: read_labels(part, label) for name, part in shards.items()}

@@ -12,7 +12,7 @@ from fastvlp.errors import UserError
 from fastvlp.eval.benchmark_items import make_pairs, open_pictures, read_items
 from fastvlp.eval.classification import mean_by
 from fastvlp.eval.composition import is_above, macro_error
-from fastvlp.eval.encoding import AS_IN_TRAINING, Encoding, open_run
+from fastvlp.eval.encoding import AS_IN_TRAINING, Encoding, RunFolder, open_run
 from fastvlp.eval.evaluation import Evaluation, evaluation
 from fastvlp.eval.pair_methods import PairMethod, score_by_all
 from fastvlp.eval.ranks import ROUNDING
@@ -23,7 +23,7 @@ KINDS = ("add_att", "add_obj", "replace_att", "replace_obj", "replace_rel", "swa
 
 @evaluation
 def evaluate_sugarcrepe(
-    run: str | Path,
+    run: RunFolder,
     /,
     *,
     data: str | Path,
@@ -31,23 +31,23 @@ def evaluate_sugarcrepe(
     by: PairMethod | None = None,
     encoding: Encoding = AS_IN_TRAINING,
 ) -> Evaluation:
-    """Tell a picture's caption from one with a word added, replaced or swapped (SugarCrepe).
+    """Distinguish a picture's caption from a caption with a word added, replaced or swapped (SugarCrepe).
 
-    The share of the items whose caption scores above its hard negative, of each kind, of all items, and as the mean of the
-    kinds (`macro`). Equal scores are wrong. Every way in which the run scores pairs is a column: the cosine of its embeddings,
-    its matching head, and the mean log-likelihood of the caption's tokens. The result is also added to a file in the folder of
-    the run.
+    The score is the share of the items whose caption scores higher than its hard negative: for each kind of negative, for all
+    items (`overall`), and as the mean of the kinds (`macro`). Equal scores count as wrong. Each way in which the run can score
+    pairs is a column: the cosine of its embeddings, its matching head, and the mean log-likelihood of the caption's tokens. The
+    result is also added to a file in the folder of the run.
 
     Args:
         run: Folder of the run.
-        data: Folder with the published files, one .json for each kind, such as add_att.json; or one such file, or a .jsonl with
+        data: Folder with the published files, one .json for each kind, such as add_att.json; or one such file; or a .jsonl with
             filename, caption, negative_caption and kind.
         images: Folder or .zip with the pictures (COCO's val2017); by default `images` or `images.zip` beside the items.
         by: Score pairs only by cosine, match or likelihood.
-        encoding: How images and texts are encoded.
+        encoding: Options of encoding images and texts.
 
     Raises:
-        UserError: an item or picture cannot be used; an evaluation leaves none out.
+        UserError: An item or picture cannot be used; an evaluation leaves none out.
     """
     place = Path(data)
     names, captions, negatives, kinds = read_sugarcrepe(place)

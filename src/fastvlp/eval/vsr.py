@@ -10,7 +10,7 @@ from torch import Tensor
 from fastvlp.eval.benchmark_items import Pairs, make_pairs, open_pictures, read_items
 from fastvlp.eval.classification import mean_by
 from fastvlp.eval.composition import auc, best_threshold, median_threshold
-from fastvlp.eval.encoding import AS_IN_TRAINING, Encoding, open_run
+from fastvlp.eval.encoding import AS_IN_TRAINING, Encoding, RunFolder, open_run
 from fastvlp.eval.evaluation import Evaluation, evaluation
 from fastvlp.eval.pair_methods import PairMethod, score_by_all
 from fastvlp.eval.uncertainty import numbers_only, standard_error
@@ -18,7 +18,7 @@ from fastvlp.eval.uncertainty import numbers_only, standard_error
 
 @evaluation
 def evaluate_vsr(
-    run: str | Path,
+    run: RunFolder,
     /,
     *,
     data: str | Path,
@@ -27,24 +27,24 @@ def evaluate_vsr(
     by: PairMethod | None = None,
     encoding: Encoding = AS_IN_TRAINING,
 ) -> Evaluation:
-    """Say whether the spatial relation that a caption states is true of a picture (VSR).
+    """Decide whether the spatial relation in a caption is true of a picture (VSR).
 
-    A caption is called true where its score is above a threshold: by default the median of all scores, which reads no label and
-    calls half of the captions true, or the one that is right most often on `validation`. `accuracy` depends on it; `auc`, how
-    often a true caption scores above a false one, does not. Published models are trained on VSR's train split, so their
-    accuracies are no measure for a run that was not. Every way in which the run scores pairs is a column. The result is also
-    added to a file in the folder of the run.
+    A caption is called true if its score is above a threshold. By default the threshold is the median of all scores, which uses
+    no label and calls half of the captions true. With `validation` it is the threshold with the highest accuracy on that file.
+    `accuracy` depends on the threshold. `auc`, the share of true and false captions whose order is right, does not. Published
+    models are trained on VSR's train split, so do not compare their accuracies with those of a run that was not. Each way in
+    which the run can score pairs is a column. The result is also added to a file in the folder of the run.
 
     Args:
         run: Folder of the run.
         data: A published .jsonl, such as test.jsonl, with image, caption, label (0 or 1) and relation.
         images: Folder or .zip with the pictures; by default `images` or `images.zip` beside the items.
-        validation: Another such file, such as dev.jsonl, whose labels choose the threshold; its pictures are in `images` too.
+        validation: Another such file, such as dev.jsonl, on which the threshold is chosen. Its pictures are in `images` too.
         by: Score pairs only by cosine, match or likelihood.
-        encoding: How images and texts are encoded.
+        encoding: Options of encoding images and texts.
 
     Raises:
-        UserError: an item or picture cannot be used; an evaluation leaves none out.
+        UserError: An item or picture cannot be used; an evaluation leaves none out.
     """
     place = Path(data)
     pairs, label_P, relations = read_vsr(place, images)

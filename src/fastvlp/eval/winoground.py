@@ -6,7 +6,7 @@ from pathlib import Path
 
 from fastvlp.eval.benchmark_items import make_pairs, open_pictures, read_items
 from fastvlp.eval.composition import WINOGROUND_CHANCE, winoground_hits
-from fastvlp.eval.encoding import AS_IN_TRAINING, Encoding, open_run
+from fastvlp.eval.encoding import AS_IN_TRAINING, Encoding, RunFolder, open_run
 from fastvlp.eval.evaluation import Evaluation, evaluation
 from fastvlp.eval.pair_methods import PairMethod, score_by_all
 from fastvlp.eval.ranks import ROUNDING
@@ -15,7 +15,7 @@ from fastvlp.eval.uncertainty import numbers_only, standard_error
 
 @evaluation
 def evaluate_winoground(
-    run: str | Path,
+    run: RunFolder,
     /,
     *,
     data: str | Path,
@@ -25,19 +25,19 @@ def evaluate_winoground(
 ) -> Evaluation:
     """Match two pictures with two captions that have the same words in another order (Winoground).
 
-    `text`: for both pictures the right caption scores above the other one. `image`: for both captions the right picture does.
-    `group`: both hold. Equal scores are wrong. Every way in which the run scores pairs is a column. The result is also added
-    to a file in the folder of the run.
+    There are three scores. `text`: for both pictures, the right caption scores higher. `image`: for both captions, the right
+    picture scores higher. `group`: both. Equal scores count as wrong. Each way in which the run can score pairs is a column.
+    The result is also added to a file in the folder of the run.
 
     Args:
         run: Folder of the run.
         data: The published examples.jsonl, with image_0, image_1, caption_0 and caption_1.
         images: Folder or .zip with the pictures; by default `images` or `images.zip` beside the items.
         by: Score pairs only by cosine, match or likelihood.
-        encoding: How images and texts are encoded.
+        encoding: Options of encoding images and texts.
 
     Raises:
-        UserError: an item or picture cannot be used; an evaluation leaves none out.
+        UserError: An item or picture cannot be used; an evaluation leaves none out.
     """
     place = Path(data)
     items = read_items(place / "examples.jsonl" if place.is_dir() else place)

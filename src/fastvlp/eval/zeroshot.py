@@ -13,7 +13,7 @@ from torch import Tensor
 from fastvlp.eval.class_files import read_templates
 from fastvlp.eval.classification import accuracy_by_class, class_chance, class_errors, class_ranks, class_scores
 from fastvlp.eval.embedding import embed_images, embed_texts
-from fastvlp.eval.encoding import WHOLE_IMAGES, LoadedModel, MaskedEncoding, open_towers
+from fastvlp.eval.encoding import WHOLE_IMAGES, LoadedModel, MaskedEncoding, RunFolder, open_towers
 from fastvlp.eval.evaluation import Evaluation, evaluation
 from fastvlp.eval.labelled_images import open_labelled_images
 from fastvlp.eval.ranks import ROUNDING
@@ -22,7 +22,7 @@ from fastvlp.model.joint_space import unit
 
 @evaluation
 def evaluate_zeroshot(
-    run: str | Path,
+    run: RunFolder,
     /,
     *,
     data: str | Path,
@@ -34,22 +34,23 @@ def evaluate_zeroshot(
 ) -> Evaluation:
     """Classify images by the names of the classes, without training on any labels.
 
-    An image gets the class whose name, in the templates, has the nearest embedding. The result is also added to a file in
-    the folder of the run.
+    Each class name is put into the templates and embedded. An image gets the class with the nearest embedding. The result is
+    also added to a file in the folder of the run.
 
     Args:
         run: Folder of the run.
-        data: Folder of shards, or with a folder of pictures for each class; or with such a folder for each split.
-        split: Folder in `data`, if there is one of this name.
-        classes: A .txt file with a class in each line, a .json file {label: name or list of names}, or a public set: imagenet,
-            imagenet-v2, imagenet-a, imagenet-r, imagenet-sketch, objectnet; by default the labels are the names.
-        templates: Sentences around a class's name: simple (the bare name), flip7, openai80, zh7, or a file with a template
-            in each line and {} in the place of the name.
-        label: Field of the records with the class; in a folder of pictures it is the name of their folder.
-        encoding: How images and texts are encoded.
+        data: Folder of shards, or folder with a sub-folder of pictures for each class, or folder with one of these for each
+            split.
+        split: Sub-folder of `data` to use, if there is one of this name.
+        classes: A .txt file with a class in each line, a .json file {label: name or list of names}, or a public data set:
+            imagenet, imagenet-v2, imagenet-a, imagenet-r, imagenet-sketch, objectnet. By default the labels are the names.
+        templates: Sentences around a class name: simple (only the name), flip7, openai80, zh7, or a file with a template in
+            each line and {} in the place of the name.
+        label: Field of the records with the class. For folders of pictures the class is the name of the folder.
+        encoding: Options of encoding images and texts.
 
     Raises:
-        UserError: a record cannot be used; an evaluation leaves none out.
+        UserError: A record cannot be used; an evaluation leaves none out.
     """
     sentences = read_templates(templates)
     records, names_of, label_I, left_out = open_labelled_images(str(data), split, classes, label)

@@ -32,8 +32,8 @@ class Exported(NamedTuple):
 
 
 def export(
-    run: str | Path,
-    out: str | Path,
+    run: Annotated[str | Path, arg(metavar="RUN")],
+    out: Annotated[str | Path, arg(metavar="OUT")],
     /,
     *,
     to: Formats = ("fastvlp",),
@@ -41,26 +41,27 @@ def export(
     license: str = "",
     push: str | None = None,
 ) -> Exported:
-    """Make of a run a folder that stands alone, in a format of this library or of another one.
+    """Export a run to a folder that can be used without it, in the format of this library or of others.
 
-    What training alone needs is left out. What was written is compared with the run; the folder is there whole or not at all.
+    Files that only training needs are left out. The exported model is compared with the run. If it differs or an error occurs,
+    no folder is written.
 
     Args:
         run: Folder of the run.
         out: Folder to write.
-        to: Formats to write. Of several, each is in a folder of its name.
-        weights: Those of the lowest validation loss, or the last ones.
-        license: Of the weights, for the card; a placeholder stands where none is given.
-        push: Repository of the Hugging Face hub, OWNER/NAME, that the folder is uploaded to; it is private where it is new.
+        to: Formats to write. Each of several formats is written to a sub-folder of its name.
+        weights: best for the weights with the lowest validation loss, or last.
+        license: License of the weights, for the model card; by default the card has a placeholder.
+        push: Repository on the Hugging Face hub, OWNER/NAME, to which the folder is uploaded. A new repository is private.
 
     Raises:
-        UserError: The run cannot be exported to this format, something is in the way, what was written differs from the run, or
-            the hub refused the upload; then the folder stays.
+        UserError: The run cannot be exported to this format, the folder exists, or the exported model differs from the run; or
+            the hub refused the upload, in which case the folder is kept.
     """
     names = [to] if isinstance(to, str) else [*dict.fromkeys(to)]
     targets, run, out = [find_target(name) for name in names], Path(run), Path(out)
     if not targets:
-        raise UserError(f"`to` names no format; there are {formats()}")
+        raise UserError(f"`to` names no format; choose from {formats()}")
     differences: dict[str, float] = {}
     with whole_folder(out) as folder:
         saved, config = load_model(run, weights), read_saved_run(run)
@@ -82,24 +83,24 @@ def _write(target: ExportTarget, source: ExportSource, folder: Path) -> Mapping[
     target.write(source, folder)
     if missing := [name for name in target.files if not (folder / name).is_file()]:
         raise UserError(
-            f"{source.out}: the target {target.name} did not write {', '.join(missing)}, which its `files` names"
+            f"{source.out}: the export target {target.name} did not write {', '.join(missing)}, which its `files` names"
         )
     differences = target.differences(source, folder)
-    # Written so that a difference that is no number is too large as well.
+    # The comparison is negated so that NaN counts as too large.
     if wrong := {name: value for name, value in differences.items() if not value <= target.tolerance}:
         found = ", ".join(f"{name} by {value:.3g}" for name, value in wrong.items())
         raise UserError(
-            f"{source.out}: what was written as {target.name} differs from the run: {found}, where {target.tolerance:.3g} is "
+            f"{source.out}: the export to {target.name} differs from the run: {found}, where {target.tolerance:.3g} is "
             f"allowed; nothing was kept"
         )
     return differences
 
 
 def upload(folder: Path, repository: str) -> str:
-    """Uploads a folder to a repository of the Hugging Face hub, which is made, private, where there is none.
+    """Uploads a folder to a repository on the Hugging Face hub. If the repository is new, it is made private.
 
     Returns:
-        Its address.
+        The address of the repository.
 
     Raises:
         UserError: The extra `hub` is not installed, nobody is logged in, or the hub refused.
@@ -115,7 +116,7 @@ def upload(folder: Path, repository: str) -> str:
     except Exception as error:  # the client passes on the errors of several libraries
         reason = str(error).strip().partition("\n")[0]
         raise UserError(
-            f"{repository}: not uploaded ({reason}); log in with `hf auth login`, and check the name. The export is whole, in "
-            f"{folder}"
+            f"{repository}: not uploaded ({reason}); log in with `hf auth login`, and check the name. The export is complete, "
+            f"in {folder}"
         ) from error
     return url

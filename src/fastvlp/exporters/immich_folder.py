@@ -20,7 +20,7 @@ class ImmichExport(ExportTarget):
     """Graphs by the names, and files by the places, that Immich reads."""
 
     name = "immich"
-    summary = "the graphs and settings that Immich's search reads"
+    summary = "graphs and settings for Immich's search"
     files = (
         "config.json",
         "textual/model.onnx",

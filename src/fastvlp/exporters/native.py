@@ -27,7 +27,7 @@ class NativeExport(ExportTarget):
     """A folder for `Embedder` and for whatever reads a run, such as `vlp evaluate`."""
 
     name = "fastvlp"
-    summary = "for Embedder and the service"
+    summary = "for Embedder, vlp index and vlp serve"
     files = ("model.json", "model.safetensors", "tokenizer.json", "config.json", "card.json", "README.md")
 
     def misfit(self, source: ExportSource) -> str | None:

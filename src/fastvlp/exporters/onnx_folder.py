@@ -42,7 +42,7 @@ class OnnxExport(ExportTarget):
     """Graphs with a dynamic batch and length."""
 
     name = "onnx"
-    summary = "an image and a text graph for onnxruntime; every model with a joint space"
+    summary = "graphs for onnxruntime; for every model with a joint space"
     files = (
         "image.onnx",
         "text.onnx",

@@ -47,7 +47,7 @@ class OpenCLIPExport(ExportTarget):
     """A model of CLIP's shape, with open_clip's names of weights."""
 
     name = "open_clip"
-    summary = "for open_clip, by local-dir: or hf-hub:"
+    summary = "for open_clip, which loads it by local-dir: or hf-hub:"
     files = (
         "open_clip_config.json",
         "open_clip_model.safetensors",

@@ -29,7 +29,7 @@ class SentenceTransformersExport(ExportTarget):
     """CLIP, SigLIP and Chinese CLIP as one module; other encoders of transformers each with a pooling and its projection."""
 
     name = "sentence-transformers"
-    summary = "for SentenceTransformer, and so for mteb"
+    summary = "for SentenceTransformer and mteb"
     files = ("modules.json", "config_sentence_transformers.json", "README.md")
     tolerance = 1e-5
 

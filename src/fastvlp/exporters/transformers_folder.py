@@ -45,7 +45,7 @@ class TransformersExport(ExportTarget):
     """A model whose encoders and joint space are those of a model of transformers."""
 
     name = "transformers"
-    summary = "CLIPModel, SiglipModel or ChineseCLIPModel of transformers"
+    summary = "for CLIPModel, SiglipModel or ChineseCLIPModel of transformers"
     files = (
         "config.json",
         "model.safetensors",

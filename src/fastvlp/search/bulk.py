@@ -7,11 +7,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+from tyro.conf import arg
 
 from fastvlp import dist
 from fastvlp.batch import Dropped
@@ -58,9 +59,9 @@ class _Readable(NamedTuple):
 
 
 def embed_shards(
-    export: str | Path,
-    data: str | Path,
-    out: str | Path,
+    export: Annotated[str | Path, arg(metavar="EXPORT")],
+    data: Annotated[str | Path, arg(metavar="DATA")],
+    out: Annotated[str | Path, arg(metavar="OUT")],
     /,
     *,
     captions: Sequence[str] | None = None,
@@ -70,28 +71,29 @@ def embed_shards(
     precision: PrecisionChoice = "auto",
     threads: int | None = None,
 ) -> Counts | None:
-    """Turn shards into unit vectors of their images and captions.
+    """Compute unit vectors of the images and captions in shards, and write them to files.
 
-    Under `torchrun` the ranks share the work. Started again, it continues where it was stopped.
+    Under `torchrun` the ranks share the work. If the command was interrupted, it continues when it is started again.
 
     Args:
         export: Folder that `vlp export` wrote.
         data: Folder of shards.
-        out: Folder to write: parts as safetensors, each with its ids and captions, and dropped.jsonl.
+        out: Folder to write. It gets the vectors as safetensors, with ids and captions beside them, and dropped.jsonl, which
+            lists the records that could not be read.
         captions: Fields of the records with the captions, such as captions captions_zh; by default the field that the model
             was trained on.
-        batch_size: Pictures of one pass through the model.
-        per_part: Records of a file.
+        batch_size: Number of pictures in one pass through the model.
+        per_part: Number of records in a file.
         device: auto, cpu, cuda or cuda:N.
-        precision: In which the model computes: fp32, bf16, or auto: bf16 if it was trained so and the device is fast at it.
-            Vectors are stored in fp32.
-        threads: Processor threads of PyTorch; by default all cores.
+        precision: Precision of the computation: fp32, bf16, or auto, which is bf16 if the model was trained in bf16 and the
+            device computes bf16 fast. Vectors are stored in fp32.
+        threads: CPU threads that PyTorch uses; by default one for each core.
 
     Returns:
-        What the folder holds; None on all ranks but the main one.
+        The numbers of vectors in the folder; None on all ranks except the main rank.
 
     Raises:
-        UserError: The folder holds vectors of another model or of other data.
+        UserError: The folder has vectors of another model or of other data.
     """
     if batch_size < 1 or per_part < 1:
         raise UserError(f"`batch_size` {batch_size} and `per_part` {per_part} must be at least 1")

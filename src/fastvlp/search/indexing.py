@@ -104,7 +104,7 @@ class _Source(NamedTuple):
 
 def build_index(
     index: IndexAddress,
-    embedded: str | Path | None = None,
+    embedded: Annotated[str | Path | None, arg(metavar="[EMBEDDED]")] = None,
     /,
     *,
     export: str | Path | None = None,
@@ -118,34 +118,35 @@ def build_index(
     precision: PrecisionChoice = "auto",
     threads: int | None = None,
 ) -> Built:
-    """Add the images of shards to an index, which is made where there is none.
+    """Add the images of shards to an index. If there is no index yet, it is made.
 
-    Ids that it has already get the new vector: stopped, it can be started again.
+    Give either a folder that `vlp embed` wrote, or a model (export) and the shards (data). Items that the index already has are
+    replaced, so an interrupted command can be started again.
 
     Args:
         index: Address of the index.
         embedded: Folder that `vlp embed` wrote.
-        export: A model, in place of `embedded`, to embed `data` with.
-        data: Folder of shards; with an embedded folder, where they are now.
+        export: Model that embeds `data`, if there is no embedded folder.
+        data: Folder of shards. With an embedded folder it is only needed if the shards were moved.
         captions: Fields of the records with the captions, such as captions captions_zh; by default the field that the model
             was trained on.
-        batch_size: Pictures of one pass through the model.
-        images: Whether pictures of at most 320 pixels are stored for the page to show.
-        pictures: Folder for them; by default `pictures` in the index's own folder. An index on a server has none: give one.
-        prefix: Put before the records' keys to make ids, so that several data sets fit into one index.
+        batch_size: Number of pictures in one pass through the model.
+        images: keep stores pictures of at most 320 pixels for the search page; none stores no pictures.
+        pictures: Folder for these pictures; by default `pictures` in the index's folder. An index on a server needs one.
+        prefix: Text that is put before the records' keys to make ids, so that several data sets fit into one index.
         device: auto, cpu, cuda or cuda:N.
-        precision: In which the model computes: fp32, bf16, or auto: bf16 if it was trained so and the device is fast at it.
-            Vectors are stored in fp32.
-        threads: Processor threads of PyTorch; by default all cores.
+        precision: Precision of the computation: fp32, bf16, or auto, which is bf16 if the model was trained in bf16 and the
+            device computes bf16 fast. Vectors are stored in fp32.
+        threads: CPU threads that PyTorch uses; by default one for each core.
 
     Raises:
-        UserError: The data is not there, the index is of another model, or it cannot be written.
+        UserError: The data are missing, the index belongs to another model, or it cannot be written.
     """
     store = pictures_of(index, pictures)
     if images == "keep" and store is None:
-        raise UserError(f"{index}: has no folder for pictures; give one with `pictures`, or none with `images`")
+        raise UserError(f"{index}: has no folder for pictures; give one with `pictures`, or set `images` to none")
     if (embedded is None) == (export is None) or (export is not None and data is None):
-        raise UserError("give a folder that `vlp embed` wrote, or `export` and `data`: one of the two")
+        raise UserError("give either a folder that `vlp embed` wrote, or both `export` and `data`")
     if embedded is not None:
         source = _embedded_source(Path(embedded), data, read_shards=images == "keep")
     else:
@@ -263,24 +264,25 @@ def search_index(
     precision: PrecisionChoice = "auto",
     threads: int | None = None,
 ) -> Hits:
-    """Find the images of an index by a text, by an image, or by both at once.
+    """Search an index for images by a text, by an image, or by both at once.
 
     Args:
         index: Address of the index.
         export: Folder of the model that the index was built with.
-        text: What the images should show.
-        image: File of an image that they should be like.
-        where: Fields that the images must have, such as label=cat.
-        k: How many images to find.
+        text: Text that describes the images.
+        image: File of an image that is similar to the images.
+        where: Values of fields that the images must have, such as label=cat.
+        k: Number of images to return.
         device: auto, cpu, cuda or cuda:N.
-        precision: In which the model computes: fp32, bf16, or auto: bf16 if it was trained so and the device is fast at it.
-        threads: Processor threads of PyTorch; by default all cores.
+        precision: Precision of the computation: fp32, bf16, or auto, which is bf16 if the model was trained in bf16 and the
+            device computes bf16 fast.
+        threads: CPU threads that PyTorch uses; by default one for each core.
 
     Returns:
-        The most similar images, best first; with `notes` of what of the query could not be used.
+        The most similar images, best first. Its `notes` list the unknown words and fields of the query.
 
     Raises:
-        UserError: Neither a text nor an image is given, the image cannot be read, or the index is of another model.
+        UserError: Neither a text nor an image is given, the image cannot be read, or the index belongs to another model.
     """
     if text is None and image is None:
         raise UserError("nothing to search for: give `text`, `image`, or both")

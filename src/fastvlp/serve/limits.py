@@ -10,54 +10,54 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """Limits of the service. A request over a limit gets 4xx; where the service is full or slow, it gets 503, with the time
-    after which to try again."""
+    """Limits of the service. A request that exceeds a limit gets a 4xx status. If the service is full or slow, a request gets
+    503, with the time after which to try again."""
 
     body_mb: float = 24.0
-    """Megabytes that a request may have."""
+    """Largest size of a request in megabytes."""
     held_mb: float = 512.0
-    """Megabytes that all requests together may have that are being read or answered, with the pictures that are being
-    decoded for them. A picture that needs more than all of it is decoded alone."""
+    """Largest total size in megabytes of the requests that are being read or answered, and of their decoded pictures. A picture
+    that is larger than this is decoded alone."""
     requests: int = 256
-    """Requests that may be read or answered at the same time."""
+    """Largest number of requests that are read or answered at the same time."""
     connections: int = 512
-    """Connections that may be open; one more ends the one that has been idle for longest."""
+    """Largest number of open connections; a further connection ends the one that has been idle for longest."""
     idle_s: float = 10.0
-    """Seconds that a connection may take to send the head of a request, and that it may be idle."""
+    """Seconds after which an idle connection is ended, and a connection that has not sent the headers of a request."""
     waiting: int = 512
-    """Texts and pictures that may wait for the model."""
+    """Largest number of texts and pictures that wait for the model."""
     inputs: int = 64
-    """Texts, pictures or pairs that one request may have."""
+    """Largest number of texts, pictures or pairs in a request."""
     characters: int = 2000
-    """Characters that a text may have."""
+    """Largest number of characters in a text."""
     pixels: int = 40_000_000
-    """Pixels that a picture may have; they are read from its header before anything is decoded."""
+    """Largest number of pixels of a picture. It is read from the picture's header, before anything is decoded."""
     results: int = 1000
-    """How deep a search can be paged: the most that offset and limit may be together."""
+    """Largest number of results of a search, over all pages: the sum of offset and limit."""
     seconds: float = 30.0
-    """Seconds that a request may take to arrive, and again to be answered."""
+    """Seconds that a request may take to arrive, and seconds that it may take to be answered."""
     window_ms: float = 3.0
-    """Milliseconds that a request waits for others to share a batch with, if the batch before it was shared."""
+    """Milliseconds that a request waits for others to share a batch with, if the previous batch was shared."""
     batch: int = 32
-    """Pictures of a batch, or texts of 64 tokens; of shorter texts a batch has more."""
+    """Largest number of pictures, or of texts of 64 tokens, in a batch. A batch of shorter texts has more."""
 
 
 class Memory:
-    """Bytes that are held for requests: bodies, and decoded pictures. Threads may use it."""
+    """Counts the bytes that requests use: their bodies and decoded pictures. Threads may share it."""
 
     def __init__(self, limit: float):
         self.limit, self.held, self._decoding = limit, 0, 0
         self._changed = threading.Condition()
 
     def add(self, count: int) -> None:
-        """Counts bytes of a body; fewer with a negative number."""
+        """Adds the bytes of a body; a negative number subtracts them."""
         with self._changed:
             self.held += count
             self._changed.notify_all()
 
     @contextmanager
     def decoding(self, count: int) -> Iterator[None]:
-        """Waits until there is room for the bytes of a picture, or no other is decoded."""
+        """Waits until there is room for the bytes of a picture, or until no other picture is being decoded."""
         with self._changed:
             self._changed.wait_for(lambda: not self._decoding or self.held + count <= self.limit)
             self.held += count

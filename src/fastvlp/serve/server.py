@@ -6,6 +6,9 @@ import os
 import socket
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated
+
+from tyro.conf import arg
 
 from fastvlp.dist import PrecisionChoice
 from fastvlp.errors import UserError, install
@@ -19,7 +22,7 @@ KEY_VARIABLE = "FASTVLP_API_KEY"
 
 
 def serve(
-    export: str | Path,
+    export: Annotated[str | Path, arg(metavar="EXPORT")],
     /,
     *,
     index: IndexAddress | None = None,
@@ -35,35 +38,36 @@ def serve(
     precision: PrecisionChoice = "auto",
     threads: int | None = None,
 ) -> None:
-    """Serve a model over HTTP, until it is stopped.
+    """Serve a model over HTTP until Ctrl-C.
 
-    It gives embeddings and scores, searches in an index with a page for people, captions pictures and answers questions about
-    them. OpenAPI is at /openapi.json, Prometheus at /metrics.
+    The service returns embeddings and scores, searches an index, writes captions and answers questions about pictures, as far
+    as the model can. It has a search page at /, documentation of the API at /docs, and metrics for Prometheus at /metrics.
 
     Args:
         export: Folder that `vlp export` wrote; or the folder of a public model with two towers, or its name on the Hugging Face
             hub, such as openai/clip-vit-base-patch32.
-        index: Address of the index, as for `vlp index build`; without one there is no search.
-        create: Make an empty index where there is none.
-        pictures: Folder of the items' pictures; by default the index's own place for them.
-        host: Name or address to listen at; 0.0.0.0 lets other machines ask. Without a key, requests come under this name,
-            localhost, or an address.
-        port: Port to listen at; 0 takes a free one.
-        api_key: Requests need one of these keys as a bearer token. Other users of this machine can read a command line: the
-            variable FASTVLP_API_KEY does as well.
-        allow_origin: Other sites whose pages may ask, such as https://example.org; * for all.
-        report: HTML of the run's report, shown at /report; by default report.html in the export, where there is one.
-        limits: What a request may ask for.
+        index: Address of the index, as for `vlp index build`. Without it the service cannot search.
+        create: Make an empty index if there is none.
+        pictures: Folder of the items' pictures; by default the folder that `vlp index build` writes.
+        host: Name or address at which the service listens; 0.0.0.0 accepts requests from other machines. Without a key, a
+            request must name this host, localhost, or an address.
+        port: Port at which the service listens; 0 takes a free port.
+        api_key: Keys. A request needs one of them as a bearer token. Other users of this machine can see a command line, so
+            better set the environment variable FASTVLP_API_KEY.
+        allow_origin: Other sites whose pages may send requests, such as https://example.org; * for all sites.
+        report: HTML file of the run's report, shown at /report; by default report.html in the export, if there is one.
+        limits: Limits of requests and of the service.
         device: auto, cpu, cuda or cuda:N.
-        precision: In which the model computes: fp32, bf16, or auto: bf16 if it was trained so and the device is fast at it.
-        threads: Processor threads of PyTorch; by default all cores.
+        precision: Precision of the computation: fp32, bf16, or auto, which is bf16 if the model was trained in bf16 and the
+            device computes bf16 fast.
+        threads: CPU threads that PyTorch uses; by default one for each core.
 
     Raises:
         UserError: The export, the index or the address cannot be used, or a package that the service needs is missing.
     """
     require_extra()
     keys = [*api_key, *([key] if (key := os.environ.get(KEY_VARIABLE)) else [])]
-    # Before the model, which takes a while to load: a port that is in use is known at once.
+    # The port is opened before the model is loaded, which takes a while, so that a port in use is reported at once.
     with listen(host, port) as listening:
         embedder = Embedder.load(export, device, precision, threads)
         engine = None if index is None else open_index(index, embedder.stamp, create)
@@ -75,7 +79,7 @@ def serve(
 
 
 def require_extra() -> None:
-    """Raises UserError where a package that the service needs is missing."""
+    """Raises UserError if a package that the service needs is missing."""
     try:
         import uvicorn  # noqa: F401
 

@@ -122,9 +122,8 @@ def measure_speed(
 ) -> Speeds:
     """Measure how fast recipes train on this device: step time, FLOPs, memory and loading, also compared with other libraries.
 
-    The recipes take turns, step by step, so that the ratios of their times are fair on a busy machine. Batches are made before
-    the timed steps. Steps use full inputs, without `reduced`. Times are CPU time on a CPU, and wall time on a GPU. No weights
-    are saved.
+    The recipes take turns, step by step, so that the ratios of their times are fair on a busy machine. Batches are made first.
+    Steps use full inputs, without `reduced`. Times are CPU time on a CPU, and wall time on a GPU. No weights are saved.
 
     Args:
         recipes: Names of recipes, paths of your own files, or in Python also configs.
@@ -134,8 +133,7 @@ def measure_speed(
         made_data: Measure on generated scenes of the embedded corpus and with random weights; needs no data.
         repetitions: Number of timed steps of each recipe.
         batches: Number of different batches that the steps use.
-        beside: Other libraries to compare with, transformers or open_clip. They run steps of the same sizes as the first
-            recipe.
+        beside: Other libraries to compare with, transformers or open_clip. Their steps have the sizes of the first recipe.
         largest_batch: Also find the largest micro-batch that fits into memory.
         memory_gb: Memory limit for largest_batch, in 10^9 bytes. Needed on a CPU; by default all memory of a GPU.
         trace: File for a trace of one step of each recipe, for chrome://tracing or Perfetto.

@@ -129,14 +129,14 @@ class Decoding:
 class CaptionTask(Task):
     """Write a caption of an image.
 
-    The text is always read causally.
+    The text is always read left to right, whatever `reading` says.
     """
 
     name = "caption"
     data = CaptionData
     config = CaptionConfig
     field = "captions"
-    # Pretraining has trained the vocabulary head already: it learns no faster than the towers.
+    # Pretraining has already trained the vocabulary head, so it learns at the rate of the encoders.
     optim = replace(USUAL_OPTIM, head_multiplier=1)
     scoring = Decoding
     decoder = CAPTION_DECODER

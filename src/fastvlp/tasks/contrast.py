@@ -80,36 +80,36 @@ def finetune_contrast(
     resume: bool = False,
     **options: Any,
 ) -> Tuned | None:
-    """Tune the image and the text encoder of a model such as CLIP on your own pairs, and say what it gained and lost.
+    """Fine-tune the image and the text encoder of a model such as CLIP on your own pairs, and score it before and after.
+
+    Options that are not given are chosen by the number of pairs; the first lines of the run say which values were chosen.
 
     Args:
         source: Folder of a run, an export, a converted or a public model, or a public model's name on the Hugging Face hub.
-        data: Folder whose folders are the splits: train, val, and test if there is one.
-        original: Folder of held-out pairs that are unlike the new ones (its split test or val, or the folder itself), on which
-            the loss of the original ability is measured.
+        data: Folder with a sub-folder for each split: train, val, and test if there is one.
+        original: Folder of held-out pairs of another kind (its split test or val, or the folder itself). Retrieval on them is
+            scored before and after, to measure how much the model loses on them.
         captions: Field of the records with the captions: captions, captions_zh, or captions+captions_zh for both languages.
-        freeze: Parts of the model that stay as they are, such as image, to tune the text encoder alone (LiT).
-        name: Name of the new run; by default that of the source and contrast.
+        freeze: Parts of the model that are not trained, such as image to train only the text encoder (LiT).
+        name: Name of the new run; by default the name of the source, and contrast.
         out: Folder of the new run; by default runs/NAME.
-        seed: Seed of all that is drawn.
-        workers: Processes that load data; 0 loads it in a thread.
-        device: Such as cpu or cuda:1; auto is a GPU where there is one.
-        precision: Number type of matrix products: fp32, bf16, or auto: bf16 where the device is fast at it.
-        threads: Threads of the CPU; by default torch's choice.
+        seed: Seed of all random numbers.
+        workers: Number of processes that load data; 0 loads data in a thread.
+        device: Device such as cpu or cuda:1; auto takes a GPU if there is one.
+        precision: Number type of matrix products: fp32, bf16, or auto, which is bf16 on devices that compute it fast.
+        threads: CPU threads that PyTorch uses; by default PyTorch chooses.
         resume: Continue from the last checkpoint.
         **options: Fields of `ContrastSettings`.
 
-    Returns: The folder and the scores; None on all ranks but the main one.
+    Returns: The folder and the scores; None on all ranks except the main rank.
 
     Raises:
-        UserError: The source is no model with a joint space of images and texts, or the data cannot be used.
+        UserError: The source is not a model with a joint space of images and texts, or the data cannot be used.
     """
     settings = with_options(ContrastSettings, options, "contrast")
     run_name = name or f"{Path(source).name}-contrast"
     machine: dict[str, Any] = {"device": device, "precision": precision, "threads": threads, "seed": seed}
-    folder = Path(out or f"runs/{run_name}")
-    if (folder / CHECKPOINT).exists() and not resume:
-        raise UserError(f"{folder}: holds a run already; continue it with `resume`, or choose another `out`")
+    folder = new_folder(Path(out or f"runs/{run_name}"), resume)
     with dist.process_group():
         pairs = splits_in(str(data), settings)
         start = saved_start(str(source), folder, resume)
@@ -125,9 +125,16 @@ def finetune_contrast(
         return train_and_compare(run, held, settings.alpha, resume)
 
 
+def new_folder(folder: Path, resume: bool) -> Path:
+    """Returns the folder of the run. Raises UserError if it already has a run that is not to be continued."""
+    if (folder / CHECKPOINT).exists() and not resume:
+        raise UserError(f"{folder}: already has a run; continue it with `resume`, or choose another `out`")
+    return folder
+
+
 def train_and_compare(run: TrainConfig, held: Mapping[str, Held], alpha: float, resume: bool) -> Tuned | None:
-    """Trains, moves the weights to `alpha` of the way, and measures retrieval before and after. None on all ranks but the main
-    one."""
+    """Trains, averages old and tuned weights with `alpha`, and measures retrieval before and after. Returns None on all ranks
+    except the main rank."""
     encoding = MaskedEncoding(device=run.device, precision=run.precision, threads=run.threads)
     assert run.init is not None
     before = scores_on(held, run.init, encoding)

@@ -1,6 +1,6 @@
-"""How two encoders are tuned on new pairs: what the user may choose, and what the number of pairs decides otherwise.
+"""Settings for fine-tuning two encoders on new pairs: the options of the user, and defaults that depend on the number of pairs.
 
-docs/why.md has the published runs from which the defaults come, and docs/log.md what was measured here.
+docs/why.md names the published runs that the defaults come from, and docs/log.md has our measurements.
 """
 
 from __future__ import annotations
@@ -12,25 +12,25 @@ from typing import NamedTuple
 from fastvlp.config import Count, NotNegative, Positive, PositiveShare, Share, ShareBelowOne, check_numbers
 from fastvlp.errors import UserError
 
-# The width for which `Usual.lr` is meant, that of ViT-B. Under Adam a weight matrix keeps its pace if the rate falls as its
-# width grows (Yang et al., arXiv 2203.03466, table 8).
+# The width for which `Usual.lr` is meant, that of ViT-B. With Adam, the learning rate of a matrix has to fall in proportion to
+# its width (Yang et al., arXiv 2203.03466, table 8).
 WIDTH = 768
-# No run needs a longer warm-up (WiSE-FT, arXiv 2109.01903; FLYP, 2212.00638).
+# The longest warm-up, in steps, of published runs (WiSE-FT, arXiv 2109.01903; FLYP, 2212.00638).
 LONGEST_WARMUP = 500
-# Validations in a whole run.
+# Number of validations in a whole run.
 VALIDATIONS = 20
 
 
 class Usual(NamedTuple):
-    """What is usual for a number of pairs.
+    """The default settings for a number of pairs.
 
     Attributes:
-        rows: pairs that a step contrasts.
-        epochs: how often each pair is read.
+        rows: number of pairs that a step contrasts.
+        epochs: number of times that each pair is read.
         lr: learning rate at width 768.
-        layer_decay: share of the next layer's rate at which each layer learns.
-        locked: share of each encoder's layers, from the first on, that stay as they are.
-        reason: why, for people.
+        layer_decay: factor of the learning rate between a layer and the next one.
+        locked: share of each encoder's layers, from the first on, that are not trained.
+        reason: the reason for these values, as a text for the user.
     """
 
     rows: int
@@ -43,40 +43,41 @@ class Usual(NamedTuple):
 
 # The least number of pairs for which each line is meant.
 USUAL = {
-    0: Usual(128, 20, 5e-5, 0.7, 0.5, "few pairs: late layers alone, and a high rate for a run of few steps"),
-    10_000: Usual(256, 10, 3e-5, 0.75, 0.0, "enough pairs for all layers, the first ones slowly"),
-    100_000: Usual(512, 5, 3e-5, 0.85, 0.0, "many pairs need few epochs"),
-    1_000_000: Usual(1024, 3, 3e-5, 0.9, 0.0, "so many pairs are a short pretraining"),
+    0: Usual(128, 20, 5e-5, 0.7, 0.5, "there are few pairs, so only late layers learn, at a high rate for few steps"),
+    10_000: Usual(256, 10, 3e-5, 0.75, 0.0, "there are enough pairs for all layers; early layers learn slowly"),
+    100_000: Usual(512, 5, 3e-5, 0.85, 0.0, "with many pairs few epochs are enough"),
+    1_000_000: Usual(1024, 3, 3e-5, 0.9, 0.0, "with so many pairs the run is like a short pretraining"),
 }
 
 
 @dataclass(frozen=True, kw_only=True)
 class ContrastSettings:
-    """How long and how fast the encoders learn. What is not given, the number of pairs decides."""
+    """Length of the run and learning rates of the encoders. Values that are not given are chosen by the number of pairs."""
 
     epochs: Positive | None = None
-    """How often each pair is read, unless validation ends the run before."""
+    """Number of times that each pair is read, unless validation ends the run earlier."""
     steps: Count | None = None
-    """Steps after which the run ends, in place of `epochs`, unless validation ends it before."""
+    """Steps after which the run ends, instead of `epochs`, unless validation ends it earlier."""
     batch_size: Count | None = None
-    """Pairs of a micro-batch on each rank. A step contrasts all pairs of its micro-batches and ranks with each other."""
+    """Number of pairs in a micro-batch on each rank. A step contrasts all pairs of its micro-batches and ranks."""
     accumulate: Count = 1
-    """Micro-batches of a step: as many pairs are contrasted in less memory, each encoded twice."""
+    """Number of micro-batches in a step. More micro-batches need less memory for the same number of pairs, but each is encoded
+    twice."""
     lr: Positive | None = None
-    """Learning rate of the last layers, at its highest."""
+    """Highest learning rate of the last layers."""
     warmup: ShareBelowOne | None = None
-    """Share of the run in which the rate rises."""
+    """Share of the run in which the learning rate rises."""
     layer_decay: PositiveShare | None = None
-    """Share of the next layer's rate at which each layer learns; 1: all alike."""
+    """Factor of the learning rate between a layer and the next one; 1: the same rate in all layers."""
     locked: Share | None = None
-    """Share of each encoder's layers, from the first on, that stay as they are, 0 to 1."""
+    """Share of each encoder's layers, from the first on, that are not trained, 0 to 1."""
     weight_decay: NotNegative = 0.1
-    """Share of a weight, times the learning rate, that each step takes off."""
+    """Weight decay: each step subtracts this share of a weight, times the learning rate."""
     patience: Count | None = 5
-    """End the run after so many validations in a row without a new lowest loss; None: never."""
+    """End the run after this many validations in a row without a new lowest loss; None: never."""
     alpha: Share = 1.0
-    """How far the weights move from the old to the tuned ones: 0.5 is the mean of both, which keeps more of what the model
-    could do before (WiSE-FT, arXiv 2109.01903); 1: all the way."""
+    """Share of the tuned weights in the average with the old weights. 0.5 is the mean of both, which keeps more of the model's
+    earlier abilities (WiSE-FT, arXiv 2109.01903); 1 uses only the tuned weights."""
 
     def __post_init__(self) -> None:
         check_numbers(self)
@@ -85,11 +86,11 @@ class ContrastSettings:
 
 
 class Plan(NamedTuple):
-    """How a known number of pairs is learned.
+    """The settings of a run with a known number of pairs.
 
     Attributes:
-        rows: pairs that a step contrasts, of all micro-batches and ranks; `batch_size` of them in each.
-        reason: why the values that were not given are so, for people.
+        rows: number of pairs that a step contrasts, over all micro-batches and ranks, which have `batch_size` pairs each.
+        reason: the reason for the default values, as a text for the user.
     """
 
     rows: int
@@ -104,26 +105,26 @@ class Plan(NamedTuple):
 
 
 def usual(pairs: int) -> Usual:
-    """What is usual for a number of pairs."""
+    """Returns the default settings for a number of pairs."""
     least = sorted(USUAL)
     return USUAL[least[bisect_right(least, pairs) - 1]]
 
 
 def plan(settings: ContrastSettings, pairs: int, width: int, ranks: int = 1) -> Plan:
-    """The settings that are given, and what the number of pairs decides of the others.
+    """Returns the given settings, completed by the defaults for the number of pairs.
 
     Args:
-        pairs: of the training split.
-        width: of the widest encoder that learns.
-        ranks: processes that train together.
+        pairs: number of pairs in the training split.
+        width: width of the widest encoder that is trained.
+        ranks: number of processes that train together.
 
-    Raises UserError where there are too few pairs to contrast any.
+    Raises UserError if there are fewer than two pairs.
     """
     if pairs < 2:
-        raise UserError(f"{pairs} pairs to tune on: a pair is contrasted with others; import more")
+        raise UserError(f"{pairs} pairs to tune on: each pair is contrasted with others; import more pairs")
     own = usual(pairs)
     micro_batches = settings.accumulate * ranks
-    # At most a quarter of all pairs: larger steps are few, and contrast the same pairs each time.
+    # At most a quarter of all pairs: with larger steps there would be few, which contrast the same pairs again and again.
     wanted = min(own.rows, 1 << max(1, (pairs // 4).bit_length() - 1))
     batch = settings.batch_size or max(1, wanted // micro_batches)
     rows = batch * micro_batches

@@ -1,5 +1,5 @@
-"""The decoder that two encoders without fusion layers get for tasks in which a text reads an image (FLIP, arXiv 2212.00794, A.6
-and A.7)."""
+"""The decoder that is added to two encoders without fusion layers, for tasks in which a text attends to an image (FLIP, arXiv
+2212.00794, A.6 and A.7)."""
 
 from __future__ import annotations
 
@@ -15,55 +15,57 @@ from fastvlp.model.model import ModelConfig
 from fastvlp.tasks.pretrained import Pretrained
 from fastvlp.training.optim import OptimConfig
 
-# How much faster than the encoders the new layers learn: 1e-4 and 1e-5 in FLIP's appendix.
+# Ratio of the learning rates of the new layers and the encoders: 1e-4 and 1e-5 in FLIP's appendix.
 FASTER = 10
 
 
 @dataclass(frozen=True, kw_only=True)
 class DecoderConfig:
-    """For two encoders without fusion layers: the layers in which a text reads the states of the image. FLIP has 3 over 3 image
-    layers, 384 wide and with new words, for captions, and 4 over a text encoder for questions."""
+    """Layers in which a text attends to the states of an image, for models of two encoders without fusion layers. For captions
+    FLIP uses 3 such layers, 384 wide, with a new table of words and 3 image layers; for questions, 4 above a text encoder."""
 
     text: Literal["encoder", "new"] = "encoder"
-    """What comes below them: the model's text encoder, or a table of new words alone."""
+    """Input of the layers: the states of the model's text encoder, or a new table of word embeddings."""
     layers: int = 4
-    """Layers with self-attention over the text and cross-attention to the image."""
+    """Number of layers with self-attention over the text and cross-attention to the image."""
     image_layers: int = 0
-    """Layers of self-attention over the image's states, before the text reads them."""
+    """Number of self-attention layers over the image's states, before the text attends to them."""
     width: int = 384
-    """Numbers in a state where words are new; over a text encoder it is the encoder's."""
+    """Width of the layers with a new table of words; above a text encoder it is the width of the encoder."""
     dropout: float = 0.0
     """Share of each sublayer's outputs that is set to zero in training."""
 
     def __post_init__(self) -> None:
         if self.layers < 1 or self.image_layers < 0 or self.width < 1:
             raise UserError(
-                f"`decoder`: at least 1 of `decoder.layers` ({self.layers}), 0 of `decoder.image_layers` "
-                f"({self.image_layers}) and 1 of `decoder.width` ({self.width})"
+                f"`decoder.layers` {self.layers} and `decoder.width` {self.width} must be at least 1, and "
+                f"`decoder.image_layers` {self.image_layers} at least 0"
             )
 
 
-# Questions and other texts about an image; and captions, as in FLIP's appendix.
+# The decoder for questions and other texts about an image, and the decoder for captions, as in FLIP's appendix.
 USUAL_DECODER = DecoderConfig()
 CAPTION_DECODER = DecoderConfig(text="new", layers=3, image_layers=3)
 
 
 def needs_decoder(config: ModelConfig) -> bool:
-    """Whether the model is two encoders alone, in which no text reads an image."""
+    """Whether the model consists of two separate encoders, so that no text attends to an image."""
     return config.fusion is None and config.single is None
 
 
 def with_decoder(pretrained: Pretrained, decoder: DecoderConfig, positions: int) -> Pretrained:
-    """The pretrained encoders with a decoder of new weights, and without their joint space. A text encoder reads as it did for
-    the joint space. `positions`: tokens that a text of new words may have. Raises UserError where the model has no text encoder
-    to put it on."""
+    """Returns the pretrained encoders with a decoder of new weights, and without their joint space. The text encoder reads a
+    text as it did for the joint space. `positions`: number of text positions, if the decoder has a new table of words. Raises
+    UserError if the decoder needs a text encoder and the model has none."""
     config = pretrained.config
     if decoder.text == "new":
         layer = _layer(decoder.width, decoder.dropout)
         text = TextTransformerConfig(depth=0, layer=layer, positions=positions)
         return pretrained._replace(config=_fused(replace(config, text=text), decoder, layer), reading="full")
     if not config.text.present:
-        raise UserError(f"{pretrained.folder}: it has no text encoder to put a decoder on; set `decoder.text` to new")
+        raise UserError(
+            f"{pretrained.folder}: it has no text encoder, which the decoder needs; set `decoder.text` to new"
+        )
     causal = config.embed is not None and config.embed.text_mask == "causal"
     fused = _fused(config, decoder, _layer(config.text.width, decoder.dropout))
     return pretrained._replace(config=fused, reading="causal" if causal else "full")

@@ -102,7 +102,7 @@ def measure(model: VLModel, objective: Entailment, items: ItemMaker, batch_size:
 
 @dataclass(frozen=True, kw_only=True)
 class EntailmentTask(EntailmentOptions, Task):
-    """Does the image entail a statement, contradict it, or neither?"""
+    """Decide whether an image entails a statement, contradicts it, or neither."""
 
     name = "entailment"
     data = EntailmentData

@@ -29,15 +29,15 @@ from fastvlp.training.train_config import TrainConfig, TrainOptions
 
 @dataclass(frozen=True, kw_only=True)
 class TuneOptions(TrainOptions):
-    """How a fine-tuning trains, whatever the task."""
+    """Training options of a fine-tuning, which are the same for all tasks."""
 
     image_size: int | None = None
-    """Side of the square images in pixels; by default as in pretraining. Positions are resized."""
+    """Side of the square images in pixels; by default as in pretraining. Position embeddings are resized."""
     optim: OptimConfig = USUAL_OPTIM
-    """The optimiser, and the learning rates of encoders, fusion layers (cross) and heads; by default the task's own, at which
-    encoders under a new decoder learn a tenth as fast."""
+    """The optimiser, and the learning rates of encoders, fusion layers (cross) and heads. By default those of the task; with a
+    new decoder, the encoders learn at a tenth of its rate."""
     decoder: DecoderConfig = USUAL_DECODER
-    """The decoder that two encoders without fusion layers get, such as a run of clip or flip."""
+    """The decoder that is added to two encoders without fusion layers, such as a run of clip or flip."""
 
 
 def finetune(
@@ -66,24 +66,24 @@ def finetune(
     Args:
         task: Name of the task, or the task with its options.
         source: Folder of the pretrained run.
-        data: Folder whose folders are the splits: train, val or dev, test or test1.
-        steps: Training steps.
-        batch_size: Texts of a micro-batch, on each rank; pairs of images count once.
-        max_tokens: Words and regions of a micro-batch, on each rank, in place of batch_size in training (UNITER).
-        lr: Learning rate of the encoders, in place of `optim.lr`; other parts train at a multiple.
-        reading: How the model reads the text; by default as in its pretraining.
+        data: Folder with a sub-folder for each split: train, val or dev, test or test1.
+        steps: Number of training steps.
+        batch_size: Number of texts in a micro-batch, on each rank. A pair of images (NLVR2) counts once.
+        max_tokens: Number of words and regions in a micro-batch, on each rank, instead of batch_size in training (UNITER).
+        lr: Learning rate of the encoders, instead of `optim.lr`. Other parts learn at a multiple of it.
+        reading: How the text is read: in both directions (full), left to right (causal) or by FLM; by default as in
+            pretraining.
         field: Field of the records with the questions, statements or captions, such as questions_zh.
-        fit: How an image becomes a square; by default as in pretraining, but squash, not crop, where texts are of all of it.
-        max_length: Tokens of a text after which it is cut; by default as in pretraining, or longer if the task needs it.
-        name: Name of the new run; by default that of the pretrained one and the task.
+        fit: How an image becomes a square; by default as in pretraining, or squash instead of crop if a task needs all of it.
+        max_length: Number of tokens after which a text is cut; by default as in pretraining, or more if the task needs it.
+        name: Name of the new run; by default the name of the pretrained run and of the task.
         out: Folder of the new run; by default runs/NAME.
-        workers: Processes that load data; 0 loads it in a thread.
+        workers: Number of processes that load data; 0 loads data in a thread.
         resume: Continue from the last checkpoint.
-        change: Fields in which a resumed run may differ, such as data.batch_size or optim.lr.
-        **options: How it trains, the fields of `TuneOptions`, such as `image_size`, `accumulate`, `augment` or `optim`; and the
-            task's own options.
+        change: Fields that a resumed run may change, such as data.batch_size or optim.lr.
+        **options: The fields of `TuneOptions`, such as `image_size`, `augment` or `optim`, and the options of the task.
 
-    Returns: The scores and their file; None on all ranks but the main one.
+    Returns: The scores and their file; None on all ranks except the main rank.
     """
     names = {field.name for field in fields(TuneOptions)}
     chosen = make_task(task, {name: value for name, value in options.items() if name not in names})
@@ -103,20 +103,21 @@ def finetune(
 
 
 def adapted(task: Task, start: Pretrained, tuning: TuneOptions, longest: int) -> Pretrained:
-    """The pretrained model as it is fine-tuned: with fusion layers, room for the task's types of tokens, and images of the
-    chosen size. `longest`: tokens that a text may have at least, where its words are new."""
+    """Returns the pretrained model, prepared for fine-tuning: with fusion layers, with enough token types for the task, and for
+    images of the chosen size. `longest`: number of text positions, if the decoder has a new table of words."""
     if needs_decoder(start.config):
         start = with_decoder(start, tuning.decoder, max(task.max_length, longest))
     elif tuning.decoder != task.decoder:
         raise UserError(
-            f"{start.folder}: `decoder` is for two encoders alone, and a text reads the image in this model already"
+            f"{start.folder}: `decoder` is only for models of two separate encoders, and this model has fusion layers; leave "
+            f"it out"
         )
     config = with_token_types(start.config, task.token_types)
     return start._replace(config=with_image_size(config, tuning.image_size))
 
 
 def rates(task: Task, start: Pretrained, tuning: TuneOptions, lr: float | None) -> OptimConfig:
-    """The chosen optimiser; where its rates are the task's own, with slower encoders under a new decoder."""
+    """Returns the chosen optimiser. If its rates are those of the task, encoders below a new decoder learn more slowly."""
     if lr is not None and lr <= 0:
         raise UserError(f"`lr` must be above 0, not {lr}")
     optim, names = tuning.optim, ("lr", "cross_multiplier", "head_multiplier", "parts")
@@ -135,8 +136,8 @@ def data_for(
     max_length: int | None = None,
     **batches: Any,
 ) -> TaskData:
-    """The task's data in `folder`, prepared as in pretraining but for what is given. `batches`: fields that say how large
-    they are. Raises UserError where there is no training split."""
+    """Returns the task's data in `folder`, prepared as in pretraining except for the given arguments. `batches`: fields that
+    set the batch size. Raises UserError if there is no training split."""
     if max_length is not None and max_length < 3:
         raise UserError(f"`max_length` {max_length} leaves no room between <s> and </s>; give 3 or more")
     places, seen, model = find_splits(folder, task.split_prefixes), start.preprocessing, start.config

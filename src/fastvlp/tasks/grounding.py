@@ -1,5 +1,5 @@
-"""Which region does an expression refer to? (RefCOCO, RefCOCO+, RefCOCOg; UNITER, arXiv 1909.11740, section 4; released code:
-model/re.py)"""
+"""Grounding: find the region that an expression refers to (RefCOCO, RefCOCO+, RefCOCOg; UNITER, arXiv 1909.11740, section 4;
+released code: model/re.py)"""
 
 from __future__ import annotations
 
@@ -193,7 +193,7 @@ def measure(model: VLModel, objective: Grounding, items: ItemMaker, batch_size: 
 
 @dataclass(frozen=True, kw_only=True)
 class GroundingTask(GroundingOptions, Task):
-    """Which region does an expression refer to?"""
+    """Find the region that an expression refers to."""
 
     name = "grounding"
     data = GroundingData

@@ -79,20 +79,20 @@ class FineTuned(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Task(abc.ABC):
-    """A downstream task: a frozen dataclass in a file of its own.
+    """A downstream task. Each task is a frozen dataclass in its own file.
 
-    Its fields are the options of `vlp finetune NAME`, each with a default and, in a string below it, its help text. The first
-    line of its docstring describes it in the list of tasks. An instance is one choice of options; what is a class method
-    works on any fine-tuned run, without them.
+    The fields of the dataclass are the options of `vlp finetune NAME`. Each has a default and, in a string below it, its help
+    text. The first line of the docstring describes the task in the list of tasks. An instance is one choice of options. Class
+    methods work on any fine-tuned run, without the options.
 
     Attributes:
-        name: what commands and saved models call the task.
-        data: type of its data.
+        name: name of the task in commands and saved models.
+        data: type of the task's data.
         config: type of its objective's config.
         field: the data's attribute that names the field of the records with the texts; also that field's usual name.
-        answer: key of what is right for a text, in its entry of the field; None where the texts themselves are right
-            (captions). A split whose entries all lack it is not scored.
-        optim: the optimiser and its learning rates, unless others are chosen.
+        answer: key of the right answer in an entry of the field; None if the texts themselves are the answers (captions). A
+            split is not scored if none of its entries has this key.
+        optim: the default optimiser and its learning rates.
         decoder: the layers that two encoders without fusion layers get, unless others are chosen.
         max_length: tokens of a text that are never cut, as far as the model has positions for them.
         token_types: rows of a single stream's type table: 2 for words and one image.

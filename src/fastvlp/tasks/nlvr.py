@@ -96,7 +96,7 @@ def measure(model: VLModel, objective: Truth, items: ItemMaker, batch_size: int)
 
 @dataclass(frozen=True, kw_only=True)
 class NLVRTask(Task):
-    """Is a statement true of an image?"""
+    """Decide whether a statement about an image is true."""
 
     name = "nlvr"
     data = NLVRData

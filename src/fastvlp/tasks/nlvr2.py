@@ -106,9 +106,9 @@ def side_by_side(feature_BRF: Tensor, regions: Regions) -> tuple[Tensor, Regions
 
 @dataclass(frozen=True, kw_only=True)
 class NLVR2Task(Task):
-    """Is a statement true of a pair of images?
+    """Decide whether a statement about a pair of images is true.
 
-    Of the splits called pairs-train and train the first that is there is read, and so on.
+    The split pairs-train is read if there is one, and train otherwise. The other splits are found in the same way.
     """
 
     name = "nlvr2"
@@ -117,7 +117,7 @@ class NLVR2Task(Task):
     field = "statements"
     answer = "label"
     token_types = 3
-    # In one folder with data of single images, as the embedded corpus has it.
+    # The embedded corpus has the data of pairs and of single images in one folder.
     split_prefixes = ("pairs-", "")
 
     form: Form | None = None

@@ -257,17 +257,17 @@ def score_all(tuned: FineTuned, split: Split, texts: Sequence[str]) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class RetrievalTask(RetrievalOptions, Task):
-    """Find images by captions and back, by a model that reads both."""
+    """Retrieve images by captions and captions by images, with a model that reads both together."""
 
     loss: RankLoss | None = None
-    """cross-entropy: an image chooses its own text among `candidates` (FLM, METER). hinge: right pairs score higher than wrong
-    ones (UNITER). By default that of the model's paper: hinge for a single stream and for hard negatives."""
+    """cross-entropy: an image chooses its own text among `candidates` texts (FLM, METER). hinge: right pairs must score higher
+    than wrong pairs (UNITER). By default as in the model's paper: hinge for a single stream and for hard negatives."""
 
     name = "retrieval"
     data = RetrievalData
     config = RetrievalConfig
     field = "captions"
-    # Pretraining has trained the matching head already: it learns no faster than the towers.
+    # Pretraining has already trained the matching head, so it learns at the rate of the encoders.
     optim = replace(USUAL_OPTIM, head_multiplier=1)
 
     def objective(self, data: RetrievalData, pretrained: Pretrained, reading: Reading | None) -> RetrievalConfig:

@@ -37,23 +37,22 @@ def evaluate_task(
     threads: int | None = None,
     **scoring: Any,
 ) -> TaskScores:
-    """Score the best weights of a fine-tuned run on a split. The scores are written beside its earlier ones.
+    """Score the best weights of a fine-tuned run on a split. The scores are written to a new file in the folder of the run.
 
     Args:
-        run: Folder of the fine-tuned run; with `zero_shot`, of a pretrained one.
-        split: Name of the split's folder, such as val, test or testA; test may be called test1 there, and val dev.
-        data: Folder of another data set with the same splits and fields; by default the one that it was fine-tuned on.
-        zero_shot: Score the run as it was pretrained, on `data`; retrieval, by its image-text matching.
-        task: With `zero_shot`, the task; needed where several can be scored so.
-        device: Such as cpu or cuda:1; auto is a GPU where there is one.
-        threads: Threads of the CPU; by default torch's choice.
+        run: Folder of the fine-tuned run; with `zero_shot`, of a pretrained run.
+        split: Name of the split's folder, such as val, test or testA. A folder test1 is found as test, and dev as val.
+        data: Folder of another data set with the same splits and fields; by default the data that the run was fine-tuned on.
+        zero_shot: Score a pretrained run on `data` without fine-tuning. For retrieval this uses its image-text matching.
+        task: With `zero_shot`, the name of the task; needed if several tasks can be scored without fine-tuning.
+        device: Device such as cpu or cuda:1; auto takes a GPU if there is one.
+        threads: CPU threads that PyTorch uses; by default PyTorch chooses.
         **scoring: Options of the task's evaluation, such as `beams` of caption.
 
     Returns: The scores and their file.
 
     Raises:
-        UserError: for a record that cannot be read, since an evaluation leaves none out, and for a split that does not say
-            what is right.
+        UserError: A record cannot be read, since an evaluation leaves none out; or the split has no answers or labels.
     """
     if threads:
         torch.set_num_threads(threads)

@@ -1,4 +1,4 @@
-"""Which answer to a question is right, and which rationale for it? (VCR, Zellers et al., arXiv 1811.10830; UNITER, arXiv
+"""Choosing the right answer to a question, and the right rationale for it (VCR, Zellers et al., arXiv 1811.10830; UNITER, arXiv
 1909.11740, section 4; released code: model/vcr.py)"""
 
 from __future__ import annotations
@@ -189,9 +189,9 @@ def _share(right: Sequence[float]) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class VCRTask(VCROptions, Task):
-    """Which answer to a question is right, and which rationale for it?
+    """Choose the right answer to a question, and the right rationale for the answer.
 
-    Question, answer and rationale are one text, which is cut after 224 tokens unless `max_length` is given.
+    Question, answer and rationale are one text. It is cut after 224 tokens unless `max_length` is given.
     """
 
     name = "vcr"
@@ -200,7 +200,7 @@ class VCRTask(VCROptions, Task):
     field = "choices"
     answer = "right"
     token_types = max(TEXT_TYPES) + 1
-    # A row of UNITER's released code has 220 pieces; <s> and three </s> come with them.
+    # A row of UNITER's released code has 220 word pieces, <s> and three </s>.
     max_length = 224
 
     @classmethod

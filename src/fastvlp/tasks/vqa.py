@@ -168,7 +168,7 @@ def _mean(values: Sequence[float]) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class VQATask(Task):
-    """Questions about an image, with answers."""
+    """Answer questions about an image."""
 
     name = "vqa"
     data = VQAData
@@ -177,7 +177,7 @@ class VQATask(Task):
     answer = "answers"
 
     answers: int = 3129
-    """Most answers to choose from: the most frequent ones of the training split."""
+    """Largest number of answers to choose from: the most frequent answers of the training split."""
 
     def data_fields(self, train: str, field: str) -> Mapping[str, Any]:
         return {"answers": frequent_answers(train, field, self.answers)}

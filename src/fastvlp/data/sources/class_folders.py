@@ -23,7 +23,7 @@ class ClassFoldersSource(Source):
     """Images in folders that are called like their classes."""
 
     name = "classes"
-    summary = "a folder for each class with its images, or such folders for each split"
+    summary = "a folder with a sub-folder of images for each class, or with such folders for each split"
 
     @classmethod
     def match(cls, path: Path) -> Match:

@@ -20,7 +20,7 @@ class FolderSource(Source):
     """Images and their captions in files beside them."""
 
     name = "folder"
-    summary = "images with a .txt of the same name beside each, one caption a line, or a .json"
+    summary = "a folder of images, each with a .txt (one caption per line) or a .json of the same name beside it"
 
     @classmethod
     def match(cls, path: Path) -> Match:

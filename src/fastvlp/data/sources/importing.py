@@ -87,29 +87,30 @@ def import_data(
     progress: bool = True,
     **options: Any,
 ) -> Imported:
-    """Import what you have into shards. Every image is decoded once; what is broken is dropped and named.
+    """Import image-text data into shards. Every image is decoded once; records that cannot be used are left out and listed.
 
     Args:
-        source: What to import, a file or a folder in one of the formats, or the URL of one.
-        out: Folder to write; each split becomes a folder of shards in it, OUT/SPLIT/00000.tar and so on.
+        source: File or folder in one of the formats, or a URL of one.
+        out: Folder to write. Each split becomes a folder of shards in it: OUT/SPLIT/00000.tar and so on.
         format: Format of the source; `auto` recognises it by the names of its files.
-        split: Split of the records that name none.
-        val: Share of that split to hold out as `val`, by a hash of the record's key or group, so that a record stays where it
-            is when data is added.
+        split: Split of the records that do not name one.
+        val: Share of that split to hold out as `val`. A hash of the record's key or group decides, so that records stay in
+            their split when data are added.
         test: Share of that split to hold out as `test`.
-        max_side: Make images with a longer side than this many pixels smaller (JPEG of quality 92); 0 keeps all as they are.
-        per_shard: Records in a tar.
-        features: A detector's regions in UNITER's layout, a folder of npz files or an LMDB: each record gets those of its
-            image's name.
-        append: Add to splits that hold shards already, in further tars; records that are there already are left out.
+        max_side: Largest side of an image in pixels. Larger images are made smaller (JPEG of quality 92); 0 keeps all images
+            as they are.
+        per_shard: Number of records in a tar.
+        features: A detector's regions in UNITER's layout: a folder of npz files, or an LMDB. Records and regions are matched
+            by the name of the image.
+        append: Add further tars to splits that already have shards. Records that they already have are left out.
         tokenizer: A tokenizer.json, to count the captions that `max_length` will cut in training.
-        max_length: Tokens of a text in training, `<s>` and `</s>` included.
-        progress: Show a bar, where stderr is a terminal.
+        max_length: Largest number of tokens of a text in training, including `<s>` and `</s>`.
+        progress: Show a progress bar if stderr is a terminal.
         options: Options of the source's format.
 
     Raises:
-        UserError: where no record is usable, where a split of the source holds shards already, where the disk is full, or
-            for an option that the format does not have. Then nothing is written.
+        UserError: No record can be used, a split already has shards, the disk is full, or the format does not have an option.
+            Nothing is written then.
     """
     out = Path(out)
     _check_numbers(val, test, max_side, per_shard)

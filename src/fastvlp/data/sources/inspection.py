@@ -99,19 +99,21 @@ def inspect_data(
     max_length: int = 50,
     progress: bool = True,
 ) -> Inspection:
-    """Count what is in a folder of shards, name every record that cannot be read, and draw a contact sheet.
+    """Count the records, images and texts in a folder of shards, list every record that cannot be read, and draw a contact
+    sheet.
 
-    Reads every record and decodes every image. Images that are in several splits are listed.
+    This reads every record and decodes every image. It also lists images that are in several splits.
 
     Args:
         folder: A split, or a folder of splits.
-        sheet: PNG to draw 24 records into, drawn evenly from the splits; by default contact-sheet.png in the folder.
-        tokenizer: A tokenizer.json, to count tokens as well, and the captions that are cut.
-        max_length: Tokens of a text in training, `<s>` and `</s>` included.
-        progress: Show a bar, where stderr is a terminal.
+        sheet: PNG file for the contact sheet, which shows 24 records from all splits; by default contact-sheet.png in the
+            folder.
+        tokenizer: A tokenizer.json, to count tokens, and the captions that `max_length` cuts.
+        max_length: Largest number of tokens of a text in training, including `<s>` and `</s>`.
+        progress: Show a progress bar if stderr is a terminal.
 
     Raises:
-        UserError: where there are no shards, or a `sheet` that is named cannot be written.
+        UserError: There are no shards, or the file that `sheet` names cannot be written.
     """
     folder, counter = Path(folder), Tokenizer.load(tokenizer) if tokenizer else None
     splits = sorted(sub for sub in folder.iterdir() if any(sub.glob("*.tar"))) if folder.is_dir() else []

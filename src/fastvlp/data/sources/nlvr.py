@@ -25,7 +25,7 @@ class NLVRSource(Source):
     """Statements about rendered boxes of shapes."""
 
     name = "nlvr"
-    summary = "Cornell NLVR: train/train.json, train/images/, dev and test likewise"
+    summary = "Cornell NLVR's folder: train/train.json and train/images/; the same for dev and test"
 
     @classmethod
     def match(cls, path: Path) -> Match:

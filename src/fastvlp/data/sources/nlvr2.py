@@ -20,7 +20,7 @@ class NLVR2Source(AnnotationSource):
     """Statements about pairs of photographs."""
 
     name = "nlvr2"
-    summary = "NLVR2's data/train.json, dev.json, test1.json, or one of them"
+    summary = "NLVR2's folder with data/train.json, dev.json and test1.json, or one of these files"
 
     @classmethod
     def files(cls, path: Path) -> Sequence[Path]:

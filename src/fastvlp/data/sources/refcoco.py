@@ -23,7 +23,7 @@ class RefCOCOSource(AnnotationSource):
     """Expressions that each mean one object of an image."""
 
     name = "refcoco"
-    summary = "a folder with instances.json and refs(*).json, or the latter"
+    summary = "a folder with instances.json and refs(*).json, or one refs(*).json beside instances.json"
 
     @classmethod
     def files(cls, path: Path) -> Sequence[Path]:

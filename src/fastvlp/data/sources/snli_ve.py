@@ -19,7 +19,7 @@ class SNLIVESource(AnnotationSource):
     """Hypotheses about photographs: entailment, neutral or contradiction."""
 
     name = "snli_ve"
-    summary = "snli_ve_*.jsonl, or one of them"
+    summary = "a folder with snli_ve_*.jsonl, or one of these files"
 
     @classmethod
     def files(cls, path: Path) -> Sequence[Path]:

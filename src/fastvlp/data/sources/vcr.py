@@ -23,7 +23,7 @@ class VCRSource(AnnotationSource):
     """Multiple choice about scenes of films: answers, and rationales of the right one."""
 
     name = "vcr"
-    summary = "VCR's train.jsonl, val.jsonl, test.jsonl and vcr1images/"
+    summary = "a folder with VCR's train.jsonl, val.jsonl, test.jsonl and vcr1images/"
 
     @classmethod
     def files(cls, path: Path) -> Sequence[Path]:

@@ -24,7 +24,7 @@ class VQASource(AnnotationSource):
     """Questions about COCO's images, with people's answers."""
 
     name = "vqa"
-    summary = "VQA's *_OpenEnded_*_questions.json, its *_annotations.json beside them"
+    summary = "a folder with VQA's *_OpenEnded_*_questions.json, and *_annotations.json beside them"
 
     @classmethod
     def files(cls, path: Path) -> Sequence[Path]:

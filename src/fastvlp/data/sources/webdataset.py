@@ -38,7 +38,7 @@ class WebDatasetSource(Source):
     """A tar, or the tars in a folder."""
 
     name = "webdataset"
-    summary = "a tar, or a folder of tars: image with .txt, .json or .cls"
+    summary = "a tar, or a folder of tars, in which each image has a .txt, .json or .cls"
 
     @classmethod
     def match(cls, path: Path) -> Match:
