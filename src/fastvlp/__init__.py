@@ -1,17 +1,17 @@
 """Pretrain vision-language models fast, on your own image-text pairs.
 
-What a notebook needs, in the order of its use:
+The functions and classes for a notebook, in the order of their use:
 
-- `import_data`: your files to shards.
-- `recipe`, `train`: a named recipe, or a `TrainConfig` of your own, to a run.
-- `finetune_contrast`: a model such as CLIP, public or of your own, on your pairs.
-- `finetune`, `evaluate`, `compare`: a run on a task, its scores, and several recipes at equal time.
-- `measure_speed`: how fast recipes train on this device.
-- `starting_from`, `named_size`: what a recipe of your own is made of, from a saved model or a size's name.
-- `export`, `Embedder`, `load_model`: a run to a folder that stands alone, and to vectors.
-- `embed_shards`, `build_index`, `search_index`, `open_index`: search.
-- `import_file`, and the interfaces `Objective`, `PairObjective`, `ImageEncoder`, `TextEncoder`, `Task`, `Source`,
-  `IndexEngine`, `ExportTarget` and `Metric`: parts of your own.
+- `import_data` imports your files into shards.
+- `recipe` returns the config of a named recipe, and `train` trains it, or a `TrainConfig` of your own.
+- `finetune_contrast` fine-tunes a model such as CLIP, public or your own, on your pairs.
+- `finetune` fine-tunes a run on a task, `evaluate` scores it, and `compare` compares recipes at equal time.
+- `measure_speed` measures how fast recipes train on this device.
+- `starting_from` and `named_size` are for recipes of your own: they take a saved model, or the name of a size.
+- `export` writes a run in the format of other tools, and `Embedder` and `load_model` load models.
+- `embed_shards`, `build_index`, `search_index` and `open_index` are for search.
+- `import_file` imports parts of your own. Their interfaces are `Objective`, `PairObjective`, `ImageEncoder`, `TextEncoder`,
+  `Task`, `Source`, `IndexEngine`, `ExportTarget` and `Metric`.
 
 Each name is imported when it is first used, so that `import fastvlp` does not wait for torch.
 """

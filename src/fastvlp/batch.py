@@ -24,9 +24,9 @@ class Record:
         images: encoded images, one or more.
         info: everything else, as JSON. The library reads these keys, all optional, and keeps any other:
             captions, captions_zh: lists of str.
-            objects: list of {class, box: [x0, y0, x1, y1] in pixels}, each maybe with `class_distribution`, {class: share},
+            objects: list of {class, box: [x0, y0, x1, y1] in pixels}, optionally with `class_distribution`, {class: share},
                 and `image`, the number of its image in the record.
-            questions: list of {question, answers: {answer: score from 0 to 1}}, each maybe with `kind`.
+            questions: list of {question, answers: {answer: score from 0 to 1}}, optionally with `kind`.
             statements: list of {text, label: bool} about the record's one or two images.
             expressions: list of {text, object: place in `objects`}.
             entailments: list of {text, label: "contradiction", "entailment" or "neutral"}.
@@ -47,7 +47,7 @@ class Record:
 
 @dataclass(frozen=True, kw_only=True)
 class Example:
-    """A decoded record: `images` is uint8 [I 3 H W] with I images, 1 or, for pairs, 2."""
+    """A decoded record. `images`: uint8 [I 3 H W], where I is 1, or 2 for pairs of images."""
 
     key: str
     images: Tensor
@@ -100,22 +100,23 @@ def has_area(box: Tensor) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """Rows of images beside texts, the same for every objective: masking and other corruption happen on the device.
+    """A batch of images and texts. It is the same for every objective, which masks or corrupts its inputs on the device.
 
     Attributes:
-        image: uint8 [B 3 H W], normalised on the device; a float tensor counts as already normalised. Or [B S D], states of
-            the images by an encoder that the run keeps as it is, computed before (`data/state_store.py`).
-        ids: int64 [B L], `<s> words </s>` padded on the right to the longest of this batch.
-        length: int64 [B], real tokens of each row, `<s>` and `</s>` included; it stands for an attention mask.
-        seed: int64 [B], one random number a row. Everything random about the row is a hash of it, so that it does not depend
+        image: images, uint8 [B 3 H W], which are normalised on the device; a float tensor counts as already normalised. Or
+            stored states of the images [B S D] from a frozen encoder (`data/state_store.py`).
+        ids: token ids, int64 [B L]: `<s> words </s>`, padded on the right to the longest text of the batch.
+        length: number of tokens of each row without padding, int64 [B], including `<s>` and `</s>`. It replaces an attention
+            mask.
+        seed: a random number for each row, int64 [B]. All random draws for a row are hashes of it, so that they do not depend
             on batch size, padding, rank or device.
-        slot: int64 [B] or None: the number of the image in its pair (NLVR2: 0 or 1); None means 0.
-        target: float [B A] or int64 [B], the right answers of a task's rows; None in pretraining.
-        regions: regions of each image, where the data has them (`RegionSource`).
-        text: states [B S D] of the texts by a text encoder that the run keeps as it is, computed before; None: from `ids`.
-        plain: the images before augmentation, for objectives that draw views of their own; None where it is `image`.
-        content: int64 [B 2], hashes of each row's text and image (`objectives/equal_pairs.py`); None where nobody has computed
-            them yet.
+        slot: the number of the image in its pair, int64 [B] (NLVR2: 0 or 1); None means 0.
+        target: the right answers of a task's rows, float [B A] or int64 [B]; None in pretraining.
+        regions: regions of each image, if the data have regions (`RegionSource`).
+        text: stored states of the texts [B S D] from a frozen text encoder; None: the texts are encoded from `ids`.
+        plain: the images before augmentation, for objectives that draw their own views; None if `image` is not augmented.
+        content: hashes of each row's text and image, int64 [B 2] (`objectives/equal_pairs.py`); None if they were not computed
+            yet.
         teacher_image, teacher_text: float [B E], stored vectors of each row's image and text by a teacher; None without one.
     """
 

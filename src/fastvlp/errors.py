@@ -8,7 +8,7 @@ from importlib.metadata import PackageNotFoundError, distribution
 
 
 class UserError(Exception):
-    """Something the user can mend: the message names the file, the field or record, and the remedy."""
+    """An error that the user can fix. The message names the file, the field or the record, and says what to do."""
 
 
 def install(extra: str) -> str:

@@ -19,10 +19,9 @@ _folders: set[Path] = set()
 
 
 def import_file(path: str | Path) -> ModuleType:
-    """Imports a Python file under its own name, once; modules beside it can be imported too.
+    """Imports a Python file as a module with the name of the file, once. The file can import modules that are beside it.
 
-    Raises UserError where there is no such file, where it is not valid Python, or where another module of that name was
-    imported before.
+    Raises UserError if there is no such file, if it is not valid Python, or if another module of that name was imported before.
     """
     path = Path(path)
     if path.suffix != ".py" or not path.is_file():

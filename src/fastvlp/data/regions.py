@@ -26,60 +26,62 @@ WHOLE = (0.0, 0.0, 1.0, 1.0)
 
 @dataclass(frozen=True, kw_only=True)
 class RegionSource:
-    """Which regions come along with an image: by default the boxes of `info["objects"]`, cut to what the model sees. Boxes
-    of which it sees nothing are left out."""
+    """The regions that are loaded with an image. By default they are the boxes of `info["objects"]`, cut to the part of the
+    image that the model sees. Boxes outside of this part are left out."""
 
     most: int = 36
-    """At most this many, the first in the order of the record: detectors list by falling confidence (BriVL 1.0, arXiv
-    2103.06561: 36)."""
+    """Largest number of regions: the first ones in the order of the record, which detectors list by falling confidence (BriVL
+    1.0, arXiv 2103.06561: 36)."""
     whole: bool = False
-    """The whole image comes last, as one more region (BriVL 1.0)."""
+    """Add the whole image as the last region (BriVL 1.0)."""
     grid: int | None = None
-    """Instead of objects, this many cells a side, column by column, then the whole image (BriVL 2: 6)."""
+    """Use a grid with this many cells on each side instead of objects, column by column, and then the whole image (BriVL 2:
+    6)."""
     classes: tuple[str, ...] | None = None
-    """Names of the classes whose shares come along, in this order: those of an object's `class_distribution`, scaled to a
-    sum of 1; a share of 1 for its `class` where it has none."""
+    """Names of the classes whose probabilities are loaded, in this order. They come from an object's `class_distribution` and
+    are scaled to a sum of 1. Without it, the object's `class` has probability 1."""
     empty: Literal["drop", "whole"] = "drop"
-    """A record without a visible object is dropped by name, or the whole image is its region."""
+    """What to do with a record without a visible object: drop leaves it out and names it, whole uses the whole image as its
+    region."""
     stored: bool = False
-    """Instead of objects, a detector's regions that were imported with the record (`vlp data import --features`), with
-    their features and shares of classes."""
+    """Use a detector's regions instead of objects. They were imported with the record (`vlp data import --features`), and have
+    features and class probabilities."""
     confidence: Share = 0.2
-    """Of stored regions, those with a confidence above this come along (UNITER, arXiv 1909.11740: 0.2)."""
+    """For stored regions: use regions with a confidence above this (UNITER, arXiv 1909.11740: 0.2)."""
     least: int = 10
-    """Of stored regions, at least this many come along (UNITER: 10, and `most` 100); equal to `most`, their number is fixed."""
+    """For stored regions: use at least this many (UNITER: 10, and `most` 100). If it equals `most`, the number is fixed."""
 
     def __post_init__(self) -> None:
         if self.most < 1 or (self.grid is not None and self.grid < 1):
             raise UserError(
-                f"`regions.most` {self.most}, `regions.grid` {self.grid}: use 1 or more; without regions, leave out `regions`"
+                f"`regions.most` {self.most}, `regions.grid` {self.grid}: use 1 or more; leave out `regions` for no regions"
             )
         if self.grid is not None and self.classes is not None:
             raise UserError(
-                "`regions.classes` are classes of objects, and a grid has no objects: give `regions.grid` or `regions.classes`"
+                "`regions.classes` are classes of objects, but a grid has no objects; give `regions.grid` or `regions.classes`"
             )
         if self.stored and (self.whole or self.grid is not None or self.classes is not None or self.empty == "whole"):
             raise UserError(
-                "`regions.stored` reads a detector's regions, which have classes of their own and neither grid nor whole "
-                "image: leave out `regions.whole`, `regions.grid`, `regions.classes` and `regions.empty`"
+                "`regions.stored` reads a detector's regions, so the options for objects and grids do not apply; leave out "
+                "`regions.whole`, `regions.grid`, `regions.classes` and `regions.empty`"
             )
         if self.empty not in ("drop", "whole"):
             raise UserError(f"`regions.empty` {self.empty!r}: choose drop or whole")
 
     @cached_property
     def column(self) -> dict[str, int]:
-        """The place of each class."""
+        """The position of each class in `classes`."""
         return {name: i for i, name in enumerate(self.classes or ())}
 
     def count(self, confidences: Sequence[float]) -> int:
-        """How many of the stored regions come along, given the confidence of each."""
+        """Returns the number of stored regions that are used, given the confidence of each."""
         confident = sum(confidence > self.confidence for confidence in confidences)
         return min(max(confident, self.least), self.most, len(confidences))
 
 
 class ImageRegions(NamedTuple):
-    """The regions of one image: boxes x0 y0 x1 y1 as fractions of what the model sees, and a detector's class shares and
-    features, where there are any."""
+    """The regions of one image: boxes x0 y0 x1 y1 as fractions of the part of the image that the model sees and, from a
+    detector, class probabilities and features."""
 
     box_R4: Tensor
     classes_RC: Tensor | None = None
@@ -96,15 +98,15 @@ def read_regions(
     *,
     image: int = 0,
 ) -> ImageRegions:
-    """The regions of one image of a record.
+    """Returns the regions of one image of a record.
 
     Args:
-        key: the record's, for errors.
+        key: key of the record, for errors.
         shape: how this image is stored.
         detected: the npz of each image of the record, for `source.stored`.
         image: the number of the image in the record.
 
-    Raises RecordError where an object has a fault, and where no region is visible (unless `source.empty` is `whole`).
+    Raises RecordError if an object is invalid, or if no region is visible (unless `source.empty` is `whole`).
     """
     if source.grid is not None:
         return ImageRegions(grid_boxes(source.grid))
@@ -136,7 +138,7 @@ def stored_regions(
     detected: Sequence[bytes],
     image: int,
 ) -> ImageRegions:
-    """The detector's most confident regions, without those that a crop leaves out."""
+    """Returns the detector's most confident regions, without those that are outside of a crop."""
     if len(detected) <= image:
         raise RecordError(key, "no detector's regions are stored with it (`vlp data import --features`)")
     confidences = info.get("confidences", [])

@@ -55,11 +55,11 @@ class Tokenizer:
 
     Attributes:
         pad, bos, eos, mask: ids of the special tokens.
-        vocab_size: V, added tokens included.
-        added: the roles among pad, bos, eos and mask that the vocabulary had no token for, so that one was added.
-        starts_word: bool [V], True where the token begins a word; False for continuation pieces and for pad, bos, eos
-            and mask. A Chinese character is a word. A byte-level vocabulary without a leading space does not mark the first
-            word of a text: the token after <s> always begins a word.
+        vocab_size: size of the vocabulary, V, including added tokens.
+        added: the roles (pad, bos, eos or mask) for which the vocabulary had no token, so that one was added.
+        starts_word: whether each token begins a word, bool [V]; False for continuation pieces and for pad, bos, eos and mask.
+            A Chinese character is a word. A byte-level vocabulary without a leading space does not mark the first word of a
+            text, so the token after <s> always begins a word.
     """
 
     def __init__(self, inner: tokenizers.Tokenizer, source: str = "tokenizer", *, complete: bool = False):

@@ -25,11 +25,11 @@ class ExportSource:
 
     Attributes:
         run: Folder of the run.
-        out: Folder that the export will be in; until it is whole, it is written beside it.
-        saved: The model in evaluation mode on the CPU, its tokenizer, what is known of its training, and what its objectives
-            learned.
-        config: How the run read images and texts.
-        card: Facts of the run, as JSON (`exporters.card`).
+        out: Folder of the finished export. While it is written, the files are in a temporary folder beside it.
+        saved: The model in evaluation mode on the CPU, its tokenizer, information on its training, and saved parameters of its
+            objectives.
+        config: How the run preprocessed images and texts.
+        card: Facts about the run, as JSON (`exporters.card`).
     """
 
     run: Path
@@ -40,7 +40,7 @@ class ExportSource:
 
     @property
     def place(self) -> str:
-        """The folder for examples in a card: an absolute path says something about the machine."""
+        """The folder as it is written in examples of the card: without an absolute path, which would describe this machine."""
         return self.out.name if self.out.is_absolute() else self.out.as_posix()
 
     @property
@@ -50,20 +50,20 @@ class ExportSource:
 
     @property
     def max_length(self) -> int:
-        """The most tokens of a text, <s> and </s> included."""
+        """The largest number of tokens of a text, including <s> and </s>."""
         return min(self.config.data.max_length, self.saved.model.config.longest_text)
 
 
 class ExportTarget(ABC):
     """A format that runs are exported to.
 
-    `export` calls `misfit`, then `write`, then `differences`, and removes what was written where one of them fails.
+    `export` calls `misfit`, then `write`, then `differences`. If one of them fails, it removes the written files.
 
     Attributes:
-        name: The value of `to`.
-        summary: What reads the format, for help.
-        files: Names of files that every export has.
-        tolerance: The largest difference at which an export counts as equal to the run.
+        name: Name of the format, the value of `to`.
+        summary: A line for the help that names the tools that read the format.
+        files: Names of the files that every export has.
+        tolerance: Largest difference at which an export counts as equal to the run.
     """
 
     name: ClassVar[str]
@@ -73,23 +73,23 @@ class ExportTarget(ABC):
 
     @abstractmethod
     def misfit(self, source: ExportSource) -> str | None:
-        """Says why a run cannot be exported to this format, and what can; None where it can."""
+        """Returns the reason why the run cannot be exported to this format, and which runs can; None if it can."""
 
     @abstractmethod
     def write(self, source: ExportSource, folder: Path) -> None:
-        """Writes the files into a folder, which is empty."""
+        """Writes the files into an empty folder."""
 
     @abstractmethod
     def differences(self, source: ExportSource, folder: Path) -> Mapping[str, float]:
-        """Reads what was written, and compares it with the run.
+        """Reads the written files and compares them with the run.
 
         Returns:
-            For everything that is compared its name, such as `parameters` or `image vectors`, and the largest difference.
+            The largest difference of each part that is compared, by the name of the part, such as `parameters`.
         """
 
 
 def targets() -> dict[str, type[ExportTarget]]:
-    """Lists, by name, the targets of this package and those of files that the user imported."""
+    """Returns, by name, the targets of this package and of files that the user imported."""
     return {target.name: target for target in variants(ExportTarget, PACKAGE)}
 
 
@@ -99,18 +99,18 @@ def formats() -> str:
 
 
 def find_target(name: str) -> ExportTarget:
-    """Raises UserError where there is no target of that name."""
+    """Returns the target of this name. Raises UserError if there is none."""
     known = targets()
     if name not in known:
         raise UserError(
-            f"`to` {name}: no export target of that name; there are {', '.join(sorted(known))}. For a target of your own: "
+            f"`to` {name}: no export target of that name; choose from {', '.join(sorted(known))}. Import your own target with "
             f"`vlp --import FILE.py export ...`"
         )
     return known[name]()
 
 
 def largest_difference(written: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> float:
-    """Returns the largest difference of two sets of tensors; infinity where their names or shapes differ."""
+    """Returns the largest difference between two sets of tensors; infinity if their names or shapes differ."""
     if written.keys() != wanted.keys() or any(written[name].shape != wanted[name].shape for name in wanted):
         return float("inf")
     pairs = [(written[name].double(), wanted[name].double()) for name in wanted if wanted[name].numel()]

@@ -31,11 +31,12 @@ def _is_size(function: Callable[..., object]) -> bool:
 
 
 def named_size(name: str, like: ModelConfig | None = None) -> ModelConfig:
-    """The size of that name; with `like`, made a model of the same kind: two encoders, fusion layers, or a single stream.
+    """Returns the model config of a named size. With `like` it is turned into a model of the same kind as `like`: two encoders,
+    fusion layers, or a single stream.
 
-    Parts that `like` lacks are left out, a joint space is added where it has one, and a single stream reads the same regions.
-    Raises UserError for a name that is not known, with the nearest names, and for a size that cannot be made of this kind, with
-    those that can.
+    Parts that `like` lacks are left out, a joint space is added if `like` has one, and a single stream reads the same regions.
+    Raises UserError for an unknown name, with the nearest names, and for a size that cannot be turned into this kind, with the
+    sizes that can.
     """
     known = named_sizes()
     if name not in known:

@@ -19,7 +19,8 @@ def names() -> list[str]:
 
 
 def recipe(name: str) -> TrainConfig:
-    """By name, or by the path of a file of your own (`my.py`). Raises UserError with the nearest names."""
+    """Returns the config of a recipe, by its name or by the path of your own file (`my.py`). Raises UserError, with the nearest
+    names, if there is no such recipe."""
     module, name = _module(name), Path(name).stem
     make = getattr(module, name, None)
     if not callable(make):

@@ -85,7 +85,7 @@ def caption(
     most: int = 30,
     length_penalty: float = 0.0,
 ) -> list[str]:
-    """Captions of images, uint8 [B 3 H W] on the model's device.
+    """Writes captions of images, uint8 [B 3 H W] on the model's device.
 
     Args:
         beams: Captions that are kept at a time; 1 is greedy search.

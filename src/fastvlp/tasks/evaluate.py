@@ -14,10 +14,10 @@ def evaluate(method: str, run: str | Path, /, **options: Any) -> Evaluation | Ta
     """Score a run. The scores are also written into the run's folder.
 
     Args:
-        method: `task`: a fine-tuned run on its task. `retrieval`: find images by captions and captions by images, with the
-            embeddings. `zeroshot`: classify images by the names of the classes. `probe`: logistic regression on frozen
-            image features. `sugarcrepe`, `winoground`, `vsr`: how the words of a caption combine, by scores of pairs.
-            `mteb`: an export for sentence-transformers, by mteb's own runner.
+        method: The evaluation. `task` scores a fine-tuned run on its task. `retrieval` retrieves images by captions and
+            captions by images, with the embeddings. `zeroshot` classifies images by the names of the classes. `probe` fits a
+            logistic regression to frozen image features. `sugarcrepe`, `winoground` and `vsr` test whether the model
+            understands how words combine, by scores of pairs. `mteb` scores an export with mteb's own runner.
         run: Folder of the run.
         **options: Options of the method, as `vlp evaluate METHOD --help` lists them, such as `data`, `split` and `device`.
 
@@ -25,7 +25,7 @@ def evaluate(method: str, run: str | Path, /, **options: Any) -> Evaluation | Ta
         `scores` by name, and the `path` of the file that they were written to.
 
     Raises:
-        UserError: There is no such method, the run did not learn what the method needs, or a record cannot be used.
+        UserError: There is no such method, the run lacks an ability that the method needs, or a record cannot be used.
     """
     if method == "task":
         return evaluate_task(str(run), **options)

@@ -12,11 +12,12 @@ from fastvlp.training.train_config import TrainConfig
 
 
 def starting_from(run: TrainConfig, folder: str) -> TrainConfig:
-    """A recipe's run that starts from the model in a folder: a run, an export, or a converted public model.
+    """Returns the config of a recipe's run that starts from the model in a folder: a run, an export, or a converted public
+    model.
 
-    Its model is the recipe's with the saved encoders (`inherited_config`). Its images become squares as they did for the saved
-    model, where no boxes of theirs must be kept, and its texts are cut to as many tokens as the model has positions for.
-    Raises UserError where the folder is no saved model, or the recipe's model cannot be made of it.
+    The model of the run is the recipe's, with the saved encoders (`inherited_config`). Images are preprocessed as for the saved
+    model, unless their boxes must be kept, and texts are cut to the number of positions of the model. Raises UserError if the
+    folder is not a saved model, or if the recipe's model cannot be built with its encoders.
     """
     model, data, saved = inherited_config(read_config(folder), run.model), run.data, read_saved_run(folder).data
     fields: dict[str, Any] = {"max_length": min(data.max_length, model.longest_text)}

@@ -1,6 +1,6 @@
-"""The interface of a metric by which the arms of a comparison are scored.
+"""The interface of a metric, with which the arms of a comparison are scored.
 
-A metric of your own is a subclass in a file that is imported: it is then measured and reported like those of the package.
+Your own metric is a subclass in a file that is imported. It is measured and reported like the metrics of the package.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from fastvlp.training.state import TrainState
 
 
 class Score(NamedTuple):
-    """A number that a metric gives each arm; higher is better.
+    """A number that a metric measures for each arm. Higher is better.
 
     Attributes:
-        name: its key in results.json.
-        title: its heading in the report.
-        note: how it was measured, as the end of a sentence about the title.
-        percent: whether it is a share in 0..1, to be shown in per cent.
+        name: key of the score in results.json.
+        title: heading of the score in the report.
+        note: how the score was measured, as a phrase that follows the title.
+        percent: whether the score is a share from 0 to 1, which is shown in per cent.
     """
 
     name: str
@@ -33,13 +33,13 @@ class Metric(abc.ABC):
     """A measurement of an arm. It must not change the arm's state.
 
     Attributes:
-        scores: the numbers that it gives.
-        order: the place of its scores in the report, which begins with the lowest; the first one is the headline.
-        tunes: whether a copy of the arm is fine-tuned first, so that it is measured at a few marks alone.
-        errors: standard errors of the last measurement, by score, as far as they are known.
-        chance: what guessing would score, by score, as far as that is known.
-        blind: what the texts alone would score, without images, by score, as far as that is known.
-        images: how many images were scored, by score, as far as that is known.
+        scores: the scores that the metric measures.
+        order: position of its scores in the report, lowest first. The first score is the headline.
+        tunes: whether a copy of the arm is fine-tuned first. Such a metric is measured at a few marks only.
+        errors: standard errors of the last measurement, by score, if known.
+        chance: score of guessing, by score, if known.
+        blind: score from the texts alone, without images, by score, if known.
+        images: number of images that were scored, by score, if known.
     """
 
     scores: ClassVar[tuple[Score, ...]]
@@ -56,19 +56,19 @@ class Metric(abc.ABC):
 
     @abc.abstractmethod
     def fits(self, state: TrainState) -> bool:
-        """Whether an arm can be measured, by its model, its objectives and its data."""
+        """Whether an arm can be measured. This depends on its model, its objectives and its data."""
 
     @abc.abstractmethod
     def measure(self, state: TrainState) -> dict[str, float]:
-        """The value of each of `scores`, by name."""
+        """Returns the value of each of `scores`, by name."""
 
 
 def metric_types() -> list[type[Metric]]:
-    """All metrics, in the order of the report."""
+    """Returns all metrics, in the order of the report."""
     found = variants(Metric, "fastvlp.comparison.metrics")
     return sorted(found, key=lambda metric: metric.order)
 
 
 def known_scores() -> dict[str, Score]:
-    """The scores of all metrics by name, in the order of the report."""
+    """Returns the scores of all metrics by name, in the order of the report."""
     return {score.name: score for metric in metric_types() for score in metric.scores}

@@ -28,10 +28,11 @@ class Transform:
 
     Attributes:
         size: pixels of a side.
-        mode: `crop` takes the central square (as CLIP); `centre` the middle seven eighths of it (as DINOv2); `squash` takes
-            the whole image and changes its shape; `letterbox` takes the whole image in its shape and fills the rest of the
-            square. Both crops resize first, so that pixels are where torchvision and transformers have them.
-        fill: grey level of the rest.
+        mode: `crop` takes the central square (as in CLIP); `centre` takes the middle seven eighths of that square (as in
+            DINOv2); `squash` takes the whole image and changes its aspect ratio; `letterbox` takes the whole image, keeps its
+            aspect ratio, and fills the rest of the square. `crop` and `centre` resize first, so that pixels are where
+            torchvision and transformers have them.
+        fill: grey level with which `letterbox` fills the square.
     """
 
     size: int

@@ -19,45 +19,45 @@ from fastvlp.errors import UserError
 
 
 class Match(IntEnum):
-    """How surely a path has a format. A path is read in the format that is surest of it."""
+    """How certain it is that a path has a format. A path is read in the format with the highest value."""
 
     NONE = 0
-    """It does not have the format."""
+    """The path does not have the format."""
     CONTENTS = 1
-    """A folder holds files that many formats have, such as images."""
+    """The folder has files that many formats have, such as images."""
     SUFFIX = 2
-    """A file, or the files in a folder, end as those of the format do."""
+    """The file, or the files in the folder, have the file extension of the format."""
     NAMES = 3
-    """The files are named as only this format names them."""
+    """The files have names that only this format uses."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Note:
-    """Something of a source that an import leaves out or changes, and that is no record: a column, a member of a tar, a file.
-    Notes of one text are counted together.
+    """A note about a part of a source that an import leaves out or changes and that is not a record: a column, a member of a
+    tar, a file. Notes with the same text are counted together.
 
     Attributes:
-        text: what happened, without the name of the single thing.
-        example: the thing it happened to.
+        text: what was left out or changed, without the name of the part.
+        example: name of the part.
     """
 
     text: str
     example: str = ""
 
 
-# What a format yields.
+# The items that a format yields.
 Item = Record | Dropped | Note
 
 
 @dataclass(frozen=True, kw_only=True)
 class Source(abc.ABC):
-    """A format that can be imported, with its options.
+    """A data format that can be imported, with its options.
 
-    A format is a frozen dataclass. Its fields are its own options: keyword arguments of `import_data`, and options of `vlp
-    data import` for a path of this format. Each has a default, and a string below it as its help.
+    A format is a frozen dataclass. Its fields are its options: keyword arguments of `import_data`, and options of `vlp data
+    import` for a path of this format. Each has a default and, in a string below it, its help text.
 
     Attributes:
-        name: what `format` calls it.
+        name: name of the format, the value of `format`.
         summary: a line for the list of formats.
     """
 
@@ -67,19 +67,19 @@ class Source(abc.ABC):
     @classmethod
     @abc.abstractmethod
     def match(cls, path: Path) -> Match:
-        """How surely an existing file or folder has this format. Looks at names, and reads no file."""
+        """Returns how certain it is that an existing file or folder has this format. It looks at names, and reads no file."""
 
     @abc.abstractmethod
     def read(self, path: Path) -> Iterator[Item]:
-        """Yields the records at `path`, the names of those that cannot be read, with the reason, and notes of whatever else is
-        left out. One bad record never ends the reading; UserError is for a file that cannot be read at all.
+        """Yields the records at `path`; a `Dropped` with the reason for each record that cannot be read; and a `Note` for
+        everything else that is left out. A bad record does not end the reading. Raises UserError if a whole file cannot be
+        read.
 
-        `info["split"]`, where a record has it, is the split it goes to; records with the same `info["group"]` always go to
-        the same split.
+        If a record has `info["split"]`, it goes to this split. Records with the same `info["group"]` go to the same split.
         """
 
     def count(self, path: Path) -> int | None:
-        """How many items `read` yields, for a progress bar; None where that takes as long as reading."""
+        """Returns the number of items that `read` yields, for a progress bar; None if counting takes as long as reading."""
         return None
 
 
@@ -88,15 +88,17 @@ class ImagePathSource(Source):
     """A format that names its images by their paths."""
 
     images: Literal["blank"] | Path | None = None
-    """Folder that the image paths start from; by default beside the file that names them. `blank`: there are no images, and a
-    model that reads stored regions alone needs none."""
+    """Folder to which the image paths are relative; by default the folder of the file that names them. `blank`: there are no
+    images, for models that read only stored regions."""
 
     def __post_init__(self) -> None:
         if self.images not in (None, "blank") and not Path(str(self.images)).is_dir():
-            raise UserError(f"`images` {self.images}: no such folder; give the one that image paths start from")
+            raise UserError(
+                f"`images` {self.images}: no such folder; give the folder to which image paths are relative"
+            )
 
     def image_folder(self, usual: Path) -> Path | None:
-        """The folder that image paths start from, `usual` where no other was given; None where there are no images."""
+        """Returns the folder to which image paths are relative, by default `usual`; None if there are no images."""
         if self.images == "blank":
             return None
         return usual if self.images is None else Path(self.images)
@@ -104,16 +106,16 @@ class ImagePathSource(Source):
 
 @dataclass(frozen=True, kw_only=True)
 class AnnotationSource(ImagePathSource):
-    """A published set: files of annotations, and images beside them or in another folder."""
+    """A published data set: annotation files, and images beside them or in another folder."""
 
     @classmethod
     @abc.abstractmethod
     def files(cls, path: Path) -> Sequence[Path]:
-        """The files of annotations at `path`, which may be one of them; empty where there are none."""
+        """Returns the annotation files at `path`, which may be one of them; empty if there are none."""
 
     @abc.abstractmethod
     def records(self, path: Path) -> Iterator[Item]:
-        """`read`, where there are files."""
+        """Yields the items, like `read`. It is called only if there are annotation files."""
 
     @classmethod
     def match(cls, path: Path) -> Match:
@@ -121,5 +123,5 @@ class AnnotationSource(ImagePathSource):
 
     def read(self, path: Path) -> Iterator[Item]:
         if not self.files(path):
-            raise UserError(f"{path}: nothing of the format {self.name} is here, which is {self.summary}")
+            raise UserError(f"{path}: nothing of the format {self.name} is here; it expects {self.summary}")
         return self.records(path)

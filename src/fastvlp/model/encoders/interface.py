@@ -78,29 +78,29 @@ class ImageEncoderConfig(abc.ABC):
         """Builds the encoder, with new weights."""
 
     def starting_weights(self) -> Mapping[str, Tensor] | None:
-        """The state dict of the module that a run starts from where it names no other weights; None: new weights."""
+        """Returns the state dict of the encoder that a run starts from if it names no other weights; None for new weights."""
         return None
 
     def normal_form(self) -> ImageEncoderConfig:
-        """The same encoder, written as two configs must be that are compared field by field. Here: as it is."""
+        """Returns an equal encoder in the form in which two configs can be compared field by field. Here: no change."""
         return self
 
     def check(self) -> None:
-        """Raises UserError where fields do not fit together, or one that a subclass has to add is missing."""
-        require_fields(self, width="the numbers in a state", grid="the cells a side of the map")
+        """Raises UserError if fields do not fit together, or if a subclass lacks a field that it has to add."""
+        require_fields(self, width="the dimension of a state", grid="the number of cells on each side of the map")
         if self.size < 1:
             raise UserError(f"`model.image.size` is a number of pixels, 1 or more, not {self.size}")
 
     def at_size(self, size: int) -> ImageEncoderConfig:
-        """The config by which the module encodes images of another size. Raises UserError where it encodes one size alone."""
+        """Returns the config for images of another size. Raises UserError if the encoder supports only one size."""
         if size != self.size:
             raise UserError(
-                f"`model.image` is a {type(self).__name__}, which encodes images of {self.size} pixels, not of {size}"
+                f"`model.image` is a {type(self).__name__}, which encodes images of {self.size} pixels only, not of {size}"
             )
         return self
 
     def check_can_drop(self) -> None:
-        """Raises UserError where all patches of an image are needed."""
+        """Raises UserError if the encoder needs all patches of an image."""
         if not self.can_drop_patches:
             raise UserError(
                 f"`model.image` is a {type(self).__name__}, which encodes whole images: it cannot leave out patches; "
@@ -108,10 +108,10 @@ class ImageEncoderConfig(abc.ABC):
             )
 
     def random_patches(self, seed_B: Tensor, keep: float, image: Tensor | None = None) -> Tensor | None:
-        """Sorted indices [B K] of the cells that each row encodes, drawn by the row's seed; None for all of them. `image`: the
-        pixels, which may be of another size than the config's.
+        """Draws the cells that each row encodes, by the row's seed. Returns their sorted indices [B K], or None for all cells.
+        `image`: the pixels, which may have another size than the config.
 
-        Raises UserError where patches cannot be left out.
+        Raises UserError if patches cannot be left out.
         """
         if keep >= 1:
             return None
@@ -121,7 +121,7 @@ class ImageEncoderConfig(abc.ABC):
 
 
 class ImageEncoder(nn.Module, abc.ABC):
-    """Pixels to states."""
+    """Encodes pixels to states."""
 
     mean: Tensor
     std: Tensor
@@ -132,43 +132,45 @@ class ImageEncoder(nn.Module, abc.ABC):
         self.register_buffer("std", torch.tensor(config.std).view(3, 1, 1), persistent=False)
 
     def normalised(self, image: Tensor) -> Tensor:
-        """Pixels [B 3 H W] with the config's mean and std removed; an image that is not uint8 is returned as it is."""
+        """Normalises uint8 pixels [B 3 H W] by the config's mean and std. An image of another type is returned unchanged."""
         if image.dtype != torch.uint8:
             return image
         return (image.to(self.mean.dtype) / 255 - self.mean) / self.std
 
     @abc.abstractmethod
     def forward(self, image: Tensor, keep_BK: Tensor | None = None) -> Tensor:
-        """Encodes images, uint8 [B 3 H W] -> [B prefix+N D], or [B prefix+K D] of the cells in `keep_BK` alone, in their
-        order. `keep_BK` is None where the config cannot drop patches."""
+        """Encodes images, uint8 [B 3 H W] -> [B prefix+N D]. With `keep_BK` only these cells are encoded, in their order ->
+        [B prefix+K D]. `keep_BK` is always None if the config cannot drop patches."""
 
     def start_positions(self) -> None:
-        """Sets positions that do not begin at random numbers, after all new weights were drawn. Here: there are none."""
+        """Sets position embeddings that do not start from random numbers. It is called after all new weights were drawn. Here:
+        does nothing."""
 
     def public_module(self) -> nn.Module | None:
-        """The model of transformers that computes the states, where one does."""
+        """Returns the transformers model that computes the states; None if there is none."""
         return None
 
     def layer_names(self) -> LayerNames:
-        """Its parts in the order in which they compute: to train the last layers alone, or each at a rate of its own."""
+        """Returns the names of the encoder's layers in their order, so that the last layers can be trained, or each layer at a
+        rate of its own."""
         return find_layers(self)
 
     def resized(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The saved weights of the same encoder for another image size, made to fit this one. Here: as they are."""
+        """Resizes saved weights of the same encoder with another image size to fit this one. Here: returns them unchanged."""
         return dict(state)
 
 
 @dataclass(frozen=True, kw_only=True)
 class TextEncoderConfig(abc.ABC):
-    """A text encoder: its fields are options of the command line, and are saved with the model.
+    """Config of a text encoder. Its fields are options of the command line, and are saved with the model.
 
     A subclass has `width` and `depth` as fields or properties.
     """
 
     positions: int
-    """Longest text, in tokens."""
+    """Number of positions: the largest number of tokens of a text."""
     vocab: int = 0
-    """Words of the vocabulary. This and the four ids below are filled in from the tokenizer."""
+    """Size of the vocabulary. This and the four ids below are filled in from the tokenizer."""
     pad: int = 0
     """Id of padding."""
     bos: int = 0
@@ -179,88 +181,93 @@ class TextEncoderConfig(abc.ABC):
     """Id of the token that stands for a hidden word."""
 
     present: ClassVar[bool] = True
-    """Whether it encodes texts, and is no stand-in of a model without a text encoder."""
+    """Whether it encodes texts; False for the placeholder in a model without a text encoder."""
 
     if TYPE_CHECKING:
 
         @property
         @abc.abstractmethod
         def width(self) -> int:
-            """Numbers in each state."""
+            """The dimension of each state."""
 
         @property
         @abc.abstractmethod
         def depth(self) -> int:
-            """Layers. FLM's reconstructor reads the states after each."""
+            """The number of layers. FLM's reconstructor attends to the states after each layer."""
 
     @property
     def final_norm(self) -> bool:
-        """Whether the last states are normalised already; otherwise what reads them has a norm of its own."""
+        """Whether the last states are already normalised; otherwise the parts that read them have a norm of their own."""
         return True
 
     @property
     def norm_eps(self) -> float:
-        """Epsilon of the norms that follow the last states."""
+        """The epsilon of the norms that follow the last states."""
         return 1e-5
 
     @abc.abstractmethod
     def build(self) -> TextEncoder:
-        """A module with new weights."""
+        """Builds the encoder, with new weights."""
 
     def check(self) -> None:
-        """Raises UserError where fields do not fit together, or one that a subclass has to add is missing."""
-        require_fields(self, width="the numbers in a state", depth="the number of layers")
+        """Raises UserError if fields do not fit together, or if a subclass lacks a field that it has to add."""
+        require_fields(self, width="the dimension of a state", depth="the number of layers")
         if self.positions < 1:
             raise UserError(f"`model.text.positions` is a number of tokens, 1 or more, not {self.positions}")
 
     def with_depth(self, depth: int) -> TextEncoderConfig:
-        """The same encoder with its first `depth` layers; of 0 layers, its embedding alone. Raises UserError where its depth
-        is fixed."""
+        """Returns the config of the same encoder with only its first `depth` layers (0: only its embedding). Raises UserError
+        if the number of layers is fixed."""
         raise UserError(f"`model.text` is a {type(self).__name__}, whose number of layers is fixed")
 
 
 class TextEncoder(nn.Module, abc.ABC):
-    """Token ids to states. A mask is a boolean tensor that broadcasts to [B 1 L L], True where row sees column."""
+    """Encodes token ids to states. A mask is a boolean tensor that broadcasts to [B 1 L L], True where a row attends to a
+    column."""
 
     @property
     @abc.abstractmethod
     def word_table(self) -> Tensor:
-        """The vectors of the vocabulary [V D]; a vocabulary head may share them."""
+        """The word embeddings [V D]; a vocabulary head may share them."""
 
     @abc.abstractmethod
     def embed(self, ids_BL: Tensor, position_BL: Tensor, kind: Tensor | None = None) -> Tensor:
-        """Vectors of ids at positions (either may have one row for all) -> [B L D], before any layer. `kind` is a type
+        """Embeds ids at positions (one of the two may have a single row for all) -> [B L D], before any layer. `kind`: a type
         vector [D], or one for each token [B L D], that is added before the norm."""
 
     @abc.abstractmethod
     def states(
         self, ids_BL: Tensor, position_BL: Tensor, *, mask: Tensor | None = None, causal: bool = False
     ) -> list[Tensor]:
-        """The embedding, then the states after each layer: depth + 1 tensors [B L D]. With `causal` a token sees itself and
-        those before it; `mask` and `causal` are not given together."""
+        """Returns the embeddings and the states after each layer: depth + 1 tensors [B L D]. With `causal` a token attends to
+        itself and the tokens before it. `mask` and `causal` cannot be combined."""
 
     def forward(
         self, ids_BL: Tensor, position_BL: Tensor, *, mask: Tensor | None = None, causal: bool = False
     ) -> Tensor:
-        """The last of `states`: [B L D]."""
+        """Returns the last of `states`, [B L D]."""
         return self.states(ids_BL, position_BL, mask=mask, causal=causal)[-1]
 
     @abc.abstractmethod
     def empty_past(self, like_B: Tensor) -> list[KeyValue]:
-        """Keys and values of no token, for each layer: as many rows as `like_B`, on its device and of its dtype."""
+        """Returns empty keys and values for each layer, before any token is read. They have as many rows as `like_B`, its
+        device and its dtype."""
 
     @abc.abstractmethod
     def step(self, ids_B1: Tensor, position_B1: Tensor, past: list[KeyValue]) -> Tensor:
-        """The last state of one more token of each row, read left to right -> [B 1 D]. `past` grows in place."""
+        """Reads one more token of each row, left to right, and returns its last state [B 1 D]. Adds its keys and values to
+        `past`, in place."""
 
     def public_module(self) -> nn.Module | None:
-        """The model of transformers that computes the states, where one does."""
+        """Returns the transformers model that computes the states; None if there is none."""
         return None
 
     def layer_names(self) -> LayerNames:
-        """Its parts in the order in which they compute: to train the last layers alone, or each at a rate of its own."""
+        """Returns the names of the encoder's layers in their order, so that the last layers can be trained, or each layer at a
+        rate of its own."""
         return find_layers(self)
 
     def resized(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The saved weights of the same encoder with other positions, made to fit this one. Here: as they are."""
+        """Resizes saved weights of the same encoder with another number of positions to fit this one. Here: returns them
+        unchanged."""
         return dict(state)

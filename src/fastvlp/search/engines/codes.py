@@ -39,7 +39,7 @@ class CodesIndex(IndexEngine):
     (bench/search_latency.py); a filter looks at every item. Nothing can be added or deleted."""
 
     prefixes = ("codes:",)
-    address = "codes:FOLDER of what `vlp embed` wrote, read-only"
+    address = "codes:FOLDER, read-only, for a folder that `vlp embed` wrote"
     # All vectors are read from the disk for each query.
     small = 2**22
 

@@ -1,8 +1,8 @@
 """The interface of index engines. An engine is a class derived from `IndexEngine`, here or in a user's own file.
 
-An index holds items: an id, a unit vector, and a few plain fields. An engine is for search in items that people add and
-delete; evaluation multiplies matrices. A stamp beside the vectors says which model they are of, so that those of another
-model are refused.
+An index has items. Each has an id, a unit vector, and a few plain fields. Engines are for searching items that users add and
+delete; evaluations multiply matrices instead. A stamp beside the vectors says which model computed them, so that vectors of
+another model are refused.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ FORMAT = 1
 
 @dataclass(frozen=True, kw_only=True)
 class Stamp:
-    """Says which model the vectors of an index are of.
+    """The model that computed the vectors of an index.
 
     Attributes:
-        fingerprint: Of the export (`Embedder.fingerprint`).
-        width: Numbers of a vector.
-        model: Name of the model, for people.
-        format: Version of the way in which an index is stored.
+        fingerprint: Fingerprint of the export (`Embedder.fingerprint`).
+        width: Dimension of the vectors.
+        model: Name of the model, for messages.
+        format: Version of the format of the index.
     """
 
     fingerprint: str
@@ -68,18 +68,18 @@ class Item(NamedTuple):
 
 
 class IndexEngine(ABC):
-    """An open index. One thread uses it at a time.
+    """An open index. Only one thread may use it at a time.
 
     Callers use `add`, `delete`, `search` and `get`, which check their arguments and then call `_add`, `_delete`, `_search`
-    and `_get` of the engine. All of them raise UserError for arguments that no index takes, and EngineError where the
-    engine fails.
+    and `_get` of the engine. All of them raise UserError for invalid arguments, and EngineError if the engine fails.
 
     Attributes:
-        prefixes: How the engine's addresses begin, such as `codes:`; an empty prefix stands for the path of a folder.
+        prefixes: Beginnings of the engine's addresses, such as `codes:`. An empty prefix means the path of a folder.
         address: The form of its addresses, for help and errors.
-        small: Numbers in all its vectors up to which an engine compares a query with every vector (of 512 numbers: 65,536
-            vectors). A graph is faster, but may miss items.
-        stamp: Which model the vectors are of.
+        small: Largest size of a small index: the number of items times the dimension of the vectors (with 512 dimensions,
+            65,536 items). In a small index a query is compared with every vector. In a larger one an engine may use a graph,
+            which is faster but may miss items.
+        stamp: The model that computed the vectors.
     """
 
     prefixes: ClassVar[tuple[str, ...]]
@@ -93,31 +93,31 @@ class IndexEngine(ABC):
 
         Args:
             uri: Address that begins with one of `prefixes`.
-            stamp: Of the model that will search; None takes an index of any model. `checked_stamp` compares it.
-            create: Makes an empty index of that stamp where there is none.
+            stamp: Stamp of the model that will search; None accepts an index of any model. Use `checked_stamp` to compare it.
+            create: Make an empty index with this stamp if there is none.
 
         Raises:
-            UserError: There is no index, it is of another model, or a package that the engine needs is missing.
+            UserError: There is no index, it belongs to another model, or a package that the engine needs is missing.
         """
 
     @abstractmethod
     def _add(self, ids: Sequence[str], vectors: np.ndarray, infos: Sequence[Mapping[str, Scalar]]) -> None:
-        """Stores items. An item that has one of the ids is replaced whole. `vectors`: float32 [n width]."""
+        """Stores items. An existing item with one of the ids is replaced completely. `vectors`: float32 [n width]."""
 
     @abstractmethod
     def _delete(self, ids: Sequence[str]) -> int:
-        """Deletes items, and returns how many of them there were. `ids`: each once."""
+        """Deletes items, and returns how many of them existed. `ids` has no id twice."""
 
     @abstractmethod
     def _search(
         self, vectors: np.ndarray, k: int, offset: int, where: Mapping[str, Sequence[Scalar]]
     ) -> list[list[Hit]]:
         """Finds the `k` nearest items after the first `offset`, best first, for each row of `vectors`, float32 [q width].
-        `where`: for each field the values of which an item must have one."""
+        `where`: for each field a list of values; an item must have one of them."""
 
     @abstractmethod
     def _get(self, ids: Sequence[str]) -> Iterable[Item]:
-        """Yields those of the items that there are, in any order. `ids`: each once."""
+        """Yields the items with these ids that exist, in any order. `ids` has no id twice."""
 
     @abstractmethod
     def count(self) -> int:
@@ -125,52 +125,52 @@ class IndexEngine(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """Gives up files and connections."""
+        """Closes files and connections."""
 
     def calibration(self) -> Calibration | None:
-        """Returns what cosines mean in this index, where the engine keeps it."""
+        """Returns the calibration of cosines that is stored in the index; None if there is none."""
         return None
 
     def calibrate(self, calibration: Calibration) -> bool:
-        """Keeps what cosines mean. Returns whether the engine can."""
+        """Stores a calibration of cosines. Returns False if the engine cannot store it."""
         return False
 
     def is_small(self, items: int) -> bool:
-        """Whether so many items are few enough to be compared one by one."""
+        """Whether an index of this number of items is small, so that a query is compared with every item."""
         return items * self.stamp.width <= self.small
 
     @classmethod
     def pictures(cls, uri: str) -> PictureStore | None:
-        """Returns where the small pictures of an index's items are kept by default; None where it has no place for them."""
+        """Returns the default store of the small pictures of an index's items; None if the engine has none."""
         return None
 
     def add(self, ids: Sequence[str], vectors: np.ndarray, infos: Sequence[Mapping[str, Scalar]]) -> None:
-        """Adds items; one that has one of the ids is replaced whole.
+        """Adds items. An existing item with one of the ids is replaced completely.
 
-        When it returns, all are stored for good. When it is cut short, some are.
+        When the call returns, all items are stored permanently. If it is interrupted, some of them may be stored.
 
         Args:
-            ids: A text for each item, no two alike.
-            vectors: Unit rows [n width].
+            ids: A text for each item; all different.
+            vectors: Unit vectors [n width].
             infos: Fields of each item: texts, finite numbers, true or false.
         """
         self._add(ids, check_items(ids, vectors, infos, self.stamp.width), infos)
 
     def delete(self, ids: Sequence[str]) -> int:
-        """Deletes items, and returns how many of them there were."""
+        """Deletes items, and returns how many of them existed."""
         return self._delete(storable_ids(ids))
 
     def search(self, vectors: np.ndarray, k: int, where: Where | None = None, offset: int = 0) -> list[list[Hit]]:
-        """Finds the nearest items. In a large index engines search approximately: an item may be missed.
+        """Finds the nearest items. In a large index engines search approximately and may miss an item.
 
         Args:
-            vectors: Unit rows [q width], one for each query.
-            k: How many items to return for each query.
-            where: Fields that an item must have, each with a value, or with a list of values of which one will do.
-            offset: How many of the best to leave out.
+            vectors: Unit vectors [q width], one for each query.
+            k: Number of items to return for each query.
+            where: Fields that an item must have, each with a value, or with a list of values, one of which it must have.
+            offset: Number of best items to skip.
 
         Returns:
-            For each query its hits, best first.
+            A list of hits for each query, best first.
         """
         query, choices = check_rows(vectors, self.stamp.width), check_where(where)
         check_depth(k, offset)
@@ -179,27 +179,27 @@ class IndexEngine(ABC):
         return self._search(query, k, offset, choices)
 
     def get(self, ids: Sequence[str]) -> list[Item]:
-        """Returns those of the items that there are, in the order of the ids."""
+        """Returns the items with these ids that exist, in the order of the ids."""
         unique = storable_ids(ids)
         items = {item.id: item for item in self._get(unique)}
         return [items[id] for id in unique if id in items]
 
 
 def checked_stamp(stored: Mapping[str, object] | None, wanted: Stamp | None, place: str) -> Stamp:
-    """Returns the stamp that an index stores, where that is the wanted one.
+    """Returns the stamp that is stored in an index, after comparing it with the wanted stamp.
 
     Args:
-        stored: Fields of a Stamp, as `dataclasses.asdict` gives them; None where nothing is stored.
-        wanted: Of the model that will search; None takes any.
-        place: Names the index in errors.
+        stored: Fields of a Stamp, as `dataclasses.asdict` returns them; None if nothing is stored.
+        wanted: Stamp of the model that will search; None accepts any stamp.
+        place: Name of the index in errors.
 
     Raises:
-        UserError: The index is of another model, of another program, or of a newer version.
+        UserError: The index was made with another model, by another program, or by a newer version.
     """
     names = set(Stamp.__dataclass_fields__)
     if stored is None or not names <= stored.keys():
         raise UserError(
-            f"{place}: made by another program, it does not say which model its vectors are of; choose another place"
+            f"{place}: made by another program, it does not say which model its vectors are from; choose another address"
         )
     stamp = Stamp(**{name: stored[name] for name in names})  # type: ignore[arg-type]
     if stamp.format > FORMAT:
@@ -207,7 +207,7 @@ def checked_stamp(stored: Mapping[str, object] | None, wanted: Stamp | None, pla
     if wanted is not None and (stamp.fingerprint, stamp.width) != (wanted.fingerprint, wanted.width):
         raise UserError(
             f"{place}: has vectors of another model, {stamp.model or 'unnamed'} ({stamp.fingerprint[:8]}), not of "
-            f"{wanted.model or 'unnamed'} ({wanted.fingerprint[:8]}); give that one's export, or build another index"
+            f"{wanted.model or 'unnamed'} ({wanted.fingerprint[:8]}); give the export of the former, or build another index"
         )
     return stamp
 
@@ -223,20 +223,20 @@ def addresses() -> str:
 
 
 def engine_of(uri: str) -> type[IndexEngine]:
-    """Finds the engine of an address: the one with the longest prefix that the address begins with.
+    """Finds the engine of an address: of all engines whose prefix fits, the one with the longest prefix.
 
     Raises:
-        UserError: No engine has addresses of this form, or two have.
+        UserError: No engine or two engines have addresses of this form.
     """
     lengths = {
         engine: max((len(prefix) for prefix in engine.prefixes if uri.startswith(prefix)), default=-1)
         for engine in engines()
     }
     longest = max(lengths.values())
-    # A word and a colon at the start name an engine, unless there is a folder of that name.
+    # An address that begins with a word and a colon names an engine, unless there is a folder of that name.
     if longest < 0 or (longest == 0 and re.match(r"[a-z][a-z0-9+.-]+:", uri) and not Path(uri).exists()):
         raise UserError(
-            f"{uri}: no index engine has addresses of this form; an index is {addresses()}. For an engine of your own: "
+            f"{uri}: no index engine has addresses of this form; an index is {addresses()}. Import your own engine with "
             f"`vlp --import FILE.py ...`"
         )
     chosen = [engine for engine, length in lengths.items() if length == longest]
@@ -251,20 +251,20 @@ def open_index(uri: str, stamp: Stamp | None = None, create: bool = False) -> In
 
     Args:
         uri: Address: a folder (Chroma); http(s)://HOST:PORT/NAME of a Chroma server;
-            postgresql://USER@HOST/DATABASE#TABLE with pgvector; codes:FOLDER of what `vlp embed` wrote, read-only; or
-            the address of an engine in a file that was imported.
-        stamp: Of the model that will search (`Embedder.stamp`); None takes an index of any model.
-        create: Makes an empty index of that stamp where there is none.
+            postgresql://USER@HOST/DATABASE#TABLE with pgvector; codes:FOLDER for a folder that `vlp embed` wrote,
+            read-only; or the address of an engine in a file that was imported.
+        stamp: Stamp of the model that will search (`Embedder.stamp`); None accepts an index of any model.
+        create: Make an empty index with this stamp if there is none.
 
     Raises:
-        UserError: There is no index, it is of another model, or a package that the engine needs is missing.
+        UserError: There is no index, it belongs to another model, or a package that the engine needs is missing.
     """
     if create and stamp is None:
-        raise ValueError("`create` needs the `stamp` of the model that the index will be of")
+        raise ValueError("`create` needs the `stamp` of the model whose vectors the index will have")
     return engine_of(uri)(uri, stamp, create)
 
 
 def pictures_of(uri: str, folder: str | Path | None = None) -> PictureStore | None:
-    """Returns the pictures of an index's items: those in `folder` where it is given, else where the index's engine has them;
-    None where it has no place for them."""
+    """Returns the store of the pictures of an index's items: `folder` if it is given, else the default of the engine; None if
+    the engine has none."""
     return engine_of(uri).pictures(uri) if folder is None else PictureFolder(folder)
