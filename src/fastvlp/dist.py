@@ -125,7 +125,7 @@ def explained(error: Exception) -> Exception:
     ):
         return error
     explained = UserError(
-        f"another rank has ended or cannot be reached ({lost[0].lower()}); what it printed, or the system's log, says why"
+        f"another rank has ended or cannot be reached ({lost[0].lower()}); its output, or the system's log, says why"
     )
     explained.__cause__ = error
     return explained

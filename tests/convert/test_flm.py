@@ -127,8 +127,8 @@ def test_what_a_fine_tuned_checkpoint_does_not_tell_is_asked_for(tmp_path: Path,
         assert main(["convert", path, out, *options]) == 2
         assert expected in (error := capsys.readouterr().err), error
     for content, expected in (
-        ("[1, 2]", "no list of answers"),
-        ('{"a": 3}', "no list of answers"),
+        ("[1, 2]", "neither a list of answers"),
+        ('{"a": 3}', "neither a list of answers"),
         ("no", "cannot read"),
     ):
         answers.write_text(content)

@@ -296,7 +296,7 @@ def test_a_batch_of_stored_regions_is_padded_with_zero_shares_where_classes_are_
     assert regions.classes[0].eq(0.25).all() and regions.classes[1].eq(0).all() and regions.feature[1, 2:].eq(0).all()
     assert regions.mask.sum(1).tolist() == [5, 2]
     other = found_by_a_detector()._replace(feature_RF=np.zeros((5, 7), np.float16))
-    with pytest.raises(UserError, match=r"regions' features of one batch are \[3, 7\] numbers wide"):
+    with pytest.raises(UserError, match=r"regions' features of one batch are \[3, 7\] dimensions wide"):
         pad_regions([found[0], read_stored(source, other)])
 
 
@@ -316,7 +316,7 @@ np.savez(HOSTILE, norm_bb=np.array([{}], dtype=object), features=np.zeros((1, 2)
         ({"confidences": [[0.1, 0.2]]}, (b"",), "field confidences: an image's are not falling"),
         ({"confidences": [CONFIDENCES]}, (b"PK",), "its stored regions: not readable as npz"),
         ({"confidences": [CONFIDENCES]}, (HOSTILE.getvalue(),), "its stored regions: Object arrays cannot be loaded"),
-        ({"confidences": [[0.5]]}, (pack(found_by_a_detector()),), "5 regions are stored, and confidences are not as"),
+        ({"confidences": [[0.5]]}, (pack(found_by_a_detector()),), "5 regions are stored, but not the same number of"),
     ],
 )
 def test_a_record_with_bad_stored_regions_is_an_error(info, stored_with_it, reason):

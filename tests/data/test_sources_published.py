@@ -205,7 +205,7 @@ def test_a_pickle_of_expressions_is_not_opened_and_its_remedy_works(
 ) -> None:
     (refcoco_folder / "refs(unc).p").write_bytes(pickle.dumps([ref("val", 7, "bowl")]))
     assert find_format(refcoco_folder / "refs(unc).p").name == "refcoco"
-    with pytest.raises(UserError, match=r"a pickle, whose loading runs whatever is in it") as error:
+    with pytest.raises(UserError, match=r"this is a pickle, and loading it runs any code in it") as error:
         read(refcoco_folder, "refcoco")
     monkeypatch.chdir(refcoco_folder)
     exec(str(error.value).partition('python -c "')[2].removesuffix('"'))

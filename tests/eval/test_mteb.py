@@ -71,7 +71,7 @@ def test_the_scores_are_those_of_our_own_evaluations(made: Path, capsys: pytest.
 def test_what_mteb_cannot_run_is_named(made: Path):
     with pytest.raises(UserError, match=r"retrieval.*`data`"):
         evaluate_mteb(made / "exported")
-    with pytest.raises(UserError, match="no folder of sentence-transformers"):
+    with pytest.raises(UserError, match="not a folder of sentence-transformers"):
         evaluate_mteb(made / "run", data=made / "data")
     with pytest.raises(UserError, match="one text for each class"):
         evaluate_mteb(made / "exported", data=made / "data", tasks=("zeroshot",), templates="flip7")

@@ -99,7 +99,7 @@ def test_a_share_made_of_a_count_gives_that_count():
 def test_sincos_needs_a_width_of_four_quarters():
     config = made_config()
     layer = LayerConfig(width=30, heads=3, hidden=30)
-    with pytest.raises(UserError, match="four quarters"):
+    with pytest.raises(UserError, match="divisible by 4"):
         VLModel(replace(config, image=replace(config.image, layer=layer, position="sincos")))
 
 

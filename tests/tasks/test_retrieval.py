@@ -236,7 +236,7 @@ def test_the_ranking_head_starts_as_a_copy_and_stays_what_it_became(kind, matche
 
 
 def test_a_run_that_did_not_learn_to_match_is_not_scored(runs, world, capsys):
-    with pytest.raises(UserError, match="learned no image-text matching"):
+    with pytest.raises(UserError, match="did not learn image-text matching"):
         evaluate_task(str(runs["mlm"]), data=str(world), zero_shot=True)
     assert main(["evaluate", str(runs["uniter"]), "--zero-shot"]) == 2
     assert "needs --data" in capsys.readouterr().err

@@ -155,7 +155,7 @@ def test_tokens_have_a_map_behind_their_prefix():
 def test_what_is_no_encoder_is_refused(folder):
     with pytest.raises(UserError, match=r"\[B N D\]"):
         from_module(vectors, size=16).check()
-    with pytest.raises(UserError, match="first level"):
+    with pytest.raises(UserError, match="top level"):
         from_module(lambda pretrained: vectors(pretrained), size=16)
     import_file(folder / "trunk_file.py")
     for name in ("trunk_file:no_module", "trunk_file:torch", "trunk_file:nothing", "os:getcwd", "unknown:trunk"):

@@ -166,7 +166,7 @@ class ArmTraining:
         if ACCOUNT not in notes:
             if marks:
                 raise UserError(
-                    f"{folder}: has no state to continue from, though results.json has its scores; {remedy}"
+                    f"{folder}: has no state to continue from, although results.json has its scores; {remedy}"
                 )
             self.run.curve = []
             return

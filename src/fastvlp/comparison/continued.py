@@ -62,7 +62,7 @@ def read_job(out: Path) -> Job:
     path = results_path(out)
     if not path.exists():
         raise UserError(
-            f"{out}: holds no comparison; begin one there without `resume` and `add`, or give its folder as `out`"
+            f"{out}: holds no comparison; start one without `resume` and `add`, or give the folder of a comparison as `out`"
         )
     comparison = Comparison.load(path)
     plan = from_json(Plan, comparison.settings | {"out": str(out)}, str(path))
@@ -105,7 +105,7 @@ def check_options(
         changed["threads"] = (str(job.comparison.about["threads"]), str(threads))
     if changed:
         words = "; ".join(f"`{name}` was {old}, not {new}" for name, (old, new) in changed.items())
-        raise UserError(f"{results_path(job.plan.out)}: was begun with other options: {words}; leave them out")
+        raise UserError(f"{results_path(job.plan.out)}: was started with other options: {words}; leave them out")
 
 
 def written(name: str, options: Mapping[str, Any]) -> str:
@@ -133,7 +133,9 @@ def check_recipes(job: Job, recipes: Sequence[Recipe], settings: Sequence[str]) 
         changed = changed_fields(job.arms[arm], run)
         if changed:
             words = "; ".join(f"{name} was {old}, and is {new}" for name, (old, new) in changed.items())
-            raise UserError(f"{path}: {arm} was another recipe ({words}); leave the recipes out to go on as it was")
+            raise UserError(
+                f"{path}: {arm} was another recipe ({words}); leave the recipes out to continue it unchanged"
+            )
 
 
 def changed_fields(saved: TrainConfig, run: TrainConfig) -> dict[str, tuple[Json, Json]]:
@@ -217,7 +219,7 @@ def check_records(comparison: Comparison, run: ArmRun) -> None:
                 folder = own.get(f"data.{split}")
                 raise UserError(
                     f"{folder}: has other records than {earlier.arm} with seed {earlier.seed} was trained on; "
-                    "put those back, or start a new comparison in another folder"
+                    "restore its data, or start a new comparison in another folder"
                 )
 
 

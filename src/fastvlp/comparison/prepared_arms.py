@@ -37,7 +37,7 @@ def with_precision(arms: Mapping[str, TrainConfig]) -> dict[str, TrainConfig]:
 def named_arms(recipes: Sequence[Recipe], settings: Sequence[str]) -> dict[str, TrainConfig]:
     """The configs by name, with their settings: a file's name without its ending, or the name of a config."""
     if not recipes:
-        raise UserError(f"name at least one recipe; there are {', '.join(names())}")
+        raise UserError(f"name at least one recipe, such as one of {', '.join(names())}")
     arms = arm_names(recipes)
     check_distinct(arms)
     check_arms(settings, arms)

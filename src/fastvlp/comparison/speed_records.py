@@ -99,7 +99,7 @@ class SpeedRecord:
         if budget_of(self.budget)[1] != (self.track == "steps"):
             raise UserError(f"a record of the track {self.track} has a budget such as 80s, or with steps 900steps")
         if self.track == "cpu2" and not 1 <= self.threads <= 2:
-            raise UserError(f"`threads` {self.threads}: a record of the track cpu2 has at most two")
+            raise UserError(f"`threads` {self.threads}: a record of the track cpu2 allows at most two")
 
     @property
     def value(self) -> float:
@@ -128,7 +128,7 @@ def read_record(file: Path) -> SpeedRecord:
     try:
         return from_json(SpeedRecord, parse_json(read_plain(file)), str(file))
     except (OSError, ValueError) as error:
-        raise UserError(f"{file}: no speed record ({error}); give a file of records/, or one like it") from error
+        raise UserError(f"{file}: not a speed record ({error}); give a file of records/, or one like it") from error
 
 
 def verify_record(

@@ -86,7 +86,7 @@ def brivl_settings(source: Checkpoint, width: int, released: Mapping[str, Any]) 
     settings = {**released, **stated} if width == released["IMG_FEATURE_DIM"] else stated
     if missing := sorted(released.keys() - settings.keys() - {"CNN", "IMG_FEATURE_DIM"}):
         raise UserError(
-            f"its joint space has {width} numbers, where the release has {released['IMG_FEATURE_DIM']}, and nothing tells "
+            f"its joint space has {width} dimensions, but the release has {released['IMG_FEATURE_DIM']}, and nothing tells "
             f"{', '.join(missing)}: name its .yml as `config`"
         )
     return settings

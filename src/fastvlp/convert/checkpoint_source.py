@@ -46,7 +46,7 @@ def read_config_file(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise UserError(f"{path}: damaged ({error}); copy it again") from error
     if not isinstance(value, dict):
-        raise UserError(f"{path}: holds no object of names and values; name the config of the checkpoint")
+        raise UserError(f"{path}: not an object of names and values; name the config of the checkpoint")
     return value
 
 
@@ -157,5 +157,5 @@ def read_answers(path: Path | None) -> tuple[str, ...]:
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{path}: cannot read answers here ({error}); `answers` is a JSON list") from error
     if not isinstance(value, list) or not value or not all(isinstance(answer, str) for answer in value):
-        raise UserError(f"{path}: no list of answers, and no object that numbers them from 0")
+        raise UserError(f"{path}: neither a list of answers nor an object that numbers them from 0")
     return tuple(value)

@@ -140,7 +140,7 @@ def find_layout(source: Checkpoint, name: str) -> Layout:
         return found[0]()
     if found:
         names = ", ".join(kind.name for kind in found)
-        raise UserError(f"{source.source}: laid out like several ({names}); choose its `layout`")
+        raise UserError(f"{source.source}: several layouts fit ({names}); choose its `layout`")
     listed = "; ".join(f"{kind.name}: {kind.summary}" for kind in known.values())
     raise UserError(f"{source.source}: {unknown(source)}. Choose its `layout` where it is one of these. {listed}")
 

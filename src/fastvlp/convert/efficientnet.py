@@ -32,9 +32,7 @@ def efficientnet_config(name: str, size: int) -> TransformersImageConfig:
             f"its image encoder is {name} of timm; of those EfficientNet b0 to b7 are known (tf_efficientnet_b5_ns)"
         )
     if size % 2:
-        raise UserError(
-            f"images of {size} pixels: an EfficientNet of TensorFlow's padding reads an even number of them"
-        )
+        raise UserError(f"images of {size} pixels: an EfficientNet with TensorFlow's padding needs an even number")
     return TransformersImageConfig(
         size=size, mean=IMAGENET_MEAN, std=IMAGENET_STD, architecture=efficientnet(match[1], size)
     )

@@ -120,7 +120,7 @@ class EncoderFamily(abc.ABC):
         """The encoder's tensors without their prefix. Raises UserError where there are none."""
         prefixes = {name.removesuffix(self.anchor) for name in weights if name.endswith(self.anchor)}
         if len(prefixes) != 1:
-            raise UserError(f"has {len(prefixes)} tensors called {self.anchor}, where one encoder has one")
+            raise UserError(f"has {len(prefixes)} tensors called {self.anchor}, but one encoder has only one")
         (prefix,) = prefixes
         return {name.removeprefix(prefix): x for name, x in weights.items() if name.startswith(prefix)}
 

@@ -87,12 +87,14 @@ def read_settings(source: Checkpoint, stated: Stated) -> Settings:
     for part, (read, neutral) in {"": WHOLE, "vision_cfg": VISION, "text_cfg": TEXT}.items():
         refuse_others(config[part] if part else config, part, read, neutral)
     if isinstance(vision.get("layers"), list):
-        raise UserError("its image encoder is a ResNet, which is none of ours; take a model with a ViT")
+        raise UserError("its image encoder is a ResNet, which is not supported; choose a model with a ViT")
     activations = [
         "quick_gelu" if config.get("quick_gelu") else _gelu(part.get("act_kwargs") or {}) for part in (vision, text)
     ]
     if activations[0] != activations[1]:
-        raise UserError(f"its encoders have different activations ({', '.join(activations)}), and ours have one")
+        raise UserError(
+            f"its encoders have different activations ({', '.join(activations)}), but all layers must have the same"
+        )
     pools = {"argmax": "last", "eos": "last", "last": "end", "first": "first"}
     image_pools = {"tok": "first", "avg": "patches"}
     preprocessing = source.open_clip.get("preprocess_cfg") or {}
@@ -167,7 +169,7 @@ def refuse_others(config: Mapping[str, Any], part: str, read: Collection[str], n
     for name, value in config.items():
         if name not in read and not (name in neutral and value == neutral[name]):
             place = f"{part}.{name}" if part else name
-            raise UserError(f"its open_clip config has {place} {value!r}, which no model of ours computes")
+            raise UserError(f"its open_clip config has {place} {value!r}, which is not supported")
 
 
 def _gelu(options: Mapping[str, Any]) -> Activation:

@@ -146,7 +146,7 @@ def find_family(base: type[F], config: Mapping[str, Any]) -> F | None:
 def cut_depth(depth: int, layers: int | None, folder: PublicFolder) -> int:
     """How many layers are taken. Raises UserError where the model has fewer."""
     if layers is not None and not 0 <= layers <= depth:
-        raise UserError(f"{folder.source}: has {depth} layers; take at most so many, not {layers}")
+        raise UserError(f"{folder.source}: has {depth} layers; use at most this number, not {layers}")
     return depth if layers is None else layers
 
 
@@ -204,7 +204,7 @@ def _transformers_texts(folder: PublicFolder, config: dict[str, Any], layers: in
     architecture = _cut_architecture(folder, config, layers)
     given = model_config(architecture)
     if not hasattr(given, "vocab_size") or given.is_encoder_decoder:
-        raise UserError(f"{folder.source}: a {given.model_type}, which is no text encoder")
+        raise UserError(f"{folder.source}: a {given.model_type}, which is not a text encoder")
     plain = TransformersTextConfig(
         positions=getattr(given, "max_position_embeddings", None) or 512,
         vocab=given.vocab_size,

@@ -44,7 +44,7 @@ def open_public(source: str | Path | PublicFolder) -> PublicFolder:
     if path.is_dir():
         return PublicFolder(str(source), path)
     if path.exists():
-        raise UserError(f"{source}: a file; name the folder of the model, with config.json and the weights")
+        raise UserError(f"{source}:this is a file; give the folder of the model, with config.json and the weights")
     if str(source).count("/") > 1 or str(source).startswith((".", "/", "~")):
         raise UserError(f"{source}: no such folder")
     return PublicFolder(str(source), None)
@@ -69,7 +69,7 @@ class PublicFolder:
         for name in names:
             if (path := self.find(name)) is not None:
                 return path
-        raise UserError(f"{self.source}: it has no {' or '.join(names)}; name the folder of a whole model")
+        raise UserError(f"{self.source}: it has no {' or '.join(names)}; give the folder of a complete model")
 
     def json(self, name: str) -> dict[str, Any] | None:
         """An object; None where there is no such file. Raises UserError where it is damaged."""
@@ -93,8 +93,8 @@ class PublicFolder:
         if config is None or "model_type" not in config:
             what = "it has no config.json" if config is None else "its config.json names no model_type"
             raise UserError(
-                f"{self.source}: {what}; name the folder of a model of transformers, or make one of another layout a run's "
-                f"folder with `vlp convert`"
+                f"{self.source}: {what}; give the folder of a transformers model, or convert a model of another layout with "
+                f"`vlp convert`"
             )
         return config
 

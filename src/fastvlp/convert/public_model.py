@@ -40,7 +40,7 @@ def public_config(like: ModelConfig, images: PublicImages | None, texts: PublicT
     if like.single is not None and texts is not None:
         if texts.layer is None:
             raise UserError(
-                f"{texts.folder.source}: no single stream over words and regions can be made of it; take a BERT"
+                f"{texts.folder.source}: it cannot be used as a single stream over words and regions; choose a BERT"
             )
         single = SingleConfig(
             depth=texts.config.depth, layer=texts.layer, regions=like.single.regions, types=like.single.types

@@ -24,13 +24,13 @@ def head_counts(stated: Stated, known: Mapping[str, int | None]) -> list[int]:
     """
     if stated.heads:
         if len(stated.heads) != len(known):
-            raise UserError(f"`heads` has {len(stated.heads)} numbers; it is one each of {', '.join(known)}")
+            raise UserError(f"`heads` has {len(stated.heads)} numbers; give one number for each of {', '.join(known)}")
         return [*stated.heads]
     unknown = [name for name, heads in known.items() if heads is None]
     if unknown:
         raise UserError(
-            f"nothing here tells the number of attention heads of {' and '.join(unknown)}: give `heads`, one number each of "
-            f"{', '.join(known)}, or the `config` of the checkpoint"
+            f"the files do not state the number of attention heads of {' and '.join(unknown)}: give `heads`, one number for "
+            f"each of {', '.join(known)}, or the `config` of the checkpoint"
         )
     return [heads for heads in known.values() if heads is not None]
 
@@ -42,7 +42,7 @@ def activation_of(name: str | None, stated: Stated) -> Activation:
         return stated.activation
     if name is None:
         raise UserError(
-            "nothing here tells the activation of the layers: give `activation`, or the `config` of the checkpoint"
+            "the activation of the layers is not known from its files: give `activation`, or the `config` of the checkpoint"
         )
     if name not in ACTIVATIONS:
         raise UserError(f"its activation is {name}; there are {', '.join(sorted(set(ACTIVATIONS.values())))}")

@@ -86,7 +86,7 @@ class TwoEncodersLayout(Layout):
     def read(self, source: Checkpoint, stated: Stated) -> Release:
         images, texts = read_images(source), read_texts(source)
         if images.joint is None or images.joint != texts.joint:
-            raise UserError(f"a {source.model_type}, whose image and text encoder share no joint space")
+            raise UserError(f"a {source.model_type}, whose image and text encoder have no joint space")
         config = joined(images.config, texts.config, images.head, texts.reading, images.joint)
         text = source.settings.get(TEXT) or {}
         legacy = texts.reading.head.pool == "last" and text.get("eos_token_id", 2) == 2

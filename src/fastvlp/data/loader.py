@@ -84,7 +84,7 @@ class Loader:
         mixture: Mixture | None = None,
     ):
         if count < 1:
-            raise UserError("the data set is empty; look at it with `vlp data inspect`")
+            raise UserError("the data set is empty; check it with `vlp data inspect`")
         if batch_size < 1 or not 0 <= rank < world:
             raise ValueError(f"batch_size {batch_size}, rank {rank} of {world}")
         if grouping is not None and lengths is None:
@@ -246,10 +246,10 @@ class _Batches(Dataset[Made | UserError]):
                 raise
             return UserError(f"{error.filename or 'the data'}: {error.strerror}; {advice}")
         except MemoryError:
-            return UserError(f"memory has run out in making a batch; {LESS_MEMORY}")
+            return UserError(f"there is not enough memory to make a batch; {LESS_MEMORY}")
         if len(batch) == 0:
             names = "; ".join(f"{d.key}: {d.reason}" for d in dropped[:8])
-            return UserError(f"no record of batch {s} can be used ({names}); look at the data with `vlp data inspect`")
+            return UserError(f"no record of batch {s} can be used ({names}); check the data with `vlp data inspect`")
         return batch, dropped
 
 

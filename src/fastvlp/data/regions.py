@@ -149,7 +149,7 @@ def stored_regions(
     except ValueError as error:
         raise RecordError(key, f"its stored regions: {error}") from None
     if len(confidences) <= image or len(confidences[image]) != len(regions.box_R4):
-        raise RecordError(key, f"{len(regions.box_R4)} regions are stored, and confidences are not as many")
+        raise RecordError(key, f"{len(regions.box_R4)} regions are stored, but not the same number of confidences")
     n = source.count(confidences[image])
     box_R4 = torch.from_numpy(regions.box_R4[:n]) * torch.tensor([shape.width, shape.height] * 2)
     box_R4 = visible_boxes(box_R4, shape, transform)
@@ -228,7 +228,9 @@ def _padded(parts: Sequence[Tensor | None], images: Sequence[ImageRegions], name
     if not widths:
         return None
     if len(widths) > 1:
-        raise UserError(f"regions' {name} of one batch are {widths} numbers wide: import the regions of one detector")
+        raise UserError(
+            f"regions' {name} of one batch are {widths} dimensions wide; import the regions of a single detector"
+        )
     (some, *_) = (part for part in parts if part is not None)
     full = [
         some.new_zeros(len(regions.box_R4), *widths) if part is None else part for part, regions in zip(parts, images)

@@ -222,7 +222,7 @@ def as_stored(one: Computed, config: StatesConfig, what: str) -> np.ndarray:
         remedy = (
             "they are beyond half precision: set `states.dtype` to fp32" if finite else "its weights may be damaged"
         )
-        raise UserError(f"the frozen encoder's states of the {what} are not all finite numbers; {remedy}")
+        raise UserError(f"the frozen encoder's states of the {what} contain numbers that are not finite; {remedy}")
     return states.numpy()
 
 

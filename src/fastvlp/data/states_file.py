@@ -195,8 +195,8 @@ class StatesFile:
         if not self._checked[i]:
             if checksum(states, self._shape[i]) != self._checksum[i]:
                 raise UserError(
-                    f"{self.path}: damaged, entry {i} is not what was written; delete the file, and its states are computed "
-                    "again"
+                    f"{self.path}: damaged, entry {i} is not what was written; delete the file, so that its states are "
+                    "computed again"
                 )
             self._checked[i] = True
         return torch.from_numpy(np.array(states))

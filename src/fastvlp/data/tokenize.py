@@ -73,15 +73,17 @@ class Tokenizer:
             self.added = tuple(role for role, names in _ROLES.items() if not any(name in known for name in names))
             if self.added and len(known) <= max(known.values()):
                 # A new token would get the number of another one.
-                raise UserError(f"{source}: numbers without a token, so that none can be added; it lacks {self.added}")
+                raise UserError(
+                    f"{source}: some ids have no token, so that no tokens can be added; it lacks {self.added}"
+                )
             inner.add_special_tokens([_ROLES[role][-1] for role in self.added])
         # Some vocabularies have numbers without a token.
         vocabulary = inner.get_vocab(with_added_tokens=True)
         self.vocab_size = 1 + max(vocabulary.values(), default=0)
         if self.vocab_size > 4 * len(vocabulary) + 100_000:
             raise UserError(
-                f"{source}: {len(vocabulary)} tokens have numbers up to {self.vocab_size - 1}, and a model has a row for each "
-                f"number; number them from 0"
+                f"{source}: {len(vocabulary)} tokens have ids up to {self.vocab_size - 1}, and a model has a row for each id; "
+                f"number the tokens from 0"
             )
         self.pad = _special(inner, "pad", source)
         self.bos = _special(inner, "bos", source)

@@ -40,8 +40,8 @@ def view_edges(patches: int, keep: float, views: int) -> list[int]:
     edges = [round(patches * keep * v) for v in range(views + 1)]
     if not 0 < keep <= 1 or views < 1 or edges[-1] > patches or 0 in [b - a for a, b in pairwise(edges)]:
         raise UserError(
-            f"`keep` {keep:g} and `views` {views} do not fit {patches} patches: each view shows at least one patch, and no "
-            f"patch is in two views, so `views` times `keep` is at most 1, such as 2 times 0.5 or 4 times 0.25"
+            f"`keep` {keep:g} and `views` {views} do not fit {patches} patches: each view needs at least one patch, and no "
+            f"patch may be in two views, so `views` times `keep` is at most 1, such as 2 times 0.5 or 4 times 0.25"
         )
     return edges
 

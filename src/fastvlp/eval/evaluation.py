@@ -84,8 +84,8 @@ def check_above_chance(result: Evaluation) -> None:
     for method, scores in result.scores.items():
         if scores["recall"] < max(2 * chance, chance + 5 * result.errors[method]["recall"]):
             raise UserError(
-                f"recall is {scores['recall']:.2%} and chance {chance:.2%}: the model finds nothing yet; train it for more "
-                f"steps, or at another learning rate (scores: {result.path})"
+                f"recall is {scores['recall']:.2%} and chance {chance:.2%}: the model has not learned to retrieve yet; train "
+                f"it for more steps, or at another learning rate (scores: {result.path})"
             )
 
 
@@ -109,7 +109,7 @@ def evaluate_embeddings(name: str, run: str | Path, /, **options: Any) -> Evalua
     """
     known = evaluations()
     if name not in known:
-        raise UserError(f"no evaluation is called {name}; there are {', '.join(known)}")
+        raise UserError(f"no evaluation is called {name}; choose from {', '.join(known)}")
     parameters = inspect.signature(known[name]).parameters
     encoding = options.pop("encoding", parameters["encoding"].default)
     of_encoding = {field.name for field in fields(encoding)}

@@ -166,5 +166,5 @@ def without_border(data: bytes, border: int, key: str) -> bytes:
         raise RecordError(key, f"cannot be decoded ({type(error).__name__}: {error})") from error
     height, width, _ = pixels_HWC.shape
     if not height or not width:
-        raise RecordError(key, f"nothing is left of it without a border of {border} pixels")
+        raise RecordError(key, f"nothing is left of it after removing a border of {border} pixels")
     return b"P6 %d %d 255\n" % (width, height) + pixels_HWC.numpy().tobytes()

@@ -126,7 +126,8 @@ class MtebRunner:
             torch.set_num_threads(encoding.threads)
         if not (Path(folder) / "modules.json").is_file():
             raise UserError(
-                f"{folder}: no folder of sentence-transformers; write one with `vlp export RUN OUT --to sentence-transformers`"
+                f"{folder}: not a folder of sentence-transformers; write one with `vlp export RUN OUT --to "
+                f"sentence-transformers`"
             )
         with quiet_transformers():
             device = str(pick_device(encoding.device))

@@ -27,7 +27,7 @@ def pair_methods(opened: OpenedRun, by: PairMethod | None = None) -> dict[str, M
     config = opened.saved.model.config
     if config.single is not None or (config.embed is not None and config.embed.reads_boxes):
         raise UserError(
-            f"{opened.saved.weights}: reads regions of a picture, and a benchmark has none; score a run that reads "
+            f"{opened.saved.weights}: the model reads regions of a picture, but a benchmark has none; choose a run that reads "
             f"whole pictures"
         )
     ways: dict[str, Match | None] = {} if config.embed is None else {"cosine": None}

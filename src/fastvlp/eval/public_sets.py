@@ -63,8 +63,8 @@ def of_objectnet(data: Path) -> Names:
             break
     else:
         raise UserError(
-            f"{data}: which classes of ObjectNet are also ImageNet's is in its own folder mappings, which is neither here nor "
-            f"beside it; copy mappings/ of objectnet-1.0 here"
+            f"{data}: ObjectNet's folder mappings, which lists the classes that ImageNet has too, is neither here nor beside "
+            f"it; copy mappings/ of objectnet-1.0 here"
         )
     label_of, shared = (read_json(file) for file in files)
     texts = (

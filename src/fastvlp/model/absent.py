@@ -24,6 +24,6 @@ class Absent(nn.Module):
         if name.startswith("_"):
             return super().__getattr__(name)
         raise UserError(
-            f"the model has no {self.part}, which this objective, task or command reads: use a run that has learned it, or set "
+            f"the model has no {self.part}, which this objective, task or command needs; use a run that has it, or set "
             f"`model.{self.part}` in a recipe"
         )

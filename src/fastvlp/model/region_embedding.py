@@ -42,7 +42,9 @@ class RegionConfig:
         if self.pool is None:
             return
         if self.pool < 1 or self.crop:
-            raise UserError("`model.single.regions.pool` is a number of samples a side, 1 or more, and excludes crop")
+            raise UserError(
+                "`model.single.regions.pool` is a number of samples on each side, 1 or more, and cannot be combined with crop"
+            )
         if self.feature != image.width:
             raise UserError(
                 f"`model.single.regions.feature` {self.feature} must be the width of the image encoder's states, which are "
@@ -73,7 +75,7 @@ def crop_regions(image_B3HW: Tensor, box_BR4: Tensor, side: int) -> Tensor:
 def require_regions(regions: Regions | None) -> Regions:
     """The regions of a batch. Raises UserError where it has none."""
     if regions is None:
-        raise UserError("the model reads regions, and the data has none; set `data.regions`, which says where they are")
+        raise UserError("the model reads regions, but the data have none; set `data.regions`")
     return regions
 
 

@@ -28,10 +28,10 @@ def teacher_store(folder: str, config: StatesConfig, *, precision: Precision, de
     embed = saved.model.config.embed
     if embed is None:
         raise UserError(
-            f"{folder}: a teacher has a joint space of images and texts (`model.embed`), and this model has none"
+            f"{folder}: a teacher needs a joint space of images and texts (`model.embed`), and this model has none"
         )
     if embed.reads_boxes:
-        raise UserError(f"{folder}: a teacher reads whole images, and this one reads boxes of a detector")
+        raise UserError(f"{folder}: a teacher must read whole images, and this model reads a detector's boxes")
     model = saved.model.to(device).eval()
     bf16 = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 

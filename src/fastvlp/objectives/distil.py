@@ -61,7 +61,7 @@ class DistilConfig(ObjectiveConfig, abc.ABC):
         teacher = read_config(self.teacher)
         for name, config in ((self.teacher, teacher), ("the student", model)):
             if config.embed is None:
-                raise UserError(f"{name}: distillation is between joint spaces of images and texts; set `model.embed`")
+                raise UserError(f"{name}: distillation needs a joint space of images and texts; set `model.embed`")
         assert teacher.embed is not None
         return teacher.embed.width
 
@@ -100,7 +100,7 @@ def teacher_vectors(batch: Batch) -> tuple[Tensor, Tensor]:
     """The teacher's vectors of images and texts, two [B E]."""
     if batch.teacher_image is None or batch.teacher_text is None:
         raise UserError(
-            "distillation reads a teacher's vectors of image-text pairs, and this data (`data`) brings none"
+            "distillation needs a teacher's vectors of image-text pairs, which these data (`data`) do not have"
         )
     return batch.teacher_image, batch.teacher_text
 

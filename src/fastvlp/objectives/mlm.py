@@ -59,7 +59,8 @@ class MLMConfig(ObjectiveConfig):
     def build(self, model: ModelConfig, tokenizer: Tokenizer) -> MLM:
         if self.region_rate and model.single is None:
             raise UserError(
-                "`region_rate` hides regions, and this model reads none beside words; set `model.single`, or leave it at 0"
+                "`region_rate` hides regions, but this model does not read regions with words; set `model.single`, or "
+                "leave it at 0"
             )
         return MLM(self, model, tokenizer.starts_word)
 

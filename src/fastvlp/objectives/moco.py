@@ -80,7 +80,7 @@ class MoCoConfig(PairsConfig):
     def build(self, model: ModelConfig, tokenizer: Tokenizer) -> MoCo:
         self.check(model)
         if model.embed is None:
-            raise UserError("the queue holds embeddings, and the model makes none; set `model.embed`")
+            raise UserError("the queue needs embeddings, and the model has no joint space; set `model.embed`")
         return MoCo(self, model.embed.width)
 
 

@@ -47,7 +47,7 @@ class PairsConfig(ObjectiveConfig, abc.ABC):
     def check(self, model: ModelConfig) -> None:
         """Raises UserError where a share of the text is encoded whose length differs from batch to batch."""
         if self.text_keep < 1 and (model.embed is None or model.embed.text_length is None):
-            raise UserError("`text_keep` is a share of texts of one length; set `model.embed.text_length`, such as 32")
+            raise UserError("`text_keep` needs texts of a fixed length; set `model.embed.text_length`, such as 32")
 
 
 def pair_contents(batch: Batch, config: PairsConfig) -> tuple[Tensor, ...]:

@@ -40,7 +40,7 @@ class ReconstructConfig(ObjectiveConfig):
 
     def build(self, model: ModelConfig, tokenizer: Tokenizer) -> Reconstruct:
         if model.single is not None:
-            raise UserError("reconstruction needs an image encoder over patches, and a single stream reads regions")
+            raise UserError("reconstruction needs an image encoder over patches, but a single stream reads regions")
         model.image.check_can_drop()
         return Reconstruct(self, model)
 
@@ -91,7 +91,7 @@ class Reconstruct(Objective):
         N, position_ND = grid**2, resize_positions(self.position, grid, 0)
         K = image_BKD.shape[1] - first
         if K == N:
-            raise UserError("reconstruction predicts the patches that are dropped, and none is; set `keep` below 1")
+            raise UserError("reconstruction predicts dropped patches, but none are dropped; set `keep` below 1")
         keep_BK = random_keep(batch.seed, N, K / N)
         dropped_BM = dropped_patches(keep_BK, N)
         x = self.enter(image_BKD)

@@ -52,7 +52,7 @@ class SimCLRConfig(ObjectiveConfig):
 
     def build(self, model: ModelConfig, tokenizer: Tokenizer) -> SimCLR:
         if model.single is not None:
-            raise UserError("SimCLR needs an image encoder over patches, and a single stream reads regions")
+            raise UserError("SimCLR needs an image encoder over patches, but a single stream reads regions")
         if model.embed is not None and model.embed.reads_boxes:
             raise UserError(
                 "views of SimCLR have no boxes, which the joint space reads; give `model.embed` a grid, or no regions"

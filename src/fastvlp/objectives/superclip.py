@@ -31,7 +31,7 @@ class SuperCLIPConfig(ObjectiveConfig):
 
     def build(self, model: ModelConfig, tokenizer: Tokenizer) -> SuperCLIP:
         if model.single is not None:
-            raise UserError("superclip reads the states of an image encoder, and a single stream reads regions")
+            raise UserError("superclip needs the states of an image encoder, but a single stream reads regions")
         return SuperCLIP(self, model)
 
 

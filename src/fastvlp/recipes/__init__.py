@@ -24,7 +24,9 @@ def recipe(name: str) -> TrainConfig:
     module, name = _module(name), Path(name).stem
     make = getattr(module, name, None)
     if not callable(make):
-        raise UserError(f"{module.__file__}: a recipe is a function of the file's name, {name}() -> TrainConfig")
+        raise UserError(
+            f"{module.__file__}: a recipe must be a function with the name of the file, {name}() -> TrainConfig"
+        )
     run = make()
     if not isinstance(run, TrainConfig):
         raise UserError(f"{module.__file__}: {name}() returned a {type(run).__name__}, not a TrainConfig")
@@ -43,4 +45,4 @@ def _module(name: str) -> ModuleType:
         return importlib.import_module(f"{__name__}.{name}")
     near = difflib.get_close_matches(name, names(), n=3, cutoff=0.4)
     hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(names())}."
-    raise UserError(f"{name}: no such recipe; {hint} A file of your own is given by its path, ending in .py")
+    raise UserError(f"{name}: no such recipe; {hint} Give your own file by its path, ending in .py")

@@ -31,7 +31,7 @@ def check_rows(vectors: np.ndarray, width: int) -> np.ndarray:
     """Returns vectors as float32 [n width]. Raises UserError for another shape, and for numbers that are not finite."""
     rows = np.ascontiguousarray(vectors, dtype=np.float32)
     if rows.ndim != 2 or rows.shape[1] != width:
-        raise UserError(f"vectors of shape {list(rows.shape)}; the index has rows of {width} numbers")
+        raise UserError(f"vectors of shape {list(rows.shape)}; the index has vectors of {width} dimensions")
     if not np.isfinite(rows).all():
         raise UserError("a vector has a number that is not finite; embed the record again")
     return rows
@@ -47,7 +47,7 @@ def check_items(
         raise UserError("two of the items to add have the same id; give every item its own")
     for id, info in zip(ids, infos):
         if not isinstance(id, str) or not id or not _storable(id):
-            raise UserError(f"id {id!r}: an id is a text of Unicode characters, not empty")
+            raise UserError(f"id {id!r}: an id must be a text of Unicode characters that is not empty")
         for name, value in info.items():
             if not _is_field(name) or not _storable(value):
                 raise UserError(f"{id}: field {name!r} is {value!r}; {FIELD}")
@@ -75,7 +75,7 @@ def check_depth(k: int, offset: int) -> None:
         raise UserError(f"`k` {k} must be at least 1, and `offset` {offset} at least 0")
     if k + offset > DEEPEST:
         raise UserError(
-            f"`k` {k} after {offset}: an index gives the {DEEPEST} best at most; narrow the search with a filter"
+            f"`k` {k} after {offset}: an index returns at most the {DEEPEST} best items; narrow the search with a filter"
         )
 
 

@@ -29,7 +29,7 @@ class Access:
 
     def __init__(self, keys: Sequence[str] = (), hosts: Sequence[str] = ()):
         if any(not key or not key.isascii() or not key.isprintable() or key != key.strip() for key in keys):
-            raise UserError("`api_key`: a key is of printable ASCII characters, with no space around it")
+            raise UserError("`api_key`: a key must consist of printable ASCII characters, without spaces around it")
         self.keys = tuple(keys)
         self.hosts = {host.lower().rstrip(".") for host in ("localhost", *hosts)}
         self._sessions: dict[str, float] = {}

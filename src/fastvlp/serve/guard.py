@@ -131,7 +131,7 @@ class Guard:
             raise Refusal(
                 403,
                 "host",
-                f"host {name}: ask by an address of this machine, or serve with a key, which allows every name",
+                f"host {name}: use an address of this machine, or start the service with a key, which allows every name",
             )
         origin = headers.get("origin")
         same = origin is None or origin.partition("://")[2] == headers.get("host")
@@ -146,7 +146,7 @@ class Guard:
             raise Refusal(413, "too_large", f"a request may have {self.limits.body_mb:g} MB")
         # Without a body there is nothing to hold.
         if length and self.memory.held > self.memory.limit:
-            raise Refusal(503, "busy", "the requests of others fill the memory", retry_s=2)
+            raise Refusal(503, "busy", "other requests use all the memory", retry_s=2)
 
     async def _route(self, scope: Scope, body: bytes, receive: Receive, send: Send) -> None:
         unread = [{"type": "http.request", "body": body, "more_body": False}]

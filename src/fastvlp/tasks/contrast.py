@@ -154,7 +154,7 @@ def splits_in(folder: str, settings: ContrastSettings) -> PairData:
     places = find_splits(folder)
     if "val" not in places and settings.patience is not None:
         raise UserError(
-            f"{folder}: no split val, which says when to stop and which weights are best; hold some out with "
+            f"{folder}: no split val, which decides when to stop and which weights are best; hold out some pairs with "
             "`vlp data import --val 0.1`, or set `patience` to None"
         )
     return PairData(
@@ -189,7 +189,7 @@ def saved_start(source: str, run: Path, resume: bool) -> str:
     place = run / "start"
     if dist.is_main() and not (resume and (place / "model.json").is_file()):
         if place.exists() and not (place / "model.json").is_file():
-            raise UserError(f"{place}: is no model that was converted here; choose another `out`")
+            raise UserError(f"{place}: not a model that was converted here; choose another `out`")
         shutil.rmtree(place, ignore_errors=True)
         try:
             done = convert(source, place)
@@ -207,8 +207,8 @@ def two_encoders(saved: Saved, source: str) -> Saved:
     absent = [part for part in ("image", "text") if not getattr(config, part).present]
     if absent:
         raise UserError(
-            f"{source}: it has no {absent[0]} encoder, and two are tuned; join it with another one first: `vlp pretrain "
-            "clip_photos --image IMAGE_ENCODER --text TEXT_ENCODER`"
+            f"{source}: it has no {absent[0]} encoder, but both encoders are needed; combine it with another one first: "
+            "`vlp pretrain clip_photos --image IMAGE_ENCODER --text TEXT_ENCODER`"
         )
     if config.embed is None:
         raise UserError(

@@ -97,7 +97,7 @@ def check_reading(reading: Reading, model: ModelConfig, images: int = 1) -> None
         raise UserError("the flm `reading` needs a model with a reconstructor; choose full or causal")
     if model.fusion is None:
         raise UserError(
-            "the task reads a text beside an image, and the model is two towers alone, without fusion layers"
+            "the task reads text and image together, but the model has two separate encoders without fusion layers"
         )
     if model.fusion.slots < images:
         raise UserError(

@@ -21,7 +21,7 @@ def interpolate(run: Path, start: str, alpha: float) -> None:
     tuned, old = load_model(run), load_model(start)
     if (moved := tuned.info.get("alpha")) is not None:
         if moved != alpha:
-            raise UserError(f"{run}: its weights were moved by `alpha` {moved} already; choose another `out`")
+            raise UserError(f"{run}: its weights were already averaged with `alpha` {moved}; choose another `out`")
         return
     shutil.copyfile(tuned.weights, run / "tuned.safetensors")
     state, before = tuned.model.state_dict(), old.model.state_dict()

@@ -69,7 +69,7 @@ class RetrievalOptions:
         if self.anchors < 1 or self.keep < 1:
             raise UserError(f"`anchors` {self.anchors}, `keep` {self.keep}: hard negatives need at least 1 of each")
         if self.candidates < 2:
-            raise UserError(f"`candidates` {self.candidates}: a choice needs 2 texts or more")
+            raise UserError(f"`candidates` {self.candidates}: a choice needs at least 2 texts")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -224,7 +224,7 @@ def zero_shot(saved: Saved, folder: str) -> Retrieval:
     matches = any("match" in names for names in abilities(saved).values())
     if not matches or (saved.model.config.single is None and matching_head(saved) is None):
         raise UserError(
-            f"{folder}: learned no image-text matching, only {', '.join(abilities(saved))}; fine-tune it first"
+            f"{folder}: did not learn image-text matching, only {', '.join(abilities(saved))}; fine-tune it first"
         )
     objective = Retrieval(RetrievalConfig(reading="full", source=folder), saved.model.config)
     objective.begin(saved.model)
@@ -276,7 +276,9 @@ class RetrievalTask(RetrievalOptions, Task):
         hinge = self.negatives == "hard" or pretrained.config.single is not None
         options = {**self.options(), "loss": self.loss or ("hinge" if hinge else "cross-entropy")}
         if options["loss"] != "hinge" and self.negatives == "hard":
-            raise UserError("`negatives` hard are those of the hinge; set `loss` to hinge, or leave them random")
+            raise UserError(
+                "`negatives` hard can only be used with the hinge loss; set `loss` to hinge, or leave `negatives` at random"
+            )
         return RetrievalConfig(
             reading="full" if matched else reading or pretrained.reading,
             bos=pretrained.bos,

@@ -67,9 +67,7 @@ def evaluate_task(
 def score_split(tuned: FineTuned, place: str, *, device: str, options: Any, split: str) -> dict[str, Any]:
     """Scores on the split in the folder `place`, and which weights they are of; `split` is its name, for errors."""
     if reason := why_not_scored(tuned.task, place, tuned.data):
-        raise UserError(
-            f"split {split!r} cannot be scored, {reason}; choose another `split`, or `data` that says what is right"
-        )
+        raise UserError(f"split {split!r} cannot be scored, {reason}; choose another `split`, or `data` with answers")
     target = dist.pick_device(device)
     tuned.saved.model.to(target)
     tuned.objective.to(target)

@@ -70,7 +70,7 @@ def read_encoders(run: TrainConfig) -> tuple[PublicImages | None, PublicTexts | 
     the run starts from a saved model too."""
     if run.init is not None and (run.image or run.text):
         raise UserError(
-            f"{run.name}: it starts from the saved model `init` and from public encoders; give one of the two alone"
+            f"{run.name}: it starts from the saved model `init` and from public encoders; give only one of the two"
         )
     if run.text_prefix is not None and not run.text:
         raise UserError(f"{run.name}: `text_prefix` is for a public text encoder; name it as `text`")

@@ -44,7 +44,7 @@ def locked(folder: Path) -> Iterator[WriterLock]:
 
 def _refusal(folder: Path, holder: str) -> UserError:
     return UserError(
-        f"{folder}: another process (number {holder}) trains into this folder; let it end, stop it, or choose another `out`"
+        f"{folder}: another process (id {holder}) trains into this folder; wait until it ends, stop it, or choose another `out`"
     )
 
 
@@ -71,5 +71,5 @@ def check_in_place(lock: WriterLock | None) -> None:
     """Raises UserError where the folder of a run was removed or renamed since the run began."""
     if lock is not None and not lock.is_in_place():
         raise UserError(
-            f"{lock.path.parent}: was removed or renamed while the run went on; nothing more is saved there"
+            f"{lock.path.parent}: the folder was removed or renamed during the run; nothing more is saved there"
         )

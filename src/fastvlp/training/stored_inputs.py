@@ -33,7 +33,7 @@ def stored_inputs(pretraining: Pretraining, run: TrainConfig, precision: Precisi
         return None if teacher is None else Stored(teacher=teacher)
     frozen = frozen_encoders(model)
     if config.store == "always" and not frozen:
-        raise UserError("`states.store` is always, and no encoder is frozen; name image in `freeze`, or text, or both")
+        raise UserError("`states.store` is always, but no encoder is frozen; name image, text or both in `freeze`")
     mirrors = run.data.reads_mirrored_states
     reasons = {
         "image": why_no_images(pretraining, run.augment, mirrors, run.reduced),
@@ -41,7 +41,7 @@ def stored_inputs(pretraining: Pretraining, run: TrainConfig, precision: Precisi
     }
     # Texts that are read beside images have no states of their own to store.
     if config.store == "always" and "image" in frozen and reasons["image"] is not None:
-        raise UserError(f"`states.store` is always, and states of the images cannot be stored: {reasons['image']}")
+        raise UserError(f"`states.store` is always, but the states of the images cannot be stored: {reasons['image']}")
     embeds = all(objective.image_use == "embedding" for objective in pretraining.all_objectives().values())
     use: ImageUse = "embedding" if embeds else "states"
     stored = Stored(

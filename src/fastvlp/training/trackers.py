@@ -68,7 +68,7 @@ def open_tracker(name: TrackerName, folder: Path, *, run: str, step: int, config
         own = type(error).__module__.partition(".")[0] == name
         if not own and not isinstance(error, OSError | RuntimeError | ValueError):
             raise
-        raise UserError(f"`report_to` {name}: does not start ({error}); log in, or leave it out") from error
+        raise UserError(f"`report_to` {name}: cannot be started ({error}); log in, or leave it out") from error
 
 
 class TensorBoard:

@@ -155,7 +155,7 @@ def at_hand(source: str | Path, out: Path) -> Iterator[Path]:
 
 def _download(fs: Any, file: str, to: Path) -> None:
     if ".." in to.parts:
-        raise UserError(f"{file}: a name that leaves its folder; download it by hand")
+        raise UserError(f"{file}: its name points outside of the folder; download it by hand")
     if to.exists():
         return
     to.parent.mkdir(parents=True, exist_ok=True)

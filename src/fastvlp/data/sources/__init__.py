@@ -74,7 +74,7 @@ def matching_paths(path: Path) -> list[Path]:
     if paths := [Path(name) for name in sorted(glob(str(path), recursive=True))]:  # noqa: PTH207 (of any path)
         return paths
     if re.match(r"[a-z0-9]+:/", str(path)):
-        raise UserError(f"{path}: a URL, and here a path is needed; download it first")
+        raise UserError(f"{path}: this is a URL, but a path is needed; download it first")
     raise UserError(f"{path}: no such file or folder")
 
 
@@ -89,7 +89,7 @@ def check_options(source: type[Source], names: Iterable[str]) -> None:
     for name in names:
         if name not in own:
             has = f"it has {', '.join(f'`{option}`' for option in own)}" if own else "it has none"
-            raise UserError(f"`{name}` is no option of the format {source.name}; {has}")
+            raise UserError(f"`{name}` is not an option of the format {source.name}; {has}")
 
 
 def make_source(source: type[Source], options: dict[str, Any]) -> Source:

@@ -42,7 +42,9 @@ class KarpathySource(AnnotationSource):
 
             yield from each_row(images, f"{file.name}: image", add)
             if images and not rows:
-                raise UserError(f"{file}: not in the form of Karpathy's splits; if it is in another, name its `format`")
+                raise UserError(
+                    f"{file}: not in the format of Karpathy's splits; if it is in another format, give `format`"
+                )
             for name, info in rows:
                 key = str(PurePosixPath(name).with_suffix(""))
                 yield image_record(key, info, self.image_folder(file.parent), name)

@@ -79,10 +79,11 @@ class RefCOCOSource(AnnotationSource):
         if not safe:
             name = files[0].stem
             raise UserError(
-                f"{files[0]}: a pickle, whose loading runs whatever is in it. If you trust its origin, make JSON of it: python "
-                f"-c \"import pickle, json; json.dump(pickle.load(open('{name}.p', 'rb')), open('{name}.json', 'w'))\""
+                f"{files[0]}: this is a pickle, and loading it runs any code in it. If you trust its origin, convert it to "
+                f'JSON: python -c "import pickle, json; '
+                f"json.dump(pickle.load(open('{name}.p', 'rb')), open('{name}.json', 'w'))\""
             )
         if len(safe) > 1:
             names = ", ".join(file.name for file in safe)
-            raise UserError(f"{path}: {names} split the same images in other ways; name the one to read")
+            raise UserError(f"{path}: {names} split the same images in different ways; give the one to read")
         return safe[0]

@@ -29,7 +29,7 @@ def claim(folder: Path, card: Mapping[str, Any]) -> bool:
             for file in [*(folder / part).glob("*.tar*"), *(folder / part).glob("*index*")]:
                 file.unlink()
     elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder}: not an empty folder, and it holds no corpus.json; choose an empty or a new one")
+        raise UserError(f"{folder}: the folder is not empty and has no corpus.json; choose an empty or a new folder")
     folder.mkdir(parents=True, exist_ok=True)
     write_card(path, {**card, "complete": False})
     return True

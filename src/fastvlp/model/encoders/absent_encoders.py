@@ -14,8 +14,8 @@ from fastvlp.model.layers import KeyValue
 
 def absent(part: str) -> NoReturn:
     raise UserError(
-        f"the model has no {part} encoder: the public model that it was made of has none. Start a run from it that adds one, "
-        "with `vlp pretrain RECIPE --from FOLDER`"
+        f"the model has no {part} encoder, because the public model that it was converted from has none. Start a run that "
+        "adds one, with `vlp pretrain RECIPE --from FOLDER`"
     )
 
 

@@ -71,7 +71,9 @@ def measure(module: nn.Module, image: Tensor, output: Any, patch: int | None, na
     if output.ndim == 4:
         _, width, height, grid = output.shape
         if height != grid:
-            raise UserError(f"{name}: makes a map of {height} x {grid} cells of a square image")
+            raise UserError(
+                f"{name}: makes a map of {height} x {grid} cells for a square image, which must be square too"
+            )
         prefix = 0
     else:
         _, tokens, width = output.shape

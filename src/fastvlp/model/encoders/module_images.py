@@ -48,7 +48,7 @@ def from_module(
     file = inspect.getsourcefile(function)
     if not inspect.isfunction(function) or "<" in function.__qualname__ or file is None:
         raise UserError(
-            "`function` is a function on the first level of a file, so that a saved model can be built again"
+            "`function` must be a function at the top level of a file, so that a saved model can be built again"
         )
     name = f"{Path(file).stem}:{function.__qualname__}"
     _given[name] = function

@@ -75,7 +75,7 @@ class TransformersText(TextEncoder):
         if kind is None:
             return self._hidden(ids_BL, position_BL)[0]
         if "inputs_embeds" not in self._options:
-            raise UserError(f"`model.text` is a {self._name}, which cannot be read beside regions: choose a BERT")
+            raise UserError(f"`model.text` is a {self._name}, which cannot be combined with regions; choose a BERT")
         word_BLD = cast(Any, self.model).get_input_embeddings()(ids_BL) + kind
         return self._hidden(ids_BL, position_BL, word_BLD=word_BLD)[0]
 
@@ -122,7 +122,9 @@ class TransformersText(TextEncoder):
         if "position_ids" in self._options:
             options["position_ids"] = row_BL
         elif not self._in_place(position_BL):
-            raise UserError(f"`model.text` is a {self._name}, which reads tokens in their places only; choose a BERT")
+            raise UserError(
+                f"`model.text` is a {self._name}, which cannot read tokens at other positions; choose a BERT"
+            )
         if mask is not None:
             options["attention_mask"] = self._mask(mask, ids_BL)
         output = self.model(**options, output_hidden_states=True)

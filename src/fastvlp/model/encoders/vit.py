@@ -71,8 +71,8 @@ class ViTConfig(ImageEncoderConfig):
             )
         if "sincos" in (self.position, self.position_start) and self.width % 4:
             raise UserError(
-                f"`model.image.position` and `position_start`: sincos has four quarters, and width {self.width} does not "
-                "divide by 4"
+                f"`model.image.position` and `position_start`: sincos needs a width that is divisible by 4, and "
+                f"{self.width} is not"
             )
         self.layer.check("model.image.layer")
 

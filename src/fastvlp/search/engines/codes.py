@@ -62,7 +62,7 @@ class CodesIndex(IndexEngine):
             texts, total_E = texts + len(part.text), total_E + part.text.sum(0)
         self._calibration = pairs.calibrated()
         if not self._ids:
-            raise UserError(f"{folder}: no image is embedded in it; dropped.jsonl says why")
+            raise UserError(f"{folder}: it has no vectors of images; dropped.jsonl says why")
         # Which distinct vector each item has, the rows in the order of these, and where those of each begin.
         _, self._distinct_N = np.unique(np.concatenate(keys), return_inverse=True)
         self._row_by_distinct = np.argsort(self._distinct_N, kind="stable")

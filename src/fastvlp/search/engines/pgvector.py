@@ -240,7 +240,7 @@ def _column_type(width: int) -> str:
     graph ranks by them; scores are of the whole vectors. Raises UserError for vectors that are too wide for it."""
     if width > WIDEST_HALF:
         raise UserError(
-            f"vectors of {width} numbers: pgvector's index takes {WIDEST_HALF} at most; keep the index in a folder, or "
+            f"vectors of {width} dimensions: pgvector's index takes at most {WIDEST_HALF}; keep the index in a folder, or "
             f"export a model with a narrower embed.width"
         )
     return f"{'vector' if width <= WIDEST else 'halfvec'}({width})"
