@@ -10,7 +10,7 @@ import torch
 from fastvlp.errors import UserError
 from fastvlp.model import sizes
 from fastvlp.model.joint_space import EmbedConfig, Head, HeadConfig
-from fastvlp.model.like_lengths import ROWS
+from fastvlp.model.like_lengths import GPU_ROWS, ROWS, worthwhile
 from fastvlp.model.model import VLModel
 from tests.made import made_batch, made_config
 
@@ -43,6 +43,12 @@ def test_texts_of_a_large_batch_are_encoded_in_groups_of_like_length(pool, monke
     monkeypatch.setattr("fastvlp.model.like_lengths.ROWS", len(batch))
     torch.testing.assert_close(grouped, model.embed_text(batch.ids, batch.length))
     assert len(encoded) == 3 and sum(encoded[:2]) < 0.85 * encoded[2]
+
+
+def test_on_a_gpu_groups_are_larger_and_asked_for():
+    ids = torch.zeros(2 * GPU_ROWS, 3, dtype=torch.int64, device="meta")
+    assert not worthwhile(ids, False) and worthwhile(ids, True) and not worthwhile(ids[1:], True)
+    assert worthwhile(torch.zeros(2 * ROWS, 3), False) and ROWS < GPU_ROWS
 
 
 def test_without_a_mask_a_text_of_fixed_length_sees_its_padding():

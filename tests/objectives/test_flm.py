@@ -241,6 +241,24 @@ def test_target_counts():
     assert {k: int(v.count) for k, v in losses.items()} == counts
 
 
+@pytest.mark.parametrize("config", [FLMConfig(), official_flm("centred", 0.6)], ids=["default", "official"])
+def test_queries_of_padding_are_left_out_without_a_change(config: FLMConfig, monkeypatch):
+    lengths = (30, *[4 + i % 5 for i in range(15)])
+    batch, results, computed = made_batch(lengths=lengths), [], []
+    model = made_model().double()
+    model.reconstructor.top[0].mlp_in.register_forward_pre_hook(lambda _, x: computed.append(x[0][..., 0].numel()))
+    for share in (7 / 8, 0.0):
+        monkeypatch.setattr("fastvlp.objectives.flm.MOST_REAL", share)
+        losses = FLM(config)(model, model.encode_image(batch.image), batch)
+        model.zero_grad()
+        combine(losses).backward()
+        results.append({name: loss.total.detach() for name, loss in losses.items()})
+        results[-1] |= {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    torch.testing.assert_close(results[0], results[1])
+    real = sum(lengths) - len(lengths)
+    assert real <= computed[0] < real + 64 and computed[1] == len(lengths) * 29
+
+
 @pytest.mark.parametrize("config", SPAN_CONFIGS[:4], ids=lambda c: f"{c.span_mode}-{c.span_rate}-{c.bos}")
 def test_padding_changes_nothing(config: FLMConfig):
     model, batch = made_model().double(), made_batch(lengths=(9, 4, 7), seed=2)

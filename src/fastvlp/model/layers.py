@@ -164,14 +164,19 @@ class CrossAttention(nn.Module):
         key, value = self.kv(memory_BKD).chunk(2, -1)
         return KeyValue(_heads(key, self.heads), _heads(value, self.heads))
 
-    def forward(self, x_BLD: Tensor, memory: KeyValue, mask: Tensor | None) -> Tensor:
+    def forward(self, x_BLD: Tensor, memory: KeyValue, mask: Tensor | None, place_T: Tensor | None = None) -> Tensor:
         """Attention of x [B*s L D] to `memory` of B rows: rows b*s ... b*s+s-1 of `x` read row b. They are folded into one long
-        query, so that the keys and values of an image are computed and held once for all its captions or directions."""
-        rows, length, width = x_BLD.shape
-        query = self.query(x_BLD).reshape(memory.key.shape[0], -1, width)
+        query, so that the keys and values of an image are computed and held once for all its captions or directions.
+
+        With `place_T` x is [T D], the positions at these places of [B Q], where `mask` is [B 1 Q K]."""
+        rows, width, query = memory.key.shape[0], x_BLD.shape[-1], self.query(x_BLD)
+        if place_T is not None:
+            assert mask is not None, "the mask says how many positions there are"
+            query = query.new_zeros(rows * mask.shape[2], width).index_copy(0, place_T, query)
         drop = self.dropout if self.training else 0.0
-        x = attention(_heads(query, self.heads), memory.key, memory.value, mask=mask, drop=drop)
-        return self.out(x.transpose(1, 2).reshape(rows, length, width))
+        heads = _heads(query.reshape(rows, -1, width), self.heads)
+        x = attention(heads, memory.key, memory.value, mask=mask, drop=drop).transpose(1, 2)
+        return self.out(x.reshape(x_BLD.shape) if place_T is None else x.reshape(-1, width).index_select(0, place_T))
 
 
 class Block(nn.Module):
@@ -222,6 +227,7 @@ class Block(nn.Module):
         memory: KeyValue | None = None,
         memory_mask: Tensor | None = None,
         past: KeyValue | None = None,
+        place_T: Tensor | None = None,
     ) -> Tensor:
         """States [B L D] -> [B L D].
 
@@ -231,6 +237,7 @@ class Block(nn.Module):
             memory: keys and values that cross-attention reads, from `keys`.
             memory_mask: of cross-attention.
             past: keys and values of the tokens before `x` (decoding).
+            place_T: of a layer without self-attention: where the states are that `x`, then [T D], has.
         """
         if self.attend is not None:
             attend = self.attend
@@ -238,7 +245,7 @@ class Block(nn.Module):
         if self.cross is not None:
             assert memory is not None, "a block with cross-attention needs `memory`"
             cross, keys = self.cross, memory
-            x_BLD = self._add(x_BLD, self.cross_norm, lambda h: cross(h, keys, memory_mask))
+            x_BLD = self._add(x_BLD, self.cross_norm, lambda h: cross(h, keys, memory_mask, place_T))
         return self._add(x_BLD, self.mlp_norm, lambda h: self.mlp_out(self.activation(self.mlp_in(h))))
 
 

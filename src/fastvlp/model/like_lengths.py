@@ -9,12 +9,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 # Rows of a group. Fewer make smaller matrix products, more of them more padding.
-ROWS = 64
+ROWS, GPU_ROWS = 64, 256
 
 
-def worthwhile(ids_BL: Tensor) -> bool:
-    """Whether groups save time: on a CPU, from two groups on. A GPU would have to wait for the lengths."""
-    return ids_BL.device.type == "cpu" and len(ids_BL) >= 2 * ROWS
+def rows_of_group(ids_BL: Tensor) -> int:
+    return ROWS if ids_BL.device.type == "cpu" else GPU_ROWS
+
+
+def worthwhile(ids_BL: Tensor, anywhere: bool) -> bool:
+    """Whether groups save work: from two groups on, on a CPU or `anywhere`. A GPU has to wait for their lengths, and runs each
+    layer once for each group."""
+    return (anywhere or ids_BL.device.type == "cpu") and len(ids_BL) >= 2 * rows_of_group(ids_BL)
 
 
 def in_groups(encode: Callable[[Tensor, Tensor], Tensor], ids_BL: Tensor, length_B: Tensor) -> Tensor:
@@ -23,9 +28,11 @@ def in_groups(encode: Callable[[Tensor, Tensor], Tensor], ids_BL: Tensor, length
     Args:
         encode: ids [b l] and lengths [b] -> states [b l D].
     """
-    L, order = ids_BL.shape[1], length_B.argsort()
+    L, (sorted_B, order) = ids_BL.shape[1], length_B.sort()
+    groups = order.split(rows_of_group(ids_BL))
+    # Read at once: a GPU is waited for a single time.
+    longest = torch.stack([part[-1] for part in sorted_B.split(rows_of_group(ids_BL))]).clamp(min=1).tolist()
     parts = []
-    for rows in order.split(ROWS):
-        longest = max(1, int(length_B[rows[-1]]))
-        parts.append(F.pad(encode(ids_BL[rows, :longest], length_B[rows]), (0, 0, 0, L - longest)))
+    for rows, most in zip(groups, longest):
+        parts.append(F.pad(encode(ids_BL[rows, :most], length_B[rows]), (0, 0, 0, L - most)))
     return torch.cat(parts)[order.argsort()]

@@ -119,7 +119,8 @@ class VLModel(Freezable):
         super().__init__()
         config.check()
         width = config.text.width
-        self.config = config
+        # group_texts: encode texts of the joint space in groups of like length on a GPU too.
+        self.config, self.group_texts = config, False
         fusion, image_width, single = config.fusion, config.image.width, config.single
         reads_image = single is None or single.regions.pool is not None
         self.image = config.image.build() if reads_image else cast(ImageEncoder, Absent("image"))
@@ -236,7 +237,7 @@ class VLModel(Freezable):
         ids, length = self.embed.words(ids_BL, length_B, self.config.text)
         if keep_BK is not None:
             ids, length = ids.gather(1, keep_BK), (keep_BK < length[:, None]).sum(1)
-        elif not config.sees_padding and like_lengths.worthwhile(ids):
+        elif not config.sees_padding and like_lengths.worthwhile(ids, self.group_texts):
             return like_lengths.in_groups(self._text_states, ids, length), length
         return self._text_states(ids, length, keep_BK), length
 
@@ -329,14 +330,16 @@ class VLModel(Freezable):
             raise UserError("the model has no reconstructor, but FLM needs one; set `model.reconstructor`")
         return self.reconstructor
 
-    def reconstruct(self, streams: Streams, ids_BQ: Tensor, position_BQ: Tensor, mask: Tensor) -> Tensor:
+    def reconstruct(
+        self, streams: Streams, ids_BQ: Tensor, position_BQ: Tensor, mask: Tensor, place_T: Tensor | None = None
+    ) -> Tensor:
         """Runs the reconstructor -> [B Q D]. A query is a token id at a position. In each layer it attends to the two streams.
 
         `mask`: [B 1 Q 2L] from `masks.bridge`. It is the same in every layer: with different masks, a query could see the
-        words that it has to predict through the states of another layer.
+        words that it has to predict through the states of another layer. `place_T`: compute these of the B * Q -> [T D].
         """
-        part, B = self._reconstructor, ids_BQ.shape[0]
-        x = self.text.embed(ids_BQ, position_BQ)
+        part, B, x = self._reconstructor, ids_BQ.shape[0], self.text.embed(ids_BQ, position_BQ)
+        x = x if place_T is None else x.flatten(0, 1).index_select(0, place_T)
         for states, blocks, norms in (
             (streams.bottom, part.bottom, part.bottom_key_norm),
             (streams.top, part.top, part.top_key_norm),
@@ -344,7 +347,7 @@ class VLModel(Freezable):
             aligned = states[len(states) - len(blocks) :]
             for state, block, norm in zip(aligned, blocks, norms):
                 keys = block.keys(norm(state).reshape(B, -1, state.shape[-1]))
-                x = block(x, memory=keys, memory_mask=mask)
+                x = block(x, memory=keys, memory_mask=mask, place_T=place_T)
             if blocks is part.bottom:
                 x = self.fusion.text_in(x) + part.query_type
         return part.norm(x)

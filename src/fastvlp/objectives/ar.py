@@ -13,7 +13,7 @@ from fastvlp.batch import Batch
 from fastvlp.data.tokenize import Tokenizer
 from fastvlp.model.model import Bos, ModelConfig, VLModel
 from fastvlp.objectives.cloze_methods import predict_causal
-from fastvlp.objectives.losses import head_loss
+from fastvlp.objectives.losses import head_loss, places, rows_at
 from fastvlp.objectives.objective import ClozeMethod, Loss, Objective, ObjectiveConfig
 
 
@@ -31,9 +31,16 @@ class ARConfig(ObjectiveConfig):
 
 def next_token_loss(model: VLModel, state_BLD: Tensor, batch: Batch, target_BL: Tensor) -> Loss:
     """Cross-entropy of the token after each position that `target_BL` marks. Both may leave out the last column."""
-    following_BL = batch.ids.roll(-1, 1)[:, : state_BLD.shape[1]]
-    nll = head_loss(model.causal_head, state_BLD[target_BL], following_BL[target_BL])
-    return Loss(nll.sum(), target_BL.sum())
+    return next_token_losses(model, state_BLD, batch, target_BL)[0]
+
+
+def next_token_losses(model: VLModel, state_BLD: Tensor, batch: Batch, *target_BL: Tensor) -> list[Loss]:
+    """The same for several sets of positions, in one call of the head."""
+    following_BL, each = batch.ids.roll(-1, 1)[:, : state_BLD.shape[1]], places(*target_BL)
+    place_T = torch.cat(each)
+    nll_T = head_loss(model.causal_head, rows_at(state_BLD, place_T), rows_at(following_BL, place_T))
+    parts = nll_T.split([*map(len, each)])
+    return [Loss(part.sum(), target.sum()) for part, target in zip(parts, target_BL)]
 
 
 class AR(Objective):

@@ -13,7 +13,7 @@ from fastvlp.batch import Batch
 from fastvlp.config import Share
 from fastvlp.data.tokenize import Tokenizer
 from fastvlp.model.model import ModelConfig, VLModel
-from fastvlp.objectives.ar import next_token_loss
+from fastvlp.objectives.ar import next_token_losses
 from fastvlp.objectives.cloze_methods import predict_causal
 from fastvlp.objectives.objective import ClozeMethod, Loss, Objective, ObjectiveConfig
 from fastvlp.random import uniform
@@ -63,7 +63,7 @@ class CapPa(Objective):
 
     def counts(self, batch: Batch) -> dict[str, Tensor]:
         parallel, n = self.parallel(batch), batch.length - 1
-        return {"next": n[~parallel].sum(), "parallel": n[parallel].sum()}
+        return {"next": (n * ~parallel).sum(), "parallel": (n * parallel).sum()}
 
     def forward(self, model: VLModel, image_BKD: Tensor, batch: Batch) -> dict[str, Loss]:
         parallel_B = self.parallel(batch)
@@ -76,9 +76,7 @@ class CapPa(Objective):
         visible = torch.where(parallel_B[:, None, None], read_BL[:, None] | (position == 0), causal)
         state = model.read(image_BKD, ids, mask=visible[:, None])
         share = self.config.parallel
-        losses = {}
+        targets = (read_BL & rows[:, None] for rows in (~parallel_B, parallel_B))
+        left, together = next_token_losses(model, state, batch, *targets)
         # Weighted by their shares, as all tokens of a batch count alike in the paper.
-        for name, rows, weight in (("next", ~parallel_B, 1 - share), ("parallel", parallel_B, share)):
-            loss = next_token_loss(model, state, batch, read_BL & rows[:, None])
-            losses[name] = replace(loss, weight=weight)
-        return losses
+        return {"next": replace(left, weight=1 - share), "parallel": replace(together, weight=share)}

@@ -14,7 +14,7 @@ from fastvlp.batch import Batch
 from fastvlp.data.tokenize import Tokenizer
 from fastvlp.model.model import ModelConfig, VLModel
 from fastvlp.objectives.contrastive import clamp_log_scale, clipped_scale, info_nce
-from fastvlp.objectives.objective import Loss, PairObjective
+from fastvlp.objectives.objective import Loss, PairObjective, constant
 from fastvlp.objectives.pair_embedding import PairsConfig, embed_pair, pair_contents
 
 
@@ -53,7 +53,7 @@ class CLIP(PairObjective):
         self.log_scale = nn.Parameter(torch.tensor(-math.log(config.temperature)))
 
     def counts(self, batch: Batch) -> dict[str, Tensor]:
-        return dict.fromkeys(("image", "text"), batch.length.new_tensor(len(batch)))
+        return dict.fromkeys(("image", "text"), constant(len(batch), batch.length))
 
     def chance_losses(self, rows: int) -> Mapping[str, float]:
         return dict.fromkeys(("image", "text"), math.log(rows))
@@ -73,7 +73,7 @@ class CLIP(PairObjective):
         image_BE, text_BE, *contents = rows
         (images, first), (texts, _) = self.gather_rows(image_BE), self.gather_rows(text_BE)
         own = first + torch.arange(len(image_BE), device=image_BE.device)
-        count, scale, content = own.new_tensor(len(own)), self.scale(), self.gather_contents(*contents)
+        count, scale, content = constant(len(own), own), self.scale(), self.gather_contents(*contents)
         image, text = (
             info_nce(query_BE, keys, own, scale, content=content).sum()
             for query_BE, keys in ((image_BE, texts), (text_BE, images))

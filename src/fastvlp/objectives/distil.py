@@ -23,7 +23,7 @@ from fastvlp.model.model import ModelConfig, VLModel
 from fastvlp.model.saving import read_config, read_objectives
 from fastvlp.objectives.contrastive import clamp_log_scale
 from fastvlp.objectives.losses import at_least_fp32
-from fastvlp.objectives.objective import Loss, Objective, ObjectiveConfig, PairObjective
+from fastvlp.objectives.objective import Loss, Objective, ObjectiveConfig, PairObjective, constant
 
 
 def squared_distance(student_BE: Tensor, teacher_BE: Tensor) -> Tensor:
@@ -127,7 +127,7 @@ class FeatureDistil(Objective):
         initialise(self, own)
 
     def counts(self, batch: Batch) -> dict[str, Tensor]:
-        return dict.fromkeys(("image", "text"), batch.length.new_tensor(len(batch)))
+        return dict.fromkeys(("image", "text"), constant(len(batch), batch.length))
 
     def forward(self, model: VLModel, image_BKD: Tensor, batch: Batch) -> dict[str, Loss]:
         own = student_vectors(model, image_BKD, batch)
@@ -155,7 +155,7 @@ class SimilarityDistil(PairObjective):
         self.teacher_scale = learned_scale(config.teacher) if given is None else 1 / given
 
     def counts(self, batch: Batch) -> dict[str, Tensor]:
-        return dict.fromkeys(("image", "text"), batch.length.new_tensor(len(batch)))
+        return dict.fromkeys(("image", "text"), constant(len(batch), batch.length))
 
     def embed(self, model: VLModel, image_BKD: Tensor, batch: Batch) -> tuple[Tensor, ...]:
         return student_vectors(model, image_BKD, batch)
@@ -172,7 +172,7 @@ class SimilarityDistil(PairObjective):
             "image": similarity_divergence(image_BE, texts, teacher_image_BE, teacher_texts, *scales),
             "text": similarity_divergence(text_BE, images, teacher_text_BE, teacher_images, *scales),
         }
-        count = torch.tensor(len(image_BE), device=image_BE.device)
+        count = torch.full((), len(image_BE), device=image_BE.device)
         return {name: Loss(loss_B.sum(), count, self.config.weight / 2) for name, loss_B in losses.items()}
 
     def after_step(self, model: VLModel) -> None:

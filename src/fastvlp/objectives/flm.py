@@ -21,12 +21,14 @@ from fastvlp.model import masks
 from fastvlp.model.directions import Streams
 from fastvlp.model.model import Bos, ModelConfig, VLModel
 from fastvlp.objectives.cloze_methods import likeliest, predict_causal
-from fastvlp.objectives.losses import head_loss
-from fastvlp.objectives.objective import ClozeMethod, Loss, Objective, ObjectiveConfig
+from fastvlp.objectives.losses import SAME_SHAPE, head_loss, places, rows_at
+from fastvlp.objectives.objective import ClozeMethod, Loss, Objective, ObjectiveConfig, constant
 from fastvlp.random import uniform
 
 SpanMode = Literal["token", "centred", "uniform"]
 EXTRA_SALT, SIDE_SALT = 201, 202
+# Share of the queries up to which those of padding are left out; what is left to gain above it is less than gathering costs.
+MOST_REAL = 7 / 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,8 +158,15 @@ class FLM(Objective):
         weight = {"reconstruct": 1.0, "forward": c.forward_weight, "reverse": c.reverse_weight}[name]
         return weight / (1 + c.forward_weight + c.reverse_weight)
 
-    def queries(self, batch: Batch, spans: tuple[Tensor, Tensor], streams: Streams, model: VLModel) -> Tensor:
-        """Reconstructed states of positions 1 to L-1: [B L-1 D]."""
+    def queries(
+        self,
+        batch: Batch,
+        spans: tuple[Tensor, Tensor],
+        streams: Streams,
+        model: VLModel,
+        place_T: Tensor | None = None,
+    ) -> Tensor:
+        """Reconstructed states of positions 1 to L-1: [B L-1 D]; of those at some of these places: [T D]."""
         text, c = model.config.text, self.config
         position = torch.arange(1, batch.ids.shape[1], device=batch.ids.device).expand(len(batch), -1)
         ids = torch.full_like(position, text.mask)
@@ -167,7 +176,20 @@ class FLM(Objective):
         mask, empty = masks.bridge(start, end, batch.length, streams.forward_L, streams.reverse_BL, first=streams.first)
         if c.empty_rows == "official":
             mask = mask | empty[:, None, :, None]
-        return model.reconstruct(streams, ids, position, mask)
+        return model.reconstruct(streams, ids, position, mask, place_T)
+
+    def _reconstructed(
+        self, batch: Batch, spans: tuple[Tensor, Tensor], streams: Streams, model: VLModel, mask_BL: Tensor, T: int
+    ) -> Tensor:
+        """States [T D] of the queries that the mask marks. Where many texts are short, the others are left out."""
+        # <s> has no query.
+        mask_N = mask_BL[:, 1:].flatten()
+        rounded = T + -T % SAME_SHAPE
+        # Marked ones first, in their order, and then as many others as make the number round.
+        place_N = (~mask_N).to(torch.uint8).argsort(stable=True)
+        if rounded > MOST_REAL * len(mask_N):
+            return rows_at(self.queries(batch, spans, streams, model), place_N[:T])
+        return self.queries(batch, spans, streams, model, place_N[:rounded])[:T]
 
     def forward(
         self, model: VLModel, image_BKD: Tensor, batch: Batch, spans: tuple[Tensor, Tensor] | None = None
@@ -177,13 +199,15 @@ class FLM(Objective):
         streams = model.streams(image_BKD, batch.ids, batch.length, bos=self.config.bos, whole=False)
         names = ("reconstruct", "forward", "reverse")
         masks_BL = {name: mask for name, mask in zip(names, self._targets(batch, spans)) if self._weight(name)}
-        states = {"reconstruct": chosen(self.queries(batch, spans, streams, model), masks_BL["reconstruct"][:, 1:])}
-        states |= self._next_tokens(model, streams, batch, masks_BL)
+        at = dict(zip(masks_BL, places(*masks_BL.values())))
+        marked, T = masks_BL["reconstruct"], len(at["reconstruct"])
+        states = {"reconstruct": self._reconstructed(batch, spans, streams, model, marked, T)}
+        states |= self._next_tokens(model, streams, batch, at)
         moved = {"reconstruct": batch.ids, "forward": batch.ids.roll(-1, 1), "reverse": batch.ids.roll(1, 1)}
-        return self._losses(model, states, {name: moved[name][mask] for name, mask in masks_BL.items()})
+        return self._losses(model, states, {name: rows_at(moved[name], place_T) for name, place_T in at.items()})
 
     def _next_tokens(
-        self, model: VLModel, streams: Streams, batch: Batch, masks_BL: Mapping[str, Tensor]
+        self, model: VLModel, streams: Streams, batch: Batch, at: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
         """States [T D] of the two streams that predict a token, of those streams that have a loss."""
         L, position = len(streams.forward_L), torch.arange(batch.ids.shape[1], device=batch.ids.device)
@@ -191,11 +215,11 @@ class FLM(Objective):
         column = batch.length[:, None] - 1 - position if self.config.bos == "blind" else position
         first_B1 = 2 * L * torch.arange(len(batch), device=batch.ids.device)[:, None]
         place = {"forward": first_B1 + position, "reverse": first_B1 + L + column}
-        places = {name: place[name][mask] for name, mask in masks_BL.items() if name in place}
-        if not places:
+        columns = {name: rows_at(place[name], at[name]) for name in place if name in at}
+        if not columns:
             return {}
-        state = streams.top[-1].flatten(0, 1).index_select(0, torch.cat(list(places.values())))
-        return dict(zip(places, model.fusion.norm(state).split([*map(len, places.values())])))
+        state = rows_at(streams.top[-1], torch.cat(list(columns.values())))
+        return dict(zip(columns, model.fusion.norm(state).split([*map(len, columns.values())])))
 
     def _losses(self, model: VLModel, states: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> dict[str, Loss]:
         """Losses of states [T D] that predict ids [T], by name. All that share a head meet it in one call."""
@@ -205,14 +229,9 @@ class FLM(Objective):
         else:
             parts = {name: head_loss(model.stream_head(name), states[name], targets[name]) for name in states}
         return {
-            name: Loss(part.sum(), part.new_tensor(len(part)).long(), self._weight(name))
+            name: Loss(part.sum(), constant(len(part), targets[name]), self._weight(name))
             for name, part in parts.items()
         }
-
-
-def chosen(x_BLD: Tensor, mask_BL: Tensor) -> Tensor:
-    """The rows that the mask marks: [T D]."""
-    return x_BLD.flatten(0, 1).index_select(0, mask_BL.flatten().nonzero()[:, 0])
 
 
 def predict_flm(model: VLModel, image_BKD: Tensor, batch: Batch, bos: Bos = "blind") -> Tensor:

@@ -19,7 +19,7 @@ from fastvlp.model import masks
 from fastvlp.model.layers import initialise
 from fastvlp.model.model import ModelConfig, VLModel
 from fastvlp.objectives.equal_pairs import EqualPairs, contents
-from fastvlp.objectives.objective import MORE_ROWS, Loss, Objective, ObjectiveConfig, PairScorer
+from fastvlp.objectives.objective import MORE_ROWS, Loss, Objective, ObjectiveConfig, PairScorer, constant
 from fastvlp.random import uniform
 
 NEGATIVE_SALT, OFFSET_SALT = 501, 502
@@ -100,7 +100,7 @@ class ITM(Objective):
         return ~self.candidates(batch)[1].all(1)
 
     def counts(self, batch: Batch) -> dict[str, Tensor]:
-        right = batch.length.new_tensor(len(batch))
+        right = constant(len(batch), batch.length)
         return {"match": right + self.has_negative(batch).sum() if len(batch) > 1 else 2 * right}
 
     def forward(self, model: VLModel, image_BKD: Tensor, batch: Batch) -> dict[str, Loss]:

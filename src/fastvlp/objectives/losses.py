@@ -14,7 +14,7 @@ from fastvlp.model.recompute import recomputing
 WHOLE_LOGITS = 1 << 26
 # Logits computed at once on the CPU: so many stay in its cache while they are normalised.
 CACHED_LOGITS = 1 << 21
-# In bf16 on the CPU the number of targets is rounded up to a multiple of this.
+# In bf16 on the CPU the number of targets is rounded up to a multiple of this; that of FLM's queries on every device.
 SAME_SHAPE = 64
 
 
@@ -79,6 +79,22 @@ class _ChunkedTokenLoss(torch.autograd.Function):
             grad_hidden[part] = share @ weight_VD
             grad_weight += share.T @ hidden_TD[part]
         return grad_hidden, grad_weight.to(weight_VD.dtype), grad_bias.to(bias_V.dtype), None, None
+
+
+def places(*mask_BL: Tensor) -> list[Tensor]:
+    """The numbers [T] of the positions that each mask marks, counted from row to row. Finding them waits for the device, since
+    how many there are decides the size of what follows: so those of several masks are found at once."""
+    counts = torch.stack([mask.sum() for mask in mask_BL])
+    place_T = torch.stack(mask_BL).flatten().nonzero()[:, 0]
+    if len(mask_BL) == 1:
+        return [place_T]
+    parts = place_T.split(counts.tolist())
+    return [part - i * mask_BL[0].numel() for i, part in enumerate(parts)]
+
+
+def rows_at(x_BL: Tensor, place_T: Tensor) -> Tensor:
+    """What is at these places of [B L ...] -> [T ...]."""
+    return x_BL.flatten(0, 1).index_select(0, place_T)
 
 
 def head_loss(head: LMHead, state_TD: Tensor, target_T: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from fastvlp.data.tokenize import Tokenizer
 from fastvlp.model import masks
 from fastvlp.model.model import ModelConfig, VLModel
 from fastvlp.objectives.cloze_methods import predict_masked
-from fastvlp.objectives.losses import head_loss
+from fastvlp.objectives.losses import head_loss, places, rows_at
 from fastvlp.objectives.objective import ClozeMethod, Loss, Objective, ObjectiveConfig
 from fastvlp.random import uniform
 
@@ -79,7 +79,8 @@ class MDC(Objective):
         masked_BL = self.draw(batch)
         ids = torch.where(masked_BL, self.mask, batch.ids)
         state = model.read(image_BKD, ids, mask=masks.full(batch.length, ids.shape[1]))
-        nll = head_loss(model.head, state[masked_BL], batch.ids[masked_BL])
+        (place_T,) = places(masked_BL)
+        nll = head_loss(model.head, rows_at(state, place_T), rows_at(batch.ids, place_T))
         if self.config.weighted:
-            nll = nll / self.rates(batch)[:, None].expand_as(ids)[masked_BL]
+            nll = nll / rows_at(self.rates(batch)[:, None].expand_as(ids), place_T)
         return {"masked": Loss(nll.sum(), self.counts(batch)["masked"])}

@@ -16,7 +16,7 @@ from fastvlp.model import masks
 from fastvlp.model.model import ModelConfig, VLModel
 from fastvlp.model.region_embedding import random_hide, require_regions
 from fastvlp.objectives.cloze_methods import predict_masked
-from fastvlp.objectives.losses import head_loss, token_loss
+from fastvlp.objectives.losses import head_loss, places, rows_at, token_loss
 from fastvlp.objectives.objective import ClozeMethod, Loss, Objective, ObjectiveConfig
 from fastvlp.random import uniform
 
@@ -134,12 +134,13 @@ def masked_loss(
 ) -> Loss:
     """Cross-entropy of the batch's ids at the positions that `target_BL` marks. The model reads `ids_BL` and, in a single
     stream, the regions that are not hidden."""
-    target_T = batch.ids[target_BL]
+    (place_T,) = places(target_BL)
+    target_T = rows_at(batch.ids, place_T)
     if model.config.single is not None:
         joint = model.read_regions(image_BKD, batch.regions, ids_BL, batch.length, hidden_BR=hidden_BR)
         words = model.single.words
-        nll = token_loss(words.hidden(joint.text[target_BL]), model.text.word_table, words.bias, target_T)
+        nll = token_loss(words.hidden(rows_at(joint.text, place_T)), model.text.word_table, words.bias, target_T)
     else:
         state = model.read(image_BKD, ids_BL, mask=masks.full(batch.length, ids_BL.shape[1]))
-        nll = head_loss(model.head, state[target_BL], target_T)
+        nll = head_loss(model.head, rows_at(state, place_T), target_T)
     return Loss(nll.sum(), target_BL.sum())

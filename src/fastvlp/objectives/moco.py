@@ -24,7 +24,7 @@ from fastvlp.model.joint_space import unit
 from fastvlp.model.model import ModelConfig, VLModel
 from fastvlp.objectives.clip import CLIPConfig
 from fastvlp.objectives.contrastive import queue_nce
-from fastvlp.objectives.objective import Loss, PairObjective
+from fastvlp.objectives.objective import Loss, PairObjective, constant
 from fastvlp.objectives.pair_embedding import PairsConfig, embed_pair, pair_contents
 
 # Bounds of the temperature; a learned one is kept within them, as in ALBEF's released code.
@@ -129,6 +129,7 @@ class MoCo(PairObjective):
         self.latest: tuple[Tensor, ...] | None = None
         # Micro-batches of the step so far, which are scored together.
         self.micro = 0
+        self._is_full = False
         # Of some patches alone there are no stored states.
         self.image_use = "embedding" if config.key_keep == 1 else "pixels"
 
@@ -139,7 +140,7 @@ class MoCo(PairObjective):
         return {"temperature": self.temperature}
 
     def counts(self, batch: Batch) -> dict[str, Tensor]:
-        return dict.fromkeys(("image", "text"), batch.length.new_tensor(len(batch)))
+        return dict.fromkeys(("image", "text"), constant(len(batch), batch.length))
 
     def embed(self, model: VLModel, image_BKD: Tensor, batch: Batch) -> tuple[Tensor, ...]:
         return embed_pair(model, image_BKD, batch, self.config, drops_parts=self.drops_parts)
@@ -154,6 +155,14 @@ class MoCo(PairObjective):
         micro_B = torch.full_like(batch.length, self.micro)
         self.micro += self.training
         return *keys, micro_B, *pair_contents(batch, self.config)
+
+    def _filled(self) -> int:
+        """How many keys the queue has. The number is on the device, which is waited for until the queue is full."""
+        if not self._is_full:
+            written = int(self.written)
+            self._is_full = written >= self.config.queue
+            return min(written, self.config.queue)
+        return self.config.queue
 
     def score(self, *rows: Tensor) -> dict[str, Loss]:
         """Losses of each image among the keys of texts, and of each text among those of images. The queue is as it was before
@@ -173,7 +182,7 @@ class MoCo(PairObjective):
             order_M = self.gather_rows(micro_B, least=1)[0].argsort(stable=True)
             latest = (images, texts) if content[1] is None else (images, texts, content[1])
             self.latest = tuple(rows[order_M] for rows in latest)
-            filled = min(int(self.written), config.queue) if config.warm else config.queue
+            filled = self._filled() if config.warm else config.queue
         own = first + torch.arange(len(image_BE), device=image_BE.device)
         weight = config.weight / (2 if config.directions == "mean" else 1)
 
@@ -191,7 +200,7 @@ class MoCo(PairObjective):
                 content=content,
                 queue_content_K2=self.queue_content[:filled],
             )
-            return Loss(each.sum(), own.new_tensor(len(own)), weight)
+            return Loss(each.sum(), constant(len(own), own), weight)
 
         return {
             "image": loss(image_BE, texts, self.text_queue, image_key_BE),

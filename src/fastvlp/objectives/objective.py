@@ -48,6 +48,12 @@ class Loss:
 register_dataclass_node(Loss)
 
 
+def constant(value: float, like: Tensor) -> Tensor:
+    """A single number of the type of `like`, made on its device: copying it there from the CPU would wait for all that the
+    device has to do."""
+    return like.new_full((), value)
+
+
 def combine(losses: Mapping[str, Loss], counts: Mapping[str, Tensor] | None = None) -> Tensor:
     """Returns the sum of weight * total / count over all losses.
 

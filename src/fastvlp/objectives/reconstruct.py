@@ -17,7 +17,7 @@ from fastvlp.model.keep import random_keep
 from fastvlp.model.layers import LayerConfig, initialise_as_mae, stack
 from fastvlp.model.model import ModelConfig, VLModel
 from fastvlp.objectives.losses import at_least_fp32
-from fastvlp.objectives.objective import Loss, Objective, ObjectiveConfig
+from fastvlp.objectives.objective import Loss, Objective, ObjectiveConfig, constant
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +82,7 @@ class Reconstruct(Objective):
         initialise_as_mae(self)
 
     def counts(self, batch: Batch) -> dict[str, Tensor]:
-        return {"pixels": batch.length.new_tensor(len(batch))}
+        return {"pixels": constant(len(batch), batch.length)}
 
     def forward(self, model: VLModel, image_BKD: Tensor, batch: Batch) -> dict[str, Loss]:
         first, patch = model.config.image.prefix, model.config.image.size // model.config.image.grid

@@ -24,7 +24,7 @@ from fastvlp.model.layers import initialise
 from fastvlp.model.model import ModelConfig, VLModel
 from fastvlp.model.region_embedding import random_hide, require_regions
 from fastvlp.model.single_stream import SingleConfig
-from fastvlp.objectives.losses import at_least_fp32
+from fastvlp.objectives.losses import at_least_fp32, places, rows_at
 from fastvlp.objectives.mlm import MLMConfig
 from fastvlp.objectives.objective import Loss, Objective, ObjectiveConfig
 
@@ -131,12 +131,14 @@ class MaskedRegions(Objective, abc.ABC):
         hidden = self.hidden(batch)
         ids = self.words.corrupt(batch, self.words.draw(batch)[0]) if self.words else batch.ids
         joint = model.read_regions(image_BKD, batch.regions, ids, batch.length, hidden_BR=hidden)
-        error = self.error(model, self.transform(joint.region[hidden]), image_BKD[hidden], batch, hidden)
+        (place_T,) = places(hidden)
+        state_TD = self.transform(rows_at(joint.region, place_T))
+        error = self.error(model, state_TD, rows_at(image_BKD, place_T), batch, place_T)
         return {"masked": Loss(error.sum(), hidden.sum())}
 
     @abc.abstractmethod
-    def error(self, model: VLModel, state_TD: Tensor, feature_TF: Tensor, batch: Batch, hidden_BR: Tensor) -> Tensor:
-        """The loss of each hidden region, row by row: [T]."""
+    def error(self, model: VLModel, state_TD: Tensor, feature_TF: Tensor, batch: Batch, place_T: Tensor) -> Tensor:
+        """The loss of each hidden region, row by row: [T]. `place_T`: where they are among all regions."""
 
 
 class MRFR(MaskedRegions):
@@ -147,7 +149,7 @@ class MRFR(MaskedRegions):
         self.config = config
         self.bias = nn.Parameter(torch.zeros(single_config(model).regions.width))
 
-    def error(self, model: VLModel, state_TD: Tensor, feature_TF: Tensor, batch: Batch, hidden_BR: Tensor) -> Tensor:
+    def error(self, model: VLModel, state_TD: Tensor, feature_TF: Tensor, batch: Batch, place_T: Tensor) -> Tensor:
         predicted = F.linear(state_TD, model.single.regions.feature.weight.T, self.bias)
         # The target gets no gradient: an image encoder that makes it would learn to make all regions alike.
         return feature_error(at_least_fp32(predicted), at_least_fp32(feature_TF.detach()), self.config.reduction)
@@ -187,8 +189,8 @@ class MRC(MaskedRegions):
     def candidates(self, batch: Batch) -> Tensor:
         return require_regions(batch.regions).mask & (self._shares(batch).sum(-1) > 0)
 
-    def error(self, model: VLModel, state_TD: Tensor, feature_TF: Tensor, batch: Batch, hidden_BR: Tensor) -> Tensor:
-        logits, shares = at_least_fp32(self.classify(state_TD)), at_least_fp32(self._shares(batch)[hidden_BR])
+    def error(self, model: VLModel, state_TD: Tensor, feature_TF: Tensor, batch: Batch, place_T: Tensor) -> Tensor:
+        logits, shares = at_least_fp32(self.classify(state_TD)), at_least_fp32(rows_at(self._shares(batch), place_T))
         if self.config.target == "hard":
             return class_nll(logits, shares, background=self.config.background)
         return class_divergence(logits, shares, self.config.reduction)

@@ -14,7 +14,7 @@ from fastvlp.config import Positive
 from fastvlp.data.tokenize import Tokenizer
 from fastvlp.model.model import ModelConfig, VLModel
 from fastvlp.objectives.contrastive import sigmoid_loss
-from fastvlp.objectives.objective import Loss, PairObjective
+from fastvlp.objectives.objective import Loss, PairObjective, constant
 from fastvlp.objectives.pair_embedding import PairsConfig, embed_pair, pair_contents
 
 
@@ -48,7 +48,7 @@ class SigLIP(PairObjective):
         self.bias = nn.Parameter(torch.tensor(config.bias))
 
     def counts(self, batch: Batch) -> dict[str, Tensor]:
-        return {"pairs": batch.length.new_tensor(len(batch))}
+        return {"pairs": constant(len(batch), batch.length)}
 
     def embed(self, model: VLModel, image_BKD: Tensor, batch: Batch) -> tuple[Tensor, ...]:
         return embed_pair(model, image_BKD, batch, self.config, drops_parts=self.drops_parts)
@@ -63,4 +63,4 @@ class SigLIP(PairObjective):
         own = first + torch.arange(len(image_BE), device=image_BE.device)
         content = self.gather_contents(*contents)
         loss = sigmoid_loss(image_BE, texts, own, self.log_scale.exp(), self.bias, content=content)
-        return {"pairs": Loss(loss.sum(), own.new_tensor(len(own)), self.config.weight)}
+        return {"pairs": Loss(loss.sum(), constant(len(own), own), self.config.weight)}

@@ -17,7 +17,7 @@ from fastvlp.model.joint_space import unit
 from fastvlp.model.layers import initialise
 from fastvlp.model.model import ModelConfig, VLModel
 from fastvlp.objectives.contrastive import nt_xent
-from fastvlp.objectives.objective import Loss, ObjectiveConfig, PairObjective
+from fastvlp.objectives.objective import Loss, ObjectiveConfig, PairObjective, constant
 from fastvlp.random import hash64_rows
 
 VIEW_SALT = 901
@@ -75,7 +75,7 @@ class SimCLR(PairObjective):
         initialise(self, width)
 
     def counts(self, batch: Batch) -> dict[str, Tensor]:
-        return {"views": batch.length.new_tensor(2 * len(batch))}
+        return {"views": constant(2 * len(batch), batch.length)}
 
     def embed(self, model: VLModel, image_BKD: Tensor, batch: Batch) -> tuple[Tensor, ...]:
         """Unit vectors of both views, two [B E], encoded in one pass."""
@@ -91,8 +91,8 @@ class SimCLR(PairObjective):
         a_BE, b_BE = rows
         (all_a, first), (all_b, _) = self.gather_rows(a_BE), self.gather_rows(b_BE)
         own = first + torch.arange(len(a_BE), device=a_BE.device)
-        loss = nt_xent(a_BE, b_BE, all_a, all_b, own, a_BE.new_tensor(1 / self.config.temperature))
-        return {"views": Loss(loss.sum(), own.new_tensor(len(loss)), self.config.weight)}
+        loss = nt_xent(a_BE, b_BE, all_a, all_b, own, constant(1 / self.config.temperature, a_BE))
+        return {"views": Loss(loss.sum(), constant(len(loss), own), self.config.weight)}
 
 
 def summary(model: VLModel, state_BKD: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from fastvlp.model.model import ModelConfig, VLModel
 from fastvlp.model.region_embedding import require_regions
 from fastvlp.objectives.equal_pairs import EqualPairs, wrong_pairs
 from fastvlp.objectives.losses import at_least_fp32
-from fastvlp.objectives.objective import MORE_ROWS, Loss, Objective, ObjectiveConfig
+from fastvlp.objectives.objective import MORE_ROWS, Loss, Objective, ObjectiveConfig, constant
 from fastvlp.objectives.transport import transport_distance
 from fastvlp.random import mix64, uniform
 
@@ -105,7 +105,7 @@ class WRA(Objective):
         return replace(regions, count=regions.count.minimum(most_B))
 
     def counts(self, batch: Batch) -> dict[str, Tensor]:
-        count = batch.length.new_tensor(len(batch))
+        count = constant(len(batch), batch.length)
         aligned = self.pairs(batch)[2].sum() if self.config.sign == "paper" else count
         return {"match": count} | ({"align": aligned} if self.config.align else {})
 

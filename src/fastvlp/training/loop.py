@@ -23,7 +23,7 @@ from fastvlp.config import show
 from fastvlp.data.pairs import Split
 from fastvlp.errors import UserError
 from fastvlp.objectives.equal_pairs import contents, has_equal
-from fastvlp.objectives.objective import Loss, combine
+from fastvlp.objectives.objective import Loss, combine, constant
 from fastvlp.random import hash64
 from fastvlp.training.checkpoint import CHECKPOINT, save, save_config
 from fastvlp.training.first_lines import log_dropped, log_start
@@ -64,7 +64,7 @@ def steps(state: TrainState) -> Generator[StepReport, None, None]:
         counts, shares = backward(state, micro)
 
         norm = clip(state, parameters)
-        rows = norm.new_tensor(sum(map(len, micro))), equal_rows(state, micro).to(norm)
+        rows = constant(sum(map(len, micro)), norm), equal_rows(state, micro).to(norm)
         totals = dist.all_reduce_sum(torch.stack([*shares.values(), *rows]))
         target_counts = torch.stack([*counts.values()]).float()
         # `tolist` waits for the device. A step waits only here and if it needs a number on the CPU: to select the target

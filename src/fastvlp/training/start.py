@@ -127,7 +127,9 @@ def start(run: TrainConfig, *, resume: bool = False, change: Collection[str] = (
 
 
 def prepared(state: TrainState) -> TrainState:
-    """Makes the blocks recompute their states and compiles them, where the run does, and wraps the module for several ranks."""
+    """Makes the blocks recompute their states, compiles them and groups texts, where the run does, and wraps the module for
+    several ranks."""
+    state.model.group_texts = state.run.group_texts
     if state.run.recompute:
         state.recomputes = recompute_blocks(state.model)
     if state.run.compile:

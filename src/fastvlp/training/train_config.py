@@ -24,8 +24,8 @@ from fastvlp.training.trained_parts import LastLayers
 # A resumed run may change these; anything else would make it another run.
 CHANGEABLE = {
     "name", "out", "steps", "budget_s", "log_every", "validate_every", "patience", "checkpoint_every", "checkpoint_s",
-    "max_bad_steps", "init", "compile", "recompute", "device", "report_to", "shard", "threads", "tokenizer", "data.workers",
-    "data.cache", "data.test", "states.folder", "masked_validation", "validation_rows",
+    "max_bad_steps", "init", "compile", "recompute", "group_texts", "device", "report_to", "shard", "threads", "tokenizer",
+    "data.workers", "data.cache", "data.test", "states.folder", "masked_validation", "validation_rows",
 }  # fmt: skip
 
 
@@ -55,6 +55,9 @@ class TrainOptions:
     """Compile the transformer blocks with torch.compile. One step in fifty runs uncompiled, to count its FLOPs."""
     recompute: bool = False
     """Compute the states inside each block again in the backward pass instead of keeping them: less memory, more work."""
+    group_texts: bool = False
+    """Encode the texts of a contrastive batch in groups of similar length on a GPU too, as on a CPU: less padding, but more and
+    smaller matrix products."""
     ema: Annotated[float, Range(above=0, below=1)] | None = None
     """Decay of averaged weights, such as 0.999. If it is set, the averaged weights are validated and saved."""
     log_every: Count = 20
