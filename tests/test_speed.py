@@ -131,7 +131,13 @@ def test_recipes_are_measured_in_turns(pairs, tmp_path):
     out, trace = tmp_path / "speed.jsonl", tmp_path / "trace.json"
     run = made_run(pairs, tmp_path, "mlm")
     speeds = measure_speed(
-        [run], vary="data.batch_size=4,8", repetitions=2, largest_batch=True, memory_gb=0.004, trace=trace, out=out
+        [run],
+        vary=("data.batch_size=4,8",),
+        repetitions=2,
+        largest_batch=True,
+        memory_gb=0.004,
+        trace=trace,
+        out=out,
     )
     small, large = speeds.arms
     assert (small.name, large.name) == ("made data.batch_size=4", "made data.batch_size=8") and speeds.clock == "cpu"
@@ -150,6 +156,13 @@ def test_recipes_are_measured_in_turns(pairs, tmp_path):
     assert json.loads((tmp_path / traces[0]).read_text())["traceEvents"]
 
 
+def test_several_fields_vary_one_at_a_time(tmp_path):
+    run = made_run(tmp_path, tmp_path, "mlm")
+    arms = varied({"a": run, "b": run}, None, ["keep=1,0.5", "recompute=true"])
+    assert [*arms] == [f"{name} {change}" for name in "ab" for change in ("keep=1", "keep=0.5", "recompute=true")]
+    assert [(arm.keep, arm.recompute) for arm in arms.values()] == 2 * [(1.0, False), (0.5, False), (1.0, True)]
+
+
 def ready_run(pairs, folder, *objectives, **changes):
     """A run as `measure_speed` prepares it."""
     run = replace(made_run(pairs, folder, *objectives), **changes)
@@ -161,7 +174,7 @@ def test_a_reduced_beginning_is_not_what_is_measured(pairs, tmp_path):
     whole, cheap = (Trial(ready_run(pairs, tmp_path, "clip", reduced=r), 1) for r in (ReducedStart(), reduced))
     assert cheap.step().flops == whole.step().flops
     with pytest.raises(UserError, match="whole steps"):
-        varied({"made": whole.run}, None, "reduced.share=0.5,0.9")
+        varied({"made": whole.run}, None, ["reduced.share=0.5,0.9"])
 
 
 def test_the_start_of_the_loader_is_no_waiting_of_a_step(pairs, tmp_path):
@@ -181,6 +194,15 @@ def test_the_start_of_the_loader_is_no_waiting_of_a_step(pairs, tmp_path):
     assert trial.step().rows == 8
 
 
+def test_waiting_for_data_is_measured_on_few_long_steps(pairs, tmp_path, monkeypatch):
+    trial, taken = Trial(ready_run(pairs, tmp_path, "clip"), 1), []
+    monkeypatch.setattr("fastvlp.speed.trial.WAITING_S", 0.0)
+    made = trial.loader.make
+    trial.loader.make = lambda rows: taken.append(1) or made(rows)
+    trial.data_wait(50)
+    assert len(taken) < 10
+
+
 def test_each_objective_of_a_mix_is_counted_before_steps_are_timed(pairs, tmp_path):
     # The second objective is drawn in one of ten thousand steps.
     trial = Trial(ready_run(pairs, tmp_path, "flm", "clip", mix={"flm": 1.0, "clip": 1e-4}), 2)
@@ -196,6 +218,15 @@ def test_averaged_weights_are_part_of_the_memory(pairs, tmp_path):
     plain, averaged = (Trial(ready_run(pairs, tmp_path, "clip", ema=ema), 1) for ema in (None, 0.9))
     weights = sum(p.nbytes for p in plain.state.pretraining.parameters())
     assert averaged.bytes() - plain.bytes() >= weights
+
+
+def test_the_batches_of_a_step_are_part_of_its_memory(pairs, tmp_path):
+    trial = Trial(ready_run(pairs, tmp_path, "clip", accumulate=3), 1)
+    micro = trial.loading.made[0]
+    assert trial.batch_bytes > 3 * micro.image.nbytes
+    before = trial.bytes()
+    trial._use([repeated(micro, 16)])
+    assert trial.batch_bytes > 6 * micro.image.nbytes and trial.bytes() > before
 
 
 def test_the_seconds_of_compiling_are_those_that_pytorch_counts(pairs, tmp_path, monkeypatch):
@@ -257,8 +288,8 @@ def test_what_cannot_be_measured_is_refused(pairs, tmp_path, monkeypatch):
         ({"largest_batch": True}, "memory_gb"),
         ({"memory_gb": 1.0}, "largest_batch"),
         ({"repetitions": 0}, "repetitions"),
-        ({"vary": "keep"}, "FIELD=VALUE"),
-        ({"vary": "kep=1"}, "keep"),
+        ({"vary": ("keep",)}, "FIELD=VALUE"),
+        ({"vary": ("kep=1",)}, "keep"),
     ):
         with pytest.raises(UserError, match=words):
             measure_speed([run], **{"repetitions": 1} | options)

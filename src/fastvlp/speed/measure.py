@@ -109,7 +109,7 @@ def measure_speed(
     *,
     model: str | None = None,
     set: Annotated[Sequence[str], arg(constructor=flat_settings)] = (),
-    vary: str | None = None,
+    vary: tuple[str, ...] = (),
     made_data: bool = False,
     repetitions: int = 10,
     batches: int = 2,
@@ -129,7 +129,7 @@ def measure_speed(
         recipes: Names of recipes, paths of your own files, or in Python also configs.
         model: Size of the models, such as clip_b16, instead of the sizes in the recipes.
         set: Changes of the recipes' fields: FIELD=VALUE for all recipes, RECIPE:FIELD=VALUE for one.
-        vary: FIELD=VALUE,VALUE measures each recipe with each of the values, such as keep=1,0.5.
+        vary: FIELD=VALUE,VALUE measures each recipe with each of the values, such as keep=1,0.5; fields vary one at a time.
         made_data: Measure on generated scenes of the embedded corpus and with random weights; needs no data.
         repetitions: Number of timed steps of each recipe.
         batches: Number of different batches that the steps use.
@@ -204,14 +204,24 @@ def check_options(
         raise UserError("`largest_batch` needs a memory limit on a CPU; give `memory_gb`, such as 8")
 
 
-def varied(runs: Mapping[str, TrainConfig], model: str | None, vary: str | None) -> dict[str, TrainConfig]:
-    """Returns the runs with models of the size `model`, one for each value of `vary`. Their names contain the value."""
+def varied(runs: Mapping[str, TrainConfig], model: str | None, vary: Sequence[str]) -> dict[str, TrainConfig]:
+    """Returns the runs with models of the size `model`, one for each value of each field of `vary`. Their names contain it."""
     sized = {
         name: run if model is None else replace(run, model=named_size(model, like=run.model))
         for name, run in runs.items()
     }
-    if vary is None:
+    if not vary:
         return {name: replace(run, name=name) for name, run in sized.items()}
+    changes = [change for one in vary for change in single_changes(one)]
+    return {
+        f"{name} {change}": replace(with_settings(run, [change], name), name=f"{name} {change}")
+        for name, run in sized.items()
+        for change in changes
+    }
+
+
+def single_changes(vary: str) -> list[str]:
+    """FIELD=VALUE for each value of FIELD=VALUE,VALUE. Raises UserError where it is not that."""
     field, equals, values = vary.partition("=")
     if not equals or not values:
         raise UserError(f"`vary` {vary}: write FIELD=VALUE,VALUE, such as keep=1,0.5")
@@ -219,13 +229,7 @@ def varied(runs: Mapping[str, TrainConfig], model: str | None, vary: str | None)
         raise UserError(
             f"`vary` {vary}: whole steps are measured, without `reduced`; vary keep, model.image.size or data.max_length"
         )
-    return {
-        f"{name} {field}={value}": replace(
-            with_settings(run, [f"{field}={value}"], name), name=f"{name} {field}={value}"
-        )
-        for name, run in sized.items()
-        for value in values.split(",")
-    }
+    return [f"{field}={value}" for value in values.split(",")]
 
 
 def prepared(

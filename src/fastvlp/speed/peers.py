@@ -74,7 +74,8 @@ class Peer:
         with peak_of_step(self.device) as peak:
             self.step()
             extra = peak()
-        return held_bytes(self.optimiser, self.model) + extra
+        inputs = max(sum(x.nbytes for x in one) for one in self.inputs)
+        return held_bytes(self.optimiser, self.model) + inputs + extra
 
 
 def transformers_step(trial: Trial) -> Peer:

@@ -27,6 +27,8 @@ from fastvlp.training.train_config import TrainConfig
 
 # Seconds that measuring the loader alone may take.
 LOADER_S = 20.0
+# Seconds of steps over which the waiting for data is measured, from one step on.
+WAITING_S = 10.0
 # Seed of the rows of a batch that is made larger.
 LARGER_SALT = 811
 
@@ -80,7 +82,7 @@ class Trial:
         self.state = start(run)
         self.loader = self.state.train
         self.loading = load(self.state, batches * run.accumulate)
-        self.state.train = ready(self.loading.made, run.seed)
+        self._use(self.loading.made)
         self.state.flops = FlopCounter(self.state.model.config.image.tokens, every=0)
         self.whole = self.state.run
         before = compiled()[1] if run.compile else 0.0
@@ -112,6 +114,11 @@ class Trial:
         self.state.run = run
         self.reports = steps(self.state)
 
+    def _use(self, batches: list[Batch]) -> None:
+        """Makes the next steps those on these batches, in turn. They are made once, and a step of training holds its own."""
+        self.state.train = ready(batches, self.run.seed)
+        self.batch_bytes = self.run.accumulate * max(map(batch_bytes, batches))
+
     def step(self) -> Step:
         clock = Clock(self.state.device)
         report = next(self.reports)
@@ -126,17 +133,21 @@ class Trial:
                 extra = max(extra, peak())
         self._follow(self.whole)
         averaged = [] if self.state.ema is None else [self.state.ema]
-        return held_bytes(self.state.optimiser, self.state.pretraining, *averaged) + extra
+        return held_bytes(self.state.optimiser, self.state.pretraining, *averaged) + self.batch_bytes + extra
 
     def data_wait(self, count: int) -> float:
-        """Share of a step's time on the wall that waits for data, over `count` steps that read theirs as training does. Steps
-        before them, in which the loader starts and whose batches it made at once, do not count."""
+        """Share of a step's time on the wall that waits for data, over up to `count` steps that read theirs as training does.
+        Steps before them, in which the loader starts and whose batches it made at once, do not count."""
         ready_batches, flops = self.state.train, self.state.flops
         # Counting a new shape would make a step longer, and its wait a smaller share.
         self.state.train, self.state.flops = self.loader, FlopCounter(flops.image)
         reports = steps(self.state)
         first = made_ahead(self.whole) // self.state.division.micro + 1
-        taken = [next(reports) for _ in range(first + count)][first:]
+        for _ in range(first):
+            next(reports)
+        taken = [next(reports)]
+        while len(taken) < count and sum(one.seconds for one in taken) < WAITING_S:
+            taken.append(next(reports))
         reports.close()
         self.state.train, self.state.flops = ready_batches, flops
         return sum(one.data_wait for one in taken) / max(1e-9, sum(one.seconds for one in taken))
@@ -147,7 +158,7 @@ class Trial:
         return search(lambda rows: self._bytes_with(repeated(longest, rows)), limit, min(8, len(longest)))
 
     def _bytes_with(self, batch: Batch) -> float:
-        self.state.train = ready([batch], self.run.seed)
+        self._use([batch])
         try:
             return self.bytes()
         except (torch.OutOfMemoryError, MemoryError):
@@ -189,6 +200,10 @@ def load(state: TrainState, count: int) -> Loading:
         next(batches)
         taken += 1
     return Loading(s=clock.read().wall_s / taken * state.run.accumulate, made=made)
+
+
+def batch_bytes(batch: Batch) -> int:
+    return sum(x.nbytes for x in _pytree.tree_leaves(batch) if isinstance(x, Tensor))
 
 
 def made_ahead(run: TrainConfig) -> int:
