@@ -2,11 +2,14 @@
 
     python bench/batch_padding.py                                 # random lengths, distributed as UNITER's words and regions
     python bench/batch_padding.py --captions photos/train         # FLOPs that grouping saves each objective on captions
+    python bench/batch_padding.py --captions photos/train --towers b32 --batch 1024      # and of CLIP's step, in random order
 
 The first command fills the same budget of tokens with rows in random order, by UNITER's released sampler, and by this
 library's; it counts the padding of an epoch, and times training steps of plain transformer blocks on such batches. The arms
 take turns, and a ratio is the median of the ratios of neighbouring steps. It takes about ten minutes on one core. The second
-only counts, in a minute. Rows are appended to bench/results/batch_padding.jsonl.
+only counts, in a minute. So does the third: the negatives of a contrastive loss should not have the length of the positive,
+so that its texts are grouped within a batch alone, or packed without any padding. Rows are appended to
+bench/results/batch_padding.jsonl.
 """
 
 from __future__ import annotations
@@ -27,6 +30,7 @@ from records import RESULTS, append, stamp
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastvlp.batch import Batch
 from fastvlp.data.batching import Grouping, Lengths
@@ -35,6 +39,7 @@ from fastvlp.data.pairs import PairData
 from fastvlp.data.tokenize import Tokenizer
 from fastvlp.model.layers import LayerConfig, stack
 from fastvlp.model.model import VLModel
+from fastvlp.model.sizes import clip_b16, clip_b32, clip_small, with_tokenizer
 from fastvlp.objectives.objective import combine
 from fastvlp.training.flops import gradient_flops
 from fastvlp.training.pretraining import Pretraining
@@ -66,6 +71,12 @@ class Options:
     """Side of its images in pixels, instead of the size's own."""
     layers: int | None = None
     """Its text and fusion layers, instead of the size's own."""
+    towers: Literal["b32", "b16", "small"] | None = None
+    """With `captions`: count CLIP's step of this size, on batches in random order, in place of steps that predict words."""
+    rows_of_group: tuple[int, ...] = (64, 256)
+    """With `towers`: texts of a batch that are encoded together, those of about the same length."""
+    keep: tuple[float, ...] = (1.0, 0.5, 0.25)
+    """With `towers`: shares of the patches that are encoded."""
     batch: int = 32
     """Rows of a batch on captions."""
     vocab: int = 5000
@@ -227,6 +238,68 @@ def captions(o: Options) -> list[dict]:
     return rows
 
 
+def towers(o: Options) -> list[dict]:
+    """Which share of the FLOPs of CLIP's step is saved where texts are encoded in groups of about the same length, and where
+    they are packed without padding; each beside texts that are as long as the longest of the batch."""
+    assert o.captions is not None
+    data = PairData(train=o.captions, batch_size=o.batch, captions=o.field)
+    tokenizer = Tokenizer.train(data.texts(), vocab_size=o.vocab)
+    text_L, image = tower_flops(o, data.max_length)
+    data_rows = data.rows("train", tokenizer, 16, strict=False)
+    assert data_rows is not None and data_rows.lengths is not None
+    lengths = data_rows.lengths()
+    loader = Loader(data_rows.count, data_rows.make, batch_size=o.batch, seed=o.seed)
+    flops: dict[str, float] = {}
+    tokens, steps = {"padded": 0, "packed": 0}, max(1, data_rows.count // o.batch)
+    for s in range(steps):
+        index, seed = (torch.tensor(column) for column in zip(*loader.rows(s)))
+        length = lengths(index, seed).sort().values
+        arms = {
+            "padded": [length],
+            **{f"groups of {n}": length.split(n) for n in o.rows_of_group},
+            "packed": length.split(1),
+        }
+        for name, parts in arms.items():
+            flops[name] = flops.get(name, 0) + sum(len(part) * text_L[int(part[-1])] for part in parts)
+        tokens["padded"] += o.batch * int(length[-1])
+        tokens["packed"] += int(length.sum())
+    row = {"padding": 1 - tokens["packed"] / tokens["padded"], "tokens_per_row": tokens["packed"] / steps / o.batch}
+    rows = [
+        row
+        | {"arm": f"{name}, keep {keep}", "text_gflops_per_row": flops[name] / 1e9 / steps / o.batch}
+        | {"image_gflops_per_row": flops_of_image / 1e9}
+        | {"saved": (flops["padded"] - flops[name]) / (flops["padded"] + flops_of_image * steps * o.batch)}
+        for keep, flops_of_image in image.items()
+        for name in flops
+    ]
+    columns = {"padding": ".1%", "text_gflops_per_row": ".3f", "image_gflops_per_row": ".2f", "saved": ".1%"}
+    show(f"{o.captions}, CLIP {o.towers}, batch {o.batch}", rows, columns)
+    return rows
+
+
+def tower_flops(o: Options, longest: int) -> tuple[dict[int, int], dict[float, int]]:
+    """FLOPs, forward and backward, of a text of each length, and of an image at each share of its patches, which nobody
+    computes."""
+    make = {"b32": clip_b32, "b16": clip_b16, "small": clip_small}[o.towers or "b32"]
+    with FakeTensorMode():
+        model = VLModel(with_tokenizer(make(), SimpleNamespace(vocab_size=o.vocab, pad=1, bos=0, eos=2, mask=3)))
+        seed, size = torch.zeros(1, dtype=torch.int64), model.config.image.size
+
+        def text(L: int) -> Tensor:
+            return model.embed_text(torch.zeros(1, L, dtype=torch.int64), torch.full((1,), L)).sum()
+
+        def image(keep: float) -> Tensor:
+            pixels = torch.zeros(1, 3, size, size, dtype=torch.uint8)
+            kept = model.config.image.random_patches(seed, keep, pixels)
+            return model.embed_image(model.encode_image(pixels, kept)).sum()
+
+        # Products grow with the length, and attention with its square.
+        some = (2, 8, 32)
+        through = np.polyfit(some, [gradient_flops(model, lambda L=L: text(L)) for L in some], 2)
+        texts = {L: round(np.polyval(through, L)) for L in range(2, longest + 1)}
+        return texts, {keep: gradient_flops(model, lambda keep=keep: image(keep)) for keep in o.keep}
+
+
 def batch_of_one_word(loader: Loader, lengths: Lengths, s: int, side: int) -> Batch:
     """Batch s of the loader, with one word everywhere and black images: what a step costs depends on lengths and seeds."""
     rows = loader.rows(s)
@@ -248,7 +321,10 @@ def show(title: str, rows: list[dict], numbers: dict[str, str]) -> None:
 
 def main(o: Options) -> None:
     torch.set_num_threads(o.threads)
-    rows = captions(o) if o.captions is not None else budgets(o)
+    if o.towers is not None and o.captions is None:
+        raise SystemExit("--towers counts padding of captions: name their split, such as --captions photos/train")
+    counted = towers if o.towers is not None else captions
+    rows = counted(o) if o.captions is not None else budgets(o)
     common = stamp(o.device, "batch_padding.py") | {name: value for name, value in asdict(o).items() if name != "out"}
     append(o.out, [common | row for row in rows])
 

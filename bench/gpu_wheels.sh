@@ -1,6 +1,7 @@
 #!/bin/bash
 # The packages that bench/gpu.sh carries to a machine without a network, for Python 3.12 on Linux x86-64, into .gpu/wheels: all that
-# fastvlp, its parity tests and the peers import, but torch, numpy and CUDA, which are there. About 50 MB.
+# fastvlp, its parity tests and the peers import, but torch, numpy and CUDA, which are there. About 50 MB. And the commit, which a
+# copy of the checkout without git could not tell.
 set -eu
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
@@ -11,5 +12,6 @@ mkdir -p .gpu/wheels
   markdown-it-py mdurl pygments matplotlib contourpy cycler fonttools kiwisolver pyparsing python-dateutil six packaging \
   pytest pytest-timeout pluggy iniconfig hypothesis sortedcontainers \
   transformers huggingface-hub regex pyyaml filelock tqdm httpx httpcore h11 anyio idna certifi sniffio shellingham typer click \
-  open-clip-torch ftfy wcwidth
+  httpx2 httpcore2 truststore annotated-doc open-clip-torch ftfy wcwidth
+git rev-parse --short HEAD >.gpu/commit
 du -sh .gpu/wheels

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -20,11 +21,11 @@ def stamp(device: str, script: str) -> dict[str, Any]:
     """Time, commit (with `+changes` where files differ from it), device, torch version and command of this process.
 
     `script`: name of the file in bench/."""
-    changed = git("status", "--porcelain", "../src", "*.py")
+    commit, changed = git("rev-parse", "--short", "HEAD"), git("status", "--porcelain", "../src", "*.py")
     cuda = torch.device(device).type == "cuda"
     return {
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "commit": git("rev-parse", "--short", "HEAD") + ("+changes" if changed else ""),
+        "commit": commit + ("+changes" if changed not in ("", commit) else ""),
         "device_name": torch.cuda.get_device_name() if cuda else cpu_name(),
         "torch": torch.__version__,
         "command": " ".join([f"python bench/{script}", *sys.argv[1:]]),
@@ -32,11 +33,12 @@ def stamp(device: str, script: str) -> dict[str, Any]:
 
 
 def git(*words: str) -> str:
-    """The output of a git command, run in bench/; `unknown` where there is no git or no repository."""
+    """The output of a git command, run in bench/; where there is no git or no repository, what FASTVLP_COMMIT says, or
+    `unknown`."""
     try:
         done = subprocess.run(["git", *words], capture_output=True, text=True, cwd=Path(__file__).parent, check=True)
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        return os.environ.get("FASTVLP_COMMIT", "unknown")
     return done.stdout.strip()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from fastvlp.cli import main
+from fastvlp.provenance import commit
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "bench" / "gpu.sh"
@@ -41,6 +43,15 @@ def test_the_wheels_are_fetched_by_a_script_that_parses():
         assert subprocess.run(["bash", "-n", str(script)], check=False).returncode == 0
 
 
+def test_a_copy_without_git_says_its_commit_by_a_variable(monkeypatch):
+    assert commit() != "abc1234"
+    monkeypatch.setenv("FASTVLP_COMMIT", "abc1234")
+    monkeypatch.setenv("GIT_DIR", "/nowhere")
+    assert commit() == "abc1234"
+    monkeypatch.delenv("FASTVLP_COMMIT")
+    assert commit() == ""
+
+
 @pytest.mark.skipif("FASTVLP_LONG_TESTS" not in os.environ, reason="takes many minutes; set FASTVLP_LONG_TESTS=1")
 @pytest.mark.timeout(1600)
 def test_all_steps_run_in_tiny_sizes(tmp_path):
@@ -49,5 +60,28 @@ def test_all_steps_run_in_tiny_sizes(tmp_path):
     # A machine without a GPU has no nvidia-smi.
     failed = {name: code for name, code in steps.items() if code != "0" and name != "nvidia-smi"}
     assert not failed, (tmp_path / "log.txt").read_text()[-3000:]
-    assert {"parity", "b32", "flm", "muon", "largest", "compare"} <= {*steps}
-    assert (tmp_path / "speed.jsonl").exists() and (tmp_path / "results.json").exists()
+    parts = {"b16", "b32", "flm", "released", "options", "losses", "pairs", "scenes", "compare", "largest", "parity"}
+    assert parts <= {*steps}
+    for name in ("speed.jsonl", "released.jsonl", "losses.jsonl", "comparison/results.json", "comparison/report.html"):
+        text = (tmp_path / name).read_text()
+        assert text and str(tmp_path) not in text
+    names = [json.loads(line)["name"] for line in (tmp_path / "speed.jsonl").read_text().splitlines()]
+    for name in (
+        "clip_photos keep=0.25",
+        "clip_photos group_texts=true",
+        "prefixlm_photos",
+        "flm_photos recompute=true",
+    ):
+        assert name in names
+
+
+def test_a_part_that_fails_does_not_stop_the_others(tmp_path):
+    """Here all fail: this Python knows no module at all."""
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\necho no module; exit 1\n")
+    python.chmod(0o755)
+    run_script(tmp_path / "out", GPU_SH_TINY="1", PYTHON=str(python))
+    steps = [line.split("\t") for line in (tmp_path / "out" / "steps.tsv").read_text().splitlines()]
+    codes = {name: code for name, code, _ in steps if name != "nvidia-smi"}
+    assert {"b16", "b16-alone", "flm", "compare", "parity", "scenes"} <= {*codes} and {*codes.values()} == {"1"}
+    assert (tmp_path / "out" / "log.txt").read_text().count("no module") == len(codes)

@@ -35,7 +35,8 @@ def _processor() -> str:
 
 
 def commit() -> str:
-    """Of the checkout that this package runs from, with `+` where it has changes; empty for an installed package."""
+    """Of the checkout that this package runs from, with `+` where it has changes. For an installed package, and for a copy of a
+    checkout without git: what FASTVLP_COMMIT says, by default nothing."""
 
     def git(*words: str) -> str:
         done = subprocess.run(
@@ -46,7 +47,7 @@ def commit() -> str:
     try:
         return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
     except (OSError, subprocess.SubprocessError):
-        return ""
+        return os.environ.get("FASTVLP_COMMIT", "")
 
 
 def data_name(path: str) -> str:
