@@ -76,7 +76,7 @@ class Regions:
         box: float32 [B R 4], x0 y0 x1 y1 as fractions of the image that the model sees. A box without area is no region: it
             is padding, or a crop has cut it off (`augment`).
         count: int64 [B], regions of each row before any crop; they come before the padding.
-        feature: float [B R F], a detector's features; None where regions are pooled from the image itself.
+        feature: float [B R F], a detector's features; None if regions are pooled from the image itself.
         classes: float [B R C], a detector's shares of C classes, which sum to 1; zeros for a region without shares; None
             where no region of the batch has any.
     """

@@ -38,11 +38,11 @@ class _StandIn(ModuleType):
         return _StandIn(f"{self.__name__}.{name}")
 
     def __call__(self, *args: Any, **options: Any) -> Any:
-        """As a decorator it returns what it decorates."""
+        """Returns the decorated object, since torch's name may be used as a decorator."""
         return args[0] if len(args) == 1 and callable(args[0]) else self
 
     def __mro_entries__(self, bases: Any) -> tuple[type, ...]:
-        """As a base class it adds nothing."""
+        """Returns no base classes, since torch's name may be used as a base class."""
         return ()
 
     def __or__(self, other: Any) -> Any:

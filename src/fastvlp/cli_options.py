@@ -1,7 +1,7 @@
-"""How the command line reads the options of each command.
+"""Parses the options of each command.
 
-Most commands are a function whose signature says all (`parse_function`). The others have further options that depend on their
-first word: a recipe, a task, a format.
+For most commands, the signature of a function gives all options (`parse_function`). The others have further options that depend
+on their first word: a recipe, a task, a format.
 """
 
 from __future__ import annotations
@@ -56,9 +56,10 @@ def parse_with_groups(
     groups: Mapping[str, Any],
     about: str = "",
 ) -> Run:
-    """As `parse_function`, for a function whose further options (`**options`) are the fields of dataclasses: `groups`, by the
-    name under which `bind` gets an instance; each is a class, or an instance with the defaults. `bind` takes what was parsed,
-    and returns the call to run. `about` follows the function's description in the help."""
+    """Parses options like `parse_function`, for a function whose further options (`**options`) are the fields of
+    dataclasses: `groups`, by the name under which `bind` gets an instance; each is a class, or an instance with the
+    defaults. `bind` takes what was parsed, and returns the call to run. `about` follows the function's description in the
+    help."""
     defaults = {group: Parameter.empty if isinstance(of, type) else of for group, of in groups.items()}
     own = {group: Annotated[of if isinstance(of, type) else type(of), arg(name="")] for group, of in groups.items()}
     parameters = [p for p in signature(target).parameters.values() if p.kind != p.VAR_KEYWORD and p.name not in groups]
@@ -138,7 +139,7 @@ def with_size(run: TrainConfig, argv: Sequence[str]) -> tuple[TrainConfig, list[
 
 
 def take_option(argv: Sequence[str], name: str) -> tuple[str | None, list[str]]:
-    """The value of an option (None where it is not given; the last one where it is given twice), and the other words."""
+    """The value of an option (None if it is not given; the last one where it is given twice), and the other words."""
     value, others, words = None, list[str](), iter(argv)
     for word in words:
         option, equals, after = word.partition("=")

@@ -1,4 +1,4 @@
-"""How the command line prints the result of each command."""
+"""Prints the results of the commands."""
 
 from __future__ import annotations
 

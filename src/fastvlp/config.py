@@ -23,7 +23,7 @@ MOST = 1 << 53
 
 @dataclass(frozen=True)
 class Range:
-    """What a number of a config may be, as part of its type: `lr: Annotated[float, Range(above=0)]`."""
+    """The allowed range of a number in a config, as part of its type: `lr: Annotated[float, Range(above=0)]`."""
 
     least: float | None = None
     above: float | None = None
@@ -52,7 +52,7 @@ ShareBelowOne = Annotated[float, Range(least=0, below=1)]
 
 
 def check_numbers(config: Any, path: str = "") -> None:
-    """Raises UserError where a number in a dataclass, or in those within it, is NaN, infinite, or out of the range in its type.
+    """Raises UserError if a number in a dataclass, or in those within it, is NaN, infinite, or out of the range in its type.
     `path`: what the dataclass is called, such as optim."""
     if wrong := [*_number_faults(config, None, path)]:
         raise UserError("; ".join(wrong))
@@ -120,7 +120,8 @@ def from_json(cls: type[T], value: Any, source: str, converter: cattrs.Converter
 
 
 def with_defaults(saved: Json, value: Any) -> Json:
-    """What `to_json` wrote, completed by the defaults of fields that are newer. `value`: a config that has these fields."""
+    """Returns a value that `to_json` wrote, completed by the defaults of newer fields. `value`: a config that has these
+    fields."""
     if not isinstance(saved, dict):
         return saved
     if isinstance(value, Mapping):

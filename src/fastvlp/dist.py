@@ -37,7 +37,7 @@ def is_main() -> bool:
 
 
 def local_rank() -> int:
-    """Which of this machine's devices is ours."""
+    """Returns the number of this machine's device that this rank uses."""
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
@@ -54,7 +54,8 @@ def pick_device(name: str) -> torch.device:
 
 
 def pick_precision(choice: PrecisionChoice, device: torch.device, trained: Precision = "bf16") -> Precision:
-    """What `auto` means on a device: bf16 where that is fast, and only for a model that was `trained` so, else fp32."""
+    """Returns the precision that `auto` means on a device: bf16 if the device computes it fast and the model was `trained`
+    in it, else fp32."""
     if choice != "auto":
         return choice
     return "bf16" if trained == "bf16" and has_fast_bf16(device) else "fp32"
@@ -72,14 +73,14 @@ def has_fast_bf16(device: torch.device) -> bool:
 
 
 def slow_precision(precision: Precision, device: torch.device) -> str | None:
-    """A warning where a device computes slowly in a precision that was chosen; None where it does not."""
+    """A warning where a device computes slowly in a precision that was chosen; None if it does not."""
     if precision == "fp32" or has_fast_bf16(device):
         return None
     return f"`precision` bf16 is slower than fp32 on this device ({device.type}), up to ten times; choose auto or fp32"
 
 
 def launched() -> int:
-    """How many processes `torchrun` started, before they have joined; 1 without it."""
+    """Returns the number of processes that `torchrun` started, even before they have joined; 1 without it."""
     return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
 
 
@@ -89,7 +90,7 @@ SETTLE_S = 0.1
 
 @contextmanager
 def process_group() -> Iterator[None]:
-    """Joins the processes that `torchrun` started, for as long as the block runs; nothing where there is one."""
+    """Joins the processes that `torchrun` started, for as long as the block runs; nothing if there is one."""
     if active() or launched() < 2:
         yield
         return
@@ -132,7 +133,7 @@ def explained(error: Exception) -> Exception:
 
 
 def own_parts(tensors: Iterable[Tensor]) -> list[Tensor]:
-    """What this rank has of tensors that may be divided among the ranks, without gradients, in the same memory."""
+    """Returns this rank's parts of tensors that may be divided among the ranks, without gradients, in the same memory."""
     # DTensor's method; its module takes long to import.
     return [getattr(x.detach(), "to_local", x.detach)() for x in tensors]
 
@@ -147,7 +148,8 @@ def all_reduce_sum(x: Tensor) -> Tensor:
 
 
 def gather_objects(value: Any) -> list[Any]:
-    """What each rank says, in rank order, on every rank. For small things: it is pickled between our own processes."""
+    """Gathers an object from each rank, in rank order, on every rank. It is meant for small objects, which are pickled
+    between our own processes."""
     if not active():
         return [value]
     values = [None] * world()

@@ -47,5 +47,5 @@ _REMEDIES = {
 
 
 def remedy(error: OSError, otherwise: str | None = None) -> str | None:
-    """What to do about an error of the system; `otherwise` where that is not known."""
+    """Returns advice about an error of the operating system; `otherwise` if there is none."""
     return _REMEDIES.get(error.errno or 0, otherwise)

@@ -45,7 +45,7 @@ def user_function(name: str) -> Callable[..., Any]:
     """The function that a saved file calls `FILE:FUNCTION`, in a file of the user's that was imported before, or in one beside
     it that it imports.
 
-    Raises UserError where there is none.
+    Raises UserError if there is none.
     """
     file, _, function = name.partition(":")
     module = sys.modules.get(file)
@@ -71,7 +71,7 @@ def variants(base: type[T], package: str | None = None) -> list[type[T]]:
 def variant(base: type[T], name: str, package: str | None = None) -> type[T]:
     """The one of `variants` whose class is called `name`, as a saved file calls it; the last one defined where several are.
 
-    Raises UserError where none is known.
+    Raises UserError if none is known.
     """
     named = [cls for cls in variants(base, package) if cls.__name__ == name]
     if not named:

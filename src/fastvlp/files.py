@@ -42,7 +42,7 @@ def read_plain(path: Path, most: int = MOST_BYTES) -> bytes:
 def whole_file(path: Path, temporary: str) -> Iterator[Path]:
     """Yields a path beside `path`, named `temporary`, to write to; renames it when the block ends.
 
-    An error inside the block leaves an older file as it was. Raises UserError where the disk is full or the folder not
+    An error inside the block leaves an older file as it was. Raises UserError if the disk is full or the folder not
     writable.
     """
     part = path.with_name(temporary)
@@ -63,7 +63,7 @@ def whole_file(path: Path, temporary: str) -> Iterator[Path]:
 
 
 def write_whole(path: Path, data: bytes) -> None:
-    """Writes beside `path`, then renames. Raises UserError where the disk is full or the folder not writable."""
+    """Writes beside `path`, then renames. Raises UserError if the disk is full or the folder not writable."""
     # Loader workers may build the same index at once: each has a temporary file of its own.
     with whole_file(path, f"{path.name}.{os.getpid()}.tmp") as part:
         part.write_bytes(data)
@@ -73,7 +73,7 @@ def write_whole(path: Path, data: bytes) -> None:
 def whole_folder(out: Path) -> Iterator[Path]:
     """Yields a path beside `out` to make a folder of; it gets its name when the block ends: it is there whole or not at all.
 
-    Raises UserError where something is there already, the disk is full or the place not writable.
+    Raises UserError if something is there already, the disk is full or the place not writable.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out}: something is here already; choose another folder, or remove it")

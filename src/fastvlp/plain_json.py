@@ -19,7 +19,7 @@ CHECKSUM = "checksum"
 
 
 def parse_json(text: str | bytes) -> Any:
-    """A value of any kind, at most MOST_DEPTH levels deep. Raises ValueError where it is deeper or no JSON.
+    """A value of any kind, at most MOST_DEPTH levels deep. Raises ValueError if it is deeper or no JSON.
 
     Of a name that an object has twice the last value counts, and NaN is read: both are common in data sets.
     """
@@ -42,7 +42,7 @@ def with_checksum(value: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_sum(value: Any) -> dict[str, Any]:
-    """The object without its checksum. Raises ValueError where it is no object, or not the one that was written; files of
+    """The object without its checksum. Raises ValueError if it is no object, or not the one that was written; files of
     earlier versions have no checksum."""
     if not isinstance(value, dict):
         raise ValueError(f"it holds a {type(value).__name__} and no object")

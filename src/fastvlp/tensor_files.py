@@ -42,7 +42,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mappi
 
 
 def read_safetensors(path: Path) -> TensorFile:
-    """Raises DamagedFileError where a tensor or a text is not what was written (files of others have no checksum), and as
+    """Raises DamagedFileError if a tensor or a text is not what was written (files of others have no checksum), and as
     `safe_open`, which compares the header with the size of the file before it reads a tensor."""
     with safe_open(path, "pt") as file:
         metadata = dict(file.metadata() or {})

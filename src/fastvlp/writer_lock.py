@@ -28,7 +28,7 @@ class WriterLock:
         self._file: int | None = None
 
     def take(self) -> None:
-        """Raises the refusal where another process holds it, and UserError where the folder is not writable."""
+        """Raises the refusal where another process holds it, and UserError if the folder is not writable."""
         if self._file is not None or fcntl is None:
             return
         with self._writable():

@@ -33,7 +33,7 @@ def budget_clock(device: torch.device) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class Account:
-    """What is saved of an arm's training beside its state.
+    """The record of an arm's training that is saved with its state.
 
     Attributes:
         spent: what the training took.
@@ -77,7 +77,7 @@ class ArmTraining:
 
     @property
     def used(self) -> float:
-        """How much of the budget is spent, in seconds or steps."""
+        """The part of the budget that is spent, in seconds or steps."""
         return self.spent.steps if self.by_steps else self.spent.time
 
     @property
@@ -159,7 +159,7 @@ class ArmTraining:
         """Continues the account that was saved with the state. The scores are those of results.json, which has all that were
         measured: the state is saved before each scoring.
 
-        Raises UserError where the saved state is not that of these scores.
+        Raises UserError if the saved state is not that of these scores.
         """
         folder = self.state.run.folder
         marks, remedy = self.run.marks, "put the files back, or start a new comparison in another folder"

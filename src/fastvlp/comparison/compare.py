@@ -127,7 +127,7 @@ def use_threads(threads: int | None) -> None:
 
 
 def device_of(arms: Mapping[str, TrainConfig]) -> torch.device:
-    """Where the arms train."""
+    """Returns the device on which the arms train."""
     return dist.pick_device(next(iter(arms.values())).device)
 
 
@@ -137,7 +137,7 @@ def here(arms: Mapping[str, TrainConfig]) -> dict[str, Any]:
 
 
 def on_this_device(job: Job, add: Sequence[str | Path | TrainConfig], settings: Sequence[str]) -> Job:
-    """The job with further arms, if there are any to add, or to be continued here. Raises UserError where this is no device
+    """The job with further arms, if there are any to add, or to be continued here. Raises UserError if this is no device
     like that of the comparison."""
     if job.comparison.finished and not add:
         return job
@@ -162,7 +162,7 @@ def display_of(plan: Plan, arms: Iterable[str], scoring: ScoringOptions) -> Prog
 
 
 def check_new(out: Path) -> None:
-    """Raises UserError where a folder holds a comparison already."""
+    """Raises UserError if a folder holds a comparison already."""
     if results_path(out).exists():
         raise UserError(
             f"{out}: holds a comparison already; continue it with `resume`, train further recipes for it with `add`, choose "
@@ -193,7 +193,7 @@ def new_job(
 
 
 def run(job: Job) -> Comparison:
-    """Trains and scores what is not done yet. Raises UserError where nothing could be trained."""
+    """Trains and scores what is not done yet. Raises UserError if nothing could be trained."""
     plan, comparison, arms = job.plan, job.comparison, job.arms
     with display_of(plan, arms, job.scoring) as display:
         if comparison.finished:
@@ -212,7 +212,7 @@ def run(job: Job) -> Comparison:
 
 
 def slow_arms(arms: Mapping[str, TrainConfig]) -> str | None:
-    """Names the arms whose chosen precision is slow on this device; None where there are none."""
+    """Names the arms whose chosen precision is slow on this device; None if there are none."""
     device, slow = device_of(arms), {}
     for name, run in arms.items():
         if warning := dist.slow_precision(dist.pick_precision(run.precision, device), device):
@@ -221,7 +221,7 @@ def slow_arms(arms: Mapping[str, TrainConfig]) -> str | None:
 
 
 def check_trained(comparison: Comparison, plan: Plan) -> None:
-    """Raises UserError where no arm was trained to its end."""
+    """Raises UserError if no arm was trained to its end."""
     if all(run.failure for run in comparison.runs):
         raise UserError(
             f"no recipe could be trained for {format_length(comparison)}: {comparison.runs[0].failure}; what was measured is "

@@ -33,7 +33,7 @@ SPLITS: Mapping[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What is trained and scored.
+    """The arms, settings and plan of a comparison that is continued.
 
     Attributes:
         arms: the configs by name, as they are trained.
@@ -57,7 +57,7 @@ def results_path(out: Path) -> Path:
 
 
 def read_job(out: Path) -> Job:
-    """Reads what a comparison was begun with. Raises UserError where there is none, or this version would train something
+    """Reads what a comparison was begun with. Raises UserError if there is none, or this version would train something
     else."""
     path = results_path(out)
     if not path.exists():
@@ -87,7 +87,7 @@ def moved(run: TrainConfig, arm: str, out: Path) -> TrainConfig:
 def check_options(
     job: Job, plan: Mapping[str, Any], scoring: ScoringOptions, settings: Sequence[str], threads: int | None
 ) -> None:
-    """Raises UserError where an option differs from that of the comparison. `plan`: those of its fields that were given;
+    """Raises UserError if an option differs from that of the comparison. `plan`: those of its fields that were given;
     `scoring`: an option with its default counts as left out."""
     names = [field.name for field in fields(scoring)]
     given = dict(plan) | {
@@ -122,7 +122,7 @@ def written(name: str, options: Mapping[str, Any]) -> str:
 
 
 def check_recipes(job: Job, recipes: Sequence[Recipe], settings: Sequence[str]) -> None:
-    """Raises UserError where the recipes, if any are named, are not the comparison's arms."""
+    """Raises UserError if the recipes, if any are named, are not the comparison's arms."""
     if not recipes:
         return
     path, names = results_path(job.plan.out), arm_names(recipes)
@@ -146,7 +146,7 @@ def changed_fields(saved: TrainConfig, run: TrainConfig) -> dict[str, tuple[Json
 
 
 def check_device(comparison: Comparison, device: torch.device, name: str) -> None:
-    """Raises UserError where this is no device like that of the comparison. `name`: what this one is called."""
+    """Raises UserError if this is no device like that of the comparison. `name`: what this one is called."""
     clock, known = "cpu" if device.type == "cpu" else "wall", str(comparison.about.get("device", name))
     # The last part is the number of cores, or the memory.
     if comparison.clock != clock or known.rpartition(", ")[0] != name.rpartition(", ")[0]:
@@ -160,7 +160,7 @@ def with_added(job: Job, recipes: Sequence[Recipe], settings: Sequence[str], abo
     """The job of training further arms as those of a finished comparison were trained. `settings`: ARM:FIELD=VALUE, after the
     comparison's own for all arms; `about`: where and when they are added.
 
-    Raises UserError where it is not finished, has an arm of that name, or was trained on other data.
+    Raises UserError if it is not finished, has an arm of that name, or was trained on other data.
     """
     comparison, out = job.comparison, job.plan.out
     if not comparison.finished:
@@ -184,7 +184,7 @@ def with_added(job: Job, recipes: Sequence[Recipe], settings: Sequence[str], abo
 
 
 def check_same_data(job: Job, arms: Mapping[str, TrainConfig]) -> None:
-    """Raises UserError where an arm reads none of the records that the comparison's arms read."""
+    """Raises UserError if an arm reads none of the records that the comparison's arms read."""
     known = {arm: records(to_json(run)) for arm, run in job.arms.items()}
     for arm, run in arms.items():
         own = records(to_json(run))
@@ -197,9 +197,9 @@ def check_same_data(job: Job, arms: Mapping[str, TrainConfig]) -> None:
 
 
 def records(config: Json, splits: Iterable[str] = SPLITS) -> dict[str, Json]:
-    """Which records an arm reads in these splits, by field."""
+    """Returns the fields of a config that decide which records an arm reads in these splits."""
     decisive = {field for split in splits for field in SPLITS[split]}
-    # What is mixed has a name for each folder.
+    # `data.mix` has an entry for each folder, so names are compared by their beginning.
     return {
         name: value
         for name, value in flatten(config).items()
@@ -208,7 +208,7 @@ def records(config: Json, splits: Iterable[str] = SPLITS) -> dict[str, Json]:
 
 
 def check_records(comparison: Comparison, run: ArmRun) -> None:
-    """Raises UserError where a folder has other records now than when an earlier arm or seed was trained on it."""
+    """Raises UserError if a folder has other records now than when an earlier arm or seed was trained on it."""
     for split, content in run.contents.items():
         own = records(comparison.configs[run.arm], [split])
         for earlier in comparison.runs:

@@ -1,4 +1,5 @@
-"""What a comparison found, in sentences: who was sooner at the final score of the reference, and who is ahead at the end."""
+"""The result of a comparison in sentences: which arms reached the final score of the reference sooner, and which are ahead
+at the end."""
 
 from __future__ import annotations
 
@@ -88,7 +89,8 @@ def may_be_equal(speed: Speedup) -> bool:
 
 
 def standing_sentence(comparison: Comparison, rows: Sequence[Summary], score: Score) -> str:
-    """Who is ahead at the end by a score, and what chance and the texts alone give; empty where no arm has it."""
+    """Returns a sentence that says which arm is ahead at the end by a score, with the scores of chance and of the texts
+    alone; empty if no arm has the score."""
     finals = {row.arm: final for row in rows if (final := row.final(score.name))}
     if not finals:
         return ""

@@ -1,4 +1,4 @@
-"""When the arms of a comparison train, and when they are scored."""
+"""The plan of a comparison: when the arms train, and when they are scored."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ OPTION_NAMES = {"budget_s": "budget", "steps": "budget", "slice_s": "slice"}
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """When each arm trains, and when it is scored.
+    """The plan of a comparison: when each arm trains, and when it is scored.
 
     Attributes:
         budget_s: training seconds of each arm and seed, or its steps.
@@ -47,7 +47,7 @@ class Plan:
 
     @property
     def shares(self) -> list[float]:
-        """All shares of the budget after which the arms are scored."""
+        """The shares of the budget after which the arms are scored."""
         return sorted({*self.marks, *self.tuned_shares})
 
     @property

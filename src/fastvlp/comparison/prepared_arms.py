@@ -46,12 +46,12 @@ def named_arms(recipes: Sequence[Recipe], settings: Sequence[str]) -> dict[str, 
 
 
 def arm_names(recipes: Sequence[Recipe]) -> list[str]:
-    """What recipes are called as arms."""
+    """Returns the names of recipes as arms."""
     return [r.name if isinstance(r, TrainConfig) else Path(r).stem for r in recipes]
 
 
 def check_distinct(names: Iterable[str]) -> None:
-    """Raises UserError where two arms have the same name."""
+    """Raises UserError if two arms have the same name."""
     earlier: set[str] = set()
     for name in names:
         if name in earlier:
@@ -60,8 +60,8 @@ def check_distinct(names: Iterable[str]) -> None:
 
 
 def with_budget(arms: Mapping[str, TrainConfig], plan: Plan) -> dict[str, TrainConfig]:
-    """Each config with the budget as its length, so that its schedule ends with its own time. A frozen encoder encodes within
-    the budget, unless the config says that its states are stored: what computing them takes does not count."""
+    """Returns each config with the budget as its length, so that its schedule ends with its training time. A frozen encoder
+    encodes within the budget, unless the config says that its states are stored: what computing them takes does not count."""
     return {
         arm: replace(
             run,

@@ -36,7 +36,7 @@ def time_heading(record: SpeedRecord) -> str:
 
 
 def comparison_line(record: SpeedRecord, measured: SpeedRecord) -> str:
-    """How what was measured now compares with the record."""
+    """Returns a line that compares the new measurement with the record."""
     unit = "steps" if record.track == "steps" else time_heading(record)
     finals = [statistics.fmean(run.final for run in one.runs) for one in (record, measured)]
     line = f"the record: {record.value:,.0f} {unit}, final {finals[0]:.3f}; here {measured.value:,.0f} {unit}, {finals[1]:.3f}"

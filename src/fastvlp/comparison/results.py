@@ -29,7 +29,7 @@ class Scored:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingCost:
-    """What an arm's training took so far.
+    """The cost of an arm's training so far.
 
     Attributes:
         time: seconds inside the training steps by the comparison's clock: CPU time of the process, or wall time on a GPU.
@@ -79,7 +79,7 @@ class ArmRun:
         curve: the training losses.
         dropped: unreadable records that training left out.
         failure: why the arm stopped before the end of its time; None if it did not.
-        contents: hashes of the records of the splits; None where that is not known.
+        contents: hashes of the records of the splits; None if that is not known.
     """
 
     arm: str
@@ -169,7 +169,7 @@ class Comparison:
         return [run for run in self.runs if run.arm == arm]
 
     def save(self, path: Path) -> None:
-        """Writes all but `folder` as JSON. Raises UserError where the file cannot be written."""
+        """Writes all but `folder` as JSON. Raises UserError if the file cannot be written."""
         content = {name: value for name, value in asdict(self).items() if name != "folder"}
         write_whole(path, json.dumps(content, ensure_ascii=False, indent=1).encode())
 

@@ -48,7 +48,7 @@ def caption_field(data: Data) -> str:
 
 
 def region_source(data: Data) -> RegionSource | None:
-    """Where the regions of the images come from; None if the data has none."""
+    """Returns the source of the images' regions; None if the data have none."""
     return data.regions if isinstance(data, PairData) else None
 
 
@@ -64,7 +64,7 @@ def caption_data(run: TrainConfig) -> CaptionData:
 
 
 def reference_captions(run: TrainConfig, split: Split) -> list[list[str]]:
-    """All captions of each record of a split."""
+    """Returns all captions of each record of a split."""
     return caption_data(run).references(split)
 
 

@@ -48,7 +48,7 @@ class MetricScorer:
         self._checked: list[Any] = []
 
     def check(self, state: TrainState) -> None:
-        """Reads the pairs and questions on which an arm is scored once. Raises UserError where one cannot be used."""
+        """Reads the pairs and questions on which an arm is scored once. Raises UserError if one cannot be used."""
         key = (state.run.data, state.run.tokenizer, state.run.text, state.model.config.image)
         if key in self._checked:
             return

@@ -42,7 +42,7 @@ class RecordRun:
     Attributes:
         final: the score at the end.
         steps, time: what the whole training took; seconds of CPU time on a CPU, of wall time on a GPU.
-        reached_steps, reached_time: when the curve of scores first was at the target; None where it never was.
+        reached_steps, reached_time: when the curve of scores first was at the target; None if it never was.
         failure: why the run ended early; None if it did not.
     """
 
@@ -103,7 +103,7 @@ class SpeedRecord:
 
     @property
     def value(self) -> float:
-        """What the runs took, in the unit of the track: their mean."""
+        """The mean cost of the runs, in the unit of the track."""
         taken = [run.steps if self.track == "steps" else run.time for run in self.runs]
         return statistics.fmean(taken) if taken else 0.0
 
@@ -280,13 +280,13 @@ def record_run(run: ArmRun, record: SpeedRecord) -> RecordRun:
 
 
 def reached(lengths: Sequence[float], scores: Sequence[float], target: float) -> float | None:
-    """Where the curve of scores first is at the target; None where it never is."""
+    """Returns the point at which the curve of scores first reaches the target; None if it never does."""
     found = first_reached(lengths, scores, target)
     return None if found is None else round(found.time, 1)
 
 
 def write_record(file: Path, measured: SpeedRecord, comparison: Comparison) -> None:
-    """Writes the record, and its log beside it. Raises UserError where these cannot be written."""
+    """Writes the record, and its log beside it. Raises UserError if these cannot be written."""
     log = f"logs/{file.stem}.json"
     comparison.save(file.parent / log)
     content = cast(dict[str, Any], to_json(replace(measured, log=log)))

@@ -24,7 +24,7 @@ class Spread(NamedTuple):
 
     @property
     def standard_error(self) -> float:
-        """Of the mean over seeds; of a single run, over its items."""
+        """The standard error of the mean over seeds; for a single run, of the mean over its items."""
         return self.deviation / math.sqrt(self.n) if self.n > 1 else self.error
 
 
@@ -80,7 +80,7 @@ def time_to_score(run: ArmRun, score: str, target: float) -> Reached | None:
 
 
 class Speedup(NamedTuple):
-    """How many times as fast an arm reaches the final score of the reference.
+    """The ratio of the times at which the reference and an arm reach the final score of the reference.
 
     Attributes:
         ratio: the reference's time divided by the arm's, over the seeds in which the arm got there.
@@ -89,7 +89,7 @@ class Speedup(NamedTuple):
         n: seeds that can be timed.
         shares: the arm's time divided by the reference's, of each seed in which it got there.
         interval: of a single run, the lowest and the highest share if the scores are off by two standard errors of their
-            difference; without a highest one where the arm would then not get there. None where errors are not known.
+            difference; without a highest one where the arm would then not get there. None if errors are not known.
     """
 
     ratio: Spread | None
@@ -113,7 +113,7 @@ class Speedup(NamedTuple):
 
 
 def speedup(comparison: Comparison, arm: str, score: str) -> Speedup:
-    """How much sooner `arm` reaches the final score of the reference, seed by seed.
+    """Returns how much sooner `arm` reaches the final score of the reference, for each seed.
 
     Of both arms the first time counts at which the curve is there, so the reference itself has 1. A seed in which the
     reference has its final score at the first measurement already cannot be timed and is left out.
@@ -140,8 +140,8 @@ def speedup(comparison: Comparison, arm: str, score: str) -> Speedup:
 def interval_of_time(
     run: ArmRun, reference: ArmRun, score: str, reference_time: float
 ) -> tuple[float, float | None] | None:
-    """When the arm reaches the final score of the reference, as shares of the reference's time, with its curve moved up and
-    down by two standard errors of the difference; None where these are not known."""
+    """Returns the earliest and the latest time at which the arm may reach the final score of the reference, as shares of the
+    reference's time: its curve is moved up and down by two standard errors of the difference. None if these are not known."""
     scored = [mark for mark in run.marks if score in mark.scores]
     last = [mark for mark in reference.marks if score in mark.scores][-1]
     if score not in last.errors or any(score not in mark.errors for mark in scored):
@@ -171,7 +171,7 @@ class Summary:
         wait: share of the training time that was spent waiting for data.
         cpu: CPU seconds for each wall second of training.
         scoring_s: wall seconds in all scorings of a run.
-        scores: by score, the spread at each share of the budget; None where it was not measured.
+        scores: by score, the spread at each share of the budget; None if it was not measured.
         failures: a line for each seed that failed.
     """
 
@@ -242,7 +242,7 @@ def measured(marks: Sequence[Measurement], name: str) -> Spread | None:
 
 
 def busy_note(comparison: Comparison) -> str | None:
-    """Says which arms got less than four fifths of a core; None where all had more, or where wall time counts."""
+    """Says which arms got less than four fifths of a core; None if all had more, or where wall time counts."""
     if comparison.clock != "cpu":
         return None
     busy = []
@@ -260,7 +260,7 @@ def busy_note(comparison: Comparison) -> str | None:
 
 
 def added_note(comparison: Comparison) -> str | None:
-    """Says which arms were added after the others were finished; None where none was."""
+    """Says which arms were added after the others were finished; None if none was."""
     if not comparison.added:
         return None
     when = ", ".join(f"{arm} was added later ({about.get('date', '')})" for arm, about in comparison.added.items())
@@ -268,7 +268,7 @@ def added_note(comparison: Comparison) -> str | None:
 
 
 def code_note(comparison: Comparison) -> str | None:
-    """Says that parts were measured with other code, another commit or version; None where all is of the same."""
+    """Says that parts were measured with other code, another commit or version; None if all is of the same."""
     changes = []
     for later in (*comparison.continued, *comparison.added.values()):
         if changed := other_code(comparison.about, later):

@@ -36,7 +36,7 @@ class Scorer(Protocol):
     def options(self) -> Any: ...
 
     def check(self, state: TrainState) -> None:
-        """Reads all that is scored once, before the first step. Raises UserError where something cannot be read."""
+        """Reads all that is scored once, before the first step. Raises UserError if something cannot be read."""
 
     def score(self, state: TrainState, *, tuned: bool = True) -> Scored:
         """The scores of an arm; without `tuned` those for which nothing is fine-tuned."""
@@ -88,7 +88,7 @@ TRAINING = Training()
 
 @dataclass(frozen=True, kw_only=True)
 class Turns:
-    """What the turns of all arms share."""
+    """The data and options that the turns of all arms share."""
 
     plan: Plan
     arms: Mapping[str, TrainConfig]

@@ -31,10 +31,10 @@ class Foreign(dict[Any, Any]):
             self.update(state)
 
     def append(self, item: Any) -> None:
-        """Nothing: what a foreign list holds is not read."""
+        """Ignores the value: the content of a foreign list is not read."""
 
     def extend(self, items: Any) -> None:
-        """Nothing, as `append`."""
+        """Ignores the values, like `append`."""
 
 
 REBUILD: dict[tuple[str, str], Callable[..., Any]] = {
@@ -82,7 +82,7 @@ def is_torchscript(path: Path) -> bool:
 def read_archive(path: Path) -> dict[str, Any]:
     """What a zip archive of torch.save holds or, of a TorchScript module, its tensors by name, under `state_dict`.
 
-    Raises RuntimeError or pickle.UnpicklingError where the file is no such archive or is damaged.
+    Raises RuntimeError or pickle.UnpicklingError if the file is no such archive or is damaged.
     """
     archive = torch._C.PyTorchFileReader(str(path))
     value = _Reader(archive).load()

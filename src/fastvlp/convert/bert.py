@@ -15,7 +15,7 @@ UNTRAINED = ("single.regions.", "single.match.")
 
 
 def from_bert(weights: Weights, depth: int) -> dict[str, Tensor]:
-    """The state dict of a model of `sizes.uniter`, but for regions and matching. Raises UserError where a tensor is missing or
+    """The state dict of a model of `sizes.uniter`, but for regions and matching. Raises UserError if a tensor is missing or
     left over."""
     # The hub's first files have the norms' parameters by their names in TensorFlow.
     tensorflow = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}

@@ -58,7 +58,7 @@ def _head(ours: str, theirs: str, depth: int) -> Sources:
 
 def from_brivl(weights: Weights) -> dict[str, Tensor]:
     """`text.*` and `embed.*` of a model with BriVL's heads (`sizes.brivl`) from a released checkpoint, or from its query
-    encoders alone. Raises UserError where a tensor is missing or left over."""
+    encoders alone. Raises UserError if a tensor is missing or left over."""
     sources = roberta_encoder("text", BERT, len(layer_numbers(weights, f"{BERT}encoder.layer.")))
     for part, theirs in (("image", f"{IMAGE}.learnable.img"), ("text", f"{TEXT}.learnable.text")):
         sources |= _head(f"embed.{part}", theirs, len(layer_numbers(weights, f"{theirs}Att.layers.")))
@@ -81,7 +81,7 @@ RELEASED: Mapping[str, Any] = {
 
 
 def brivl_settings(source: Checkpoint, width: int, released: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The release's config, which a .yml states for models of another width. Raises UserError where it lacks a field."""
+    """The release's config, which a .yml states for models of another width. Raises UserError if it lacks a field."""
     stated = source.settings.get("MODEL", source.settings)
     settings = {**released, **stated} if width == released["IMG_FEATURE_DIM"] else stated
     if missing := sorted(released.keys() - settings.keys() - {"CNN", "IMG_FEATURE_DIM"}):

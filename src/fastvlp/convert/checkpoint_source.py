@@ -22,7 +22,7 @@ SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 def open_checkpoint(source: str, config: Path | None = None) -> Checkpoint:
     """A folder, a file of weights, or a repository of the hub. `config`: a file that takes the place of config.json.
 
-    Raises UserError where there is no such source, or the config is damaged.
+    Raises UserError if there is no such source, or the config is damaged.
     """
     path = Path(source)
     stated = None if config is None else read_config_file(config)
@@ -36,7 +36,7 @@ def open_checkpoint(source: str, config: Path | None = None) -> Checkpoint:
 
 
 def read_config_file(path: Path) -> dict[str, Any]:
-    """An object in JSON or YAML. Raises UserError where there is none."""
+    """An object in JSON or YAML. Raises UserError if there is none."""
     try:
         text = read_plain(path).decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -78,18 +78,18 @@ class Checkpoint(PublicFolder):
 
     @cached_property
     def settings(self) -> dict[str, Any]:
-        """config.json, or what the user names in its place; empty where there is none."""
+        """config.json, or what the user names in its place; empty if there is none."""
         return self.json("config.json") or {}
 
     @property
     def model_type(self) -> str | None:
-        """What transformers calls the model; None where it is none of its models."""
+        """The model_type of the model in transformers; None if it is not a transformers model."""
         name = self.settings.get("model_type")
         return name if isinstance(name, str) else None
 
     @cached_property
     def open_clip(self) -> dict[str, Any] | None:
-        """open_clip's config of the model; None where there is none."""
+        """open_clip's config of the model; None if there is none."""
         own = self.json("open_clip_config.json")
         if own is None and {"embed_dim", "vision_cfg"} <= self.settings.keys():
             # A file of open_clip's own folder model_configs.
@@ -98,7 +98,7 @@ class Checkpoint(PublicFolder):
 
     @cached_property
     def contents(self) -> Contents:
-        """What the files of weights hold; floating-point tensors in fp32."""
+        """The content of the files of weights, with floating-point tensors in fp32."""
         tensors: dict[str, Tensor] = {}
         other: dict[str, Any] = {}
         for path in self.files:
@@ -113,7 +113,7 @@ class Checkpoint(PublicFolder):
 
     @cached_property
     def files(self) -> list[Path]:
-        """The files of weights. Raises UserError where there are none, or several that are not parts of one model."""
+        """The files of weights. Raises UserError if there are none, or several that are not parts of one model."""
         if self.named is not None:
             return [self.named]
         first = next((path for name in (*WEIGHTS, *OTHER_WEIGHTS) if (path := self.find(name)) is not None), None)
@@ -142,7 +142,7 @@ class Checkpoint(PublicFolder):
 
 def read_answers(path: Path | None) -> tuple[str, ...]:
     """Answers in the order of a model's outputs: a JSON list, or an object from answers to numbers or from numbers to answers.
-    Empty where no file is named; raises UserError where it holds anything else."""
+    Empty where no file is named; raises UserError if it holds anything else."""
     if path is None:
         return ()
     try:

@@ -146,7 +146,7 @@ def find_layout(source: Checkpoint, name: str) -> Layout:
 
 
 def unknown(source: Checkpoint) -> str:
-    """What a source is, that no layout recognises."""
+    """Describes a source that no layout recognises."""
     if source.model_type is not None:
         return f"a {source.model_type} of transformers, of which no model is made here"
     if any(name.startswith(TRANSFORMERS) for name in source.names):
@@ -158,7 +158,7 @@ def unknown(source: Checkpoint) -> str:
 
 
 def read_release(layout: Layout, source: Checkpoint, stated: Stated) -> Release:
-    """The checkpoint as a model. Raises UserError where it is not laid out so."""
+    """The checkpoint as a model. Raises UserError if it is not laid out so."""
     wrong = f"{source.source}: not laid out as {layout.name}"
     remedy = "name the `layout` that it has, and the files as they were released"
     try:
@@ -175,7 +175,7 @@ def read_release(layout: Layout, source: Checkpoint, stated: Stated) -> Release:
 def words_of(source: Checkpoint, release: Release, path: Path | None) -> Tokenizer:
     """The tokenizer of a checkpoint; one of special tokens alone where it has no text encoder.
 
-    Raises UserError where there is none, where it is of another vocabulary, or where it lacks a token that the model needs.
+    Raises UserError if there is none, where it is of another vocabulary, or where it lacks a token that the model needs.
     """
     if not release.config.text.present:
         return Tokenizer(tokenizers.Tokenizer(tokenizers.models.WordLevel({"[UNK]": 0}, "[UNK]")), complete=True)
@@ -202,7 +202,7 @@ def words_of(source: Checkpoint, release: Release, path: Path | None) -> Tokeniz
 
 
 def vocabulary_of(release: Release) -> int | None:
-    """Rows of the checkpoint's table of words; None where its text encoder has its own names for it."""
+    """Rows of the checkpoint's table of words; None if its text encoder has its own names for it."""
     table = release.weights.get(WORDS)
     return None if table is None else len(table)
 

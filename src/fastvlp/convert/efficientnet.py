@@ -39,7 +39,7 @@ def efficientnet_config(name: str, size: int) -> TransformersImageConfig:
 
 
 def efficientnet_weights(weights: Weights, prefix: str) -> dict[str, Tensor]:
-    """Parameters of the encoder by their names in ours. `prefix` comes before timm's names. Raises UserError where a tensor is
+    """Parameters of the encoder by their names in ours. `prefix` comes before timm's names. Raises UserError if a tensor is
     missing or left over."""
     own = {name.removeprefix(prefix): x for name, x in weights.items() if name.startswith(prefix)}
     sources: dict[str, tuple[str, ...]] = {"model.embeddings.convolution.weight": ("conv_stem.weight",)}

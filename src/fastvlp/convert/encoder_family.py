@@ -40,7 +40,7 @@ CLIP_STD: RGB = (0.26862954, 0.26130258, 0.27577711)
 
 @dataclass(frozen=True, kw_only=True)
 class TextReading:
-    """How a public text encoder makes one vector of a text: fields of `EmbedConfig`."""
+    """The way in which a public text encoder computes one vector of a text, as fields of `EmbedConfig`."""
 
     head: HeadConfig
     mask: TextMask
@@ -50,7 +50,7 @@ class TextReading:
 
 
 class EncoderFamily(abc.ABC):
-    """What image and text families have in common."""
+    """The common base of families of image and text encoders."""
 
     model_types: ClassVar[Collection[str]]
     """`model_type` in config.json of such models, or of the part of a larger model."""
@@ -82,7 +82,7 @@ class EncoderFamily(abc.ABC):
         return undo_map(state, self.names(depth))
 
     def settings(self, config: Any) -> dict[str, Any] | None:
-        """The config.json of an encoder of ours in this layout; None where the layout has no such encoder."""
+        """The config.json of an encoder of ours in this layout; None if the layout has no such encoder."""
         if not isinstance(config, self.ours):
             return None
         stated = {"model_type": sorted(self.model_types)[0], **self.defaults, **self.stated(config)}
@@ -94,7 +94,7 @@ class EncoderFamily(abc.ABC):
 
     @abc.abstractmethod
     def config(self, config: Mapping[str, Any]) -> Any:
-        """The encoder of a config.json; None where it has something that ours lacks."""
+        """The encoder of a config.json; None if it has something that ours lacks."""
 
     @abc.abstractmethod
     def stated(self, config: Any) -> dict[str, Any]:
@@ -117,7 +117,7 @@ class EncoderFamily(abc.ABC):
         raise UserError(f"{sorted(self.model_types)[0]} has no joint space")
 
     def own_weights(self, weights: Weights) -> dict[str, Tensor]:
-        """The encoder's tensors without their prefix. Raises UserError where there are none."""
+        """The encoder's tensors without their prefix. Raises UserError if there are none."""
         prefixes = {name.removesuffix(self.anchor) for name in weights if name.endswith(self.anchor)}
         if len(prefixes) != 1:
             raise UserError(f"has {len(prefixes)} tensors called {self.anchor}, but one encoder has only one")
@@ -150,11 +150,11 @@ class ImageFamily(EncoderFamily):
 
     @abc.abstractmethod
     def config(self, config: Mapping[str, Any]) -> ViTConfig | None:
-        """The encoder of a config.json; None where it has something that ours lacks."""
+        """The encoder of a config.json; None if it has something that ours lacks."""
 
     @abc.abstractmethod
     def head(self, config: Mapping[str, Any]) -> HeadConfig:
-        """How transformers makes one vector of an image's states."""
+        """Returns the head with which transformers computes one vector from an image's states."""
 
     def stated(self, config: ViTConfig) -> dict[str, Any]:
         return {
@@ -182,11 +182,11 @@ class TextFamily(EncoderFamily):
 
     @abc.abstractmethod
     def config(self, config: Mapping[str, Any]) -> TextTransformerConfig | None:
-        """The encoder of a config.json; None where it has something that ours lacks."""
+        """The encoder of a config.json; None if it has something that ours lacks."""
 
     @abc.abstractmethod
     def reading(self, config: Mapping[str, Any]) -> TextReading:
-        """How transformers makes one vector of a text."""
+        """Returns the way in which transformers computes one vector of a text."""
 
     def stated(self, config: TextTransformerConfig) -> dict[str, Any]:
         return {
@@ -220,7 +220,7 @@ def layer_config(given: Mapping[str, Any], *, dropout: str, **fields: Any) -> La
 
 
 def stated_layer(depth: int, layer: LayerConfig, *, dropout: str) -> dict[str, Any]:
-    """What a config.json says of layers; the other direction of `layer_config`."""
+    """Returns the fields of a config.json that describe layers; the inverse of `layer_config`."""
     names = {"gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "quick_gelu": "quick_gelu", "relu": "relu"}
     return {
         "hidden_size": layer.width,

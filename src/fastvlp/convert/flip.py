@@ -77,7 +77,7 @@ def flip_map(image_depth: int, text_depth: int) -> WeightMap:
 
 def from_flip(weights: Weights) -> dict[str, Tensor]:
     """The state dict of a model of `sizes.flip_published` from the parameters of a released checkpoint (the tree under
-    `target`). Raises UserError where a tensor is missing or left over."""
+    `target`). Raises UserError if a tensor is missing or left over."""
     depths = (len(layer_numbers(weights, prefix)) for prefix in (IMAGE_LAYERS, TEXT_LAYERS))
     return apply_map(from_flax(weights), flip_map(*depths), layout="FLIP")
 

@@ -111,7 +111,7 @@ def split_types(weights: Weights) -> dict[str, Tensor]:
 
 
 def from_flm(weights: Weights, config: ModelConfig, *, head: str = "lm_score") -> dict[str, Tensor]:
-    """The model's state dict from a checkpoint of the released code. Raises UserError where a tensor is missing or left
+    """The model's state dict from a checkpoint of the released code. Raises UserError if a tensor is missing or left
     over."""
     prepared = split_types(with_type_in_positions(weights, "text_transformer."))
     image_depth = len(layer_numbers(weights, IMAGE_LAYERS))
@@ -119,7 +119,7 @@ def from_flm(weights: Weights, config: ModelConfig, *, head: str = "lm_score") -
 
 
 def flm_settings(source: Checkpoint) -> Mapping[str, Any]:
-    """The hyperparameters that the released code saves with the weights; empty where the file has none."""
+    """The hyperparameters that the released code saves with the weights; empty if the file has none."""
     settings = source.contents.other.get("hyper_parameters")
     return settings if isinstance(settings, dict) else {}
 

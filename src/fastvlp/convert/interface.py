@@ -1,4 +1,5 @@
-"""What a layout of public checkpoints is: it recognises one, reads its tensors, and says what model they are of."""
+"""The interface of a layout of public checkpoints. It recognises a checkpoint, reads its tensors, and returns the config of
+their model."""
 
 from __future__ import annotations
 
@@ -38,14 +39,14 @@ class Release:
     needs: frozenset[Role] = frozenset({"pad", "bos", "eos", "mask"})
     """Special tokens that the tokenizer must have. Any other is added where it lacks one, with a new vector."""
     renew_words: Callable[[Tokenizer], Tokenizer] | None = None
-    """Makes the tokenizer of what is released of it; None where it is the released one."""
+    """Makes the tokenizer of what is released of it; None if it is the released one."""
     ends_in_largest: bool = False
     """Whether a text is summarised at its largest id, so that </s> must be the last word of the vocabulary."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Stated:
-    """What the user says of a checkpoint where its files do not tell."""
+    """Options of the user that describe a checkpoint if its files do not."""
 
     activation: Activation | None = None
     heads: tuple[int, ...] = ()
@@ -83,6 +84,6 @@ class Layout(abc.ABC):
     def read(self, source: Checkpoint, stated: Stated) -> Release:
         """The model that a checkpoint is of.
 
-        Raises UserError, KeyError, ValueError or IndexError where it is laid out otherwise, and UserError where neither the
+        Raises UserError, KeyError, ValueError or IndexError if it is laid out otherwise, and UserError if neither the
         files nor the user say what is needed.
         """

@@ -51,7 +51,7 @@ def clip_map(image_depth: int, text_depth: int) -> WeightMap:
 
 
 def from_open_clip(weights: Weights) -> dict[str, Tensor]:
-    """The state dict of a model of `sizes.clip`. Raises UserError where a tensor is missing or left over."""
+    """The state dict of a model of `sizes.clip`. Raises UserError if a tensor is missing or left over."""
     transposed = {name: x.T if name in PROJECTIONS else x for name, x in weights.items()}
     depths = (len(layer_numbers(weights, prefix)) for prefix in (IMAGE_LAYERS, TEXT_LAYERS))
     return apply_map(transposed, clip_map(*depths), layout="CLIP with both towers")
@@ -59,7 +59,7 @@ def from_open_clip(weights: Weights) -> dict[str, Tensor]:
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What the tensors do not tell of a model of open_clip; the defaults are those of its configs."""
+    """The settings of an open_clip model that its tensors do not show. The defaults are those of open_clip's configs."""
 
     activation: Activation
     heads: int
@@ -77,7 +77,7 @@ class Settings:
 
 
 def read_settings(source: Checkpoint, stated: Stated) -> Settings:
-    """The settings in open_clip's config of the model, else those that the user states. Raises UserError where neither tells,
+    """The settings in open_clip's config of the model, else those that the user states. Raises UserError if neither tells,
     and where the config describes what no model of ours computes."""
     if source.open_clip is None:
         heads, text_heads = head_counts(stated, {"image": None, "text": None})

@@ -1,4 +1,4 @@
-"""How a public model's images are prepared, read from its preprocessor_config.json."""
+"""Preprocessing of a public model's images, read from its preprocessor_config.json."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ class Preprocessing:
 
 
 def read_preprocessing(folder: PublicFolder, default: Preprocessing) -> Preprocessing:
-    """What the model states, or `default`. Raises UserError for a preprocessing that no field of ours expresses.
+    """Returns the preprocessing that the model states, or `default`. Raises UserError for a preprocessing that our fields
+    cannot express.
 
     A margin that is cut off after resizing (256 to 224 pixels in DINOv2) is an eighth here, or none; resampling is bicubic.
     """

@@ -38,11 +38,11 @@ class PublicImages:
     head: HeadConfig
     """How its states become one vector."""
     joint: int | None = None
-    """Width of the joint space that `projection` leads to; None where there is none."""
+    """Width of the joint space that `projection` leads to; None if there is none."""
     weights: Callable[[], dict[str, Tensor]]
     """Reads the parameters of the module that `config` builds at the size that the model was published with."""
     projection: Callable[[], dict[str, Tensor]]
-    """Reads the parameters of a `Head` of a joint space; empty where the model has none."""
+    """Reads the parameters of a `Head` of a joint space; empty if the model has none."""
     ours: bool = True
     """Whether it is our vision transformer, and is not computed by transformers."""
 
@@ -56,13 +56,13 @@ class PublicTexts:
     reading: TextReading
     """How its states become one vector."""
     joint: int | None = None
-    """Width of the joint space that `projection` leads to; None where there is none."""
+    """Width of the joint space that `projection` leads to; None if there is none."""
     weights: Callable[[], dict[str, Tensor]]
     """Reads the parameters of the module that `config` builds with the vocabulary and positions of the published model."""
     projection: Callable[[], dict[str, Tensor]]
-    """Reads the parameters of a `Head` of a joint space; empty where the model has none."""
+    """Reads the parameters of a `Head` of a joint space; empty if the model has none."""
     types: Callable[[], Tensor | None]
-    """Reads the vectors of the token types, of which the first one is in the positions; None where there are none."""
+    """Reads the vectors of the token types, of which the first one is in the positions; None if there are none."""
     ours: bool = True
     """Whether it is our text transformer, and is not computed by transformers."""
     layer: LayerConfig | None = None
@@ -77,7 +77,7 @@ def read_images(source: str | PublicFolder, *, layers: int | None = None, ours: 
         layers: how many of its first layers to take; None for all.
         ours: take our vision transformer where the weights fit it.
 
-    Raises UserError where there is no such model, it has no image encoder, or it has fewer layers.
+    Raises UserError if there is no such model, it has no image encoder, or it has fewer layers.
     """
     folder = open_public(source)
     config = part_config(folder, IMAGE)
@@ -124,7 +124,7 @@ def read_texts(source: str | PublicFolder, *, layers: int | None = None, ours: b
 
 
 def part_config(folder: PublicFolder, part: str) -> dict[str, Any]:
-    """The config of one encoder of a model, or of the model itself where it is that encoder. Raises UserError where it has
+    """The config of one encoder of a model, or of the model itself where it is that encoder. Raises UserError if it has
     no such part."""
     config, other = folder.config, TEXT if part == IMAGE else IMAGE
     # Files of the first versions have what differs from the defaults in a second mapping.
@@ -144,7 +144,7 @@ def find_family(base: type[F], config: Mapping[str, Any]) -> F | None:
 
 
 def cut_depth(depth: int, layers: int | None, folder: PublicFolder) -> int:
-    """How many layers are taken. Raises UserError where the model has fewer."""
+    """Returns the number of layers to use. Raises UserError if the model has fewer."""
     if layers is not None and not 0 <= layers <= depth:
         raise UserError(f"{folder.source}: has {depth} layers; use at most this number, not {layers}")
     return depth if layers is None else layers
@@ -153,7 +153,7 @@ def cut_depth(depth: int, layers: int | None, folder: PublicFolder) -> int:
 def read_tokenizer(folder: PublicFolder, path: str | None = None) -> Tokenizer:
     """A model's tokenizer, from `path` where one is named. Special tokens that it lacks are added at its end.
 
-    Raises UserError where there is none, or it can only be read by a package that is not installed.
+    Raises UserError if there is none, or it can only be read by a package that is not installed.
     """
     named = path if path is not None else folder.find("tokenizer.json")
     if named is not None:
@@ -173,7 +173,8 @@ def read_tokenizer(folder: PublicFolder, path: str | None = None) -> Tokenizer:
 
 
 def _pooled_as_stated(folder: PublicFolder, head: HeadConfig) -> HeadConfig:
-    """With the pooling that sentence-transformers keeps beside a model, where it is the first state or the mean."""
+    """Returns the encoder with the pooling that sentence-transformers saved beside the model, if it is the first state or
+    the mean."""
     stated = folder.json("1_Pooling/config.json") or {}
     if stated.get("pooling_mode_cls_token"):
         return replace(head, pool="first")
@@ -248,7 +249,7 @@ def _cut_architecture(folder: PublicFolder, config: dict[str, Any], layers: int 
 def _transformers_weights(
     folder: PublicFolder, architecture: Mapping[str, Any], unused: frozenset[str]
 ) -> dict[str, Tensor]:
-    """Parameters as transformers loads them, `model.` before each name. Raises UserError where some are missing but `unused`
+    """Parameters as transformers loads them, `model.` before each name. Raises UserError if some are missing but `unused`
     ones and poolers."""
     files = folder.weight_files()
     try:

@@ -37,7 +37,7 @@ TOKENIZERS = (
 
 def open_public(source: str | Path | PublicFolder) -> PublicFolder:
     """The folder of a public model. `source` is its path, or the name of a repository of the hub, such as
-    openai/clip-vit-base-patch32 or bert-base-chinese. Raises UserError where it is neither."""
+    openai/clip-vit-base-patch32 or bert-base-chinese. Raises UserError if it is neither."""
     if isinstance(source, PublicFolder):
         return source
     path = Path(source)
@@ -51,13 +51,13 @@ def open_public(source: str | Path | PublicFolder) -> PublicFolder:
 
 
 class PublicFolder:
-    """A folder of a public model. `local` is None where it is on the hub."""
+    """A folder of a public model. `local` is None if it is on the hub."""
 
     def __init__(self, source: str, local: Path | None):
         self.source, self.local = source, local
 
     def find(self, name: str) -> Path | None:
-        """The path of a file on this machine; None where the model has no such file. Raises UserError where the hub cannot be
+        """The path of a file on this machine; None if the model has no such file. Raises UserError if the hub cannot be
         asked."""
         if self.local is not None:
             path = self.local / name
@@ -65,14 +65,14 @@ class PublicFolder:
         return _fetch(self.source, name)
 
     def file(self, *names: str) -> Path:
-        """The path of the first of these files that there is. Raises UserError where there is none."""
+        """The path of the first of these files that there is. Raises UserError if there is none."""
         for name in names:
             if (path := self.find(name)) is not None:
                 return path
         raise UserError(f"{self.source}: it has no {' or '.join(names)}; give the folder of a complete model")
 
     def json(self, name: str) -> dict[str, Any] | None:
-        """An object; None where there is no such file. Raises UserError where it is damaged."""
+        """An object; None if there is no such file. Raises UserError if it is damaged."""
         path = self.find(name)
         if path is None:
             return None
@@ -86,7 +86,7 @@ class PublicFolder:
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """Its config.json. Raises UserError where it has none, or is no model of transformers."""
+        """Its config.json. Raises UserError if it has none, or is no model of transformers."""
         if self.local is not None and (self.local / "model.json").is_file():
             raise UserError(f"{self.source}: a run of fastvlp, not a public model; start from it with `init`")
         config = self.json("config.json")
@@ -99,7 +99,7 @@ class PublicFolder:
         return config
 
     def weight_files(self) -> list[Path]:
-        """The files with its weights, all of which are then on this machine. Raises UserError where one is missing."""
+        """The files with its weights, all of which are then on this machine. Raises UserError if one is missing."""
         first = self.file(*WEIGHTS)
         if first.suffix != ".json":
             return [first]
@@ -107,8 +107,8 @@ class PublicFolder:
 
     @cached_property
     def weights(self) -> dict[str, Tensor]:
-        """All tensors by name, in fp32 where they are floating-point; read when they are first needed. Raises UserError where
-        a file is missing or damaged."""
+        """All tensors by name, with floating-point tensors in fp32. They are read when they are first needed. Raises
+        UserError if a file is missing or damaged."""
         tensors = {name: x for path in self.weight_files() for name, x in read_weights(path).items()}
         return {name: x.float() if x.is_floating_point() else x for name, x in tensors.items()}
 
@@ -122,7 +122,7 @@ class PublicFolder:
 
 
 def part_names(path: Path, index: dict[str, Any] | None) -> list[str]:
-    """The files of weights that an index lists. Raises UserError where it lists none, or one outside the folder."""
+    """The files of weights that an index lists. Raises UserError if it lists none, or one outside the folder."""
     parts = (index or {}).get("weight_map")
     names = sorted({str(name) for name in parts.values()}) if isinstance(parts, dict) else []
     if not names or any(Path(name).name != name for name in names):

@@ -20,7 +20,7 @@ def with_encoders(like: ModelConfig, images: PublicImages | None, texts: PublicT
     """The model of a recipe with public encoders in place of its own (`inherited_config`).
 
     A single stream over words and regions takes the layers of the text encoder, as UNITER begins with BERT. The joint space is
-    that of the public model where both encoders come from one. Raises UserError where the recipe's model cannot be made of the
+    that of the public model where both encoders come from one. Raises UserError if the recipe's model cannot be made of the
     encoders.
     """
     public = public_config(like, images, texts)
@@ -107,7 +107,8 @@ def public_weights(config: ModelConfig, images: PublicImages | None, texts: Publ
 
 
 def pair_scale(images: PublicImages | None, texts: PublicTexts | None) -> dict[str, Tensor]:
-    """What a public model multiplies cosines by and adds to them, as objectives call them: `log_scale` and `bias`."""
+    """Returns the factor and the bias of a public model's cosines, under the names of our objectives: `log_scale` and
+    `bias`."""
     if images is None or joint_width(images, texts) is None:
         return {}
     weights = images.folder.weights

@@ -1,4 +1,5 @@
-"""What tensors do not tell of layers: heads and activation, from a config, from the user, or from a published model's size."""
+"""The number of heads and the activation of layers, which tensors do not show. They come from a config, from the user, or
+from the size of a published model."""
 
 from __future__ import annotations
 
@@ -18,9 +19,9 @@ def head_counts(stated: Stated, known: Mapping[str, int | None]) -> list[int]:
     """Attention heads of each stack of layers: what is known of it, else what the user states.
 
     Args:
-        known: by the name of each stack; None where no config says and no published model has its shape.
+        known: by the name of each stack; None if no config says and no published model has its shape.
 
-    Raises UserError where neither tells.
+    Raises UserError if neither tells.
     """
     if stated.heads:
         if len(stated.heads) != len(known):
@@ -36,7 +37,7 @@ def head_counts(stated: Stated, known: Mapping[str, int | None]) -> list[int]:
 
 
 def activation_of(name: str | None, stated: Stated) -> Activation:
-    """The activation that a config calls `name`, else the one that the user states. Raises UserError where neither tells, or
+    """The activation that a config calls `name`, else the one that the user states. Raises UserError if neither tells, or
     where it is another than ours have."""
     if stated.activation is not None:
         return stated.activation

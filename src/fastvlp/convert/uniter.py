@@ -84,7 +84,7 @@ def from_uniter(
         pretrained: whether the file has the heads of words and matching, and no others but `uniter_heads`.
         heads: prefixes of a fine-tuned model's own heads, which are left out.
 
-    Raises UserError where a tensor is missing or left over, or where a second copy differs from the first.
+    Raises UserError if a tensor is missing or left over, or where a second copy differs from the first.
     """
     own = {name: value for name, value in weights.items() if name not in TIED}
     for copy, original in TIED.items():

@@ -21,7 +21,7 @@ POINTER = b"version https://git-lfs"
 
 
 class Contents(NamedTuple):
-    """What a file of weights holds.
+    """The content of a file of weights.
 
     Attributes:
         tensors: by name.
@@ -38,10 +38,10 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def read_contents(path: Path) -> Contents:
-    """What a .safetensors file or a PyTorch file holds.
+    """Reads a .safetensors file or a PyTorch file.
 
     Nothing in a PyTorch file is executed. Its tensors may be under `state_dict` (open_clip, Lightning), `model` (MAE, timm) or
-    `learnable` (BriVL), and the `module.` of a parallel wrapper is removed from their names. Raises UserError where there is no
+    `learnable` (BriVL), and the `module.` of a parallel wrapper is removed from their names. Raises UserError if there is no
     such file, where it is damaged, or where it holds no named tensors.
     """
     check_file(path)
@@ -97,7 +97,7 @@ def _all_tensors(state: Mapping[Any, Any]) -> bool:
 
 
 def check_file(path: Path) -> None:
-    """Raises UserError where there is no such file, or one that stands for another."""
+    """Raises UserError if there is no such file, or one that stands for another."""
     if not path.is_file():
         raise UserError(f"{path}: no such file; name a .safetensors file or a PyTorch file")
     with path.open("rb") as file:
@@ -106,7 +106,7 @@ def check_file(path: Path) -> None:
 
 
 def tensor_names(path: Path) -> list[str]:
-    """Names of the tensors of a .safetensors file, without reading them. Raises UserError where it is damaged."""
+    """Names of the tensors of a .safetensors file, without reading them. Raises UserError if it is damaged."""
     check_file(path)
     try:
         with safe_open(path, "pt") as file:

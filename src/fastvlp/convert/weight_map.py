@@ -18,7 +18,7 @@ Sources = Mapping[str, tuple[str, ...]]
 
 @dataclass(frozen=True, kw_only=True)
 class WeightMap:
-    """Which source tensors make each of our parameters, and which have no place here."""
+    """A map from source tensors to our parameters, with the source tensors that are not used."""
 
     sources: Sources
     """Several tensors are concatenated along the first axis: query, key and value are one matrix here."""
@@ -51,7 +51,7 @@ def apply_map(weights: Weights, names: WeightMap, *, layout: str) -> dict[str, T
 def undo_map(state: Weights, names: WeightMap) -> dict[str, Tensor]:
     """The source tensors that make our parameters; `flattened` ones stay matrices.
 
-    Raises UserError where a parameter is missing or left over.
+    Raises UserError if a parameter is missing or left over.
     """
     if missing := sorted(names.sources.keys() ^ state.keys()):
         raise UserError(f"these parameters have no place in the layout: {missing[:5]} ({len(missing)} in all)")

@@ -25,8 +25,8 @@ _SHUFFLE = 1
 
 @dataclass(frozen=True, kw_only=True)
 class Grouping:
-    """How rows are grouped by length. Rows of one length share a batch more often than others do, so that a contrastive loss
-    mostly learns from negatives as long as the positive.
+    """The options of grouping rows by length. Rows of one length share a batch more often than others do, so that a contrastive
+    loss mostly learns from negatives as long as the positive.
 
     Attributes:
         group: rows of a bucket.
@@ -134,7 +134,7 @@ class Plan:
             return self.bucket(b)[t - self._first_of(b)]
 
     def place(self, t: int) -> int:
-        """How many rows are before batch number t."""
+        """Returns the number of rows before batch number t."""
         with self._lock:
             if self.grouping.max_tokens is None:
                 return t * self.batch_size

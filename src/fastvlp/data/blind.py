@@ -1,4 +1,5 @@
-"""How often a question is answered right by its text alone: what a score in visual question answering has to be compared with.
+"""The share of questions that can be answered from their text alone, to which a score in visual question answering has to be
+compared.
 
 The blind answer is that of counting: the most frequent answer of the training questions that begin with the same words. It is
 exact and fast, and on the embedded corpus within two points of naive Bayes on words and pairs of words (docs/log.md, entry 37).
@@ -75,7 +76,7 @@ def _score(train: Sequence[Asked], scored: Sequence[Asked], ends: bool) -> Blind
 
 
 def _parts(text: str, ends: bool) -> Iterator[tuple[str, ...]]:
-    """All beginnings of a text, or all its ends, shortest first, the empty one included."""
+    """Returns all beginnings of a text, or all its ends, shortest first, including the empty one."""
     words = tuple(_WORD.findall(text.lower()))
     for n in range(len(words) + 1):
         yield words[len(words) - n :] if ends else words[:n]

@@ -1,4 +1,4 @@
-"""How much of the captions `max_length` cuts off: the rest of a longer caption is never read."""
+"""The part of the captions that `max_length` cuts off, which is never read."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class CaptionCut:
 
 
 def sample_cut(shards: Records, field: str, tokenizer: Tokenizer, max_length: int, most: int) -> CaptionCut:
-    """What is cut of the captions of up to `most` records, drawn evenly from a split."""
+    """Counts the tokens that are cut off from the captions of up to `most` records, which are spread evenly over a split."""
     cut = CaptionCut(max_length=max_length)
     step = max(1, len(shards) // most)
     for i in islice(range(0, len(shards), step), most):

@@ -57,13 +57,13 @@ class FlatWriter:
         self.counts[name] += data.size
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """What was written so far, mapped."""
+        """The arrays that were written so far, mapped into memory."""
         for file in self._files.values():
             file.flush()
         return {name: _mapped(file, self._dtypes[name], self.counts[name], 0) for name, file in self._files.items()}
 
     def save(self, file: int, about: Mapping[str, Any]) -> None:
-        """Writes the whole file. Raises OSError where the disk is full."""
+        """Writes the whole file. Raises OSError if the disk is full."""
         arrays = [[name, _CODE_OF[dtype], self.counts[name], self._sums[name]] for name, dtype in self._dtypes.items()]
         os.ftruncate(file, 0)
         with open(file, "wb", closefd=False) as out:
@@ -100,7 +100,7 @@ def open_flat(path: Path, *, check: bool = True) -> FlatArrays:
     Args:
         check: compare the checksums of the arrays, which reads the file once, in blocks.
 
-    Raises DamagedArraysError where it is not what was written, and OSError where it cannot be read. Its size is compared with
+    Raises DamagedArraysError if it is not what was written, and OSError if it cannot be read. Its size is compared with
     its header before anything else.
     """
     with path.open("rb") as file:
@@ -122,7 +122,7 @@ def open_flat(path: Path, *, check: bool = True) -> FlatArrays:
 
 
 def _read_about(file: IO[bytes]) -> dict[str, Any]:
-    """What the header says, the file standing behind it."""
+    """Reads the header. The file position is then behind it."""
     length = int.from_bytes(file.read(8), "little")
     if not 0 < length <= min(MOST_HEADER, os.fstat(file.fileno()).st_size):
         raise DamagedArraysError("its header cannot be read")

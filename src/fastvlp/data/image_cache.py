@@ -38,7 +38,7 @@ class ImageCache:
     The memory is an anonymous shared mapping: forked workers fill one cache between them, and /dev/shm, small in
     containers, is not involved. A page takes memory when it is first written. A pickled copy starts empty.
 
-    Raises OSError where the system refuses so much memory.
+    Raises OSError if the system refuses so much memory.
     """
 
     def __init__(self, count: int, size: int):
@@ -108,7 +108,7 @@ def room_for_images(source: str, count: int, size: int) -> ImageCache | None:
 
 
 def free_memory() -> int | None:
-    """Bytes that this process could take, within the limit of its container; None where the system does not say."""
+    """Bytes that this process could take, within the limit of its container; None if the system does not say."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
         free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
@@ -123,7 +123,7 @@ def _bytes_of_one(size: int) -> int:
 
 
 def _free_of_container(most: Path, used: Path, stat: Path) -> int | None:
-    """None where there is no limit. Pages of files count as used there, and are given up where memory is needed."""
+    """None if there is no limit. Pages of files count as used there, and are given up where memory is needed."""
     try:
         files = dict(line.split() for line in stat.read_text().splitlines())
         given_up = int(files.get("inactive_file", files.get("total_inactive_file", 0)))

@@ -1,4 +1,4 @@
-"""Which rows make batch number s, and making batches ahead of their use.
+"""The loader: it decides which rows are in batch number s, and makes batches ahead of their use.
 
 Batch s is a pure function of (seed, s, rank, world, batch_size, grouping): resuming means starting at s, with any
 number of workers. With another number of ranks a step has the same rows, where `planned_for` and `cut` say so.
@@ -144,8 +144,8 @@ class Loader:
         return self._run(Planned(s, own, parts[s] if ahead else ()) for s, own in enumerate(every))
 
     def place(self, s: int) -> int:
-        """How many rows of the endless sequence of epochs are before batch number s, of all ranks. Where batches are cut, s is
-        one with which a planned batch begins."""
+        """Returns the number of rows, in the endless sequence of epochs, before batch number s of all ranks. Where batches
+        are cut, s is one with which a planned batch begins."""
         t = s * self.world // self.cut
         return t * self.batch_size if self.plan is None else self.plan.place(t)
 
@@ -159,7 +159,8 @@ class Loader:
         return -(-t * self.cut // self.world)
 
     def planned(self, s: int) -> int:
-        """How many batches each of the ranks they are planned for would have before this rank's batch number s."""
+        """Returns the number of batches before this rank's batch number s, counted for each of the ranks that the batches
+        were planned for."""
         return -(-s * self.world // (self.cut * self.planned_for))
 
     def _planned_batch(self, s: int) -> tuple[int, int]:
@@ -178,7 +179,7 @@ class Loader:
 
     @cached_property
     def plan(self) -> Plan | None:
-        """How rows are grouped; None where they are not."""
+        """The grouping of rows by length; None without grouping."""
         if self.grouping is None or self.lengths is None:
             return None
         table = self.lengths()

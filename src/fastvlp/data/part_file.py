@@ -21,15 +21,15 @@ T = TypeVar("T")
 def first_kept(
     paths: Sequence[Path], read: Callable[[Path, bool], T | None], write: Callable[[int, Path], None]
 ) -> tuple[T, Path | None]:
-    """What the first of these files that has it holds. Otherwise it is made, in the first that can be written, or else in a
-    temporary file, for which the path is None. One process makes it, and the others wait.
+    """Returns the content of the first of these files that exists and is valid. Otherwise it is made, in the first that can be
+    written, or else in a temporary file, for which the path is None. One process makes it, and the others wait.
 
     Args:
-        read: reads a file; None where it does not hold what is wanted. False: this process has written it, so that it needs no
+        read: reads a file; None if it does not hold what is wanted. False: this process has written it, so that it needs no
             check.
         write: writes into an open file; the path is the one that the file will have.
 
-    Raises OSError where even a temporary file cannot be written.
+    Raises OSError if even a temporary file cannot be written.
     """
     for path in paths:
         if (kept := read(path, True)) is not None:
@@ -42,7 +42,7 @@ def first_kept(
 
 
 def _made(path: Path, read: Callable[[Path, bool], T | None], write: Callable[[int, Path], None]) -> T:
-    """Raises OSError where nothing can be written."""
+    """Raises OSError if nothing can be written."""
     made: list[T] = []
 
     def is_made() -> bool:

@@ -78,22 +78,22 @@ def solarize_add(x: Tensor, level: float, sign_B: Tensor) -> Tensor:
 
 
 def colour(x: Tensor, level: float, sign_B: Tensor) -> Tensor:
-    """From grey to more colour."""
+    """Changes the saturation, from grey to more colour."""
     return blend(grey(x), x, level)
 
 
 def contrast(x: Tensor, level: float, sign_B: Tensor) -> Tensor:
-    """From the image's mean brightness to more contrast."""
+    """Changes the contrast, from the image's mean brightness to more contrast."""
     return blend((grey(x).mean((1, 2, 3), keepdim=True) + 0.5).floor(), x, level)
 
 
 def brightness(x: Tensor, level: float, sign_B: Tensor) -> Tensor:
-    """From black to brighter."""
+    """Changes the brightness, from black to brighter."""
     return blend(torch.zeros_like(x), x, level)
 
 
 def sharpness(x: Tensor, level: float, sign_B: Tensor) -> Tensor:
-    """From a smoothed image to a sharper one; the border stays."""
+    """Changes the sharpness, from a smoothed image to a sharper one. The border is not changed."""
     weight = torch.ones(3, 1, 3, 3, dtype=x.dtype, device=x.device)
     weight[:, :, 1, 1] = 5
     smooth = x.clone()
@@ -108,7 +108,7 @@ def grey(x: Tensor) -> Tensor:
 
 
 def blend(other: Tensor, x: Tensor, level: float) -> Tensor:
-    """From a tenth of the image and the rest of another, up to 1.9 times the difference between the two."""
+    """Blends two images, from a tenth of the image and nine tenths of the other to 1.9 times the difference between the two."""
     factor = 0.1 + 1.8 * level
     return (other + factor * (x - other)).clamp(0, 255).floor()
 

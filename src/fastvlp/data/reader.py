@@ -34,9 +34,9 @@ class RecordReader:
             number is not known.
         states: stored states of these images, which are read in place of their pixels.
         max_pixels: an image with more pixels is an error; its header is enough to see that.
-        strict: raise UserError where a record cannot be used (evaluation), instead of dropping and naming it (training).
+        strict: raise UserError if a record cannot be used (evaluation), instead of dropping and naming it (training).
 
-    Raises UserError where `strict` is set and the shards are damaged. Picklable; a pickled copy has an empty cache.
+    Raises UserError if `strict` is set and the shards are damaged. Picklable; a pickled copy has an empty cache.
     """
 
     def __init__(
@@ -103,7 +103,7 @@ class _Once(Generic[T]):
 
 
 class RecordView:
-    """One record. Each part is read when it is first used, and raises RecordError where it cannot be."""
+    """One record. Each part is read when it is first used, and raises RecordError if it cannot be."""
 
     def __init__(self, reader: RecordReader, i: int):
         self._reader = reader
@@ -120,12 +120,12 @@ class RecordView:
 
     @_Once
     def encoded(self) -> tuple[bytes, ...]:
-        """All images of the record as they are stored."""
+        """The encoded images of the record."""
         return self._reader.shards.images(self._i)
 
     @_Once
     def detected(self) -> tuple[bytes, ...]:
-        """The npz with a detector's regions of each image; empty where none was imported."""
+        """The npz with a detector's regions of each image; empty if none was imported."""
         return self._reader.shards.detected(self._i)
 
     @_Once
@@ -149,7 +149,7 @@ class RecordView:
 
     @_Once
     def shapes(self) -> list[StoredShape]:
-        """How each image in use is stored, which places the record's boxes."""
+        """The stored shape of each image in use, in which the record's boxes are given."""
         if self._reader.cache is not None and self._is_cached:
             return [self._reader.cache.shape(place) for place in self._places]
         used = self.encoded[:1] if self._reader.images == "first" else self.encoded
@@ -157,7 +157,7 @@ class RecordView:
 
     @_Once
     def regions(self) -> list[ImageRegions]:
-        """The regions of each image in use; empty where the reader reads none."""
+        """The regions of each image in use; empty if the reader reads none."""
         source = self._reader.regions
         if source is None:
             return []

@@ -200,7 +200,7 @@ def grid_boxes(side: int) -> Tensor:
 
 
 def region_count(source: RegionSource | None, info: Mapping[str, Any]) -> int:
-    """How many regions come along with a record, before those outside the picture are left out."""
+    """Returns the number of regions of a record, including regions outside of the picture, which are left out later."""
     if source is None:
         return 0
     if source.grid is not None:
@@ -213,7 +213,7 @@ def region_count(source: RegionSource | None, info: Mapping[str, Any]) -> int:
 
 
 def pad_regions(images: Sequence[ImageRegions]) -> Regions:
-    """The regions of a batch, one image a row. Raises UserError where their features or shares differ in width."""
+    """The regions of a batch, one image a row. Raises UserError if their features or shares differ in width."""
     return Regions(
         box=pad_sequence([regions.box_R4 for regions in images], batch_first=True),
         count=torch.tensor([len(regions.box_R4) for regions in images]),
@@ -223,7 +223,7 @@ def pad_regions(images: Sequence[ImageRegions]) -> Regions:
 
 
 def _padded(parts: Sequence[Tensor | None], images: Sequence[ImageRegions], name: str) -> Tensor | None:
-    """[B R F], zeros for an image without any; None where no image has any."""
+    """[B R F], zeros for an image without any; None if no image has any."""
     widths = sorted({part.shape[1] for part in parts if part is not None})
     if not widths:
         return None

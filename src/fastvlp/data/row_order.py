@@ -1,4 +1,4 @@
-"""Which record each row of the endless sequence of epochs is: shuffled, or mixed of several data sets in given shares."""
+"""The order of records in the endless sequence of epochs: shuffled, or mixed from several data sets in given shares."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class RowOrder(Protocol):
 
 
 class ShuffledOrder:
-    """Each record once an epoch, in another order each time.
+    """An order with each record once in an epoch, and a different order in each epoch.
 
     Args:
         count: number of records.
@@ -90,7 +90,7 @@ class MixedOrder:
         return index_N, epoch_of_N
 
     def _epoch(self, epoch: int) -> tuple[Tensor, Tensor]:
-        """For each place of an epoch, its data set, and how many rows of that are before it in the epoch."""
+        """Returns, for each position in an epoch, its data set and the number of earlier rows of that data set in the epoch."""
         if epoch not in self._known:
             slot_P = self._slots.order(epoch)
             source_P = torch.zeros(self.count, dtype=torch.int16)

@@ -37,7 +37,7 @@ class HoldsRecords(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class SequentialReading:
-    """How records are read as they are stored.
+    """The options of reading records in the order in which they are stored.
 
     Attributes:
         shards: reads records ahead.
@@ -82,7 +82,7 @@ def through_buffer(count: int, buffer: int, seed: int, epoch: int, stream: int) 
 
 
 class SequentialOrder:
-    """Which records the rows of an endless sequence of epochs are.
+    """The order of records in an endless sequence of epochs that are read sequentially.
 
     Args:
         count, batch_size, world, seed: as the loader's, whose places these are.
@@ -166,7 +166,7 @@ class SequentialOrder:
 
 
 class ReadAhead:
-    """Which records a rank reads before each of its batches. Each call is for one behind the last."""
+    """The records that a rank reads before each of its batches. Each call is for the next batch."""
 
     def __init__(self, order: SequentialOrder):
         self._order = order

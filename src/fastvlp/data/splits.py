@@ -14,14 +14,14 @@ SPLITS = {"train": ("train",), "val": ("val", "dev", "validation"), "test": ("te
 
 
 def find_splits(folder: str, prefixes: Sequence[str] = ("",), needed: Split = "train") -> dict[str, str]:
-    """The folder of each split that is there. Raises UserError where the needed one is missing."""
+    """The folder of each split that is there. Raises UserError if the needed one is missing."""
     places = {split: place for split in SPLITS if (place := _find(folder, split, prefixes)) is not None}
     return places if needed in places else places | {needed: find_split(folder, needed, prefixes)}
 
 
 def find_split(folder: str, name: str, prefixes: Sequence[str] = ("",)) -> str:
     """The folder of a split, which may have another of the split's names; with the first prefix for which there is one.
-    Raises UserError where there is none."""
+    Raises UserError if there is none."""
     if (place := _find(folder, name, prefixes)) is None:
         if not is_url(folder) and not Path(folder).exists():
             raise UserError(f"{folder}: there is no such folder; give the one that `vlp data import --out` wrote")
@@ -45,6 +45,6 @@ def parent(place: str) -> str:
 
 
 def is_folder(place: str) -> bool:
-    """Whether a path or URL is a folder. Raises UserError where it cannot be looked at."""
+    """Whether a path or URL is a folder. Raises UserError if it cannot be looked at."""
     fs, root = open_url(place)
     return attempt(place, lambda: bool(fs.isdir(root)), FIRST_WAITS if is_url(place) else ())

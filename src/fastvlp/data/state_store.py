@@ -57,12 +57,12 @@ class StatesConfig:
 
 
 class StoreNote(NamedTuple):
-    """What was done about the states of a split.
+    """A note that says whether the states of a split are stored.
 
     Attributes:
         what: `images` or `texts`.
-        data: the shards; empty where it is the same of all.
-        path: the file; None where states are not stored.
+        data: the shards; empty if it is the same of all.
+        path: the file; None if states are not stored.
         entries: images or texts.
         size: bytes of the file.
         seconds: what computing them took; 0 where they were there already.
@@ -98,7 +98,7 @@ class StateStore:
         about: what the states depend on besides what is encoded.
         width: numbers in a state.
         config: where they are stored, and how.
-        reads: how many entries the run reads in all; None where nobody knows.
+        reads: how many entries the run reads in all; None if nobody knows.
         notes: what was done, for the start of a run.
     """
 
@@ -116,7 +116,7 @@ class StateStore:
         shape: Callable[[], EntryShape],
         compute: Callable[[Sequence[int]], Iterator[Computed]],
     ) -> StatesFile | None:
-        """The states of a split, computed now where they are not there yet. None where the config leaves it to chance and
+        """The states of a split, computed now where they are not there yet. None if the config leaves it to chance and
         there is no room, or no use.
 
         Args:
@@ -124,7 +124,7 @@ class StateStore:
             shape: how many states each entry has.
             compute: yields the states of these entries, in any order, and nothing for one that cannot be read.
 
-        Raises UserError where they must be stored and cannot be.
+        Raises UserError if they must be stored and cannot be.
         """
         whole = {"version": VERSION, "what": self.what, **self.about, **about, "dtype": self.config.dtype}
         whole["shards"] = shards.fingerprint
@@ -175,7 +175,7 @@ class StateStore:
         return stored
 
     def _check(self, path: Path, entries: Entries) -> None:
-        """Raises NotStoredError where it is not worth the space, or there is none."""
+        """Raises NotStoredError if it is not worth the space, or there is none."""
         if self.config.store == "auto" and self.reads is not None and self.reads < 2 * len(entries.shape.lengths):
             raise NotStoredError(f"the run reads few of the {self.what} twice")
         place = next(folder for folder in (path.parent, *path.parents) if folder.exists())
@@ -215,7 +215,7 @@ class Computed(NamedTuple):
 
 
 def as_stored(one: Computed, config: StatesConfig, what: str) -> np.ndarray:
-    """Raises UserError where a state cannot be stored in this type."""
+    """Raises UserError if a state cannot be stored in this type."""
     states = one.states.to(torch.float16 if config.dtype == "fp16" else torch.float32)
     if not bool(torch.isfinite(states).all()):
         finite = bool(torch.isfinite(one.states).all())

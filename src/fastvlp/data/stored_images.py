@@ -24,7 +24,7 @@ ROWS = 64
 
 @dataclass(frozen=True, kw_only=True)
 class ImageStore:
-    """Where the states of images are.
+    """The store of the states of images.
 
     Attributes:
         store: opens files of states.
@@ -46,7 +46,7 @@ class ImageStore:
         mirrored: bool = False,
     ) -> StatesFile | None:
         """The states of the images of each record that are used, or of the mirrored images: entry i * n + k is image k of
-        record i. None where they are not stored."""
+        record i. None if they are not stored."""
         number = 1 if images == "first" else images
         reader = RecordReader(shards, transform, images="first" if number == 1 else number)
 

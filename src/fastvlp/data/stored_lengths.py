@@ -46,7 +46,7 @@ def caption_lengths(
         max_length: tokens of a text, `<s>` and `</s>` included.
         regions: which regions come along with a text; each counts as one token.
 
-    Raises UserError where there is no room for the file.
+    Raises UserError if there is no room for the file.
     """
     about = {
         "version": VERSION,
@@ -90,7 +90,7 @@ def with_progress(
 def write_lengths(
     file: int, folder: Path, parts: Iterator[tuple[np.ndarray, np.ndarray]], about: Mapping[str, Any], records: int
 ) -> None:
-    """Writes the lengths of a split into an open file. Raises OSError where the disk is full.
+    """Writes the lengths of a split into an open file. Raises OSError if the disk is full.
 
     Args:
         folder: of its parts while they grow.
@@ -112,7 +112,7 @@ def write_lengths(
 def counted_rows(
     shards: SplitRecords, tokenizer: Tokenizer, field: str, max_length: int, regions: RegionSource | None
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """For the records in their order, the lengths of their rows, and how many of these each record has."""
+    """Counts the lengths of the rows of all records, in order, and the number of rows of each record."""
     for part in blocks(len(shards), _ROWS):
         texts: list[str] = []
         counts, others = [], []
@@ -129,7 +129,7 @@ def counted_rows(
 
 
 def _as_lengths(flat: FlatArrays, records: int) -> Lengths:
-    """Raises DamagedArraysError where they are not of so many records. The checksum shows damage; this shows intent."""
+    """Raises DamagedArraysError if they are not of so many records. The checksum shows damage; this shows intent."""
     tokens, first = flat.arrays.get("tokens"), flat.arrays.get("first")
     if tokens is None or first is None or len(first) != records + 1 or first[0] != 0 or first[-1] != len(tokens):
         raise DamagedArraysError("its arrays have other sizes")

@@ -22,7 +22,7 @@ ROWS, SORTED = 256, 8192
 
 @dataclass(frozen=True, kw_only=True)
 class TextStore:
-    """Where the states of texts are.
+    """The store of the states of texts.
 
     Attributes:
         store: opens files of states.

@@ -11,7 +11,7 @@ from fastvlp.data.teacher import TeacherStore
 
 
 class Stored(NamedTuple):
-    """Where the states of frozen encoders are, of which they are not stored, and where a teacher's vectors are."""
+    """The stores of the states of frozen encoders, the reasons if they are not stored, and the store of a teacher's vectors."""
 
     images: ImageStore | None = None
     texts: TextStore | None = None
@@ -20,7 +20,7 @@ class Stored(NamedTuple):
 
     @property
     def notes(self) -> list[StoreNote]:
-        """What was done about the states of the splits that were read."""
+        """The notes about the states of the splits that were read."""
         taught = () if self.teacher is None else (self.teacher.images, self.teacher.texts)
         parts = (self.images, self.texts, *taught)
         opened = [note for part in parts if part is not None for note in part.store.notes]

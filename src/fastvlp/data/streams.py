@@ -52,7 +52,7 @@ def with_progress(items: Iterable[X], total: Callable[[], int | None], descripti
 
 
 def bar() -> Progress:
-    """A bar on stderr with the count, the rate, the time passed and the time left; nothing where stderr is a file."""
+    """A bar on stderr with the count, the rate, the time passed and the time left; nothing if stderr is a file."""
     console = Console(stderr=True)
     shown = (
         "{task.description}",

@@ -30,7 +30,7 @@ class TeacherVectors(NamedTuple):
 
 
 def seconds_of(note: StoreNote) -> float:
-    """What computing a file took, which is written beside it, for runs that find it there."""
+    """Returns the seconds that computing a file took. They are written beside it, for later runs."""
     if note.path is None:
         return 0.0
     beside = note.path.with_name(f"{note.path.name}.seconds")
@@ -45,7 +45,7 @@ def seconds_of(note: StoreNote) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherStore:
-    """Where a teacher's vectors are, and how the teacher reads images and texts.
+    """The store of a teacher's vectors, and the preprocessing of the teacher.
 
     Attributes:
         images: vectors of images.
@@ -53,7 +53,7 @@ class TeacherStore:
         transform: makes the teacher's square of an image.
         tokenizer: the teacher's.
         max_length: tokens of a text, after which the teacher cuts it.
-        trained_s: seconds that training the teacher took; None where it is not known.
+        trained_s: seconds that training the teacher took; None if it is not known.
         computing_s: seconds that computing the vectors of each split took, in this run or in an earlier one.
     """
 
@@ -67,11 +67,12 @@ class TeacherStore:
 
     @property
     def seconds(self) -> float:
-        """What the teacher took in all: its training, if that is known, and its vectors of the splits that were opened."""
+        """The seconds that the teacher took in all: its training, if that is known, and its vectors of the splits that were
+        opened."""
         return (self.trained_s or 0.0) + sum(self.computing_s)
 
     def open(self, shards: Records, captions: str) -> TeacherVectors:
-        """The vectors of a split, computed now where they are not there yet. Raises UserError where they cannot be stored."""
+        """The vectors of a split, computed now where they are not there yet. Raises UserError if they cannot be stored."""
         images = self.images.open(shards, self.transform)
         texts = self.texts.open(shards, self.tokenizer, captions, self.max_length)
         assert images is not None and texts is not None, "they are always stored"

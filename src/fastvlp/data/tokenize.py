@@ -36,11 +36,11 @@ _SPACE_BETWEEN_HAN = re.compile(f"(?<=[{_HAN}]) +(?=[{_HAN}])")
 
 
 class Reading(NamedTuple):
-    """How a text is read.
+    """The way in which the tokenizer reads a text.
 
     Attributes:
         tokens: How many it has, <s> and </s> included, before it is cut.
-        cut: Its end that is not read; empty where it is read whole.
+        cut: Its end that is not read; empty if it is read whole.
         unknown: Words of what is read, each once, that have no token of their own nor larger pieces: fewer than two bytes a
             token, or the token for the unknown.
     """
@@ -100,7 +100,7 @@ class Tokenizer:
         Args:
             complete: add tokens for what a vocabulary lacks, as CLIP's lacks padding and the mask.
 
-        Raises UserError where the file is missing, is no tokenizer.json, or lacks a special token.
+        Raises UserError if the file is missing, is no tokenizer.json, or lacks a special token.
         """
         path = Path(path)
         try:

@@ -21,7 +21,7 @@ _SEED = 1
 def vocabulary_texts(shards: SplitRecords, field: str, ahead: int = 0, most: int | None = None) -> Iterator[str]:
     """Yields the captions, and the questions and statements in the same languages. `ahead`, `most`: as for `readable_infos`.
 
-    Raises UserError where no record has a caption.
+    Raises UserError if no record has a caption.
     """
     languages = [name.removeprefix("captions") for name in field.split("+")]
     fields = [(f"{other}{language}", text) for language in languages for other, text in _OTHER_TEXTS]

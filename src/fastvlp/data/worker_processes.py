@@ -39,7 +39,8 @@ _HANDLES = ("too many open files", "ancdata", "errno 24")
 
 
 def from_workers(loader: DataLoader[Any]) -> Iterator[Any]:
-    """What the processes of a loader make. Raises UserError where they cannot be started, or one of them dies."""
+    """Yields the batches that the processes of a loader make. Raises UserError if they cannot be started, or if one of them
+    dies."""
     reserve_handles(loader.num_workers)
     before = {*multiprocessing.active_children()}
     handler = signal.getsignal(signal.SIGCHLD)
@@ -60,7 +61,7 @@ def from_workers(loader: DataLoader[Any]) -> Iterator[Any]:
 
 def reserve_handles(workers: int) -> None:
     """Raises the number of files that the process may open to what its loader processes take, since these would wait forever
-    for a handle. Raises UserError where the system allows fewer."""
+    for a handle. Raises UserError if the system allows fewer."""
     if resource is None:
         return
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -93,7 +94,7 @@ def _watched(iterator: Iterator[Any], workers: list[BaseProcess]) -> Iterator[An
 
 
 def why(error: Exception, workers: list[BaseProcess]) -> str | None:
-    """Why a loader's processes no longer answer; None where they are not the cause."""
+    """Returns the reason why a loader's processes no longer answer; None if they are not the cause."""
     text = str(error).lower()
     # Tensors that a dead process has sent cannot be received any more: that is an error of the connection.
     lost = isinstance(error, ConnectionError | EOFError | FileNotFoundError)

@@ -31,14 +31,14 @@ class ItemFile:
     rows: Sequence[Row]
 
     def texts(self, field: str) -> list[str]:
-        """A field of all rows. Raises UserError where a row has no text in it."""
+        """A field of all rows. Raises UserError if a row has no text in it."""
         return [
             self._checked(n, field, isinstance(row.get(field), str) and row[field].strip() != "")
             for n, row in self._all()
         ]
 
     def names(self, field: str) -> list[str | int]:
-        """The field that names the picture, a text or a number. Raises UserError where a row has neither."""
+        """The field that names the picture, a text or a number. Raises UserError if a row has neither."""
         return [
             self._checked(n, field, isinstance(row.get(field), str | int) and row[field] != "")
             for n, row in self._all()
@@ -114,7 +114,7 @@ class Pairs:
 
 
 def make_pairs(source: PictureFolder, names: Sequence[str | int], texts: Sequence[str]) -> Pairs:
-    """Pairs of the picture called `names[p]` and the text `texts[p]`. Raises UserError where a picture is missing."""
+    """Pairs of the picture called `names[p]` and the text `texts[p]`. Raises UserError if a picture is missing."""
     found = {name: source.find(name) for name in dict.fromkeys(names)}
     if missing := [str(name) for name, place in found.items() if place is None]:
         raise UserError(

@@ -35,7 +35,7 @@ class SplitEmbeddings(NamedTuple):
 def view_edges(patches: int, keep: float, views: int) -> list[int]:
     """Where a permutation of the patches is cut into views -> views + 1 places.
 
-    Raises UserError where views of that size would be empty or would share patches.
+    Raises UserError if views of that size would be empty or would share patches.
     """
     edges = [round(patches * keep * v) for v in range(views + 1)]
     if not 0 < keep <= 1 or views < 1 or edges[-1] > patches or 0 in [b - a for a, b in pairwise(edges)]:

@@ -76,7 +76,7 @@ class LoadedModel:
 
     Attributes:
         regions: where the boxes come from, for a model that reads boxes.
-        states: how states of the image encoder are stored; None where images are encoded each time.
+        states: how states of the image encoder are stored; None if images are encoded each time.
         keep: share of the patches in a view of an image.
         views: views of an image.
         mirror: whether the embeddings of an image and of its mirror image are averaged.
@@ -119,7 +119,7 @@ class OpenedRun(NamedTuple):
 def open_run(run: str | Path, encoding: Encoding = AS_IN_TRAINING) -> OpenedRun:
     """Loads the weights of a run, ready to encode as in its training, except for what `encoding` gives.
 
-    Raises UserError where the folder is no run, or is damaged.
+    Raises UserError if the folder is no run, or is damaged.
     """
     if encoding.threads:
         torch.set_num_threads(encoding.threads)
@@ -145,7 +145,7 @@ def open_run(run: str | Path, encoding: Encoding = AS_IN_TRAINING) -> OpenedRun:
 
 
 def open_towers(run: str | Path, encoding: Encoding = AS_IN_TRAINING) -> OpenedRun:
-    """As `open_run`. Raises UserError where the model does not embed images and texts."""
+    """As `open_run`. Raises UserError if the model does not embed images and texts."""
     opened = open_run(run, encoding)
     if opened.loaded.model.config.embed is None:
         raise UserError(

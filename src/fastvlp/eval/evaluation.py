@@ -79,7 +79,7 @@ def evaluation(measure: Callable[P, Evaluation]) -> Callable[P, Evaluation]:
 
 
 def check_above_chance(result: Evaluation) -> None:
-    """Raises UserError where a method's recall is not clearly above chance: twice as high, and by five standard errors."""
+    """Raises UserError if a method's recall is not clearly above chance: twice as high, and by five standard errors."""
     chance = result.chance["recall"]
     for method, scores in result.scores.items():
         if scores["recall"] < max(2 * chance, chance + 5 * result.errors[method]["recall"]):
@@ -135,7 +135,7 @@ def add_result(run: str | Path, task: str, data: str, result: Mapping[str, Any])
     """Adds a result to `evaluations/TASK-DATA.json` in the run's folder, after those of earlier evaluations.
 
     `data` is the folder of the shards. Another folder with the same two last names gets a file of its own, with a number.
-    Raises UserError where an earlier file is damaged.
+    Raises UserError if an earlier file is damaged.
     """
     place = data if "://" in data else str(Path(data).resolve())
     name = re.sub(r"[^\w.-]+", "-", "-".join(place.rstrip("/").split("/")[-2:])).strip("-")

@@ -50,7 +50,7 @@ def open_labelled_images(data: str, split: str, classes: str | Path | None, labe
         classes: a file with the names of the classes, or a name in PUBLIC_SETS; by default the labels are the names.
         label: field of the records with the class.
 
-    Raises UserError where an image has no class, or a class that is none of them.
+    Raises UserError if an image has no class, or a class that is none of them.
     """
     place = place_in(data, split)
     folders = class_folders(place if is_folder(place) else data)
@@ -75,8 +75,8 @@ def open_labelled_images(data: str, split: str, classes: str | Path | None, labe
 
 
 def class_folders(place: str) -> PictureFiles | None:
-    """The pictures in a local folder that has no shards, whose label is the name of the folder that each is in; None where
-    there are none. Raises UserError where the folders are those of splits."""
+    """The pictures in a local folder that has no shards, whose label is the name of the folder that each is in; None if
+    there are none. Raises UserError if the folders are those of splits."""
     folder = Path(place)
     if "://" in place or not folder.is_dir() or any(folder.glob("*.tar")):
         return None

@@ -120,7 +120,7 @@ class MtebRunner:
 
     @classmethod
     def open(cls, folder: str | Path, encoding: MtebEncoding) -> MtebRunner:
-        """Loads a folder. Raises UserError where mteb is not installed, or sentence-transformers cannot load it."""
+        """Loads a folder. Raises UserError if mteb is not installed, or sentence-transformers cannot load it."""
         mteb, library = _libraries()
         if encoding.threads:
             torch.set_num_threads(encoding.threads)
@@ -184,7 +184,7 @@ class MtebRunner:
         return MtebScores({"top1": share}, chance, errors, {"images": count, "classes": len(texts)})
 
     def own_task(self, name: str) -> MtebScores:
-        """The main score of one of mteb's tasks. Raises UserError where there is none of this name, or its data is away."""
+        """The main score of one of mteb's tasks. Raises UserError if there is none of this name, or its data is away."""
         try:
             task = self.mteb.get_task(name)
         except (KeyError, ValueError) as error:

@@ -22,7 +22,7 @@ PairMethod = Literal["cosine", "match", "likelihood"]
 def pair_methods(opened: OpenedRun, by: PairMethod | None = None) -> dict[str, Match | None]:
     """The ways in which a run can score pairs, or only `by`; None stands for the cosine, which needs no pass for each pair.
 
-    Raises UserError where there is none, and for a run that reads regions, which the pictures of a benchmark do not have.
+    Raises UserError if there is none, and for a run that reads regions, which the pictures of a benchmark do not have.
     """
     config = opened.saved.model.config
     if config.single is not None or (config.embed is not None and config.embed.reads_boxes):
@@ -46,7 +46,7 @@ def pair_methods(opened: OpenedRun, by: PairMethod | None = None) -> dict[str, M
 def score_by_all(opened: OpenedRun, pairs: Pairs, by: PairMethod | None = None) -> dict[str, Tensor]:
     """The score of each pair, fp32 [P] on the CPU, by each of `pair_methods`: the higher, the better the text fits.
 
-    Pictures are encoded once for each method. Raises UserError where the run cannot score pairs, or a picture cannot be read.
+    Pictures are encoded once for each method. Raises UserError if the run cannot score pairs, or a picture cannot be read.
     """
     scores = {
         name: _cosines(opened, pairs) if match is None else _matches(opened, pairs, match)

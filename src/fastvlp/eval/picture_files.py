@@ -28,7 +28,7 @@ class PictureFolder:
         place: the folder or the .zip.
         names: path of each picture in it, in order.
 
-    Raises UserError where there is neither, or no picture in it.
+    Raises UserError if there is neither, or no picture in it.
     """
 
     def __init__(self, place: Path):
@@ -54,9 +54,9 @@ class PictureFolder:
 
     def find(self, name: str | int) -> str | None:
         """The path of the picture that an item calls so: by its path, its file name with or without its ending, or the number
-        of an image of COCO; None where there is no such picture.
+        of an image of COCO; None if there is no such picture.
 
-        Raises UserError where there are several.
+        Raises UserError if there are several.
         """
         spellings = [str(name).replace("\\", "/"), PurePosixPath(str(name)).name]
         if str(name).isdecimal():
@@ -72,7 +72,7 @@ class PictureFolder:
         return None
 
     def read(self, name: str) -> bytes:
-        """The bytes of a picture. Raises RecordError where it cannot be read."""
+        """The bytes of a picture. Raises RecordError if it cannot be read."""
         try:
             if self._zip is None:
                 return read_plain(self.place / name)

@@ -55,7 +55,7 @@ def by_number(data: Path) -> Names:
 def of_objectnet(data: Path) -> Names:
     """ObjectNet's classes that ImageNet has too, by the files in its own folder `mappings`.
 
-    Raises UserError where these are neither in the folder of the data nor beside it.
+    Raises UserError if these are neither in the folder of the data nor beside it.
     """
     for place in (data / "mappings", data.parent / "mappings"):
         files = [place / name for name in ("folder_to_objectnet_label.json", "objectnet_to_imagenet_1k.json")]

@@ -105,7 +105,7 @@ def image_batches(
 
 
 def read_captions(shards: Records, field: str) -> list[list[str]]:
-    """All captions of each record. Raises UserError where a record has none."""
+    """All captions of each record. Raises UserError if a record has none."""
     captions_of = [usable_captions(info, field) for info in _infos(shards)]
     without = [shards.key(i) for i, captions in enumerate(captions_of) if not captions]
     if without:
@@ -117,7 +117,7 @@ def read_captions(shards: Records, field: str) -> list[list[str]]:
 
 
 def read_labels(shards: Records, field: str) -> list[str]:
-    """The class of each record. Raises UserError where a record has none."""
+    """The class of each record. Raises UserError if a record has none."""
     labels = []
     for i, info in enumerate(_infos(shards)):
         label = info.get(field)

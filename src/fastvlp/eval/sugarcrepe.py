@@ -77,7 +77,7 @@ def evaluate_sugarcrepe(
 def read_sugarcrepe(data: Path) -> tuple[list[str | int], list[str], list[str], list[str]]:
     """Name of the picture, caption, negative caption and kind of each item, of one file or of those of a folder.
 
-    Raises UserError where there is no file of this form.
+    Raises UserError if there is no file of this form.
     """
     files = [data]
     if data.is_dir():

@@ -50,7 +50,7 @@ class PublicEncoder:
 def public_encoder(
     base: type[EncoderFamily], encoder: ImageEncoder | TextEncoder, config: Any, state: Mapping[str, Tensor]
 ) -> PublicEncoder | None:
-    """Returns an encoder as one of transformers; None where it has no such encoder.
+    """Returns an encoder as one of transformers; None if it has no such encoder.
 
     Args:
         base: ImageFamily or TextFamily.
@@ -70,11 +70,11 @@ def public_encoder(
 
 
 def image_encoder(encoder: ImageEncoder, config: Any, state: Mapping[str, Tensor]) -> PublicEncoder | None:
-    """Returns an image encoder as one of transformers; None where it has none, or gives a map instead of tokens."""
+    """Returns an image encoder as one of transformers; None if it has none, or gives a map instead of tokens."""
     found = public_encoder(ImageFamily, encoder, config, state)
     return None if found is not None and found.module is not None and not config.prefix else found
 
 
 def text_encoder(encoder: TextEncoder, config: Any, state: Mapping[str, Tensor]) -> PublicEncoder | None:
-    """Returns a text encoder as one of transformers; None where it has none."""
+    """Returns a text encoder as one of transformers; None if it has none."""
     return public_encoder(TextFamily, encoder, config, state)

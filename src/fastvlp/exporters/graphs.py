@@ -132,7 +132,7 @@ def run_graph(path: Path, *batches: Mapping[str, Any]) -> Tensor:
 
 
 def package(name: str) -> ModuleType:
-    """Imports a package of the extra `onnx`. Raises UserError where it is not installed."""
+    """Imports a package of the extra `onnx`. Raises UserError if it is not installed."""
     try:
         return __import__(name)
     except ImportError as error:

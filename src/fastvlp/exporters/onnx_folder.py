@@ -96,7 +96,7 @@ class OnnxExport(ExportTarget):
 
 
 def joint_space_misfit(source: ExportSource) -> str | None:
-    """Says why images and texts alone have no vectors; None where they have."""
+    """Says why images and texts alone have no vectors; None if they have."""
     if "embed" in usable_abilities(source.saved):
         return None
     return "it has no joint space (model.embed), or it reads a detector's boxes of each image; export a run of clip"

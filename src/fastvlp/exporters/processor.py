@@ -122,7 +122,7 @@ def read_texts(
 
 
 def image_misfit(source: ExportSource) -> str | None:
-    """Says why the images of a run cannot be prepared by a processor of transformers; None where they can."""
+    """Says why the images of a run cannot be prepared by a processor of transformers; None if they can."""
     fit = source.config.data.fit
     if image_settings(source.saved.model.config.image, fit) is not None:
         return None

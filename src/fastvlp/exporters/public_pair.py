@@ -63,19 +63,19 @@ class PublicPair:
 
 
 def find_layout(model: ModelConfig) -> PairLayout | None:
-    """Returns the layout that a model fits; None where it fits none."""
+    """Returns the layout that a model fits; None if it fits none."""
     normed = with_last_norm(model)
     return next((layout for layout in LAYOUTS if _settings(layout, normed) is not None), None)
 
 
 def public_settings(model: ModelConfig) -> dict[str, Any] | None:
-    """Returns the config.json of the layout that a model fits; None where it fits none."""
+    """Returns the config.json of the layout that a model fits; None if it fits none."""
     layout = find_layout(model)
     return None if layout is None else _settings(layout, with_last_norm(model))
 
 
 def public_pair(saved: Saved) -> PublicPair | None:
-    """Returns a model in the layout that it fits, with the temperature and bias that an objective learned; None where it fits
+    """Returns a model in the layout that it fits, with the temperature and bias that an objective learned; None if it fits
     none."""
     layout = find_layout(saved.model.config)
     if layout is None:
@@ -138,7 +138,7 @@ def last_norm_state(saved: Saved) -> dict[str, Tensor]:
 
 
 def _settings(layout: PairLayout, model: ModelConfig) -> dict[str, Any] | None:
-    """The config.json of a model whose text encoder has its last norm; None where the layout does not fit."""
+    """The config.json of a model whose text encoder has its last norm; None if the layout does not fit."""
     image, text, embed = layout.image.settings(model.image), layout.text.settings(model.text), model.embed
     if image is None or text is None or embed is None:
         return None

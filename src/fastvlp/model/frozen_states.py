@@ -112,7 +112,7 @@ def frozen_encoders(model: VLModel) -> list[str]:
 
 
 def states_config(saved: Saved, run: SavedRun) -> StatesConfig | None:
-    """How states of a run's image encoder are stored; None where it was trained, or the run stored none."""
+    """How states of a run's image encoder are stored; None if it was trained, or the run stored none."""
     frozen = "image" in saved.info.get("frozen", [])
     return run.states if frozen and run.states.store != "never" else None
 

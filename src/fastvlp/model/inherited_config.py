@@ -33,7 +33,7 @@ def inherited_config(saved: ModelConfig, like: ModelConfig) -> ModelConfig:
     Where the recipe's encoder computes the same as the saved one, it stays as it is, at its own image size and number of
     positions. Any other encoder is replaced by the saved one. So it is with the fusion layers, the reconstructor, the joint
     space and the single stream that the recipe has. Those of them that the saved model lacks get the width of its encoders.
-    Raises UserError where the recipe has a single stream over words and regions and the saved model has none.
+    Raises UserError if the recipe has a single stream over words and regions and the saved model has none.
     """
     image, text = _image(saved.image, like.image), _text(saved.text, like.text)
     if like.single is not None:
@@ -106,7 +106,7 @@ def _stripped(value: Json) -> Json:
 
 
 def _kept(saved: T | None, like: T | None) -> T | None:
-    """The recipe's part where it computes the same as the saved one, else the saved one; None where the recipe has none."""
+    """The recipe's part where it computes the same as the saved one, else the saved one; None if the recipe has none."""
     return saved if saved is not None and like is not None and not same_weights(saved, like) else like
 
 

@@ -46,7 +46,7 @@ class LoRAConfig:
 
 
 def peft() -> ModuleType:
-    """The package. Raises UserError where it is not installed."""
+    """The package. Raises UserError if it is not installed."""
     try:
         import peft
     except ImportError as error:
@@ -56,7 +56,7 @@ def peft() -> ModuleType:
 
 def add_adapters(model: VLModel, config: LoRAConfig) -> None:
     """Adds adapters to the linear layers of the config's parts, but of those that are frozen, and keeps all else in the parts
-    as it is. Raises UserError where there is no such part, or no layer of these names in it."""
+    as it is. Raises UserError if there is no such part, or no layer of these names in it."""
     if config.rank == 0:
         return
     names = [name for name, _ in model.named_modules()]

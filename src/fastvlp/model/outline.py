@@ -23,7 +23,7 @@ class _TooManyError(Exception):
 
 
 def check_fits(config: ModelConfig, shapes: Mapping[str, tuple[int, ...]], source: Path) -> None:
-    """Raises UserError where a model of this config has other parameters than `shapes`, by name, or cannot be made at all."""
+    """Raises UserError if a model of this config has other parameters than `shapes`, by name, or cannot be made at all."""
     try:
         # A parameter that is shared is registered more than once.
         with _at_most(4 * len(shapes) + 64), torch.device("meta"):

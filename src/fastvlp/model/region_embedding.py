@@ -38,7 +38,7 @@ class RegionConfig:
         return 3 * self.crop**2 if self.crop else self.feature
 
     def check(self, image: ImageEncoderConfig) -> None:
-        """Raises UserError where regions cannot be pooled from this image encoder."""
+        """Raises UserError if regions cannot be pooled from this image encoder."""
         if self.pool is None:
             return
         if self.pool < 1 or self.crop:
@@ -73,14 +73,14 @@ def crop_regions(image_B3HW: Tensor, box_BR4: Tensor, side: int) -> Tensor:
 
 
 def require_regions(regions: Regions | None) -> Regions:
-    """The regions of a batch. Raises UserError where it has none."""
+    """The regions of a batch. Raises UserError if it has none."""
     if regions is None:
         raise UserError("the model reads regions, but the data have none; set `data.regions`")
     return regions
 
 
 def region_features(config: RegionConfig, image_B3HW: Tensor, regions: Regions | None) -> Tensor:
-    """Features of regions [B R F]: those of the batch, or their pixels. Raises UserError where it has none, or of another
+    """Features of regions [B R F]: those of the batch, or their pixels. Raises UserError if it has none, or of another
     width."""
     regions = require_regions(regions)
     if config.crop:

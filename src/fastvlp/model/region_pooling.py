@@ -64,7 +64,7 @@ def box_weights(box_BR4: Tensor, cells: int, config: RegionPool) -> Tensor:
 def pool_regions(state_BKD: Tensor, weight: Tensor, image: ImageEncoderConfig) -> Tensor:
     """Regions [B R D] of an image's states, by their `box_weights` [B R N], or [R N] for all images.
 
-    Raises UserError where some patches were left out.
+    Raises UserError if some patches were left out.
     """
     map_BND = state_BKD[:, image.prefix :]
     cells, encoded = image.grid**2, map_BND.shape[1]

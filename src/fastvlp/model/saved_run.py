@@ -27,7 +27,7 @@ class SavedData:
         fit: how an image became a square.
         max_length: tokens of a text, after which it was cut.
         captions: field of the records with the captions.
-        regions: where boxes came from; None where the model saw none.
+        regions: where boxes came from; None if the model saw none.
         answers: what a model that answers questions chooses from.
         stated: names of the fields that the config states.
     """
@@ -62,12 +62,12 @@ class SavedRun:
     states: StatesConfig = field(default_factory=StatesConfig)
 
     def data_as(self, cls: type[T]) -> T:
-        """The data config as the type that the run had. Raises UserError where it is of another type."""
+        """The data config as the type that the run had. Raises UserError if it is of another type."""
         return from_json(cls, self.data_json, f"{self.path}, data")
 
 
 def read_saved_run(folder: str | Path) -> SavedRun:
-    """All defaults where a model was saved without a config. Raises UserError where the file is damaged."""
+    """All defaults where a model was saved without a config. Raises UserError if the file is damaged."""
     path = Path(folder) / "config.json"
     config = read_json(path)
     data = config.get("data", {})
@@ -84,7 +84,7 @@ def read_saved_run(folder: str | Path) -> SavedRun:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """An object; empty where there is no such file. Raises UserError where it is damaged."""
+    """An object; empty if there is no such file. Raises UserError if it is damaged."""
     try:
         return check_sum(read_strict_json(path)) if path.exists() else {}
     except (OSError, ValueError) as error:

@@ -22,7 +22,7 @@ from fastvlp.model.saving import load_model
 def teacher_store(folder: str, config: StatesConfig, *, precision: Precision, device: torch.device) -> TeacherStore:
     """Where the vectors of a saved run, an export or a converted model are.
 
-    Raises UserError where there is no such model, or it has no joint space, or reads boxes.
+    Raises UserError if there is no such model, or it has no joint space, or reads boxes.
     """
     saved, run = load_model(folder), read_saved_run(folder)
     embed = saved.model.config.embed

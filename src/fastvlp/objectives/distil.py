@@ -57,7 +57,7 @@ class DistilConfig(ObjectiveConfig, abc.ABC):
         return replace(self, teacher=folder)
 
     def teacher_width(self, model: ModelConfig) -> int:
-        """Numbers in a vector of the teacher. Raises UserError where teacher or student have no joint space."""
+        """Numbers in a vector of the teacher. Raises UserError if teacher or student have no joint space."""
         teacher = read_config(self.teacher)
         for name, config in ((self.teacher, teacher), ("the student", model)):
             if config.embed is None:

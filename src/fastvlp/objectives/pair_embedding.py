@@ -45,7 +45,7 @@ class PairsConfig(ObjectiveConfig, abc.ABC):
         return replace(self, text_keep=1.0, weight=1.0)
 
     def check(self, model: ModelConfig) -> None:
-        """Raises UserError where a share of the text is encoded whose length differs from batch to batch."""
+        """Raises UserError if a share of the text is encoded whose length differs from batch to batch."""
         if self.text_keep < 1 and (model.embed is None or model.embed.text_length is None):
             raise UserError("`text_keep` needs texts of a fixed length; set `model.embed.text_length`, such as 32")
 

@@ -166,7 +166,7 @@ class MRC(MaskedRegions):
         initialise(self.classify, width)
 
     def check(self, samples: Iterator[Batch]) -> None:
-        """Raises UserError where no sample has any class."""
+        """Raises UserError if no sample has any class."""
         classified = (bool(self.candidates(batch).any()) for batch in samples)
         if not next(classified, True) and not any(classified):
             raise self._wrong_classes("none")

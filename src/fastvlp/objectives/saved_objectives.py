@@ -38,7 +38,7 @@ def common_bos(objectives: Iterable[Objective]) -> Bos:
 
 def abilities(saved: Saved) -> dict[str, frozenset[Ability]]:
     """What each objective taught the model, by the objective's name. Models that were saved without it are asked by building
-    their objectives. Raises UserError where the file is damaged, or such an objective is not known."""
+    their objectives. Raises UserError if the file is damaged, or such an objective is not known."""
     stored = saved.info.get("abilities")
     if stored is None:
         return {name: objective.abilities for name, objective in _built(saved).items()}
@@ -84,7 +84,7 @@ def _stored_configs(saved: Saved) -> Mapping[str, Any]:
 def load_objective(saved: Saved, name: str) -> Objective:
     """One objective with the parameters that were kept of it, in evaluation mode on the model's device.
 
-    Raises UserError where its type is not known, or the saved parameters are not the ones that it has.
+    Raises UserError if its type is not known, or the saved parameters are not the ones that it has.
     """
     stored = _stored_configs(saved)
     if name not in stored:

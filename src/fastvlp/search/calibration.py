@@ -40,12 +40,12 @@ class Calibration(NamedTuple):
         return self.reached <= MISSED
 
     def is_near(self, score: float) -> bool | None:
-        """Whether an image is as near to a text as all but one in twenty are to their own; None where the model cannot tell."""
+        """Whether an image is as near to a text as all but one in twenty are to their own; None if the model cannot tell."""
         return score >= self.near if self.tells else None
 
     def relevance(self, score: float, by_text: bool) -> float | None:
         """Returns a score between that of random pairs, 0, and that of a text and its own image, or of an image and itself,
-        1; None where these are equal, or where the model cannot tell pairs from random ones."""
+        1; None if these are equal, or where the model cannot tell pairs from random ones."""
         if by_text and not self.tells:
             return None
         low, high = (self.random, self.own) if by_text else (self.images, 1.0)
@@ -56,7 +56,7 @@ class Calibration(NamedTuple):
 
     @classmethod
     def read(cls, fields: Mapping[str, Any] | None) -> Calibration | None:
-        """Reads what an engine keeps in its fields; None where there is none."""
+        """Reads what an engine keeps in its fields; None if there is none."""
         try:
             values = json.loads((fields or {})[FIELD])
             given = {name: values[name] for name in cls._fields if name in values or name not in cls._field_defaults}
@@ -83,12 +83,12 @@ class PairSample:
         self._rows = image_NE, text_NE
 
     def calibrated(self) -> Calibration | None:
-        """Returns what cosines mean; None where there are too few pairs."""
+        """Returns what cosines mean; None if there are too few pairs."""
         return calibrated(*self._rows)
 
 
 def calibrated(image_NE: np.ndarray, text_NE: np.ndarray) -> Calibration | None:
-    """Measures it on pairs: row i of both is of one. Returns None where there are too few."""
+    """Measures it on pairs: row i of both is of one. Returns None if there are too few."""
     if len(image_NE) < FEWEST:
         return None
     own_N = (image_NE * text_NE).sum(1)

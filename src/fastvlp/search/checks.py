@@ -70,7 +70,7 @@ def check_where(where: Where | None) -> dict[str, list[Scalar]]:
 
 
 def check_depth(k: int, offset: int) -> None:
-    """Raises UserError where `k` or `offset` is out of range."""
+    """Raises UserError if `k` or `offset` is out of range."""
     if k < 1 or offset < 0:
         raise UserError(f"`k` {k} must be at least 1, and `offset` {offset} at least 0")
     if k + offset > DEEPEST:

@@ -76,7 +76,7 @@ def part_bytes(part: Part) -> bytes:
 
 
 def read_part(path: Path) -> Part:
-    """Raises UserError where the file is damaged."""
+    """Raises UserError if the file is damaged."""
     try:
         with safe_open(path, "np") as file:
             metadata = parse_json(file.metadata()["part"])
@@ -129,7 +129,7 @@ def _read_plan(path: Path) -> dict[str, Any]:
 
 
 def open_embedded(folder: Path) -> EmbeddedFolder:
-    """Raises UserError where `vlp embed` did not write the folder, and where a part is missing: the run was stopped."""
+    """Raises UserError if `vlp embed` did not write the folder, and where a part is missing: the run was stopped."""
     plan = _read_plan(folder / PLAN)
     try:
         count = -(-plan["records"] // plan["per_part"])
@@ -151,7 +151,7 @@ def write_dropped(path: Path, dropped: Iterable[Dropped]) -> None:
 
 
 def read_dropped(path: Path) -> list[Dropped]:
-    """Reads what `write_dropped` wrote. Raises UserError where it is missing: the run was stopped just before its end."""
+    """Reads what `write_dropped` wrote. Raises UserError if it is missing: the run was stopped just before its end."""
     try:
         return [Dropped(**parse_json(line)) for line in path.read_text(encoding="utf-8").splitlines()]
     except (OSError, ValueError, TypeError) as error:

@@ -84,7 +84,7 @@ class Hits(list[Hit]):
 class Built(NamedTuple):
     """`uri`: of the index. `images`: how many it has in all. `dropped`: records that could not be read, or whose picture could
     not be kept. `recall`: the share of the ten nearest of this build's images that searches by a sample of its images and
-    texts find; None where there are none."""
+    texts find; None if there are none."""
 
     uri: str
     images: int
@@ -93,7 +93,7 @@ class Built(NamedTuple):
 
 
 class _Source(NamedTuple):
-    """What an index is built from. `shards`: to read pictures from; None where none are stored. `dropped`: records that are in
+    """What an index is built from. `shards`: to read pictures from; None if none are stored. `dropped`: records that are in
     none of the parts, and named in none."""
 
     stamp: Stamp

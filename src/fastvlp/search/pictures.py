@@ -16,15 +16,15 @@ class PictureStore(ABC):
 
     @abstractmethod
     def get(self, id: str) -> bytes | None:
-        """Returns an encoded picture; None where there is none."""
+        """Returns an encoded picture; None if there is none."""
 
     @abstractmethod
     def put(self, id: str, data: bytes) -> None:
-        """Stores an encoded picture. Raises UserError where pictures cannot be stored, EngineError where the disk is full."""
+        """Stores an encoded picture. Raises UserError if pictures cannot be stored, EngineError if the disk is full."""
 
     @abstractmethod
     def delete(self, id: str) -> None:
-        """Deletes a picture, if there is one. Raises UserError where pictures cannot be deleted."""
+        """Deletes a picture, if there is one. Raises UserError if pictures cannot be deleted."""
 
 
 class PictureFolder(PictureStore):

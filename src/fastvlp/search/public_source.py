@@ -28,7 +28,7 @@ def is_public(source: str | Path) -> bool:
 def converted(source: str | Path) -> Iterator[Path]:
     """A folder, for as long as it takes to load it, with the model as this library stores it.
 
-    Raises UserError where there is no such model, or none that is known.
+    Raises UserError if there is no such model, or none that is known.
     """
     from fastvlp.convert.checkpoints import convert
 

@@ -24,7 +24,7 @@ def measured_recall(index: IndexEngine, ids: Sequence[str], query_QE: np.ndarray
         k: How many are searched for.
 
     Returns:
-        0 to 1; None where there are no items or no queries.
+        0 to 1; None if there are no items or no queries.
     """
     best_QK = np.empty((len(query_QE), 0), np.float32)
     for first in range(0, len(ids), ROWS):

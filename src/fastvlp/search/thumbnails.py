@@ -40,7 +40,7 @@ class ShardPictures(PictureStore):
 
 
 def shard_pictures(data: str | Path) -> ShardPictures | None:
-    """Returns the pictures of a folder of shards; None where it is gone or cannot be reached."""
+    """Returns the pictures of a folder of shards; None if it is gone or cannot be reached."""
     try:
         return ShardPictures(Shards(data))
     except (UserError, OSError, ImportError):

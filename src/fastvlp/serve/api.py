@@ -57,7 +57,7 @@ def create_app(
 
     Args:
         embedder: The model.
-        index: To search in; None where there is none.
+        index: To search in; None if there is none.
         pictures: Of the index's items.
         limits: Of requests.
         keys: Where there are any, every request needs one, but for the page itself and /docs.

@@ -50,7 +50,7 @@ def _read_json(kind: type[M], body: bytes, request: Request, limits: Limits) -> 
 
 
 def check_lengths(value: Any, limits: Limits) -> None:
-    """Raises Refusal where a list or a mapping is longer than any that is allowed, or all of them together."""
+    """Raises Refusal if a list or a mapping is longer than any that is allowed, or all of them together."""
     total, waiting = 0, [value]
     while waiting:
         part = waiting.pop()

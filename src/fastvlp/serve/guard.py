@@ -100,7 +100,7 @@ class Guard:
             self.memory.add(-sum(map(len, parts)))
 
     async def _read(self, receive: Receive, parts: list[bytes]) -> bool:
-        """Appends the body's parts. Returns False where the client left before its end."""
+        """Appends the body's parts. Returns False if the client left before its end."""
         length = 0
         try:
             async with asyncio.timeout(self.limits.seconds):

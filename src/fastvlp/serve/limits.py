@@ -78,7 +78,7 @@ class Refusal(Exception):  # noqa: N818 (an answer, not a failure)
         status: Of HTTP.
         code: For programs.
         message: For people.
-        retry_s: Seconds after which it is worth trying again; None where it is not.
+        retry_s: Seconds after which it is worth trying again; None if it is not.
     """
 
     def __init__(self, status: int, code: str, message: str, retry_s: int | None = None):

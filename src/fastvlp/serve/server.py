@@ -116,7 +116,7 @@ def run(
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """Opens a socket. Raises UserError where the address is in use or not this machine's."""
+    """Opens a socket. Raises UserError if the address is in use or not this machine's."""
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         return socket.create_server((host, port), family=family, backlog=2048)

@@ -188,7 +188,7 @@ class Service:
             return None
 
     async def calibration(self) -> Calibration | None:
-        """Returns what the index's cosines mean; None where it does not know."""
+        """Returns what the index's cosines mean; None if it does not know."""
         read_at, calibration = self._calibrated
         if time.monotonic() - read_at > CALIBRATION_S:
             calibration = await self.call_index(lambda index: index.calibration())

@@ -130,7 +130,7 @@ def two_towers(trial: Trial) -> dict[str, Any]:
 def open_clip_model(config: ModelConfig) -> tuple[Any, Callable[..., Tensor], Any]:
     """open_clip's model with the shape of `config`, its loss, and its module that drops patches.
 
-    Raises ImportError where open_clip cannot be imported."""
+    Raises ImportError if open_clip cannot be imported."""
     import open_clip  # noqa: F401
     from open_clip.loss import ClipLoss
     from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg

@@ -8,7 +8,7 @@ from rich.table import Table
 
 from fastvlp.speed.measure import GIGA, Speed, Speeds
 
-# Title -> the cell; None where nothing was measured.
+# Title -> the cell; None if nothing was measured.
 COLUMNS: dict[str, Callable[[Speed], str | None]] = {
     "ms a step": lambda one: f"{one.step_s.median * 1e3:,.1f}",
     "quartiles": lambda one: f"{one.step_s.low * 1e3:,.1f} to {one.step_s.high * 1e3:,.1f}",

@@ -35,7 +35,7 @@ class CaptionData(PairData):
     """Image-text pairs as in pretraining; every caption of a record is a reference."""
 
     def references(self, split: Split) -> list[list[str]]:
-        """The captions of each record. Raises UserError where there is no such split or a record has none."""
+        """The captions of each record. Raises UserError if there is no such split or a record has none."""
         shards = split_shards(self, split)
         references = []
         for i in range(len(shards)):

@@ -150,7 +150,7 @@ def train_and_compare(run: TrainConfig, held: Mapping[str, Held], alpha: float, 
 
 
 def splits_in(folder: str, settings: ContrastSettings) -> PairData:
-    """The splits of the run's data; all else depends on the model. Raises UserError where one is missing."""
+    """The splits of the run's data; all else depends on the model. Raises UserError if one is missing."""
     places = find_splits(folder)
     if "val" not in places and settings.patience is not None:
         raise UserError(
@@ -167,7 +167,7 @@ def splits_in(folder: str, settings: ContrastSettings) -> PairData:
 
 def field_in(place: str, own: str) -> str:
     """The field with the captions of a split: that of the model's training where it is there, else the English or the Chinese
-    ones. Raises UserError where there are none."""
+    ones. Raises UserError if there are none."""
     shards = Shards(place)
     infos = [shards.info(i) for i in range(min(100, len(shards)))]
     found = [name for name in (own, "captions", "captions_zh") if any(usable_captions(info, name) for info in infos)]
@@ -182,7 +182,7 @@ def field_in(place: str, own: str) -> str:
 def saved_start(source: str, run: Path, resume: bool) -> str:
     """The folder of the model to start from: a public model is converted into the run's folder first.
 
-    Raises UserError where there is no such model, or the hub does not answer.
+    Raises UserError if there is no such model, or the hub does not answer.
     """
     if (Path(source) / "model.json").is_file():
         return source
@@ -202,7 +202,7 @@ def saved_start(source: str, run: Path, resume: bool) -> str:
 
 
 def two_encoders(saved: Saved, source: str) -> Saved:
-    """The model itself. Raises UserError where it has no joint space of images and texts."""
+    """The model itself. Raises UserError if it has no joint space of images and texts."""
     config = saved.model.config
     absent = [part for part in ("image", "text") if not getattr(config, part).present]
     if absent:
@@ -230,7 +230,7 @@ def reading_of(start: str, model: ModelConfig, place: str, captions: str | None)
 
 
 def planned(saved: Saved, pairs: PairData, settings: ContrastSettings, freeze: tuple[str, ...]) -> Plan:
-    """The plan for as many pairs as there are. Raises UserError where the model does not know the words of the captions."""
+    """The plan for as many pairs as there are. Raises UserError if the model does not know the words of the captions."""
     shards = Shards(pairs.train)
     step = max(1, len(shards) // 200)
     texts = [text for i in range(0, len(shards), step) for text in usable_captions(shards.info(i), pairs.captions)]

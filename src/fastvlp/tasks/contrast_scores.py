@@ -22,7 +22,7 @@ class Held(NamedTuple):
 
 def recall_on(model: str | Path, held: Held, encoding: MaskedEncoding) -> dict[str, float]:
     """Retrieval among all pairs of a split: the metrics of `recall`, and of the mean recall also the standard error (`error`)
-    and what a random order has (`chance`); numbers of `images` and `texts`. Raises UserError where a record cannot be used: an
+    and what a random order has (`chance`); numbers of `images` and `texts`. Raises UserError if a record cannot be used: an
     evaluation leaves none out."""
     loaded = open_towers(model, encoding).loaded
     shards = Shards(held.place)

@@ -79,7 +79,7 @@ class FLMTunedLayout(Layout):
         )
 
     def task(self, source: Checkpoint, stated: Stated) -> str:
-        """The task whose head is read. Raises UserError where there are several or none, or not the one that is stated."""
+        """The task whose head is read. Raises UserError if there are several or none, or not the one that is stated."""
         found = [task for task, head in HEADS.items() if any(name.startswith(head) for name in source.names)]
         found += [CAPTION] if is_captioner(source) or (stated.task == CAPTION and not found) else []
         if stated.task is not None and stated.task not in found:
@@ -89,7 +89,7 @@ class FLMTunedLayout(Layout):
         return stated.task or found[0]
 
     def answers(self, stated: Stated, count: int) -> tuple[str, ...]:
-        """The answers to choose from. Raises UserError where they are not those of the file's outputs."""
+        """The answers to choose from. Raises UserError if they are not those of the file's outputs."""
         if len(stated.answers) != count:
             given = f"has {len(stated.answers)}" if stated.answers else "is missing"
             raise UserError(

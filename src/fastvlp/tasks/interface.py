@@ -58,7 +58,7 @@ class FineTuned(NamedTuple):
     stored: Stored | None = None
 
     def items(self, split: Split) -> ItemMaker:
-        """The items of a split, to be scored. Raises UserError where there is no such split or, when its batch is made, for
+        """The items of a split, to be scored. Raises UserError if there is no such split or, when its batch is made, for
         a record that cannot be used."""
         data: ItemData = self.data
         return data.evaluation_items(split, self.saved.tokenizer, self.saved.model.config.image.size, self.stored)
@@ -138,7 +138,7 @@ class Task(abc.ABC):
     @classmethod
     def zero_shot(cls, pretrained: Pretrained) -> tuple[Objective, TaskData] | None:
         """An objective, and data without its splits, that score a pretrained run as it is; None for a task that always needs
-        fine-tuning. Raises UserError where the run did not learn what it takes."""
+        fine-tuning. Raises UserError if the run did not learn what it takes."""
         return None
 
     @classmethod
@@ -157,7 +157,7 @@ class Task(abc.ABC):
 
 
 def tasks() -> list[type[Task]]:
-    """All tasks: those of the package, and those in files that the user imported. Raises UserError where two share a name."""
+    """All tasks: those of the package, and those in files that the user imported. Raises UserError if two share a name."""
     found = variants(Task, "fastvlp.tasks")
     names = [task.name for task in found]
     if double := sorted({name for name in names if names.count(name) > 1}):

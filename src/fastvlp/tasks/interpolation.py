@@ -16,7 +16,7 @@ def interpolate(run: Path, start: str, alpha: float) -> None:
     """Moves the best weights of a run to `alpha` of the way from those it started from. The tuned
     ones are kept beside them as tuned.safetensors. A run whose weights were moved already stays as it is.
 
-    Raises UserError where they were moved by another share.
+    Raises UserError if they were moved by another share.
     """
     tuned, old = load_model(run), load_model(start)
     if (moved := tuned.info.get("alpha")) is not None:

@@ -56,7 +56,7 @@ class ItemData(Data, abc.ABC):
     def items(
         self, split: Split, tokenizer: Tokenizer, size: int, *, strict: bool, stored: Stored | None = None
     ) -> ItemMaker | None:
-        """Items with images of `size` x `size` pixels; None where there is no such split. `strict`, `stored`: as in `rows`."""
+        """Items with images of `size` x `size` pixels; None if there is no such split. `strict`, `stored`: as in `rows`."""
         if folder_of(self, split) is None:
             return None
         shards = split_shards(self, split)
@@ -87,7 +87,7 @@ class ItemData(Data, abc.ABC):
     def evaluation_items(
         self, split: Split, tokenizer: Tokenizer, size: int, stored: Stored | None = None
     ) -> ItemMaker:
-        """Items to be scored. Raises UserError where there is no such split or, when its batch is made, for a
+        """Items to be scored. Raises UserError if there is no such split or, when its batch is made, for a
         record that cannot be used."""
         items = self.items(split, tokenizer, size, strict=True, stored=stored)
         if items is None:
@@ -102,12 +102,12 @@ TaskData = ItemData | PairData
 
 
 def folder_of(data: TaskData, split: Split) -> str | None:
-    """The folder of a split; None where there is none."""
+    """The folder of a split; None if there is none."""
     return {"train": data.train, "val": data.val, "test": data.test}[split]
 
 
 def split_shards(data: TaskData, split: Split) -> Shards:
-    """The records of a split. Raises UserError where there is no such split."""
+    """The records of a split. Raises UserError if there is no such split."""
     folder = folder_of(data, split)
     if folder is None:
         raise no_split(split)

@@ -34,7 +34,7 @@ class Item(NamedTuple):
 
     Attributes:
         record: index of the record in its shards.
-        text: the text; empty where the entry cannot be used, and then `fault` says why.
+        text: the text; empty if the entry cannot be used, and then `fault` says why.
         entry: the entry of the record's info that the text is from, with what is right for it (answers, label, ...).
         fault: why the entry cannot be used.
         following: texts that come after `text` in the same row, such as an answer after its question.
@@ -63,7 +63,7 @@ def read_items(shards: Shards, field: str, text: str, answer: str, check: Check 
     `check` says what is wrong with the latter.
 
     A record whose info cannot be read, and an entry that lacks one of the two or has a fault, becomes an item without text.
-    It is dropped, or refused, when a batch with it is made. Raises UserError where no record has a usable entry.
+    It is dropped, or refused, when a batch with it is made. Raises UserError if no record has a usable entry.
     """
     items: list[Item] = []
     fields: set[str] = set()

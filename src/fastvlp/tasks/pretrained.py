@@ -55,13 +55,13 @@ class Pretrained(NamedTuple):
 
 
 def load_pretrained(folder: str) -> Pretrained:
-    """Raises UserError where the folder is no run, or its config is damaged."""
+    """Raises UserError if the folder is no run, or its config is damaged."""
     saved = load_model(folder)
     return Pretrained(folder, saved, preprocessing_of(folder), saved.model.config, saved.info.get("reading", "full"))
 
 
 def preprocessing_of(folder: str | Path) -> Preprocessing:
-    """Raises UserError where the run's config is damaged."""
+    """Raises UserError if the run's config is damaged."""
     data = read_saved_run(folder).data
     regions = replace(data.regions or RegionSource(), classes=None)
     # A crop would leave out some of what a detector found.

@@ -211,7 +211,7 @@ class Retrieval(HeadObjective):
 
 
 def matching_head(saved: Saved) -> tuple[nn.Linear, nn.Linear] | None:
-    """The pooler and classifier of a fusion model that learned to match; None where it did not."""
+    """The pooler and classifier of a fusion model that learned to match; None if it did not."""
     able = (load_objective(saved, name) for name, names in abilities(saved).items() if "match" in names)
     return next((head for objective in able if (head := objective.matching_head) is not None), None)
 

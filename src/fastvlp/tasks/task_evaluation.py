@@ -79,7 +79,7 @@ def score_split(tuned: FineTuned, place: str, *, device: str, options: Any, spli
 
 
 def why_not_scored(task: type[Task], place: str, data: Data) -> str | None:
-    """What all records of a split lack to be scored, as those of published test sets do; None where one has it."""
+    """What all records of a split lack to be scored, as those of published test sets do; None if one has it."""
     field, count = getattr(data, task.field), 0
     for info in readable_infos(Shards(place)):
         if task.has_answer(info, field):
@@ -98,7 +98,7 @@ def split_folder(tuned: FineTuned, split: str, data: str | None) -> str:
 
 
 def load_task(folder: str | Path) -> FineTuned:
-    """A fine-tuned run by itself. Raises UserError where the folder is no run of a task, or is damaged."""
+    """A fine-tuned run by itself. Raises UserError if the folder is no run of a task, or is damaged."""
     saved = load_model(folder)
     name, named = saved.info.get("task"), {task.name: task for task in tasks()}
     if name not in named:

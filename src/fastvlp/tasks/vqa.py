@@ -116,7 +116,7 @@ class VQA(HeadObjective):
 
 
 def choose(scores_A: Tensor, choices: Sequence[str], place: Mapping[str, int]) -> str | None:
-    """The best-scored of a question's own choices; None where none of them is among the answers."""
+    """The best-scored of a question's own choices; None if none of them is among the answers."""
     possible = [choice for choice in choices if choice in place]
     return max(possible, key=lambda choice: float(scores_A[place[choice]])) if possible else None
 

@@ -20,7 +20,7 @@ def compile_blocks(module: nn.Module, device: torch.device, *, backend: str = "i
     """Compiles the layers, where nearly all the work is: one compilation serves all layers of a kind and all numbers of rows
     and tokens. Compiled whole, the draws of FLM crash the CPU backend of torch 2.13.
 
-    Raises UserError where there is no compiler."""
+    Raises UserError if there is no compiler."""
     if backend == "inductor":
         check_compiler(device)
     # Above its limit, dynamo would raise: `fullgraph`.
@@ -34,7 +34,7 @@ def compile_blocks(module: nn.Module, device: torch.device, *, backend: str = "i
 
 
 def check_compiler(device: torch.device) -> None:
-    """Raises UserError where PyTorch finds nothing that compiles for a device."""
+    """Raises UserError if PyTorch finds nothing that compiles for a device."""
     if device.type != "cpu":
         from torch.utils._triton import has_triton
 

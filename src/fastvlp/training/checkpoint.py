@@ -45,7 +45,7 @@ LATER_COUNTERS = ("stale", "validated")
 def save_checkpoint(path: str | Path, state: dict[str, Any]) -> None:
     """Tensors, numbers, strings and their containers only: the file is read back without running anything in it.
 
-    Raises UserError where the disk is full or the folder not writable; an older file then stays as it was.
+    Raises UserError if the disk is full or the folder not writable; an older file then stays as it was.
     """
     path = Path(path)
     # Always the same name, so that what a killed run leaves behind is overwritten by the next.
@@ -60,7 +60,7 @@ def save_checkpoint(path: str | Path, state: dict[str, Any]) -> None:
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
-    """The saved state on the CPU, whatever device it was saved from. Raises UserError where the file is missing, or is not what
+    """The saved state on the CPU, whatever device it was saved from. Raises UserError if the file is missing, or is not what
     was written."""
     path = Path(path)
     if not path.is_file():
@@ -84,7 +84,7 @@ def save(state: TrainState, *, wait: bool = True) -> None:
     """Everything that `restore` needs, and the weights alone beside it. The main rank writes, and the others `wait` for it:
     what it cannot write is an error of all.
 
-    Raises UserError where a weight is not finite, so that what was saved before stays, where the folder was removed, and where
+    Raises UserError if a weight is not finite, so that what was saved before stays, where the folder was removed, and where
     the disk is full.
     """
     if state.sharding is not None and not wait:
@@ -207,7 +207,7 @@ def inherited_abilities(state: TrainState) -> list[Ability]:
 
 
 def read_checkpoint(run: TrainConfig, change: Collection[str] = ()) -> dict[str, Any]:
-    """The last checkpoint of a run. Raises UserError where another run saved it. `change`: fields that may differ."""
+    """The last checkpoint of a run. Raises UserError if another run saved it. `change`: fields that may differ."""
     path = run.folder / CHECKPOINT
     saved = load_checkpoint(path)
     if missing := {"run", "rows", "ranks", "pretraining", "optimiser", "ema", "dropped", *COUNTERS} - set(saved):
@@ -220,7 +220,7 @@ def read_checkpoint(run: TrainConfig, change: Collection[str] = ()) -> dict[str,
 
 
 def restore(state: TrainState, saved: Mapping[str, Any], change: Collection[str] = ()) -> None:
-    """Brings a new state, whose weights are loaded, to where the checkpoint stood. Raises UserError where its data had other
+    """Brings a new state, whose weights are loaded, to where the checkpoint stood. Raises UserError if its data had other
     records, and where it holds something else than was saved. `change`: fields that may differ."""
     path = state.run.folder / CHECKPOINT
     with _expect_form(path):
@@ -273,7 +273,7 @@ def group_names(state: TrainState) -> list[list[str]]:
 
 
 def load_optimiser(optimiser: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
-    """Takes the moments, and the rate of the last step; everything else is the run's own. Raises ValueError where they are of
+    """Takes the moments, and the rate of the last step; everything else is the run's own. Raises ValueError if they are of
     other parameters, or a number is not finite."""
     options = [
         {name: x for name, x in group.items() if name not in ("params", "lr")} for group in optimiser.param_groups

@@ -81,7 +81,7 @@ def changed_data(
 
 
 def refuse(path: Path, changed: Mapping[str, tuple[Any, Any]], change: Collection[str] = ()) -> None:
-    """Raises UserError where another run saved the checkpoint. `changed`: what differs; `change`: what may."""
+    """Raises UserError if another run saved the checkpoint. `changed`: what differs; `change`: what may."""
     unwanted = {
         name: values for name, values in changed.items() if not any(f"{name}.".startswith(f"{c}.") for c in change)
     }

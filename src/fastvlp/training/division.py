@@ -29,7 +29,7 @@ def divide(run: TrainConfig, began: int, ranks: int | None = None) -> Division:
 
     Micro-batches stay whole where their number divides; else each is cut into as few equal parts as possible.
 
-    Raises UserError where the ranks cannot have equal shares.
+    Raises UserError if the ranks cannot have equal shares.
     """
     ranks = dist.world() if ranks is None else ranks
     planned, rows = run.accumulate * began, run.data.batch_size

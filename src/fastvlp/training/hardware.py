@@ -33,7 +33,7 @@ _PEAKS = (
 
 
 def peak_flops(device: torch.device | str, precision: Precision = "bf16") -> float | None:
-    """The device's peak in FLOP/s, None where it is not known: then FLOP/s are reported instead of MFU."""
+    """The device's peak in FLOP/s, None if it is not known: then FLOP/s are reported instead of MFU."""
     device = torch.device(device)
     if device.type != "cuda":
         return None

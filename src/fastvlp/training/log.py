@@ -35,7 +35,7 @@ SILENCE_S = 10.0
 @dataclass(kw_only=True)
 class _Totals:
     """Sums over the steps since the last line. `flops` are of this rank, pairs and tokens of all. `equal_pairs` are those whose
-    text or image another pair of the step has too; None where nothing contrasts them."""
+    text or image another pair of the step has too; None if nothing contrasts them."""
 
     steps: int = 0
     pairs: int = 0

@@ -41,7 +41,7 @@ class MuonAndAdamW(torch.optim.Optimizer):
 def split_groups(groups: Sequence[dict[str, Any]], module: nn.Module) -> list[dict[str, Any]]:
     """The groups in two parts each: the matrices of layers, with `muon`, and the rest.
 
-    Raises UserError where no matrix of a layer is trained, or PyTorch has no Muon."""
+    Raises UserError if no matrix of a layer is trained, or PyTorch has no Muon."""
     if not hasattr(torch.optim, "Muon"):
         raise UserError(f"`optim.matrices` muon needs torch 2.9 or later, and this is {torch.__version__}")
     blocks = [part for part in module.modules() if isinstance(part, Block)]

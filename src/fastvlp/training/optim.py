@@ -123,7 +123,7 @@ def spared(pretraining: Pretraining, config: OptimConfig) -> set[int]:
 
 
 def _part(pretraining: Pretraining, part: str) -> list[nn.Parameter]:
-    """The parameters of a part of the model, or of an objective. Raises UserError where there is no such part."""
+    """The parameters of a part of the model, or of an objective. Raises UserError if there is no such part."""
     named = {name.removeprefix("model."): parameter for name, parameter in pretraining.named_parameters()}
     found = [parameter for name, parameter in named.items() if f"{name}.".startswith(f"{part}.")]
     if not found:

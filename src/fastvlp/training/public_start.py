@@ -96,7 +96,7 @@ def completed(run: TrainConfig, images: PublicImages | None, texts: PublicTexts 
 
 
 def public_tokenizer(texts: PublicTexts, path: str | None) -> Tokenizer:
-    """The tokenizer of a public text encoder, or the one in the file that is named. Raises UserError where it has none, or the
+    """The tokenizer of a public text encoder, or the one in the file that is named. Raises UserError if it has none, or the
     file is of another vocabulary."""
     tokenizer = read_tokenizer(texts.folder, path)
     known = tokenizer.vocab_size - len(tokenizer.added)
@@ -112,10 +112,10 @@ def load_encoders(
     model: VLModel, objectives: Mapping[str, nn.Module], images: PublicImages | None, texts: PublicTexts | None
 ) -> Inheritance | None:
     """Loads the weights of public encoders into a model that is made for them, and what objectives share with them; those of
-    an image encoder that names its own (`starting_weights`) too. None where there are neither.
+    an image encoder that names its own (`starting_weights`) too. None if there are neither.
 
     Positions are resized, and the vocabulary gets the model's size. Projections are loaded where they have the model's shape.
-    Raises UserError where weights are missing or have another shape.
+    Raises UserError if weights are missing or have another shape.
     """
     named = None if images is not None else model.config.image.starting_weights()
     if images is None and texts is None and named is None:
@@ -150,7 +150,7 @@ def load_encoders(
 
 
 def check_tokens(model: VLModel, objectives: Mapping[str, Objective], new: Collection[str]) -> None:
-    """Raises UserError where an objective reads a token that is never trained. `new`: the roles of the tokens that the public
+    """Raises UserError if an objective reads a token that is never trained. `new`: the roles of the tokens that the public
     tokenizer lacked, whose vectors are random."""
     if not new or model.text.word_table.requires_grad:
         return

@@ -68,7 +68,7 @@ def _runs(process: int) -> bool:
 
 
 def check_in_place(lock: WriterLock | None) -> None:
-    """Raises UserError where the folder of a run was removed or renamed since the run began."""
+    """Raises UserError if the folder of a run was removed or renamed since the run began."""
     if lock is not None and not lock.is_in_place():
         raise UserError(
             f"{lock.path.parent}: the folder was removed or renamed during the run; nothing more is saved there"

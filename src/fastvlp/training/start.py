@@ -48,7 +48,7 @@ MOST_RANKS = 1 << 20
 
 
 def check_image_encoder(model: VLModel) -> None:
-    """Raises UserError where an image encoder does not return what its config says: it may be in a user's own file."""
+    """Raises UserError if an image encoder does not return what its config says: it may be in a user's own file."""
     config = model.config.image
     if "image" not in model.encoders():
         return
@@ -68,7 +68,7 @@ def start(run: TrainConfig, *, resume: bool = False, change: Collection[str] = (
     """Everything that the loop needs; from the run's last checkpoint with `resume`, where there is one. `change`: names of the
     fields that may differ from the run that was saved.
 
-    Raises UserError where the config, the data or the checkpoint cannot be used.
+    Raises UserError if the config, the data or the checkpoint cannot be used.
     """
     images, texts = read_encoders(run)
     run = with_one_teacher(completed(run, images, texts))
@@ -160,7 +160,7 @@ def with_one_teacher(run: TrainConfig) -> TrainConfig:
 
 
 def with_teacher_time(run: TrainConfig, stored: Stored | None) -> TrainConfig:
-    """The run with the time that its teacher leaves, where that is counted. Raises UserError where it leaves none."""
+    """The run with the time that its teacher leaves, where that is counted. Raises UserError if it leaves none."""
     if run.teacher_time == "free" or stored is None or stored.teacher is None:
         return run
     # The same on every rank, so that all end after the same step.
@@ -175,7 +175,7 @@ def with_teacher_time(run: TrainConfig, stored: Stored | None) -> TrainConfig:
 
 
 def held_out_rows(run: TrainConfig, tokenizer: Tokenizer, size: int, given: Mapping[str, Any]) -> Rows | None:
-    """The rows to validate on. Raises UserError where there are none and the run counts on them."""
+    """The rows to validate on. Raises UserError if there are none and the run counts on them."""
     rows = run.data.rows("val", tokenizer, size, strict=True, **given)
     if rows is None and run.patience is not None:
         raise UserError(f"{run.name}: `patience` counts validations, which need data; give `data.val`, or leave it out")

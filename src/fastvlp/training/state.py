@@ -36,7 +36,7 @@ class StepReport:
         losses: `loss`, which was minimised: the sum of weight * mean over its terms; and the mean of each term.
         lr: learning rate of the encoders, of their last layers where layers learn at different rates.
         pairs: rows of the step.
-        equal_pairs: rows whose text or image another row of the step has too; None where no objective contrasts rows.
+        equal_pairs: rows whose text or image another row of the step has too; None if no objective contrasts rows.
         tokens: targets of all losses.
         seconds: of the step, of which `data_wait` were spent waiting for batches.
         flops: floating-point operations of this rank.
@@ -78,7 +78,7 @@ class TrainState:
         inherited: what became of the weights that the run started from.
         stored: where the states of frozen encoders are.
         earlier_length: of a resumed run, its length when it was saved.
-        contents: hashes of the records of the splits train and val; None where that is not known.
+        contents: hashes of the records of the splits train and val; None if that is not known.
         changed: of a resumed run, what the user let it change: (then, now) by name.
         remeasured: of a resumed run, the changed fields that decide what validation measures; its lowest loss begins anew.
         skipped_batches: how many batches, more than steps have taken, are behind a resumed run whose batches are others now.
@@ -88,8 +88,8 @@ class TrainState:
         saved: the step of the last checkpoint; 0 where there is none.
         clock: gives the seconds by which `elapsed` grows; a comparison on a CPU counts CPU time.
         division: how the batches of a step are divided among the ranks.
-        sharding: how weights are divided among the ranks; None where each has all.
-        lock: of the run's folder, which one process writes to; None where nothing is locked.
+        sharding: how weights are divided among the ranks; None if each has all.
+        lock: of the run's folder, which one process writes to; None if nothing is locked.
         notes: what the caller keeps with the state: plain values, saved and restored in one file with it.
         recomputes: layers of each part of the model that are computed again in the backward pass.
         between_steps: whether the weights are those after `step`; false while a step changes them.

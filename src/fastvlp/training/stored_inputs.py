@@ -19,13 +19,13 @@ from fastvlp.training.train_config import TrainConfig
 
 
 def stored_inputs(pretraining: Pretraining, run: TrainConfig, precision: Precision, ranks: int) -> Stored | None:
-    """Where the states are that a run reads, as its weights stand. None where it has no frozen encoder, or stores nothing.
+    """Where the states are that a run reads, as its weights stand. None if it has no frozen encoder, or stores nothing.
 
     Args:
         precision: in which the encoders run.
         ranks: for which the steps of the run are planned.
 
-    Raises UserError where the run says that states are always stored, and those of a frozen encoder cannot be used.
+    Raises UserError if the run says that states are always stored, and those of a frozen encoder cannot be used.
     """
     model, config, reads = pretraining.model, run.states, rows_read(run.data, run.steps, run.accumulate * ranks)
     teacher = find_teacher(pretraining, run, precision)
@@ -55,7 +55,7 @@ def stored_inputs(pretraining: Pretraining, run: TrainConfig, precision: Precisi
 
 
 def find_teacher(pretraining: Pretraining, run: TrainConfig, precision: Precision) -> TeacherStore | None:
-    """Where the vectors are of the teacher that the objectives name; None where none does. Raises UserError for several."""
+    """Where the vectors are of the teacher that the objectives name; None if none does. Raises UserError for several."""
     named = {part.teacher for part in pretraining.all_objectives().values() if part.teacher is not None}
     if len(named) > 1:
         raise UserError(f"the objectives name several teachers ({', '.join(sorted(named))}); a run has one")
@@ -64,7 +64,7 @@ def find_teacher(pretraining: Pretraining, run: TrainConfig, precision: Precisio
 
 
 def why_no_images(pretraining: Pretraining, augment: AugmentConfig, mirrors: bool, reduced: ReducedStart) -> str | None:
-    """Why images are encoded at each step; None where their stored states are read."""
+    """Why images are encoded at each step; None if their stored states are read."""
     stored = replace(augment, flip=0.0) if mirrors else augment
     if "image" not in frozen_encoders(pretraining.model):
         return "the image encoder is trained"
@@ -81,7 +81,7 @@ def why_no_images(pretraining: Pretraining, augment: AugmentConfig, mirrors: boo
 
 
 def why_no_texts(pretraining: Pretraining, reduced: ReducedStart) -> str | None:
-    """Why texts are encoded at each step; None where their stored states are read."""
+    """Why texts are encoded at each step; None if their stored states are read."""
     model = pretraining.model
     if "text" not in frozen_encoders(model):
         return "the text encoder is trained"
@@ -96,7 +96,7 @@ def why_no_texts(pretraining: Pretraining, reduced: ReducedStart) -> str | None:
 
 
 def rows_read(data: Data, steps: int | None, batches: int) -> float | None:
-    """Rows that a run reads in all; None where nobody knows."""
+    """Rows that a run reads in all; None if nobody knows."""
     if steps is None or data.max_tokens is not None:
         return None
     return steps * batches * data.batch_size

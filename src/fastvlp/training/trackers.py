@@ -34,7 +34,7 @@ class Tracker(Protocol):
 
 
 def check_installed(names: Iterable[TrackerName]) -> None:
-    """Raises UserError where a tracker is not installed, before a run has begun."""
+    """Raises UserError if a tracker is not installed, before a run has begun."""
     for name in names:
         missing = sys.modules[name] is None if name in sys.modules else importlib.util.find_spec(name) is None
         if missing:

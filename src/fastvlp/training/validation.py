@@ -40,7 +40,7 @@ def read_before_training(state: TrainState, scored: Collection[Split] = ()) -> N
 
 
 def first_batch(loader: Loader, split: Split) -> Batch | None:
-    """The first batch of a split, after all have been read; None where this rank has no rows."""
+    """The first batch of a split, after all have been read; None if this rank has no rows."""
     first = None
     count = -(-len(range(loader.rank, loader.count, loader.world)) // loader.batch_size)
     for batch, _ in with_progress(loader.once(), lambda: count, f"reading {split} once", dist.is_main()):
@@ -59,7 +59,7 @@ def validation_batches(state: TrainState) -> Iterator[Batch]:
 
 
 def validate(state: TrainState) -> dict[str, float]:
-    """Returns the mean of each loss over the validation targets, and `loss`, their weighted sum; nothing where there is no
+    """Returns the mean of each loss over the validation targets, and `loss`, their weighted sum; nothing if there is no
     target. Random draws are the same every time.
 
     Losses that couple rows are those of `validation_rows` rows together, whatever the batch size and the number of ranks.

@@ -42,7 +42,8 @@ class ClozeAccuracy(Metric):
 
 
 def cloze_methods(state: TrainState) -> dict[str, ClozeMethod]:
-    """How the arm predicts single words, by score: as the first of its objectives that learns to."""
+    """Returns the methods by which the arm predicts single words, by score. The first objective that trains a method gives
+    it."""
     methods: dict[str, ClozeMethod] = {}
     for objective in cast(Mapping[str, Objective], state.pretraining.objectives).values():
         both = objective.cloze_method if objective.cloze_context == "both" else None

@@ -15,7 +15,7 @@ CAPTION_SUFFIXES = ("txt", "text", "caption", "captions", "cap")
 
 
 def caption_texts(value: Any) -> list[str]:
-    """All captions in a value, in order; what is empty or no text is left out."""
+    """Returns all captions in a value, in order, without values that are empty or not text."""
     return [text for text in _texts(value) if text.strip()]
 
 

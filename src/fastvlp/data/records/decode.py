@@ -267,8 +267,8 @@ def _joined(upper: Image.Image, lower: Image.Image, strip: tuple[int, int, int, 
 
 
 def _bits(highest: int) -> int:
-    """How many bits are in use of an image of 16: a scanner or camera of 10, 12 or 14 writes its values as they are, and they
-    would be nearly black."""
+    """Returns the number of bits that a 16-bit image uses: a scanner or camera of 10, 12 or 14 writes its values as they
+    are, and they would be nearly black."""
     return next(bits for bits in (8, 10, 12, 14, 16) if highest < 1 << bits)
 
 

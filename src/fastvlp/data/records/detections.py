@@ -65,12 +65,12 @@ def pack(regions: Detections) -> bytes:
 
 
 def unpack(data: bytes) -> Detections:
-    """The regions in an npz that `pack` made. Raises ValueError where it is anything else."""
+    """The regions in an npz that `pack` made. Raises ValueError if it is anything else."""
     return check_arrays(read_npz(data))
 
 
 def read_npz(data: bytes) -> dict[str, np.ndarray]:
-    """The arrays of an npz. Nothing in it is executed. Raises ValueError where it cannot be read."""
+    """The arrays of an npz. Nothing in it is executed. Raises ValueError if it cannot be read."""
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             if sum(member.file_size for member in archive.infolist()) > MOST_BYTES:
@@ -89,7 +89,7 @@ def read_npz(data: bytes) -> dict[str, np.ndarray]:
 
 
 def _check_size(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> None:
-    """Raises ValueError where an array states another size than its member has: numpy allocates what it states."""
+    """Raises ValueError if an array states another size than its member has: numpy allocates what it states."""
     with archive.open(member) as file:
         if file.read(6) != np.lib.format.MAGIC_PREFIX:
             return  # no array

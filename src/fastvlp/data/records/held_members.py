@@ -11,7 +11,7 @@ GAP, LONGEST = 256 << 10, 16 << 20
 
 
 class Place(NamedTuple):
-    """Where a member is in a tar."""
+    """The position of a member in a tar."""
 
     tar: str
     offset: int

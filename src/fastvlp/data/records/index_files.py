@@ -30,29 +30,29 @@ Read = Callable[[str, int, int], bytes]
 
 
 def index_name(root: str) -> str:
-    """Where the index of a folder, or of one tar, is kept."""
+    """Returns the path of the index of a folder, or of a single tar."""
     return f"{root.removesuffix('.tar')}.{NAME}" if root.endswith(".tar") else f"{root.rstrip('/')}/{NAME}"
 
 
 def cached_index(url: str) -> Path:
-    """Where the index of shards is kept on this machine that cannot be kept beside them: in the folder that the environment
-    variable FASTVLP_CACHE names, by default ~/.cache/fastvlp."""
+    """Returns the path, on this machine, of an index that cannot be kept beside its shards: in the folder that the
+    environment variable FASTVLP_CACHE names, by default ~/.cache/fastvlp."""
     folder = os.environ.get("FASTVLP_CACHE") or Path.home() / ".cache" / "fastvlp"
     return Path(folder) / f"{sha256(url.encode()).hexdigest()[:32]}.{NAME}"
 
 
 def index_places(root: str) -> list[Path]:
-    """Where the index of local tars may be kept, best first."""
+    """Returns the paths at which the index of local tars may be kept, best first."""
     return [Path(index_name(root)), cached_index(str(Path(root).resolve()))]
 
 
 def beside_index(index: Path, name: str) -> Path:
-    """Where another file about the same tars is kept."""
+    """Returns the path of another file about the same tars."""
     return index.with_name(index.name.removesuffix(NAME) + name)
 
 
 def local_index(root: str, tars: Sequence[Tar], read: Read) -> tuple[SplitIndex, Path | None]:
-    """The index of local tars and its file; None where it is in no file, because nothing can be written."""
+    """The index of local tars and its file; None if it is in no file, because nothing can be written."""
     places = index_places(root)
     # One tar of a folder may be in the folder's index.
     older = [*places, *([Path(root).parent / NAME] if Path(root).is_file() else [])]

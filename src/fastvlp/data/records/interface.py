@@ -1,4 +1,4 @@
-"""What records are read from: shards, or the files of a data set that was not imported."""
+"""The interface for reading records from shards, or from the files of a data set that was not imported."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ class Records(Protocol):
 
     @property
     def url(self) -> str:
-        """Where they are, for messages and results."""
+        """The path or URL of the records, for messages and results."""
 
     @property
     def damage(self) -> Sequence[Dropped]:
-        """What cannot be read, each with a name and a reason."""
+        """The parts that cannot be read, each with a name and a reason."""
 
     @property
     def fingerprint(self) -> str:
@@ -28,7 +28,7 @@ class Records(Protocol):
 
     @property
     def folder(self) -> Path | None:
-        """A local folder for files about these records; None where they are on another machine."""
+        """A local folder for files about these records; None if they are on another machine."""
 
     def key(self, i: int) -> str:
         """The name of record i."""
@@ -40,10 +40,10 @@ class Records(Protocol):
         """The encoded images of record i."""
 
     def image_count(self, i: int) -> int:
-        """How many images record i has; reads none."""
+        """Returns the number of images of record i, without reading them."""
 
     def detected(self, i: int) -> tuple[bytes, ...]:
-        """A detector's regions of each image, as npz; empty where there are none."""
+        """A detector's regions of each image, as npz; empty if there are none."""
 
 
 class SplitRecords(Records, Protocol):
@@ -54,7 +54,7 @@ class SplitRecords(Records, Protocol):
         """Hash of the records in their order, wherever they are."""
 
     def places(self, name: str) -> list[Path]:
-        """Where a file about these records may be kept, best first."""
+        """Returns the paths at which a file about these records may be kept, best first."""
 
     def hold(self, records: Iterable[int]) -> None:
         """Reads whole records ahead, and keeps them until they are released as often."""

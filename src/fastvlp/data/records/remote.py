@@ -33,7 +33,7 @@ def is_url(place: str | Path) -> bool:
 
 
 def open_url(place: str) -> tuple[Any, str]:
-    """The file system of a path or URL, and the place in it. Raises UserError where a driver is missing."""
+    """The file system of a path or URL, and the place in it. Raises UserError if a driver is missing."""
     options: dict[str, Any] = {}
     if place.startswith(("http://", "https://")):
         options = _http_options()
@@ -55,7 +55,8 @@ def _http_options() -> dict[str, Any]:
 
 
 def attempt(place: str, read: Callable[[], T], waits: Sequence[float] | None = None) -> T:
-    """What `read` returns. An error that may pass, such as a lost connection or HTTP 503, is waited for, longer each time.
+    """Returns the result of `read`. After a temporary error, such as a lost connection or HTTP 503, it tries again, and waits
+    longer each time.
 
     Raises UserError, which names the place, where it does not pass.
     """
@@ -115,7 +116,7 @@ def _advice(error: Exception) -> str:
 
 
 def read_range(fs: Any, place: str, offset: int, length: int) -> bytes:
-    """Bytes of a file at a URL. Raises UserError where they cannot be had."""
+    """Bytes of a file at a URL. Raises UserError if they cannot be had."""
 
     def read() -> bytes:
         data: bytes = fs.cat_file(place, start=offset, end=offset + length)

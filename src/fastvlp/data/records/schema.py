@@ -31,7 +31,7 @@ _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\ufeff\ud800-\udfff]+")
 
 
 def clean_text(text: Any) -> str | None:
-    """The text without control characters and repeated spaces; None where it is no text or nothing is left."""
+    """The text without control characters and repeated spaces; None if it is no text or nothing is left."""
     if not isinstance(text, str):
         return None
     return " ".join(_CONTROL.sub(" ", text).split()) or None
@@ -62,7 +62,7 @@ def is_absent(value: Any) -> bool:
 
 
 def unstorable(info: Mapping[str, Any]) -> str | None:
-    """The first field that no shard can hold as JSON, with the reason; None where all can be stored."""
+    """The first field that no shard can hold as JSON, with the reason; None if all can be stored."""
     for name, value in info.items():
         try:
             json.dumps({name: value}, ensure_ascii=False).encode()

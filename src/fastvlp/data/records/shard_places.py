@@ -1,4 +1,4 @@
-"""Where the tars of a split are."""
+"""The locations of the tars of a split."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def find_tars(fs: Any, root: str) -> list[str]:
 
 
 def list_tars(fs: Any, root: str) -> list[dict[str, Any]]:
-    """What a file system says of the same tars; of one over HTTP only its name."""
+    """Lists the tars with the details that a file system gives; for a single tar over HTTP only its name."""
     if root.endswith(".tar") and is_url(root):
         return [{"name": root}]  # over HTTP, `ls` would read it whole
     try:
@@ -45,7 +45,7 @@ def list_tars(fs: Any, root: str) -> list[dict[str, Any]]:
 
 
 def local_tars(root: str) -> list[Tar]:
-    """The tars of a local split. Raises UserError where the folder cannot be read."""
+    """The tars of a local split. Raises UserError if the folder cannot be read."""
     try:
         if root.endswith(".tar") and Path(root).is_file():
             found = Path(root).stat()

@@ -147,11 +147,11 @@ class SplitIndex:
 
 
 def read_split_index(path: Path, *, check: bool = True) -> SplitIndex:
-    """Opens the index in a file. Raises DamagedArraysError where it is not one of this version, not what was written, or names
-    places outside its tars; and OSError where it cannot be read.
+    """Opens the index in a file. Raises DamagedArraysError if it is not one of this version, not what was written, or names
+    places outside its tars; and OSError if it cannot be read.
 
     Args:
-        check: False where this process has checked the file already.
+        check: False if this process has checked the file already.
     """
     flat = open_flat(path, check=check)
     try:
@@ -219,7 +219,7 @@ def write_split_index(
     read: Callable[[str, int, int], bytes],
     origin: str = "",
 ) -> None:
-    """Writes the index of a split into an open file. Raises OSError where the disk is full.
+    """Writes the index of a split into an open file. Raises OSError if the disk is full.
 
     Args:
         folder: of its parts while they grow.

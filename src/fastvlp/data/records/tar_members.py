@@ -52,7 +52,7 @@ def members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
 
 
 def fault(member: tarfile.TarInfo) -> str | None:
-    """Why a plain member is not read; None where nothing is wrong. A sparse one may claim any size."""
+    """Returns the reason why a plain member is not read; None if nothing is wrong. A sparse one may claim any size."""
     if member.issparse():
         return f"{member.name} is a sparse file"
     if member.size > MOST_BYTES:

@@ -17,8 +17,8 @@ from fastvlp.extensions import variants
 
 
 def formats() -> dict[str, type[Source]]:
-    """All formats by name: those of this package, and those in files that the user imported. Raises UserError where two have
-    the same name."""
+    """Returns all formats by name: those of this package, and those in files that the user imported. Raises UserError if two
+    have the same name."""
     sources = sorted(variants(Source, __name__), key=lambda source: source.name)
     names = [source.name for source in sources]
     if double := sorted({name for name in names if names.count(name) > 1}):
@@ -39,7 +39,7 @@ def formats_help() -> str:
 def find_format(path: Path, format: str = "auto") -> type[Source]:
     """The format of that name, or for `auto` the format that is surest of `path`.
 
-    Raises UserError where there is no such path, no such format, or where the path looks like no format or like several.
+    Raises UserError if there is no such path, no such format, or where the path looks like no format or like several.
     """
     known = formats()
     if format != "auto" and format not in known:
@@ -67,7 +67,7 @@ def find_format(path: Path, format: str = "auto") -> type[Source]:
 
 
 def matching_paths(path: Path) -> list[Path]:
-    """The path, or where it is a pattern such as `data/train-*.parquet`, all that match it, by name. Raises UserError where
+    """The path, or where it is a pattern such as `data/train-*.parquet`, all that match it, by name. Raises UserError if
     there is none."""
     if path.exists():
         return [path]

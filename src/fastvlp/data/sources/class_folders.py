@@ -85,7 +85,7 @@ def _is_data(file: Path) -> bool:
 
 
 def _place(file: Path, path: Path) -> tuple[str, str]:
-    """Split and class that an image's folders name, empty where they name none."""
+    """Split and class that an image's folders name, empty if they name none."""
     folders = file.relative_to(path).parts[:-1]
     split = folders[0] if folders and usual_split(folders[0]) in USUAL else ""
     rest = folders[1:] if split else folders

@@ -119,7 +119,8 @@ def annotation_files(path: Path) -> dict[str, list[Path]]:
 
 
 def _set_name(file: Path) -> str:
-    """What a file is about: `train2017` of `instances_train2017.json`, `valid` of `valid/_annotations.coco.json`."""
+    """Returns the name of the data set in a file name: `train2017` of `instances_train2017.json`, `valid` of
+    `valid/_annotations.coco.json`."""
     if file.name == ROBOFLOW:
         return file.parent.name if split_of(file.parent.name) else ""
     kind = next((kind for kind in KINDS if file.name.startswith(f"{kind}_")), None)

@@ -17,7 +17,7 @@ ClassNames = Mapping[str, Sequence[str]]
 
 
 def read_parquet(path: Path) -> tuple[Iterator[Row | Dropped | Note], ClassNames]:
-    """The rows of a parquet file, and the names of the classes that its schema has. Raises UserError where it is none."""
+    """The rows of a parquet file, and the names of the classes that its schema has. Raises UserError if it is none."""
     pa = _arrow(path)
     from pyarrow import parquet
 
@@ -29,7 +29,7 @@ def read_parquet(path: Path) -> tuple[Iterator[Row | Dropped | Note], ClassNames
 
 
 def read_arrow(path: Path) -> tuple[Iterator[Row | Dropped | Note], ClassNames]:
-    """The rows of an Arrow file or stream, as the `datasets` library writes them. Raises UserError where it is none."""
+    """The rows of an Arrow file or stream, as the `datasets` library writes them. Raises UserError if it is none."""
     pa = _arrow(path)
     try:
         source = pa.memory_map(str(path))
@@ -125,7 +125,7 @@ def _cells(path: Path, batch: Any, start: int) -> Iterator[Row | Dropped | Note]
 
 
 def _values(column: Any) -> list[Any] | None:
-    """The values of a column, an exception in the place of each that cannot be read; None where none can."""
+    """The values of a column, an exception in the place of each that cannot be read; None if none can."""
     values: list[Any] = []
     for cell in column:
         try:

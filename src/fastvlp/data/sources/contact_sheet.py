@@ -55,7 +55,8 @@ def summary_text(info: Mapping[str, Any]) -> str:
 
 
 def _wrap(text: str, code_points: frozenset[int]) -> str:
-    """At most LINES lines; a line is replaced by a note where the font, of these code points, lacks its script."""
+    """Wraps a text to at most LINES lines. A line is replaced by a note if the font, which has these code points, lacks its
+    script."""
     lines = []
     for line in text[:400].splitlines():
         missing = sum(ord(c) not in code_points for c in line if not c.isspace())

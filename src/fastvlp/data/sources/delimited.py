@@ -172,7 +172,7 @@ def _records(name: str, lines: Sequence[str], separator: str) -> Iterator[tuple[
 
 
 def _quoted(lines: Sequence[str], separator: str) -> tuple[list[str] | None, int]:
-    """The first record of lines with quotes and how many of them it takes; None where the quotes are not csv's."""
+    """The first record of lines with quotes and how many of them it takes; None if the quotes are not csv's."""
     for used in range(1, len(lines) + 1):
         try:
             # One string: csv would take the lines of a list for records of their own.

@@ -38,7 +38,7 @@ class Duplicate:
 
 
 class Looks(NamedTuple):
-    """What a picture looks like: bits [64] of a perceptual hash, and colours of a thumbnail [192]."""
+    """The appearance of a picture: bits [64] of a perceptual hash, and colours of a thumbnail [192]."""
 
     bits: np.ndarray
     colours: np.ndarray
@@ -107,7 +107,7 @@ class ImageHashes:
                 yield Duplicate(first=self._places[first], second=self._places[i], exact=exact)
 
     def _nearest(self, i: int, others: Sequence[int]) -> int | None:
-        """The one of the others that looks like image i; None where none does."""
+        """The one of the others that looks like image i; None if none does."""
         own, looks = self._looks[i], [self._looks[j] for j in others]
         assert own is not None
         bits = np.stack([one.bits for one in looks if one is not None])

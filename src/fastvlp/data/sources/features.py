@@ -27,7 +27,7 @@ class FeatureStore:
 
     Attributes:
         names: names of the entries, one for each image.
-        read: the arrays of an entry; raises ValueError where they cannot be read.
+        read: the arrays of an entry; raises ValueError if they cannot be read.
     """
 
     names: Sequence[str]
@@ -57,7 +57,7 @@ def add_regions(items: Iterator[Item], path: Path) -> Iterator[Item]:
 
 
 def open_store(path: Path) -> FeatureStore:
-    """Raises UserError where there is neither an LMDB nor a folder of npz files."""
+    """Raises UserError if there is neither an LMDB nor a folder of npz files."""
     if (path / "data.mdb").is_file() or path.suffix == ".mdb":
         return _open_lmdb(path)
     names = sorted(file.name for file in path.glob("*.npz")) if path.is_dir() else []
@@ -157,7 +157,7 @@ def _lmdb_keys(path: str) -> list[str]:
 
 def read_msgpack(data: bytes) -> Mapping[str, Any]:
     """The arrays of a dict that msgpack-numpy wrote. That package unpickles arrays of objects; here they stay undecoded, like
-    everything but tables of floats. Raises ValueError where it is no such dict."""
+    everything but tables of floats. Raises ValueError if it is no such dict."""
     import msgpack
 
     try:

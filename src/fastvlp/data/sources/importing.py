@@ -1,4 +1,4 @@
-"""From a source to shards: reads every record, checks it, and writes a folder of shards for each split."""
+"""Imports a source into shards: reads every record, checks it, and writes a folder of shards for each split."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class Imported:
 
     @property
     def reasons(self) -> Counter[str]:
-        """How many were dropped for each reason."""
+        """The number of dropped records for each reason."""
         return Counter(drop.reason for drop in self.dropped)
 
 

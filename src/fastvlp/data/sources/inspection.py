@@ -34,7 +34,7 @@ from fastvlp.errors import UserError
 from fastvlp.files import write_whole
 
 MOST_DUPLICATES = 20
-# Fields of texts, in any language, and the name of the text in their entries; None where an entry is the text.
+# Fields of texts, in any language, and the name of the text in their entries; None if an entry is the text.
 TEXTS = {"captions": None, "questions": "question", "statements": "text"}
 # A run may read fewer of a record's stored regions; a record where none of all is visible is of no use to any run.
 ALL = RegionSource(stored=True, least=1 << 30, most=1 << 30)
@@ -77,8 +77,8 @@ class Inspection:
 
     Attributes:
         splits: a report of each split.
-        sheet: the contact sheet; None where no record can be read, or where the folder of the data cannot be written.
-        no_sheet: why it could not be written; empty where it was.
+        sheet: the contact sheet; None if no record can be read, or where the folder of the data cannot be written.
+        no_sheet: why it could not be written; empty if it was.
         duplicates: images that are in several splits.
         perceptual: whether images that only look the same were looked for, which needs the package `imagehash`.
     """

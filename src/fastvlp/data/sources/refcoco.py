@@ -72,7 +72,7 @@ class RefCOCOSource(AnnotationSource):
             yield image_record(f"{split}/{Path(name).stem}", info, self.image_folder(file.parent), name)
 
     def expression_file(self, path: Path) -> Path:
-        """The file of expressions at `path`. Raises UserError where there are several, and where there is only a pickle, whose
+        """The file of expressions at `path`. Raises UserError if there are several, and where there is only a pickle, whose
         loading runs whatever is in it."""
         files = self.files(path)
         safe = [file for file in files if file.suffix == ".json"]

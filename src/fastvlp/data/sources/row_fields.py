@@ -1,4 +1,5 @@
-"""From the cells of a row to the fields of a record: captions in one or several columns, questions, conversations, classes."""
+"""Converts the cells of a row to the fields of a record: captions in one or several columns, questions, conversations,
+classes."""
 
 from __future__ import annotations
 
@@ -93,7 +94,7 @@ def task_fields(row: dict[str, Any]) -> dict[str, Any]:
 
 def conversation(turns: Any) -> dict[str, Any] | None:
     """Questions, and captions where the picture was to be described, of a conversation: {from, value} or {role, content} in
-    turn. None where it is none."""
+    turn. None if it is none."""
     if isinstance(turns, str):
         try:
             turns = parse_json(turns)
@@ -130,7 +131,7 @@ def take_label(row: dict[str, Any], names: Mapping[str, Sequence[str]]) -> Any:
 
 
 def storable(value: Any) -> Any:
-    """A cell as JSON can hold it; None where it cannot. Bytes are no field of a record."""
+    """A cell as JSON can hold it; None if it cannot. Bytes are no field of a record."""
     if isinstance(value, datetime.date | datetime.time):
         return value.isoformat()
     if isinstance(value, decimal.Decimal):

@@ -1,4 +1,4 @@
-"""What all formats of rows have in common: from rows with an image and texts to one record an image."""
+"""The common base of formats with rows. Rows with an image and texts become one record for each image."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ class _Reading:
         self._merge(names, info)
 
     def check(self) -> None:
-        """Raises UserError where no row had the columns that are needed."""
+        """Raises UserError if no row had the columns that are needed."""
         if self.columns and not self.any_image:
             raise self._no_column("image_column", self.options.image_column)
         if self.columns and not self.any_text:
@@ -231,7 +231,7 @@ class _Reading:
         return next(iter((*first, *there, *usual, *stored, *named, *urls)), None)
 
     def _check_columns(self, cells: Mapping[str, Any]) -> None:
-        """Raises UserError where the first row of a table lacks a column."""
+        """Raises UserError if the first row of a table lacks a column."""
         image = self._image_column(cells)
         if image is None:
             raise self._no_column("image_column", self.options.image_column)

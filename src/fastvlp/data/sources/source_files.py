@@ -75,7 +75,7 @@ def is_url(name: str) -> bool:
 
 
 def find_image(root: Path, name: str) -> Path | None:
-    """The path of `name` in `root`, whether or not it is there; None where the name leads out of `root`."""
+    """The path of `name` in `root`, whether or not it is there; None if the name leads out of `root`."""
     top = _absolute(root)
     for spelling in dict.fromkeys((name, name.replace("\\", "/"), unquote(name), unquote(name.replace("\\", "/")))):
         path = _absolute(top / spelling)
@@ -132,8 +132,8 @@ def _plain(name: str) -> str:
 
 
 def walk_files(folder: Path, notes: list[Note] | None = None) -> list[Path]:
-    """All files below a folder in the order of their names. Links are followed; a link to a folder that it is in itself is left
-    out, with a note."""
+    """Yields all files below a folder in the order of their names. Links are followed; a link to a folder that contains it
+    is left out, with a note."""
     files: list[Path] = []
     notes = [] if notes is None else notes
     above: dict[Path, frozenset[tuple[int, int]]] = {folder: frozenset()}
@@ -165,7 +165,7 @@ def image_record(key: str, info: Mapping[str, Any], root: Path | None, *names: s
 
 
 def read_text(path: Path) -> str:
-    """A text file as UTF-8, without its byte-order mark. Raises UserError where it is anything else."""
+    """A text file as UTF-8, without its byte-order mark. Raises UserError if it is anything else."""
     try:
         return read_plain(path, MOST_TEXT).decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -177,7 +177,7 @@ def read_text(path: Path) -> str:
 
 
 def read_json(path: Path) -> Any:
-    """A whole JSON file. Raises UserError where it is none."""
+    """A whole JSON file. Raises UserError if it is none."""
     try:
         return parse_json(read_text(path))
     except ValueError as error:
@@ -222,7 +222,7 @@ def _lines(file: IO[bytes]) -> Iterator[bytes | None]:
 
 
 def number_of_lines(path: Path) -> int:
-    """How many lines of a file are not blank."""
+    """Counts the lines of a file that are not blank."""
     with path.open("rb") as file:
         return sum(1 for line in file if line.strip())
 
@@ -232,7 +232,7 @@ FORM_ERRORS = (KeyError, IndexError, TypeError, ValueError, AttributeError, Arit
 
 
 def form_fault(error: Exception) -> str:
-    """Why a row is dropped, from one of FORM_ERRORS."""
+    """Returns the reason why a row is dropped, from one of FORM_ERRORS."""
     return f"row is not in the format's form ({type(error).__name__}: {str(error)[:80]})"
 
 

@@ -78,7 +78,7 @@ def _shards(folder: Path) -> list[Path]:
 
 
 def _split_of(file: Path, path: Path) -> str:
-    """The split that a shard's name or folder says it is of; empty where it says none."""
+    """The split that a shard's name or folder says it is of; empty if it says none."""
     if match := _SHARD.fullmatch(file.stem):
         return match[1]
     if file == path or file.suffix.lower() != ".parquet":
@@ -139,5 +139,5 @@ def _rows_of(path: Path, content: Any) -> list[Any]:
 
 
 def _as_cells(value: Any) -> dict[str, Any]:
-    """What a file says of an image by its name: fields, or captions."""
+    """Returns the fields or captions that a file gives for an image by its name."""
     return dict(value) if isinstance(value, Mapping) else {"caption": value}

@@ -65,7 +65,7 @@ def _tars(path: Path) -> list[Path]:
 
 
 def _class_names(folder: Path) -> list[str]:
-    """The names of the classes, in a file in the folder of a tar or the one above; empty where there is none."""
+    """The names of the classes, in a file in the folder of a tar or the one above; empty if there is none."""
     for file in (place / name for place in (folder, folder.parent) for name in CLASS_FILES):
         if file.is_file():
             return file.read_text(encoding="utf-8-sig", errors="replace").splitlines()

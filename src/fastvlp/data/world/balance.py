@@ -64,7 +64,7 @@ def _drawn(rng: Random, scene: Scene) -> list[Question]:
 
 @lru_cache(maxsize=8)
 def kept_shares(level: Level, split: str) -> Mapping[tuple[object, ...], Mapping[str, float]]:
-    """For each form of question and each answer, the share of the drawn questions that is kept."""
+    """Returns the share of the drawn questions that is kept, for each form of question and each answer."""
     rng = Random(f"balance/{level.name}/{split}")
     counts: dict[tuple[object, ...], Counter[str]] = defaultdict(Counter)
     for _ in range(_SCENES):

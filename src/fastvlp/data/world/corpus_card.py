@@ -36,7 +36,7 @@ def claim(folder: Path, card: Mapping[str, Any]) -> bool:
 
 
 def read_card(path: Path) -> dict[str, Any]:
-    """The card of a corpus. Raises UserError where the file is no JSON object."""
+    """The card of a corpus. Raises UserError if the file is no JSON object."""
     try:
         return dict(parse_json(read_plain(path)))
     except (ValueError, TypeError) as error:

@@ -131,9 +131,9 @@ def _placed(rng: Random, things: Sequence[Thing], thing: Thing) -> tuple[Phrase,
 
 
 def _reasons(rng: Random, scene: Scene, split: str, thing: Thing, attribute: str) -> tuple[Meaning, ...] | None:
-    """Where the thing is, and three wrong reasons: the opposite side, and a thing that is not there, both false; and what is
-    true of another thing. The words of the right answer give away that the last two are wrong: choosing among the rest is
-    right in 46 % of cases (bench/grounding_by_expression.py)."""
+    """Returns the right reason, where the thing is, and three wrong ones: the opposite side, and a thing that is not there,
+    both false; and what is true of another thing. The words of the right answer give away that the last two are wrong:
+    choosing among the rest is right in 46 % of cases (bench/grounding_by_expression.py)."""
     things, present = scene.things, {other.look[1:] for other in scene.things}
     kept = {"colour": 1, "shape": 0}[attribute]
     strange = [

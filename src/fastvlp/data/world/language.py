@@ -46,7 +46,7 @@ Meaning = tuple[Any, ...]  # (form, *arguments), hashable
 
 @dataclass(frozen=True, kw_only=True)
 class Language:
-    """How a language expresses meanings.
+    """A language, with the words and templates that express meanings.
 
     Attributes:
         words: synonyms of each key, the most common one first.

@@ -37,7 +37,7 @@ Combination = tuple[str, str]  # colour, shape
 # Compared by identity, so that it can be a key.
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Level:
-    """What the scenes of a level show.
+    """The content of the scenes of a level.
 
     Attributes:
         radii: radius of each size, as a share of the picture's side, smallest first.
@@ -71,7 +71,7 @@ class Level:
 
     @cached_property
     def combinations(self) -> tuple[Combination, ...]:
-        """All combinations of a colour and a shape."""
+        """The combinations of a colour and a shape."""
         return tuple(itertools.product(self.colours, self.shapes))
 
     @cached_property

@@ -30,7 +30,7 @@ class MeasuredConfig(ImageEncoderConfig):
     @property
     @abc.abstractmethod
     def measured(self) -> Measured:
-        """What its module gives. Raises UserError where that are no states of an image."""
+        """What its module gives. Raises UserError if that are no states of an image."""
 
     @property
     def width(self) -> int:
@@ -62,7 +62,7 @@ def measure(module: nn.Module, image: Tensor, output: Any, patch: int | None, na
         patch: side of a patch in pixels, where it is known; it tells the map from the states before it.
         name: of the encoder, for messages.
 
-    Raises UserError where it is neither tokens nor a square map.
+    Raises UserError if it is neither tokens nor a square map.
     """
     size = image.shape[-1]
     if not isinstance(output, Tensor) or output.ndim not in (3, 4):

@@ -25,7 +25,7 @@ UNREAD = (
 
 
 def transformers() -> ModuleType:
-    """The package. Raises UserError where it is not installed."""
+    """The package. Raises UserError if it is not installed."""
     try:
         import transformers
     except ImportError as error:
@@ -67,7 +67,7 @@ def architecture_of(config: Any) -> dict[str, Any]:
 
 
 def build_model(architecture: Mapping[str, Any]) -> nn.Module:
-    """The model with new weights. Raises UserError where it is of another type than an encoder."""
+    """The model with new weights. Raises UserError if it is of another type than an encoder."""
     config = model_config(architecture)
     try:
         model: nn.Module = transformers().AutoModel.from_config(config)

@@ -148,7 +148,7 @@ class TransformersText(TextEncoder):
 
     @torch.no_grad()
     def _check_masks(self) -> None:
-        """Raises UserError where a mask of rows and columns does not keep a token from what it must not see."""
+        """Raises UserError if a mask of rows and columns does not keep a token from what it must not see."""
         if self._masks_checked or self.word_table.device.type == "meta":
             return
         self._masks_checked = True
