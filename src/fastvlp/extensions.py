@@ -60,8 +60,8 @@ def user_function(name: str) -> Callable[..., Any]:
 
 
 def variants(base: type[T], package: str | None = None) -> list[type[T]]:
-    """All concrete subclasses of `base` that are known: those in the modules of `package` (imported here), and those in
-    files that the user imported (`import_file`). In the order of their definition."""
+    """Returns all known concrete subclasses of `base`: those in the modules of `package` (imported here), and those in files
+    that the user imported (`import_file`). In the order of their definition."""
     if package is not None:
         for module in pkgutil.iter_modules(importlib.import_module(package).__path__, f"{package}."):
             importlib.import_module(module.name)

@@ -89,7 +89,7 @@ def whole_folder(out: Path) -> Iterator[Path]:
 
 
 def most_open() -> int:
-    """How many files a reader may keep open: at most a quarter of those that the process may open."""
+    """Returns the number of files that a reader may keep open: at most a quarter of those that the process may open."""
     if resource is None:
         return 256
     return min(256, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4)

@@ -27,7 +27,7 @@ def parse_json(text: str | bytes) -> Any:
 
 
 def parse_strict_json(text: str | bytes) -> Any:
-    """As `parse_json`, for files that the library itself wrote: a repeated name and NaN are errors too."""
+    """Parses JSON like `parse_json`, for files that the library itself wrote: a repeated name and NaN are errors too."""
     return _bounded(text, _strict)
 
 

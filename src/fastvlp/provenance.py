@@ -1,4 +1,4 @@
-"""Where a number comes from: device, versions, commit, command, date."""
+"""The provenance of a number: device, versions, commit, command, date."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ def _processor() -> str:
 
 
 def commit() -> str:
-    """Of the checkout that this package runs from, with `+` where it has changes. For an installed package, and for a copy of a
-    checkout without git: what FASTVLP_COMMIT says, by default nothing."""
+    """Returns the commit of the checkout that this package runs from, with `+` if it has changes. For an installed package, and
+    for a copy of a checkout without git, returns the value of FASTVLP_COMMIT, which is empty by default."""
 
     def git(*words: str) -> str:
         done = subprocess.run(
@@ -65,8 +65,8 @@ def code() -> dict[str, str]:
 
 
 def other_code(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """In which commit and versions two results of `about` or `code` differ, as far as both know them: (first, second) by
-    name."""
+    """Returns the differences in commit and versions between two results of `about` or `code`, if both know them: (first,
+    second) by name."""
     names = [name for name in ("fastvlp", "commit", "torch") if name in first and name in second]
     return {name: (first[name], second[name]) for name in names if first[name] != second[name]}
 

@@ -29,7 +29,7 @@ class DamagedFileError(ValueError):
 
 
 class TensorFile(NamedTuple):
-    """What a file of safetensors holds: tensors by name, and texts by name."""
+    """The content of a file of safetensors: tensors by name, and texts by name."""
 
     tensors: dict[str, Tensor]
     metadata: dict[str, str]

@@ -35,7 +35,7 @@ def class_scores(rank_I: Tensor, label_I: Tensor, classes: int) -> dict[str, flo
 
 
 def class_chance(classes: int) -> dict[str, float]:
-    """What `class_scores` is on average if the classes are in random order."""
+    """Returns the average of `class_scores` if the classes are in random order."""
     return {f"top{k}": k / classes for k in (1, 5) if k < max(classes, 2)} | {"mean_per_class": 1 / classes}
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 def is_above(score_I: Tensor, other_I: Tensor, *, tie: float = 0.0) -> Tensor:
-    """Where the one score is above the other by more than `tie` -> bool, in the shape of both."""
+    """Compares two scores: True where the first is above the second by more than `tie`, bool in the shape of both."""
     return score_I - other_I > tie
 
 
@@ -60,7 +60,8 @@ def best_threshold(score_P: Tensor, label_P: Tensor) -> float:
 
 
 def auc(score_P: Tensor, label_P: Tensor) -> tuple[float, float]:
-    """How often a true pair scores above a false one, ties counting half, and the standard error of that (DeLong et al. 1988).
+    """Returns the share of true and false pairs in which the true one scores higher, where ties count half, and its standard
+    error (DeLong et al. 1988).
 
     NaN where there are no true or no false pairs; the error also where there is only one of them.
     """

@@ -33,7 +33,7 @@ class SplitEmbeddings(NamedTuple):
 
 
 def view_edges(patches: int, keep: float, views: int) -> list[int]:
-    """Where a permutation of the patches is cut into views -> views + 1 places.
+    """Returns the places at which a permutation of the patches is cut into views, views + 1 numbers.
 
     Raises UserError if views of that size would be empty or would share patches.
     """

@@ -99,7 +99,7 @@ def evaluate_retrieval(
 
 
 def count_shared(captions_of: Sequence[Sequence[str]]) -> dict[str, int]:
-    """How many images have a caption that another image has too: retrieval cannot tell these apart."""
+    """Counts the images with a caption that another image has too. Retrieval cannot distinguish these."""
     images_with = Counter(text for its in captions_of for text in {*its})
     return {"images_with_a_caption_of_another": sum(any(images_with[text] > 1 for text in its) for its in captions_of)}
 

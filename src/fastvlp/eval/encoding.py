@@ -145,7 +145,7 @@ def open_run(run: str | Path, encoding: Encoding = AS_IN_TRAINING) -> OpenedRun:
 
 
 def open_towers(run: str | Path, encoding: Encoding = AS_IN_TRAINING) -> OpenedRun:
-    """As `open_run`. Raises UserError if the model does not embed images and texts."""
+    """Opens a run like `open_run`. Raises UserError if the model does not embed images and texts."""
     opened = open_run(run, encoding)
     if opened.loaded.model.config.embed is None:
         raise UserError(

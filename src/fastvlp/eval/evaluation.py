@@ -90,7 +90,7 @@ def check_above_chance(result: Evaluation) -> None:
 
 
 def evaluations() -> dict[str, Callable[..., Evaluation]]:
-    """All evaluations of this package by name: the functions called `evaluate_NAME` in its modules."""
+    """Returns all evaluations of this package by name: the functions called `evaluate_NAME` in its modules."""
     package = importlib.import_module(__package__ or "")
     modules = [importlib.import_module(f"{package.__name__}.{m.name}") for m in pkgutil.iter_modules(package.__path__)]
     return {

@@ -30,7 +30,7 @@ LOCAL = ("retrieval", "zeroshot")
 
 @dataclass(frozen=True, kw_only=True)
 class MtebEncoding:
-    """How mteb runs the model; how images and texts are read, the folder says."""
+    """Options of running the model in mteb. Images and texts are preprocessed as the folder states."""
 
     batch_size: int = 32
     """Images, or texts, that are encoded at a time."""
@@ -102,7 +102,7 @@ def evaluate_mteb(
 
 
 class MtebScores(NamedTuple):
-    """Of one task, by metric."""
+    """The scores of one task, by metric."""
 
     scores: dict[str, float]
     chance: dict[str, float]

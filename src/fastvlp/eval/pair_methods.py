@@ -1,4 +1,4 @@
-"""All ways in which a run scores pairs of a picture and a text, for benchmarks that compare such scores."""
+"""The methods by which a run scores pairs of a picture and a text, for benchmarks that compare such scores."""
 
 from __future__ import annotations
 

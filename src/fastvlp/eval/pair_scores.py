@@ -36,8 +36,8 @@ def mean_log_likelihood(
 
 
 def pair_matches(saved: Saved) -> dict[str, Match]:
-    """All ways in which a saved model scores pairs: `match`, by its image-text matching head, and `likelihood`, by the mean
-    log-likelihood of the caption; those that it was trained for."""
+    """Returns the methods by which a saved model scores pairs: `match`, by its image-text matching head, and `likelihood`,
+    by the mean log-likelihood of the caption; those that it was trained for."""
     ways: dict[str, Match] = {}
     if scorer := matching_scorer(saved):
         ways["match"] = partial(scorer, saved.model)
@@ -47,7 +47,7 @@ def pair_matches(saved: Saved) -> dict[str, Match]:
 
 
 def pair_score(saved: Saved, by: Literal["match", "likelihood"] | None = None) -> tuple[str, Match]:
-    """How a saved model scores pairs, and the name of the way: `match` or `likelihood`.
+    """Returns the method by which a saved model scores pairs, and its name: `match` or `likelihood`.
 
     By its image-text matching head if it has one, else by the mean log-likelihood of the caption; or the way `by`. Raises
     UserError for a model that was not trained for it.
@@ -64,6 +64,6 @@ def pair_score(saved: Saved, by: Literal["match", "likelihood"] | None = None) -
 
 
 def matching_scorer(saved: Saved) -> PairScorer | None:
-    """How the head of the first objective with a matching head scores pairs; None if there is none."""
+    """Returns the function that scores pairs by the first matching head of an objective; None if there is none."""
     matching = (load_objective(saved, name) for name, able in abilities(saved).items() if "match" in able)
     return next((scorer for objective in matching if (scorer := objective.pair_scorer) is not None), None)

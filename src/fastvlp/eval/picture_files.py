@@ -22,7 +22,7 @@ COCO_DIGITS = 12
 
 
 class PictureFolder:
-    """All pictures in a folder and those below it, or in a .zip.
+    """The pictures in a folder and its sub-folders, or in a .zip.
 
     Attributes:
         place: the folder or the .zip.
@@ -85,7 +85,7 @@ class PictureFolder:
             raise RecordError(name, f"cannot be read ({type(error).__name__}: {error})") from error
 
     def stamp(self, name: str) -> tuple[Any, ...]:
-        """What changes when a picture is replaced."""
+        """A value that changes when a picture is replaced."""
         if self._zip is not None:
             member = self._zip.getinfo(name)
             return name, member.file_size, member.CRC

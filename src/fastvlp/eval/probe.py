@@ -147,7 +147,7 @@ def choose_strength(
 
 
 def held_out(count: int, share: float = HELD_OUT) -> Tensor:
-    """Which rows of a split validate, by a hash of their index -> bool [count]; at least one."""
+    """Chooses the rows of a split that are used for validation, by a hash of their index -> bool [count]; at least one."""
     order = hash64_rows(0, torch.arange(count)).argsort()
     chosen = torch.zeros(count, dtype=torch.bool)
     chosen[order[: max(1, round(count * share))]] = True

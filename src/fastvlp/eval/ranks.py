@@ -92,7 +92,8 @@ def recall(image_rank_I: Tensor, text_rank_T: Tensor) -> dict[str, float]:
 
 
 def recall_chance(captions_I: Sequence[int]) -> dict[str, float]:
-    """What `recall` is on average if the order is random, without the median ranks. `captions_I`: captions of each image."""
+    """Returns the average of `recall` if the order is random, without the median ranks. `captions_I`: captions of each
+    image."""
     images, texts = len(captions_I), sum(captions_I)
     shares: dict[str, float] = {}
     for k in (1, 5, 10):

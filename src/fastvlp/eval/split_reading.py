@@ -1,4 +1,5 @@
-"""How an evaluation reads a split: every record, in order. It leaves none out, so one that cannot be read is an error."""
+"""Reads a split for an evaluation: every record, in order. An evaluation leaves no record out, so an unreadable record is an
+error."""
 
 from __future__ import annotations
 
@@ -105,7 +106,7 @@ def image_batches(
 
 
 def read_captions(shards: Records, field: str) -> list[list[str]]:
-    """All captions of each record. Raises UserError if a record has none."""
+    """Returns all captions of each record. Raises UserError if a record has none."""
     captions_of = [usable_captions(info, field) for info in _infos(shards)]
     without = [shards.key(i) for i, captions in enumerate(captions_of) if not captions]
     if without:

@@ -1,4 +1,4 @@
-"""How uncertain a score is: the standard error of a mean over records that were drawn at random."""
+"""The uncertainty of a score: the standard error of a mean over records that were drawn at random."""
 
 from __future__ import annotations
 

@@ -82,8 +82,8 @@ def evaluate_zeroshot(
 
 
 def count_equal_names(loaded: LoadedModel, names_of: Mapping[str, Sequence[str]]) -> int:
-    """How many classes have the same tokens as another class, as happens to words that the tokenizer does not know. The
-    model cannot tell such classes apart."""
+    """Counts the classes with the same tokens as another class, which happens with words that the tokenizer does not know.
+    The model cannot distinguish such classes."""
     ids_CL, _ = loaded.tokenizer.encode([", ".join(names) for names in names_of.values()], loaded.max_length)
     _, tokens_C, count = ids_CL.unique(dim=0, return_inverse=True, return_counts=True)
     return int((count[tokens_C] > 1).sum())

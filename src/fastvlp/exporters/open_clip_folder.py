@@ -78,7 +78,8 @@ class OpenCLIPExport(ExportTarget):
         write_whole(folder / "README.md", card.encode())
 
     def differences(self, source: ExportSource, folder: Path) -> Mapping[str, float]:
-        """By our own reader of the layout: open_clip needs torchvision (bench/open_clip_export.py compares with it)."""
+        """Compares with our own reader of the layout: open_clip needs torchvision (bench/open_clip_export.py compares with
+        it)."""
         inputs = sample_inputs(source)
         with TemporaryDirectory(dir=folder.parent) as place:
             convert(str(folder), Path(place) / "back")

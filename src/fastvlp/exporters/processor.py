@@ -1,4 +1,4 @@
-"""What goes before a model in other libraries: a tokenizer that adds its own special tokens, and the settings of images."""
+"""Preprocessing files for other libraries: a tokenizer that adds its own special tokens, and the settings of images."""
 
 from __future__ import annotations
 

@@ -109,7 +109,7 @@ def _is_plain(head: HeadConfig) -> bool:
 
 
 def _routed(library: ModuleType, source: ExportSource, place: Path) -> list[nn.Module]:
-    """Each encoder with its head; what is given decides which of them computes."""
+    """Returns both encoders with their heads. The type of the input decides which of them computes."""
     kinds = library.sentence_transformer.modules
     parts, embed = _parts(source), source.saved.model.config.embed
     assert parts is not None and embed is not None

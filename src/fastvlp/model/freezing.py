@@ -43,7 +43,7 @@ class Freezable(nn.Module):
 
 @contextmanager
 def evaluation_mode(module: nn.Module) -> Iterator[None]:
-    """Without dropout; afterwards each part is back in the mode it was in."""
+    """Context without dropout. Afterwards each part is in its former mode again."""
     modes = [(part, part.training) for part in module.modules()]
     module.eval()
     try:

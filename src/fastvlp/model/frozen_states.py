@@ -1,4 +1,4 @@
-"""What is stored of a model's frozen encoders, and under which name."""
+"""The stored states of a model's frozen encoders, and the names of their files."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ def image_store(
     reads: float | None = None,
     flip: float = 0.0,
 ) -> ImageStore:
-    """Where the states of images by the model's image encoder are, computed in this precision; where training mirrors a share
-    of them (`flip`), the states of the mirrored images too.
+    """Returns the store of image states from the model's image encoder, computed in this precision; where training mirrors a
+    share of them (`flip`), the states of the mirrored images too.
 
     Where their vectors in the joint space alone are read, fewer states are stored, if the head makes the same of them: their
     mean in place of a whole map takes a fiftieth of the space.
@@ -112,13 +112,14 @@ def frozen_encoders(model: VLModel) -> list[str]:
 
 
 def states_config(saved: Saved, run: SavedRun) -> StatesConfig | None:
-    """How states of a run's image encoder are stored; None if it was trained, or the run stored none."""
+    """Returns how the states of a run's image encoder are stored; None if the encoder was trained, or if the run stored
+    none."""
     frozen = "image" in saved.info.get("frozen", [])
     return run.states if frozen and run.states.store != "never" else None
 
 
 def stored_of_run(saved: Saved, run: SavedRun, use: ImageUse) -> Stored | None:
-    """Where the states of a run's encoders are, which evaluations read as training did."""
+    """Returns the stores of the states of a run's encoders, which evaluations read as training did."""
     config = states_config(saved, run)
     if config is None or use == "pixels":
         return None

@@ -57,7 +57,8 @@ class Fusion(nn.Module):
         initialise(self, width)
 
     def image_memory(self, image_BKD: Tensor, slot_B: Tensor | None) -> Tensor:
-        """What cross-attention reads of an image [B K D]. `slot_B`: which image of its item it is; None means the first."""
+        """Returns the image states to which cross-attention attends [B K D]. `slot_B`: which image of its item it is; None
+        means the first."""
         image_type = self.image_type[0] if slot_B is None else self.image_type[slot_B][:, None]
         x = self.image_in(image_BKD) + image_type
         for block in self.image_blocks:
@@ -94,7 +95,7 @@ class LMHead(nn.Module):
         initialise(self, width)
 
     def hidden(self, x: Tensor) -> Tensor:
-        """What the vocabulary is multiplied with: [... D] -> [... D]."""
+        """Returns the states that are multiplied with the vocabulary: [... D] -> [... D]."""
         return self.norm(F.gelu(self.transform(x)))
 
     def forward(self, x: Tensor) -> Tensor:

@@ -132,7 +132,7 @@ class EmbedConfig:
         return self.text_mask == "none" or self.text_length is not None or self.text.pool == "end"
 
     def positions(self, length: int) -> int:
-        """How many positions are encoded of texts that are padded to `length` tokens with <s> and </s>."""
+        """Returns the number of encoded positions of texts that are padded to `length` tokens, including <s> and </s>."""
         return self.text_length or max(1, length - int(not (self.text_special and self.text_start)))
 
 
@@ -149,7 +149,8 @@ class AttentionPooling(nn.Module):
         self.activation = ACTIVATIONS[layer.activation]
 
     def forward(self, state_BSD: Tensor, seen_BS: Tensor | None) -> Tensor:
-        """What the query reads [B D]. `seen_BS`: which states are no padding; None means all."""
+        """Returns the output of attention with the query [B D]. `seen_BS`: True for states that are not padding; None means
+        all."""
         query_B1D = self.query.to(state_BSD.dtype).expand(state_BSD.shape[0], 1, -1)
         mask = None if seen_BS is None else seen_BS[:, None, None]
         x = self.cross(query_B1D, self.cross.keys(state_BSD), mask)[:, 0]
@@ -186,7 +187,7 @@ class Head(nn.Module):
         return unit(y if self.skip is None else y + self.skip(x))
 
     def summary(self, state_BSD: Tensor, length_B: Tensor | None = None, regions: Regions | None = None) -> Tensor:
-        """What the projection reads: [B D]."""
+        """Returns the pooled states, which are the input of the projection: [B D]."""
         x, seen_BS = self.norm(state_BSD), None
         if self.regions is not None:
             x, seen_BS = self.regions(x, regions)

@@ -52,7 +52,7 @@ def anticausal_official(length_B: Tensor, L: int) -> Tensor:
 def bridge(
     start_BQ: Tensor, end_BQ: Tensor, length_B: Tensor, forward_L: Tensor, reverse_BL: Tensor, *, first: int
 ) -> tuple[Tensor, Tensor]:
-    """What each query of the reconstructor sees of the keys [forward stream | reverse stream].
+    """Returns the mask of the reconstructor's queries over the keys [forward stream | reverse stream].
 
     A query that is hidden by the span [start, end) sees forward states left of it, from position `first` on (0 where `<s>` sees
     no text, 1 where it has seen the text), and reverse states from `end` on (arXiv 2303.14038, section 3.2).

@@ -14,7 +14,7 @@ from fastvlp.model.sizes import joint_space, single_over_patches
 
 
 def named_sizes() -> Mapping[str, Callable[[], ModelConfig]]:
-    """All sizes, by name."""
+    """Returns all sizes, by name."""
     return {
         name: function
         for name, function in inspect.getmembers(sizes, inspect.isfunction)

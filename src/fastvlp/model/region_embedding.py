@@ -20,7 +20,7 @@ HIDE_SALT = 102
 
 @dataclass(frozen=True, kw_only=True)
 class RegionConfig:
-    """What a single stream knows of a region: a detector's feature, or, where there is no detector, the region's pixels
+    """The feature of a region in a single stream: a detector's feature, or, where there is no detector, the region's pixels
     (`crop`) or states of the image encoder (`pool`)."""
 
     feature: int = 2048
@@ -95,8 +95,8 @@ def region_features(config: RegionConfig, image_B3HW: Tensor, regions: Regions |
 
 
 def random_hide(seed_B: Tensor, region_BR: Tensor, rate: float, *, salt: int = HIDE_SALT) -> Tensor:
-    """Which regions are masked, drawn by the row's seed: bool [B R], each with probability `rate`, and at least one in a row
-    that has any."""
+    """Draws the regions that are masked, by the row's seed: bool [B R], each with probability `rate`, and at least one in a
+    row with regions."""
     noise = uniform(seed_B, (region_BR.shape[1],), salt).masked_fill(~region_BR, 2.0)
     return ((noise < rate) | (noise == noise.amin(1, keepdim=True))) & region_BR
 

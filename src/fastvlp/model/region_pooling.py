@@ -19,7 +19,7 @@ Place = Literal["released", "corners", "exact"]
 
 @dataclass(frozen=True, kw_only=True)
 class RegionPool:
-    """Which regions are pooled from an image's map of states, and how."""
+    """Options of pooling regions from an image's map of states."""
 
     samples: int = 4
     """Samples a side of each box; their mean is the region."""

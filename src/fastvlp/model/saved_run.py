@@ -1,4 +1,5 @@
-"""What a run's config.json says to those that use its model later: how it read images and texts, and where its data lay."""
+"""The parts of a run's config.json that are needed to use its model: the preprocessing of images and texts, and the folders
+of its data."""
 
 from __future__ import annotations
 
@@ -45,7 +46,7 @@ class SavedData:
 
     @property
     def folders(self) -> dict[str, str]:
-        """Of the splits that there are."""
+        """The folders of the splits that exist."""
         named = {"train": self.train, "val": self.val, "test": self.test}
         return {split: folder for split, folder in named.items() if folder}
 
@@ -67,7 +68,8 @@ class SavedRun:
 
 
 def read_saved_run(folder: str | Path) -> SavedRun:
-    """All defaults where a model was saved without a config. Raises UserError if the file is damaged."""
+    """Reads the config of a saved run; returns the defaults if a model was saved without a config. Raises UserError if the
+    file is damaged."""
     path = Path(folder) / "config.json"
     config = read_json(path)
     data = config.get("data", {})

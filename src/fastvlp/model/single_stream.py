@@ -30,7 +30,7 @@ class SingleConfig:
 
 
 class SingleStates(NamedTuple):
-    """What a single stream returns. States of padding mean nothing."""
+    """The states that a single stream returns. States of padding have no meaning."""
 
     text: Tensor  # of words [B L D]
     region: Tensor  # of regions [B R D]
@@ -38,7 +38,7 @@ class SingleStates(NamedTuple):
 
 
 class Packing(NamedTuple):
-    """How rows with gaps become rows without."""
+    """The indices that turn rows with padding into rows without padding, and back."""
 
     source: Tensor  # [B S] the original position that each packed position holds
     real: Tensor  # [B S] whether a packed position holds anything
@@ -68,7 +68,7 @@ class WordHead(nn.Module):
         self.bias = nn.Parameter(torch.zeros(vocab))
 
     def hidden(self, x: Tensor) -> Tensor:
-        """What the word embedding is multiplied with: [... D] -> [... D]."""
+        """Returns the states that are multiplied with the word embedding: [... D] -> [... D]."""
         return self.norm(F.gelu(self.transform(x)))
 
 
@@ -91,7 +91,7 @@ class SingleStream(nn.Module):
 
     @property
     def heads(self) -> list[nn.Module]:
-        """What predicts words and matches. The pooler is a part of the stream, which every task reads."""
+        """The heads that predict words and matches. The pooler is not among them, since every task reads it."""
         return [self.words, self.match]
 
     def resized(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""What is stored of a teacher: its vectors of images and texts in its joint space."""
+"""The stored vectors of a teacher: of images and texts, in its joint space."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from fastvlp.model.saving import load_model
 
 
 def teacher_store(folder: str, config: StatesConfig, *, precision: Precision, device: torch.device) -> TeacherStore:
-    """Where the vectors of a saved run, an export or a converted model are.
+    """Returns the store of the vectors of a saved run, an export or a converted model.
 
-    Raises UserError if there is no such model, or it has no joint space, or reads boxes.
+    Raises UserError if there is no such model, or if it has no joint space or reads boxes.
     """
     saved, run = load_model(folder), read_saved_run(folder)
     embed = saved.model.config.embed

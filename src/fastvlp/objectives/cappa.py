@@ -58,7 +58,7 @@ class CapPa(Objective):
         return model.reconstructor is None
 
     def parallel(self, batch: Batch) -> Tensor:
-        """Which texts are predicted in parallel: bool [B]."""
+        """Draws the texts that are predicted in parallel: bool [B]."""
         return uniform(batch.seed, (1,), PARALLEL_SALT)[:, 0] < self.config.parallel
 
     def counts(self, batch: Batch) -> dict[str, Tensor]:

@@ -1,4 +1,5 @@
-"""How words of a text are predicted one by one from an image and the rest of the text, by models trained in different ways.
+"""Methods that predict the words of a text one by one from an image and the rest of the text, for models that were trained in
+different ways.
 
 A reconstructor (`flm.predict_flm`) and masking see the same context, a causal stream sees less: a fair comparison says
 which method it used.
@@ -18,7 +19,8 @@ ROWS = 512
 
 
 def predict_masked(model: VLModel, image_BKD: Tensor, batch: Batch) -> Tensor:
-    """Each word masked alone, L-2 rows a text, at most ROWS of them at a time -> ids [B L]."""
+    """Predicts each word from a copy of the text in which only this word is masked (L-2 rows a text, at most ROWS at a time)
+    -> ids [B L]."""
     B, L = batch.ids.shape
     predicted = batch.ids.clone()
     # Of whole texts as many as fit, so that an image's keys are computed once; of a very long text some words.
@@ -37,7 +39,7 @@ def predict_masked(model: VLModel, image_BKD: Tensor, batch: Batch) -> Tensor:
 
 
 def predict_causal(model: VLModel, image_BKD: Tensor, batch: Batch, bos: Bos = "blind") -> Tensor:
-    """Each token from those before it -> ids [B L]; column 0 holds no prediction.
+    """Predicts each token from the tokens before it -> ids [B L]; column 0 has no prediction.
 
     After an `official` <s>, which sees the text, the first word is a guess that training never asked for.
     """

@@ -38,7 +38,7 @@ def are_equal(content_B2: Tensor, content_M2: Tensor) -> Tensor:
 
 
 def wrong_pairs(batch: Batch, equal_pairs: EqualPairs) -> Tensor:
-    """Which texts of a batch are wrong for the image of a row: bool [B B]."""
+    """Returns which texts of a batch are wrong for the image of a row: bool [B B]."""
     if equal_pairs == "negatives":
         return ~torch.eye(len(batch), dtype=torch.bool, device=batch.ids.device)
     content_B2 = contents(batch)

@@ -123,7 +123,7 @@ class FLM(Objective):
 
     @property
     def next_word_method(self) -> ClozeMethod:
-        """By its stream from left to right, with that stream's own head."""
+        """Returns a method that uses the left-to-right stream and its head."""
         return partial(predict_causal, bos=self.config.bos)
 
     def reaches_all(self, model: ModelConfig) -> bool:
@@ -136,7 +136,8 @@ class FLM(Objective):
         return draw_spans(self.config.span_mode, self.config.span_rate, batch.seed, batch.length, batch.ids.shape[1])
 
     def _targets(self, batch: Batch, spans: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """Which positions predict a token: of the queries, and of the forward and the reverse stream; three bool [B L]."""
+        """Returns the positions that predict a token: of the queries, and of the forward and the reverse stream; three bool
+        [B L]."""
         c, L = self.config, batch.ids.shape[1]
         position, n = torch.arange(L, device=batch.ids.device), batch.length[:, None]
         reconstruct = (position >= 1) & (position < n)
@@ -235,7 +236,8 @@ class FLM(Objective):
 
 
 def predict_flm(model: VLModel, image_BKD: Tensor, batch: Batch, bos: Bos = "blind") -> Tensor:
-    """Each token from all others in one pass, through the reconstructor -> ids [B L]; column 0 holds no prediction."""
+    """Predicts each token from all other tokens in one pass, with the reconstructor -> ids [B L]; column 0 has no
+    prediction."""
     spans = draw_spans("token", 0.0, batch.seed, batch.length, batch.ids.shape[1])
     streams = model.streams(image_BKD, batch.ids, batch.length, bos=bos, whole=False)
     state = FLM(FLMConfig(bos=bos)).queries(batch, spans, streams, model)

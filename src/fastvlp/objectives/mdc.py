@@ -67,7 +67,8 @@ class MDC(Objective):
         return (position >= 1) & (position < batch.length[:, None] - 1)
 
     def draw(self, batch: Batch) -> Tensor:
-        """Which tokens are masked: bool [B L]. It may be none of a text: its mean over draws is the rate."""
+        """Draws the tokens that are masked: bool [B L]. A text may have no masked token; on average over draws the share is
+        the rate."""
         noise = uniform(batch.seed, (batch.ids.shape[1],), MASK_SALT)
         return (noise < self.rates(batch)[:, None]) & self.words(batch)
 

@@ -87,7 +87,7 @@ class MLM(Objective):
         return model.reconstructor is None
 
     def draw(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Which tokens are corrupted, and which are predicted: two bool [B L]; never <s>, </s> or padding."""
+        """Draws the tokens that are corrupted, and those that are predicted: two bool [B L]; never <s>, </s> or padding."""
         c, L = self.config, batch.ids.shape[1]
         position, n = torch.arange(L, device=batch.ids.device), batch.length[:, None]
         word = (position >= 1) & (position < n - 1)

@@ -74,7 +74,7 @@ class MoCoConfig(PairsConfig):
             raise ValueError(f"`key_keep` is a share of the patches, above 0 and up to 1, not {self.key_keep}")
 
     def for_tuning(self) -> PairsConfig:
-        """Without the queue, which is longer than an epoch of few pairs."""
+        """Returns the config without the queue, which would be longer than an epoch of few pairs."""
         return CLIPConfig(temperature=max(self.temperature, 1 / CLIPConfig.max_scale))
 
     def build(self, model: ModelConfig, tokenizer: Tokenizer) -> MoCo:

@@ -1,4 +1,4 @@
-"""What contrastive objectives of two towers share: their options, and the embeddings of images and texts."""
+"""The common base of contrastive objectives of two towers: their options, and the embeddings of images and texts."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class PairsConfig(ObjectiveConfig, abc.ABC):
 
 
 def pair_contents(batch: Batch, config: PairsConfig) -> tuple[Tensor, ...]:
-    """What a loss needs in order to leave out equal pairs: int64 [B 2], or nothing."""
+    """Returns the hashes that a loss needs to leave out equal pairs: int64 [B 2], or nothing."""
     return (contents(batch),) if config.equal_pairs == "ignored" else ()
 
 

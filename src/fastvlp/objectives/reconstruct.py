@@ -57,7 +57,7 @@ def pick(x_BND: Tensor, index_BM: Tensor) -> Tensor:
 
 
 def normalised(pixels_BMC: Tensor) -> Tensor:
-    """Each patch with mean 0 and variance 1 (MAE, section 4.1; the variance as in its released code)."""
+    """Normalises each patch to mean 0 and variance 1 (MAE, section 4.1; the variance as in its released code)."""
     variance, mean = torch.var_mean(pixels_BMC, -1, keepdim=True)
     return (pixels_BMC - mean) / (variance + 1e-6).sqrt()
 

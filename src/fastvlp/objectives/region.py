@@ -103,7 +103,7 @@ def single_config(model: ModelConfig) -> SingleConfig:
 
 
 class MaskedRegions(Objective, abc.ABC):
-    """What both objectives share: which regions are hidden, and their states."""
+    """The common base of both objectives: draws the hidden regions, and computes their states."""
 
     def __init__(self, config: MaskedRegionsConfig, model: ModelConfig, tokenizer: Tokenizer):
         super().__init__()
@@ -117,11 +117,11 @@ class MaskedRegions(Objective, abc.ABC):
         initialise(self, layer.width)
 
     def candidates(self, batch: Batch) -> Tensor:
-        """Which regions may be hidden: bool [B R]."""
+        """Returns the regions that may be hidden: bool [B R]."""
         return require_regions(batch.regions).mask
 
     def hidden(self, batch: Batch) -> Tensor:
-        """Which regions are hidden and predicted: bool [B R]."""
+        """Draws the regions that are hidden and predicted: bool [B R]."""
         return random_hide(batch.seed, self.candidates(batch), self.rate)
 
     def counts(self, batch: Batch) -> dict[str, Tensor]:

@@ -32,13 +32,13 @@ def describe(
 
 
 def common_bos(objectives: Iterable[Objective]) -> Bos:
-    """What `<s>` saw in training: `official` where any objective read left to right so."""
+    """Returns what `<s>` attended to in training: `official` if any objective that reads left to right used it."""
     return "official" if any(objective.bos == "official" for objective in objectives) else "blind"
 
 
 def abilities(saved: Saved) -> dict[str, frozenset[Ability]]:
-    """What each objective taught the model, by the objective's name. Models that were saved without it are asked by building
-    their objectives. Raises UserError if the file is damaged, or such an objective is not known."""
+    """Returns the abilities that each objective trained, by the objective's name. For models that were saved without them,
+    the objectives are built and asked. Raises UserError if the file is damaged, or such an objective is not known."""
     stored = saved.info.get("abilities")
     if stored is None:
         return {name: objective.abilities for name, objective in _built(saved).items()}
@@ -48,7 +48,7 @@ def abilities(saved: Saved) -> dict[str, frozenset[Ability]]:
 
 
 def learned_abilities(saved: Saved) -> frozenset[Ability]:
-    """What the model can do, from its objectives and from the weights that it started from."""
+    """Returns the abilities of the model, from its objectives and from the weights that it started from."""
     own = frozenset().union(*abilities(saved).values())
     if saved.info.get("abilities") is None:
         # Saved before abilities were: whatever has a joint space counted as able to embed.
@@ -57,7 +57,7 @@ def learned_abilities(saved: Saved) -> frozenset[Ability]:
 
 
 def saved_bos(saved: Saved) -> Bos:
-    """What `<s>` saw when the model was trained to read left to right."""
+    """Returns what `<s>` attended to when the model was trained to read left to right."""
     stored = saved.info.get("bos")
     if stored is None:
         return common_bos(_built(saved).values())
@@ -115,7 +115,7 @@ def _known_type(name: str) -> type[ObjectiveConfig]:
 
 
 def _built(saved: Saved) -> dict[str, Objective]:
-    """As the configs say, with fresh parameters."""
+    """Builds the objectives from their configs, with new parameters."""
     return {name: _build(saved, config) for name, config in saved_configs(saved).items()}
 
 

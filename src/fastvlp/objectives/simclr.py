@@ -96,7 +96,7 @@ class SimCLR(PairObjective):
 
 
 def summary(model: VLModel, state_BKD: Tensor) -> Tensor:
-    """What the joint space reads of an image [B D]; where there is none, the mean of its states."""
+    """Returns the pooled state of an image that the joint space uses [B D]; without a joint space, the mean of its states."""
     if model.config.embed is None:
         return state_BKD.mean(1)
     return model.embed.image.summary(state_BKD)

@@ -41,8 +41,8 @@ def inverse_frequencies(texts_with_V: Tensor, texts: int) -> Tensor:
 
 
 def word_targets(has_BV: Tensor, weight_V: Tensor) -> Tensor:
-    """What the softmax over words should be [B V]: the weights of the words that a text has, which add up to 1. A text whose
-    words all weigh nothing has them alike, one without words has none."""
+    """Returns the target of the softmax over words [B V]: the weights of the words that a text has, which add up to 1. A
+    text whose words all weigh nothing has them alike, one without words has none."""
     own_BV = has_BV * weight_V
     own_BV = torch.where(own_BV.sum(1, keepdim=True) > 0, own_BV, has_BV)
     return own_BV / own_BV.sum(1, keepdim=True).clamp(min=1e-12)

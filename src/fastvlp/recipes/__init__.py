@@ -34,7 +34,8 @@ def recipe(name: str) -> TrainConfig:
 
 
 def about_recipe(name: str) -> str:
-    """What a recipe's file says of it: the method, its command, what it reached. Raises UserError as `recipe` does."""
+    """Returns the description of a recipe from its file: the method, its command and its result. Raises UserError as
+    `recipe` does."""
     return inspect.getdoc(_module(name)) or ""
 
 

@@ -41,7 +41,7 @@ from fastvlp.search.embedder import Embedder
 
 
 class Counts(NamedTuple):
-    """What a folder of vectors holds, and the records that it lacks."""
+    """The numbers of vectors in a folder, and of the records that it lacks."""
 
     folder: Path
     images: int

@@ -1,4 +1,5 @@
-"""What a cosine means: of one model's matching pairs it may lie between 0.25 and 0.35, of another's between 0.6 and 0.9."""
+"""Calibration of cosines. The cosines of matching pairs may lie between 0.25 and 0.35 for one model, and between 0.6 and 0.9
+for another."""
 
 from __future__ import annotations
 

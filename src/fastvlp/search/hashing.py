@@ -22,7 +22,7 @@ SAMPLE, ROWS = 50_000, 65_536
 
 
 class Projection(NamedTuple):
-    """From a vector to a code: bit c of x says whether (x - mean) @ map[:, c] is above 0."""
+    """A projection from a vector to a code: bit c of x says whether (x - mean) @ map[:, c] is above 0."""
 
     mean_E: np.ndarray
     map_EC: np.ndarray

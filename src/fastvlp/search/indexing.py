@@ -93,8 +93,8 @@ class Built(NamedTuple):
 
 
 class _Source(NamedTuple):
-    """What an index is built from. `shards`: to read pictures from; None if none are stored. `dropped`: records that are in
-    none of the parts, and named in none."""
+    """The vectors that an index is built from. `shards`: to read pictures from; None if none are stored. `dropped`: records
+    that are in none of the parts, and named in none."""
 
     stamp: Stamp
     shards: Shards | None
@@ -295,7 +295,7 @@ def search_index(
 
 
 def text_notes(reading: Reading) -> list[str]:
-    """What the model does not read of a text."""
+    """Returns notes on the parts of a text that the model does not read."""
     notes = []
     if reading.unknown:
         notes.append(f"words that the model does not know: {', '.join(reading.unknown)}")

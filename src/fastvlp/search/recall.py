@@ -1,4 +1,4 @@
-"""How much of the exact result an index finds, measured on a sample when it is built."""
+"""The recall of an index compared with exact search, measured on a sample when the index is built."""
 
 from __future__ import annotations
 

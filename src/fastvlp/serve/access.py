@@ -1,4 +1,4 @@
-"""Who may use the service: by a key, by the session that a key opened, and under which names of this machine."""
+"""Access to the service: by a key, by a session that a key opened, and by names of this machine."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 
 class Metrics(Collector):
-    """What /metrics shows."""
+    """The metrics that /metrics shows."""
 
     def __init__(self) -> None:
         self._registry = registry = CollectorRegistry()

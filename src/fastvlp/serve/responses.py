@@ -12,8 +12,8 @@ class ResponseBody(BaseModel):
 
 
 class Note(ResponseBody):
-    """Of a text that was not read whole, or has words that the tokenizer does not know. `index`: of the text or input. `cut`:
-    its end that was not read."""
+    """A note on a text that was cut, or has words that the tokenizer does not know. `index`: position of the text or input.
+    `cut`: the end of the text that was not read."""
 
     index: int
     cut: str | None
@@ -45,9 +45,9 @@ class Embeddings(ResponseBody):
 
 
 class Score(ResponseBody):
-    """How well a text fits a picture. `similarity`: cosine of their vectors. `match`: from layers that read both together, the
-    logit for a match less the one against it, or the text's mean log-likelihood. Larger is better; values can be compared for
-    one text or one picture."""
+    """A score of how well a text matches a picture. `similarity`: cosine of their vectors. `match`: from layers that read
+    both together, the logit for a match less the one against it, or the text's mean log-likelihood. Larger is better; values
+    can be compared for one text or one picture."""
 
     similarity: float | None = None
     match: float | None = None

@@ -1,4 +1,5 @@
-"""What the routes call: it embeds, captions, answers and scores matches in batches, and reads and changes the index."""
+"""The service behind the routes. It embeds, captions, answers and scores matches in batches, and reads and changes the
+index."""
 
 from __future__ import annotations
 

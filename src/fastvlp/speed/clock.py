@@ -37,7 +37,8 @@ class Clock:
 
 
 def seconds(lap: Lap, device: torch.device) -> float:
-    """What counts on a device: CPU time on a CPU, where other programs would be counted too on the wall; else wall time."""
+    """Returns the time that counts on a device: CPU time on a CPU, since wall time would include other programs; else wall
+    time."""
     return lap.cpu_s if device.type == "cpu" else lap.wall_s
 
 

@@ -57,7 +57,7 @@ class Arm(Protocol):
 
 @dataclass(kw_only=True)
 class Loading:
-    """What making the batches of a step takes.
+    """The time to make the batches of a step.
 
     Attributes:
         s: seconds for the batches of one step.

@@ -111,7 +111,7 @@ def scores(candidates: Sequence[str], references: Sequence[Sequence[str]]) -> di
 
 @dataclass(frozen=True, kw_only=True)
 class Decoding:
-    """How captions are written."""
+    """Options of decoding captions."""
 
     beams: int = 1
     """Captions kept at a time; 1 is greedy."""

@@ -218,8 +218,8 @@ def two_encoders(saved: Saved, source: str) -> Saved:
 
 
 def reading_of(start: str, model: ModelConfig, place: str, captions: str | None) -> dict[str, Any]:
-    """How images and texts are read, as in the model's training, as fields of the data; of the captions, those of the split
-    `place`."""
+    """Returns the preprocessing of images and texts in the model's training, as fields of the data, with the field of
+    captions in the split `place`."""
     data = read_saved_run(start).data
     return {
         "fit": data.fit,
@@ -291,7 +291,7 @@ def run_for(
 
 
 def unlocked(saved: Saved, locked: float, freeze: tuple[str, ...]) -> LastLayers:
-    """How many last layers of each encoder learn, where a share of all its layers is locked."""
+    """Returns the number of last layers of each encoder that are trained if a share of its layers is locked."""
     counts = {name: len(encoder.layer_names().layers) for name, encoder in saved.model.encoders().items()}
     kept = {name: int(count * locked) for name, count in counts.items() if name not in freeze}
     return LastLayers(**{name: counts[name] - first for name, first in kept.items() if first})
@@ -313,7 +313,7 @@ def scores_on(held: Mapping[str, Held], model: str | Path, encoding: MaskedEncod
 
 
 def lines_of(run: TrainConfig, data: PairData, made: Plan, saved: Saved, source: str) -> list[str]:
-    """What was chosen and why, for people."""
+    """Returns lines that tell the user what was chosen and why."""
     pairs, name = len(Shards(data.train)), next(iter(run.objectives))
     counts = {part: len(encoder.layer_names().layers) for part, encoder in saved.model.encoders().items()}
     last = {part: number for part in counts if (number := getattr(run.train_last, part)) is not None}

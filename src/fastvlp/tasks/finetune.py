@@ -153,7 +153,7 @@ def data_for(
 
 
 def earlier_input(run: Path, fit: Fit | None, max_length: int | None) -> tuple[Fit | None, int | None]:
-    """What a resumed run read before, where nothing else is given, whatever the defaults have become."""
+    """Returns the input options of a resumed run as it was saved, unless others are given. Changed defaults have no effect."""
     earlier = read_saved_run(run).data
     if fit is None and "fit" in earlier.stated:
         fit = earlier.fit

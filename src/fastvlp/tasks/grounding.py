@@ -133,7 +133,7 @@ class Grounding(Objective):
         initialise(self, width)
 
     def scores(self, model: VLModel, image_BKD: Tensor, batch: Batch) -> Tensor:
-        """How well each region fits the expression -> [B R]; padding has -1e4."""
+        """Scores how well each region matches the expression -> [B R]; padding has -1e4."""
         regions = require_regions(batch.regions)
         if self.beside is None:
             state_BRD = model.read_regions(image_BKD, regions, batch.ids, batch.length).region

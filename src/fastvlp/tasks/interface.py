@@ -1,4 +1,4 @@
-"""What a task is: its options, the data and objective that it trains, and how a fine-tuned model is scored."""
+"""The interface of a task: its options, its data and objective, and the scoring of a fine-tuned model."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ USUAL_OPTIM = OptimConfig(lr=5e-4, cross_multiplier=1, head_multiplier=5, warmup
 
 @dataclass(frozen=True, kw_only=True)
 class NoOptions:
-    """Nothing to choose."""
+    """No options."""
 
 
 class FineTuned(NamedTuple):
@@ -157,7 +157,8 @@ class Task(abc.ABC):
 
 
 def tasks() -> list[type[Task]]:
-    """All tasks: those of the package, and those in files that the user imported. Raises UserError if two share a name."""
+    """Returns all tasks: those of the package, and those in files that the user imported. Raises UserError if two have the
+    same name."""
     found = variants(Task, "fastvlp.tasks")
     names = [task.name for task in found]
     if double := sorted({name for name in names if names.count(name) > 1}):

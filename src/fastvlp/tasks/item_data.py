@@ -34,11 +34,11 @@ class ItemData(Data, abc.ABC):
 
     @abc.abstractmethod
     def read(self, shards: Shards) -> list[Item]:
-        """All items of a split, as `read_items` gives them."""
+        """Reads all items of a split with `read_items`."""
 
     @abc.abstractmethod
     def target(self, items: list[Item]) -> Tensor:
-        """What the items are scored against, one row an item."""
+        """Returns the targets of the items, one row for each."""
 
     def used_in_training(self, item: Item) -> bool:
         """Whether training uses the item."""

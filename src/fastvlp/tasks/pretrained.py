@@ -16,7 +16,7 @@ from fastvlp.objectives.saved_objectives import saved_bos
 
 @dataclass(frozen=True, kw_only=True)
 class Preprocessing:
-    """How a run prepared images and texts.
+    """The preprocessing of images and texts in a run.
 
     Attributes:
         regions: where regions of images came from; the records' objects where the run had none. Its classes are left out.
@@ -50,7 +50,7 @@ class Pretrained(NamedTuple):
 
     @property
     def bos(self) -> Bos:
-        """What its `<s>` saw."""
+        """What the model's `<s>` attended to in training."""
         return saved_bos(self.saved)
 
 

@@ -129,8 +129,8 @@ class Retrieval(HeadObjective):
     def scores(
         self, model: VLModel, image_BKD: Tensor, ids_BL: Tensor, length_B: Tensor, regions: Regions | None
     ) -> Tensor:
-        """How well each image fits the text of its row -> [B]. An image may have s texts: rows b*s ... b*s+s-1 are beside
-        image b."""
+        """Scores how well each image matches the text of its row -> [B]. Each image may have s texts: rows b*s ... b*s+s-1
+        belong to image b."""
         if self.pool is None and (texts := len(ids_BL) // len(image_BKD)) > 1:
             image_BKD = image_BKD.repeat_interleave(texts, 0)
             regions = _pytree.tree_map_only(Tensor, lambda x: x.repeat_interleave(texts, 0), regions)
@@ -142,7 +142,7 @@ class Retrieval(HeadObjective):
         return self.scores(model, image_BKD[image_P], batch.ids[text_P], batch.length[text_P], regions)
 
     def wrong(self, batch: Batch) -> Tensor:
-        """Which texts are wrong for a row's image: bool [B B]."""
+        """Returns which texts are wrong for a row's image: bool [B B]."""
         if len(batch) < 2 and self.training:
             raise UserError("retrieval takes its negatives from the batch, and this one has a single readable pair")
         return wrong_pairs(batch, self.config.equal_pairs)
@@ -159,7 +159,7 @@ class Retrieval(HeadObjective):
         return {name: self._drawn(batch, salt, 1) for name, salt in SALTS.items()}
 
     def random_texts(self, batch: Batch, count: int) -> Negatives:
-        """So many other texts of each row, as far as the batch has them."""
+        """Draws `count` other texts for each row, or fewer if the batch has fewer."""
         return self._drawn(batch, SALTS["text"], min(count, len(batch) - 1))
 
     def _drawn(self, batch: Batch, salt: int, count: int) -> Negatives:

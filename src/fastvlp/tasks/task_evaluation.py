@@ -79,7 +79,8 @@ def score_split(tuned: FineTuned, place: str, *, device: str, options: Any, spli
 
 
 def why_not_scored(task: type[Task], place: str, data: Data) -> str | None:
-    """What all records of a split lack to be scored, as those of published test sets do; None if one has it."""
+    """Returns what all records of a split lack to be scored, as in published test sets without answers; None if a record has
+    it."""
     field, count = getattr(data, task.field), 0
     for info in readable_infos(Shards(place)):
         if task.has_answer(info, field):

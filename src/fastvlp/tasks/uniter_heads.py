@@ -30,7 +30,7 @@ def region_head(width: int, layers: Literal[1, 2] = 1) -> nn.Module:
 
 
 def region_scores(score: nn.Module, region_BRD: Tensor, region_BR: Tensor) -> Tensor:
-    """How well each region fits the text -> [B R]; padding has -1e4. `score`: a `region_head`."""
+    """Scores how well each region matches the text -> [B R]; padding has -1e4. `score`: a `region_head`."""
     score_BR: Tensor = score(region_BRD)[..., 0]
     return score_BR.masked_fill(~region_BR, -1e4)
 

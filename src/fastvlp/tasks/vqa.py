@@ -70,7 +70,7 @@ class VQAData(ItemData):
         return not (is_question and item.entry.get("answers") is None)
 
     def target(self, items: list[Item]) -> Tensor:
-        """How right each answer is: float [items answers]."""
+        """Returns the score of each answer: float [items answers]."""
         place = {answer: a for a, answer in enumerate(self.answers)}
         target = torch.zeros(len(items), len(self.answers))
         for i, item in enumerate(items):

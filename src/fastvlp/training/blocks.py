@@ -55,7 +55,7 @@ def check_compiler(device: torch.device) -> None:
 
 
 def compiled() -> tuple[int, float]:
-    """How many graphs this process has compiled so far, and the seconds that took."""
+    """Returns the number of graphs that this process has compiled so far, and the seconds that this took."""
     from torch._dynamo.utils import calculate_time_spent, counters
 
     return counters["stats"]["unique_graphs"], calculate_time_spent().get("total_wall_time", 0.0)

@@ -1,4 +1,4 @@
-"""What a run writes into its folder: its whole state in one file, the weights alone, and its config.
+"""Saves a run in its folder: its whole state in one file, the weights, and its config.
 
 A file is written whole or not at all.
 """
@@ -100,7 +100,7 @@ def save(state: TrainState, *, wait: bool = True) -> None:
 
 
 class Whole(NamedTuple):
-    """What is saved of the weights of a run, from all ranks.
+    """The weights and optimiser state of a run, gathered from all ranks, as they are saved.
 
     Attributes:
         pretraining, optimiser, ema: their states.

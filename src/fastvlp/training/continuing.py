@@ -1,5 +1,5 @@
-"""What a continued run may change: data that moved are recognised by their content, and other values are taken where the user
-names them."""
+"""The changes that a continued run may make. Data that were moved are recognised by their content. Other fields may change
+if the user names them."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def remeasured(saved: Mapping[str, Any], run: TrainConfig, changed: Collection[s
 
 
 def first_batch(saved: Mapping[str, Any], run: TrainConfig, train: Loader) -> int:
-    """Which batch of a rank comes next. Where batches are others than before, it is the first one behind as many rows as were
+    """Returns the number of a rank's next batch. If the batches have changed, it is the first batch after the rows that were
     read."""
     then, now = flatten(with_defaults(saved["run"], run)), flatten(to_json(run))
     same = all(then.get(name) == now.get(name) for name in ORDER if name not in _unused(then, now))

@@ -1,5 +1,5 @@
-"""How the batches of a step are divided among the ranks. A run that continues on another number of ranks keeps its steps: the
-same rows in each, in batches that were planned for the ranks on which it began."""
+"""Divides the batches of a step among the ranks. A run that continues on another number of ranks keeps its steps: the same
+rows in each, in batches that were planned for the ranks on which it began."""
 
 from __future__ import annotations
 

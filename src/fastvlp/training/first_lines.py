@@ -1,4 +1,4 @@
-"""What the log says of a run before its first step: what it starts from, its sizes and its data."""
+"""The lines of the log before the first step of a run: what it starts from, its sizes and its data."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def log_start(state: TrainState, log: RunLog, resume: bool) -> None:
 
 
 def divided(state: TrainState) -> str:
-    """What becomes of the steps of a run that continues on another number of ranks."""
+    """Returns a line on the steps of a run that continues on another number of ranks."""
     division, data = state.division, state.run.data
     size = f"{data.batch_size // division.cut} rows" if data.max_tokens is None else f"up to {data.max_tokens} tokens"
     return (

@@ -1,4 +1,4 @@
-"""How many floating-point operations a training step needs: those of its matrix products, counted while it runs.
+"""Counts the floating-point operations of a training step: those of its matrix products, counted while it runs.
 
 PyTorch's formulas (torch.utils.flop_counter) give the cost of each product that is called, forward and backward: a
 multiplication and an addition are two operations, attention counts all pairs of positions although a causal kernel skips
@@ -74,7 +74,8 @@ def gradient_flops(module: nn.Module, loss: Callable[[], Tensor]) -> int:
 
 
 class Shape(NamedTuple):
-    """What the cost of a part of a step depends on: its name, and the batch's rows, tokens of texts and regions a row."""
+    """The properties on which the cost of a part of a step depends: its name, and the batch's rows, tokens of texts and
+    regions a row."""
 
     part: str
     rows: int
@@ -125,7 +126,7 @@ class FlopCounter:
             self._new, self._counted = True, self._counted + 1
 
     def _scaled(self, shape: Shape, alike: Sequence[Shape]) -> float:
-        """From the known shape that is nearest in size."""
+        """Estimates the count from the known shape that is nearest in size."""
         size = self._size(shape)
         nearest = min(alike, key=lambda known: abs(self._size(known) - size))
         return self._known[nearest] * size / self._size(nearest)

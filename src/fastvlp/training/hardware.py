@@ -1,4 +1,4 @@
-"""What a device can do and has used: its peak speed, the memory that was held, the bytes that an optimiser step moves."""
+"""Properties of a device, and its use: its peak speed, the memory that was held, the bytes that an optimiser step moves."""
 
 from __future__ import annotations
 

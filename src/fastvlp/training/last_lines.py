@@ -1,4 +1,4 @@
-"""What the log says of a run after its last step."""
+"""The lines of the log after the last step of a run."""
 
 from __future__ import annotations
 

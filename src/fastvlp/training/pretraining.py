@@ -36,7 +36,7 @@ class RowGrads(NamedTuple):
 
 
 class Embedded(NamedTuple):
-    """What an objective scores: its embeddings, which get gradients, and further tensors, which do not."""
+    """The tensors that an objective scores: its embeddings, which get gradients, and further tensors, which do not."""
 
     rows: tuple[Tensor, ...]
     constants: tuple[Tensor, ...]
@@ -149,8 +149,8 @@ class Pretraining(nn.Module):
         return losses
 
     def embedded(self, batch: Batch, around: Callable[[str], AbstractContextManager[None]]) -> dict[str, Embedded]:
-        """What the objectives that couple rows score, of one batch, by name. `around(name)`: the context in which the constants
-        of one are computed."""
+        """Returns, by name, the tensors of one batch that the contrastive objectives score. `around(name)`: the context in
+        which the constants of one are computed."""
         image_BKD = self.encode_image(batch)
         pairs = self.pair_objectives()
         rows = {name: part.embed(self.model, image_BKD, batch) for name, part in pairs.items()}

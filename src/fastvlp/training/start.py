@@ -1,4 +1,4 @@
-"""How a run begins: its data, model, optimiser and, where it is resumed, its last checkpoint."""
+"""Starts a run: prepares its data, model and optimiser and, if it is resumed, loads its last checkpoint."""
 
 from __future__ import annotations
 
@@ -183,17 +183,17 @@ def held_out_rows(run: TrainConfig, tokenizer: Tokenizer, size: int, given: Mapp
 
 
 def averaging(decay: float) -> Callable[..., None]:
-    """How the average follows the weights: each rank's own part, where they are divided."""
+    """Returns the function that updates the averaged weights: of each rank's own part, if the weights are divided."""
     average = get_ema_multi_avg_fn(decay)
     return lambda own, current, count: average(dist.own_parts(own), dist.own_parts(current), count)
 
 
 def sharded(run: TrainConfig, pretraining: Pretraining, ema: AveragedModel | None) -> Sharding | None:
-    """Divides the weights of a run among the ranks, and their average alike, where the run says so and there are several. The
-    states of frozen encoders, which run by themselves for that, are stored before."""
+    """Divides the weights of a run, and their average, among the ranks, if `shard` is set and there are several ranks. The
+    states of frozen encoders must be stored before, since the encoders run on their own for this."""
     if not run.shard or dist.world() == 1:
         return None
-    # It takes as long to import as the rest of PyTorch.
+    # Imported only here, because it takes as long to import as the rest of PyTorch.
     from fastvlp.training.sharding import Sharding
 
     device = pick_device(run.device)
@@ -214,14 +214,14 @@ def distributed(run: TrainConfig, pretraining: Pretraining) -> nn.Module:
 
 
 def run_precision(run: TrainConfig, device: torch.device, resume: bool) -> Precision:
-    """What `auto` means: what the device computes fast; a resumed run goes on as it began."""
+    """Returns the precision of a run. `auto` means the one that the device computes fast; a resumed run keeps its precision."""
     if resume and run.precision == "auto":
         return read_saved_run(run.folder).precision
     return pick_precision(run.precision, device)
 
 
 def samples(rows: Rows, most: int = 1000) -> Iterator[Batch]:
-    """At most so many readable rows, each alone, evenly spread over the data."""
+    """Yields at most `most` readable rows, spread evenly over the data, each as a batch of its own."""
     for i in range(0, rows.count, -(-rows.count // most)):
         batch, _ = rows.make([Row(i, hash64(i))])
         if len(batch):
@@ -253,8 +253,8 @@ def make_pretraining(
 
 
 def find_tokenizer(run: TrainConfig, resume: bool, texts: PublicTexts | None = None) -> Tokenizer:
-    """That of the checkpoint that the run is resumed from, that of a public text encoder, the one named, that of the weights to
-    start from, or one trained on the texts of the data."""
+    """Returns the tokenizer of a run: that of the checkpoint that it is resumed from, that of a public text encoder, the
+    named one, that of the weights to start from, or one trained on the texts of the data."""
     own = run.folder / "tokenizer.json"
     if resume and own.exists():
         return Tokenizer.load(own)

@@ -1,4 +1,4 @@
-"""Where a run stands (TrainState), and what one step did (StepReport)."""
+"""The state of a run (TrainState), and the report of one step (StepReport)."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class StepReport:
 
 @dataclass(kw_only=True)
 class TrainState:
-    """Where a run stands.
+    """The state of a run.
 
     Attributes:
         wrapped: `pretraining`, under DDP where there are several ranks that all have its weights.
@@ -168,7 +168,7 @@ class TrainState:
 
     @property
     def evaluated(self) -> Pretraining:
-        """What is validated and saved: the averaged weights where there are any."""
+        """The module that is validated and saved: the averaged weights if there are any."""
         return cast(Pretraining, self.ema.module) if self.ema is not None else self.pretraining
 
 

@@ -19,7 +19,8 @@ from fastvlp.training.train_config import TrainConfig
 
 
 def stored_inputs(pretraining: Pretraining, run: TrainConfig, precision: Precision, ranks: int) -> Stored | None:
-    """Where the states are that a run reads, as its weights stand. None if it has no frozen encoder, or stores nothing.
+    """Returns the stores of the states that a run reads, with its present weights; None if it has no frozen encoder, or stores
+    nothing.
 
     Args:
         precision: in which the encoders run.
@@ -55,7 +56,8 @@ def stored_inputs(pretraining: Pretraining, run: TrainConfig, precision: Precisi
 
 
 def find_teacher(pretraining: Pretraining, run: TrainConfig, precision: Precision) -> TeacherStore | None:
-    """Where the vectors are of the teacher that the objectives name; None if none does. Raises UserError for several."""
+    """Returns the store of the vectors of the teacher that the objectives name; None without a teacher. Raises UserError if
+    they name several."""
     named = {part.teacher for part in pretraining.all_objectives().values() if part.teacher is not None}
     if len(named) > 1:
         raise UserError(f"the objectives name several teachers ({', '.join(sorted(named))}); a run has one")
@@ -64,7 +66,7 @@ def find_teacher(pretraining: Pretraining, run: TrainConfig, precision: Precisio
 
 
 def why_no_images(pretraining: Pretraining, augment: AugmentConfig, mirrors: bool, reduced: ReducedStart) -> str | None:
-    """Why images are encoded at each step; None if their stored states are read."""
+    """Returns the reason why images are encoded at each step; None if their stored states are read."""
     stored = replace(augment, flip=0.0) if mirrors else augment
     if "image" not in frozen_encoders(pretraining.model):
         return "the image encoder is trained"
@@ -81,7 +83,7 @@ def why_no_images(pretraining: Pretraining, augment: AugmentConfig, mirrors: boo
 
 
 def why_no_texts(pretraining: Pretraining, reduced: ReducedStart) -> str | None:
-    """Why texts are encoded at each step; None if their stored states are read."""
+    """Returns the reason why texts are encoded at each step; None if their stored states are read."""
     model = pretraining.model
     if "text" not in frozen_encoders(model):
         return "the text encoder is trained"

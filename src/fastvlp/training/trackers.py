@@ -1,4 +1,4 @@
-"""Where the numbers of a log are shown: TensorBoard, Weights & Biases, MLflow or Trackio, each imported when it is used.
+"""Trackers that show the numbers of a log: TensorBoard, Weights & Biases, MLflow or Trackio, each imported when it is used.
 
 A resumed run goes on in the same run of the tracker, whose id is kept in the run's folder.
 """

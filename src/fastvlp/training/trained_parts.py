@@ -97,7 +97,7 @@ def _trains(module: nn.Module) -> bool:
 
 
 def sizes_line(sizes: dict[str, PartSize]) -> str:
-    """What is trained, for people: `trains 1.2 M of 88 M parameters: image 0 of 86 M (frozen), text 1.2 M`."""
+    """Returns a line on the trained parameters: `trains 1.2 M of 88 M parameters: image 0 of 86 M (frozen), text 1.2 M`."""
     total, trained = (sum(column) for column in zip(*sizes.values()))
     parts = [_part(name, size) for name, size in sizes.items()]
     return f"trains {short_count(trained)} of {short_count(total)} parameters: {', '.join(parts)}"

@@ -1,4 +1,4 @@
-"""What the rest of the package asks of an image or a text encoder.
+"""The interface of image and text encoders, which the rest of the package uses.
 
 An encoder is a frozen dataclass, its config, and the module that `config.build()` makes. Both may live in a user's own file.
 """

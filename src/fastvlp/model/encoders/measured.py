@@ -1,4 +1,4 @@
-"""What an image encoder gives, found by running it once on the meta device, where nothing is computed."""
+"""Finds the shape of an image encoder's states by running it once on the meta device, where nothing is computed."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class MeasuredConfig(ImageEncoderConfig):
     @property
     @abc.abstractmethod
     def measured(self) -> Measured:
-        """What its module gives. Raises UserError if that are no states of an image."""
+        """The shape of the encoder's states. Raises UserError if the output is not states of an image."""
 
     @property
     def width(self) -> int:

@@ -73,7 +73,8 @@ class ModuleImagesConfig(MeasuredConfig):
         return _measured(self.function, self.size, self.patch)
 
     def make(self, pretrained: bool) -> nn.Module:
-        """What the function makes. Raises UserError if it is not known, or makes no module."""
+        """Calls the function and returns its module. Raises UserError if the function is not known, or does not return a
+        module."""
         module = (_given.get(self.function) or user_function(self.function))(pretrained)
         if not isinstance(module, nn.Module):
             raise UserError(f"{self.function}: returned a {type(module).__name__}, not an nn.Module")

@@ -35,7 +35,7 @@ def transformers() -> ModuleType:
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Without the package's bars and warnings: what is missing or left over is reported by those who load."""
+    """Context without the progress bars and warnings of transformers: our own code reports missing and unused tensors."""
     log = transformers().logging
     before = log.get_verbosity(), log.is_progress_bar_enabled()
     log.set_verbosity_error()

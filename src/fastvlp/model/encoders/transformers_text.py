@@ -135,7 +135,7 @@ class TransformersText(TextEncoder):
         return bool((position_BL == torch.arange(position_BL.shape[-1], device=position_BL.device)).all())
 
     def _mask(self, mask: Tensor, ids_BL: Tensor) -> Tensor:
-        """As transformers takes it: [B L] where all rows see the same tokens, else [B 1 L L]."""
+        """Returns a mask in the form that transformers expects: [B L] where all rows see the same tokens, else [B 1 L L]."""
         B, L = ids_BL.shape
         if mask.shape[-2] == 1:
             return mask[:, 0, 0].expand(B, L).long()

@@ -105,7 +105,7 @@ class CodesIndex(IndexEngine):
         return results
 
     def _fitting(self, where: Mapping[str, Sequence[Scalar]]) -> np.ndarray | None:
-        """Which items a filter lets through, bool [N]; None: all."""
+        """Returns which items match a filter, bool [N]; None if all do."""
         return np.fromiter((fits(info, where) for info in self._infos), bool, len(self._infos)) if where else None
 
     def _one_of_each(self, fitting_N: np.ndarray | None) -> np.ndarray | None:
