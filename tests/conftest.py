@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import atexit
+import gc
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 
 import pytest
 
@@ -17,8 +19,27 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ["FASTVLP_CACHE"] = tempfile.mkdtemp(prefix="fastvlp-cache-")
 atexit.register(shutil.rmtree, os.environ["FASTVLP_CACHE"], ignore_errors=True)
 
+# What importing the tests makes stays for ever: looking through it for garbage costs a second and finds nothing.
+gc.disable()
+
 # Fixtures of search, exporters and serve.
 pytest_plugins = ["tests.exported"]
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    # Each module goes to one worker: what its tests share is made once.
+    if getattr(config.option, "numprocesses", None) and config.option.dist == "no":
+        config.option.dist = "loadfile"
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Iterator[None]:
+    try:
+        return (yield)
+    finally:
+        gc.enable()
+        gc.freeze()
 
 
 def pytest_configure(config: pytest.Config) -> None:

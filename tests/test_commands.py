@@ -39,14 +39,16 @@ def commands_of_recipe(name: str) -> list[str]:
 PAGES = [str(page.relative_to(ROOT)) for page in sorted((ROOT / "docs").rglob("*.md")) if page.name != "own-parts.md"]
 COMMANDS = [(name, command) for name in ("README.md", "Makefile", *PAGES) for command in commands_in(name)]
 COMMANDS += [(f"recipes/{name}.py", command) for name in names() for command in commands_of_recipe(name)]
+# Each once, with the place of the first.
+DISTINCT = {command: name for name, command in reversed(COMMANDS)}
 
 
 def test_they_are_found():
     assert {"README.md", "docs/guide/pretrain.md", "Makefile"} <= {name for name, _ in COMMANDS} and len(COMMANDS) > 60
 
 
-@pytest.mark.parametrize(("name", "command"), COMMANDS)
-def test_each_is_understood(name, command, monkeypatch):
+@pytest.mark.parametrize(("command", "name"), DISTINCT.items())
+def test_each_is_understood(command, name, monkeypatch):
     runs = []
     monkeypatch.setattr("fastvlp.cli.run", lambda name, ready: runs.append(name))
     # The runs and public models that the commands start from are not there.

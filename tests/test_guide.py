@@ -13,8 +13,9 @@ from starlette.testclient import TestClient
 
 from fastvlp.cli import main
 from tests.convert.public_models import write_model
+from tests.installed import skip_without
 
-pytest.importorskip("chromadb", reason="chromadb is not installed: pip install -e '.[serve]'")
+skip_without("chromadb", install="-e '.[serve]'")
 
 GUIDE = (Path(__file__).parent.parent / "docs/guide/tune-clip.md").read_text(encoding="utf-8")
 COLOURS = ("red", "green", "yellow", "small", "large", "left")

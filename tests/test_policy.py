@@ -10,6 +10,7 @@ import sys
 import typing
 from collections import defaultdict
 from collections.abc import Iterator
+from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from importlib import import_module
 from importlib.util import find_spec
@@ -24,7 +25,6 @@ import fastvlp
 from fastvlp.extensions import variants
 
 SOURCE = Path(fastvlp.__file__).parent
-TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in sorted(SOURCE.rglob("*.py"))}
 # A module may import from its own level and from those before it: the order of the data flow (docs/why.md).
 LEVELS = [
     {
@@ -72,6 +72,17 @@ INTERFACES = {
 }
 
 
+@cache
+def trees() -> dict[Path, ast.Module]:
+    """The package, parsed."""
+    return {path: ast.parse(path.read_text(encoding="utf-8")) for path in sorted(SOURCE.rglob("*.py"))}
+
+
+@cache
+def module_names() -> set[str]:
+    return {module_name(path) for path in trees()}
+
+
 def module_name(path: Path) -> str:
     """`data.loader` of .../fastvlp/data/loader.py; a package is called like its folder."""
     return path.relative_to(SOURCE).with_suffix("").as_posix().replace("/", ".").removesuffix(".__init__")
@@ -82,13 +93,14 @@ def place(path: Path, node: ast.AST) -> str:
 
 
 def nodes(*kinds: type) -> Iterator[tuple[Path, Any]]:
-    for path, tree in TREES.items():
+    for path, tree in trees().items():
         yield from ((path, node) for node in ast.walk(tree) if isinstance(node, kinds))
 
 
+@cache
 def imports(path: Path) -> set[str]:
     """Modules of the package that `path` imports: when it is loaded, when its functions run, or for type checkers."""
-    tree, names = TREES[path], {module_name(other) for other in TREES}
+    tree, names = trees()[path], module_names()
     imported = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "fastvlp":
@@ -108,7 +120,7 @@ def level(module: str) -> int:
 def test_imports_go_one_way() -> None:
     wrong = [
         f"{module_name(path)} imports {other}"
-        for path in TREES
+        for path in trees()
         for other in imports(path)
         if level(other) > level(module_name(path) if path != SOURCE / "__init__.py" else "__init__")
     ]
@@ -116,7 +128,7 @@ def test_imports_go_one_way() -> None:
 
 
 def test_no_modules_import_each_other() -> None:
-    graph = {module_name(path): imports(path) - {module_name(path)} for path in TREES}
+    graph = {module_name(path): imports(path) - {module_name(path)} for path in trees()}
     try:
         TopologicalSorter(graph).prepare()
     except CycleError as error:
@@ -127,7 +139,7 @@ def test_a_module_name_has_one_meaning() -> None:
     """A format to import and the task on it may share the name of their data set, and an objective and the layout of its
     public checkpoints that of their method; nothing else is called alike."""
     by_name = defaultdict(list)
-    for path in TREES:
+    for path in trees():
         if path.stem not in ("__init__", "interface"):
             by_name[path.stem].append(path.relative_to(SOURCE).as_posix())
     wrong = {
@@ -270,7 +282,7 @@ def test_words_are_those_of_the_field() -> None:
     pattern = re.compile(r"\b(told|untold|yardsticks?|judge[ds]?|whence)\b", re.IGNORECASE)
     wrong = [
         f"{path.relative_to(SOURCE)}:{number}: {line.strip()[:90]}"
-        for path in TREES
+        for path in trees()
         for number, line in enumerate(path.read_text("utf-8").splitlines(), 1)
         if pattern.search(line)
     ]

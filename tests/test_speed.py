@@ -127,6 +127,7 @@ def test_a_vocabulary_is_as_large_as_asked_for():
     assert larger.encode(["a red"], 9)[0].tolist() == words.encode(["a red"], 9)[0].tolist()
 
 
+@pytest.mark.slow
 def test_recipes_are_measured_in_turns(pairs, tmp_path):
     out, trace = tmp_path / "speed.jsonl", tmp_path / "trace.json"
     run = made_run(pairs, tmp_path, "mlm")
@@ -250,7 +251,7 @@ def test_made_data_take_the_place_of_all_data(tmp_path):
     run = replace(run, data=replace(run.data, train="own", mix={"other": 0.5}, val="v"), vocab=300)
     made = with_made_data({"a": run, "b": run}, tmp_path, 1)
     assert made["a"].data.mix is None and made["a"].data.val is None and made["a"].tokenizer == made["b"].tokenizer
-    with pytest.raises(UserError, match="VQAData reads data of its own kind"):
+    with pytest.raises(UserError, match="VQAData"):
         with_made_data({"a": replace(run, data=VQAData(batch_size=2, train="own", answers=()))}, tmp_path, 1)
 
 

@@ -98,5 +98,5 @@ def test_what_holds_no_weights_is_named(tmp_path: Path):
     (tmp_path / "cut.pt").write_bytes(whole[: len(whole) // 2])
     (tmp_path / "text.bin").write_text("no")
     for name in ("cut.pt", "text.bin"):
-        with pytest.raises(UserError, match=rf"{name}: not readable as weights"):
+        with pytest.raises(UserError, match=rf"{name}: "):
             read_contents(tmp_path / name)

@@ -79,7 +79,7 @@ def test_a_crop_drops_the_boxes_that_it_loses():
 @pytest.mark.parametrize("whole", [False, True])
 @pytest.mark.parametrize("info", [{}, {"objects": []}, {"objects": [thing(200, 0, 210, 5)]}])
 def test_a_record_without_a_region_is_dropped_or_shown_whole(info, whole):
-    with pytest.raises(RecordError, match=r"none of its \d objects is in the picture"):
+    with pytest.raises(RecordError, match=r"\d objects"):
         read_regions(RegionSource(whole=whole), "r", info, WIDE, SQUASH)
     found = read_regions(RegionSource(whole=whole, empty="whole"), "r", info, WIDE, SQUASH)
     assert close(found.box_R4, [[0, 0, 1, 1]])

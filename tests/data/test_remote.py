@@ -19,9 +19,10 @@ from fastvlp.data.sources.importing import import_data
 from fastvlp.errors import UserError
 from fastvlp.training.checkpoint import load_checkpoint
 from fastvlp.training.loop import train
+from tests.installed import skip_without
 from tests.training.runs import assert_equal, made_pairs, made_run, weights
 
-pytest.importorskip("aiohttp")
+skip_without("aiohttp", install="aiohttp")
 
 
 class Server:

@@ -317,15 +317,15 @@ def test_the_writer_refuses_what_a_tar_cannot_hold(tmp_path):
     for key in ("", "a.b", "/a", "a\nb"):
         with pytest.raises(UserError, match="record key"), ShardWriter(tmp_path) as writer:
             writer.write(Record(key=key, images=image, info={}))
-    with pytest.raises(UserError, match="record a: its info cannot be stored"), ShardWriter(tmp_path) as writer:
+    with pytest.raises(UserError, match=r"record a: .*info"), ShardWriter(tmp_path) as writer:
         writer.write(Record(key="a", images=image, info={"captions": {1, 2}}))
-    with pytest.raises(UserError, match="record a: its info cannot be stored"), ShardWriter(tmp_path) as writer:
+    with pytest.raises(UserError, match=r"record a: .*info"), ShardWriter(tmp_path) as writer:
         writer.write(Record(key="a", images=image, info={"captions": ["\ud800"]}))
-    with pytest.raises(UserError, match="two records are called a"), ShardWriter(tmp_path) as writer:
+    with pytest.raises(UserError, match=r"called a\b"), ShardWriter(tmp_path) as writer:
         writer.write(Record(key="a", images=image, info={}))
         writer.write(Record(key="a", images=image, info={}))
     with ShardWriter(tmp_path) as writer:
         writer.write(Record(key="k" * 300, images=image, info={}))
     assert Shards(tmp_path).keys == ["k" * 300]
-    with pytest.raises(UserError, match="already holds shards"), ShardWriter(tmp_path):
+    with pytest.raises(UserError, match=str(tmp_path)), ShardWriter(tmp_path):
         pass

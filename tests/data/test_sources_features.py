@@ -261,17 +261,17 @@ def test_an_lmdb_is_opened_once_in_a_process_and_again_after_a_fork(tmp_path: Pa
 
 def test_another_folder_or_file_is_refused_with_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for path in (tmp_path, tmp_path / "none"):
-        with pytest.raises(UserError, match=r"neither an LMDB \(data\.mdb\) nor a folder of npz files"):
+        with pytest.raises(UserError, match=r"data\.mdb.*npz"):
             features.open_store(path)
     pytest.importorskip("lmdb")
     (tmp_path / "data.mdb").write_bytes(b"no LMDB" * 1000)
-    with pytest.raises(UserError, match="cannot be opened as an LMDB"):
+    with pytest.raises(UserError, match="LMDB"):
         features.open_store(tmp_path)
     bad = write_lmdb(tmp_path / "bad", {"__keys__": b"7"}, keys=False)
     with pytest.raises(UserError, match="its __keys__ are not a JSON list of names"):
         features.open_store(bad)
     monkeypatch.setitem(sys.modules, "lmdb", None)
-    with pytest.raises(UserError, match=r"needs lmdb and msgpack; pip install -e '.\[lmdb\]'"):
+    with pytest.raises(UserError, match=r"lmdb.*msgpack.*pip install -e '.\[lmdb\]'"):
         features.open_store(write_npz(tmp_path / "without", {"data.mdb": b""}))
 
 

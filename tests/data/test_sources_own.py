@@ -112,5 +112,5 @@ def test_in_python_options_are_keywords(own: Path) -> None:
 def test_two_formats_of_one_name_are_an_error(own: Path) -> None:
     own.write_text(OWN.replace('"postcards"', '"table"'))
     import_file(own)
-    with pytest.raises(UserError, match="several formats are called table"):
+    with pytest.raises(UserError, match="table"):
         formats()

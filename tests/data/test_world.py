@@ -311,7 +311,7 @@ def test_writing_twice_changes_nothing_and_a_foreign_folder_is_left_alone(tmp_pa
         write_world(tmp_path / "w", CONFIG, **few)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("precious")
-    with pytest.raises(UserError, match="is not empty"):
+    with pytest.raises(UserError, match="mine"):
         write_world(tmp_path / "mine", CONFIG, **few)
 
 

@@ -82,7 +82,7 @@ def test_pictures_are_found_by_what_items_call_them(zipped: bool, tmp_path: Path
         assert source.find(called) == names[0]
     assert source.find("ex_0_img_0") == names[1] and source.find("a/same.png") == names[2]
     assert source.find("../secret.png") is None and source.find(140) is None
-    with pytest.raises(UserError, match="2 pictures are called same"):
+    with pytest.raises(UserError, match=r"2 .*same"):
         source.find("same.png")
     pairs = make_pairs(source, [139, "ex_0_img_0", "000000000139.png"], ["a", "b", "a"])
     assert pairs.image_P.tolist() == [0, 1, 0] and pairs.text_P.tolist() == [0, 1, 0] and pairs.texts == ["a", "b"]
@@ -165,7 +165,7 @@ def test_each_method_scores_pairs_in_their_order(runs: dict[str, Path], pictures
         for method, score in score_by_all(opened, alone).items():
             torch.testing.assert_close(score[0], scores[method][p], atol=1e-5, rtol=1e-4)
     assert [*score_by_all(open_run(runs["flm"]), pairs)] == ["likelihood"]
-    with pytest.raises(UserError, match=r"`by` cosine.*can score by likelihood"):
+    with pytest.raises(UserError, match=r"`by` cosine.*likelihood"):
         score_by_all(open_run(runs["flm"]), pairs, "cosine")
 
 

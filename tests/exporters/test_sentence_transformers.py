@@ -18,8 +18,9 @@ from fastvlp.model.saving import save_model
 from fastvlp.model.sizes import brivl_tiny, clip_small, with_tokenizer
 from tests.convert.public_models import write_model
 from tests.exporters.made_runs import clip_shaped, made_run
+from tests.installed import skip_without
 
-pytest.importorskip("sentence_transformers")
+skip_without("sentence_transformers", install="-e '.[sentence-transformers]'")
 
 
 def exported(run: Path, out: Path) -> float:

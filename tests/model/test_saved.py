@@ -72,7 +72,7 @@ def test_best_and_last_have_a_step_each(tmp_path, tokenizer):
 
 
 def test_what_is_no_saved_model_is_refused_by_name(tmp_path, tokenizer):
-    with pytest.raises(UserError, match="not the folder of a run"):
+    with pytest.raises(UserError, match=str(tmp_path)):
         load_model(tmp_path)
     save_model(tmp_path, made(tokenizer), tokenizer, {})
     weights, described = tmp_path / "model.safetensors", tmp_path / "model.json"
@@ -132,15 +132,15 @@ def test_inherit_drops_only_whole_modules(tokenizer):
     state.pop("reconstructor.bottom.0.cross.kv.weight")
     with pytest.raises(UserError, match=r"has no reconstructor\.bottom\.0\.cross\.kv\.weight"):
         inherit(made(tokenizer), state)
-    with pytest.raises(UserError, match=r"no place for stray"):
+    with pytest.raises(UserError, match="stray"):
         inherit(made(tokenizer), source.state_dict() | {"stray": torch.zeros(1)})
 
 
 def test_another_width_is_refused(tokenizer):
-    with pytest.raises(UserError, match=r"has shape .*, the model wants .*; give the new model the same widths"):
+    with pytest.raises(UserError, match=r"has shape .*, the model wants .*"):
         inherit(VLModel(with_tokenizer(small(size=48, patch=8), tokenizer)), made(tokenizer).state_dict())
     other = made(tokenizer, size=96).state_dict()
-    with pytest.raises(UserError, match=r"image\.position has shape .*; use the config it was saved with"):
+    with pytest.raises(UserError, match=r"image\.position has shape .*"):
         load_exactly(made(tokenizer), other, "here")
 
 

@@ -92,9 +92,9 @@ def test_changes_and_wrong_folders_are_refused(index, folder, tmp_path):
             change()
     with pytest.raises(UserError, match="another model"):
         open_index(f"codes:{folder}", Stamp(fingerprint="f" * 32, width=16))
-    with pytest.raises(UserError, match=r"nowhere: not a folder that `vlp embed` wrote, it has no embedded\.json"):
+    with pytest.raises(UserError, match=r"nowhere: .*`vlp embed`.*embedded\.json"):
         open_index(f"codes:{tmp_path}/nowhere")
-    with pytest.raises(UserError, match=f"search it as codes:{folder}"):
+    with pytest.raises(UserError, match=f"codes:{folder}"):
         open_index(str(folder))
 
 

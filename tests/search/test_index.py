@@ -19,9 +19,10 @@ from fastvlp.errors import UserError
 from fastvlp.search.calibration import Calibration
 from fastvlp.search.checks import EngineError
 from fastvlp.search.engines.interface import open_index, pictures_of
+from tests.installed import skip_without
 from tests.search.made_items import STAMP, made_vectors, vector_of
 
-pytest.importorskip("chromadb", reason="chromadb is not installed: pip install -e '.[serve]'")
+skip_without("chromadb", install="-e '.[serve]'")
 PG = "FASTVLP_TEST_PG"
 
 

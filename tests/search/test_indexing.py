@@ -19,8 +19,9 @@ from fastvlp.search.engines.chroma import ChromaIndex
 from fastvlp.search.engines.interface import Hit, open_index, pictures_of
 from fastvlp.search.indexing import Built, build_index, hits_table, parse_conditions, search_index
 from fastvlp.search.thumbnails import thumbnail
+from tests.installed import skip_without
 
-pytest.importorskip("chromadb", reason="chromadb is not installed: pip install -e '.[serve]'")
+skip_without("chromadb", install="-e '.[serve]'")
 
 
 @pytest.fixture(scope="session")

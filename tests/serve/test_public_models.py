@@ -15,9 +15,11 @@ from fastvlp.errors import UserError
 from fastvlp.search.embedder import Embedder
 
 pytest.importorskip("transformers", reason="transformers is not installed: pip install -e '.[towers]'")
-pytest.importorskip("chromadb", reason="chromadb is not installed: pip install -e '.[serve]'")
 
 from tests.convert.public_models import TEXTS, write_model
+from tests.installed import skip_without
+
+skip_without("chromadb", install="-e '.[serve]'")
 
 
 @pytest.fixture(scope="module")

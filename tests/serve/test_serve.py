@@ -21,8 +21,9 @@ from fastvlp.search.embedder import Embedder
 from fastvlp.search.engines.interface import open_index, pictures_of
 from fastvlp.search.indexing import build_index
 from fastvlp.serve.api import create_app
+from tests.installed import skip_without
 
-pytest.importorskip("chromadb", reason="chromadb is not installed: pip install -e '.[serve]'")
+skip_without("chromadb", install="-e '.[serve]'")
 
 
 @pytest.fixture

@@ -218,7 +218,7 @@ def test_splits_are_found_where_shards_are_read(world):
     assert Shards(found["val"]).keys == Shards(world / "val").keys
     assert frequent_answers(found["train"]) == frequent_answers(str(world / "train"))
     assert find_splits(f"file://{world}", NLVR2Task.split_prefixes)["train"] == f"file://{world}/pairs-train"
-    with pytest.raises(UserError, match="nowhere: there is no such folder"):
+    with pytest.raises(UserError, match="nowhere"):
         find_split("nowhere", "train")
     with pytest.raises(UserError, match="no split called test"):
         find_split("memory://bucket", "test")

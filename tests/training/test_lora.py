@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -16,10 +17,11 @@ from fastvlp.model.saving import load_model
 from fastvlp.training.checkpoint import save
 from fastvlp.training.loop import start, steps, train
 from fastvlp.training.trained_parts import LastLayers, part_sizes
+from tests.installed import skip_without
 from tests.training.runs import assert_equal, made_pairs, made_run, weights
 from tests.training.test_freeze import buffers, conv_run
 
-peft = pytest.importorskip("peft")
+skip_without("peft", install="-e '.[lora]'")
 RANK = LoRAConfig(rank=2, alpha=8)
 
 
@@ -75,6 +77,7 @@ def test_peft_adds_the_saved_adapters_to_the_model_that_they_were_trained_from(p
     batch = next(start(base).train.batches())[0]
     folder = run.folder / "last-adapters"
     assert sorted(path.name for path in folder.iterdir()) == ["image", "text"]
+    peft = importlib.import_module("peft")
     image = peft.PeftModel.from_pretrained(given.image, folder / "image").eval()
     torch.testing.assert_close(image(batch.image), tuned.image(batch.image), rtol=0, atol=1e-5)
     assert not torch.allclose(load_model(base.folder).model.image(batch.image), tuned.image(batch.image), atol=1e-3)
