@@ -1,6 +1,8 @@
 # `make demo` and `make test` work on a fresh machine: each makes .venv first. `make serve` serves the model of the demo.
 PYTHON ?= python3
-PIP = .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+PIP = .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
+# pip would compile on one core, and a quarter of it for nothing: tests of other packages, and a client of Kubernetes for chromadb.
+COMPILE = .venv/bin/python -m compileall -qq -j 0 -x '/(tests|kubernetes)/' .venv/lib || true
 # CPU seconds of training for each recipe.
 BUDGET ?= 60
 
@@ -13,14 +15,17 @@ BUDGET ?= 60
 	@$(PYTHON) -m venv .venv
 	@$(PIP) torch
 	@$(PIP) -e .
+	@$(COMPILE)
 	@touch $@
 
 .venv/.dev: .venv/.core
 	@$(PIP) -e '.[dev,docs,serve,pg]'
+	@$(COMPILE)
 	@touch $@
 
 .venv/.serve: .venv/.core
 	@$(PIP) -e '.[serve]'
+	@$(COMPILE)
 	@touch $@
 
 install: .venv/.core  ## the package and the command vlp, in .venv
