@@ -23,7 +23,7 @@ SECONDS_IN_ALL=${SECONDS_IN_ALL:-$((570 * slower))}
 SECONDS=0
 trap 'rm -rf "$WORK"' EXIT
 [ -f .gpu/commit ] && export FASTVLP_COMMIT=${FASTVLP_COMMIT:-$(cat .gpu/commit)}
-export PYTHONPATH="$PWD/src:$WORK/packages" PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 TORCHINDUCTOR_CACHE_DIR="$WORK/inductor"
+export PYTHONPATH="$PWD/src:$WORK/packages" PYTHONUNBUFFERED=1 COLUMNS=200 HF_HUB_OFFLINE=1 TORCHINDUCTOR_CACHE_DIR="$WORK/inductor"
 
 # Runs a command within so many seconds, or in what is left, and returns its exit code.
 step() { # NAME LIMIT COMMAND...

@@ -105,6 +105,26 @@ def test_the_flops_that_grouping_saves_are_counted(run, tmp_path):
     assert grouped["mlm_gflops_per_row"] < random["mlm_gflops_per_row"]
 
 
+@pytest.mark.slow
+def test_the_flops_that_groups_and_packing_save_two_towers_are_counted(run, tmp_path):
+    out = tmp_path / "towers.jsonl"
+    options = ("--captions", str(made_pairs(tmp_path) / "train"), "--towers", "small", "--batch", "8", "--vocab", "60")
+    run("batch_padding", *options, "--rows-of-group", "4", "--keep", "1", "0.5", "--out", str(out))
+    rows = {row["arm"]: row for row in map(json.loads, out.read_text().splitlines())}
+    for keep in ("1.0", "0.5"):
+        saved = [rows[f"{arm}, keep {keep}"]["saved"] for arm in ("padded", "groups of 4", "packed")]
+        assert saved[0] == 0 < saved[1] < saved[2] < 1
+    # Of a cheaper image the texts are a larger share.
+    assert rows["packed, keep 0.5"]["saved"] > rows["packed, keep 1.0"]["saved"]
+
+
+def test_the_first_and_the_largest_difference_of_losses_are_found(bench):
+    compared = bench("same_losses_options").compared
+    row = compared("arm", [2.0, 1.0, 4.0], [2.0, 1.5, 4.0])
+    assert (row["first_difference"], row["largest"], row["median"], row["last_loss"]) == (2, 0.5, 0.0, 4.0)
+    assert compared("again", [2.0], [2.0])["first_difference"] is None
+
+
 def rows_of(out: Path) -> dict[str, dict]:
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     assert all(row["torch"] and row["commit"] and row["device"] == "cpu" and row["threads"] == 1 for row in rows)

@@ -255,9 +255,12 @@ def test_made_data_take_the_place_of_all_data(tmp_path):
         with_made_data({"a": replace(run, data=VQAData(batch_size=2, train="own", answers=()))}, tmp_path, 1)
 
 
-def test_equal_recipes_have_equal_losses(pairs, tmp_path):
+def test_equal_recipes_have_equal_losses_and_one_floor(pairs, tmp_path, monkeypatch):
     run = made_run(pairs, tmp_path, "flm")
+    monkeypatch.setattr("fastvlp.speed.measure.peak_flops", lambda device, precision: 1e9)
     first, second = measure_speed([run, replace(run, name="again")], repetitions=2).arms
+    assert first.floor_s == second.floor_s == first.flops / 1e9
+    assert second.mfu == pytest.approx(second.floor_s / second.step_s.median)
     assert first.losses == second.losses and second.loss_difference == 0
 
 

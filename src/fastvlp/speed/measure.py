@@ -17,7 +17,6 @@ from tyro.conf import arg
 from fastvlp import dist
 from fastvlp.comparison.prepared_arms import computed_in_time, named_arms, with_precision, with_tokenizers
 from fastvlp.comparison.settings import with_settings
-from fastvlp.dist import Precision
 from fastvlp.errors import UserError
 from fastvlp.model.named_sizes import named_size
 from fastvlp.provenance import about, data_name
@@ -48,6 +47,7 @@ class Speed:
         flops: floating-point operations of a step.
         flops_times: ratio of `flops` to those of the first recipe.
         flops_per_s: floating-point operations per second that were achieved.
+        floor_s: seconds that the FLOPs take at the peak of the device; None if that is unknown.
         mfu: share of the device's peak that was achieved; None if the peak is not known.
         pairs_per_s: pairs of a step divided by the median of `step_s`.
         tokens_per_s: predicted tokens of a step divided by the median of `step_s`.
@@ -72,6 +72,7 @@ class Speed:
     flops: float
     flops_times: float
     flops_per_s: float
+    floor_s: float | None
     mfu: float | None
     pairs_per_s: float
     tokens_per_s: float
@@ -275,17 +276,12 @@ def named(name: str, act: Callable[[], T]) -> T:
         ) from error
 
 
-def share_of_peak(flops_per_s: float, device: torch.device, precision: Precision) -> float | None:
-    peak = peak_flops(device, precision)
-    return flops_per_s / peak if peak else None
-
-
 def speed(name: str, arm: Arm, taken: Mapping[str, list[Step]], device: torch.device) -> Speed:
     """Returns the speed of an arm, with its ratios to the first arm. `taken`: the timed steps of all arms."""
     own, base = taken[name], next(iter(taken.values()))
     own_s, base_s = ([seconds(one.lap, device) for one in some] for some in (own, base))
     step_s = Quartiles.of(own_s)
-    flops = sum(one.flops for one in own) / len(own)
+    flops, peak = sum(one.flops for one in own) / len(own), peak_flops(device, arm.precision)
     pairs = [abs(a.loss - b.loss) / max(abs(b.loss), 1e-12) for a, b in zip(own, base)]
     return Speed(
         name=name,
@@ -296,7 +292,8 @@ def speed(name: str, arm: Arm, taken: Mapping[str, list[Step]], device: torch.de
         flops=flops,
         flops_times=flops / max(1.0, sum(one.flops for one in base) / len(base)),
         flops_per_s=flops / step_s.median,
-        mfu=share_of_peak(flops / step_s.median, device, arm.precision),
+        floor_s=flops / peak if peak else None,
+        mfu=flops / step_s.median / peak if peak else None,
         pairs_per_s=own[0].rows / step_s.median,
         tokens_per_s=sum(one.tokens for one in own) / len(own) / step_s.median,
         memory_bytes=arm.bytes(),

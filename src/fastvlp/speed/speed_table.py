@@ -18,6 +18,7 @@ COLUMNS: dict[str, Callable[[Speed], str | None]] = {
     "tokens/s": lambda one: f"{one.tokens_per_s:,.0f}" if one.tokens_per_s else None,
     "GFLOP a step": lambda one: f"{one.flops / GIGA:,.1f}",
     "GFLOP/s": lambda one: f"{one.flops_per_s / GIGA:,.0f}",
+    "floor ms": lambda one: None if one.floor_s is None else f"{one.floor_s * 1e3:,.1f}",
     "MFU": lambda one: None if one.mfu is None else f"{one.mfu:.0%}",
     "peak MB": lambda one: f"{one.memory_bytes / 1e6:,.0f}",
     "loader": lambda one: None if one.loader_share is None else f"{one.loader_share:.0%} of a step",
