@@ -14,8 +14,10 @@ from fastvlp.cli_help import asks_for_help_alone
 from fastvlp.recipes import names
 from fastvlp.tasks.interface import tasks
 
+# The help of a recipe differs from that of another of its family in nothing but numbers.
+RECIPES = names() if "FASTVLP_LONG_TESTS" in os.environ else ["flm_demo", "flip_demo", "brivl_demo", "uniter_base"]
 HELPS = [
-    *(["pretrain", name] for name in names()),
+    *(["pretrain", name] for name in RECIPES),
     *(["finetune", task.name] for task in tasks()),
     *(name.split() for name in COMMANDS if name not in ("pretrain", "finetune")),
 ]
@@ -47,10 +49,11 @@ def helps(commands: list[list[str]], before: str = "") -> tuple[list[str], list[
     return texts, modules
 
 
-@pytest.mark.parametrize("words", [["pretrain", "flm_demo"], ["data", "import"], ["finetune", "vqa"]], ids=" ".join)
-def test_help_imports_nothing_heavy(words):
-    (text,), modules = helps([words])
-    assert f"usage: vlp {' '.join(words)}" in text
+def test_help_imports_nothing_heavy():
+    commands = [["pretrain", "flm_demo"], ["data", "import"], ["finetune", "vqa"]]
+    texts, modules = helps(commands)
+    for words, text in zip(commands, texts, strict=True):
+        assert f"usage: vlp {' '.join(words)}" in text
     assert not {*HEAVY} & {*modules}
 
 

@@ -112,7 +112,11 @@ def whole(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pa
 
 @pytest.mark.parametrize(
     ("where", "name", "at"),
-    [(arm_training.ArmTraining, "_step", 14), (MetricScorer, "score", 3), (MetricScorer, "samples", 1)],
+    [
+        (arm_training.ArmTraining, "_step", 14),
+        pytest.param(MetricScorer, "score", 3, marks=pytest.mark.slow),
+        pytest.param(MetricScorer, "samples", 1, marks=pytest.mark.slow),
+    ],
 )
 def test_a_killed_comparison_gives_the_same_weights(clock, whole, corpus, tmp_path, monkeypatch, where, name, at):
     with monkeypatch.context() as patch:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 from functools import partial
 from pathlib import Path
@@ -16,6 +15,7 @@ from fastvlp.data.records.shards import Shards, ShardWriter
 from fastvlp.data.regions import RegionSource
 from fastvlp.data.stored_lengths import caption_lengths
 from fastvlp.data.tokenize import Tokenizer
+from tests.processes import context
 
 TEXTS = ["a red dog", "two", "a very large blue house near the river", ""]
 
@@ -130,7 +130,7 @@ def _count(folder: Path, log: Path, _: int) -> list[int]:
 
 def test_of_many_ranks_one_counts(folder: Path, tmp_path: Path):
     Shards(folder)
-    with multiprocessing.get_context("spawn").Pool(3) as pool:
+    with context().Pool(3) as pool:
         counted = pool.map(partial(_count, folder, tmp_path / "log"), range(3), chunksize=1)
     assert counted[0] == counted[1] == counted[2]
     assert (tmp_path / "log").read_text() == "counted\n"

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +12,12 @@ from PIL import Image
 
 from fastvlp.cli import main
 from fastvlp.data.world.corpus import WorldConfig, write_world
+from fastvlp.errors import UserError
 from fastvlp.extensions import import_file
 from fastvlp.model.saving import load_model
 from fastvlp.search.embedder import Embedder
 from fastvlp.training.checkpoint import load_checkpoint
+from tests.processes import in_new_process
 
 ENCODER = """
 from dataclasses import dataclass, replace
@@ -25,10 +25,14 @@ from dataclasses import dataclass, replace
 from torch import nn
 
 from fastvlp.model.encoders.interface import ImageEncoder, ImageEncoderConfig
-from fastvlp.model.sizes import brivl_tiny, tiny, two_towers
+from fastvlp.model.sizes import brivl_tiny, fusion_model, two_towers
 from fastvlp.recipes.brivl_demo import brivl_demo
 from fastvlp.recipes.flip_demo import flip_demo
 from fastvlp.recipes.flm_demo import flm_demo
+
+SMALL = fusion_model(
+    width=32, depths=(1, 1, 1), size=32, patch=16, positions=64, norm="pre", reconstructor=True
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,8 +62,8 @@ def with_conv(run, name, model):
     return replace(run, name=name, model=replace(model, image=ConvConfig(size=32, width=24)), keep=1.0, budget_s=None)
 """
 RECIPES = {
-    "conv_clip": "with_conv(flip_demo(), 'conv_clip', two_towers(tiny(size=32), width=16))",
-    "conv_flm": "with_conv(flm_demo(), 'conv_flm', tiny(size=32))",
+    "conv_clip": "with_conv(flip_demo(), 'conv_clip', two_towers(SMALL, width=16))",
+    "conv_flm": "with_conv(flm_demo(), 'conv_flm', SMALL)",
     "conv_brivl": "with_conv(brivl_demo(), 'conv_brivl', brivl_tiny(size=32))",
 }
 
@@ -119,29 +123,19 @@ def test_a_config_that_is_not_what_the_module_returns_is_refused(folder, tmp_pat
     name = f"wrong_{len(wrong)}"
     assert right in ENCODER
     code = ENCODER.replace(right, wrong).replace(", width=24)", ")" if not wrong else ", width=24)")
-    code += f"\n\ndef {name}():\n    return with_conv(flm_demo(), '{name}', tiny(size=32))\n"
+    code += f"\n\ndef {name}():\n    return with_conv(flm_demo(), '{name}', SMALL)\n"
     (folder / f"{name}.py").write_text(code)
     assert pretrain(folder, name, tmp_path / "run", "--steps", "1") == 2
     error = capsys.readouterr().err
     assert "ConvConfig" in error and ("grid" if wrong else "width") in error
 
 
-LOAD = """
-import sys
-from pathlib import Path
-
-from fastvlp.errors import UserError
-from fastvlp.extensions import import_file
-from fastvlp.search.embedder import Embedder
-
-folder, export = map(Path, sys.argv[1:])
-try:
-    Embedder.load(export)
-except UserError as error:
-    print(error)
-import_file(folder / "conv_encoder.py")
-print(Embedder.load(export).texts(["a red cube"]).shape)
-"""
+def load_without_and_with(file: Path, export: Path) -> tuple[str, tuple[int, ...]]:
+    """Why the export cannot be loaded before the file is imported, and the shape of its vectors after that."""
+    with pytest.raises(UserError) as refused:
+        Embedder.load(export)
+    import_file(file)
+    return str(refused.value), Embedder.load(export).texts(["a red cube"]).shape
 
 
 @pytest.mark.slow
@@ -154,7 +148,6 @@ def test_it_is_exported_and_loaded_where_its_file_is_imported(folder, tmp_path, 
     vectors = Embedder.load(tmp_path / "export", device="cpu").images([picture])
     assert vectors.shape == (1, 16) and np.linalg.norm(vectors) == pytest.approx(1, abs=1e-5)
 
-    command = [sys.executable, "-c", LOAD, str(folder), str(tmp_path / "export")]
-    refused, loaded = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
+    refused, loaded = in_new_process(load_without_and_with, folder / "conv_encoder.py", tmp_path / "export")
     assert "model.json" in refused and "ConvConfig" in refused and "--import" in refused
-    assert loaded == "(1, 16)"
+    assert loaded == (1, 16)

@@ -58,7 +58,7 @@ def document(address: str) -> Any:
 
 @pytest.mark.slow
 @given(st.data())
-@settings(max_examples=300, deadline=None, suppress_health_check=[*HealthCheck])
+@settings(max_examples=100, deadline=None, suppress_health_check=[*HealthCheck])
 def test_answers_follow_the_openapi_document(document: Any, data: st.DataObject):
     """Requests that it allows and requests that it forbids: never a 5xx, a status and a body that it names."""
     operations = [operation.ok() for operation in document.get_all_operations()]
@@ -83,7 +83,7 @@ def test_bytes_that_are_neither_json_nor_a_form_are_refused(client: TestClient, 
 
 @pytest.mark.slow
 @given(st.text(max_size=40), st.sampled_from(["GET", "DELETE", "POST", "PUT", "PATCH"]))
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_no_path_is_answered_with_5xx(client: TestClient, id: str, method: str):
     for place in ("/v1/items", "/v1/pictures", "/page"):
         for path in (quote(id, safe="", errors="replace"), quote(id, errors="replace")):

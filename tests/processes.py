@@ -1,0 +1,94 @@
+"""Processes that compute together: they are forked from one that has imported PyTorch once for all of them."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import multiprocessing
+import os
+import socket
+from collections.abc import Callable, Iterable, Sequence
+from multiprocessing.context import ForkServerContext
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastvlp import dist
+from fastvlp.cli import main
+
+IMPORTED = ["fastvlp.training.loop", "fastvlp.recipes.flm_demo", "fastvlp.data.world.corpus", "fastvlp.search.bulk"]
+
+
+def context() -> ForkServerContext:
+    """Of processes that have none of the threads, models and patches of the tests, and get their environment when the first
+    of them starts."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(IMPORTED)
+    return context
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def start_processes(
+    work: Callable[..., None], arguments: Iterable[Any], count: int, *, join: bool = True
+) -> torch.multiprocessing.ProcessContext | None:
+    """Runs `work(rank, *arguments)` in so many processes. Without `join` they are returned."""
+    context()
+    return torch.multiprocessing.start_processes(
+        work, tuple(arguments), nprocs=count, join=join, start_method="forkserver"
+    )
+
+
+def be_rank(rank: int, world: int, port: int) -> None:
+    """Sets what torchrun sets in each process."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+
+
+def as_joined_rank(rank: int, world: int, port: int, work: Callable[..., None], arguments: Iterable[Any]) -> None:
+    be_rank(rank, world, port)
+    with dist.process_group():
+        work(*arguments)
+
+
+def on_ranks(world: int, work: Callable[..., None], *arguments: Any) -> None:
+    """Runs a function in each of so many processes, which have joined."""
+    start_processes(as_joined_rank, (world, free_port(), work, arguments), world)
+
+
+def in_new_process(work: Callable[..., Any], *arguments: Any) -> Any:
+    """Returns what a function returns in a process that has imported no file of a user's own. It must be one of a module."""
+    with context().Pool(1) as pool:
+        return pool.apply(work, arguments)
+
+
+def printed_by(words: Sequence[str], folder: Path | None = None) -> tuple[int | None, str]:
+    """The exit status of a command of `vlp` in a new process, and all that it printed. `folder`: where it runs."""
+    return in_new_process(run_command, words, folder)
+
+
+def run_command(words: Sequence[str], folder: Path | None = None) -> tuple[int | None, str]:
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+        if folder is not None:
+            os.chdir(folder)
+        return main(list(words)), printed.getvalue()
+
+
+def printed_by_code(code: str, folder: Path) -> str:
+    """What Python code prints in a new process. `folder`: where it runs."""
+    return in_new_process(run_code, code, folder)
+
+
+def run_code(code: str, folder: Path) -> str:
+    os.chdir(folder)
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        exec(compile(code, "<code>", "exec"), {"__name__": "__main__"})
+    return printed.getvalue()
