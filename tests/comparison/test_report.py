@@ -158,7 +158,7 @@ def test_it_says_how_the_arms_took_turns() -> None:
     comparison.added = {"<b>odd</b>": {"date": "later"}}
     assert "flm and mlm in turns of 7 steps, on one device" in page(comparison)
     comparison.added = {"mlm": {}, "<b>odd</b>": {}}
-    assert "by turns" not in page(comparison)
+    assert "in turns of" not in page(comparison)
 
 
 def test_it_says_where_parts_were_measured_with_other_code() -> None:

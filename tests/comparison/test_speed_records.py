@@ -118,11 +118,11 @@ def test_data_are_checked_before_anything_is_trained(calls, tmp_path):
     write_world(tmp_path / "data", WorldConfig(), train=12, val=4, test=0, pairs=0, singles=0)
     contents = {split: Shards(tmp_path / "data" / split).content for split in ("train", "val")}
     file = write(tmp_path, replace(RECORD, contents=contents | {"val": "34"}))
-    with pytest.raises(UserError, match="other records"):
+    with pytest.raises(UserError, match="not the data on which"):
         verify_record(file, data=str(tmp_path / "data"), out=tmp_path / "out")
     assert not calls
     file = write(tmp_path, replace(RECORD, contents=contents))
-    with pytest.raises(UserError, match="other records"):
+    with pytest.raises(UserError, match="not the data on which"):
         verify_record(file, data=str(tmp_path / "data"), out=tmp_path / "out")
     assert len(calls) == 1, "what the stand-in says that it read is other data"
 

@@ -203,7 +203,7 @@ def test_a_vocabulary_has_the_words_of_all_folders(tmp_path: Path) -> None:
     ("options", "message"),
     [
         ({"mix": {"web": 0.6, "faces": 0.4}}, "less than 1"),
-        ({"mix": {"shop": 0.5}}, "names shop too"),
+        ({"mix": {"shop": 0.5}}, "names shop, which"),
         ({"mix": {"web": 0.5}, "order": "sequential"}, "sequential"),
     ],
 )

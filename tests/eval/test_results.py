@@ -63,7 +63,7 @@ def test_a_recall_that_is_not_clearly_above_chance_is_refused(recall, error):
 def test_the_result_is_saved_before_it_is_refused(runs, world, tmp_path):
     """The runs of the tests have learned nothing."""
     run = shutil.copytree(runs["both"], tmp_path / "run", ignore=shutil.ignore_patterns("evaluations"))
-    with pytest.raises(UserError, match="finds nothing"):
+    with pytest.raises(UserError, match="has not learned to retrieve"):
         evaluate_embeddings("retrieval", run, data=str(world), split="val", above_chance=True)
     (path,) = run.glob("evaluations/*.json")
     assert len(json.loads(path.read_text())["results"]) == 1

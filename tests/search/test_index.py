@@ -276,7 +276,7 @@ def test_a_folder_has_one_writer_whose_items_readers_see(tmp_path):
         assert child.stdout is not None
         assert next(line for line in child.stdout if line.strip() == "1")
         assert reader.search(vector_of(39)[None], 1)[0][0].id == "i39"
-        with pytest.raises(UserError, match=f"another process .number {child.pid}. writes"):
+        with pytest.raises(UserError, match=f"another process .id {child.pid}. writes"):
             reader.add(["mine"], made_vectors(1), [{}])
         child.kill()
     reader.add(["mine"], made_vectors(1), [{}])

@@ -134,7 +134,7 @@ def test_the_temperature_is_the_models_own(tuned, clip):
 
 
 def test_a_run_is_not_trained_over_and_goes_on(tuned, clip, pairs, tmp_path):
-    with pytest.raises(UserError, match="holds a run already"):
+    with pytest.raises(UserError, match="already has a run"):
         finetune_contrast(clip, pairs, out=tuned, **SHORT)
     out = Path(shutil.copytree(tuned, tmp_path / "run"))
     again = finetune_contrast(clip, pairs, out=out, epochs=2, lr=1e-2, resume=True, **SHORT)

@@ -89,7 +89,7 @@ def check_options(source: type[Source], names: Iterable[str]) -> None:
     for name in names:
         if name not in own:
             has = f"it has {', '.join(f'`{option}`' for option in own)}" if own else "it has none"
-            raise UserError(f"`{name}` is not an option of the format {source.name}; {has}")
+            raise UserError(f"`{name}` is no option of the format {source.name}; {has}")
 
 
 def make_source(source: type[Source], options: dict[str, Any]) -> Source:
