@@ -30,11 +30,13 @@ class NoPlainFileError(OSError):
 
 def read_plain(path: Path, most: int = MOST_BYTES) -> bytes:
     """The bytes of a file. Raises OSError, such as TooLargeError for more than `most` bytes or NoPlainFileError for a pipe."""
-    found = path.stat()
-    if not stat.S_ISREG(found.st_mode):
-        raise (IsADirectoryError if stat.S_ISDIR(found.st_mode) else NoPlainFileError)(None, "no plain file", str(path))
-    if found.st_size > most:
-        raise TooLargeError(None, f"{found.st_size} bytes are more than the {most} allowed", str(path))
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise (IsADirectoryError if stat.S_ISDIR(status.st_mode) else NoPlainFileError)(
+            None, "no plain file", str(path)
+        )
+    if status.st_size > most:
+        raise TooLargeError(None, f"{status.st_size} bytes are more than the {most} allowed", str(path))
     return path.read_bytes()
 
 

@@ -63,8 +63,11 @@ def merged(earlier: Sequence[Sample], later: Sequence[Sample]) -> list[Sample]:
 
 def with_answers(sample: Sample, more: Sample) -> Sample:
     """A sample with the captions and answers that another one of the same picture has."""
-    answers = {asked.question: asked.answers for asked in more.questions}
-    questions = [replace(asked, answers=asked.answers | answers.get(asked.question, {})) for asked in sample.questions]
+    answers = {question.question: question.answers for question in more.questions}
+    questions = [
+        replace(question, answers=question.answers | answers.get(question.question, {}))
+        for question in sample.questions
+    ]
     return replace(sample, captions=sample.captions | more.captions, questions=questions)
 
 

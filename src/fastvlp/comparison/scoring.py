@@ -62,17 +62,17 @@ class MetricScorer:
 
     def score(self, state: TrainState, *, tuned: bool = True) -> Scored:
         """The scores of an arm by all metrics that fit it; without `tuned`, by those that fine-tune nothing."""
-        found = Scored()
+        scored = Scored()
         for metric in self.metrics:
             if metric.fits(state) and (tuned or not metric.tunes):
                 metric.errors, metric.chance, metric.blind, metric.images = {}, {}, {}, {}
                 values = metric.measure(state)
-                found.values.update(self._chosen(values))
-                found.errors.update(self._chosen(metric.errors | errors_at_the_ends(metric, values)))
-                found.chance.update(self._chosen(metric.chance))
-                found.blind.update(self._chosen(metric.blind))
-                found.images.update(self._chosen(metric.images))
-        return found
+                scored.values.update(self._chosen(values))
+                scored.errors.update(self._chosen(metric.errors | errors_at_the_ends(metric, values)))
+                scored.chance.update(self._chosen(metric.chance))
+                scored.blind.update(self._chosen(metric.blind))
+                scored.images.update(self._chosen(metric.images))
+        return scored
 
     def _chosen(self, numbers: Mapping[str, Number]) -> dict[str, Number]:
         """Those of the scores that are measured: a metric may give further ones."""

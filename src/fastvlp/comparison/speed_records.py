@@ -281,8 +281,8 @@ def record_run(run: ArmRun, record: SpeedRecord) -> RecordRun:
 
 def reached(lengths: Sequence[float], scores: Sequence[float], target: float) -> float | None:
     """Returns the point at which the curve of scores first reaches the target; None if it never does."""
-    found = first_reached(lengths, scores, target)
-    return None if found is None else round(found.time, 1)
+    first = first_reached(lengths, scores, target)
+    return None if first is None else round(first.time, 1)
 
 
 def write_record(file: Path, measured: SpeedRecord, comparison: Comparison) -> None:

@@ -95,10 +95,10 @@ def read_archive(path: Path) -> dict[str, Any]:
 
 def _tensors(module: Foreign, prefix: str) -> list[tuple[str, Tensor]]:
     """The tensors of a module and of those within it, by dotted name."""
-    found: list[tuple[str, Tensor]] = []
+    tensors: list[tuple[str, Tensor]] = []
     for name, value in module.items():
         if isinstance(value, Tensor):
-            found.append((f"{prefix}{name}", value.detach()))
+            tensors.append((f"{prefix}{name}", value.detach()))
         elif isinstance(value, Foreign):
-            found += _tensors(value, f"{prefix}{name}.")
-    return found
+            tensors += _tensors(value, f"{prefix}{name}.")
+    return tensors

@@ -125,12 +125,12 @@ class Checkpoint(PublicFolder):
 
     def _only_file(self) -> Path:
         here = [] if self.local is None else sorted(self.local.iterdir())
-        found = [path for path in here if path.suffix in SUFFIXES and path.is_file()]
-        if len(found) != 1:
-            names = f"several files of weights: {', '.join(path.name for path in found[:5])}" if found else "no weights"
+        files = [path for path in here if path.suffix in SUFFIXES and path.is_file()]
+        if len(files) != 1:
+            names = f"several files of weights: {', '.join(path.name for path in files[:5])}" if files else "no weights"
             looked = ", ".join((*WEIGHTS, *OTHER_WEIGHTS))
             raise UserError(f"{self.source}: {names}; looked for {looked}: name the file itself")
-        return found[0]
+        return files[0]
 
     @cached_property
     def names(self) -> frozenset[str]:

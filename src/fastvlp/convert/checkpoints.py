@@ -134,12 +134,12 @@ def find_layout(source: Checkpoint, name: str) -> Layout:
         return known[name]()
     configs = [kind for kind in known.values() if kind.described(source)]
     # A file may lie beside the config of another model; tensors of the hub are not fetched in vain.
-    found = configs if configs and source.named is None else []
-    found = found or [kind for kind in known.values() if kind.recognises(source)] or configs
-    if len(found) == 1:
-        return found[0]()
-    if found:
-        names = ", ".join(kind.name for kind in found)
+    fitting = configs if configs and source.named is None else []
+    fitting = fitting or [kind for kind in known.values() if kind.recognises(source)] or configs
+    if len(fitting) == 1:
+        return fitting[0]()
+    if fitting:
+        names = ", ".join(kind.name for kind in fitting)
         raise UserError(f"{source.source}: several layouts fit ({names}); choose its `layout`")
     listed = "; ".join(f"{kind.name}: {kind.summary}" for kind in known.values())
     raise UserError(f"{source.source}: {unknown(source)}. Choose its `layout` where it is one of these. {listed}")

@@ -165,13 +165,13 @@ class ImageFamily(EncoderFamily):
         }
 
     def tensors(self, state: Weights, depth: int) -> dict[str, Tensor]:
-        found = super().tensors(state, depth)
+        tensors = super().tensors(state, depth)
         for ours in self.names(depth).flattened:
             (theirs,) = self.names(depth).sources[ours]
-            x = found[theirs]
+            x = tensors[theirs]
             side = isqrt(x.shape[1] // 3)
-            found[theirs] = x.reshape(-1, 3, side, side)
-        return found
+            tensors[theirs] = x.reshape(-1, 3, side, side)
+        return tensors
 
 
 class TextFamily(EncoderFamily):

@@ -139,8 +139,8 @@ def part_config(folder: PublicFolder, part: str) -> dict[str, Any]:
 
 def find_family(base: type[F], config: Mapping[str, Any]) -> F | None:
     """The family whose encoders a config.json describes, also one of a user's own file."""
-    found = [kind for kind in variants(base, __package__) if config.get("model_type") in kind.model_types]
-    return found[-1]() if found else None
+    families = [kind for kind in variants(base, __package__) if config.get("model_type") in kind.model_types]
+    return families[-1]() if families else None
 
 
 def cut_depth(depth: int, layers: int | None, folder: PublicFolder) -> int:

@@ -117,8 +117,8 @@ class PublicFolder:
         if self.local is not None:
             return self.local
         names = ("config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt")
-        found = [path for name in (*names, *TOKENIZERS) if (path := self.find(name)) is not None]
-        return found[0].parent
+        paths = [path for name in (*names, *TOKENIZERS) if (path := self.find(name)) is not None]
+        return paths[0].parent
 
 
 def part_names(path: Path, index: dict[str, Any] | None) -> list[str]:

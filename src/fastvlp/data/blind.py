@@ -60,18 +60,18 @@ def blind_score(train: Sequence[Asked], scored: Sequence[Asked]) -> BlindScore |
 
 
 def _score(train: Sequence[Asked], scored: Sequence[Asked], ends: bool) -> BlindScore:
-    counts = Counter(part for asked in train for part in _parts(asked.text, ends))
+    counts = Counter(part for question in train for part in _parts(question.text, ends))
     frequent = {part for part, count in counts.items() if count >= LEAST} | {()}
     totals: dict[tuple[str, ...], dict[str, float]] = {part: defaultdict(float) for part in frequent}
-    for asked in train:
-        for part in _parts(asked.text, ends):
+    for question in train:
+        for part in _parts(question.text, ends):
             if part in frequent:
-                for answer, score in asked.answers.items():
+                for answer, score in question.answers.items():
                     totals[part][answer] += score
     # Of answers with equal sums the first one by the alphabet, as in `frequent_answers`.
     best = {part: min(answers, key=lambda answer: (-answers[answer], answer)) for part, answers in totals.items()}
-    blind = [asked.answers.get(best[_longest(asked.text, frequent, ends)], 0.0) for asked in scored]
-    chance = [asked.answers.get(best[()], 0.0) for asked in scored]
+    blind = [question.answers.get(best[_longest(question.text, frequent, ends)], 0.0) for question in scored]
+    chance = [question.answers.get(best[()], 0.0) for question in scored]
     return BlindScore(sum(blind) / len(blind), sum(chance) / len(chance), len(scored))
 
 

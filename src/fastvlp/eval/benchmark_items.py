@@ -115,13 +115,13 @@ class Pairs:
 
 def make_pairs(source: PictureFolder, names: Sequence[str | int], texts: Sequence[str]) -> Pairs:
     """Pairs of the picture called `names[p]` and the text `texts[p]`. Raises UserError if a picture is missing."""
-    found = {name: source.find(name) for name in dict.fromkeys(names)}
-    if missing := [str(name) for name, place in found.items() if place is None]:
+    paths = {name: source.find(name) for name in dict.fromkeys(names)}
+    if missing := [str(name) for name, place in paths.items() if place is None]:
         raise UserError(
-            f"{source.place}: {len(missing)} of {len(found)} pictures of the items are not here ({', '.join(missing[:3])}), "
+            f"{source.place}: {len(missing)} of {len(paths)} pictures of the items are not here ({', '.join(missing[:3])}), "
             f"and an evaluation leaves none out; name the folder or .zip that has them with `images`"
         )
-    place_of = [str(found[name]) for name in names]
+    place_of = [str(paths[name]) for name in names]
     pictures = {place: i for i, place in enumerate(dict.fromkeys(place_of))}
     distinct = {text: t for t, text in enumerate(dict.fromkeys(texts))}
     return Pairs(

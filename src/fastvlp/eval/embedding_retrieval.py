@@ -77,18 +77,18 @@ def evaluate_retrieval(
     embeddings = embed_split(loaded, shards, captions_of)
     clock.stop("embed")
     tower_ranks = ranks(cosine(*embeddings[:2]), embeddings.image_of_text_T, len(shards), tie=ROUNDING)
-    found, details = {"towers": tower_ranks}, {}
+    ranks_of, details = {"towers": tower_ranks}, {}
     clock.stop("rank")
     if rerank is not None:
         second, second_saved = (loaded, saved) if rerank == "self" else open_run(rerank, encoding)[:2]
         details["reranked_by"], match = pair_score(second_saved, rerank_by)
         texts = [text for its in captions_of for text in its]
-        found["reranked"] = rerank_best(second, match, shards, texts, embeddings, tower_ranks, top)
+        ranks_of["reranked"] = rerank_best(second, match, shards, texts, embeddings, tower_ranks, top)
         clock.stop("rerank")
     return Evaluation(
-        scores={name: recall(*both) for name, both in found.items()},
+        scores={name: recall(*both) for name, both in ranks_of.items()},
         chance=recall_chance([len(its) for its in captions_of]),
-        errors={name: recall_errors(*both, embeddings.image_of_text_T) for name, both in found.items()},
+        errors={name: recall_errors(*both, embeddings.image_of_text_T) for name, both in ranks_of.items()},
         counts={"images": len(shards), "texts": len(embeddings.text_TE), **count_shared(captions_of)},
         data=shards.url,
         weights=saved.weights.name,

@@ -159,8 +159,8 @@ class MtebRunner:
         captions_of = read_captions(shards, captions)
         shares = dict[str, float]()
         for direction, task in reversed(retrieval_tasks(shards, captions_of).items()):
-            found = self.run(task)
-            shares |= {f"{direction}/r{k}": found[f"hit_rate_at_{k}"] for k in (1, 5, 10)}
+            result = self.run(task)
+            shares |= {f"{direction}/r{k}": result[f"hit_rate_at_{k}"] for k in (1, 5, 10)}
         chance = recall_chance([len(its) for its in captions_of])
         scores = shares | {"recall": sum(shares.values()) / len(shares)}
         counts = {"images": len(shards), "texts": sum(map(len, captions_of))}

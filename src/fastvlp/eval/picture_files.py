@@ -89,8 +89,8 @@ class PictureFolder:
         if self._zip is not None:
             member = self._zip.getinfo(name)
             return name, member.file_size, member.CRC
-        found = (self.place / name).stat()
-        return name, found.st_size, found.st_mtime_ns
+        status = (self.place / name).stat()
+        return name, status.st_size, status.st_mtime_ns
 
 
 def _open_zip(place: Path) -> zipfile.ZipFile:

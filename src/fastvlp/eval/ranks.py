@@ -135,9 +135,9 @@ def retrieval(
     image_IE: Tensor, text_TE: Tensor, image_of_text_T: Tensor, *, block: int = BLOCK, tie: float = ROUNDING
 ) -> Retrieval:
     """Retrieval by the cosines of unit vectors; exact, in O(block**2) memory besides the vectors."""
-    found = ranks(cosine(image_IE, text_TE), image_of_text_T, len(image_IE), block=block, tie=tie)
+    both_ranks = ranks(cosine(image_IE, text_TE), image_of_text_T, len(image_IE), block=block, tie=tie)
     captions_I = image_of_text_T.bincount(minlength=len(image_IE)).tolist()
-    return Retrieval(recall(*found), recall_errors(*found, image_of_text_T), recall_chance(captions_I))
+    return Retrieval(recall(*both_ranks), recall_errors(*both_ranks, image_of_text_T), recall_chance(captions_I))
 
 
 def shortlist(scores: Scores, queries: int, candidates: int, n: int, *, block: int = BLOCK) -> Tensor:

@@ -71,8 +71,8 @@ def public_encoder(
 
 def image_encoder(encoder: ImageEncoder, config: Any, state: Mapping[str, Tensor]) -> PublicEncoder | None:
     """Returns an image encoder as one of transformers; None if it has none, or gives a map instead of tokens."""
-    found = public_encoder(ImageFamily, encoder, config, state)
-    return None if found is not None and found.module is not None and not config.prefix else found
+    converted = public_encoder(ImageFamily, encoder, config, state)
+    return None if converted is not None and converted.module is not None and not config.prefix else converted
 
 
 def text_encoder(encoder: TextEncoder, config: Any, state: Mapping[str, Tensor]) -> PublicEncoder | None:

@@ -69,8 +69,8 @@ def export(
         for target in targets:
             own = "" if len(targets) == 1 else target.name
             source = ExportSource(run=run, out=out / own, saved=saved, config=config, card=card)
-            found = _write(target, source, folder / own)
-            differences |= {f"{own} {name}".strip(): value for name, value in found.items()}
+            own_differences = _write(target, source, folder / own)
+            differences |= {f"{own} {name}".strip(): value for name, value in own_differences.items()}
         files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     return Exported(out, card, files, differences, upload(out, push) if push else None)
 
@@ -88,9 +88,9 @@ def _write(target: ExportTarget, source: ExportSource, folder: Path) -> Mapping[
     differences = target.differences(source, folder)
     # The comparison is negated so that NaN counts as too large.
     if wrong := {name: value for name, value in differences.items() if not value <= target.tolerance}:
-        found = ", ".join(f"{name} by {value:.3g}" for name, value in wrong.items())
+        too_large = ", ".join(f"{name} by {value:.3g}" for name, value in wrong.items())
         raise UserError(
-            f"{source.out}: the export to {target.name} differs from the run: {found}, where {target.tolerance:.3g} is "
+            f"{source.out}: the export to {target.name} differs from the run: {too_large}, where {target.tolerance:.3g} is "
             f"allowed; nothing was kept"
         )
     return differences

@@ -77,8 +77,8 @@ class SuperCLIP(Objective):
         """1 where a text has a word, 0 elsewhere; special tokens are no words: [B V]."""
         position = torch.arange(batch.ids.shape[1], device=batch.ids.device)
         ids = torch.where(position < batch.length[:, None], batch.ids, batch.ids[:, :1])
-        found = torch.zeros(len(ids), self.vocab, device=ids.device).scatter(1, ids, 1.0)
-        return found.masked_fill(self.special, 0.0)
+        present = torch.zeros(len(ids), self.vocab, device=ids.device).scatter(1, ids, 1.0)
+        return present.masked_fill(self.special, 0.0)
 
     def counts(self, batch: Batch) -> dict[str, Tensor]:
         return {"words": self.has(batch).any(1).sum()}

@@ -68,13 +68,13 @@ class ExactItems:
         rows = None
         if where:
             rows = np.array([row for row, info in enumerate(self.infos) if fits(info, where)], np.int64)
-        found = []
+        results = []
         for first in range(0, len(query_QE), QUERIES):
             vector_NE = self._vector_NE[: len(self)] if rows is None else self._vector_NE[rows]
             for score_N in query_QE[first : first + QUERIES] @ vector_NE.T:
                 best = _best(score_N, k)
-                found.append((best if rows is None else rows[best], score_N[best]))
-        return found
+                results.append((best if rows is None else rows[best], score_N[best]))
+        return results
 
 
 def _best(score_N: np.ndarray, k: int) -> np.ndarray:

@@ -170,13 +170,15 @@ def field_in(place: str, own: str) -> str:
     ones. Raises UserError if there are none."""
     shards = Shards(place)
     infos = [shards.info(i) for i in range(min(100, len(shards)))]
-    found = [name for name in (own, "captions", "captions_zh") if any(usable_captions(info, name) for info in infos)]
-    if not found:
+    with_captions = [
+        name for name in (own, "captions", "captions_zh") if any(usable_captions(info, name) for info in infos)
+    ]
+    if not with_captions:
         fields = ", ".join(sorted({name for info in infos for name in info})) or "none"
         raise UserError(
             f"{place}: no captions in the first records (fields: {fields}); name their field with `captions`"
         )
-    return found[0]
+    return with_captions[0]
 
 
 def saved_start(source: str, run: Path, resume: bool) -> str:

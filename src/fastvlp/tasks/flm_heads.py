@@ -80,13 +80,15 @@ class FLMTunedLayout(Layout):
 
     def task(self, source: Checkpoint, stated: Stated) -> str:
         """The task whose head is read. Raises UserError if there are several or none, or not the one that is stated."""
-        found = [task for task, head in HEADS.items() if any(name.startswith(head) for name in source.names)]
-        found += [CAPTION] if is_captioner(source) or (stated.task == CAPTION and not found) else []
-        if stated.task is not None and stated.task not in found:
-            raise UserError(f"`task` {stated.task}: its heads are of {', '.join(found) or 'no task'}")
-        if len(found) != 1 and stated.task is None:
-            raise UserError(f"it has the heads of {', '.join(found) or 'no task'}: choose its `task`")
-        return stated.task or found[0]
+        tasks_with_heads = [task for task, head in HEADS.items() if any(name.startswith(head) for name in source.names)]
+        tasks_with_heads += (
+            [CAPTION] if is_captioner(source) or (stated.task == CAPTION and not tasks_with_heads) else []
+        )
+        if stated.task is not None and stated.task not in tasks_with_heads:
+            raise UserError(f"`task` {stated.task}: its heads are of {', '.join(tasks_with_heads) or 'no task'}")
+        if len(tasks_with_heads) != 1 and stated.task is None:
+            raise UserError(f"it has the heads of {', '.join(tasks_with_heads) or 'no task'}: choose its `task`")
+        return stated.task or tasks_with_heads[0]
 
     def answers(self, stated: Stated, count: int) -> tuple[str, ...]:
         """The answers to choose from. Raises UserError if they are not those of the file's outputs."""

@@ -159,11 +159,11 @@ class Task(abc.ABC):
 def tasks() -> list[type[Task]]:
     """Returns all tasks: those of the package, and those in files that the user imported. Raises UserError if two have the
     same name."""
-    found = variants(Task, "fastvlp.tasks")
-    names = [task.name for task in found]
+    known = variants(Task, "fastvlp.tasks")
+    names = [task.name for task in known]
     if double := sorted({name for name in names if names.count(name) > 1}):
         raise UserError(f"several tasks are called {', '.join(double)}; give your own another name")
-    return found
+    return known
 
 
 def task_named(name: str) -> type[Task]:

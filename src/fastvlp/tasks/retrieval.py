@@ -295,9 +295,9 @@ class RetrievalTask(RetrievalOptions, Task):
         place = {text: t for t, text in enumerate(dict.fromkeys(texts))}
         score_IT = score_all(tuned, split, list(place))[:, [place[text] for text in texts]]
         own_T = torch.arange(len(captions)).repeat_interleave(torch.tensor([len(its) for its in captions]))
-        found = ranks(lambda i, t: score_IT[i, t], own_T, len(captions))
-        scores = recall(*found) | {"chance": recall_chance([len(its) for its in captions])["recall"]}
-        if errors := recall_errors(*found, own_T):
+        both_ranks = ranks(lambda i, t: score_IT[i, t], own_T, len(captions))
+        scores = recall(*both_ranks) | {"chance": recall_chance([len(its) for its in captions])["recall"]}
+        if errors := recall_errors(*both_ranks, own_T):
             scores["standard_error"] = errors["recall"]
         return scores | {"images": float(len(captions)), "count": float(len(texts))}
 

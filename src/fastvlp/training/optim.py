@@ -125,13 +125,13 @@ def spared(pretraining: Pretraining, config: OptimConfig) -> set[int]:
 def _part(pretraining: Pretraining, part: str) -> list[nn.Parameter]:
     """The parameters of a part of the model, or of an objective. Raises UserError if there is no such part."""
     named = {name.removeprefix("model."): parameter for name, parameter in pretraining.named_parameters()}
-    found = [parameter for name, parameter in named.items() if f"{name}.".startswith(f"{part}.")]
-    if not found:
+    matching = [parameter for name, parameter in named.items() if f"{name}.".startswith(f"{part}.")]
+    if not matching:
         own = dict.fromkeys(".".join(name.split(".")[: 1 + name.startswith("objectives.")]) for name in named)
         raise UserError(
             f"`optim.parts`: there is no {part}; there are {', '.join(own)}, and in them parts such as text.blocks.0"
         )
-    return found
+    return matching
 
 
 def _parameters(modules: Iterable[nn.Module]) -> Iterable[nn.Parameter]:

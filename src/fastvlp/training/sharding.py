@@ -109,13 +109,13 @@ class Sharding:
 
 def layers(pretraining: Pretraining) -> list[nn.Module]:
     """The layers of the model, of its copies, and of encoders from elsewhere: each is gathered by itself."""
-    found: dict[int, nn.Module] = {id(part): part for part in pretraining.modules() if isinstance(part, Block)}
+    units: dict[int, nn.Module] = {id(part): part for part in pretraining.modules() if isinstance(part, Block)}
     for model in pretraining.modules():
         for encoder in model.encoders().values() if isinstance(model, VLModel) else ():
             parts = (encoder.get_submodule(name) for name in encoder.layer_names().layers)
-            found |= {id(part): part for part in parts if next(part.parameters(), None) is not None}
-    inner = {id(below) for part in found.values() for below in part.modules() if below is not part}
-    return [part for key, part in found.items() if key not in inner]
+            units |= {id(part): part for part in parts if next(part.parameters(), None) is not None}
+    inner = {id(below) for part in units.values() for below in part.modules() if below is not part}
+    return [part for key, part in units.items() if key not in inner]
 
 
 def own_frozen(pretraining: Pretraining) -> None:

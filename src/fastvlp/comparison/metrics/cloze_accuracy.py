@@ -33,11 +33,11 @@ class ClozeAccuracy(Metric):
                 continue
             pairs = validation_pairs(state, self.options, self.options.cloze_items)
             with autocast(state):
-                found = cloze(state.evaluated.model, method, pairs)
-            values[name] = found.accuracy
-            self.images[name] = found.texts
-            if not math.isnan(found.error):
-                self.errors[name] = found.error
+                result = cloze(state.evaluated.model, method, pairs)
+            values[name] = result.accuracy
+            self.images[name] = result.texts
+            if not math.isnan(result.error):
+                self.errors[name] = result.error
         return values
 
 

@@ -65,8 +65,8 @@ class Metric(abc.ABC):
 
 def metric_types() -> list[type[Metric]]:
     """Returns all metrics, in the order of the report."""
-    found = variants(Metric, "fastvlp.comparison.metrics")
-    return sorted(found, key=lambda metric: metric.order)
+    metrics = variants(Metric, "fastvlp.comparison.metrics")
+    return sorted(metrics, key=lambda metric: metric.order)
 
 
 def known_scores() -> dict[str, Score]:

@@ -43,8 +43,8 @@ class TowerRecall(Metric):
             precision=state.precision,
         )
         captions = read_captions(shards, caption_field(data))
-        found = retrieval(*embed_split(loaded, shards, captions))
+        result = retrieval(*embed_split(loaded, shards, captions))
         self.images = {score.name: len(captions) for score in self.scores}
-        self.errors = {score.name: found.errors[score.name] for score in self.scores if score.name in found.errors}
-        self.chance = {score.name: found.chance[score.name] for score in self.scores}
-        return {score.name: found.scores[score.name] for score in self.scores}
+        self.errors = {score.name: result.errors[score.name] for score in self.scores if score.name in result.errors}
+        self.chance = {score.name: result.chance[score.name] for score in self.scores}
+        return {score.name: result.scores[score.name] for score in self.scores}

@@ -48,8 +48,8 @@ def local_tars(root: str) -> list[Tar]:
     """The tars of a local split. Raises UserError if the folder cannot be read."""
     try:
         if root.endswith(".tar") and Path(root).is_file():
-            found = Path(root).stat()
-            return [Tar(root, found.st_size, found.st_mtime_ns)]
+            status = Path(root).stat()
+            return [Tar(root, status.st_size, status.st_mtime_ns)]
         with os.scandir(root) as entries:
             tars = [(entry.path, entry.stat()) for entry in entries if entry.name.endswith(".tar")]
     except (FileNotFoundError, NotADirectoryError):
@@ -57,7 +57,7 @@ def local_tars(root: str) -> list[Tar]:
     except OSError as error:
         advice = remedy(error, "check the path and its permissions")
         raise UserError(f"{root}: cannot read ({error.strerror or error}); {advice}") from error
-    return sorted(Tar(place, found.st_size, found.st_mtime_ns) for place, found in tars)
+    return sorted(Tar(place, status.st_size, status.st_mtime_ns) for place, status in tars)
 
 
 def remote_tars(fs: Any, entries: list[dict[str, Any]]) -> tuple[list[Tar], str]:

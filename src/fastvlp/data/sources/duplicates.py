@@ -91,9 +91,9 @@ class ImageHashes:
                 # Pictures with few other bits are equal in one of the bands.
                 for band, part in enumerate(np.packbits(looks.bits).reshape(BANDS, -1)):
                     by_band[band, part.tobytes()].append(i)
-        found = [pair for same in by_content.values() for pair in self._pairs(same, done, exact=True)]
+        duplicates = [pair for same in by_content.values() for pair in self._pairs(same, done, exact=True)]
         near = (places for places in by_band.values() if len(places) <= MOST)
-        return found + [pair for places in near for pair in self._pairs(places, done, exact=False)]
+        return duplicates + [pair for places in near for pair in self._pairs(places, done, exact=False)]
 
     def _pairs(self, places: Sequence[int], done: set[int], *, exact: bool) -> Iterator[Duplicate]:
         if len({self._places[i][0] for i in places}) < 2:

@@ -73,7 +73,7 @@ def _class_names(folder: Path) -> list[str]:
 
 
 def _read_tar(file: Path, classes: list[str]) -> Iterator[Item]:
-    found: list[tarfile.TarInfo] = []
+    members: list[tarfile.TarInfo] = []
     error: Exception | None = None
     try:
         tar = tarfile.open(file, "r:*", tarinfo=tar_members.CheckedMember)  # noqa: SIM115 (closed below)
@@ -85,12 +85,12 @@ def _read_tar(file: Path, classes: list[str]) -> Iterator[Item]:
         try:
             for member in tar_members.members(tar):
                 if member.isfile():
-                    found.append(member)
+                    members.append(member)
                 elif not member.isdir():
                     yield Note(text=f"{file.name}: links and devices in a tar are not read", example=member.name)
         except (tarfile.TarError, EOFError, OSError) as wrong:
             error = wrong
-        records, apart = _group(found)
+        records, apart = _group(members)
         for number, record in enumerate(records):
             # A cut may have taken members of the last record, which is dropped with the damage.
             if error is not None and number == len(records) - 1:
