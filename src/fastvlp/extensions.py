@@ -50,13 +50,13 @@ def user_function(name: str) -> Callable[..., Any]:
     file, _, function = name.partition(":")
     module = sys.modules.get(file)
     own = Path(getattr(module, "__file__", None) or "/").resolve().parent in _folders
-    found = getattr(module, function, None) if own else None
-    if not inspect.isfunction(found) or found.__module__ != file:
+    value = getattr(module, function, None) if own else None
+    if not inspect.isfunction(value) or value.__module__ != file:
         raise UserError(
             f"{name}: no file {file}.py with a function {function} was imported. Import your file first: "
             "`vlp --import FILE.py ...`, or `fastvlp.import_file` in Python"
         )
-    return found
+    return value
 
 
 def variants(base: type[T], package: str | None = None) -> list[type[T]]:

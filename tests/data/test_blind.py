@@ -2,11 +2,11 @@
 
 import pytest
 
-from fastvlp.data.blind import LEAST, Asked, asked_in, blind_score
+from fastvlp.data.blind import LEAST, AnsweredQuestion, answered_questions, blind_score
 
 
 def asked(text, answer, times=1):
-    return [Asked(text, {answer: 1.0})] * times
+    return [AnsweredQuestion(text, {answer: 1.0})] * times
 
 
 TRAIN = [
@@ -33,16 +33,19 @@ def test_ends_decide_where_they_say_more_as_in_chinese():
 
 
 def test_scores_of_several_answers_are_summed_and_averaged():
-    train = [Asked("what is it?", {"cat": 0.6, "kitten": 0.3}), Asked("what is it?", {"kitten": 0.4})]
-    assert blind_score(train, [Asked("what is it?", {"kitten": 0.5})]) == (0.5, 0.5, 1)
+    train = [
+        AnsweredQuestion("what is it?", {"cat": 0.6, "kitten": 0.3}),
+        AnsweredQuestion("what is it?", {"kitten": 0.4}),
+    ]
+    assert blind_score(train, [AnsweredQuestion("what is it?", {"kitten": 0.5})]) == (0.5, 0.5, 1)
     assert blind_score(train, []) is None and blind_score([], train) is None
 
 
 def test_entries_of_another_form_are_left_out():
     good = {"question": "what\tis it?", "answers": {"cat": 1}}
     wrong = ({"question": 3, "answers": {"a": 1}}, {"question": "a"}, {"question": "a", "answers": {"b": 2}}, 7)
-    assert list(asked_in([good, *wrong])) == [Asked("what is it?", {"cat": 1.0})]
-    assert list(asked_in(good)) == []
+    assert list(answered_questions([good, *wrong])) == [AnsweredQuestion("what is it?", {"cat": 1.0})]
+    assert list(answered_questions(good)) == []
 
 
 def test_ties_go_to_the_first_answer_by_the_alphabet():

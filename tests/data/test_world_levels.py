@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from fastvlp.cli import main
-from fastvlp.data.blind import asked_in, blind_score
+from fastvlp.data.blind import answered_questions, blind_score
 from fastvlp.data.records.shards import Shards
 from fastvlp.data.sources.inspection import inspect_data
 from fastvlp.data.world import balance, corpus
@@ -71,7 +71,9 @@ def test_the_share_that_is_kept_makes_answers_equally_frequent():
 
 
 def test_text_alone_gives_little(scenes, level):
-    train, test = ([a for record in scenes[split] for a in asked_in(record.info["questions"])] for split in scenes)
+    train, test = (
+        [a for record in scenes[split] for a in answered_questions(record.info["questions"])] for split in scenes
+    )
     assert blind_score(train, test).blind < {"easy": 0.37, "hard": 0.3}[level]
 
 

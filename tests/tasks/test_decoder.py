@@ -142,7 +142,7 @@ def test_every_weight_is_accounted_for(towers, world, tmp_path):
 def test_what_cannot_be_is_named(runs, towers, world, tmp_path):
     with pytest.raises(UserError, match="`decoder` is only for"):
         planned("caption", runs["flm"], world, tmp_path / "run", decoder=SMALL)
-    with pytest.raises(UserError, match="`decoder.layers` 0"):
+    with pytest.raises(UserError, match=r"`decoder\.layers` 0"):
         DecoderConfig(layers=0)
     with pytest.raises(UserError, match="single stream over words"):
         planned("caption", runs["uniter"], world, tmp_path / "run")

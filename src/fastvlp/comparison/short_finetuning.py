@@ -14,7 +14,7 @@ from torch import Tensor
 from fastvlp.batch import Batch
 from fastvlp.comparison.scored_data import caption_data, question_data, spread_evenly, validation_pairs
 from fastvlp.comparison.scoring_options import ScoringOptions
-from fastvlp.data.blind import Asked, BlindScore, asked_in, blind_score
+from fastvlp.data.blind import AnsweredQuestion, BlindScore, answered_questions, blind_score
 from fastvlp.data.loader import Loader
 from fastvlp.data.pairs import Data, Rows
 from fastvlp.eval.mode import evaluating
@@ -50,9 +50,9 @@ class Tuned(NamedTuple):
     objective: Any
 
 
-def asked_by(items: Iterable[Item]) -> list[Asked]:
+def questions_of_items(items: Iterable[Item]) -> list[AnsweredQuestion]:
     """The texts of the items that can be used, with their answers."""
-    return list(asked_in([item.entry for item in items if item.text]))
+    return list(answered_questions([item.entry for item in items if item.text]))
 
 
 @dataclass(kw_only=True)
@@ -85,7 +85,7 @@ class ShortFinetuning:
         held_out = data.evaluation_items(self.options.split, state.tokenizer, size)
         assert train is not None
         held_out.items = spread_evenly(held_out.items, self.options.probe_items)
-        blind = blind_score(asked_by(train.items), asked_by(held_out.items))
+        blind = blind_score(questions_of_items(train.items), questions_of_items(held_out.items))
         return Questions(data, train, held_out, blind)
 
     def tune_for_questions(self, state: TrainState, questions: Questions) -> Tuned:

@@ -19,8 +19,8 @@ LEAST = 20
 _WORD = re.compile(r"[\u3400-\u9fff]|[^\s\u3400-\u9fff]+")  # a Chinese character is a word
 
 
-class Asked(NamedTuple):
-    """A question, and how right each answer is, in 0..1."""
+class AnsweredQuestion(NamedTuple):
+    """A question and its answers, each with its score in 0..1."""
 
     text: str
     answers: Mapping[str, float]
@@ -40,26 +40,29 @@ class BlindScore(NamedTuple):
     questions: int
 
 
-def asked_in(entries: Any) -> Iterator[Asked]:
+def answered_questions(entries: Any) -> Iterator[AnsweredQuestion]:
     """The questions with answers of a record's field; entries of another form are left out."""
     for entry in entries if isinstance(entries, list) else ():
         if not isinstance(entry, Mapping):
             continue
         text, answers = clean_text(entry.get("question")), entry.get("answers")
         if text is not None and isinstance(answers, Mapping) and answers and not answers_fault(answers):
-            yield Asked(text, {str(answer): float(score) for answer, score in answers.items()})
+            yield AnsweredQuestion(text, {str(answer): float(score) for answer, score in answers.items()})
 
 
-def blind_score(train: Sequence[Asked], scored: Sequence[Asked]) -> BlindScore | None:
-    """The score of the answer that is the most frequent one, in training, of the questions with the longest beginning in common
-    that at least LEAST of them have; or of those with the longest end in common, if that scores higher, as in Chinese. None
-    where either has no questions."""
+def blind_score(train: Sequence[AnsweredQuestion], scored: Sequence[AnsweredQuestion]) -> BlindScore | None:
+    """Returns the score that answers can reach from the questions' text alone.
+
+    For each question, take the longest beginning that at least LEAST training questions share with it. The answer is the
+    most frequent answer to those training questions. The same is done with the longest common end, and the higher of the two
+    scores counts: in Chinese the end of a question says more. Returns None if `train` or `scored` is empty.
+    """
     if not train or not scored:
         return None
     return max(_score(train, scored, ends) for ends in (False, True))
 
 
-def _score(train: Sequence[Asked], scored: Sequence[Asked], ends: bool) -> BlindScore:
+def _score(train: Sequence[AnsweredQuestion], scored: Sequence[AnsweredQuestion], ends: bool) -> BlindScore:
     counts = Counter(part for question in train for part in _parts(question.text, ends))
     frequent = {part for part, count in counts.items() if count >= LEAST} | {()}
     totals: dict[tuple[str, ...], dict[str, float]] = {part: defaultdict(float) for part in frequent}

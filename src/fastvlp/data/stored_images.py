@@ -61,8 +61,8 @@ class ImageStore:
         def compute(entries: Sequence[int]) -> Iterator[Computed]:
             wanted = {*entries}
             records = sorted({entry // number for entry in entries})
-            found = (one for part in in_threads(read, records) for one in part if one.entry in wanted)
-            while rows := [*islice(found, ROWS)]:
+            wanted_images = (one for part in in_threads(read, records) for one in part if one.entry in wanted)
+            while rows := [*islice(wanted_images, ROWS)]:
                 pixels = torch.stack([one.states for one in rows])
                 states = self.encode(pixels.flip(-1) if mirrored else pixels)
                 yield from (one._replace(states=own) for one, own in zip(rows, states))

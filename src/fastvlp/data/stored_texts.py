@@ -64,8 +64,8 @@ class TextStore:
             wanted = {*entries}
             last = max(entries, default=-1)
             texts = enumerate(text for own in captions() for text in own)
-            found = ((i, text) for i, text in islice(texts, last + 1) if i in wanted)
-            while part := sorted(islice(found, SORTED), key=lambda one: len(one[1])):
+            wanted_texts = ((i, text) for i, text in islice(texts, last + 1) if i in wanted)
+            while part := sorted(islice(wanted_texts, SORTED), key=lambda one: len(one[1])):
                 for rows in (part[first : first + ROWS] for first in range(0, len(part), ROWS)):
                     states = self.encode(*tokenizer.encode([text for _, text in rows], max_length))
                     yield from (Computed(i, own) for (i, _), own in zip(rows, states, strict=True))

@@ -34,7 +34,7 @@ def measured_recall(index: IndexEngine, ids: Sequence[str], query_QE: np.ndarray
             best_QK = -np.sort(-np.concatenate([best_QK, score_QN], 1), axis=1)[:, :k]
     if not best_QK.size:
         return None
-    found = index.search(query_QE, best_QK.shape[1])
+    hits_per_query = index.search(query_QE, best_QK.shape[1])
     # Of equal scores any will do.
-    good = [sum(hit.score >= best[-1] - TOLERANCE for hit in hits) for best, hits in zip(best_QK, found)]
+    good = [sum(hit.score >= best[-1] - TOLERANCE for hit in hits) for best, hits in zip(best_QK, hits_per_query)]
     return float(np.mean(good)) / best_QK.shape[1]

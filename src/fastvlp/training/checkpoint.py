@@ -55,8 +55,8 @@ def save_checkpoint(path: str | Path, state: dict[str, Any]) -> None:
         except RuntimeError as error:
             # The zip writer goes on after a failed write, and then raises a RuntimeError about its position.
             cause = error.__context__
-            said = (cause.errno, cause.strerror) if isinstance(cause, OSError) else (None, str(error).splitlines()[0])
-            raise OSError(*said) from error
+            reason = (cause.errno, cause.strerror) if isinstance(cause, OSError) else (None, str(error).splitlines()[0])
+            raise OSError(*reason) from error
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:

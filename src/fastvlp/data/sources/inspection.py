@@ -18,7 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fastvlp.batch import Dropped
-from fastvlp.data.blind import Asked, BlindScore, asked_in, blind_score
+from fastvlp.data.blind import AnsweredQuestion, BlindScore, answered_questions, blind_score
 from fastvlp.data.caption_cut import CaptionCut
 from fastvlp.data.reader import RecordReader, RecordView
 from fastvlp.data.records.decode import open_image
@@ -54,7 +54,7 @@ class SplitReport:
         lengths: of every text, by field and unit.
         unreadable: records that cannot be read, with the reason.
         cut: what `max_length` cuts of the captions; None without a tokenizer.
-        asked: the questions with answers, by field.
+        questions: the questions with answers, by field.
         blind: how often their text alone gives the answer, by field, where there is a training split beside this one.
     """
 
@@ -67,7 +67,7 @@ class SplitReport:
     lengths: dict[tuple[str, str], list[int]] = field(default_factory=dict)
     unreadable: list[Dropped] = field(default_factory=list)
     cut: CaptionCut | None = None
-    asked: dict[str, list[Asked]] = field(default_factory=dict)
+    questions: dict[str, list[AnsweredQuestion]] = field(default_factory=dict)
     blind: dict[str, BlindScore] = field(default_factory=dict)
 
 
@@ -152,10 +152,10 @@ def inspect_data(
 
 def _answer_blindly(reports: Sequence[SplitReport]) -> None:
     """Adds what the texts of questions alone give away, as the split called train suggests."""
-    train = next((report.asked for report in reports if report.name == "train"), {})
+    train = next((report.questions for report in reports if report.name == "train"), {})
     for report in reports:
-        for name, asked in report.asked.items() if report.name != "train" else ():
-            if (score := blind_score(train.get(name, []), asked)) is not None:
+        for name, questions in report.questions.items() if report.name != "train" else ():
+            if (score := blind_score(train.get(name, []), questions)) is not None:
                 report.blind[name] = score
 
 
@@ -209,8 +209,8 @@ def _count(report: SplitReport, record: RecordView, tokenizer: Tokenizer | None)
         base, _, language = name.partition("_")
         if base not in TEXTS or not isinstance(entries, list):
             continue
-        if base == "questions" and (asked := list(asked_in(entries))):
-            report.asked.setdefault(name, []).extend(asked)
+        if base == "questions" and (answered := list(answered_questions(entries))):
+            report.questions.setdefault(name, []).extend(answered)
         values = [entry.get(TEXTS[base]) if isinstance(entry, dict) else entry for entry in entries]
         texts = [text for text in values if isinstance(text, str)]
         units = {"characters": [len(text) for text in texts]}

@@ -70,11 +70,11 @@ def take_captions(row: dict[str, Any], columns: Sequence[str], place: str) -> tu
     for column in columns:
         cell = row.pop(column, None)
         value = parse_list(cell) if isinstance(cell, str) else cell
-        found = caption_texts(value)
-        texts += found
+        own_texts = caption_texts(value)
+        texts += own_texts
         if has_other_values(value):
             notes.append(Note(text=f"values of {short(column)} that are no text are left out", example=place))
-        elif not found:
+        elif not own_texts:
             notes.append(Note(text=f"rows whose {short(column)} is empty", example=place))
     return texts, notes
 
@@ -104,20 +104,20 @@ def conversation(turns: Any) -> dict[str, Any] | None:
         return None
     captions: list[str] = []
     questions: list[dict[str, Any]] = []
-    asked = ""
+    question = ""
     for turn in turns:
-        said = " ".join(caption_texts(turn.get("value", turn.get("content"))))
-        text = _PLACEHOLDER.sub(" ", said).strip()
+        words = " ".join(caption_texts(turn.get("value", turn.get("content"))))
+        text = _PLACEHOLDER.sub(" ", words).strip()
         if turn.get("from", turn.get("role")) in ("human", "user"):
-            asked = text
+            question = text
         elif turn.get("from", turn.get("role")) in ("gpt", "assistant", "model", "bot"):
-            if not asked or _DESCRIBE.search(asked):
+            if not question or _DESCRIBE.search(question):
                 captions.append(text)
             else:
-                questions.append({"question": asked, "answers": {text: 1.0}})
-            asked = ""
-    found = {"captions": captions, "questions": questions}
-    return {name: values for name, values in found.items() if values}
+                questions.append({"question": question, "answers": {text: 1.0}})
+            question = ""
+    fields = {"captions": captions, "questions": questions}
+    return {name: values for name, values in fields.items() if values}
 
 
 def take_label(row: dict[str, Any], names: Mapping[str, Sequence[str]]) -> Any:

@@ -14,7 +14,7 @@ from random import Random
 from typing import Any, Literal, NamedTuple
 
 from fastvlp.batch import Record
-from fastvlp.data.blind import Asked, asked_in, blind_score
+from fastvlp.data.blind import AnsweredQuestion, answered_questions, blind_score
 from fastvlp.data.records.shards import ShardWriter
 from fastvlp.data.streams import with_progress
 from fastvlp.data.world.balance import balanced_questions
@@ -307,7 +307,7 @@ class WrittenCorpus(NamedTuple):
 _QUESTIONS = ("questions", "questions_zh")
 
 
-def _blind_scores(questions_of: Mapping[tuple[str, str], Sequence[Asked]]) -> dict[str, dict[str, float]]:
+def _blind_scores(questions_of: Mapping[tuple[str, str], Sequence[AnsweredQuestion]]) -> dict[str, dict[str, float]]:
     """Returns the score of answers from the text alone, by split and field, for all splits except train. `questions_of`: the
     questions by split and field."""
     return {
@@ -367,7 +367,9 @@ def write_world(
     }
     if not claim(out, card):
         return WrittenCorpus(out, counts, read_card(out / "corpus.json").get("blind", {}))
-    questions_of: dict[tuple[str, str], list[Asked]] = {(split, name): [] for split in SPLITS for name in _QUESTIONS}
+    questions_of: dict[tuple[str, str], list[AnsweredQuestion]] = {
+        (split, name): [] for split in SPLITS for name in _QUESTIONS
+    }
     for name, make, split, count in parts:
         if not count:
             continue
@@ -375,7 +377,7 @@ def write_world(
             for index in with_progress(range(count), range(count).__len__, name, progress):
                 writer.write(record := make(config, split, index))
                 for field in _QUESTIONS:
-                    questions_of[split, field] += asked_in(record.info.get(field))
+                    questions_of[split, field] += answered_questions(record.info.get(field))
     blind = _blind_scores(questions_of)
     write_card(out / "corpus.json", {**card, "blind": blind, "complete": True})
     return WrittenCorpus(out, counts, blind)

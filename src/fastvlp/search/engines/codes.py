@@ -121,15 +121,15 @@ class CodesIndex(IndexEngine):
         self, query_E: np.ndarray, rows: np.ndarray, depth: int, fitting_N: np.ndarray | None
     ) -> list[Hit]:
         """Returns the hits of the rows and of those that have the same vector, best first."""
-        found: list[int] = []
+        copies: list[int] = []
         for distinct in self._distinct_N[rows]:
             equal = self._row_by_distinct[self._begin[distinct] : self._begin[distinct + 1]]
-            found += (equal if fitting_N is None else equal[fitting_N[equal]]).tolist()
-            if len(found) >= depth:
+            copies += (equal if fitting_N is None else equal[fitting_N[equal]]).tolist()
+            if len(copies) >= depth:
                 break
-        scores = self._search_codes.vector_NE[found] @ query_E
+        scores = self._search_codes.vector_NE[copies] @ query_E
         order = np.argsort(-scores, kind="stable")[:depth]
-        return [Hit(self._ids[found[i]], float(scores[i]), self._infos[found[i]]) for i in order]
+        return [Hit(self._ids[copies[i]], float(scores[i]), self._infos[copies[i]]) for i in order]
 
     def calibration(self) -> Calibration | None:
         return self._calibration
