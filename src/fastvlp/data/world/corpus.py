@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
+from itertools import product
 from pathlib import Path
 from random import Random
 from typing import Any, Literal, NamedTuple
@@ -367,9 +368,7 @@ def write_world(
     }
     if not claim(out, card):
         return WrittenCorpus(out, counts, read_card(out / "corpus.json").get("blind", {}))
-    questions_of: dict[tuple[str, str], list[AnsweredQuestion]] = {
-        (split, name): [] for split in SPLITS for name in _QUESTIONS
-    }
+    questions_of: dict[tuple[str, str], list[AnsweredQuestion]] = {part: [] for part in product(SPLITS, _QUESTIONS)}
     for name, make, split, count in parts:
         if not count:
             continue
