@@ -96,6 +96,7 @@ def test_batches_of_similar_length_are_compared_with_random_order(run, tmp_path)
     assert random["command"].startswith("python bench/batch_padding.py --rows 4000") and random["speed_ratio"] == 1
 
 
+@pytest.mark.slow
 def test_the_flops_that_grouping_saves_are_counted(run, tmp_path):
     out = tmp_path / "batching.jsonl"
     options = ("--captions", str(made_pairs(tmp_path) / "train"), "--size", "tiny", "--image", "32", "--batch", "4")
@@ -261,6 +262,7 @@ def test_a_lost_fault_is_told_with_its_cause(bench, monkeypatch, tmp_path):
         faults.main(faults.Options(sections=("handles",), out=out))
 
 
+@pytest.mark.slow
 def test_damage_costs_a_record_or_is_refused(bench, tmp_path):
     damaged = bench("damaged_files")
     assert not [outcome for _, outcome in damaged.damaged_records(16, seed=7) if outcome.startswith("FAILED")]

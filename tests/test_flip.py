@@ -63,6 +63,7 @@ def test_kept_tokens(size, share, kept):
     assert random_keep(torch.arange(2), grid**2, share).shape[1] == kept
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("size", "text", "half", "quarter"),
     [("b16", 0.069, 0.53, 0.30), ("l16", 0.044, 0.52, 0.28), ("h14", 0.058, 0.52, 0.29)],

@@ -76,6 +76,7 @@ def test_flm_base(started):
         assert ours == pytest.approx(known, rel=RELATIVE), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "size", "cells", "grid"),
     [("brivl_base", 380, 12, None), pytest.param("brivl2_base", 456, 15, 6, marks=pytest.mark.slow)],

@@ -57,6 +57,7 @@ def weights(state: TrainState) -> list[torch.Tensor]:
     return [p.detach().clone() for p in state.pretraining.parameters()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("objective", [FLMConfig(), MLMConfig(), ARConfig(), PrefixLMConfig()])
 def test_scoring_changes_nothing(world: Path, objective: ObjectiveConfig) -> None:
     straight = start(run(world, objective, ema=0.9))

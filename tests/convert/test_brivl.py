@@ -159,6 +159,7 @@ def timm_forward(w: dict[str, Tensor], image: Tensor) -> Tensor:
     return F.silu(norm(conv(x, "conv_head"), "bn2"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("published", "size"), [(64, 64), (76, 76), (92, 92), (64, 76), (76, 64)])
 def test_the_cnn_gives_the_map_of_timm(published: int, size: int):
     """At these sizes different stages halve maps of odd sides, also where the weights come with another image size."""

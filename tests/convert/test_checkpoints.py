@@ -138,6 +138,7 @@ def inherited(out: Path, objectives: Mapping[str, ObjectiveConfig]) -> Inheritan
     return make_pretraining(run, saved.tokenizer)[1]
 
 
+@pytest.mark.slow
 def test_uniter(tmp_path: Path, world: Path, capsys):
     checkpoint, model = uniter_checkpoint(tmp_path)
     out = tmp_path / "made" / "uniter"

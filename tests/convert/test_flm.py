@@ -63,6 +63,7 @@ def made(folder: Path, heads: str = "", **more: Any) -> str:
     return saved_by_lightning(folder, kept, c, **more)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("task", "head", "output"),
     [
@@ -173,6 +174,7 @@ def test_a_captioner_writes_as_the_released_decoding_does(tmp_path: Path, world:
     assert main(["evaluate", str(tmp_path / "out"), "--data", str(world), "--split", "val"]) == 0
 
 
+@pytest.mark.slow
 def test_pretrained_and_its_baselines(tmp_path: Path, world: Path):
     c, _, weights, _ = load("flm_three_stream")
     wanted, config = parity.build()

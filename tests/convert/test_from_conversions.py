@@ -56,6 +56,7 @@ def made(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "recipe", "new"), [(n, *start) for n, starts in STARTS.items() for start in starts])
 def test_a_recipe_starts_from_it(name: str, recipe: str, new: set[str], made, world: Path, tmp_path: Path):
     source, out = made(name), tmp_path / "run"
@@ -92,6 +93,7 @@ def test_an_image_encoder_alone_is_probed(made, world: Path, tmp_path: Path, cap
     assert "error: " in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_single_stream_is_fine_tuned(world: Path, tmp_path: Path):
     checkpoint, _ = test_checkpoints.uniter_checkpoint(tmp_path)
     assert main(["convert", str(checkpoint), str(tmp_path / "out"), "--heads", "2"]) == 0

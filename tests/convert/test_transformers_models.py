@@ -47,6 +47,7 @@ def unit(x: Tensor) -> Tensor:
     return x / x.norm(dim=-1, keepdim=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PAIRS)
 def test_a_model_of_two_encoders(name: str, tmp_path: Path):
     public = write_model(name, tmp_path / name)

@@ -116,6 +116,7 @@ def test_the_ranks_together_are_one_rank_with_the_global_batch_or_with_more_accu
         assert [whole.rows(s * world + r) for r in range(world)] == [part.rows(s) for part in parts]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("grouping", [FIXED, BUDGET])
 def test_resuming_at_any_batch_continues_the_straight_run_with_any_workers(grouping, workers):
@@ -209,6 +210,7 @@ def world(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("captions", ["captions", "captions_zh", "captions+captions_zh"])
 def test_lengths_of_pairs_are_those_of_their_batches(world, captions):
     data = PairData(train=str(world / "train"), batch_size=8, group=RECORDS, captions=captions, cache=False)
@@ -250,6 +252,7 @@ def test_a_record_without_a_caption_is_dropped_when_its_batch_is_made(tmp_path):
     assert lengths(torch.arange(3), torch.arange(3)).tolist() == [5, 2, 2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [{"group": 64}, {"max_tokens": 200}, pytest.param({"max_tokens": 200, "fill": "official"}, marks=pytest.mark.slow)],

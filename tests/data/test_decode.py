@@ -242,6 +242,7 @@ def png_with(chunk: bytes, size: int) -> bytes:
     return data[:33] + whole + data[33:]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [10, 2 << 20, 80 << 20])
 @pytest.mark.parametrize("chunk", [b"tEXt", b"zTXt", b"iTXt", b"iCCP"])
 def test_a_png_with_much_text_or_a_large_profile_is_read(chunk, size):

@@ -124,6 +124,7 @@ def test_a_server_without_ranges_is_read_too(server, pairs):
     assert Shards(f"{server.url}/train/00000.tar").read(3) == Shards(pairs / "train").read(3)
 
 
+@pytest.mark.slow
 def test_a_host_that_goes_away_leaves_a_state_and_one_error(server, pairs, tmp_path):
     run = run_on(server, pairs, tmp_path / "a", batch_size=4)
     run = replace(run, data=replace(run.data, cache=False))

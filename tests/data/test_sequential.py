@@ -161,6 +161,7 @@ def test_loader_processes_change_nothing(server, pairs, tmp_path, workers):
     assert torch.equal(images_of(start(run), 15), known)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("objectives", [("mlm",), ("flm", "clip"), ("moco",)])
 def test_a_run_resumed_within_an_epoch_equals_an_uninterrupted_one(server, pairs, tmp_path, objectives):
     run = replace(run_on(server.url, pairs, tmp_path / "a", *objectives), steps=14)
@@ -197,6 +198,7 @@ def test_a_buffer_that_is_not_used_may_have_another_size(pairs, tmp_path):
         train(replace(other, data=replace(other.data, order="sequential"), steps=5), resume=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("world", "streams"), [(1, 1), (2, 2), (1, 4)])
 @pytest.mark.parametrize("begin", [0, 5, 16])
 def test_with_a_large_buffer_no_more_than_an_epoch_waits(world, streams, begin):

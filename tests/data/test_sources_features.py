@@ -204,6 +204,7 @@ def test_broken_regions_are_named(tmp_path: Path, changed: Arrays, message: str)
     assert "not readable as npz" in reason(path, record("cut"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["npz", "packed", "msgpack"])
 def test_no_flipped_byte_escapes(layout: str) -> None:
     """What is left of an entry can be read, or is named: one rotten file is no reason to end an import."""

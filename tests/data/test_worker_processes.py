@@ -57,6 +57,7 @@ def test_a_dead_worker_is_named_with_its_likely_cause(number, cause):
         list(batches)
 
 
+@pytest.mark.slow
 def test_a_killed_worker_costs_no_step(tmp_path):
     run = made_run(made_pairs(tmp_path / "pairs"), tmp_path / "a", "mlm", workers=1)
     sixth, parent = start(run).train.rows(5)[0], os.getpid()

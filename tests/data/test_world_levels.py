@@ -35,6 +35,7 @@ def scenes(level):
         return {split: [scene_record(config, split, i) for i in range(100)] for split in ("train", "test")}
 
 
+@pytest.mark.slow
 def test_what_is_said_is_true(scenes, level):
     for record in scenes["train"][:60] + scenes["test"][:60]:
         things = record.info["objects"]

@@ -153,6 +153,7 @@ def test_pictures_lie_beside_the_items(tmp_path: Path):
     assert open_pictures(None, items).place == tmp_path / "images"
 
 
+@pytest.mark.slow
 def test_each_method_scores_pairs_in_their_order(runs: dict[str, Path], pictures: Path):
     captions = captions_of(pictures)
     names = [3, 0, 3, 5, 0, 1]

@@ -46,6 +46,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_the_scores_are_those_of_our_own_evaluations(made: Path, capsys: pytest.CaptureFixture[str]):
     data = made / "data"
     assert main(["evaluate", "mteb", str(made / "exported"), "--data", str(data), "--batch-size", "8"]) == 0

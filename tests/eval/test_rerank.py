@@ -87,6 +87,7 @@ def test_a_run_that_scores_no_pairs_is_refused(runs):
         pair_score(open_run(runs["flm"]).saved, "match")
 
 
+@pytest.mark.slow
 def test_both_stages_from_the_command_line(runs, world, capsys):
     argv = ["evaluate", "retrieval", str(runs["both"]), "--data", str(world)]
     assert main(argv) == 0

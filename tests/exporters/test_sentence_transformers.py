@@ -38,6 +38,7 @@ def test_public_models(name: str, tmp_path: Path):
     assert exported(tmp_path / "run", tmp_path / "out") <= 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("image", "text", "hidden"), [("vit", "bert", None), ("clip", "roberta", 20), ("dinov2", "electra", None)]
 )

@@ -226,6 +226,7 @@ def test_a_tokenizer_of_impossible_ids_is_refused(folder, kind):
     check_refused(folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["model.json", "model.safetensors", "tokenizer.json", "config.json"])
 def test_random_damage_is_refused_or_changes_nothing_of_the_model(folder, saved, name):
     whole, draw, expected = (saved / name).read_bytes(), random.Random(name), load_model(saved)

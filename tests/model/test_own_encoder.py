@@ -92,6 +92,7 @@ def states(run: Path) -> dict[str, torch.Tensor]:
     return load_checkpoint(run / "last.pt")["pretraining"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RECIPES)
 def test_it_pretrains_is_counted_and_resumes_bit_for_bit(folder, tmp_path, name):
     assert pretrain(folder, name, tmp_path / "a", "--steps", "4") == 0

@@ -75,6 +75,7 @@ def test_closest_returns_the_smallest_distances():
     assert sorted(closest(distance, 70)) == [*range(7)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["random", "learned"])
 def test_candidates_contain_the_exact_results(kind):
     """A fiftieth of the vectors as candidates, at a sixteenth of their memory: recall@10 of at least 0.98."""

@@ -41,6 +41,7 @@ HUGE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", HUGE)
 def test_huge_bodies_are_refused_before_they_are_validated(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch):
     errors: list[int] = []

@@ -182,6 +182,7 @@ def test_a_run_of_ones_own_goes_on_with_its_loss(pairs, tmp_path):
 # ---- between old and new weights ----
 
 
+@pytest.mark.slow
 def test_weights_are_moved_part_of_the_way(tuned, tmp_path):
     run = Path(shutil.copytree(tuned, tmp_path / "run"))
     interpolate(run, str(tuned / "start"), 0.25)

@@ -100,6 +100,7 @@ def test_layers_over_the_image_change_what_texts_read_and_decoding_agrees():
         torch.testing.assert_close(model.fusion.image_memory(image_BKD, None), model.fusion.image_norm(x))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", ["caption", "vqa"])
 def test_stored_states_of_a_frozen_encoder_are_read(towers, world, tmp_path, task):
     """Trained, saved, loaded by an evaluation, and continued."""

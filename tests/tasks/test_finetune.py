@@ -39,6 +39,7 @@ FAST |= {("flm", "entailment"), ("mlm", "vcr"), ("flm", "caption")}
 PAIRS = [(kind, task) for task in TASKS for kind in KINDS] + [("flm", "caption"), ("mlm", "caption")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kind, task", [pytest.param(*pair, marks=[] if pair in FAST else pytest.mark.slow) for pair in PAIRS]
 )
@@ -141,6 +142,7 @@ def test_batches_may_be_of_so_many_tokens(runs, world, tmp_path):
     assert max(sizes) <= 400 and len({len(batch) for batch, _ in islice(state.train.batches(), 3)}) > 1, sizes
 
 
+@pytest.mark.slow
 def test_images_may_be_larger_than_in_pretraining(runs, world, tmp_path):
     """Positions are resized; what is scored later has the new size too."""
     tune("vqa", runs["flm"], world, tmp_path / "run", image_size=48, lr=1e-12, augment=AugmentConfig(flip=0.5))
@@ -166,6 +168,7 @@ def pretrained_as(source, folder, **data):
 STORED = {"stored": True, "most": 100}
 
 
+@pytest.mark.slow
 def test_images_and_texts_are_prepared_as_in_pretraining(runs, world, tmp_path):
     squashed = pretrained_as(runs["uniter"], tmp_path / "squashed", regions=STORED, fit="squash", max_length=62)
     config = load_model(squashed).model.config
@@ -198,6 +201,7 @@ def test_images_and_texts_are_prepared_as_in_pretraining(runs, world, tmp_path):
         seen("vqa", pretrained_as(runs["mlm"], tmp_path / "unknown", fit="zoom"))
 
 
+@pytest.mark.slow
 def test_a_resumed_run_prepares_images_as_before(runs, world, tmp_path):
     """Also one that was begun before fine-tuning followed the preprocessing of pretraining."""
     squashed = pretrained_as(runs["mlm"], tmp_path / "squashed", fit="squash", max_length=62)
@@ -227,6 +231,7 @@ def test_splits_are_found_where_shards_are_read(world):
     memory.rm("/bucket", recursive=True)
 
 
+@pytest.mark.slow
 def test_options_of_decoding_are_saved_beside_the_scores(runs, world, tmp_path):
     tune("caption", runs["mlm"], world, tmp_path / "run")
     scores = evaluate_task(str(tmp_path / "run"), beams=2, length_penalty=0.5).scores

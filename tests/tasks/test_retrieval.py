@@ -185,6 +185,7 @@ def matched(runs, world, tmp_path_factory):
     return {"single": runs["uniter"], "fusion": folder / "itm"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["single", "fusion"])
 def test_zero_shot_is_the_matching_heads_score(kind, matched, world):
     tuned = load_zero_shot(str(matched[kind]), str(world))
@@ -213,6 +214,7 @@ def test_zero_shot_is_the_matching_heads_score(kind, matched, world):
     assert scores["images"] == 6 and scores["count"] == 30
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["single", "fusion"])
 def test_the_ranking_head_starts_as_a_copy_and_stays_what_it_became(kind, matched, world, tmp_path):
     options = {"lr": 1e-12, "negatives": "hard", "steps": 3}

@@ -19,6 +19,7 @@ FP32 = StatesConfig(store="always", dtype="fp32")
 NEVER = StatesConfig(store="never")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", ["vqa", "retrieval", "grounding", "caption", "entailment", "nlvr2"])
 def test_losses_are_those_of_encoding_at_each_step(runs, world, tmp_path, task):
     """Questions, and pairs of images too, of which each has its own states."""
@@ -33,6 +34,7 @@ def test_losses_are_those_of_encoding_at_each_step(runs, world, tmp_path, task):
     assert entries == ({32, 8} if task == "nlvr2" else {24, 4})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", ["vqa", "retrieval"])
 def test_scores_are_those_of_the_images(runs, world, tmp_path, task):
     run = planned(task, runs["mlm"], world, tmp_path / "run", steps=6, freeze=("image",))
@@ -46,6 +48,7 @@ def test_scores_are_those_of_the_images(runs, world, tmp_path, task):
     assert stored == score_split(tuned._replace(stored=None), str(world / "test"), **options)
 
 
+@pytest.mark.slow
 def test_the_command_stores_and_scores(runs, world, tmp_path, monkeypatch):
     """The training images are encoded once, however often they are read; what is scored again is not."""
     counted = 0

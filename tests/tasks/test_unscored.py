@@ -34,6 +34,7 @@ def without_answers(world, folder, field, remove_answer):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", UNANSWERED)
 def test_a_split_without_answers_is_not_scored(task, runs, world, tmp_path, capsys):
     field, remove_answer = UNANSWERED[task]
@@ -52,6 +53,7 @@ def test_a_split_without_answers_is_not_scored(task, runs, world, tmp_path, caps
     assert main(["evaluate", str(out), "--split", "val"]) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "lacking",
     [{"answers": {}}, *(pytest.param(lacking, marks=pytest.mark.slow) for lacking in ({"answers": None}, {}))],
@@ -168,6 +170,7 @@ def test_test1_is_the_test_where_there_is_no_other(runs, world, tmp_path):
     assert find_splits(str(data))["test"] == str(data / "test")
 
 
+@pytest.mark.slow
 def test_a_run_is_resumed_where_a_test_split_has_come(runs, world, tmp_path):
     data, out = tmp_path / "data", tmp_path / "run"
     for split in ("train", "val"):

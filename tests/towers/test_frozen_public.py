@@ -48,6 +48,7 @@ def changed(folder: Path, pair: str, run: Path) -> set[str]:
     return {name for name, x in after.items() if (x - before[name]).abs().max() > 1e-9}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pair", PAIRS)
 def test_frozen_encoders_are_computed_once(folder, tmp_path, pair):
     frozen = ("--freeze", "image", "text", "--states.dtype", "fp32")
@@ -60,6 +61,7 @@ def test_frozen_encoders_are_computed_once(folder, tmp_path, pair):
     assert all(name.startswith("embed.") for name in changed(folder, pair, tmp_path / "stored"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pair", PAIRS)
 def test_the_last_layers_learn(folder, tmp_path, pair):
     options = ("--train-last.image", "1", "--train-last.text", "2", "--optim.layer-decay", "0.7")
@@ -75,6 +77,7 @@ def test_the_last_layers_learn(folder, tmp_path, pair):
         assert not [name for name in own if any(f"{name}.".startswith(f"{part}.") for part in still)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pair", PAIRS)
 def test_adapters_are_trained_and_merged(folder, tmp_path, pair):
     # A CNN of convolutions alone has no linear layer.

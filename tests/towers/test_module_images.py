@@ -80,6 +80,7 @@ def pretrain(folder: Path, name: str, out: Path, *options: str) -> int:
     return main(["pretrain", str(folder / f"{name}.py"), "--out", str(out), *fixed.split(), *options])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RECIPES)
 def test_it_trains_and_resumes_bit_for_bit(name, folder, tmp_path):
     assert pretrain(folder, name, tmp_path / "a", "--steps", "3") == 0
