@@ -18,6 +18,7 @@ import numpy as np
 
 from fastvlp.errors import UserError
 from fastvlp.extensions import variants
+from fastvlp.search.addresses import shown
 from fastvlp.search.calibration import Calibration
 from fastvlp.search.checks import (
     Scalar,
@@ -236,13 +237,13 @@ def engine_of(uri: str) -> type[IndexEngine]:
     # An address that begins with a word and a colon names an engine, unless there is a folder of that name.
     if longest < 0 or (longest == 0 and re.match(r"[a-z][a-z0-9+.-]+:", uri) and not Path(uri).exists()):
         raise UserError(
-            f"{uri}: no index engine has addresses of this form; an index is {addresses()}. Import your own engine with "
+            f"{shown(uri)}: no index engine has addresses of this form; an index is {addresses()}. Import your own engine with "
             f"`vlp --import FILE.py ...`"
         )
     chosen = [engine for engine, length in lengths.items() if length == longest]
     if len(chosen) > 1:
         names = " and ".join(f"{engine.__module__}.{engine.__name__}" for engine in chosen)
-        raise UserError(f"{uri}: {names} both have addresses of this form; give one of them another prefix")
+        raise UserError(f"{shown(uri)}: {names} both have addresses of this form; give one of them another prefix")
     return chosen[0]
 
 
@@ -250,7 +251,8 @@ def open_index(uri: str, stamp: Stamp | None = None, create: bool = False) -> In
     """Opens an index.
 
     Args:
-        uri: Address: a folder (Chroma); http(s)://HOST:PORT/NAME of a Chroma server;
+        uri: Address: a folder (Chroma); http(s)://HOST:PORT/NAME?tenant=T&database=D of a Chroma server;
+            qdrant://HOST:PORT/COLLECTION or qdrant+https://... of a Qdrant server;
             postgresql://USER@HOST/DATABASE#TABLE with pgvector; codes:FOLDER for a folder that `vlp embed` wrote,
             read-only; or the address of an engine in a file that was imported.
         stamp: Stamp of the model that will search (`Embedder.stamp`); None accepts an index of any model.
