@@ -19,6 +19,7 @@ from fastvlp.data.streams import in_threads, with_progress
 from fastvlp.data.tokenize import Reading
 from fastvlp.dist import PrecisionChoice
 from fastvlp.errors import UserError
+from fastvlp.search.addresses import shown
 from fastvlp.search.bulk import embed_spans
 from fastvlp.search.calibration import PairSample
 from fastvlp.search.checks import Scalar, Where
@@ -144,7 +145,7 @@ def build_index(
     """
     store = pictures_of(index, pictures)
     if images == "keep" and store is None:
-        raise UserError(f"{index}: has no folder for pictures; give one with `pictures`, or set `images` to none")
+        raise UserError(f"{shown(index)}: has no folder for pictures; give one with `pictures`, or set `images` to none")
     if (embedded is None) == (export is None) or (export is not None and data is None):
         raise UserError("give either a folder that `vlp embed` wrote, or both `export` and `data`")
     if embedded is not None:
@@ -161,7 +162,7 @@ def build_index(
             queries.add(part)
         if (calibration := queries.pairs.calibrated()) is not None:
             engine.calibrate(calibration)
-        return Built(index, engine.count(), dropped, measured_recall(engine, ids, queries.vectors()))
+        return Built(shown(index), engine.count(), dropped, measured_recall(engine, ids, queries.vectors()))
 
 
 class _Sample:

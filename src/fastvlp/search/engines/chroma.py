@@ -16,15 +16,16 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
 
 import numpy as np
 
 from fastvlp.data.streams import blocks
 from fastvlp.errors import UserError, install
+from fastvlp.search.addresses import shown
 from fastvlp.search.calibration import FIELD as CALIBRATION
 from fastvlp.search.calibration import Calibration
 from fastvlp.search.checks import OWN_FIELDS, EngineError, Scalar
+from fastvlp.search.chroma_server import Limits, collection_name, connect, limits, remedy
 from fastvlp.search.distinct import vector_keys
 from fastvlp.search.engines.interface import Hit, IndexEngine, Item, Stamp, checked_stamp
 from fastvlp.search.exact import ExactItems, fits
@@ -39,8 +40,6 @@ GRAPH = {"space": "ip", "ef_construction": 128, "max_neighbors": 24, "ef_search"
 NO_GRAPH = {"space": "ip", "ef_construction": 4, "max_neighbors": 2}
 # Fields that the engine adds to an item: the key of its vector, and whether the vector has copies.
 KEY, COPIED = f"{OWN_FIELDS}vector", f"{OWN_FIELDS}copied"
-# Ids in one request: SQLite takes at most 32,766 variables, and a server has a limit of its own.
-CHUNK = 2000
 FILE = "chroma.sqlite3"
 # Messages of SQLite about a file that it may not write.
 _READ_ONLY = re.compile("read-?only|unable to open database", re.IGNORECASE)
@@ -51,11 +50,12 @@ class ChromaIndex(IndexEngine):
     their next search."""
 
     prefixes = ("", "http://", "https://")
-    address = "a folder; http://HOST:PORT/NAME of a Chroma server"
+    address = "a folder; http://HOST:PORT/NAME?tenant=T&database=D of a Chroma server"
 
     def __init__(self, uri: str, stamp: Stamp | None = None, create: bool = False):
-        self.uri = uri
+        self.uri, self._address = shown(uri), uri
         self.folder = None if "://" in uri else Path(uri)
+        self._limits = Limits() if self.folder else limits(uri)
         # The modification time of this file tells other processes that the index was changed.
         self._mark = self.folder / "written" if self.folder else None
         self._lock = WriterLock(self.folder / "writer.lock", self._refusal) if self.folder else None
@@ -118,14 +118,10 @@ class ChromaIndex(IndexEngine):
         quiet = Settings(anonymized_telemetry=False)
         if self.folder is not None:
             return chromadb.PersistentClient(str(self.folder), settings=quiet)
-        place = urlsplit(self.uri)
-        tls = place.scheme == "https"
-        headers = {"Authorization": f"Bearer {place.password}"} if place.password else {}
-        port = place.port or (443 if tls else 8000)
-        return chromadb.HttpClient(place.hostname or "", port, ssl=tls, headers=headers, settings=quiet)
+        return connect(self._address, quiet)
 
     def _name(self) -> str:
-        return "items" if self.folder else urlsplit(self.uri).path.strip("/") or "fastvlp"
+        return "items" if self.folder else collection_name(self._address)
 
     @contextmanager
     def _engine_errors(self) -> Iterator[None]:
@@ -138,10 +134,12 @@ class ChromaIndex(IndexEngine):
 
     def _engine_error(self, error: Exception) -> EngineError:
         what = f"{self.uri}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-        remedy = "is the disk full, or the folder damaged? Restore it, or build the index again"
-        if self.folder and (_READ_ONLY.search(str(error)) or not os.access(self.folder, os.W_OK)):
-            remedy = "Chroma writes to the folder even in a search; get the permission, or search in a copy of it"
-        return EngineError(f"{what}; {remedy if self.folder else 'is a Chroma server running there?'}")
+        if self.folder is None:
+            return EngineError(f"{what}; {remedy(error)}")
+        advice = "is the disk full, or the folder damaged? Restore it, or build the index again"
+        if _READ_ONLY.search(str(error)) or not os.access(self.folder, os.W_OK):
+            advice = "Chroma writes to the folder even in a search; get the permission, or search in a copy of it"
+        return EngineError(f"{what}; {advice}")
 
     def _refusal(self, holder: str) -> EngineError:
         return EngineError(
@@ -183,7 +181,7 @@ class ChromaIndex(IndexEngine):
 
     def _add(self, ids: Sequence[str], vectors: np.ndarray, infos: Sequence[Mapping[str, Scalar]]) -> None:
         with self._writing():
-            for part in blocks(len(ids), CHUNK):
+            for part in blocks(len(ids), self._limits.records):
                 self._add_part(list(ids[part]), vectors[part], infos[part])
             if self._small is not None:
                 self._small.put(ids, vectors, infos)
@@ -243,7 +241,7 @@ class ChromaIndex(IndexEngine):
     def _delete(self, ids: Sequence[str]) -> int:
         gone: set[str] = set()
         with self._writing():
-            for part in blocks(len(ids), CHUNK):
+            for part in blocks(len(ids), self._limits.records):
                 some = list(ids[part])
                 nodes, copies = _fields(self._collection, ids=some), _fields(self._copies, ids=some)
                 self._hand_over([*nodes], {*some})
@@ -287,6 +285,9 @@ class ChromaIndex(IndexEngine):
         return self._small
 
     def _search_graph(self, vectors: np.ndarray, k: int, where: Mapping[str, Sequence[Scalar]]) -> list[list[Hit]]:
+        most = self._limits.results
+        if k > most:
+            raise UserError(f"{self.uri}: gives the {most} best at most, not {k}; narrow the search with a filter")
         condition = _condition(where)
         if condition is not None:
             # A copy may match the filter even if the item in the graph does not.
@@ -299,8 +300,9 @@ class ChromaIndex(IndexEngine):
             )
             rows = [*zip(answer["ids"], answer["metadatas"], answer["distances"])]
             results = [self._with_copies(vector, row, k, where) for vector, row in zip(vectors, rows)]
-            incomplete = sum(len(hits) < k and len(row[0]) == n_results for hits, row in zip(results, rows))
-            n_results *= 4
+            more = n_results < most
+            incomplete = sum(more and len(hits) < k and len(row[0]) == n_results for hits, row in zip(results, rows))
+            n_results = min(4 * n_results, most)
         return results
 
     def _with_copies(self, vector_E: np.ndarray, row: Any, k: int, where: Mapping[str, Sequence[Scalar]]) -> list[Hit]:
@@ -340,7 +342,7 @@ class ChromaIndex(IndexEngine):
         self._refresh()
         items: list[Item] = []
         with self._engine_errors():
-            for part in blocks(len(ids), CHUNK):
+            for part in blocks(len(ids), self._limits.records):
                 items += [*_items(self._copies, ids=list(ids[part])), *_items(self._collection, ids=list(ids[part]))]
         return items
 

@@ -18,6 +18,7 @@ from urllib.parse import urldefrag
 import numpy as np
 
 from fastvlp.errors import UserError, install
+from fastvlp.search.addresses import shown
 from fastvlp.search.calibration import FIELD as CALIBRATION
 from fastvlp.search.calibration import Calibration
 from fastvlp.search.checks import EngineError, Scalar
@@ -42,7 +43,7 @@ class PgIndex(IndexEngine):
     def __init__(self, uri: str, stamp: Stamp | None = None, create: bool = False):
         self._place, name = urldefrag(uri)
         # For errors, without the password.
-        self.uri = re.sub(r"//([^/@:]*):[^/@]*@", r"//\1@", uri)
+        self.uri = shown(uri)
         if not TABLE.fullmatch(name or "fastvlp"):
             raise UserError(f"{self.uri}: {name!r} names no table; take small letters, digits and _, such as #photos")
         self._table = name or "fastvlp"
