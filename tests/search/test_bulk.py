@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -142,10 +143,30 @@ def test_a_killed_run_continues_to_the_same_files(arguments, world, tmp_path):
     assert len(Shards(world / "train")) == sum(len(read_part(path).ids) for path in open_embedded(out).parts)
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_ranks_share_what_is_missing_whoever_wrote_the_rest(arguments, rank, monkeypatch):
+    arguments |= {"per_part": 2}
+    embed(arguments)
+    for gone in (1, 3, 5):
+        (arguments["out"] / f"0000{gone}.safetensors").unlink()
+    monkeypatch.setattr("fastvlp.dist.world", lambda: 2)
+    monkeypatch.setattr("fastvlp.dist.rank", lambda: rank)
+    monkeypatch.setattr("fastvlp.search.bulk._summary", lambda *_: None)
+    embed_shards(arguments["export"], arguments["data"], arguments["out"], per_part=2)
+    left = [gone for gone in (1, 3, 5) if not (arguments["out"] / f"0000{gone}.safetensors").exists()]
+    assert left == [[3], [1, 5]][rank]
+
+
 @pytest.mark.slow
-def test_two_ranks_write_what_one_would(arguments, tmp_path):
+def test_two_ranks_finish_what_one_began_and_write_what_it_would(arguments, tmp_path):
+    arguments |= {"per_part": 2}
     embed(arguments)
     shared = arguments | {"out": tmp_path / "shared"}
+    shutil.copytree(arguments["out"], shared["out"])
+    # As a killed run of other ranks may leave it.
+    (shared["out"] / "dropped.jsonl").unlink()
+    for gone in (1, 3, 4, 5):
+        (shared["out"] / f"0000{gone}.safetensors").unlink()
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "fastvlp"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(

@@ -73,7 +73,8 @@ def embed_shards(
 ) -> Counts | None:
     """Compute unit vectors of the images and captions in shards, and write them to files.
 
-    Under `torchrun` the ranks share the work. If the command was interrupted, it continues when it is started again.
+    Under `torchrun` the ranks share the work. If the command was interrupted, it continues when it is started again, with any
+    number of ranks.
 
     Args:
         export: Folder that `vlp export` wrote.
@@ -106,7 +107,10 @@ def embed_shards(
             write_plan(out / PLAN, _plan(embedder, shards, fields, per_part))
         dist.barrier()
         count = -(-len(shards) // per_part)
-        missing = [n for n in range(dist.rank(), count, dist.world()) if not part_file(out, n).exists()]
+        missing = [n for n in range(count) if not part_file(out, n).exists()]
+        # All ranks have looked before one writes: they divide the same list, whoever wrote the parts that are there.
+        dist.barrier()
+        missing = missing[dist.rank() :: dist.world()]
         spans = [range(n * per_part, min(len(shards), (n + 1) * per_part)) for n in missing]
         for n, part in zip(missing, embed_spans(embedder, shards, spans, fields, batch_size, show=dist.is_main())):
             write_whole(part_file(out, n), part_bytes(part))
