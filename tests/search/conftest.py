@@ -54,8 +54,21 @@ def postgres(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def qdrant_server():
+    """A server that speaks as Qdrant does, and keeps points by the client's local mode."""
     pytest.importorskip("qdrant_client", reason="no client of Qdrant: pip install -e '.[qdrant]'")
     from tests.search.qdrant_rest import serving
 
     with serving() as server:
         yield server
+
+
+@pytest.fixture(scope="session")
+def qdrant():
+    """Address of a server that speaks as Qdrant does, and keeps points by Qdrant's own engine."""
+    pytest.importorskip("qdrant_client", reason="no client of Qdrant: pip install -e '.[qdrant]'")
+    pytest.importorskip("qdrant_edge", reason="no engine of Qdrant: pip install qdrant-edge-py")
+    from tests.search.qdrant_engine import QdrantEngine
+    from tests.search.qdrant_rest import serving
+
+    with serving(QdrantEngine()) as server:
+        yield server.address

@@ -1,7 +1,5 @@
-"""A server that speaks those of Qdrant's REST endpoints that the engine uses, and keeps points by the client's local mode.
-
-It stands in for a Qdrant server where there is none: requests, keys, errors and JSON are real, the graph is not (the local mode
-compares a query with every vector).
+"""A server that speaks those of Qdrant's REST endpoints that the engine uses, and keeps points by the client's local mode or by
+Qdrant's own engine (tests.search.qdrant_engine). It stands in for a Qdrant server, which no package carries.
 """
 
 from __future__ import annotations
@@ -15,6 +13,7 @@ from typing import Any
 
 import uvicorn
 from qdrant_client import QdrantClient, models
+from qdrant_client.http.models import QueryResponse
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse
@@ -28,8 +27,8 @@ class QdrantServer:
     requests: Method, path and headers of each request.
     """
 
-    def __init__(self) -> None:
-        self.store = QdrantClient(":memory:")
+    def __init__(self, store: Any) -> None:
+        self.store = store
         self.api_key: str | None = None
         self.requests: list[tuple[str, str, dict[str, str]]] = []
         self.address = ""
@@ -40,7 +39,7 @@ class QdrantServer:
             ("GET", here, lambda name, _: self.store.get_collection(name)),
             ("PUT", here, self._create),
             ("PATCH", here, lambda name, body: self.store.update_collection(name, metadata=body["metadata"])),
-            ("PUT", f"{here}/index", lambda name, _: self._updated(None)),
+            ("PUT", f"{here}/index", self._index),
             ("PUT", f"{here}/points", self._upsert),
             ("POST", f"{here}/points", self._retrieve),
             ("POST", f"{here}/points/delete", self._delete),
@@ -76,6 +75,9 @@ class QdrantServer:
         asked = models.CreateCollection.model_validate(body)
         return self.store.create_collection(name, vectors_config=asked.vectors, metadata=asked.metadata)
 
+    def _index(self, name: str, body: dict[str, Any]) -> models.UpdateResult:
+        return self._updated(self.store.create_payload_index(name, body["field_name"], body["field_schema"]))
+
     def _upsert(self, name: str, body: dict[str, Any]) -> models.UpdateResult:
         points = models.PointsList.model_validate(body).points
         return self._updated(self.store.upsert(name, points))
@@ -98,7 +100,7 @@ class QdrantServer:
         )
         return {"points": _plain(points), "next_page_offset": following}
 
-    def _query(self, name: str, body: dict[str, Any]) -> list[models.QueryResponse]:
+    def _query(self, name: str, body: dict[str, Any]) -> list[QueryResponse]:
         return self.store.query_batch_points(name, models.QueryRequestBatch.model_validate(body).searches)
 
 
@@ -109,9 +111,9 @@ def _plain(result: Any) -> Any:
 
 
 @contextmanager
-def serving() -> Iterator[QdrantServer]:
-    """A server on loopback, in a thread of this process."""
-    qdrant = QdrantServer()
+def serving(store: Any = None) -> Iterator[QdrantServer]:
+    """A server on loopback, in a thread of this process. `store`: in place of the client's local mode."""
+    qdrant = QdrantServer(store or QdrantClient(":memory:"))
     server = uvicorn.Server(uvicorn.Config(Starlette(routes=qdrant.routes()), "127.0.0.1", 0, log_level="warning"))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()

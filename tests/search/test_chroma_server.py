@@ -12,9 +12,10 @@ from fastvlp.search.addresses import shown
 from fastvlp.search.checks import EngineError
 from fastvlp.search.chroma_server import CLOUD, Limits, collection_name, connect
 from fastvlp.search.engines.interface import open_index
+from tests.installed import skip_without
 from tests.search.made_items import STAMP, made_vectors
 
-chromadb = pytest.importorskip("chromadb", reason="chromadb is not installed: pip install -e '.[serve]'")
+skip_without("chromadb", install="-e '.[serve]'")
 
 
 @pytest.fixture
@@ -27,6 +28,8 @@ def environment(monkeypatch):
 @pytest.fixture
 def tenant(chroma_server):
     """A tenant with the databases one and two."""
+    import chromadb
+
     place, name = urlsplit(chroma_server), f"t{uuid.uuid4().hex[:8]}"
     settings = chromadb.config.Settings(
         chroma_api_impl="chromadb.api.fastapi.FastAPI",
@@ -107,6 +110,8 @@ def test_the_cloud_is_given_the_key_the_tenant_and_the_database(environment):
 
 def test_an_index_in_the_cloud_keeps_to_its_limits(chroma_server, environment):
     """The Cloud's own client, connected to the local server: which takes any key, and has no limits of its own."""
+    import chromadb
+
     place, name = urlsplit(chroma_server), f"t{uuid.uuid4().hex[:8]}"
     here = functools.partial(chromadb.CloudClient, cloud_host=place.hostname, cloud_port=place.port, enable_ssl=False)
     environment.setattr("chromadb.CloudClient", here)

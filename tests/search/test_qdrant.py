@@ -10,9 +10,10 @@ from fastvlp.errors import UserError
 from fastvlp.search.checks import EngineError
 from fastvlp.search.engines.interface import engine_of, open_index, pictures_of
 from fastvlp.search.engines.qdrant import KEY, QdrantIndex, _term
+from tests.installed import skip_without
 from tests.search.made_items import STAMP, made_vectors
 
-pytest.importorskip("qdrant_client", reason="no client of Qdrant: pip install -e '.[qdrant]'")
+skip_without("qdrant_client", install="-e '.[qdrant]'")
 API_KEY = "a key that nobody prints"
 
 

@@ -145,7 +145,7 @@ def build_index(
     """
     store = pictures_of(index, pictures)
     if images == "keep" and store is None:
-        raise UserError(f"{shown(index)}: has no folder for pictures; give one with `pictures`, or set `images` to none")
+        raise UserError(f"{shown(index)}: has no folder for pictures; give `pictures`, or set `images` to none")
     if (embedded is None) == (export is None) or (export is not None and data is None):
         raise UserError("give either a folder that `vlp embed` wrote, or both `export` and `data`")
     if embedded is not None:

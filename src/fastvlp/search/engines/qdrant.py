@@ -44,6 +44,7 @@ KEY = "QDRANT_API_KEY"
 # What a point carries. Qdrant's own ids are numbers: a point's is a hash of the item's.
 ID, INFO, SAME, COPIED, TERMS = "id", "info", "same", "copied", "terms"
 NODE, COPY = "node", "copy"
+YES = "yes"
 _IDS = uuid.UUID("5d0c6d0e-9c3f-4d0c-8b5e-1f6d9a7c2b41")
 
 
@@ -80,7 +81,7 @@ class QdrantIndex(IndexEngine):
             raise UserError(f"an index in Qdrant needs its client: {install('qdrant')}") from error
         host, port = self._place
         self._models: Any = models
-        self._client = QdrantClient(
+        self._client: Any = QdrantClient(
             host=host,
             port=port,
             https=self._tls,
@@ -117,8 +118,8 @@ class QdrantIndex(IndexEngine):
         except UnexpectedResponse as error:
             if error.status_code != 409:  # another process has just made it
                 raise
-        for field, kind in ((TERMS, m.PayloadSchemaType.KEYWORD), (COPIED, m.PayloadSchemaType.BOOL)):
-            self._client.create_payload_index(self._name, field, kind, wait=True)
+        for field in (TERMS, COPIED):
+            self._client.create_payload_index(self._name, field, m.PayloadSchemaType.KEYWORD, wait=True)
         if not (made := self._found()) or not made.config.metadata:
             raise EngineError(
                 f"{self.uri}: the server kept no metadata of the collection; it has to be Qdrant 1.16 or newer"
@@ -183,7 +184,7 @@ class QdrantIndex(IndexEngine):
             node_of.setdefault(key, id)
         newly = {node_of[key] for id, key in key_of.items() if node_of[key] != id} - copied
         if before := [_point_id(id) for id in newly if id not in key_of]:
-            self._client.set_payload(self._name, {COPIED: True}, points=before, wait=True)
+            self._client.set_payload(self._name, {COPIED: YES}, points=before, wait=True)
         points = [
             self._point(id, vector, info, key, NODE if node_of[key] == id else COPY, id in copied | newly)
             for id, vector, info, key in zip(ids, vectors.tolist(), infos, keys)
@@ -194,7 +195,7 @@ class QdrantIndex(IndexEngine):
         self, id: str, vector: Sequence[float], info: Mapping[str, Scalar], key: str, kind: str, copied: bool
     ) -> Any:
         terms = [f"{kind}:{key}", *(_term(name, value) for name, value in info.items())]
-        payload = {ID: id, INFO: dict(info), SAME: key, TERMS: terms} | ({COPIED: True} if copied else {})
+        payload = {ID: id, INFO: dict(info), SAME: key, TERMS: terms} | ({COPIED: YES} if copied else {})
         # Where there was a point of that id, it is replaced whole, with its vectors.
         return self._models.PointStruct(id=_point_id(id), vector={kind: list(vector)}, payload=payload)
 
@@ -320,7 +321,7 @@ class QdrantIndex(IndexEngine):
         wanted = [[*terms], *([_term(name, value) for value in values] for name, values in (where or {}).items())]
         conditions = [m.FieldCondition(key=TERMS, match=m.MatchAny(any=some)) for some in wanted if some]
         if or_copied and conditions:
-            copied = m.FieldCondition(key=COPIED, match=m.MatchValue(value=True))
+            copied = m.FieldCondition(key=COPIED, match=m.MatchAny(any=[YES]))
             return m.Filter(should=[m.Filter(must=conditions), copied])
         return m.Filter(must=conditions, must_not=but and [but]) if conditions else None
 
