@@ -172,7 +172,7 @@ def test_what_is_lacking_is_said():
         build(MRCConfig()).counts(BATCH)
     with pytest.raises(UserError, match=r"model\.single"):
         MRFRConfig().build(made_config(), made_tokenizer())
-    with pytest.raises(UserError, match=r"`data\.batch_size`, or `data\.max_tokens`"):
+    with pytest.raises(UserError, match=r"`data\.batch_size`; if `data\.max_tokens`"):
         build(WRAConfig())(model, BATCH.regions.feature[:1], row_of(BATCH, 0))
     for wrong in ({"rate": 0.0}, {"rate": 1.5}, {"word_rate": -0.1}):
         with pytest.raises(ValueError, match="share"):

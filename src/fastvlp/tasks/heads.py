@@ -101,7 +101,7 @@ def check_reading(reading: Reading, model: ModelConfig, images: int = 1) -> None
         )
     if model.fusion.slots < images:
         raise UserError(
-            f"the model reads a text beside {model.fusion.slots} image at most, and the task shows {images}; set "
+            f"the model reads at most {model.fusion.slots} image per text, and the task shows {images}; set "
             f"`model.fusion.slots` to {images}"
         )
 
