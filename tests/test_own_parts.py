@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
+import shlex
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from fastvlp.data.world.corpus import WorldConfig, write_world
+from tests.processes import printed_by
 
 TEXT = (Path(__file__).parent.parent / "docs/guide/own-parts.md").read_text(encoding="utf-8")
 # A block of Python is called by the last file name before it.
@@ -43,21 +42,13 @@ def test_each_part_has_an_example() -> None:
 
 @pytest.mark.slow
 def test_the_commands_work_in_order(folder: Path) -> None:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     printed = {}
     for command in COMMANDS:
         line = command + (f" {SHORT}" if command.startswith("vlp pretrain") else "")
         line += " --batch-size 4 --precision fp32" if " finetune " in command else ""
-        done = subprocess.run(
-            ["bash", "-c", line.replace("vlp ", f"{sys.executable} -m fastvlp ", 1)],
-            cwd=folder,
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=200,
-        )
-        assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
-        printed[command] = done.stdout
+        # In a process of its own, which knows no part but those that the command names.
+        status, printed[command] = printed_by(shlex.split(line, comments=True)[1:], folder)
+        assert status == 0, f"{line}\n{printed[command]}"
     assert "words/words" in (folder / "runs/flm_words/log.jsonl").read_text()
     assert "margin/pairs" in (folder / "runs/margin/log.jsonl").read_text()
     assert "1 no such image" in next(text for command, text in printed.items() if "cards.py" in command)

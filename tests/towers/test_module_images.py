@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,7 +13,9 @@ from fastvlp.errors import UserError
 from fastvlp.extensions import import_file
 from fastvlp.model.encoders.module_images import ModuleImagesConfig, from_module
 from fastvlp.model.saving import load_model
+from fastvlp.search.embedder import Embedder
 from fastvlp.training.checkpoint import load_checkpoint
+from tests.processes import in_new_process
 from tests.towers.public import write_public
 
 FILE = '''
@@ -102,30 +102,20 @@ def test_its_weights_are_those_of_the_function_and_what_is_not_read_is_not_train
     assert not model.image.module.layers[1].training
 
 
-LOAD = """
-import sys
-
-from fastvlp.errors import UserError
-from fastvlp.extensions import import_file
-from fastvlp.search.embedder import Embedder
-
-file, export = sys.argv[1:]
-try:
-    Embedder.load(export)
-except UserError as error:
-    print(error)
-import_file(file)
-print(Embedder.load(export).texts(["a red cube"]).shape)
-"""
+def load_without_and_with(file: Path, export: Path) -> tuple[str, tuple[int, ...]]:
+    """Why the export cannot be loaded before the file is imported, and the shape of its vectors after that."""
+    with pytest.raises(UserError) as refused:
+        Embedder.load(export)
+    import_file(file)
+    return str(refused.value), Embedder.load(export).texts(["a red cube"]).shape
 
 
 @pytest.mark.slow
 def test_it_is_loaded_where_its_file_is_imported(folder, tmp_path):
     assert pretrain(folder, "trunk_clip", tmp_path / "run", "--steps", "1") == 0
     assert main(["export", str(tmp_path / "run"), str(tmp_path / "export")]) == 0
-    command = [sys.executable, "-c", LOAD, str(folder / "trunk_file.py"), str(tmp_path / "export")]
-    refused, loaded = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
-    assert "trunk_file" in refused and "--import" in refused and loaded == "(1, 256)"
+    refused, loaded = in_new_process(load_without_and_with, folder / "trunk_file.py", tmp_path / "export")
+    assert "trunk_file" in refused and "--import" in refused and loaded == (1, 256)
 
 
 def tokens(pretrained: bool) -> torch.nn.Module:
