@@ -48,6 +48,8 @@ Run = Literal["flm_demo", "flip_demo"]
 class Options:
     runs: tuple[Run, ...] = ("flm_demo", "flip_demo")
     """Runs that train with each option."""
+    ways: tuple[str, ...] = ()
+    """What to compare with each run, such as recompute; by default everything."""
     steps: int = 200
     """Steps of each."""
     batch: int = 8
@@ -92,9 +94,9 @@ def in_chunks() -> AbstractContextManager[Any]:
     return mock.patch.object(losses, "token_loss", partial(losses.token_loss, whole_logits=1 << 12))
 
 
-def in_tiles() -> AbstractContextManager[Any]:
+def in_tiles(batch: int) -> AbstractContextManager[Any]:
     """Contrastive losses two rows at a time."""
-    return mock.patch.multiple(tiled, WHOLE_LOGITS=64, WHOLE_LOGITS_CPU=64)
+    return mock.patch.multiple(tiled, WHOLE_LOGITS=2 * batch, WHOLE_LOGITS_CPU=2 * batch)
 
 
 @contextmanager
@@ -146,13 +148,13 @@ def ways(o: Options, run: TrainConfig) -> dict[str, Way]:
         }
     else:
         own |= {
-            "contrastive loss in tiles": Way(around=in_tiles),
+            "contrastive loss in tiles": Way(around=lambda: in_tiles(o.batch)),
             "gradient cache, two micro-batches": Way({"accumulate": 2, "data": replace(data, batch_size=o.batch // 2)}),
             "texts in groups of like length": Way(
                 {"group_texts": True}, around=lambda: mock.patch.multiple(like_lengths, ROWS=4, GPU_ROWS=4)
             ),
         }
-    return own
+    return {name: way for name, way in own.items() if not o.ways or name in o.ways}
 
 
 def trained(run: TrainConfig, way: Way) -> list[float]:
@@ -200,7 +202,7 @@ def runs(o: Options, folder: Path) -> dict[str, TrainConfig]:
 def main(o: Options) -> None:
     torch.set_num_threads(o.threads)
     common = stamp(o.device, "same_losses_options.py")
-    common |= {name: value for name, value in asdict(o).items() if name not in ("runs", "out")}
+    common |= {name: value for name, value in asdict(o).items() if name not in ("runs", "ways", "out")}
     table = Table(title=f"{o.steps} steps, {o.device}, {o.precision}")
     for title in ("run", "compared with it", "first difference", "largest", "median"):
         table.add_column(title, justify="left" if title in ("run", "compared with it") else "right")
