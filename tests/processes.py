@@ -68,17 +68,21 @@ def in_new_process(work: Callable[..., Any], *arguments: Any) -> Any:
         return pool.apply(work, arguments)
 
 
-def printed_by(words: Sequence[str], folder: Path | None = None) -> tuple[int | None, str]:
+def printed_by(words: Sequence[str], folder: Path | None = None) -> tuple[Any, str]:
     """The exit status of a command of `vlp` in a new process, and all that it printed. `folder`: where it runs."""
     return in_new_process(run_command, words, folder)
 
 
-def run_command(words: Sequence[str], folder: Path | None = None) -> tuple[int | None, str]:
+def run_command(words: Sequence[str], folder: Path | None = None) -> tuple[Any, str]:
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
         if folder is not None:
             os.chdir(folder)
-        return main(list(words)), printed.getvalue()
+        try:
+            status = main(list(words))
+        except SystemExit as ended:  # after a help
+            status = ended.code
+    return status, printed.getvalue()
 
 
 def printed_by_code(code: str, folder: Path) -> str:

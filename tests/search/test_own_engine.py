@@ -12,6 +12,7 @@ from fastvlp.cli import main
 from fastvlp.data.records.shards import Shards
 from fastvlp.errors import UserError
 from fastvlp.search.engines.interface import IndexEngine, engine_of, engines, open_index
+from tests.processes import printed_by
 from tests.search.made_items import OWN_ENGINE
 
 ENGINE = str(OWN_ENGINE)
@@ -31,10 +32,11 @@ def test_the_commands_build_and_search_an_index_of_the_users_engine(exports, wor
     assert main(other) == 2 and "another model" in capsys.readouterr().err
 
 
-def test_the_help_lists_it(capsys):
-    with pytest.raises(SystemExit):
-        main(["--import", ENGINE, "index", "build", "--help"])
-    assert "numpy:FILE" in " ".join(capsys.readouterr().out.replace("│", " ").split())
+@pytest.mark.slow
+def test_the_help_lists_it():
+    # In a new process: a command line that was made before knows the engines of that time.
+    status, printed = printed_by(["--import", ENGINE, "index", "build", "--help"])
+    assert status == 0 and "numpy:FILE" in " ".join(printed.replace("│", " ").split())
 
 
 def test_the_service_searches_it(exports, world, tmp_path, monkeypatch, capsys):
