@@ -123,6 +123,10 @@ def made_run(pairs: Path, out: Path, *objectives: str, dropout: float = 0.0, **c
     return replace(run, **changes)
 
 
+# Largest difference of a weight after six steps whose sums were added up in another order. It depends on the processor.
+ROUNDING = 5e-6
+
+
 def weights(state: TrainState) -> dict[str, torch.Tensor]:
     return {name: value.detach().clone() for name, value in state.pretraining.state_dict().items()}
 

@@ -23,7 +23,7 @@ from fastvlp.training import checkpoint, loop
 from fastvlp.training.checkpoint import load_checkpoint
 from fastvlp.training.loop import train
 from fastvlp.training.train_config import TrainConfig
-from tests.training.runs import OBJECTIVES, TOKENS, assert_equal, made_pairs, made_records, made_run
+from tests.training.runs import OBJECTIVES, ROUNDING, TOKENS, assert_equal, made_pairs, made_records, made_run
 
 # Whole runs, in processes of their own.
 pytestmark = pytest.mark.slow
@@ -173,7 +173,7 @@ def test_only_a_lost_connection_between_ranks_is_explained(error, lost):
 def test_one_rank_equals_two(folder, names):
     one, two = (load_model(folder / count / "-".join(names), "last") for count in ("one", "two"))
     assert one.info["pairs"] == two.info["pairs"] == 36
-    assert_equal(one.model.state_dict(), two.model.state_dict(), 1e-6)
+    assert_equal(one.model.state_dict(), two.model.state_dict(), ROUNDING)
 
 
 @pytest.mark.parametrize("name", ["equal", "equal-queue"])
@@ -194,7 +194,7 @@ def test_ranks_keep_the_same_queue_in_the_order_of_their_keys(folder):
     one = load_checkpoint(folder / "one" / "queue" / "last.pt")["pretraining"]
     first, second = (torch.load(folder / f"queue{rank}.pt", weights_only=True) for rank in (0, 1))
     assert_equal(first, second)
-    assert_equal(first, one, 1e-6)
+    assert_equal(first, one, ROUNDING)
     assert first["objectives.moco.written"] == 36
 
 

@@ -23,7 +23,7 @@ from fastvlp.objectives.itm import ITMConfig
 from fastvlp.training import loop
 from fastvlp.training.checkpoint import load_checkpoint, save
 from fastvlp.training.loop import start, steps, train, validate
-from tests.training.runs import assert_equal, made_pairs, made_records, made_run, weights
+from tests.training.runs import ROUNDING, assert_equal, made_pairs, made_records, made_run, weights
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +75,7 @@ def test_accumulation_equals_a_big_batch(pairs, tmp_path):
     whole = train(made_run(pairs, tmp_path / "a", batch_size=12))
     parts = train(made_run(pairs, tmp_path / "b", batch_size=3, accumulate=4))
     assert whole.tokens == parts.tokens
-    assert_equal(weights(whole), weights(parts), 1e-6)
+    assert_equal(weights(whole), weights(parts), ROUNDING)
 
 
 def test_padding_changes_nothing(pairs, tmp_path):
