@@ -150,7 +150,7 @@ def test_opening_does_not_create_an_index(uri, tmp_path):
 @pytest.mark.parametrize(
     ("ids", "vectors", "infos", "words"),
     [
-        (["a"], np.zeros((1, 8), np.float32), [{}], r"rows of 16 numbers"),
+        (["a"], np.zeros((1, 8), np.float32), [{}], r"shape \[1, 8\]"),
         (["a"], np.full((1, 16), np.nan), [{}], "not finite"),
         (["a", "a"], made_vectors(2), [{}, {}], "same id"),
         (["a"], made_vectors(1), [], "one of each"),
@@ -297,7 +297,7 @@ def test_postgresql_is_checked_before_tables_are_made(postgres):
     import psycopg
 
     name = f"t{uuid.uuid4().hex[:16]}"
-    with pytest.raises(UserError, match="takes 4000 at most"):
+    with pytest.raises(UserError, match="takes at most 4000"):
         open_index(f"{postgres}#{name}", replace(STAMP, width=4001), create=True)
     with psycopg.connect(postgres, autocommit=True) as connection:
         assert connection.execute("SELECT to_regclass(%s)", (name,)).fetchone() == (None,)
