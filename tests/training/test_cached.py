@@ -75,5 +75,5 @@ def test_a_cached_loss_has_no_value(pairs, tmp_path):
 
 @pytest.mark.parametrize("name", ["clip", "siglip", "simclr"])
 def test_a_batch_of_one_has_nothing_to_tell_apart(pairs, tmp_path, name):
-    with pytest.raises(UserError, match=r"single readable pair; raise `data.batch_size`"):
+    with pytest.raises(UserError, match=r"only one readable pair; raise `data.batch_size`"):
         next(steps(start(made_run(pairs, tmp_path, name, batch_size=1))))
