@@ -34,5 +34,5 @@ def clip() -> TrainConfig:
         optim=OptimConfig(lr=1e-3, weight_decay=0.1, cross_multiplier=1, head_multiplier=1, warmup=0.1, decay="cosine"),
         vocab=5000,
         budget_s=540,
-        precision="auto",
+        precision="bf16",
     )

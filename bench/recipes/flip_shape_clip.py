@@ -23,5 +23,5 @@ def flip_shape_clip() -> TrainConfig:
         data=replace(run.data, **places),
         model=flip_tiny(size=64),
         optim=optim,
-        precision="auto",
+        precision="bf16",
     )

@@ -21,5 +21,5 @@ def uniter_grid() -> TrainConfig:
     data = replace(run.data, train="flickr8k/train", val="flickr8k/val", test="flickr8k/test", batch_size=64)
     model = replace(flip_clip_flm().model, reconstructor=None, embed=None)
     return replace(
-        run, name="uniter_grid", data=data, model=single_over_patches(model), budget_s=1000, precision="auto"
+        run, name="uniter_grid", data=data, model=single_over_patches(model), budget_s=1000, precision="bf16"
     )

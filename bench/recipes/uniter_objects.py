@@ -26,5 +26,5 @@ def uniter_objects() -> TrainConfig:
         mix={"itm": 6, "mlm": 8, "mrfr": 4},
         steps=2500,
         budget_s=None,
-        precision="auto",
+        precision="bf16",
     )
