@@ -176,7 +176,7 @@ def test_what_cannot_go_together_is_refused(pairs):
         PairData(**data, group=8)
     with pytest.raises(UserError, match=r"`data\.max_tokens`"):
         PairData(**data, max_tokens=80)
-    with pytest.raises(UserError, match=r"`data\.streams`"):
+    with pytest.raises(UserError, match=r"`data\.streams` to a multiple of it, such as 3"):
         PairData(**data, workers=3)
     assert PairData(**data, workers=3, streams=6).streams == 6
 

@@ -92,7 +92,7 @@ def raises(error):
         (OSError(errno.EMFILE, os.strerror(errno.EMFILE), "a.tar"), r"a\.tar: Too many open files; .*ulimit -n"),
         (OSError(errno.EACCES, os.strerror(errno.EACCES), "a.tar"), r"a\.tar: Permission denied; .*permission"),
         (OSError(errno.EIO, os.strerror(errno.EIO), "a.tar"), r"a\.tar: Input/output error; .*disk"),
-        (MemoryError(), r"memory.*`data\.workers`"),
+        (MemoryError(), r"not enough memory.*`data\.workers`"),
     ],
 )
 def test_what_the_system_refuses_is_an_error_with_a_remedy(workers, error, advice):

@@ -195,7 +195,7 @@ def test_weights_are_moved_part_of_the_way(tuned, tmp_path):
     assert (run / "tuned.safetensors").read_bytes() == (tuned / "best.safetensors").read_bytes()
     interpolate(run, str(tuned / "start"), 0.25)
     assert all(torch.equal(x, load_model(run).model.state_dict()[name]) for name, x in kept.model.state_dict().items())
-    with pytest.raises(UserError, match=r"`alpha` 0\.25"):
+    with pytest.raises(UserError, match=r"already averaged with `alpha` 0\.25"):
         interpolate(run, str(tuned / "start"), 0.5)
 
 
