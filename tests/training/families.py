@@ -1,17 +1,12 @@
-"""A short run of each family of recipes on the embedded corpus, and processes that train runs together."""
+"""A short run of each family of recipes on the embedded corpus."""
 
 from __future__ import annotations
 
-import os
-import socket
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from fastvlp import dist
 from fastvlp.data.world.corpus import WorldConfig, write_world
 from fastvlp.model.sizes import flip_tiny
 from fastvlp.objectives.moco import albef
@@ -66,25 +61,6 @@ def family_run(name: str, world: Path, out: Path, *, batch_size: int = 4, **chan
     common = {"steps": 3, "budget_s": None, "vocab": 300, "validate_every": None, "checkpoint_every": None}
     common |= {"precision": "fp32", "device": "cpu", "threads": 1, "log_every": 1}
     return replace(run, **{**common, **own, **changes}, data=data, optim=optim, out=str(out / name))
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
-def as_rank(rank: int, world: int, port: int, work: Callable[..., None], arguments: Iterable[Any]) -> None:
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    torch.set_num_threads(1)
-    with dist.process_group():
-        work(*arguments)
-
-
-def on_ranks(world: int, work: Callable[..., None], *arguments: Any) -> None:
-    """Runs a function in each of so many processes, which have joined."""
-    torch.multiprocessing.spawn(as_rank, (world, free_port(), work, arguments), nprocs=world)
 
 
 def train_all(runs: Iterable[TrainConfig], resume: bool = False) -> None:

@@ -15,7 +15,8 @@ from fastvlp.training.checkpoint import load_checkpoint
 from fastvlp.training.division import Division, divide
 from fastvlp.training.loop import train
 from fastvlp.training.train_config import check
-from tests.training.families import FAMILIES, family_run, made_world, on_ranks, train_all
+from tests.processes import on_ranks
+from tests.training.families import FAMILIES, family_run, made_world, train_all
 from tests.training.runs import assert_equal
 
 # Ten processes on one core take long to start.

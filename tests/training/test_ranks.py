@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from fastvlp.training import checkpoint, loop
 from fastvlp.training.checkpoint import load_checkpoint
 from fastvlp.training.loop import train
 from fastvlp.training.train_config import TrainConfig
+from tests.processes import be_rank, free_port
 from tests.training.runs import OBJECTIVES, ROUNDING, TOKENS, assert_equal, made_pairs, made_records, made_run
 
 # Whole runs, in processes of their own.
@@ -34,16 +34,8 @@ MIXED = ("mlm", "clip")
 COMBINATIONS = [*((name,) for name in OBJECTIVES), TOKENS, ("flm", "clip", "siglip"), MIXED]
 
 
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
 def as_rank(rank: int, port: int, runs: list[TrainConfig], out: str) -> None:
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    torch.set_num_threads(1)
+    be_rank(rank, 2, port)
     with dist.process_group():
         for run in runs:
             state = train(run)
@@ -95,8 +87,7 @@ def folder(tmp_path_factory) -> Path:
 
 
 def until_it_is_killed(rank: int, port: int, run: TrainConfig) -> None:
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    be_rank(rank, 2, port)
     straight = loop.steps
 
     def steps(state):
@@ -128,8 +119,7 @@ def test_a_rank_that_is_killed_is_the_cause_that_the_other_gives(tmp_path, shard
 
 
 def whose_disk_is_full(rank: int, port: int, run: TrainConfig) -> None:
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    be_rank(rank, 2, port)
     straight = checkpoint.save_checkpoint
 
     def save_checkpoint(path, state):
