@@ -52,7 +52,7 @@ def served(folder: Path, delay_s: float, requests: list[str]) -> ThreadingHTTPSe
         protocol_version = "HTTP/1.1"
 
         def log_message(self, *_: object) -> None:
-            pass
+            """Prints nothing, where the base class prints each request."""
 
         def do_HEAD(self) -> None:
             self.do_GET(body=False)
