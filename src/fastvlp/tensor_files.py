@@ -161,17 +161,7 @@ class _Part:
     def __new__(cls, *args: Any, **kwargs: Any) -> _Part:
         return super().__new__(cls)
 
-    def __init__(self, *args: Any, **kwargs: Any):
-        pass
+    def _take(self, *args: Any, **kwargs: Any) -> None:
+        """Takes what a pickle gives to an object that it builds, and keeps nothing."""
 
-    def __setstate__(self, state: Any) -> None:
-        pass
-
-    def __setitem__(self, key: Any, value: Any) -> None:
-        pass
-
-    def append(self, item: Any) -> None:
-        pass
-
-    def extend(self, items: Any) -> None:
-        pass
+    __init__ = __setstate__ = __setitem__ = append = extend = _take

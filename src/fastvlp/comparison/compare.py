@@ -213,10 +213,11 @@ def run(job: Job) -> Comparison:
 
 def slow_arms(arms: Mapping[str, TrainConfig]) -> str | None:
     """Names the arms whose chosen precision is slow on this device; None if there are none."""
-    device, slow = device_of(arms), {}
-    for name, run in arms.items():
-        if warning := dist.slow_precision(dist.pick_precision(run.precision, device), device):
-            slow[name] = warning
+    device = device_of(arms)
+    warnings = {
+        name: dist.slow_precision(dist.pick_precision(run.precision, device), device) for name, run in arms.items()
+    }
+    slow = {name: warning for name, warning in warnings.items() if warning}
     return f"{', '.join(slow)}: {next(iter(slow.values()))}" if slow else None
 
 

@@ -31,7 +31,7 @@ def in_groups(encode: Callable[[Tensor, Tensor], Tensor], ids_BL: Tensor, length
     L, (sorted_B, order) = ids_BL.shape[1], length_B.sort()
     groups = order.split(rows_of_group(ids_BL))
     # Read at once: a GPU is waited for a single time.
-    longest = torch.stack([part[-1] for part in sorted_B.split(rows_of_group(ids_BL))]).clamp(min=1).tolist()
+    longest = torch.stack([part[-1] for part in sorted_B.split(len(groups[0]))]).clamp(min=1).tolist()
     parts = []
     for rows, most in zip(groups, longest):
         parts.append(F.pad(encode(ids_BL[rows, :most], length_B[rows]), (0, 0, 0, L - most)))

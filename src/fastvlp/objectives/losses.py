@@ -84,11 +84,10 @@ class _ChunkedTokenLoss(torch.autograd.Function):
 def places(*mask_BL: Tensor) -> list[Tensor]:
     """The numbers [T] of the positions that each mask marks, counted from row to row. Finding them waits for the device, since
     how many there are decides the size of what follows: so those of several masks are found at once."""
-    counts = torch.stack([mask.sum() for mask in mask_BL])
     place_T = torch.stack(mask_BL).flatten().nonzero()[:, 0]
     if len(mask_BL) == 1:
         return [place_T]
-    parts = place_T.split(counts.tolist())
+    parts = place_T.split(torch.stack([mask.sum() for mask in mask_BL]).tolist())
     return [part - i * mask_BL[0].numel() for i, part in enumerate(parts)]
 
 

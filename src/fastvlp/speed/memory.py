@@ -57,6 +57,11 @@ def held_bytes(optimiser: torch.optim.Optimizer, *modules: nn.Module) -> int:
     return sum(storages.values())
 
 
+def batch_bytes(batch: Any) -> int:
+    """Bytes of the tensors of a batch, in whatever they are."""
+    return sum(x.nbytes for x in tree_leaves(batch) if isinstance(x, Tensor))
+
+
 @contextmanager
 def peak_of_step(device: torch.device) -> Iterator[Callable[[], int]]:
     """Yields a function that returns the most bytes held at once since the block began, beyond those held before: the

@@ -17,7 +17,7 @@ from fastvlp.exporters.public_pair import public_settings
 from fastvlp.model.encoders.transformers_models import build_model, quiet_transformers
 from fastvlp.model.model import ModelConfig
 from fastvlp.speed.clock import Clock
-from fastvlp.speed.memory import held_bytes, peak_of_step
+from fastvlp.speed.memory import batch_bytes, held_bytes, peak_of_step
 from fastvlp.speed.trial import Step, Trial
 from fastvlp.training.flops import Flops
 
@@ -74,8 +74,7 @@ class Peer:
         with peak_of_step(self.device) as peak:
             self.step()
             extra = peak()
-        inputs = max(sum(x.nbytes for x in one) for one in self.inputs)
-        return held_bytes(self.optimiser, self.model) + inputs + extra
+        return held_bytes(self.optimiser, self.model) + max(map(batch_bytes, self.inputs)) + extra
 
 
 def transformers_step(trial: Trial) -> Peer:

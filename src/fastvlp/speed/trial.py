@@ -17,7 +17,7 @@ from fastvlp.data.loader import Loader
 from fastvlp.dist import Precision
 from fastvlp.random import hash64
 from fastvlp.speed.clock import Clock, Lap
-from fastvlp.speed.memory import held_bytes, peak_of_step, release
+from fastvlp.speed.memory import batch_bytes, held_bytes, peak_of_step, release
 from fastvlp.training.blocks import compiled
 from fastvlp.training.flops import FlopCounter
 from fastvlp.training.loop import steps
@@ -200,10 +200,6 @@ def load(state: TrainState, count: int) -> Loading:
         next(batches)
         taken += 1
     return Loading(s=clock.read().wall_s / taken * state.run.accumulate, made=made)
-
-
-def batch_bytes(batch: Batch) -> int:
-    return sum(x.nbytes for x in _pytree.tree_leaves(batch) if isinstance(x, Tensor))
 
 
 def made_ahead(run: TrainConfig) -> int:
