@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from fastvlp.extensions import import_file
-from fastvlp.search.engines.interface import Stamp, open_index
+from fastvlp.search.engines.interface import IndexEngine, Stamp, open_index
 
 # The engine of docs/guide/own-parts.md, in a file of its own.
 OWN_ENGINE = Path(tempfile.mkdtemp()) / "numpy_index.py"
@@ -31,6 +31,13 @@ def made_vectors(number: int, seed: int = 0) -> np.ndarray:
 
 def vector_of(i: int) -> np.ndarray:
     return made_vectors(1, seed=i)[0]
+
+
+def fill(index: IndexEngine, number: int = 50) -> np.ndarray:
+    """Adds items i0, i1 ..., and returns their vectors."""
+    vectors = made_vectors(number)
+    index.add([f"i{i}" for i in range(number)], vectors, [{"n": i, "even": i % 2 == 0} for i in range(number)])
+    return vectors
 
 
 def add_for_ever(uri: str, size: int) -> None:

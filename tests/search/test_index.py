@@ -1,7 +1,6 @@
 """The same tests for every index engine: a folder, a Chroma server on loopback, PostgreSQL where there is one, Qdrant's engine
 behind a server that speaks as Qdrant's does, and the engine of docs/guide/own-parts.md."""
 
-import shutil
 import subprocess
 import sys
 import time
@@ -14,10 +13,9 @@ import pytest
 
 from fastvlp.errors import UserError
 from fastvlp.search.calibration import Calibration
-from fastvlp.search.checks import EngineError
-from fastvlp.search.engines.interface import open_index, pictures_of
+from fastvlp.search.engines.interface import open_index
 from tests.installed import skip_without
-from tests.search.made_items import STAMP, made_vectors, vector_of
+from tests.search.made_items import STAMP, fill, made_vectors, vector_of
 
 skip_without("chromadb", install="-e '.[serve]'")
 
@@ -42,12 +40,6 @@ def index(uri):
     index = open_index(uri, STAMP, create=True)
     yield index
     index.close()
-
-
-def fill(index, number=50):
-    vectors = made_vectors(number)
-    index.add([f"i{i}" for i in range(number)], vectors, [{"n": i, "even": i % 2 == 0} for i in range(number)])
-    return vectors
 
 
 def test_search_returns_the_nearest_items_with_cosines(index):
@@ -229,32 +221,6 @@ def test_killing_the_writer_loses_no_acknowledged_item(uri):
     with_all.close()
 
 
-@pytest.mark.slow
-def test_a_folder_has_one_writer_whose_items_readers_see(tmp_path):
-    uri = str(tmp_path / "index")
-    reader = open_index(uri, STAMP, create=True)
-    command = [sys.executable, "-m", "tests.search.made_items", uri, "20"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
-        assert child.stdout is not None
-        assert next(line for line in child.stdout if line.strip() == "1")
-        assert reader.search(vector_of(39)[None], 1)[0][0].id == "i39"
-        with pytest.raises(UserError, match=f"another process .id {child.pid}. writes"):
-            reader.add(["mine"], made_vectors(1), [{}])
-        child.kill()
-    reader.add(["mine"], made_vectors(1), [{}])
-    assert reader.count() % 20 == 1
-    reader.close()
-
-
-def test_a_folder_can_be_moved(tmp_path):
-    index = open_index(str(tmp_path / "index"), STAMP, create=True)
-    vectors = fill(index)
-    index.close()
-    moved = open_index(str(shutil.move(tmp_path / "index", tmp_path / "elsewhere")), STAMP)
-    assert moved.search(vectors[[3]], 1)[0][0].id == "i3"
-    moved.close()
-
-
 @pytest.mark.parametrize("width", [2000, 2048])
 def test_postgresql_uses_its_graph_for_wide_vectors(postgres, width, monkeypatch):
     uri = f"{postgres}#t{uuid.uuid4().hex[:16]}"
@@ -308,39 +274,6 @@ def test_postgresql_is_checked_before_tables_are_made(postgres):
     with psycopg.connect(empty) as connection:
         assert connection.execute("SELECT count(*) FROM pg_extension WHERE extname = 'vector'").fetchone() == (0,)
     open_index(empty, STAMP, create=True).close()
-
-
-def test_damaged_folders_and_missing_servers_are_reported(tmp_path):
-    (tmp_path / "chroma.sqlite3").write_bytes(b"no database" * 100)
-    with pytest.raises(UserError, match="damaged"):
-        open_index(str(tmp_path), STAMP)
-    with pytest.raises(EngineError, match="is a Chroma server running there"):
-        open_index("http://127.0.0.1:9/x", STAMP)
-    with pytest.raises(UserError, match="an index is a folder"):
-        open_index("ftp://somewhere/x", STAMP)
-
-
-def test_the_folder_of_pictures_is_the_indexs_or_a_given_one(tmp_path):
-    assert pictures_of("http://127.0.0.1/x") is None
-    assert pictures_of("http://127.0.0.1/x", tmp_path).folder == tmp_path
-    assert pictures_of(str(tmp_path)).folder == tmp_path / "pictures"
-
-
-@pytest.mark.slow
-def test_opening_an_index_loads_no_model_and_connects_to_nothing(tmp_path):
-    code = f"""
-import socket, sys
-def refuse(*_): raise SystemExit("a connection was opened")
-socket.socket.connect = refuse
-from tests.search.made_items import STAMP, made_vectors
-from fastvlp.search.engines.interface import open_index
-index = open_index({str(tmp_path / "index")!r}, STAMP, create=True)
-index.add(["a"], made_vectors(1), [{{}}])
-assert index.search(made_vectors(1), 1)[0][0].id == "a"
-index.close()
-sys.exit("onnxruntime" in sys.modules or "torch" in sys.modules)
-"""
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 @pytest.fixture(params=["exact", "graph"])
@@ -408,14 +341,3 @@ def test_a_filter_finds_one_copy_of_many(searched):
     searched.add([f"o{i}" for i in range(300)], made_vectors(300, seed=5), [{"n": i} for i in range(300)])
     for n in (0, 7, 299):
         assert [hit.id for hit in searched.search(equal[:1], 5, {"n": n})[0]] == [f"i{n}", f"o{n}"]
-
-
-def test_a_folder_that_cannot_be_written_is_the_cause_that_is_named(tmp_path, monkeypatch):
-    open_index(str(tmp_path / "index"), STAMP, create=True).close()
-
-    def client(*_, **__):
-        raise RuntimeError("error returned from database: (code: 8) attempt to write a readonly database")
-
-    monkeypatch.setattr("chromadb.PersistentClient", client)
-    with pytest.raises(EngineError, match="permission, or search in a copy"):
-        open_index(str(tmp_path / "index"), STAMP)

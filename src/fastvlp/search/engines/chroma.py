@@ -54,7 +54,8 @@ class ChromaIndex(IndexEngine):
 
     def __init__(self, uri: str, stamp: Stamp | None = None, create: bool = False):
         self.uri, self._address = shown(uri), uri
-        self.folder = None if "://" in uri else Path(uri)
+        # Chroma keeps a client for each path in this process, also after the current folder has changed.
+        self.folder = None if "://" in uri else Path(uri).absolute()
         self._limits = Limits() if self.folder else limits(uri)
         # The modification time of this file tells other processes that the index was changed.
         self._mark = self.folder / "written" if self.folder else None
