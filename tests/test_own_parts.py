@@ -33,10 +33,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_each_part_has_an_example() -> None:
     assert {*FILES} == {
-        "words.py", "flm_words.py", "margin.py", "conv.py", "yes_no.py", "cards.py", "numpy_index.py", "word_table.py",
-        "gap.py",
+        "words.py", "flm_words.py", "margin.py", "conv.py", "bag.py", "yes_no.py", "cards.py", "numpy_index.py",
+        "word_table.py", "gap.py",
     }  # fmt: skip
-    assert len(COMMANDS) == 12 and all(command.startswith("vlp ") for command in COMMANDS)
+    assert len(COMMANDS) == 13 and all(command.startswith("vlp ") for command in COMMANDS)
     assert FILES["words.py"].count("\n") + FILES["flm_words.py"].count("\n") < 60
 
 

@@ -31,6 +31,7 @@ from fastvlp.training.blocks import compile_blocks, recompute_blocks
 from fastvlp.training.checkpoint import CHECKPOINT, read_checkpoint, restore
 from fastvlp.training.continuing import check_names
 from fastvlp.training.division import Division, divide
+from fastvlp.training.encoder_checks import check_encoders
 from fastvlp.training.flops import FlopCounter
 from fastvlp.training.optim import build_optimiser
 from fastvlp.training.pretraining import Pretraining
@@ -45,23 +46,6 @@ if TYPE_CHECKING:
 
 # More ranks than any cluster has: a checkpoint that says more is damaged.
 MOST_RANKS = 1 << 20
-
-
-def check_image_encoder(model: VLModel) -> None:
-    """Raises UserError if an image encoder does not return what its config says: it may be in a user's own file."""
-    config = model.config.image
-    if "image" not in model.encoders():
-        return
-    training, pixels = model.image.training, torch.zeros(1, 3, config.size, config.size, dtype=torch.uint8)
-    with torch.no_grad():
-        shape = model.image.eval()(pixels.to(next(model.parameters()).device)).shape
-    model.image.train(training)
-    if tuple(shape) != (1, config.tokens, config.width):
-        raise UserError(
-            f"{type(config).__name__} says that an image has {config.tokens} states of {config.width} numbers (`grid` "
-            f"{config.grid}, `prefix` {config.prefix}, `width` {config.width}), and its module returned a tensor of shape "
-            f"{list(shape)}; correct the one or the other"
-        )
 
 
 def start(run: TrainConfig, *, resume: bool = False, change: Collection[str] = ()) -> TrainState:
@@ -83,7 +67,7 @@ def start(run: TrainConfig, *, resume: bool = False, change: Collection[str] = (
     tokenizer = find_tokenizer(run, again, texts)
     pretraining, inherited = make_pretraining(run, tokenizer, images, texts)
     pretraining.to(device)
-    check_image_encoder(pretraining.model)
+    check_encoders(pretraining.model)
     model, size = pretraining.model, pretraining.model.config.image.size
     saved = read_checkpoint(run, change) if again else None
     if saved is not None:

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from fastvlp.errors import UserError
 from fastvlp.model.encoders.interface import ImageEncoder, ImageEncoderConfig, TextEncoder, TextEncoderConfig
-from fastvlp.model.layers import KeyValue
 
 
 def absent(part: str) -> NoReturn:
@@ -67,10 +66,4 @@ class AbsentTexts(TextEncoder):
     def states(
         self, ids_BL: Tensor, position_BL: Tensor, *, mask: Tensor | None = None, causal: bool = False
     ) -> list[Tensor]:
-        absent("text")
-
-    def empty_past(self, like_B: Tensor) -> list[KeyValue]:
-        absent("text")
-
-    def step(self, ids_B1: Tensor, position_B1: Tensor, past: list[KeyValue]) -> Tensor:
         absent("text")

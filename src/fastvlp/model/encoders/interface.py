@@ -248,15 +248,18 @@ class TextEncoder(nn.Module, abc.ABC):
         """Returns the last of `states`, [B L D]."""
         return self.states(ids_BL, position_BL, mask=mask, causal=causal)[-1]
 
-    @abc.abstractmethod
     def empty_past(self, like_B: Tensor) -> list[KeyValue]:
-        """Returns empty keys and values for each layer, before any token is read. They have as many rows as `like_B`, its
-        device and its dtype."""
+        """Returns what `step` knows of a text before its first token, one `KeyValue` for each layer. They have as many rows as
+        `like_B` and are on its device. Here: one, for the ids and positions of the tokens so far."""
+        empty = torch.empty(len(like_B), 1, 0, 1, dtype=torch.int64, device=like_B.device)
+        return [KeyValue(empty, empty)]
 
-    @abc.abstractmethod
     def step(self, ids_B1: Tensor, position_B1: Tensor, past: list[KeyValue]) -> Tensor:
-        """Reads one more token of each row, left to right, and returns its last state [B 1 D]. Adds its keys and values to
-        `past`, in place."""
+        """Reads one more token of each row, left to right, and returns its last state [B 1 D], that of causal `states`. Extends
+        `past` in place. Here: encodes all tokens so far again."""
+        past[0].extend(ids_B1[:, None, :, None], position_B1.expand_as(ids_B1)[:, None, :, None])
+        ids_BL, position_BL = past[0].key[:, 0, :, 0], past[0].value[:, 0, :, 0]
+        return self.states(ids_BL, position_BL, causal=True)[-1][:, -1:]
 
     def public_module(self) -> nn.Module | None:
         """Returns the transformers model that computes the states; None if there is none."""

@@ -19,7 +19,6 @@ from fastvlp.model.encoders.interface import TextEncoder, TextEncoderConfig
 from fastvlp.model.encoders.text_transformer import with_positions
 from fastvlp.model.encoders.transformers_models import architecture_of, build_model, model_config
 from fastvlp.model.freezing import evaluation_mode
-from fastvlp.model.layers import KeyValue
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,16 +88,6 @@ class TransformersText(TextEncoder):
         if causal:
             mask = torch.ones(1, 1, L, L, dtype=torch.bool, device=ids_BL.device).tril()
         return self._hidden(ids_BL, position_BL, mask=mask)
-
-    def empty_past(self, like_B: Tensor) -> list[KeyValue]:
-        # Ids and positions of the tokens so far: these encoders do not decode, so that each step encodes all of them again.
-        empty = torch.empty(len(like_B), 1, 0, 1, dtype=torch.int64, device=like_B.device)
-        return [KeyValue(empty, empty)]
-
-    def step(self, ids_B1: Tensor, position_B1: Tensor, past: list[KeyValue]) -> Tensor:
-        past[0].extend(ids_B1[:, None, :, None], position_B1.expand_as(ids_B1)[:, None, :, None])
-        ids_BL, position_BL = past[0].key[:, 0, :, 0], past[0].value[:, 0, :, 0]
-        return self.states(ids_BL, position_BL, causal=True)[-1][:, -1:]
 
     def resized(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         own, offset = self.state_dict(), self.config.position_offset

@@ -1,0 +1,88 @@
+"""Checks at the start of a run that encoders do what their interface says. They may be in a user's own file."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastvlp.errors import UserError
+from fastvlp.model.encoders.interface import TextEncoder, TextEncoderConfig
+from fastvlp.model.freezing import evaluation_mode
+from fastvlp.model.model import VLModel
+
+# Share of the largest number by which two ways to the same state may differ: more than rounding, TF32's included.
+TOLERANCE = 0.02
+
+
+@torch.no_grad()
+def check_encoders(model: VLModel) -> None:
+    """Raises UserError if an encoder does not return what its config says, or if a text encoder ignores what a token may attend
+    to: it would then see the words that it has to predict."""
+    parts = model.encoders()
+    if "image" in parts:
+        with evaluation_mode(model.image):
+            _check_image(model)
+    if "text" in parts:
+        with evaluation_mode(model.text):
+            _check_text(model.text, model.config.text)
+
+
+def _check_image(model: VLModel) -> None:
+    config, device = model.config.image, next(model.parameters()).device
+    shape = model.image(torch.zeros(1, 3, config.size, config.size, dtype=torch.uint8, device=device)).shape
+    if tuple(shape) != (1, config.tokens, config.width):
+        raise UserError(
+            f"{type(config).__name__} says that an image has {config.tokens} states of {config.width} numbers (`grid` "
+            f"{config.grid}, `prefix` {config.prefix}, `width` {config.width}), and its module returned a tensor of shape "
+            f"{list(shape)}; correct the one or the other"
+        )
+
+
+def _check_text(text: TextEncoder, config: TextEncoderConfig) -> None:
+    name, L = type(config).__name__, min(4, config.positions, config.vocab)
+    position_L = torch.arange(L, device=text.word_table.device)
+    ids_1L = position_L[None]
+    shapes = [tuple(state.shape) for state in text.states(ids_1L, position_L)]
+    if shapes != [(1, L, config.width)] * (config.depth + 1):
+        raise UserError(
+            f"{name} says `depth` {config.depth} and `width` {config.width}, so that its `states` should return "
+            f"{config.depth + 1} tensors of shape [1, {L}, {config.width}] for a text of {L} tokens: the embeddings, and the "
+            f"states after each layer. It returned shapes {[list(shape) for shape in shapes]}; correct the one or the other"
+        )
+    try:
+        causal_1LD = text.states(ids_1L, position_L, causal=True)[-1]
+    except UserError:  # Some public encoders take no mask. Objectives that need one raise the same error.
+        return
+    changed_1L = torch.cat([ids_1L[:, :-1], ids_1L[:, :1]], 1)
+    if not _close(text.states(changed_1L, position_L, causal=True)[-1][:, :-1], causal_1LD[:, :-1]):
+        raise UserError(
+            f"{name}: with `causal`, what its `states` returns for a token depends on later tokens; let each token attend "
+            "only to itself and the tokens before it"
+        )
+    mask = torch.ones(1, 1, L, L, dtype=torch.bool, device=ids_1L.device).tril()
+    if not _close(text.states(ids_1L, position_L, mask=mask)[-1], causal_1LD):
+        raise UserError(
+            f"{name}: its `states` should return the same for `causal` as for a `mask` that is True where the column is not "
+            "after the row, and does not; in a mask, True says that a row attends to a column"
+        )
+    # Such a mask has one row for all tokens; it hides the last one, as if it were padding.
+    mask = (position_L < L - 1)[None, None, None]
+    pairs = [text.states(ids, position_L, mask=mask)[-1][:, :-1] for ids in (ids_1L, changed_1L)]
+    if not _close(*pairs):
+        raise UserError(
+            f"{name}: what its `states` returns depends on a token that the `mask` hides; a mask has the shape [B 1 L L], or "
+            "[B 1 1 L] if all tokens attend to the same ones"
+        )
+    past = text.empty_past(text.word_table.new_empty(1))
+    steps = [text.step(ids_1L[:, i : i + 1], position_L[None, i : i + 1], past) for i in range(L)]
+    if not _close(torch.cat(steps, 1), causal_1LD):
+        raise UserError(
+            f"{name}: its `step` returns other states than its `states` with `causal`, for the same tokens; correct `step`, or "
+            "delete `empty_past` and `step`: those of the base class encode the text again for each token"
+        )
+
+
+def _close(first: Tensor, second: Tensor) -> bool:
+    return first.shape == second.shape and torch.allclose(
+        first, second, rtol=0, atol=TOLERANCE * float(second.abs().max()) if second.numel() else 0.0
+    )
