@@ -23,7 +23,7 @@ from fastvlp.model.sizes import joint_space, tiny
 from fastvlp.objectives.objective import ObjectiveConfig
 from fastvlp.objectives.saved_objectives import abilities, learned_abilities, load_objective, saved_configs
 from fastvlp.search.embedder import Embedder
-from fastvlp.training.loop import train
+from fastvlp.training.loop import steps, train
 from fastvlp.training.optim import OptimConfig
 from fastvlp.training.start import start
 from fastvlp.training.train_config import TrainConfig
@@ -165,6 +165,18 @@ def test_they_train_with_cached_gradients_and_are_counted(trained: Path) -> None
     steps = [line for line in lines if line["kind"] == "train"]
     assert len(steps) == 2 and all({"loss/margin/pairs", "loss/fits/fits"} < {*line} for line in steps)
     assert all(line["flops_per_s"] > 0 for line in steps)
+
+
+@pytest.mark.parametrize(("objective", "method"), [("margin", "score"), ("fits", "forward")])
+def test_a_loss_with_another_name_than_its_count_stops_the_first_step(
+    run: TrainConfig, tmp_path: Path, objective: str, method: str
+) -> None:
+    state = start(replace(run, out=str(tmp_path)))
+    module = state.pretraining.objectives[objective]
+    losses = getattr(module, method)
+    setattr(module, method, lambda *inputs: {"rows": next(iter(losses(*inputs).values()))})
+    with pytest.raises(UserError, match=f"objective {objective}: .*(pairs|fits).*rows"):
+        next(steps(state))
 
 
 def test_their_abilities_are_saved_and_they_load_with_their_parameters(run: TrainConfig, trained: Path) -> None:

@@ -130,6 +130,7 @@ def backward(state: TrainState, micro: list[Batch]) -> tuple[dict[str, Tensor], 
         with averaging, state.flops.counting(Shape.of(f"{pretraining.active}/{pretraining.keep}", batch)):
             with seeded(i):
                 losses = wrapped(batch, cached.grads[i] if cached is not None else None)
+            pretraining.check_names({*losses, *(cached.losses if cached is not None else ())}, counts)
             # `counts` are summed over all ranks, so gradients must be summed too. DDP and FSDP average them; the factor undoes
             # it.
             (combine(losses, counts) * dist.world()).backward()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from itertools import accumulate
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fastvlp.batch import Batch
 from fastvlp.data.augment import AugmentConfig, augment
+from fastvlp.errors import UserError
 from fastvlp.model.keep import random_keep
 from fastvlp.model.model import VLModel
 from fastvlp.objectives.objective import Loss, Objective, PairObjective
@@ -89,6 +90,7 @@ class Pretraining(nn.Module):
         self.objectives = nn.ModuleDict(objectives)
         self.keep, self.keep_states = keep, keep_states
         self.active: str | None = None
+        self._checked: set[str] = set()  # objectives whose losses were found to have the names of their counts
 
     def all_objectives(self) -> Mapping[str, Objective]:
         """Typed: a module dict holds plain modules."""
@@ -183,6 +185,22 @@ class Pretraining(nn.Module):
             for name, objective in self.active_objectives().items()
             for term, count in objective.counts(batch).items()
         }
+
+    def check_names(self, losses: Collection[str], counts: Collection[str]) -> None:
+        """Raises UserError if the losses of an active objective have other names than its counts, by which they are divided.
+        Checks each objective once."""
+        for name in [name for name in self.active_objectives() if name not in self._checked]:
+            cached = f"{name}/cached"  # stands for the losses of all micro-batches together, which have no such name
+            returned, counted = (
+                sorted(key.removeprefix(f"{name}/") for key in keys if key.startswith(f"{name}/") and key != cached)
+                for keys in (losses, counts)
+            )
+            if returned != counted:
+                raise UserError(
+                    f"objective {name}: `counts` of its {type(self.objectives[name]).__name__} has the names {counted}, but "
+                    f"its losses are named {returned}; give them the same names, because each loss is divided by its count"
+                )
+            self._checked.add(name)
 
     def uses_all(self) -> bool:
         """Whether every step surely gives each parameter a gradient. It is not known of models with separate heads, a joint
