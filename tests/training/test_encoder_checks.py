@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -77,29 +78,55 @@ class OtherStep(Bag):
         return 2 * super().step(*args)
 
 
+class KeepsSum(Bag):
+    """Keeps the sum of the tokens so far and their number, in a tuple."""
+
+    def empty_past(self, like_B: Tensor) -> list[Any]:
+        return [(self.word_table.new_zeros(len(like_B), 1, self.word_table.shape[1]), 0)]
+
+    def step(self, ids_B1: Tensor, position_B1: Tensor, past: list[Any]) -> Tensor:
+        x_B1D, (sum_B1D, count) = self.words(ids_B1), past[0]
+        past[0] = sum_B1D + x_B1D, count + 1
+        return self.mlp(x_B1D + past[0][0] / past[0][1])
+
+
+class HidesPast(KeepsSum):
+    """Keeps it in an object, whose tensors are not found."""
+
+    def empty_past(self, like_B: Tensor) -> SimpleNamespace:
+        return SimpleNamespace(past=super().empty_past(like_B))
+
+    def step(self, ids_B1: Tensor, position_B1: Tensor, past: Any) -> Tensor:
+        return super().step(ids_B1, position_B1, past.past)
+
+
 def model_with(module: type[Bag]) -> VLModel:
     torch.manual_seed(0)
     config = BagConfig(module=module, positions=16, vocab=20, pad=0, bos=1, eos=2, mask=3)
     return VLModel(replace(SMALL, text=config)).eval()
 
 
-def test_three_methods_are_enough_to_write_texts() -> None:
-    model = model_with(Bag)
+@pytest.mark.parametrize("module", [Bag, KeepsSum])
+def test_texts_are_written_with_three_methods_and_with_any_past(module: type[Bag]) -> None:
+    model = model_with(module)
     check_encoders(model)
     with torch.no_grad():
         states = model.encode_image(torch.zeros(2, 3, 32, 32, dtype=torch.uint8))
         ids_BT, _ = beam_search(model, states, beams=3, most=5)
+        assert ids_BT.equal(beam_search(model_with(Bag), states, beams=3, most=5)[0])
         cache, written = model.begin(states), torch.tensor([[1, 5, 7], [1, 8, 4]])
         steps = torch.stack([model.step(ids_B, cache) for ids_B in written.T], 1)
         whole = model.read(states, written, causal=True)
-    assert len(ids_BT) == 2
     torch.testing.assert_close(steps, whole)
 
 
 @pytest.mark.parametrize(
     ("module", "method"),
-    [(FewStates, "states"), (SeesAll, "causal"), (IgnoresMask, "mask"), (SeesPadding, ".*hides"), (OtherStep, "step")],
-)
+    [
+        (FewStates, "states"), (SeesAll, "causal"), (IgnoresMask, "mask"), (SeesPadding, ".*hides"), (OtherStep, "step"),
+        (HidesPast, "step.*past"),
+    ],
+)  # fmt: skip
 def test_a_fault_stops_the_run_at_its_start(module: type[Bag], method: str) -> None:
     with pytest.raises(UserError, match=f"BagConfig.*`?{method}"):
         check_encoders(model_with(module))

@@ -76,6 +76,21 @@ class KeyValue:
 register_dataclass_node(KeyValue)
 
 
+def select_rows(past: Any, rows: Tensor) -> Any:
+    """Returns `past` with only the given rows, in their order, of each tensor in it. It may be a tensor, a `KeyValue`, or a
+    list, tuple or dict of these, nested to any depth. Other values, such as a number of tokens, stay the same."""
+    if isinstance(past, Tensor):
+        return past[rows]
+    if isinstance(past, KeyValue):
+        return past.select(rows)
+    if isinstance(past, dict):
+        return {name: select_rows(part, rows) for name, part in past.items()}
+    if isinstance(past, list | tuple):
+        parts = [select_rows(part, rows) for part in past]
+        return type(past)(*parts) if hasattr(past, "_fields") else type(past)(parts)  # a named tuple takes its fields
+    return past
+
+
 def quick_gelu(x: Tensor) -> Tensor:
     """x * sigmoid(1.702 x), the activation of OpenAI's CLIP weights."""
     return x * torch.sigmoid(1.702 * x)

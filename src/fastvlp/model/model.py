@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from fastvlp.model.encoders.interface import ImageEncoder, ImageEncoderConfig, T
 from fastvlp.model.freezing import Freezable
 from fastvlp.model.fusion import Fusion, FusionConfig, LMHead, Reconstructor, ReconstructorConfig
 from fastvlp.model.joint_space import Embed, EmbedConfig
-from fastvlp.model.layers import KeyValue, initialise_as_mae
+from fastvlp.model.layers import KeyValue, initialise_as_mae, select_rows
 from fastvlp.model.region_embedding import region_features, require_regions
 from fastvlp.model.region_pooling import RegionPool, box_weights, pool_regions
 from fastvlp.model.single_stream import SingleConfig, SingleStates, SingleStream
@@ -99,14 +99,16 @@ class ModelConfig:
 
 
 class Cache(NamedTuple):
-    """Decoding state: for each layer, the keys and values of the text so far and of the image."""
+    """Decoding state: what the text encoder keeps of the text so far, and the keys and values of the text and of the image
+    for each fusion layer."""
 
-    past: list[KeyValue]  # first for the text encoder's layers, then for the fusion layers
+    text: Any
+    past: list[KeyValue]
     image: list[KeyValue]
 
     def select(self, rows: Tensor) -> Cache:
-        """Returns the state of the given rows, in the given order."""
-        return Cache([p.select(rows) for p in self.past], [i.select(rows) for i in self.image])
+        """Returns the state of the given rows of text, in the given order. The keys of the images stay as they are."""
+        return Cache(select_rows(self.text, rows), select_rows(self.past, rows), self.image)
 
 
 class VLModel(Freezable):
@@ -384,16 +386,15 @@ class VLModel(Freezable):
         """Returns the decoding state of an empty text for each image, which `step` continues."""
         memory = self.fusion.image_memory(image_BKD, None)
         layer = cast(FusionConfig, self.config.fusion).layer
-        past = [*self.text.empty_past(memory), *(KeyValue.empty(layer, memory) for _ in self.fusion.blocks)]
-        return Cache(past, [block.keys(memory) for block in self.fusion.blocks])
+        past = [KeyValue.empty(layer, memory) for _ in self.fusion.blocks]
+        return Cache(self.text.empty_past(memory), past, [block.keys(memory) for block in self.fusion.blocks])
 
     def step(self, ids_B: Tensor, cache: Cache) -> Tensor:
         """Appends one token to each row of `cache`, in place. Returns the state of the token [B D]. It equals the last state
         that a causal `read` of all tokens so far would return."""
-        first = len(cache.past) - len(self.fusion.blocks)
-        position = torch.full_like(ids_B[:, None], cache.past[first].length)
-        x = self.text.step(ids_B[:, None], position, cache.past[:first])
+        position = torch.full_like(ids_B[:, None], cache.past[0].length)
+        x = self.text.step(ids_B[:, None], position, cache.text)
         x = self.fusion.text_in(x) + self.fusion.text_type
-        for block, past, memory in zip(self.fusion.blocks, cache.past[first:], cache.image, strict=True):
+        for block, past, memory in zip(self.fusion.blocks, cache.past, cache.image, strict=True):
             x = block(x, past=past, memory=memory)
         return self.fusion.norm(x)[:, 0]

@@ -52,7 +52,7 @@ def beam_search(
     cache = model.begin(image_BKD)
     # All beams of an image share its keys; only those of the text are copied.
     row_BK = torch.arange(B, device=device)[:, None].expand(B, K)
-    cache = Cache([past.select(row_BK.flatten()) for past in cache.past], cache.image)
+    cache = cache.select(row_BK.flatten())
     token = torch.full((B * K,), text.bos, device=device)
     total = torch.full((B, K), float("-inf"), device=device)
     total[:, 0] = 0.0
@@ -82,7 +82,7 @@ def beam_search(
         if bool(done.all()):
             break
         token = token_BK.flatten()
-        cache = Cache([past.select((parent + row_BK * K).flatten()) for past in cache.past], cache.image)
+        cache = cache.select((parent + row_BK * K).flatten())
     unfinished = torch.isinf(best)
     score, which = (total / count**length_penalty).max(1)
     best_ids = torch.where(unfinished[:, None], written[torch.arange(B, device=device), which], best_ids)

@@ -8,6 +8,7 @@ from torch import Tensor
 from fastvlp.errors import UserError
 from fastvlp.model.encoders.interface import TextEncoder, TextEncoderConfig
 from fastvlp.model.freezing import evaluation_mode
+from fastvlp.model.layers import select_rows
 from fastvlp.model.model import VLModel
 
 # Share of the largest number by which two ways to the same state may differ: more than rounding, TF32's included.
@@ -73,12 +74,21 @@ def _check_text(text: TextEncoder, config: TextEncoderConfig) -> None:
             f"{name}: what its `states` returns depends on a token that the `mask` hides; a mask has the shape [B 1 L L], or "
             "[B 1 1 L] if all tokens attend to the same ones"
         )
-    past = text.empty_past(text.word_table.new_empty(1))
-    steps = [text.step(ids_1L[:, i : i + 1], position_L[None, i : i + 1], past) for i in range(L)]
-    if not _close(torch.cat(steps, 1), causal_1LD):
+    _check_step(text, name, torch.cat([ids_1L, ids_1L.flip(1)]), position_L)
+
+
+def _check_step(text: TextEncoder, name: str, ids_2L: Tensor, position_L: Tensor) -> None:
+    swapped, order = position_L.new_tensor([1, 0]), position_L.new_tensor([0, 1])
+    past, steps = text.empty_past(text.word_table.new_empty(2)), []
+    for i in range(len(position_L)):
+        state_21D = text.step(ids_2L[order, i : i + 1], position_L[i].expand(2, 1), past)
+        steps.append(state_21D[order])
+        past, order = select_rows(past, swapped), order[swapped]  # as beam search reorders texts
+    if not _close(torch.cat(steps, 1), text.states(ids_2L, position_L, causal=True)[-1]):
         raise UserError(
-            f"{name}: its `step` returns other states than its `states` with `causal`, for the same tokens; correct `step`, or "
-            "delete `empty_past` and `step`: those of the base class encode the text again for each token"
+            f"{name}: its `step` returns other states than its `states` with `causal`, for the same tokens. Correct `step`, "
+            "which has to extend `past` in place, or `empty_past`, whose tensors must have a row for each text and be in "
+            "lists, tuples, dicts or `KeyValue`s. Or delete both: those of the base class encode the text again for each token"
         )
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import abc
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -248,15 +248,16 @@ class TextEncoder(nn.Module, abc.ABC):
         """Returns the last of `states`, [B L D]."""
         return self.states(ids_BL, position_BL, mask=mask, causal=causal)[-1]
 
-    def empty_past(self, like_B: Tensor) -> list[KeyValue]:
-        """Returns what `step` knows of a text before its first token, one `KeyValue` for each layer. They have as many rows as
-        `like_B` and are on its device. Here: one, for the ids and positions of the tokens so far."""
+    def empty_past(self, like_B: Tensor) -> Any:
+        """Returns what `step` keeps of each text, before its first token: tensors whose rows are those of `like_B`, on its
+        device, in lists, tuples, dicts or `KeyValue`s. Here: one `KeyValue`, of the ids and positions of the tokens so far."""
         empty = torch.empty(len(like_B), 1, 0, 1, dtype=torch.int64, device=like_B.device)
         return [KeyValue(empty, empty)]
 
-    def step(self, ids_B1: Tensor, position_B1: Tensor, past: list[KeyValue]) -> Tensor:
+    def step(self, ids_B1: Tensor, position_B1: Tensor, past: Any) -> Tensor:
         """Reads one more token of each row, left to right, and returns its last state [B 1 D], that of causal `states`. Extends
-        `past` in place. Here: encodes all tokens so far again."""
+        `past` in place, for example by assigning to an element of a list. Between steps, beam search chooses and reorders the
+        rows of its tensors. Here: encodes all tokens so far again."""
         past[0].extend(ids_B1[:, None, :, None], position_B1.expand_as(ids_B1)[:, None, :, None])
         ids_BL, position_BL = past[0].key[:, 0, :, 0], past[0].value[:, 0, :, 0]
         return self.states(ids_BL, position_BL, causal=True)[-1][:, -1:]
