@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import shutil
 import struct
 import threading
 import zlib
@@ -224,6 +225,19 @@ def test_items_are_added_read_and_deleted(client: TestClient):
     assert item == {"id": "red/1", "info": {"shade": 1, "caption": "red picture"}, "image": "/v1/pictures/red%2F1"}
     refused(client.get("/v1/items/nobody"), 404, "no item")
     assert len(client.get("/v1/items?limit=5").json()["results"]) == 5
+
+
+def test_an_item_without_a_picture_has_no_link(client: TestClient, tmp_path: Path):
+    shutil.rmtree(tmp_path / "pictures")
+    assert client.post("/v1/items", files={"id": (None, "new"), "image": shade("white", 0)}).json()["image"]
+    results = client.post("/v1/search", json={"text": "white", "limit": 13}).json()["results"]
+    assert {hit["id"] for hit in results if hit["image"]} == {"new"} and len(results) == 13
+    assert client.get("/v1/items/red%2F1").json()["image"] is None
+    app = create_app(StandinEmbedder(), StandinIndex(), pictures=None)
+    with TestClient(app, "http://localhost") as without:
+        assert without.post("/v1/items", files={"image": shade("red", 0)}).json()["image"] is None
+        (item,) = without.get("/v1/items").json()["results"]
+        assert item["image"] is None
 
 
 def bomb() -> bytes:

@@ -18,6 +18,10 @@ class PictureStore(ABC):
     def get(self, id: str) -> bytes | None:
         """Returns an encoded picture; None if there is none."""
 
+    def has(self, id: str) -> bool:
+        """Whether there is a picture. By default reads it."""
+        return self.get(id) is not None
+
     @abstractmethod
     def put(self, id: str, data: bytes) -> None:
         """Stores an encoded picture. Raises UserError if pictures cannot be stored, EngineError if the disk is full."""
@@ -42,6 +46,9 @@ class PictureFolder(PictureStore):
             return self._path(id).read_bytes()
         except FileNotFoundError:
             return None
+
+    def has(self, id: str) -> bool:
+        return self._path(id).is_file()
 
     def put(self, id: str, data: bytes) -> None:
         try:

@@ -32,6 +32,9 @@ class ShardPictures(PictureStore):
         except Exception:
             return None
 
+    def has(self, id: str) -> bool:
+        return id in self._positions
+
     def put(self, id: str, data: bytes) -> None:
         raise UserError("pictures of shards are not changed; to add some, make an index with `vlp index build`")
 

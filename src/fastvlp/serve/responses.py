@@ -60,11 +60,11 @@ class Scores(ResponseBody):
 
 
 class Item(ResponseBody):
-    """An item of the index. `image`: the path of its picture."""
+    """An item of the index. `image`: the path of its picture; null if it has none."""
 
     id: str
     info: dict[str, Any]
-    image: str
+    image: str | None
 
 
 class Hit(Item):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 from urllib.parse import quote
 
@@ -192,8 +192,10 @@ async def search(request: Request, service: Served) -> Response:
     by_text, by_picture = body.text is not None, body.image is not None or body.id is not None
     # Relevance is not defined for the mean direction of a text and a picture.
     used = None if by_text and by_picture else calibration
+    paths = await picture_paths(service, [hit.id for hit in page])
     results = [
-        hit_fields(hit, used, by_text) | ({"match": matches[hit.id]} if hit.id in matches else {}) for hit in page
+        hit_fields(hit, paths, used, by_text) | ({"match": matches[hit.id]} if hit.id in matches else {})
+        for hit in page
     ]
     best = max((hit.score for hit in hits), default=None)
     near = None if by_picture or calibration is None or best is None else calibration.is_near(best)
@@ -217,16 +219,18 @@ async def query_vector(service: Service, body: messages.SearchRequest) -> tuple[
     return mean_direction(parts), readings
 
 
-def hit_fields(hit: Hit, calibration: Calibration | None = None, by_text: bool = False) -> dict[str, Any]:
+def hit_fields(
+    hit: Hit, paths: Mapping[str, str], calibration: Calibration | None = None, by_text: bool = False
+) -> dict[str, Any]:
     """Returns the fields of a hit in a response."""
     relevance = None if calibration is None else calibration.relevance(hit.score, by_text)
     fields = {"id": hit.id, "score": hit.score, "relevance": relevance}
-    return {**fields, "info": dict(hit.info), "image": picture_path(hit.id)}
+    return {**fields, "info": dict(hit.info), "image": paths.get(hit.id)}
 
 
-def picture_path(id: str) -> str:
-    """Returns the path of an item's picture."""
-    return f"/v1/pictures/{quote(id, safe='')}"
+async def picture_paths(service: Service, ids: Sequence[str]) -> dict[str, str]:
+    """Returns the paths of the pictures of those items that have one."""
+    return {id: f"/v1/pictures/{quote(id, safe='')}" for id in await service.with_pictures(ids)}
 
 
 @router.get("/v1/items", response_model=responses.ItemList, tags=["index"])
@@ -237,7 +241,8 @@ async def some_items(
 ) -> Response:
     """Returns arbitrary items, to show before a search. The same seed gives the same items; their order has no meaning."""
     hits = await service.search(random_direction(service.embedder.width, seed), limit)
-    return json_response({"results": [hit_fields(hit) for hit in hits]})
+    paths = await picture_paths(service, [hit.id for hit in hits])
+    return json_response({"results": [hit_fields(hit, paths) for hit in hits]})
 
 
 ITEM_FORM = {"image": FILE, "id": STRING, "caption": STRING, "info": STRING}
@@ -257,7 +262,7 @@ async def add_item(request: Request, service: Served) -> Response:
     info = body.info | ({"caption": body.caption} if body.caption is not None else {})
     pixels = await service.pixels([body.image])
     await service.add(id, (await service.images(pixels))[0], info, body.image)
-    return json_response({"id": id, "info": info, "image": picture_path(id)}, 201)
+    return json_response({"id": id, "info": info, "image": (await picture_paths(service, [id])).get(id)}, 201)
 
 
 @router.delete(ITEM, response_model=responses.Deleted, tags=["index"])
@@ -282,7 +287,7 @@ async def item_image(id: str, service: Served) -> Response:
 async def read_item(id: str, service: Served) -> Response:
     """Returns the fields of an item."""
     item = await service.item(id)
-    return json_response({"id": id, "info": item.info, "image": picture_path(id)})
+    return json_response({"id": id, "info": item.info, "image": (await picture_paths(service, [id])).get(id)})
 
 
 PICTURE_FORM = {"image": FILE, "id": STRING}

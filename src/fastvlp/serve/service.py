@@ -202,6 +202,11 @@ class Service:
             return None
         return await asyncio.get_running_loop().run_in_executor(self._decoders, self.pictures.get, id)
 
+    async def with_pictures(self, ids: Sequence[str]) -> list[str]:
+        """Returns those of some items that have a thumbnail."""
+        pictures = self.pictures
+        return [] if pictures is None else await asyncio.to_thread(lambda: [id for id in ids if pictures.has(id)])
+
     async def add(self, id: str, vector: np.ndarray, info: Mapping[str, Any], data: bytes) -> None:
         """Adds or replaces an item. Searches find it as soon as this returns.
 

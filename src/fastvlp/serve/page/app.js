@@ -158,7 +158,8 @@ function tile(hit) {
     button.classList.add("missing");
     photo.textContent = "no picture kept";
   };
-  image.src = hit.image;
+  if (hit.image) image.src = hit.image;
+  else image.onerror();
   photo.append(image);
   button.ariaLabel = caption;
   if (current.text || current.id || current.picture) {
