@@ -285,7 +285,9 @@ def train(
     check_installed(run.report_to)
     with dist.process_group(), locked(run.folder) as lock:
         if not resume and (run.folder / CHECKPOINT).exists():
-            raise UserError(f"{run.folder}: already has a run; continue it with `resume`, or choose another `out`")
+            raise UserError(
+                f"{run.folder}: already has a run; continue it with `resume`, or choose another `name` or `out`"
+            )
         state = start(run, resume=resume, change=change)
         state.lock = lock
         if state.progress < 1:

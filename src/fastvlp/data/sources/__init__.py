@@ -55,7 +55,10 @@ def find_format(path: Path, format: str = "auto") -> type[Source]:
     surest, sources = _surest(path)
     inner = _readable_files(path) if surest in (Match.NONE, Match.CONTENTS) and path.is_dir() else []
     if surest is Match.NONE and not inner:
-        raise UserError(f"{path}: not recognised; name its `format`:\n{formats_help()}")
+        raise UserError(
+            f"{path}: not recognised; name its `format`, and if it is one of your own, import its file first, with "
+            f"`vlp --import FILE.py ...` or `fastvlp.import_file`. The known formats:\n{formats_help()}"
+        )
     if inner:
         looks = f"looks like {sources[0].name}, but " if surest is Match.CONTENTS else ""
         other = f", or the `format` {sources[0].name}" if looks else ""
