@@ -89,7 +89,7 @@ class Task(abc.ABC):
         name: name of the task in commands and saved models.
         data: type of the task's data.
         config: type of its objective's config.
-        field: the data's attribute that names the field of the records with the texts; also that field's usual name.
+        field: name of the data's attribute that holds the field of the records with the texts; also that field's usual name.
         answer: key of the right answer in an entry of the field; None if the texts themselves are the answers (captions). A
             split is not scored if none of its entries has this key.
         optim: the default optimiser and its learning rates.
@@ -132,8 +132,8 @@ class Task(abc.ABC):
     @classmethod
     @abc.abstractmethod
     def score(cls, tuned: FineTuned, split: Split, options: Any) -> dict[str, Any]:
-        """Scores of the weights on a split, floats by name; anything else is saved beside them. The model and the objective are
-        in evaluation mode, without gradients. `options`: a `scoring`."""
+        """Scores of the weights on a split: floats by name, of which higher is better; anything else is saved beside them. The
+        model and the objective are in evaluation mode, without gradients. `options`: a `scoring`."""
 
     @classmethod
     def zero_shot(cls, pretrained: Pretrained) -> tuple[Objective, TaskData] | None:
