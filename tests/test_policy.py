@@ -22,6 +22,7 @@ from typing import Any
 import pytest
 
 import fastvlp
+from fastvlp import parts
 from fastvlp.extensions import variants
 
 SOURCE = Path(fastvlp.__file__).parent
@@ -54,7 +55,7 @@ LEVELS = [
     {"exporters"},
     {"speed"},
     {"serve"},
-    {"cli", "cli_help", "cli_options", "cli_results", "__main__", "__init__"},
+    {"cli", "cli_help", "cli_options", "cli_results", "__main__", "__init__", "parts"},
 ]
 # What varies: the abstract class, and the package whose modules hold the variants.
 INTERFACES = {
@@ -161,6 +162,8 @@ def test_public_names_are_sorted_and_exist() -> None:
     for public in fastvlp.__all__:
         assert getattr(fastvlp, public) is not None
         assert find_spec(f"fastvlp.{public}") is None, f"importing the module {public} would hide the name"
+    assert parts.__all__ == sorted(parts.__all__) and not {*parts.__all__} & {*fastvlp.__all__}
+    assert all(getattr(parts, name).__name__ == name for name in parts.__all__)
     assert (SOURCE / "py.typed").is_file()
     with pytest.raises(AttributeError):
         _ = fastvlp.nothing

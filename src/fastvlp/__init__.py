@@ -11,7 +11,7 @@ The functions and classes for a notebook, in the order of their use:
 - `export` writes a run in the format of other tools, and `Embedder` and `load_model` load models.
 - `embed_shards`, `build_index`, `search_index` and `open_index` are for search.
 - `import_file` imports parts of your own. Their interfaces are `Objective`, `PairObjective`, `ImageEncoder`, `TextEncoder`,
-  `Task`, `Source`, `IndexEngine`, `ExportTarget` and `Metric`.
+  `Task`, `Source`, `IndexEngine`, `ExportTarget` and `Metric`; `fastvlp.parts` has further building blocks for them.
 
 Each name is imported when it is first used, so that `import fastvlp` does not wait for torch.
 """
