@@ -25,7 +25,7 @@ import torch
 import tyro
 
 from fastvlp.data.records.shards import Shards
-from fastvlp.eval.mode import evaluating
+from fastvlp.model.freezing import evaluating
 from fastvlp.model.model import VLModel
 from fastvlp.model.region_embedding import box_vector, require_regions
 from fastvlp.model.saving import load_model

@@ -3,7 +3,7 @@ import itertools
 import pytest
 import torch
 
-from fastvlp.eval.mode import evaluating
+from fastvlp.model.freezing import evaluating
 from fastvlp.objectives.ar import ARConfig
 from fastvlp.tasks.caption import CaptionConfig, caption
 from fastvlp.tasks.generation import beam_search, greedy, next_scores

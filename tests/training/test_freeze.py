@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from fastvlp.data.state_store import StatesConfig
 from fastvlp.errors import UserError
-from fastvlp.eval.mode import evaluating
 from fastvlp.model.encoders.interface import ImageEncoder, ImageEncoderConfig
+from fastvlp.model.freezing import evaluating
 from fastvlp.training.flops import Flops
 from fastvlp.training.loop import start, steps, train
 from fastvlp.training.optim import OptimConfig, parameter_groups

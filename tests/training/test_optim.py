@@ -12,9 +12,8 @@ from fastvlp.objectives.mlm import MLMConfig
 from fastvlp.objectives.moco import albef
 from fastvlp.objectives.region import MRFRConfig
 from fastvlp.objectives.siglip import SigLIPConfig
-from fastvlp.training.optim import OptimConfig, build_optimiser, flip_optim, parameter_groups, set_rate
+from fastvlp.training.optim import OptimConfig, build_optimiser, flip_optim, parameter_groups, rate_factor, set_rate
 from fastvlp.training.pretraining import Pretraining
-from fastvlp.training.schedule import rate_factor
 from tests.made import made_config, made_model, made_tokenizer
 from tests.made_single import single_model
 

@@ -17,7 +17,7 @@ from fastvlp.comparison.scoring_options import ScoringOptions
 from fastvlp.data.blind import AnsweredQuestion, BlindScore, answered_questions, blind_score
 from fastvlp.data.loader import Loader
 from fastvlp.data.pairs import Data, Rows
-from fastvlp.eval.mode import evaluating
+from fastvlp.model.freezing import evaluating
 from fastvlp.model.model import VLModel
 from fastvlp.objectives.objective import Objective, ObjectiveConfig
 from fastvlp.objectives.saved_objectives import common_bos

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastvlp.batch import Batch
-from fastvlp.eval.mode import evaluating
+from fastvlp.model.freezing import evaluating
 from fastvlp.model.model import VLModel
 from fastvlp.objectives.objective import ClozeMethod
 

@@ -17,7 +17,7 @@ from fastvlp.data.state_store import StatesConfig
 from fastvlp.data.tokenize import Tokenizer
 from fastvlp.dist import Precision, PrecisionChoice, pick_device, pick_precision
 from fastvlp.errors import UserError
-from fastvlp.eval.mode import evaluating
+from fastvlp.model.freezing import evaluating
 from fastvlp.model.frozen_states import states_config
 from fastvlp.model.model import VLModel
 from fastvlp.model.saved_run import read_saved_run

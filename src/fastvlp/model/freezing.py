@@ -1,10 +1,11 @@
-"""Parts of a model that are kept as they are."""
+"""Modules that learn nothing: parts of a model that are frozen, and whole models while they are evaluated."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import nn
 
 
@@ -42,12 +43,20 @@ class Freezable(nn.Module):
 
 
 @contextmanager
-def evaluation_mode(module: nn.Module) -> Iterator[None]:
+def evaluation_mode(*modules: nn.Module) -> Iterator[None]:
     """Context without dropout. Afterwards each part is in its former mode again."""
-    modes = [(part, part.training) for part in module.modules()]
-    module.eval()
+    modes = [(part, part.training) for module in modules for part in module.modules()]
+    for module in modules:
+        module.eval()
     try:
         yield
     finally:
         for part, training in modes:
             part.training = training
+
+
+@contextmanager
+def evaluating(*modules: nn.Module) -> Iterator[None]:
+    """Context without dropout and without gradients. Afterwards each part is in its former mode again."""
+    with evaluation_mode(*modules), torch.no_grad():
+        yield

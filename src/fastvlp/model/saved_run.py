@@ -70,8 +70,7 @@ class SavedRun:
 def read_saved_run(folder: str | Path) -> SavedRun:
     """Reads the config of a saved run; returns the defaults if a model was saved without a config. Raises UserError if the
     file is damaged."""
-    path = Path(folder) / "config.json"
-    config = read_json(path)
+    path, config = Path(folder) / "config.json", whole_config(folder)
     data = config.get("data", {})
     if not isinstance(data, dict):
         raise UserError(f"{path}: damaged, data is {data!r}; copy the folder again")
@@ -83,6 +82,12 @@ def read_saved_run(folder: str | Path) -> SavedRun:
         head | {"path": str(path), "data": stated | {"stated": list(stated)}, "data_json": data},
         str(path),
     )
+
+
+def whole_config(folder: str | Path) -> dict[str, Any]:
+    """Reads all fields of the config of a saved run, as JSON; empty if there is none. Raises UserError if the file is
+    damaged."""
+    return read_json(Path(folder) / "config.json")
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from fastvlp.data.records.shards import RecordError
 from fastvlp.data.tokenize import Tokenizer
 from fastvlp.errors import UserError
 from fastvlp.eval.caption_metrics import WORDS_NOTE, bleu, caption_words, cider, rouge_l
-from fastvlp.eval.mode import evaluating
+from fastvlp.model.freezing import evaluating
 from fastvlp.model.model import ModelConfig, Reading, VLModel
 from fastvlp.objectives.ar import next_token_loss
 from fastvlp.objectives.objective import Loss, Objective, ObjectiveConfig

@@ -16,8 +16,8 @@ from fastvlp.data.records.schema import list_fault
 from fastvlp.data.records.shards import Shards
 from fastvlp.data.records.transform import Fit
 from fastvlp.data.tokenize import Tokenizer
-from fastvlp.eval.mode import evaluating
 from fastvlp.eval.uncertainty import with_error
+from fastvlp.model.freezing import evaluating
 from fastvlp.model.layers import initialise
 from fastvlp.model.model import ModelConfig, VLModel
 from fastvlp.model.region_embedding import box_vector, require_regions

@@ -17,8 +17,8 @@ from fastvlp.data.records.shards import Shards
 from fastvlp.data.records.transform import Fit
 from fastvlp.data.tokenize import Tokenizer
 from fastvlp.eval.classification import mean_by
-from fastvlp.eval.mode import evaluating
 from fastvlp.eval.uncertainty import with_error
+from fastvlp.model.freezing import evaluating
 from fastvlp.model.model import ModelConfig, VLModel
 from fastvlp.objectives.objective import Loss
 from fastvlp.tasks.heads import HeadConfig, HeadObjective, image_states, target_of

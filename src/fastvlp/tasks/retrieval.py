@@ -19,9 +19,9 @@ from fastvlp.data.loader import Loader
 from fastvlp.data.pairs import PairData, Split
 from fastvlp.data.tokenize import Tokenizer
 from fastvlp.errors import UserError
-from fastvlp.eval.mode import evaluating
 from fastvlp.eval.ranks import ranks, recall, recall_chance, recall_errors
 from fastvlp.eval.split_reading import read_captions
+from fastvlp.model.freezing import evaluating
 from fastvlp.model.model import ModelConfig, Reading, VLModel
 from fastvlp.model.saving import Saved, load_model
 from fastvlp.objectives.equal_pairs import EqualPairs, wrong_pairs

@@ -15,7 +15,7 @@ from fastvlp.data.pairs import Data
 from fastvlp.data.records.shards import Shards
 from fastvlp.data.vocabulary_texts import readable_infos
 from fastvlp.errors import UserError
-from fastvlp.eval.mode import evaluating
+from fastvlp.model.freezing import evaluating
 from fastvlp.model.frozen_states import stored_of_run
 from fastvlp.model.saved_run import read_saved_run
 from fastvlp.model.saving import load_model

@@ -19,8 +19,8 @@ from fastvlp.data.records.shards import Shards
 from fastvlp.data.records.transform import Fit
 from fastvlp.data.tokenize import Tokenizer
 from fastvlp.errors import UserError
-from fastvlp.eval.mode import evaluating
 from fastvlp.eval.uncertainty import with_error
+from fastvlp.model.freezing import evaluating
 from fastvlp.model.model import ModelConfig, VLModel
 from fastvlp.tasks.heads import HeadConfig, image_states
 from fastvlp.tasks.interface import FineTuned, Task

@@ -20,7 +20,7 @@ from fastvlp import dist
 from fastvlp.config import flatten
 from fastvlp.errors import UserError, remedy
 from fastvlp.files import write_whole
-from fastvlp.model.saved_run import read_json
+from fastvlp.model.saved_run import whole_config
 from fastvlp.plain_json import parse_json
 from fastvlp.training.blocks import compiled
 from fastvlp.training.hardware import peak_flops, peak_memory
@@ -85,7 +85,7 @@ class RunLog:
         if not self.active:
             return
         rewind(self.path, state.step, revalidates=validates(state))
-        shown = flatten(read_json(run.folder / "config.json")) if run.report_to else {}
+        shown = flatten(whole_config(run.folder)) if run.report_to else {}
         self._trackers = {
             name: open_tracker(name, run.folder, run=run.name, step=state.step, config=shown) for name in run.report_to
         }

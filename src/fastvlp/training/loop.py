@@ -31,10 +31,9 @@ from fastvlp.training.flops import Shape
 from fastvlp.training.gradient_cache import cache_gradients
 from fastvlp.training.last_lines import LAST, log_chance
 from fastvlp.training.log import RunLog
-from fastvlp.training.optim import set_rate
+from fastvlp.training.optim import rate_factor, set_rate
 from fastvlp.training.pretraining import Pretraining, augmented, draw_objective
 from fastvlp.training.run_folder import locked
-from fastvlp.training.schedule import rate_factor
 from fastvlp.training.start import start
 from fastvlp.training.state import StepReport, TrainState, autocast, due, validates
 from fastvlp.training.trackers import check_installed

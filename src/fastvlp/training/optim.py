@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -13,8 +14,9 @@ from fastvlp.config import NotNegative, Positive, PositiveShare, ShareBelowOne, 
 from fastvlp.errors import UserError
 from fastvlp.training.muon import MuonAndAdamW, split_groups
 from fastvlp.training.pretraining import Pretraining
-from fastvlp.training.schedule import Decay
 from fastvlp.training.trained_parts import layer_rates
+
+Decay = Literal["linear", "cosine", "constant"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,3 +150,16 @@ def build_optimiser(pretraining: Pretraining, config: OptimConfig) -> torch.opti
 def set_rate(optimiser: torch.optim.Optimizer, factor: float) -> None:
     for group in optimiser.param_groups:
         group["lr"] = group["base_lr"] * factor
+
+
+def rate_factor(progress: float, warmup: float, decay: Decay) -> float:
+    """The learning rate, as a share of the highest, by progress: 0 at the start of a run and 1 at its end, in steps or in time.
+    Linear warm-up over the share `warmup`, then decay to 0 (linear: METER, FLM; cosine: Loshchilov & Hutter 2017)."""
+    if progress < warmup:
+        return progress / warmup
+    rest = min(1.0, (progress - warmup) / (1 - warmup)) if warmup < 1 else 1.0
+    if decay == "linear":
+        return 1 - rest
+    if decay == "cosine":
+        return 0.5 * (1 + math.cos(math.pi * rest))
+    return 1.0

@@ -4,7 +4,7 @@ Chroma is given every vector, so that it never loads an embedder of its own. Its
 
 An index consists of two collections. The first has one item for each distinct vector, and is searched by a graph. The second,
 `-copies`, has the further items of these vectors: many equal vectors in a graph would hide their neighbours
-(`search.distinct`). A small index in a folder is searched in memory, without the graph.
+(`vector_keys`). A small index in a folder is searched in memory, without the graph.
 """
 
 from __future__ import annotations
@@ -26,8 +26,7 @@ from fastvlp.search.calibration import FIELD as CALIBRATION
 from fastvlp.search.calibration import Calibration
 from fastvlp.search.checks import OWN_FIELDS, EngineError, Scalar
 from fastvlp.search.chroma_server import Limits, collection_name, connect, limits, remedy
-from fastvlp.search.distinct import vector_keys
-from fastvlp.search.engines.interface import Hit, IndexEngine, Item, Stamp, checked_stamp
+from fastvlp.search.engines.interface import Hit, IndexEngine, Item, Stamp, checked_stamp, vector_keys
 from fastvlp.search.exact import ExactItems, fits
 from fastvlp.writer_lock import WriterLock
 

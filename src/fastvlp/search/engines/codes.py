@@ -17,8 +17,7 @@ from fastvlp.errors import UserError
 from fastvlp.files import whole_file
 from fastvlp.search.calibration import Calibration, PairSample
 from fastvlp.search.checks import Scalar
-from fastvlp.search.distinct import vector_keys
-from fastvlp.search.engines.interface import Hit, IndexEngine, Item, Stamp, checked_stamp
+from fastvlp.search.engines.interface import Hit, IndexEngine, Item, Stamp, checked_stamp, vector_keys
 from fastvlp.search.exact import fits
 from fastvlp.search.hashing import HashSearch, learned_projection
 

@@ -7,6 +7,7 @@ another model are refused.
 
 from __future__ import annotations
 
+import hashlib
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
@@ -33,6 +34,8 @@ from fastvlp.search.pictures import PictureFolder, PictureStore
 
 PACKAGE = "fastvlp.search.engines"
 FORMAT = 1
+# Equal pictures that are embedded in different batches differ in the last bits.
+DECIMALS = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -211,6 +214,18 @@ def checked_stamp(stored: Mapping[str, object] | None, wanted: Stamp | None, pla
             f"{wanted.model or 'unnamed'} ({wanted.fingerprint[:8]}); give the export of the former, or build another index"
         )
     return stamp
+
+
+def vector_keys(vectors: np.ndarray) -> list[str]:
+    """Returns a text for each vector [n E], the same for those that are equal to about four decimals.
+
+    Engines whose graph links neighbours need it. Equal vectors link only to each other there, so that what lies behind them is
+    not found (hnswlib issue 341). So the graph has one node for all items with the same vector, and the engine keeps the others
+    beside it.
+    """
+    # The sum makes -0 a 0.
+    rounded = np.round(np.asarray(vectors, np.float32), DECIMALS) + np.float32(0)
+    return [hashlib.blake2b(row.tobytes(), digest_size=16).hexdigest() for row in rounded]
 
 
 def engines() -> list[type[IndexEngine]]:

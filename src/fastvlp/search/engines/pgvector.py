@@ -1,6 +1,6 @@
 """An index kept by PostgreSQL with pgvector: a table of ids, vectors and info, with its stamp as the table's comment.
 
-Of rows with equal vectors (the same `same`) one is in the graph; the others are its copies (`search.distinct`).
+Of rows with equal vectors (the same `same`) one is in the graph; the others are its copies (`vector_keys`).
 
 Many processes may read and write at once; how it is replicated or distributed is the server's business.
 """
@@ -22,8 +22,7 @@ from fastvlp.search.addresses import shown
 from fastvlp.search.calibration import FIELD as CALIBRATION
 from fastvlp.search.calibration import Calibration
 from fastvlp.search.checks import EngineError, Scalar
-from fastvlp.search.distinct import vector_keys
-from fastvlp.search.engines.interface import Hit, IndexEngine, Item, Stamp, checked_stamp
+from fastvlp.search.engines.interface import Hit, IndexEngine, Item, Stamp, checked_stamp, vector_keys
 
 TABLE = re.compile(r"[a-z_][a-z0-9_]{0,49}")
 # Candidates of the graph (HNSW) for each search; it goes on where a filter leaves too few, to at most so many rows.

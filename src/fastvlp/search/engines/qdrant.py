@@ -1,7 +1,7 @@
 """An index kept by a Qdrant server: a collection with its stamp as metadata. The server divides and copies it as it is set up.
 
 Of points with equal vectors one has its vector as `node`, of which Qdrant makes a graph; the others have theirs as `copy`,
-of which it makes none (`search.distinct`). A filter looks for terms: hashes of a field and its value. So any field can be
+of which it makes none (`vector_keys`). A filter looks for terms: hashes of a field and its value. So any field can be
 searched by one index of the payload, which there must be before the graph is made, and true is not 1, but 1.0 is.
 
 Many processes may read and write at once.
@@ -28,8 +28,7 @@ from fastvlp.search.addresses import options_of, shown
 from fastvlp.search.calibration import FIELD as CALIBRATION
 from fastvlp.search.calibration import Calibration
 from fastvlp.search.checks import DEEPEST, EngineError, Scalar
-from fastvlp.search.distinct import vector_keys
-from fastvlp.search.engines.interface import Hit, IndexEngine, Item, Stamp, checked_stamp
+from fastvlp.search.engines.interface import Hit, IndexEngine, Item, Stamp, checked_stamp, vector_keys
 from fastvlp.search.exact import fits
 
 # Of the graph (HNSW, arXiv 1603.09320).
