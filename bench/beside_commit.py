@@ -56,7 +56,7 @@ class Options:
     commit: str = "f2a0dd9"
     """The commit to compare with."""
     objectives: tuple[Objective, ...] = ("mlm", "flm", "clip")
-    """What is learned."""
+    """Objectives that are trained."""
     sizes: tuple[Size, ...] = ("tiny",)
     """Sizes of the model: `tiny` with pictures of 64 pixels, `small` with pictures of 320."""
     what: tuple[What, ...] = ("step", "loader")

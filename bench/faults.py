@@ -54,9 +54,9 @@ class Options:
     requests: int = 10_000
     """Malformed requests."""
     seed: int = 0
-    """Of moments, damages and requests."""
+    """Seed of moments, damages and requests."""
     note: str = ""
-    """What else runs on the machine; saved with the result."""
+    """Other work on the machine at the same time; saved with the result."""
     out: Path = RESULTS / "faults.jsonl"
     """File to append to."""
 

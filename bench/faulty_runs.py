@@ -1,4 +1,4 @@
-"""What ends runs: kills at random moments, full and read-only disks, few file handles, dead loader processes and ranks.
+"""Faults that end runs: kills at random moments, full and read-only disks, few file handles, dead loader processes and ranks.
 
 The sections of `faults.py` about runs. They are runs of tiny models, in forks of one process that has imported PyTorch.
 """
@@ -44,7 +44,7 @@ LIMIT_S = 60.0
 
 @dataclass
 class Tally:
-    """What became of a section: the number of faults that were tried, those that were lost and why, the seconds after which
+    """Results of a section: the number of faults that were tried, those that were lost and why, the seconds after which
     the slowest run had ended with its cause, and the faults that could not be tried here."""
 
     tried: int = 0
@@ -155,7 +155,7 @@ def differ(left: Any, right: Any, path: str = "") -> str | None:
 
 
 def compare(run: TrainConfig, straight: TrainConfig) -> str | None:
-    """What differs between the ends of two runs, but for the clock."""
+    """Returns the differences between the ends of two runs, except in times."""
     parts = ("pretraining", "optimiser", "ema", "step", "pairs", "tokens", "best")
     left, right = (load_checkpoint(folder / "last.pt") for folder in (run.folder, straight.folder))
     place = differ({name: left[name] for name in parts}, {name: right[name] for name in parts})
@@ -248,14 +248,14 @@ class FaultyRuns:
         return time.monotonic()
 
     def _cause(self, run: TrainConfig, cause: str) -> str | None:
-        """What is wrong with what a run said last."""
+        """Returns the fault in the last output of a run; None if there is none."""
         said = [line for line in said_by(run).read_text().splitlines() if line.strip()]
         if any(line.startswith("error: ") and cause in line for line in said):
             return None
         return f"{cause!r} is not said: {said[-1][:300] if said else 'nothing'}"
 
     def _checkpoint(self, run: TrainConfig, saved: bool) -> str | None:
-        """What is wrong with the checkpoint of a run that a fault ended; it may have none, if it has not `saved` one."""
+        """Returns the fault in the checkpoint of a run that was interrupted; there may be no checkpoint if none was `saved`."""
         if not (run.folder / CHECKPOINT).exists():
             return "no checkpoint" if saved else None
         try:

@@ -50,14 +50,14 @@ class Options:
     clients: int = 16
     """Clients at once that send them."""
     seed: int = 0
-    """Of the malformed requests."""
+    """Seed of the malformed requests."""
     note: str = ""
-    """What else runs on the machine; saved with the result."""
+    """Other work on the machine at the same time; saved with the result."""
 
 
 @dataclass
 class Watched:
-    """What was seen of a service: the slowest answer of /health in seconds, its memory in MB, and what it printed.
+    """Observations of a service: the slowest answer of /health in seconds, its memory in MB, and what it printed.
 
     `late_s`: by how much the asking of /health was late at most, since this process had to wait for a core."""
 

@@ -1,4 +1,4 @@
-"""What a pair costs the loader once its image is decoded, and what of it would be saved by keeping the images on a GPU.
+"""Time of the loader for a pair whose image is decoded, and the part of it that images on a GPU would save.
 
     python bench/loader_cost.py photos/train
 

@@ -60,7 +60,7 @@ class Options:
     repetitions: int = 10
     """Timed steps of each arm."""
     arms: tuple[str, ...] = (*OBJECTIVES, *PLAIN)
-    """What to measure. `flm_plain` is FLM in the released layout, in the second variant with fused attention."""
+    """Arms to measure. `flm_plain` is FLM in the released layout, in the second variant with fused attention."""
     plain_length: int = 50
     """Tokens that the released layout pads every text to."""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"

@@ -38,7 +38,7 @@ class Options:
     out: Path = Path("docs")
     """Folder for report.png and search.png."""
     query: str = "purple and green shapes on a black background"
-    """What is searched."""
+    """Text of the search."""
     ready_s: float = 120.0
     """Seconds within which the service has to answer."""
 

@@ -227,7 +227,7 @@ def first_difference(old: Sequence[dict[str, Any]], new: Sequence[dict[str, Any]
 
 
 def relative_difference(a: Any, b: Any) -> float:
-    """Of two numbers, as a share of the larger one; infinite where anything else differs."""
+    """Difference of two numbers as a share of the larger one; infinite if anything else differs."""
     if a == b:
         return 0.0
     numbers = isinstance(a, float) and isinstance(b, float)

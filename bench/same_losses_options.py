@@ -49,7 +49,7 @@ class Options:
     runs: tuple[Run, ...] = ("flm_demo", "flip_demo")
     """Runs that train with each option."""
     ways: tuple[str, ...] = ()
-    """What to compare with each run, such as recompute; by default everything."""
+    """Options to compare with each run, such as recompute; by default all."""
     steps: int = 200
     """Steps of each."""
     batch: int = 8

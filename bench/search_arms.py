@@ -44,7 +44,7 @@ class Options:
     batch: int = 2000
     """Vectors that are added to an index at once."""
     arms: tuple[Arm, ...] = ARMS
-    """What to measure; `engine` measures both chroma and ours."""
+    """The measurement; `engine` measures both chroma and ours."""
     server: str | None = None
     """Address of the index of the arm server, whose collection or table must not be there yet. By default PostgreSQL."""
     limit: dict[Arm, int] = field(default_factory=dict)
@@ -203,7 +203,7 @@ def server(o: Options, data: Data) -> dict[str, dict]:
     tick, process = 1 / os.sysconf("SC_CLK_TCK"), None if local is None else index._one("SELECT pg_backend_pid()")
 
     def cpu_time() -> float:
-        """Of this process and of PostgreSQL's that serves it, which counts in hundredths of a second."""
+        """CPU time of this process and of PostgreSQL's that serves it, which counts in hundredths of a second."""
         theirs = (
             0.0 if process is None else tick * sum(map(int, Path(f"/proc/{process}/stat").read_text().split()[13:15]))
         )

@@ -47,7 +47,7 @@ class Options:
     key: str = ""
     """Key of the service."""
     note: str = ""
-    """What else runs on the machine; saved with the result."""
+    """Other work on the machine at the same time; saved with the result."""
 
 
 @dataclass

@@ -65,7 +65,7 @@ SHARES = {"itm": 6, "mlm": 8, "mrfr": 4, "mrc_kl": 4}
 @dataclass(frozen=True, kw_only=True)
 class Options:
     what: Annotated[Literal["nine", "boxes", "objectives"], tyro.conf.Positional]
-    """What to measure."""
+    """The measurement."""
     steps: int = 4800
     """Steps of pretraining."""
     tune: int | None = None

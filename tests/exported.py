@@ -92,7 +92,7 @@ def exports(runs: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> 
 
 @pytest.fixture(scope="session")
 def embedder(exports: dict[str, Path]) -> Embedder:
-    """Of two towers."""
+    """An embedder with two towers."""
     from fastvlp.search.embedder import Embedder
 
     return Embedder.load(exports["towers"])

@@ -21,8 +21,8 @@ IMPORTED = ["fastvlp.training.loop", "fastvlp.recipes.flm_demo", "fastvlp.data.w
 
 
 def context() -> ForkServerContext:
-    """Of processes that have none of the threads, models and patches of the tests, and get their environment when the first
-    of them starts."""
+    """Context for processes that have none of the threads, models and patches of the tests. They get their environment when
+    the first of them starts."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(IMPORTED)
     return context
@@ -86,7 +86,7 @@ def run_command(words: Sequence[str], folder: Path | None = None) -> tuple[Any, 
 
 
 def printed_by_code(code: str, folder: Path) -> str:
-    """What Python code prints in a new process. `folder`: where it runs."""
+    """Returns the output of Python code in a new process. `folder`: where it runs."""
     return in_new_process(run_code, code, folder)
 
 

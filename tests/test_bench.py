@@ -45,7 +45,7 @@ def run(bench, monkeypatch):
 
 
 def run_script(name: str, *options: str) -> str:
-    """What a benchmark prints that runs in a process of its own."""
+    """Returns the output of a benchmark that runs in a process of its own."""
     command = [sys.executable, str(BENCH / f"{name}.py"), *options]
     done = subprocess.run(command, capture_output=True, text=True, timeout=250)
     assert done.returncode == 0, done.stdout + done.stderr

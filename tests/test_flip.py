@@ -69,7 +69,7 @@ def test_kept_tokens(size, share, kept):
     [("b16", 0.069, 0.53, 0.30), ("l16", 0.044, 0.52, 0.28), ("h14", 0.058, 0.52, 0.29)],
 )
 def test_costs(size, text, half, quarter):
-    """Of the whole model as shares of the cost without masking (Table 1a: 0.52 and 0.28 for L/16), and of the text tower
+    """Costs of the whole model as shares of the cost without masking (Table 1a: 0.52 and 0.28 for L/16), and of the text tower
     beside the whole image."""
     config = FLIP[size]()
     assert config.embed.positions(34) == 32

@@ -1,4 +1,4 @@
-"""What the guide says of tuning a public CLIP works as it stands: photographs and a public model become a search."""
+"""The guide's commands for tuning a public CLIP work as they stand: photographs and a public model become a search."""
 
 from __future__ import annotations
 

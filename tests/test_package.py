@@ -1,4 +1,4 @@
-"""What the package says of itself in a registry: links that lead somewhere."""
+"""The description of the package in a registry: its links lead somewhere."""
 
 from __future__ import annotations
 

@@ -49,7 +49,7 @@ def test_the_table_of_recipes_is_that_of_the_recipes():
 
 
 class Page(HTMLParser):
-    """What a page links to, and what can be linked to in it."""
+    """The links of a page, and its anchors."""
 
     def __init__(self, text: str):
         super().__init__()

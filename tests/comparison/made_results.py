@@ -4,7 +4,7 @@ from fastvlp.comparison.results import ArmRun, Comparison
 
 
 def comparison_of(*runs: ArmRun) -> Comparison:
-    """Of 40 seconds, timed against `mlm`."""
+    """A comparison of 40 seconds, timed against `mlm`."""
     arms = list(dict.fromkeys(run.arm for run in runs))
     return Comparison(
         arms=arms,

@@ -1,4 +1,4 @@
-"""What a comparison found, in sentences whose numbers can be read off the curves."""
+"""Findings of a comparison, in sentences whose numbers can be read off the curves."""
 
 from dataclasses import replace
 

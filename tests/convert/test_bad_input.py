@@ -1,4 +1,4 @@
-"""What `vlp convert` says of sources that it cannot read: what is wrong, where, and what to do. Nothing is written."""
+"""Errors of `vlp convert` for sources that it cannot read: what is wrong, where, and what to do. Nothing is written."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def copy(public: Path, tmp_path: Path) -> Callable[[str], Path]:
 
 
 def refused(source: Path | str, tmp_path: Path, capsys, *options: str) -> str:
-    """What is said of a source that is not converted."""
+    """Returns the message for a source that is not converted."""
     assert main(["convert", str(source), str(tmp_path / "out"), *options]) == 2
     assert not (tmp_path / "out").exists()
     error = capsys.readouterr().err

@@ -132,7 +132,7 @@ def same(found: VLModel, wanted: VLModel, rows: int | None = None) -> None:
 
 
 def inherited(out: Path, objectives: Mapping[str, ObjectiveConfig]) -> Inheritance:
-    """What a run of the model would begin with."""
+    """Returns how a run would inherit the weights of the model."""
     saved, run = load_model(out), recipe("clip_photos")
     run = replace(run, model=saved.model.config, objectives=objectives, init=str(out))
     return make_pretraining(run, saved.tokenizer)[1]

@@ -1,4 +1,4 @@
-"""What a conversion is for: recipes start from it whatever its encoders are, and it is evaluated, fine-tuned and exported."""
+"""Uses of a conversion: recipes start from it whatever its encoders are, and it is evaluated, fine-tuned and exported."""
 
 from __future__ import annotations
 

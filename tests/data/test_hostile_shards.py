@@ -44,7 +44,7 @@ def copied(split, tmp_path):
 
 
 def index_inode(folder) -> int:
-    """Of the index of a split that was opened; another than before, if it was made again."""
+    """Inode of the index of an opened split; it differs from before if the index was made again."""
     Shards(folder)
     return (folder / NAME).stat().st_ino
 

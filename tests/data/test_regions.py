@@ -274,7 +274,7 @@ def test_as_many_stored_regions_come_as_the_detector_is_sure_of(settings, count)
 
 
 def test_features_go_with_their_boxes_where_a_crop_leaves_some_out():
-    """Of 100 x 50 pixels a crop shows those from 25 to 75: the first region ends at 20, the next is cut."""
+    """The crop of 100 x 50 pixels shows the columns from 25 to 75: the first region ends at 20, the next is cut."""
     found = read_stored(RegionSource(stored=True), transform=Transform(size=16))
     assert close(found.box_R4, [[0, 0, 0.1, 0.5], [0, 0, 0.3, 0.5], [0.1, 0, 0.5, 0.5], [0.3, 0, 0.7, 0.5]])
     assert torch.allclose(found.feature_RF[:, 0].float(), torch.tensor([0.1, 0.2, 0.3, 0.4]), atol=1e-3)

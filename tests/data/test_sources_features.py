@@ -207,7 +207,7 @@ def test_broken_regions_are_named(tmp_path: Path, changed: Arrays, message: str)
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", ["npz", "packed", "msgpack"])
 def test_no_flipped_byte_escapes(layout: str) -> None:
-    """What is left of an entry can be read, or is named: one rotten file is no reason to end an import."""
+    """The rest of a damaged entry is read, or it is named: one damaged file does not end an import."""
     content = arrays()
     read = features.read_msgpack if layout == "msgpack" else read_npz
     data = {"npz": npz, "packed": lambda content: pack(check_arrays(content)), "msgpack": msgpacked}[layout](content)

@@ -11,7 +11,7 @@ RECORDS = [make(CONFIG, "test", i) for make in (scene_record, pair_record, singl
 
 
 def sides(record):
-    """Of each image: the detector's regions, the objects, and which object each region is of."""
+    """Yields for each image the detector's regions, the objects, and their overlaps."""
     for side, data in enumerate(record.detected):
         objects = [o for o in record.info["objects"] if o.get("image", 0) == side]
         found = unpack(data)

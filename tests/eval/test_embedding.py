@@ -1,4 +1,4 @@
-"""What is embedded, and how a split is read: every record, every caption, in order, as in training."""
+"""The inputs of embedding: every record and every caption of a split is read, in order, as in training."""
 
 from __future__ import annotations
 

@@ -56,7 +56,7 @@ def test_learned_positions_may_begin_at_sines_and_cosines(initial):
 
 
 def test_the_class_token_has_no_position_and_comes_after_the_masking():
-    """What a tower computes of kept patches is the same set of states in any order."""
+    """The states of kept patches are the same in any order of the patches."""
     tower, image = ViT(CONFIG).double(), images()
     keep = random_keep(torch.tensor([3, 4]), 16, 0.5)
     states = tower(image, keep)

@@ -37,7 +37,7 @@ def test_packing_leaves_no_gap_where_the_last_text_is_not_the_longest():
 
 
 def test_packing_pays_where_batches_are_made_by_total_length():
-    """Of UNITER's lengths, 8192 rows in batches of 10,240 tokens."""
+    """8192 rows with UNITER's lengths, in batches of 10,240 tokens."""
     generator = torch.Generator().manual_seed(0)
     words = (11.5 + 3.5 * torch.randn(8192, generator=generator)).round().clamp(3, 60).long() + 2
     regions = (36 + 16 * torch.randn(8192, generator=generator)).round().clamp(10, 100).long()
@@ -178,7 +178,7 @@ def test_a_single_stream_stands_alone():
 
 
 def test_boxes_differ_from_the_start():
-    """Of a fresh embedder's place vectors most is what boxes differ in, not what they share."""
+    """The place vectors of a new embedder differ more between boxes than they have in common."""
     model = VLModel(single_config())
     corner = torch.rand(512, 2, 2, generator=torch.Generator().manual_seed(0)).sort(1).values
     box = torch.cat([corner[:, 0], corner[:, 1]], 1)

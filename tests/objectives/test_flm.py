@@ -1,4 +1,4 @@
-"""What a prediction of FLM may see, and what its loss is: the tests that spec flm.md section 7 names."""
+"""The tokens that a prediction of FLM may see, and its loss: the tests that spec flm.md section 7 names."""
 
 from __future__ import annotations
 

@@ -89,7 +89,7 @@ def test_the_background_is_never_a_target():
 
 
 def seen(config: ObjectiveConfig) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """What an objective lets the model read: ids, and the regions that are masked."""
+    """The inputs that an objective gives to the model: ids, and the regions that are masked."""
     model, read = single_model().double(), {}
     inner = model.read_regions
 

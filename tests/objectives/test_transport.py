@@ -18,7 +18,7 @@ def real(*counts: int, width: int) -> torch.Tensor:
 
 @pytest.mark.parametrize(("iterations", "distance"), [(1, 0.375016), (5, 0.283868), (20, 0.283333), (50, 0.283333)])
 def test_known_distances(iterations, distance):
-    """Of the released routine (spec A2.7)."""
+    """Distances of the released routine (spec A2.7)."""
     plan = transport_plan(COST, torch.ones_like(COST).bool(), iterations=iterations)
     assert (COST * plan).sum().item() == pytest.approx(distance, abs=2e-6)
 

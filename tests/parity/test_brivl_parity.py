@@ -24,7 +24,7 @@ from tests.golden import assert_close, load
 
 
 def released(weights: dict[str, Tensor], c: dict) -> Release:
-    """What the converter makes of the release's tensors and config. The map of the image is given: no encoder makes it."""
+    """Returns the converter's result for the release's tensors and config. The map of the image is given, not computed."""
     source = Checkpoint("brivl", None, stated={"MODEL": c})
     source.__dict__.update(weights=weights, names=frozenset(weights))
     # BERT's number of heads is in its own config, of another release.

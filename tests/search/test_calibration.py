@@ -1,4 +1,4 @@
-"""What the cosines of an index mean."""
+"""Calibration: the meaning of the cosines of an index."""
 
 import numpy as np
 import pytest

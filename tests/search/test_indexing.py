@@ -33,13 +33,13 @@ def embedded(exports, world, tmp_path_factory):
 
 @pytest.fixture
 def arguments(embedded, tmp_path) -> dict[str, Any]:
-    """Of a build from embedded vectors."""
+    """Arguments of a build from embedded vectors."""
     return {"index": str(tmp_path / "index"), "embedded": embedded}
 
 
 @pytest.fixture
 def from_export(exports, tmp_path) -> dict[str, Any]:
-    """Of a build that embeds; `data` is missing."""
+    """Arguments of a build that embeds; `data` is missing."""
     return {"index": str(tmp_path / "index"), "export": str(exports["towers"])}
 
 

@@ -1,5 +1,5 @@
-"""What is Qdrant's own in its engine: addresses, the key, what is asked of the server, and filters by terms. The tests of every
-engine are in test_index.py."""
+"""Parts of Qdrant's engine that others lack: addresses, the key, requests to the server, and filters by terms. The tests of
+every engine are in test_index.py."""
 
 import uuid
 

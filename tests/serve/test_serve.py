@@ -28,7 +28,7 @@ skip_without("chromadb", install="-e '.[serve]'")
 
 @pytest.fixture
 def index(exports: dict[str, Path], world: Path, tmp_path: Path) -> str:
-    """Of the test pictures, by the model that also captions and matches."""
+    """An index of the test pictures, by the model that also captions and matches."""
     build_index(str(tmp_path / "index"), export=str(exports["all"]), data=str(world / "test"))
     return str(tmp_path / "index")
 

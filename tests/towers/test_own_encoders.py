@@ -1,4 +1,4 @@
-"""What our own encoders and heads gained for public weights: more tokens, a last norm, a query that pools, SigLIP's texts."""
+"""Features of our own encoders and heads for public weights: more tokens, a last norm, a query that pools, SigLIP's texts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What lies beside the weights of a public model: preprocessing, tokenizers, and what is wrong with a folder."""
+"""Files beside the weights of a public model: preprocessing, tokenizers, and faults of a folder."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is read is what was written, and what is not finite is not kept."""
+"""Weights are read as they were written, and weights that are not finite are not kept."""
 
 from __future__ import annotations
 

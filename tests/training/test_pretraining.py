@@ -1,4 +1,4 @@
-"""What a step uses of the model, for ranks that wait for each other's gradients."""
+"""The parts of the model that a step uses, for ranks that wait for each other's gradients."""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ def reduced_run(pairs, out, *objectives: str, size: int = 32, **changes) -> Trai
 
 
 def seen(run: TrainConfig, monkeypatch) -> list[tuple[int, int, int]]:
-    """Of each step the side of the images, the patches that are encoded, and the longest text."""
+    """Returns for each step the side of the images, the number of encoded patches, and the longest text."""
     found = []
     encode = ViT.forward
 

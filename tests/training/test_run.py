@@ -1,4 +1,4 @@
-"""What the loop promises: sums that do not depend on how a step is cut, and resuming that changes nothing."""
+"""Guarantees of the loop: sums do not depend on how a step is divided, and resuming changes nothing."""
 
 from __future__ import annotations
 

@@ -53,7 +53,7 @@ def saved(folder: Path, config: ModelConfig, tokenizer: Tokenizer, **info) -> Pa
 
 
 def started(recipe: str, folder: Path, pairs: Path, out: Path, *more: str) -> tuple[dict, ModelConfig]:
-    """What a run's log says of its weights, and its model."""
+    """Returns the line of a run's log about its weights, and its model."""
     places = ["--data.train", f"{pairs}/train", "--data.val", "None", "--out", str(out)]
     assert main(["pretrain", recipe, "--from", str(folder), *SHORT, *places, *more]) == 0
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]

@@ -90,7 +90,7 @@ ALIKE = {"siglip", "albef", "ar", "prefixlm"}
 
 
 def losses(run: TrainConfig, states: StatesConfig) -> list[dict[str, float]]:
-    """Of three steps, an epoch, and of a validation."""
+    """Returns the losses of three steps, which are an epoch, and of a validation."""
     state = start(replace(run, states=states, steps=3))
     found = [report.losses for report in steps(state)] + [validate(state)]
     stored = state.stored is not None and all(note.path is not None for note in state.stored.notes)
@@ -111,7 +111,7 @@ def test_losses_are_those_of_encoding_at_each_step(name, tmp_path):
 
 
 def test_a_mirrored_image_has_stored_states_too(pairs, tmp_path):
-    """Of the rows that `augment` mirrors, the states of the mirrored images are read."""
+    """For rows that `augment` mirrors, the states of the mirrored images are read."""
     run = replace(made_run(pairs, tmp_path / "run", "clip"), freeze=("image",), augment=AugmentConfig(flip=0.5))
     encoded = losses(run, NEVER)
     assert losses(run, FP32) == encoded != losses(replace(run, augment=AugmentConfig()), FP32)

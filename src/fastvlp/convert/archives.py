@@ -80,7 +80,7 @@ def is_torchscript(path: Path) -> bool:
 
 
 def read_archive(path: Path) -> dict[str, Any]:
-    """What a zip archive of torch.save holds or, of a TorchScript module, its tensors by name, under `state_dict`.
+    """Returns the contents of a zip archive of torch.save; of a TorchScript module, its tensors by name, under `state_dict`.
 
     Raises RuntimeError or pickle.UnpicklingError if the file is no such archive or is damaged.
     """

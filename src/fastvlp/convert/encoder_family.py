@@ -57,7 +57,7 @@ class EncoderFamily(abc.ABC):
     anchor: ClassVar[str]
     """Name of a tensor that all have; what comes before it in a file is the prefix of all names."""
     defaults: ClassVar[Mapping[str, Any]]
-    """What transformers takes where config.json does not state it."""
+    """Values that transformers uses for fields that config.json does not state."""
     ours: ClassVar[type]
     """Class of our encoder."""
     unsaid: ClassVar[tuple[str, ...]]

@@ -31,7 +31,7 @@ class Release:
     data: Mapping[str, Any]
     """How it reads images and texts: fields of a run's `data` as config.json has them."""
     objectives: Mapping[str, ObjectiveConfig] = field(default_factory=dict)
-    """What it was trained with, by name; of a fine-tuned model, first its task."""
+    """The objectives that it was trained with, by name; for a fine-tuned model, its task comes first."""
     objective_weights: Mapping[str, Tensor] = field(default_factory=dict)
     """Parameters of these objectives that the file has, by `<name>.<parameter>`."""
     untrained: tuple[str, ...] = ()
@@ -64,9 +64,9 @@ class Layout(abc.ABC):
     a config nor names tell apart from others must be named there."""
 
     name: ClassVar[str]
-    """What `vlp convert` calls it."""
+    """Name of the layout in `vlp convert`."""
     summary: ClassVar[str]
-    """What such files are, for help and errors."""
+    """Description of such files, for help and errors."""
     options: ClassVar[Collection[str]] = ()
     """Fields of `Stated` that it may need."""
 

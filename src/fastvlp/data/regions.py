@@ -41,7 +41,7 @@ class RegionSource:
     """Names of the classes whose probabilities are loaded, in this order. They come from an object's `class_distribution` and
     are scaled to a sum of 1. Without it, the object's `class` has probability 1."""
     empty: Literal["drop", "whole"] = "drop"
-    """What to do with a record without a visible object: drop leaves it out and names it, whole uses the whole image as its
+    """Treatment of a record without a visible object: drop leaves it out and names it, whole uses the whole image as its
     region."""
     stored: bool = False
     """Use a detector's regions instead of objects. They were imported with the record (`vlp data import --features`), and have

@@ -30,7 +30,7 @@ class RegionConfig:
     pool: int | None = None
     """Samples a side of the image encoder's map whose mean is a region's feature. The encoder is then trained too."""
     mask: Literal["learned", "zero"] = "learned"
-    """What replaces a hidden region's feature: a learned vector (UNITER's released code) or zeros (its paper)."""
+    """Replacement of a hidden region's feature: a learned vector (UNITER's released code) or zeros (its paper)."""
 
     @property
     def width(self) -> int:

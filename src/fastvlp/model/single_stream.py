@@ -24,7 +24,7 @@ class SingleConfig:
     layer: LayerConfig
     """Shape of each layer; its width is the text encoder's."""
     regions: RegionConfig = field(default_factory=RegionConfig)
-    """What is known of each region."""
+    """Embedding of the regions."""
     types: int = 2
     """Rows of the type table: 0 for words, 1 for the regions of the first image, and so on."""
 

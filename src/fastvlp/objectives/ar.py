@@ -22,8 +22,8 @@ class ARConfig(ObjectiveConfig):
     """Predict each token from the image and the tokens before it."""
 
     bos: Bos = "blind"
-    """What <s> attends to. blind: no text, so that the first word is predicted from the image. official, as in FLM's released
-    baseline: the whole text, while no other token attends to <s>, and the first word is not predicted."""
+    """The tokens that <s> attends to. blind: no text, so that the first word is predicted from the image. official, as in FLM's
+    released baseline: the whole text, while no other token attends to <s>, and the first word is not predicted."""
 
     def build(self, model: ModelConfig, tokenizer: Tokenizer) -> AR:
         return AR(self)

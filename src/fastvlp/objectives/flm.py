@@ -47,8 +47,8 @@ class FLMConfig(ObjectiveConfig):
     reverse_weight: NotNegative = 1.0
     """Weight of the reverse stream's loss; 0 leaves it out."""
     bos: Bos = "blind"
-    """What <s> attends to. blind: no text, so that the first word is learned and every query has something to attend to.
-    official: the whole text, while no other token attends to <s>."""
+    """The tokens that <s> attends to. blind: no text, so that the first word is learned and every query has something to attend
+    to. official: the whole text, while no other token attends to <s>."""
     end_query: Literal["mask", "official"] = "mask"
     """The query at the position of </s>. mask: the mask token, as for other tokens. official: </s> itself, which gives the
     answer away."""

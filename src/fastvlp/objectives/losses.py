@@ -92,7 +92,7 @@ def places(*mask_BL: Tensor) -> list[Tensor]:
 
 
 def rows_at(x_BL: Tensor, place_T: Tensor) -> Tensor:
-    """What is at these places of [B L ...] -> [T ...]."""
+    """Selects the rows at these places of [B L ...] -> [T ...]."""
     return x_BL.flatten(0, 1).index_select(0, place_T)
 
 

@@ -37,7 +37,7 @@ class PairsConfig(ObjectiveConfig, abc.ABC):
 
     @property
     def text_use(self) -> TextUse:
-        """Of some words alone there are no stored states."""
+        """The vectors of texts, or their words if only some of the words are encoded, for which no states are stored."""
         return "embedding" if self.text_keep == 1 else "words"
 
     def for_tuning(self) -> PairsConfig:

@@ -37,12 +37,12 @@ def collection_name(uri: str) -> str:
 
 
 def limits(uri: str) -> Limits:
-    """What the server of an address takes."""
+    """Returns the limits of the server at an address."""
     return CLOUD_LIMITS if urlsplit(uri).hostname == CLOUD else Limits()
 
 
 def remedy(error: Exception) -> str:
-    """What to do about an error of the client."""
+    """Returns the advice for an error of the client."""
     said = f"{type(error).__name__} {error}".lower()
     if "not found" in said:
         return "make it first, or name another with ?tenant= and ?database="

@@ -74,7 +74,7 @@ class GroundingOptions:
     loss: Literal["ce", "rank"] = "ce"
     """ce: cross-entropy over the regions. rank: a hinge that puts the right region above one other."""
     reduction: Literal["mean", "sum"] = "mean"
-    """Of the losses of a batch; UNITER's released code sums."""
+    """Whether the losses of a batch are averaged or summed; UNITER's released code sums."""
     layers: Literal[1, 2] = 1
     """Layers of the head that scores a region; UNITER has 2 for RefCOCO+."""
 

@@ -23,7 +23,7 @@ class HeadConfig(ObjectiveConfig, abc.ABC):
     reading: Reading
     """How the model reads the text: usually as it did in pretraining."""
     bos: Bos = "blind"
-    """What `<s>` saw in pretraining."""
+    """The tokens that `<s>` attended to in pretraining."""
 
 
 class HeadObjective(Objective, abc.ABC):

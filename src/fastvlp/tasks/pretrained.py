@@ -50,7 +50,7 @@ class Pretrained(NamedTuple):
 
     @property
     def bos(self) -> Bos:
-        """What the model's `<s>` attended to in training."""
+        """The tokens that the model's `<s>` attended to in training."""
         return saved_bos(self.saved)
 
 

@@ -91,7 +91,7 @@ class QdrantIndex(IndexEngine):
         )
 
     def _found(self) -> Any:
-        """What the server says of the collection; None where there is none."""
+        """Returns the server's description of the collection; None if there is none."""
         from qdrant_client.http.exceptions import UnexpectedResponse
 
         try:
@@ -350,7 +350,7 @@ def _term(name: str, value: Scalar) -> str:
 
 
 def _reason(error: Any) -> str:
-    """What the server says of an error."""
+    """Returns the server's message for an error."""
     try:
         return str(error.structured()["status"]["error"])
     except (ValueError, KeyError, TypeError):
