@@ -1,4 +1,5 @@
-"""Checks of what is given to an index: the same for every engine, so that what one of them holds, each can."""
+"""Checks the arguments of an index. All engines have the same checks, so that an item that one of them can hold, all can
+hold."""
 
 from __future__ import annotations
 
@@ -11,20 +12,21 @@ import numpy as np
 from fastvlp.errors import UserError
 
 Scalar = str | int | float | bool
-# Fields that items must have: each with its value, or with a list of values of which one will do.
+# Fields that items must have: each with its value, or with a list of values, one of which is enough.
 Where = Mapping[str, Scalar | Sequence[Scalar]]
-# How deep a search goes: `k` and `offset` together.
+# Largest sum of `k` and `offset`.
 DEEPEST = 10_000
-# Fields of a filter, and values of one: a database's expressions may be a thousand deep.
+# Largest number of fields of a filter, and of values of a field, because databases limit the depth of an expression, such as to
+# a thousand.
 MOST_CONDITIONS, MOST_VALUES = 32, 256
-# How the names begin of fields that an engine keeps for itself.
+# Beginning of the names of fields that engines use for themselves.
 OWN_FIELDS = "fastvlp:"
 RESERVED = ("$", "#", "chroma:", OWN_FIELDS)
 FIELD = f"a field holds a text, a finite number, true or false, and its name does not begin with {', '.join(RESERVED)}"
 
 
 class EngineError(UserError):
-    """The engine does not answer, fails, or cannot write. Who asks over HTTP can do nothing about it."""
+    """The engine does not answer, fails, or cannot write. The sender of an HTTP request cannot correct this."""
 
 
 def check_rows(vectors: np.ndarray, width: int) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Items in memory, and search among them that compares the query with every vector: nothing is missed."""
+"""Items in memory. A search compares the query with every vector, so it misses none."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 
 from fastvlp.search.checks import Scalar
 
-# Queries of one product.
+# Number of queries in one matrix product.
 QUERIES = 64
 
 
@@ -43,7 +43,7 @@ class ExactItems:
         self.ids += new
         self.infos += [{}] * len(new)
         if len(self) > len(self._vector_NE):
-            # Doubled, so that adding one by one copies each row a few times at most.
+            # The capacity doubles, so that each row is copied only a few times even if items are added one by one.
             held, width = self._vector_NE.shape
             self._vector_NE = np.resize(self._vector_NE, (max(len(self), 2 * held), width))
         for id, vector, info in zip(ids, vectors, infos):
@@ -51,7 +51,7 @@ class ExactItems:
             self._vector_NE[row], self.infos[row] = vector, dict(info)
 
     def delete(self, ids: Iterable[str]) -> None:
-        """Deletes those of the items that there are. The last takes the place of each."""
+        """Deletes those of the items that exist. The last item takes the place of each deleted one."""
         for id in ids:
             if (row := self._row_of.pop(id, None)) is None:
                 continue

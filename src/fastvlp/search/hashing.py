@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-# How many vectors a projection is learned from, and how many rows are projected at a time.
+# Number of vectors from which a projection is learned, and number of rows that are projected at a time.
 SAMPLE, ROWS = 50_000, 65_536
 
 

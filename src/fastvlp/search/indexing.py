@@ -1,4 +1,4 @@
-"""Filling an index from shards or from embedded vectors, and searching it."""
+"""Fills an index from shards or from embedded vectors, and searches it."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ from fastvlp.search.pictures import PictureStore
 from fastvlp.search.recall import measured_recall
 from fastvlp.search.thumbnails import thumbnail
 
-# Records that are embedded and added at a time.
+# Number of records that are embedded and added at a time.
 SPAN = 1000
-# Images, and texts, by which recall is measured, and images whose fields are looked at.
+# Number of images, and of texts, with which recall is measured, and number of images whose fields are examined.
 SAMPLE = 100
 
 
@@ -74,8 +74,8 @@ Conditions = Annotated[
 
 
 class Hits(list[Hit]):
-    """The hits of a search, best first. `notes`: what the searcher should know of the query: words that the model does not
-    know, what it does not read of a text, fields that no image has."""
+    """The hits of a search, best first. `notes`: warnings about the query: words that the model does not know, parts of a text
+    that it does not read, and fields that no image has."""
 
     def __init__(self, hits: Iterable[Hit] = (), notes: Iterable[str] = ()):
         super().__init__(hits)
@@ -83,9 +83,9 @@ class Hits(list[Hit]):
 
 
 class Built(NamedTuple):
-    """`uri`: of the index. `images`: how many it has in all. `dropped`: records that could not be read, or whose picture could
-    not be kept. `recall`: the share of the ten nearest of this build's images that searches by a sample of its images and
-    texts find; None if there are none."""
+    """The result of a build. `uri`: address of the index. `images`: number of images in the whole index. `dropped`: records
+    that could not be read, or whose picture could not be stored. `recall`: the share of the ten nearest images of this build
+    that a search finds, measured with a sample of its images and texts; None if there are none."""
 
     uri: str
     images: int
@@ -94,8 +94,8 @@ class Built(NamedTuple):
 
 
 class _Source(NamedTuple):
-    """The vectors that an index is built from. `shards`: to read pictures from; None if none are stored. `dropped`: records
-    that are in none of the parts, and named in none."""
+    """The vectors that an index is built from. `shards`: the shards to read pictures from; None if no pictures are stored.
+    `dropped`: dropped records that the parts themselves do not list."""
 
     stamp: Stamp
     shards: Shards | None
@@ -166,7 +166,7 @@ def build_index(
 
 
 class _Sample:
-    """Vectors of images and of texts, and pairs of them, drawn from all parts with equal chance."""
+    """A sample of vectors of images, of texts, and of pairs. All vectors of all parts have the same chance."""
 
     def __init__(self, width: int):
         self.pairs = PairSample(width)
@@ -176,7 +176,7 @@ class _Sample:
     def add(self, part: Part) -> None:
         self.pairs.add(part.image[part.image_of_text], part.text)
         for kind, rows in (("image", part.image), ("text", part.text)):
-            # Those with the smallest numbers stay.
+            # The vectors with the smallest random numbers are kept.
             numbers, kept = self._kinds[kind]
             numbers = np.concatenate([numbers, self._draw.random(len(rows))])
             chosen = np.argsort(numbers)[:SAMPLE]
@@ -189,13 +189,13 @@ class _Sample:
 def _add_part(
     index: IndexEngine, store: PictureStore | None, shards: Shards | None, part: Part, prefix: str
 ) -> list[Dropped]:
-    """Adds what the index lacks of a part, and pictures where there are shards to read them from. Returns the records that
-    could not be read."""
+    """Adds the items of a part that the index lacks, and their pictures if there are shards to read them from. Returns the
+    records that could not be read."""
     dropped = list(part.dropped)
     ids = [prefix + id for id in part.ids]
     new = changed_rows(index, ids, part.image, part.infos)
     if store is not None:
-        # Beside a new vector an old picture would be shown, and be read when results are re-ranked.
+        # An old picture beside a new vector would be shown in results and used for re-ranking.
         for row in new:
             store.delete(ids[row])
         if shards is not None:
@@ -209,7 +209,7 @@ def _embedded_source(folder: Path, data: str | Path | None, read_shards: bool) -
     embedded = open_embedded(folder)
     shards = Shards(data or embedded.data) if read_shards else None
     paths = with_progress(embedded.parts, lambda: len(embedded.parts), "parts", show=True)
-    # What the parts dropped is in the file too.
+    # The file of dropped records also lists those of the parts, so they are not listed twice.
     parts = (read_part(path)._replace(dropped=[]) for path in paths)
     return _Source(embedded.stamp, shards, parts, read_dropped(embedded.folder / DROPPED))
 
@@ -242,8 +242,8 @@ def store_pictures(store: PictureStore, shards: Shards, part: Part, prefix: str 
 def changed_rows(
     index: IndexEngine, ids: Sequence[str], vectors: np.ndarray, infos: Sequence[dict[str, Scalar]]
 ) -> list[int]:
-    """Returns the rows of items that the index lacks, or has with another vector or other fields: a build that was stopped
-    goes on where it was."""
+    """Returns the rows of items that the index lacks, or has with another vector or other fields, so that a build that was
+    stopped continues where it was."""
     present = {item.id: item for item in index.get(ids)}
     return [
         row
@@ -306,7 +306,7 @@ def text_notes(reading: Reading) -> list[str]:
 
 
 def field_notes(engine: IndexEngine, query: np.ndarray, where: Where) -> list[str]:
-    """The fields of a filter that none of the nearest images has, where nothing fits it."""
+    """For a filter that no image matches: returns a note on those of its fields that none of the nearest images has."""
     near = engine.search(query, SAMPLE)[0]
     known = sorted({name for hit in near for name in hit.info})
     unknown = [name for name in where if name not in known]
@@ -317,7 +317,7 @@ def field_notes(engine: IndexEngine, query: np.ndarray, where: Where) -> list[st
 
 
 def query_vector(embedder: Embedder, text: str | None, image: str | Path | None) -> np.ndarray:
-    """Returns one unit row [1 E]: of the text, of the image, or between them where both are given."""
+    """Returns one unit row [1 E]: the vector of the text or of the image, or their mean direction if both are given."""
     rows = [] if text is None else [embedder.texts([text])[0]]
     try:
         rows += [] if image is None else [embedder.images([Path(image).read_bytes()])[0]]
@@ -333,11 +333,11 @@ def hits_table(hits: Sequence[Hit]) -> Table:
     for name in ("score", "id"):
         table.add_column(name, no_wrap=True, overflow="fold")
     for name in ("caption", "source"):
-        # The column gives way to the others; a text in it is cut and not wrapped.
+        # This column becomes narrower so that the others fit; its texts are cut and not wrapped.
         table.add_column(name)
     for hit in hits:
         fields = (" ".join(str(hit.info.get(name, "")).split()) for name in ("caption", "source"))
         cut = (Text(text, no_wrap=True, overflow="ellipsis") for text in fields)
-        # As they are: not as rich's markup.
+        # Printed literally, not as rich's markup.
         table.add_row(f"{hit.score:.4f}", Text(hit.id), *cut)
     return table

@@ -1,4 +1,4 @@
-"""Tuning two encoders on one's own pairs: `train()` with a contrastive objective, and retrieval before and after."""
+"""Fine-tunes two encoders on your own pairs: `train()` with a contrastive objective, and retrieval before and after."""
 
 from __future__ import annotations
 
@@ -40,9 +40,9 @@ from fastvlp.training.optim import OptimConfig
 from fastvlp.training.train_config import TrainConfig
 from fastvlp.training.trained_parts import LastLayers
 
-# Names that unknown words get in the vocabularies that have one for them.
+# Tokens for unknown words, in vocabularies that have such a token.
 UNKNOWN = {"[UNK]", "<unk>", "<|unk|>"}
-# Above this share of unknown words a text says nothing.
+# If a larger share of the words is unknown, the model cannot read the captions.
 TOO_MANY_UNKNOWN = 0.5
 
 
@@ -51,8 +51,8 @@ class Tuned:
     """A tuned model.
 
     Attributes:
-        folder: of its run.
-        before, after: retrieval of the old and the tuned model, by split (`test`, or `val` where there is no test; `original`),
+        folder: folder of its run.
+        before, after: retrieval of the old and the tuned model, by split (`test`, or `val` if there is no test; `original`),
             then by metric.
         path: file that holds the scores.
     """
@@ -150,7 +150,8 @@ def train_and_compare(run: TrainConfig, held: Mapping[str, Held], alpha: float, 
 
 
 def splits_in(folder: str, settings: ContrastSettings) -> PairData:
-    """The splits of the run's data; all else depends on the model. Raises UserError if one is missing."""
+    """Returns the data with only its splits set; all other fields depend on the model. Raises UserError if a split is
+    missing."""
     places = find_splits(folder)
     if "val" not in places and settings.patience is not None:
         raise UserError(
@@ -166,8 +167,8 @@ def splits_in(folder: str, settings: ContrastSettings) -> PairData:
 
 
 def field_in(place: str, own: str) -> str:
-    """The field with the captions of a split: that of the model's training where it is there, else the English or the Chinese
-    ones. Raises UserError if there are none."""
+    """Returns the field with the captions of a split: the one of the model's training if the split has it, otherwise the
+    English or the Chinese captions. Raises UserError if there are none."""
     shards = Shards(place)
     infos = [shards.info(i) for i in range(min(100, len(shards)))]
     with_captions = [
@@ -182,7 +183,7 @@ def field_in(place: str, own: str) -> str:
 
 
 def saved_start(source: str, run: Path, resume: bool) -> str:
-    """The folder of the model to start from: a public model is converted into the run's folder first.
+    """Returns the folder of the model to start from. A public model is first converted into the run's folder.
 
     Raises UserError if there is no such model, or the hub does not answer.
     """
@@ -204,7 +205,7 @@ def saved_start(source: str, run: Path, resume: bool) -> str:
 
 
 def two_encoders(saved: Saved, source: str) -> Saved:
-    """The model itself. Raises UserError if it has no joint space of images and texts."""
+    """Returns the model unchanged. Raises UserError if it has no joint space of images and texts."""
     config = saved.model.config
     absent = [part for part in ("image", "text") if not getattr(config, part).present]
     if absent:
@@ -232,7 +233,7 @@ def reading_of(start: str, model: ModelConfig, place: str, captions: str | None)
 
 
 def planned(saved: Saved, pairs: PairData, settings: ContrastSettings, freeze: tuple[str, ...]) -> Plan:
-    """The plan for as many pairs as there are. Raises UserError if the model does not know the words of the captions."""
+    """Returns the plan for the number of pairs. Raises UserError if the model does not know the words of the captions."""
     shards = Shards(pairs.train)
     step = max(1, len(shards) // 200)
     texts = [text for i in range(0, len(shards), step) for text in usable_captions(shards.info(i), pairs.captions)]
@@ -248,7 +249,7 @@ def planned(saved: Saved, pairs: PairData, settings: ContrastSettings, freeze: t
 
 
 def unknown_share(tokenizer: Tokenizer, texts: list[str]) -> float:
-    """Share of the tokens of texts that stand for unknown words."""
+    """Returns the share of the tokens of texts that stand for unknown words."""
     ids_BL, length_B = tokenizer.encode(texts, max_length=1 << 16)
     words = torch.cat([row[1 : length - 1] for row, length in zip(ids_BL, length_B.tolist())] or [ids_BL.flatten()])
     counts = dict(zip(*(part.tolist() for part in words.unique(return_counts=True))))
@@ -256,7 +257,7 @@ def unknown_share(tokenizer: Tokenizer, texts: list[str]) -> float:
 
 
 def loss_of(saved: Saved) -> tuple[str, PairsConfig]:
-    """The name and the config of the objective: the model's own contrastive one where it was trained by one."""
+    """Returns the name and the config of the objective: the contrastive objective of the model's training if it had one."""
     own = [(name, config) for name, config in saved_configs(saved).items() if isinstance(config, PairsConfig)]
     return (own[0][0], own[0][1].for_tuning()) if own else ("clip", CLIPConfig())
 
@@ -264,7 +265,7 @@ def loss_of(saved: Saved) -> tuple[str, PairsConfig]:
 def run_for(
     saved: Saved, data: PairData, made: Plan, settings: ContrastSettings, *, freeze: tuple[str, ...], **options: Any
 ) -> TrainConfig:
-    """The run that is trained. `options`: further fields of it."""
+    """Returns the config of the run. `options`: further fields."""
     config = saved.model.config
     name, objective = loss_of(saved)
     return TrainConfig(
@@ -300,7 +301,7 @@ def unlocked(saved: Saved, locked: float, freeze: tuple[str, ...]) -> LastLayers
 
 
 def held_out(data: PairData, original: str | None, start: str) -> dict[str, Held]:
-    """The splits on which the old and the tuned model are compared."""
+    """Returns the splits on which the old and the tuned model are compared."""
     place = data.test or data.val
     held = {} if place is None else {"test" if data.test else "val": Held(place, data.captions)}
     if original is not None:
@@ -310,7 +311,7 @@ def held_out(data: PairData, original: str | None, start: str) -> dict[str, Held
 
 
 def scores_on(held: Mapping[str, Held], model: str | Path, encoding: MaskedEncoding) -> dict[str, dict[str, float]]:
-    """Retrieval of a model on each split; on the main rank alone."""
+    """Returns the retrieval of a model on each split; on all ranks except the main rank, nothing."""
     return {name: recall_on(model, one, encoding) for name, one in held.items()} if dist.is_main() else {}
 
 

@@ -34,7 +34,7 @@ from fastvlp.data.tokenize import Tokenizer
 from fastvlp.errors import UserError
 from fastvlp.files import write_whole
 
-# Small, so that a JPEG is read whole but only an eighth of its pixels are computed.
+# A small size, so that a JPEG is read completely but only an eighth of its pixels are computed.
 CHECK = Transform(size=32, mode="squash")
 _SPLIT_NAME = re.compile(r"\w[\w.-]*")
 
@@ -46,11 +46,10 @@ class Imported:
     Attributes:
         out: the folder.
         written: number of records of each split.
-        dropped: what could not be used, by name, with the reason; `out/dropped.jsonl` has it too.
-        notes: how often something that is no record was left out or changed, by its text.
-        examples: the first thing of each note.
-        cut: what `max_length` cuts of the captions; None without a tokenizer.
-    """
+        dropped: records that could not be used, each with its name and the reason; `out/dropped.jsonl` lists them too.
+        notes: how often each note applied, by its text: something that is not a record was left out or changed.
+        examples: the first example of each note.
+        cut: the number of captions and tokens that `max_length` cuts; None without a tokenizer."""
 
     out: Path
     written: Counter[str] = field(default_factory=Counter)
@@ -132,7 +131,7 @@ def import_data(
 
 
 def _images_elsewhere(reader: Source) -> str:
-    """The remedy where images are missing; empty for a format that takes no folder of images."""
+    """Returns the advice for missing images; empty for a format that takes no folder of images."""
     has_folder = any(option.name == "images" for option in fields(reader))
     return "if they are in another folder, give it with `images`" if has_folder else ""
 
@@ -145,7 +144,7 @@ def _check_numbers(val: float, test: float, max_side: int, per_shard: int) -> No
 
 
 def _read_on(reader: Source, path: Path) -> Iterator[Item]:
-    """The items of a path. Where a format fails on what it did not expect, the rest of the path is dropped by name."""
+    """Yields the items of a path. If the format raises an unexpected error, the rest of the path is dropped, with its name."""
     last = "its start"
     try:
         for item in reader.read(path):
@@ -159,7 +158,7 @@ def _read_on(reader: Source, path: Path) -> Iterator[Item]:
 
 
 def _counted(items: Iterable[Item], cut: CaptionCut, tokenizer: Tokenizer) -> Iterator[Item]:
-    """The items, after their captions were counted."""
+    """Yields the items, after counting their captions."""
     for item in items:
         if isinstance(item, Record):
             cut.add([text for name in LISTS_OF_TEXT for text in usable_captions(item.info, name)], tokenizer)
@@ -180,7 +179,7 @@ def _write(
     append: bool,
     images_elsewhere: str,
 ) -> Imported:
-    """Writes the records, and adds to `out/dropped.jsonl`. `images_elsewhere`: the remedy where images are missing."""
+    """Writes the records, and adds to `out/dropped.jsonl`. `images_elsewhere`: the advice for missing images."""
     imported, keys = Imported(out=out), set[str]()
     with ExitStack() as stack:
         writers: dict[str, ShardWriter] = {}
@@ -223,7 +222,7 @@ def _write(
 def _add_dropped(path: Path, dropped: Iterable[Dropped]) -> None:
     entries = ({"key": d.key, "reason": d.reason} | ({"file": d.file} if d.file else {}) for d in dropped)
     lines = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries)
-    # A lone surrogate, which UTF-8 has no form for, stays what it is in JSON: \ud83d.
+    # A lone surrogate cannot be encoded in UTF-8, so it is written as JSON's escape: \ud83d.
     write_whole(path, (path.read_bytes() if path.exists() else b"") + lines.encode("utf-8", "backslashreplace"))
 
 
@@ -232,7 +231,7 @@ def _shown(name: str) -> str:
 
 
 class _StoredRecords:
-    """The records that a split holds already, to which an import appends."""
+    """The existing records of a split to which an import appends."""
 
     def __init__(self, folder: Path):
         self._shards = Shards(folder) if any(folder.glob("*.tar")) else None
@@ -240,7 +239,7 @@ class _StoredRecords:
         self.keys = self._place.keys()
 
     def holds(self, record: Record) -> bool:
-        """Whether the same record is there, with the same images and fields."""
+        """Whether the split already has this record, with the same images and fields."""
         i = self._place.get(_storable_key(record.key))
         if i is None or self._shards is None:
             return False
@@ -249,12 +248,12 @@ class _StoredRecords:
 
 
 def _storable_key(key: str) -> str:
-    """A key as a tar can hold it, where it ends at the first dot."""
+    """Returns a key that can be stored in a tar, where a key ends at the first dot."""
     return re.sub(r"[^\w\-/ ]", "_", key).strip("/ ") or "_"
 
 
 def _unique_key(key: str, taken: set[str]) -> str:
-    """A key as a tar can hold it, made different from all before it."""
+    """Returns a key that can be stored in a tar, and that differs from all earlier ones."""
     key = _storable_key(key)
     unique, n = key, 1
     while unique in taken:
@@ -265,8 +264,8 @@ def _unique_key(key: str, taken: set[str]) -> str:
 
 
 def _split(record: Record, split: str, val: float, test: float) -> str | Dropped:
-    """The split that the record names, or the one that the hash of its group or key falls into; Dropped where the name cannot
-    be a folder's."""
+    """Returns the split that the record names, or the one that the hash of its group or key decides; Dropped if the name cannot
+    be the name of a folder."""
     named = record.info.get("split")
     if isinstance(named, bool) or not isinstance(named, str | int | None):
         return Dropped(key=record.key, reason=f"split {str(named)[:40]!r} is no name", file=record.file)
@@ -283,20 +282,20 @@ def _split(record: Record, split: str, val: float, test: float) -> str | Dropped
 
 
 def _prepare(item: Item, max_side: int) -> Item:
-    """The record as it is stored; Dropped where a field or an image has a fault."""
+    """Returns the record as it is stored; Dropped if a field or an image has a fault."""
     if not isinstance(item, Record):
         return item
     try:
         return _checked(item, max_side)
     except RecordError as error:
         return Dropped(key=item.key, reason=error.reason, file=item.file)
-    # Whatever a record holds, it never ends an import.
+    # No content of a record may end an import.
     except Exception as error:
         return Dropped(key=item.key, reason=f"cannot be used ({type(error).__name__}: {error})", file=item.file)
 
 
 def _checked(item: Record, max_side: int) -> Record:
-    """`_prepare`. Raises RecordError with what is wrong."""
+    """Does the work of `_prepare`. Raises RecordError for a fault, with its description."""
     info = dict(item.info)
     for name in LISTS_OF_TEXT:
         if isinstance(info.get(name), list):
@@ -310,24 +309,23 @@ def _checked(item: Record, max_side: int) -> Record:
         return replace(item, info=info)
     images, scales = zip(*(shrink(image, max_side) for image in item.images))
     if info.get("objects"):
-        # An object of a pair of images says which one it is in.
+        # For a pair of images, each object says which image it is in.
         scale = [scales[at if (at := o.get("image")) in range(len(scales)) else 0] for o in info["objects"]]
         info["objects"] = [{**o, "box": [x * s for x in o["box"]]} for o, s in zip(info["objects"], scale)]
     return replace(item, images=images, info=info)
 
 
 def shrink(data: bytes, max_side: int) -> tuple[bytes, float]:
-    """The image with its longer side at most `max_side` pixels, and the factor its sides were scaled by.
+    """Returns the image with its longer side at most `max_side` pixels, and the factor by which its sides were scaled.
 
-    An image that is small enough comes back as it is, any other as an RGB JPEG of quality 92. EXIF's orientation is kept, so
-    that boxes, which are in the stored pixels, need only be scaled. Raises what the decoders raise.
-    """
+    An image that is small enough is returned unchanged, any other as an RGB JPEG of quality 92. EXIF's orientation is kept, so
+    that boxes, which refer to the stored pixels, need only be scaled. Raises the exceptions of the decoders."""
     with open_image(data) as image:
         longest = max(image.size)
         turned = orientation(image)
     if longest <= max_side:
         return data, 1.0
-    # As a letterbox needs it: at least `max_side` pixels on the longer side.
+    # A letterbox needs at least `max_side` pixels on the longer side.
     pixels = Image.fromarray(read_pixels(data, Transform(size=max_side, mode="letterbox"), upright=False).numpy())
     scale = max_side / max(pixels.size)
     size = (max(2, round(pixels.width * scale)), max(2, round(pixels.height * scale)))

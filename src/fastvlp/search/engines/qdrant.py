@@ -1,8 +1,10 @@
-"""An index kept by a Qdrant server: a collection with its stamp as metadata. The server divides and copies it as it is set up.
+"""An index on a Qdrant server: a collection whose metadata is the stamp. The server divides and replicates it by its own
+settings.
 
-Of points with equal vectors one has its vector as `node`, of which Qdrant makes a graph; the others have theirs as `copy`,
-of which it makes none (`vector_keys`). A filter looks for terms: hashes of a field and its value. So any field can be
-searched by one index of the payload, which there must be before the graph is made, and true is not 1, but 1.0 is.
+If several points have equal vectors, one of them stores its vector under the name `node`, for which Qdrant makes a graph. The
+others store theirs under the name `copy`, for which it makes none (`vector_keys`). A filter looks for terms: hashes of a field
+and its value. So one index of the payload serves all fields; it must exist before the graph is made. The terms of true and 1
+differ, and those of 1 and 1.0 are the same.
 
 Many processes may read and write at once.
 """
@@ -31,16 +33,17 @@ from fastvlp.search.checks import DEEPEST, EngineError, Scalar
 from fastvlp.search.engines.interface import Hit, IndexEngine, Item, Stamp, checked_stamp, vector_keys
 from fastvlp.search.exact import fits
 
-# Of the graph (HNSW, arXiv 1603.09320).
+# Settings of the graph (HNSW, arXiv 1603.09320).
 NEIGHBOURS, CONSTRUCTION, CANDIDATES = 24, 128, 128
-# Numbers of the vectors in one request: with twenty bytes each, a third of what a server takes (32 MB). Ids of one request.
+# Largest number of vector elements in one request: at twenty bytes each, a third of what a server accepts (32 MB). Largest
+# number of ids in one request.
 NUMBERS, CHUNK = 2**19, 2000
-# Queries of one request.
+# Largest number of queries in one request.
 QUERIES = 64
-# Seconds that a request may take.
+# Timeout of a request, in seconds.
 TIMEOUT = 60
 KEY = "QDRANT_API_KEY"
-# What a point carries. Qdrant's own ids are numbers: a point's is a hash of the item's.
+# Fields of a point. Qdrant takes only numbers and UUIDs as ids, so a point's id is a UUID made from the item's id.
 ID, INFO, SAME, COPIED, TERMS = "id", "info", "same", "copied", "terms"
 NODE, COPY = "node", "copy"
 YES = "yes"
@@ -48,7 +51,8 @@ _IDS = uuid.UUID("5d0c6d0e-9c3f-4d0c-8b5e-1f6d9a7c2b41")
 
 
 class QdrantIndex(IndexEngine):
-    """The key is read from the environment, QDRANT_API_KEY: an address is printed, and stands in the list of processes."""
+    """An index in Qdrant. The key is read from the environment variable QDRANT_API_KEY and not from the address, because
+    addresses are printed and appear in the list of processes."""
 
     prefixes = ("qdrant://", "qdrant+https://")
     address = "qdrant://HOST:PORT/COLLECTION or qdrant+https://... of a Qdrant server"
@@ -106,13 +110,13 @@ class QdrantIndex(IndexEngine):
 
         m = self._models
         graph = m.HnswConfigDiff(m=NEIGHBOURS, ef_construct=CONSTRUCTION)
-        # Vectors have length one, so that the product is the cosine. By Distance.COSINE they would come back rounded.
+        # Vectors have length one, so the product is the cosine. With Distance.COSINE Qdrant would return them rounded.
         vectors = {
             NODE: m.VectorParams(size=stamp.width, distance=m.Distance.DOT, hnsw_config=graph),
             COPY: m.VectorParams(size=stamp.width, distance=m.Distance.DOT, hnsw_config=m.HnswConfigDiff(m=0)),
         }
         try:
-            # A collection is there with its stamp or not at all.
+            # The collection and its stamp are made in one call, so that neither exists without the other.
             self._client.create_collection(self._name, vectors_config=vectors, metadata=asdict(stamp))
         except UnexpectedResponse as error:
             if error.status_code != 409:  # another process has just made it
@@ -166,13 +170,13 @@ class QdrantIndex(IndexEngine):
                 self._add_part(ids[part], vectors[part], infos[part])
 
     def _add_part(self, ids: Sequence[str], vectors: np.ndarray, infos: Sequence[Mapping[str, Scalar]]) -> None:
-        """Each step leaves an index in which a search finds what was there before."""
+        """Adds or replaces items. After each step a search still finds all items that were in the index before."""
         keys = vector_keys(vectors)
         key_of = dict(zip(ids, keys))
         leaving = [point for point in self._nodes(ids) if point.payload[SAME] != key_of[point.payload[ID]]]
         self._hand_over(leaving, ids)
         gone = {point.payload[ID] for point in leaving}
-        # Which item is the node of each vector; those that are copied already.
+        # The item that is the node of each vector, and the nodes that already have copies.
         node_of: dict[str, str] = {}
         copied: set[str] = set()
         for point in self._scroll(self._having(f"{NODE}:{key}" for key in {*keys})):
@@ -195,11 +199,12 @@ class QdrantIndex(IndexEngine):
     ) -> Any:
         terms = [f"{kind}:{key}", *(_term(name, value) for name, value in info.items())]
         payload = {ID: id, INFO: dict(info), SAME: key, TERMS: terms} | ({COPIED: YES} if copied else {})
-        # Where there was a point of that id, it is replaced whole, with its vectors.
+        # An existing point with that id is replaced completely, including its vectors.
         return self._models.PointStruct(id=_point_id(id), vector={kind: list(vector)}, payload=payload)
 
     def _hand_over(self, leaving: Iterable[Any], changing: Sequence[str]) -> None:
-        """Makes a copy of each vector that loses its node the new node; not one of the items that are changing as well."""
+        """For each vector that loses its node, makes one of its copies the new node. Copies that are being changed too are not
+        used."""
         others = self._models.HasIdCondition(has_id=[*map(_point_id, changing)])
         for point in leaving:
             if not point.payload.get(COPIED):
@@ -211,7 +216,7 @@ class QdrantIndex(IndexEngine):
                 self._client.upsert(self._name, [new], wait=True)
 
     def _nodes(self, ids: Sequence[str]) -> list[Any]:
-        """Those of the items that are in the graph."""
+        """Returns those of the items that are in the graph."""
         return [*filter(_is_node, self._points(ids))]
 
     def _points(self, ids: Sequence[str], vectors: bool = False) -> list[Any]:
@@ -263,8 +268,8 @@ class QdrantIndex(IndexEngine):
         return [_best([*nodes, *copies], k, where) for nodes, copies in zip(answers, answers[len(vectors) :])]
 
     def _search_graph(self, vectors: np.ndarray, k: int, where: Mapping[str, Sequence[Scalar]]) -> list[list[Hit]]:
-        """Asks for the nearest nodes, and for copies of them. Where too few of these fit a filter, it asks for more."""
-        # A copy may fit where its node does not.
+        """Finds the nearest nodes and their copies. If too few of them match the filter, it asks for more."""
+        # A copy may match the filter even if its node does not.
         which = self._having(where=where, or_copied=True)
         results: list[list[Hit]] = [[] for _ in vectors]
         asked, unfinished = k, [*range(len(vectors))]
@@ -315,7 +320,8 @@ class QdrantIndex(IndexEngine):
         or_copied: bool = False,
         but: Any = None,
     ) -> Any:
-        """A filter for points with one of the terms, if any are given, whose fields have the values, or that have copies."""
+        """Returns a filter for points that have one of the terms, if any are given, and whose fields have the values, or that
+        have copies."""
         m = self._models
         wanted = [[*terms], *([_term(name, value) for value in values] for name, values in (where or {}).items())]
         conditions = [m.FieldCondition(key=TERMS, match=m.MatchAny(any=some)) for some in wanted if some]
@@ -343,7 +349,7 @@ def _is_node(point: Any) -> bool:
 
 
 def _term(name: str, value: Scalar) -> str:
-    """A short text for a field and its value: the same for 1 and 1.0, another for true."""
+    """Returns a short text for a field and its value. It is the same for 1 and 1.0, and another one for true."""
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     return blake2b(json.dumps([name, value]).encode(), digest_size=8).hexdigest()
