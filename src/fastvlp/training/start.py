@@ -28,7 +28,7 @@ from fastvlp.model.saving import Inheritance, inherit, inherit_objectives, load_
 from fastvlp.model.sizes import with_tokenizer
 from fastvlp.random import hash64
 from fastvlp.training.blocks import compile_blocks, recompute_blocks
-from fastvlp.training.checkpoint import CHECKPOINT, read_checkpoint, restore
+from fastvlp.training.checkpoint import CHECKPOINT
 from fastvlp.training.continuing import check_names
 from fastvlp.training.division import Division, divide
 from fastvlp.training.encoder_checks import check_encoders
@@ -36,6 +36,7 @@ from fastvlp.training.flops import FlopCounter
 from fastvlp.training.optim import build_optimiser
 from fastvlp.training.pretraining import Pretraining
 from fastvlp.training.public_start import check_tokens, completed, load_encoders, public_tokenizer, read_encoders
+from fastvlp.training.restore import read_checkpoint, restore
 from fastvlp.training.state import TrainState
 from fastvlp.training.stored_inputs import stored_inputs
 from fastvlp.training.train_config import TrainConfig, check

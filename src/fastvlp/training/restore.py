@@ -1,0 +1,112 @@
+"""Reads the checkpoint of a run that continues, and brings the run to where it stood."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastvlp import dist
+from fastvlp.errors import UserError
+from fastvlp.model.saving import load_exactly
+from fastvlp.tensor_files import not_finite
+from fastvlp.training.checkpoint import CHECKPOINT, COUNTERS, LATER_COUNTERS, group_names, load_checkpoint
+from fastvlp.training.continuing import changed_data, changed_fields, check_names, first_batch, refuse, remeasured
+from fastvlp.training.state import TrainState
+from fastvlp.training.train_config import TrainConfig
+
+
+def read_checkpoint(run: TrainConfig, change: Collection[str] = ()) -> dict[str, Any]:
+    """The last checkpoint of a run. Raises UserError if another run saved it. `change`: fields that may differ."""
+    path = run.folder / CHECKPOINT
+    saved = load_checkpoint(path)
+    if missing := {"run", "rows", "ranks", "pretraining", "optimiser", "ema", "dropped", *COUNTERS} - set(saved):
+        raise UserError(f"{path}: not a checkpoint of a run, it lacks {', '.join(sorted(missing))}")
+    with _expect_form(path):
+        changed = changed_fields(saved, run)
+        allowed = check_names(run, change, saved["run"])
+    refuse(path, changed, allowed)
+    return saved
+
+
+def restore(state: TrainState, saved: Mapping[str, Any], change: Collection[str] = ()) -> None:
+    """Brings a new state, whose weights are loaded, to where the checkpoint stood. Raises UserError if its data had other
+    records, and where it holds something else than was saved. `change`: fields that may differ."""
+    path = state.run.folder / CHECKPOINT
+    with _expect_form(path):
+        changed = changed_data(saved, state.run, state.contents, state.train.count)
+        allowed = check_names(state.run, change, saved["run"])
+    refuse(path, changed, allowed)
+    with _expect_form(path):
+        state.changed = changed_fields(saved, state.run) | changed
+        if state.division.began != saved["ranks"]:
+            state.changed["ranks"] = (saved["ranks"], state.division.began)
+        if state.ema is not None and saved["ema"] is None:
+            state.ema.module.load_state_dict(state.pretraining.state_dict())
+        elif state.ema is not None:
+            averaged = saved["ema"]
+            if state.sharding is not None:
+                averaged = state.sharding.parts_of(averaged, state.ema.state_dict())
+            load_exactly(state.ema, averaged, path)
+        # Moments are matched by order; older checkpoints do not name their parameters.
+        if saved.get("groups", own := group_names(state)) != own:
+            raise UserError(
+                f"{path}: its optimiser has other groups of parameters; `optim.head_multiplier`, `optim.cross_multiplier`, "
+                f"`optim.layer_decay`, `optim.spared`, `optim.parts`, `optim.matrices` and what is trained cannot group them "
+                f"otherwise in a continued run: give the values that it was saved with, or start a new run from its weights "
+                f"with `init`"
+            )
+        moments = saved["optimiser"]
+        if state.sharding is not None:
+            parameters = [p for group in state.optimiser.param_groups for p in group["params"]]
+            moments = state.sharding.moments_of(moments, parameters)
+        load_optimiser(state.optimiser, moments)
+        state.dropped = {str(key): str(reason) for key, reason in saved["dropped"].items()} | state.dropped
+        state.notes = dict(saved.get("notes", {}))
+        state.earlier_length = replace(state.run, **{name: saved["run"][name] for name in ("steps", "budget_s")}).length
+        for name in (*COUNTERS, *LATER_COUNTERS):
+            kind, value = type(getattr(state, name)), saved.get(name, 0)
+            if not isinstance(value, kind | int) or isinstance(value, bool) or not value >= 0:
+                raise ValueError(f"{name} is {value!r}")
+            setattr(state, name, kind(value))
+        state.remeasured = remeasured(saved, state.run, state.changed)
+        if state.remeasured:
+            state.best, state.stale, state.validated = math.inf, 0, 0
+        state.skipped_batches = first_batch(saved, state.run, state.train) - state.step * state.division.micro
+    state.saved = state.step
+
+
+def load_optimiser(optimiser: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
+    """Takes the moments, and the rate of the last step; everything else is the run's own. Raises ValueError if they are of
+    other parameters, or a number is not finite."""
+    options = [
+        {name: x for name, x in group.items() if name not in ("params", "lr")} for group in optimiser.param_groups
+    ]
+    optimiser.load_state_dict(saved)
+    for group, own in zip(optimiser.param_groups, options):
+        group.update(own)
+    numbers = [(name, x) for group in saved["param_groups"] for name, x in group.items() if isinstance(x, float)]
+    if wrong := [name for name, x in numbers if not math.isfinite(x)]:
+        raise ValueError(f"{wrong[0]} of the optimiser is not finite")
+    for parameter, moments in optimiser.state.items():
+        shapes = {name: x.shape for name, x in moments.items() if isinstance(x, torch.Tensor) and name != "step"}
+        own = dict(zip(moments, dist.own_parts(moments.values())))
+        if wrong := [name for name, shape in shapes.items() if shape != parameter.shape] or not_finite(own):
+            raise ValueError(f"{wrong[0]} of the optimiser is of another shape, or not finite")
+
+
+@contextmanager
+def _expect_form(path: Path) -> Iterator[None]:
+    """Turns what reading a checkpoint of another form raises into a UserError."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        reason = str(error).partition("\n")[0][:200] or type(error).__name__
+        raise UserError(f"{path}: not what a run saves ({reason}); restore the file or start the run anew") from error
