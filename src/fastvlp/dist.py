@@ -138,27 +138,28 @@ def own_parts(tensors: Iterable[Tensor]) -> list[Tensor]:
     return [getattr(x.detach(), "to_local", x.detach)() for x in tensors]
 
 
-def all_reduce_sum(x: Tensor) -> Tensor:
-    """The sum over ranks, without gradients, in a new tensor."""
+def all_reduce_sum(x: Tensor, group: torch_dist.ProcessGroup | None = None) -> Tensor:
+    """The sum over ranks, without gradients, in a new tensor. `group`: a thread beside the training needs one of its own, or
+    the two would take each other's messages."""
     if not active():
         return x
     x = x.detach().clone()
-    torch_dist.all_reduce(x)
+    torch_dist.all_reduce(x, group=group)
     return x
 
 
-def gather_objects(value: Any) -> list[Any]:
+def gather_objects(value: Any, group: torch_dist.ProcessGroup | None = None) -> list[Any]:
     """Gathers an object from each rank, in rank order, on every rank. It is meant for small objects, which are pickled
     between our own processes."""
     if not active():
         return [value]
     values = [None] * world()
-    torch_dist.all_gather_object(values, value)
+    torch_dist.all_gather_object(values, value, group=group)
     return values
 
 
 @contextmanager
-def together(device: torch.device) -> Iterator[None]:
+def together(device: torch.device, group: torch_dist.ProcessGroup | None = None) -> Iterator[None]:
     """Context whose error is raised on every rank, not only on the one that has it, for which the others would wait. The ranks
     must not communicate inside it."""
     error: Exception | None = None
@@ -166,8 +167,8 @@ def together(device: torch.device) -> Iterator[None]:
         yield
     except Exception as caught:
         error = caught
-    if active() and all_reduce_sum(torch.tensor([error is not None], device=device).float()).item():
-        messages = gather_objects(None if error is None else str(error))
+    if active() and all_reduce_sum(torch.tensor([error is not None], device=device).float(), group).item():
+        messages = gather_objects(None if error is None else str(error), group)
         if error is None:
             rank_, message = next((i, message) for i, message in enumerate(messages) if message is not None)
             raise UserError(f"rank {rank_}: {message}")

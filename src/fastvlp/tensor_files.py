@@ -67,6 +67,12 @@ def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
         return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
 
 
+def file_checksum(path: Path) -> str:
+    """The checksum of the bytes of a file. Raises OSError."""
+    with path.open("rb") as file:
+        return checksum(iter(lambda: file.read(CHUNK), b""))
+
+
 def _checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
     def parts() -> Iterator[Any]:
         yield repr(sorted(metadata.items())).encode()

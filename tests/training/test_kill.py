@@ -18,13 +18,15 @@ from tests.training.runs import assert_equal, made_pairs
 RECIPE = """
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
+
+import torch
 
 from fastvlp.data.pairs import PairMaker
 from tests.training.runs import made_run
 
-make = PairMaker.__call__
+make, write = PairMaker.__call__, torch.save
+HERE = Path(__file__).parent
 
 
 def slowly(self, rows):
@@ -32,12 +34,18 @@ def slowly(self, rows):
     return make(self, rows)
 
 
-PairMaker.__call__ = slowly
+def write_slowly(state, file):
+    write(state, file)
+    if state["step"] == 10 and (HERE / "slow").exists():
+        (HERE / "writing").touch()
+        time.sleep(100)
+
+
+PairMaker.__call__, torch.save = slowly, write_slowly
 
 
 def mine():
-    here = Path(__file__).parent
-    return made_run(here / "pairs", here / "run", dropout=0.1, steps=60, checkpoint_every=5, batch_size=4, threads=1)
+    return made_run(HERE / "pairs", HERE / "run", dropout=0.1, steps=60, checkpoint_every=5, batch_size=4, threads=1)
 """
 COMMAND = [sys.executable, "-c", "import sys; from fastvlp.cli import main; sys.exit(main())", "pretrain"]
 
@@ -67,12 +75,14 @@ def wait_for(path: Path, process: subprocess.Popen) -> None:
 
 @pytest.mark.slow
 def test_kill_9_then_resume_equals_an_undisturbed_run(folder):
+    # While the training goes on, all of the second checkpoint is in a file that does not have its name yet.
+    (folder / "slow").touch()
     process = run(folder)
-    wait_for(folder / "run/last.pt", process)
-    time.sleep(0.3)
+    wait_for(folder / "writing", process)
     process.kill()
     process.communicate()
-    assert 5 <= load_checkpoint(folder / "run/last.pt")["step"] < 60
+    (folder / "slow").unlink()
+    assert load_checkpoint(folder / "run/last.pt")["step"] == 5 and (folder / "run/last.pt.tmp").stat().st_size
     again, straight = run(folder, "--resume"), run(folder, "--out", str(folder / "straight"))
     for process in (again, straight):
         said, _ = process.communicate(timeout=90)

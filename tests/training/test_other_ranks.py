@@ -14,6 +14,7 @@ from fastvlp.model.saving import load_model
 from fastvlp.training.checkpoint import load_checkpoint
 from fastvlp.training.division import Division, divide
 from fastvlp.training.loop import train
+from fastvlp.training.part_files import FOLDERS
 from fastvlp.training.train_config import check
 from tests.processes import on_ranks
 from tests.training.families import FAMILIES, family_run, made_world, train_all
@@ -66,6 +67,21 @@ def test_a_run_that_stopped_on_four_ranks_continues_on_two(folder, name, how):
     assert_same_run(folder / "one" / name, folder / how / name)
     saved = load_checkpoint(folder / how / name / "last.pt")
     assert (saved["ranks"], saved["batches"], saved["step"]) == (4, 3, 3)
+
+
+@pytest.mark.slow
+def test_each_rank_writes_its_own_parts(folder):
+    """And nobody all of them: the main rank has the weights alone, a third or a fourth of what is saved."""
+    (parts,) = (
+        folder / "sharded" / "flip_demo" / name
+        for name in FOLDERS
+        if (folder / "sharded" / "flip_demo" / name).exists()
+    )
+    sizes = [path.stat().st_size for path in parts.iterdir()]
+    assert len(sizes) == 2 and max(sizes) < 1.3 * min(sizes)
+    assert (parts.parent / "last.pt").stat().st_size < min(sizes) / 2
+    # What went on without `shard` has one file again.
+    assert not any((folder / "united" / "flip_demo" / name).exists() for name in FOLDERS)
 
 
 @pytest.mark.slow

@@ -201,7 +201,7 @@ def test_a_checkpoint_is_saved_after_so_many_seconds(pairs, tmp_path, monkeypatc
     run = made_run(pairs, tmp_path / "a", "mlm", steps=6, validate_every=None, checkpoint_every=None, checkpoint_s=2.5)
     monkeypatch.setattr(loop, "agree", lambda *_: 1.0)  # each step takes a second
     saved = []
-    monkeypatch.setattr(loop, "save", lambda state: saved.append(state.step) or save(state))
+    monkeypatch.setattr(loop, "save", lambda state, **how: saved.append(state.step) or save(state, **how))
     train(run)
     assert saved[:2] == [3, 6]
 

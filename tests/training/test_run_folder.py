@@ -76,17 +76,24 @@ def test_a_run_that_cannot_begin_leaves_no_folder(tmp_path):
 
 
 def test_a_folder_that_becomes_read_only_ends_the_run_with_that_cause(pairs, tmp_path, monkeypatch):
-    run = made_run(pairs, tmp_path / "run", "clip", steps=5, checkpoint_every=2, log_every=100)
+    run = made_run(pairs, tmp_path / "run", "clip", steps=20, checkpoint_every=2, log_every=100)
     straight = loop.steps
 
-    def refuse(self, *_, **__):
-        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(self))
+    def refusing(work):
+        def refuse(self, *args, **options):
+            if self.is_relative_to(run.folder):
+                raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(self))
+            return work(self, *args, **options)
+
+        return refuse
 
     def steps(state):
         for report in straight(state):
             if report.step == 3:
-                monkeypatch.setattr(Path, "open", refuse)
-                monkeypatch.setattr(Path, "unlink", refuse)
+                # The checkpoint of step 2 is written in the background.
+                state.saving.result()
+                monkeypatch.setattr(Path, "open", refusing(Path.open))
+                monkeypatch.setattr(Path, "unlink", refusing(Path.unlink))
             yield report
 
     monkeypatch.setattr(loop, "steps", steps)

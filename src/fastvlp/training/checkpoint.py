@@ -1,19 +1,25 @@
-"""Saves a run in its folder: its whole state in one file, the weights, and its config.
+"""Saves a run in its folder: its whole state, the weights, and its config.
 
-A file is written whole or not at all.
+A file is written whole or not at all. The state is in one file, which of a sharded run names those with the tensors.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from contextlib import nullcontext
+from collections import ChainMap
+from collections.abc import Callable, Collection, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import wait as wait_for
+from contextlib import contextmanager, nullcontext
+from copy import deepcopy
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastvlp import dist
 from fastvlp.config import Json, to_json
@@ -27,16 +33,22 @@ from fastvlp.objectives.saved_objectives import describe
 from fastvlp.plain_json import with_checksum
 from fastvlp.provenance import about
 from fastvlp.tensor_files import check_torch_file, not_finite
+from fastvlp.training.part_files import KINDS, check_parts, next_folder, remove_parts, with_tensors, write_parts
 from fastvlp.training.pretraining import Pretraining
 from fastvlp.training.run_folder import check_in_place
 from fastvlp.training.state import TrainState
 from fastvlp.training.train_config import TrainConfig
+
+if TYPE_CHECKING:
+    from fastvlp.training.sharding import Sharding
 
 CHECKPOINT = "last.pt"
 # Fields of the state that are saved and restored as they are.
 COUNTERS = ("step", "elapsed", "pairs", "tokens", "bad_steps", "skipped", "best")
 # Those that older checkpoints lack: 0 there.
 LATER_COUNTERS = ("stale", "validated")
+# Under this name the checkpoint of a sharded run has the files of its tensors.
+PARTS = "parts"
 
 
 def save_checkpoint(path: str | Path, state: dict[str, Any]) -> None:
@@ -56,9 +68,12 @@ def save_checkpoint(path: str | Path, state: dict[str, Any]) -> None:
             raise OSError(*reason) from error
 
 
-def load_checkpoint(path: str | Path) -> dict[str, Any]:
-    """The saved state on the CPU, whatever device it was saved from. Raises UserError if the file is missing, or is not what
-    was written."""
+def load_checkpoint(path: str | Path, kinds: Collection[str] = KINDS) -> dict[str, Any]:
+    """The saved state on the CPU, whatever device it was saved from. Raises UserError if a file is missing, or is not what was
+    written.
+
+    kinds: the tensors to read where they are in files of their own. All ranks then call this together.
+    """
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no checkpoint here; give the folder of a run that has saved one")
@@ -74,12 +89,17 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         ) from error
     if not isinstance(state, dict):
         raise UserError(f"{path}: not a checkpoint of a run, it holds a {type(state).__name__}")
-    return state
+    if PARTS not in state:
+        return state
+    with expect_form(path):
+        return with_tensors(check_parts(path.parent, state[PARTS]), state, kinds)
 
 
-def save(state: TrainState, *, wait: bool = True) -> None:
-    """Everything that `restore` needs, and the weights alone beside it. The main rank writes, and the others `wait` for it:
-    what it cannot write is an error of all.
+def save(state: TrainState, *, wait: bool = True, background: bool = False) -> None:
+    """Everything that a resumed run needs, and the weights alone beside it. The main rank writes; of a sharded run each rank
+    writes its parts. All `wait` for each other: what one cannot write is an error of all.
+
+    background: Write a copy while the training goes on. `check_saving` and `finish_save` raise what was wrong.
 
     Raises UserError if a weight is not finite, so that what was saved before stays, where the folder was removed, and where
     the disk is full.
@@ -87,70 +107,135 @@ def save(state: TrainState, *, wait: bool = True) -> None:
     if state.sharding is not None and not wait:
         # The weights of a rank that has ended are lost.
         return
+    finish_save(state, wait=wait)
     with dist.together(state.device) if wait else nullcontext():
         check_finite(state)
-    whole = gather(state)
+    if state.sharding is not None:
+        state.saving = begun(sharded_writer(state))
+    else:
+        source = copied(state) if background and dist.is_main() else state
+        state.saving = begun(whole_writer(source))
+        if source is state:
+            wait_for([state.saving])
+    if not background:
+        finish_save(state, wait=wait)
+
+
+def begun(write: Callable[[], int]) -> Future[int]:
+    """What a function returns that runs in a thread of its own."""
+    pool = ThreadPoolExecutor(1, "checkpoint")
+    written = pool.submit(write)
+    pool.shutdown(wait=False)
+    return written
+
+
+def check_saving(state: TrainState) -> None:
+    """Raises what was wrong with a save in the background, if this rank knows it already."""
+    if state.saving is not None and state.saving.done():
+        state.saving.result()
+
+
+def finish_save(state: TrainState, *, wait: bool = True) -> None:
+    """Waits until the last save is on the disk, and raises what was wrong with it; on all ranks if they `wait` for each
+    other."""
+    saving = state.saving
+    if saving is None:
+        return
+    wait_for([saving])
+    state.saving = None
     with dist.together(state.device) if wait else nullcontext():
-        write_state(state, whole)
-    if wait:
-        state.saved = state.step
+        step = saving.result()
+    state.saved = step
 
 
-class Whole(NamedTuple):
-    """The weights and optimiser state of a run, gathered from all ranks, as they are saved.
+def copied(state: TrainState) -> TrainState:
+    """The state as it is now, with copies of its tensors in the CPU's memory. It is the state itself if it cannot be copied."""
+    modules = (state.pretraining, *([] if state.ema is None else [state.ema]))
+    tensors = [x for module in modules for x in (*module.parameters(), *module.buffers())]
+    tensors += [x for moments in state.optimiser.state.values() for x in moments.values() if isinstance(x, Tensor)]
+    try:
+        # What is one tensor, such as a frozen one of a momentum copy, stays one.
+        copies = {id(x): cpu_copy(x) for x in tensors}
+        pretraining, ema, optimiser = deepcopy((state.pretraining, state.ema, state.optimiser), copies)
+    except Exception:
+        # There is no room, or an encoder of a user's own refuses: then the training waits until all is written.
+        return state
+    return replace(state, pretraining=pretraining, model=pretraining.model, ema=ema, optimiser=optimiser)
 
-    Attributes:
-        pretraining, optimiser, ema: their states.
-        evaluated: the module whose weights are validated.
-    """
 
-    pretraining: dict[str, Tensor]
-    optimiser: dict[str, Any]
-    ema: dict[str, Tensor] | None
-    evaluated: Pretraining
+def cpu_copy(x: Tensor) -> Tensor:
+    copy = x.detach().to("cpu", copy=True)
+    return nn.Parameter(copy, x.requires_grad) if isinstance(x, nn.Parameter) else copy
+
+
+def whole_writer(state: TrainState) -> Callable[[], int]:
+    """A function that writes a run whose ranks have all weights; only the main rank writes."""
+    if not dist.is_main():
+        return partial(int, state.step)
+    tensors = {
+        "pretraining": state.pretraining.state_dict(),
+        "optimiser": state.optimiser.state_dict(),
+        "ema": None if state.ema is None else state.ema.state_dict(),
+    }
+    return partial(write_state, state, described(state) | tensors, state.evaluated)
+
+
+def sharded_writer(state: TrainState) -> Callable[[], int]:
+    """A function that writes a sharded run from copies: the parts of this rank, and on the main rank what names them. All
+    ranks call it together, and then the function."""
+    sharding, optimiser, moment = cast("Sharding", state.sharding), state.optimiser.state_dict(), replace(state)
+    with dist.together(state.device):
+        folder = next_folder(state.run.folder, sharding.part_folder) if dist.is_main() else None
+    folder = dist.gather_objects(folder)[0]
+    tensors = {f"pretraining.{name}": x for name, x in state.pretraining.state_dict().items()}
+    tensors |= {f"optimiser.{i}.{name}": x for i, of in optimiser["state"].items() for name, x in of.items()}
+    tensors |= {} if state.ema is None else {f"ema.{name}": x for name, x in state.ema.state_dict().items()}
+    parts, evaluated = sharding.own_parts(tensors), sharding.whole(state.evaluated)
+    rest = {"pretraining": {}, "optimiser": {"param_groups": optimiser["param_groups"]}, "ema": None}
+    saved = described(state) | rest
+
+    def write() -> int:
+        with dist.together(torch.device("cpu"), sharding.saving_group):
+            own = write_parts(moment.run.folder / folder, parts)
+        checksums = dict(ChainMap(*dist.gather_objects(own, sharding.saving_group)))
+        if evaluated is not None:
+            write_state(moment, {**saved, PARTS: {"folder": folder, "checksums": checksums}}, evaluated)
+        return moment.step
+
+    return write
+
+
+def described(state: TrainState) -> dict[str, Any]:
+    """What is saved of a run besides tensors. It stays as it is while the training goes on."""
+    return {name: getattr(state, name) for name in (*COUNTERS, *LATER_COUNTERS)} | {
+        "dropped": dict(state.dropped),
+        "notes": deepcopy(state.notes),
+        "run": to_json(state.run),
+        "rows": state.train.count,
+        "contents": state.contents,
+        # Of each of the ranks on which the run began.
+        "batches": state.train.planned(state.batches),
+        "places": state.train.place(state.batches),
+        "ranks": state.division.began,
+        "groups": group_names(state),
+    }
+
+
+def write_state(state: TrainState, saved: dict[str, Any], evaluated: Pretraining) -> int:
+    """Writes what is `saved` of a run, and the weights of the module `evaluated`. Returns the step."""
+    check_in_place(state.lock)
+    save_checkpoint(state.run.folder / CHECKPOINT, saved)
+    folder = saved[PARTS]["folder"] if PARTS in saved else None
+    if state.sharding is not None:
+        state.sharding.part_folder = folder
+    remove_parts(state.run.folder, keep=folder)
+    save_weights(state, "last", evaluated)
+    return state.step
 
 
 def evaluated_whole(state: TrainState) -> Pretraining | None:
     """The module that is validated, with whole weights; None on all ranks but the main one where they are divided."""
-    return state.evaluated if state.sharding is None else state.sharding.whole(state.evaluated)[0]
-
-
-def gather(state: TrainState) -> Whole | None:
-    """The weights of a run as they are saved; None on all ranks but the main one where they are divided."""
-    ema = None if state.ema is None else state.ema.state_dict()
-    if state.sharding is None:
-        return Whole(state.pretraining.state_dict(), state.optimiser.state_dict(), ema, state.evaluated)
-    evaluated, weights = state.sharding.whole(state.evaluated)
-    optimiser = state.sharding.gathered(state.optimiser.state_dict())
-    if ema is not None:
-        # The averages are in memory already.
-        ema = {name: weights.get(name.removeprefix("module."), x) for name, x in ema.items()}
-        weights = state.sharding.gathered(state.pretraining.state_dict())
-    return None if evaluated is None else Whole(weights, optimiser, ema, evaluated)
-
-
-def write_state(state: TrainState, whole: Whole | None) -> None:
-    """Writes what is saved of a run, on the main rank alone."""
-    if dist.is_main() and whole is not None:
-        check_in_place(state.lock)
-        saved: dict[str, Any] = {name: getattr(state, name) for name in (*COUNTERS, *LATER_COUNTERS)} | {
-            "dropped": state.dropped,
-            "notes": state.notes,
-            "run": to_json(state.run),
-            "rows": state.train.count,
-            "contents": state.contents,
-            # Of each of the ranks on which the run began.
-            "batches": state.train.planned(state.batches),
-            "places": state.train.place(state.batches),
-            "ranks": state.division.began,
-            "pretraining": whole.pretraining,
-            "optimiser": whole.optimiser,
-            "groups": group_names(state),
-            "ema": whole.ema,
-        }
-        save_checkpoint(state.run.folder / CHECKPOINT, saved)
-        save_weights(state, "last", whole.evaluated)
-        state.saved = state.step
+    return state.evaluated if state.sharding is None else state.sharding.whole(state.evaluated)
 
 
 def check_finite(state: TrainState) -> None:
@@ -207,3 +292,15 @@ def group_names(state: TrainState) -> list[list[str]]:
     """The names of the parameters in each group of the optimiser."""
     names = {id(parameter): name for name, parameter in state.pretraining.named_parameters()}
     return [[names[id(parameter)] for parameter in group["params"]] for group in state.optimiser.param_groups]
+
+
+@contextmanager
+def expect_form(path: Path) -> Iterator[None]:
+    """Turns what reading a checkpoint of another form raises into a UserError."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        reason = str(error).partition("\n")[0][:200] or type(error).__name__
+        raise UserError(f"{path}: not what a run saves ({reason}); restore the file or start the run anew") from error

@@ -25,7 +25,7 @@ from fastvlp.errors import UserError
 from fastvlp.objectives.equal_pairs import contents, has_equal
 from fastvlp.objectives.objective import Loss, combine, constant
 from fastvlp.random import hash64
-from fastvlp.training.checkpoint import CHECKPOINT, save, save_config
+from fastvlp.training.checkpoint import CHECKPOINT, check_saving, finish_save, save, save_config
 from fastvlp.training.first_lines import log_dropped, log_start
 from fastvlp.training.flops import Shape
 from fastvlp.training.gradient_cache import cache_gradients
@@ -52,6 +52,7 @@ def steps(state: TrainState) -> Generator[StepReport, None, None]:
     while state.progress < 1 and not state.stop:
         began, waited, dropped_before = state.clock(), time.perf_counter(), len(state.dropped)
         with dist.together(state.device):
+            check_saving(state)
             micro = [next_batch(state, batches) for _ in range(state.division.micro)]
         data_wait = time.perf_counter() - waited
         micro = [augmented(batch, run.augment) for batch in micro]
@@ -324,7 +325,8 @@ def train_to_end(state: TrainState, log: RunLog) -> None:
         # After a skipped step nothing is saved: the weights may be broken, and the last checkpoint is not.
         is_overdue = run.checkpoint_s is not None and state.elapsed - saved >= run.checkpoint_s
         if (validates(state) or due(run.checkpoint_every, state.step) or is_overdue) and not state.bad_steps:
-            save(state)
+            # A validation may fail: it begins when all is on the disk.
+            save(state, background=not validates(state))
             saved = state.elapsed
         if validates(state):
             validate_and_keep_best(state, log)
@@ -346,7 +348,12 @@ def train_to_end(state: TrainState, log: RunLog) -> None:
 def saved_on_failure(state: TrainState) -> Iterator[None]:
     """Context that saves the state before an error is raised, if the weights are not broken."""
     try:
-        yield
+        try:
+            yield
+        finally:
+            # Nothing is written into the folder any more once it is not locked. Here an older error says more.
+            with suppress(Exception):
+                finish_save(state, wait=False)
     except Exception as caught:
         error = dist.explained(caught)
         sound = state.between_steps and state.bad_steps < state.run.max_bad_steps

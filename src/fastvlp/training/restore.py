@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,19 +13,29 @@ from fastvlp import dist
 from fastvlp.errors import UserError
 from fastvlp.model.saving import load_exactly
 from fastvlp.tensor_files import not_finite
-from fastvlp.training.checkpoint import CHECKPOINT, COUNTERS, LATER_COUNTERS, group_names, load_checkpoint
+from fastvlp.training.checkpoint import (
+    CHECKPOINT,
+    COUNTERS,
+    LATER_COUNTERS,
+    PARTS,
+    expect_form,
+    group_names,
+    load_checkpoint,
+)
 from fastvlp.training.continuing import changed_data, changed_fields, check_names, first_batch, refuse, remeasured
+from fastvlp.training.part_files import with_tensors
 from fastvlp.training.state import TrainState
 from fastvlp.training.train_config import TrainConfig
 
 
 def read_checkpoint(run: TrainConfig, change: Collection[str] = ()) -> dict[str, Any]:
-    """The last checkpoint of a run. Raises UserError if another run saved it. `change`: fields that may differ."""
+    """The last checkpoint of a run; of a sharded run without moments and averages, which `restore` reads. Raises UserError if
+    another run saved it. `change`: fields that may differ."""
     path = run.folder / CHECKPOINT
-    saved = load_checkpoint(path)
+    saved = load_checkpoint(path, kinds=["pretraining"])
     if missing := {"run", "rows", "ranks", "pretraining", "optimiser", "ema", "dropped", *COUNTERS} - set(saved):
         raise UserError(f"{path}: not a checkpoint of a run, it lacks {', '.join(sorted(missing))}")
-    with _expect_form(path):
+    with expect_form(path):
         changed = changed_fields(saved, run)
         allowed = check_names(run, change, saved["run"])
     refuse(path, changed, allowed)
@@ -38,14 +46,20 @@ def restore(state: TrainState, saved: Mapping[str, Any], change: Collection[str]
     """Brings a new state, whose weights are loaded, to where the checkpoint stood. Raises UserError if its data had other
     records, and where it holds something else than was saved. `change`: fields that may differ."""
     path = state.run.folder / CHECKPOINT
-    with _expect_form(path):
+    with expect_form(path):
         changed = changed_data(saved, state.run, state.contents, state.train.count)
         allowed = check_names(state.run, change, saved["run"])
     refuse(path, changed, allowed)
-    with _expect_form(path):
+    with expect_form(path):
         state.changed = changed_fields(saved, state.run) | changed
         if state.division.began != saved["ranks"]:
             state.changed["ranks"] = (saved["ranks"], state.division.began)
+        parameters = [p for group in state.optimiser.param_groups for p in group["params"]]
+        if PARTS in saved:
+            like = {f"optimiser.{i}": parameter for i, parameter in enumerate(parameters)}
+            like |= {} if state.ema is None else {f"ema.{name}": x for name, x in state.ema.state_dict().items()}
+            divided = like if state.sharding is not None else {}
+            saved = with_tensors(path.parent / saved[PARTS]["folder"], saved, ["optimiser", "ema"], divided)
         if state.ema is not None and saved["ema"] is None:
             state.ema.module.load_state_dict(state.pretraining.state_dict())
         elif state.ema is not None:
@@ -63,7 +77,7 @@ def restore(state: TrainState, saved: Mapping[str, Any], change: Collection[str]
             )
         moments = saved["optimiser"]
         if state.sharding is not None:
-            parameters = [p for group in state.optimiser.param_groups for p in group["params"]]
+            state.sharding.part_folder = saved[PARTS]["folder"] if PARTS in saved else None
             moments = state.sharding.moments_of(moments, parameters)
         load_optimiser(state.optimiser, moments)
         state.dropped = {str(key): str(reason) for key, reason in saved["dropped"].items()} | state.dropped
@@ -98,15 +112,3 @@ def load_optimiser(optimiser: torch.optim.Optimizer, saved: dict[str, Any]) -> N
         own = dict(zip(moments, dist.own_parts(moments.values())))
         if wrong := [name for name, shape in shapes.items() if shape != parameter.shape] or not_finite(own):
             raise ValueError(f"{wrong[0]} of the optimiser is of another shape, or not finite")
-
-
-@contextmanager
-def _expect_form(path: Path) -> Iterator[None]:
-    """Turns what reading a checkpoint of another form raises into a UserError."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:
-        reason = str(error).partition("\n")[0][:200] or type(error).__name__
-        raise UserError(f"{path}: not what a run saves ({reason}); restore the file or start the run anew") from error

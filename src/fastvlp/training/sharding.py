@@ -12,7 +12,7 @@ import math
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from fastvlp import dist
 from fastvlp.model.layers import Block
 from fastvlp.model.model import VLModel
+from fastvlp.training.part_files import Parts
 from fastvlp.training.pretraining import Pretraining
 
 
@@ -33,6 +34,10 @@ class Sharding:
         """Divides the weights among the ranks, in place."""
         # What is saved is a module with whole weights. FSDP's cannot be copied.
         self._skeleton = skeleton_of(pretraining) if dist.is_main() else None
+        # The folder of the last checkpoint's parts, on the main rank.
+        self.part_folder: str | None = None
+        # For what is written while the training goes on.
+        self.saving_group = torch.distributed.new_group(backend="gloo")
         self.divide(pretraining, device)
 
     @staticmethod
@@ -55,23 +60,29 @@ class Sharding:
         for name in ("embedded", "validation"):
             register_fsdp_forward_method(pretraining, name)
 
-    def whole(self, pretraining: Pretraining) -> tuple[Pretraining | None, dict[str, Tensor]]:
-        """A module with whole weights on the CPU, and its state; on the main rank alone."""
-        weights = self.gathered(pretraining.state_dict())
+    def whole(self, pretraining: Pretraining) -> Pretraining | None:
+        """A module with whole weights on the CPU, on the main rank alone: they are gathered one after the other."""
+        weights = {name: whole_tensor(x) for name, x in pretraining.state_dict().items()}
         if self._skeleton is None:
-            return None, {}
+            return None
         module = deepcopy(self._skeleton)
-        module.load_state_dict(weights, assign=True)
-        return module.train(pretraining.training), weights
+        module.load_state_dict(cast(dict[str, Tensor], weights), assign=True)
+        return module.train(pretraining.training)
 
-    def gathered(self, tensors: Any) -> Any:
-        """Tensors in dictionaries, whole, on the CPU of the main rank, one after the other; the others get nothing of use."""
-        if isinstance(tensors, Mapping):
-            return {name: self.gathered(value) for name, value in tensors.items()}
-        if not isinstance(tensors, Tensor):
-            return tensors
-        whole = tensors.full_tensor() if isinstance(tensors, DTensor) else tensors
-        return whole.detach().cpu() if dist.is_main() else None
+    @staticmethod
+    def own_parts(tensors: Mapping[str, Tensor]) -> Parts:
+        """Copies of the parts that this rank saves; the main rank saves what is whole on each."""
+        parts = Parts({}, {})
+        for name, x in tensors.items():
+            if isinstance(x, DTensor):
+                own, begin = x.to_local(), [*x.__create_chunk_list__()[0].offsets]
+                is_kept = own.numel() > 0
+            else:
+                own, begin, is_kept = x, [0] * x.ndim, dist.is_main()
+            if is_kept:
+                parts.tensors[name] = own.detach().to("cpu", copy=True).contiguous()
+                parts.places[name] = begin
+        return parts
 
     def parts_of(self, whole: Mapping[str, Any], own: Mapping[str, Tensor]) -> dict[str, Any]:
         """This rank's parts of whole tensors, divided as those of the same names in `own`. Nothing is sent."""
@@ -139,9 +150,19 @@ def skeleton_of(pretraining: Pretraining) -> Pretraining:
     return deepcopy(pretraining, empty)
 
 
+def whole_tensor(x: Tensor) -> Tensor | None:
+    """The tensor, whole, on the CPU of the main rank; the others get nothing."""
+    whole = x.full_tensor() if isinstance(x, DTensor) else x
+    # A copy: it is written while the training goes on.
+    return whole.detach().to("cpu", copy=whole is x) if dist.is_main() else None
+
+
 def part_of(whole: Any, like: Tensor) -> Any:
-    """This rank's part of a whole tensor, divided as `like` is; what is no tensor of its shape stays as it is."""
-    if not isinstance(like, DTensor) or not isinstance(whole, Tensor) or whole.shape != like.shape:
+    """This rank's part of a whole tensor, divided as `like` is. What is divided already, or no tensor of its shape, stays as it
+    is."""
+    if not isinstance(like, DTensor) or not isinstance(whole, Tensor) or isinstance(whole, DTensor):
+        return whole
+    if whole.shape != like.shape:
         return whole
     return distribute_tensor(whole.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
@@ -86,6 +87,7 @@ class TrainState:
         signal: the signal that this process received.
         stop: the signal for which all ranks stop.
         saved: the step of the last checkpoint; 0 where there is none.
+        saving: the save that is still going on, or has failed; it gives its step.
         clock: gives the seconds by which `elapsed` grows; a comparison on a CPU counts CPU time.
         division: how the batches of a step are divided among the ranks.
         sharding: how weights are divided among the ranks; None if each has all.
@@ -127,6 +129,7 @@ class TrainState:
     signal: int | None = None
     stop: int | None = None
     saved: int = 0
+    saving: Future[int] | None = None
     between_steps: bool = True
     sharding: Sharding | None = None
     lock: WriterLock | None = None
