@@ -1,8 +1,9 @@
-"""Gradient caching: losses that couple rows, over more rows than fit in memory at once (GradCache, arXiv 2101.06983).
+"""Gradient caching computes losses of pair objectives over more rows than fit in memory at once (GradCache, arXiv 2101.06983).
 
-Every micro-batch is embedded without gradients, the whole step is scored once, and the gradients of the embeddings are
-kept; each micro-batch is then embedded again and pulls its share. The gradients are those of one large batch: of the
-towers, of the temperature, and under random masking, whose draws are functions of the rows' seeds.
+Every micro-batch is embedded without gradients, the whole step is scored once, and the gradients of the embeddings are kept.
+Each micro-batch is then embedded again, and its part of these gradients is passed back through the model. All gradients, also
+that of the temperature, equal those of one large batch. This holds with random masking too, since its draws are functions of
+the rows' seeds.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from fastvlp.training.pretraining import Embedded, Pretraining, RowGrads
 
 
 class Cached(NamedTuple):
-    """`losses` of the whole step, without gradients; `grads` of each micro-batch, by objective."""
+    """The result of scoring a step. `losses`: of the whole step, without gradients. `grads`: of each micro-batch, by
+    objective."""
 
     losses: dict[str, Loss]
     grads: list[dict[str, RowGrads]]
@@ -34,8 +36,8 @@ def cache_gradients(
     seeded: Callable[[int], AbstractContextManager[None]],
     flops: FlopCounter | None = None,
 ) -> Cached:
-    """Scores all micro-batches of this rank together. `seeded(i)`: the context, dropout's seed included, in which
-    micro-batch i runs, the same as in the pass with gradients. `flops` counts all but the embedding, which that pass
+    """Scores all micro-batches of this rank together. `seeded(i)`: the context in which micro-batch i runs, with the seed of
+    dropout; it must be the same as in the pass with gradients. `flops` counts everything except the embedding, which that pass
     computes again."""
     counting = flops.counting if flops is not None else lambda shape: nullcontext()
     objectives = pretraining.pair_objectives()
@@ -57,7 +59,7 @@ def cache_gradients(
             gradient = torch.autograd.grad(combine(terms, counts), [*rows, *learned], allow_unused=True)
         of_rows = [torch.zeros_like(x) if g is None else g for x, g in zip(rows, gradient)]
         split = zip(*(g.split([len(batch) for batch in micro]) for g in of_rows))
-        # The gradient of what the objective learns goes to one micro-batch alone.
+        # The gradient of the objective's own parameters is given to only one micro-batch.
         own = (gradient[len(rows) :], *((None,) * len(learned) for _ in micro[1:]))
         for i, (parts, parameters) in enumerate(zip(split, own)):
             grads[i][name] = RowGrads(parts, parameters)

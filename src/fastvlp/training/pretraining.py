@@ -1,4 +1,4 @@
-"""Pretraining: a model and its objectives, which give named losses of a batch. It is what DDP wraps."""
+"""Pretraining: a model and its objectives, which compute named losses of a batch. DDP wraps this module."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class RowGrads(NamedTuple):
     parameters: tuple[Tensor | None, ...]
 
     def as_loss(self, rows: tuple[Tensor, ...], objective: PairObjective) -> Loss:
-        """A loss of value 0 whose gradient is the one that was cached."""
+        """Returns a loss of value 0 whose gradient is the cached one."""
         learned = [p for p in objective.parameters() if p.requires_grad]
         pairs = [*zip(rows, self.rows), *((p, g) for p, g in zip(learned, self.parameters) if g is not None)]
         total = torch.stack([(x * grad).sum() for x, grad in pairs]).sum()
@@ -44,7 +44,8 @@ class Embedded(NamedTuple):
 
 
 def draw_objective(mix: Mapping[str, float] | None, seed: int, step: int) -> str | None:
-    """The objective that a step runs, drawn by its share of the mix, the same on every rank; None without a mix: all run."""
+    """Draws the objective that a step runs, with its share of the mix as probability, the same on every rank. Returns None
+    without a mix: then all objectives run."""
     if mix is None:
         return None
     point = hash64(seed, step, MIX_SALT) / 2**63 * sum(mix.values())
@@ -52,8 +53,8 @@ def draw_objective(mix: Mapping[str, float] | None, seed: int, step: int) -> str
 
 
 def augmented(batch: Batch, config: AugmentConfig) -> Batch:
-    """A batch with its images changed at random, by the rows' seeds, and its boxes moved along. Stored states of images stay:
-    they were chosen by the same seeds."""
+    """Returns a batch with its images changed at random, by the rows' seeds, and its boxes moved accordingly. Stored states of
+    images are not changed: they were chosen by the same seeds."""
     if config == AugmentConfig() or batch.image.ndim == 3:
         return batch
     regions = batch.regions
@@ -69,7 +70,7 @@ class Pretraining(nn.Module):
     Attributes:
         keep: share of an image's patches that are encoded in training.
         keep_states: share of an image's states that an objective which predicts words reads in training.
-        masked_validation: whether it is so in validation too.
+        masked_validation: whether validation uses these shares too.
         active: the objective that training runs alone, until another is chosen; None runs all.
     """
 
@@ -93,34 +94,34 @@ class Pretraining(nn.Module):
         self._checked: set[str] = set()  # objectives whose losses were found to have the names of their counts
 
     def all_objectives(self) -> Mapping[str, Objective]:
-        """Typed: a module dict holds plain modules."""
+        """Returns all objectives by name, with their type, which a module dict does not know."""
         return cast(Mapping[str, Objective], self.objectives)
 
     def active_objectives(self) -> Mapping[str, Objective]:
-        """The objectives that run, by name; validation runs all."""
+        """Returns the objectives that run, by name; validation runs all."""
         if self.active is None or not self.training:
             return self.all_objectives()
         return {self.active: self.all_objectives()[self.active]}
 
     def pair_objectives(self) -> dict[str, PairObjective]:
-        """The active objectives that couple the rows of a batch."""
+        """Returns the active objectives whose loss depends on several rows together."""
         return {name: part for name, part in self.active_objectives().items() if isinstance(part, PairObjective)}
 
     @property
     def contrasts(self) -> bool:
-        """Whether any objective takes the text of a row for wrong beside the images of others."""
+        """Whether any objective uses the texts of other rows as negatives for the image of a row."""
         return any(objective.contrasts for objective in self.all_objectives().values())
 
     def encode_image(self, batch: Batch) -> Tensor:
-        """States of the images [B K D]. With `keep` below 1 training drops patches before any is embedded, the same ones for
-        the same row seeds."""
+        """Returns the states of the images [B K D]. If `keep` is below 1, training drops patches before they are embedded,
+        always the same ones for the same row seed."""
         share = self.keep if self.training or self.masked_validation else 1.0
         keep = self.model.config.image.random_patches(batch.seed, share, batch.image)
         return self.model.encode_image(batch.image, keep, batch.regions)
 
     def states_for(self, objective: Objective, image_BKD: Tensor, batch: Batch) -> Tensor:
-        """The states of the images that an objective reads. One that predicts words may be given a random share of those of the
-        map, after the whole image was encoded (OpenVision 2, arXiv 2509.01644, section 3)."""
+        """Returns the states of the images that an objective reads. An objective that predicts words may get a random share of
+        the states of the map, after the whole image was encoded (OpenVision 2, arXiv 2509.01644, section 3)."""
         masked = self.training or self.masked_validation
         if self.keep_states == 1 or not masked or objective.cloze_method is None:
             return image_BKD
@@ -130,15 +131,15 @@ class Pretraining(nn.Module):
         return torch.cat([image_BKD[:, :first], kept], 1)
 
     def forward(self, batch: Batch, cached: Mapping[str, RowGrads] | None = None) -> dict[str, Loss]:
-        """Named losses of a batch. The images are encoded once for all objectives.
+        """Returns named losses of a batch. The images are encoded once for all objectives.
 
-        `cached`: of objectives that were scored on the whole step already, the gradients of their embeddings
+        `cached`: gradients of the embeddings, for objectives that were already scored on the whole step
         (`training/gradient_cache.py`).
         """
         cached = cached or {}
         image_BKD = self.encode_image(batch)
         losses: dict[str, Loss] = {}
-        # Those that couple rows come first, as when they embed alone: a second pass then draws the same dropout.
+        # Pair objectives come first, as in the pass that only embeds. So the second pass draws the same dropout.
         ordered = sorted(self.active_objectives().items(), key=lambda item: not isinstance(item[1], PairObjective))
         for name, objective in ordered:
             if isinstance(objective, PairObjective) and name in cached:
@@ -163,8 +164,8 @@ class Pretraining(nn.Module):
         return {name: Embedded(rows[name], constants[name]) for name in pairs}
 
     def validation(self, batch: Batch) -> tuple[dict[str, Loss], dict[str, tuple[Tensor, ...]]]:
-        """Losses of a batch by the objectives that need no other batch; and of those that couple rows what they score, which is
-        for `score` to do, of rows from several batches."""
+        """Returns the losses of the objectives that need no other batch. For pair objectives, returns the tensors that their
+        `score` takes; the caller collects these from several batches and then scores them."""
         image_BKD = self.encode_image(batch)
         losses: dict[str, Loss] = {}
         pairs = self.pair_objectives()
@@ -179,7 +180,7 @@ class Pretraining(nn.Module):
         return losses, rows
 
     def counts(self, batch: Batch) -> dict[str, Tensor]:
-        """Targets of each loss, from the batch alone."""
+        """Counts the targets of each loss, from the batch alone."""
         return {
             f"{name}/{term}": count
             for name, objective in self.active_objectives().items()
@@ -203,8 +204,8 @@ class Pretraining(nn.Module):
             self._checked.add(name)
 
     def uses_all(self) -> bool:
-        """Whether every step surely gives each parameter a gradient. It is not known of models with separate heads, a joint
-        space or a single stream, and of objectives with parameters of their own."""
+        """Whether it is certain that every step gives each parameter a gradient. This is not known for models with separate
+        heads, a joint space or a single stream, and for objectives with parameters of their own."""
         config, own = self.model.config, next(self.objectives.parameters(), None)
         if config.separate_heads or config.embed or config.single or own is not None:
             return False

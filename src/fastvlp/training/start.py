@@ -45,13 +45,13 @@ from fastvlp.training.trained_parts import freeze
 if TYPE_CHECKING:
     from fastvlp.training.sharding import Sharding
 
-# More ranks than any cluster has: a checkpoint that says more is damaged.
+# No cluster has more ranks: a checkpoint that states more is damaged.
 MOST_RANKS = 1 << 20
 
 
 def start(run: TrainConfig, *, resume: bool = False, change: Collection[str] = ()) -> TrainState:
-    """Everything that the loop needs; from the run's last checkpoint with `resume`, where there is one. `change`: names of the
-    fields that may differ from the run that was saved.
+    """Returns everything that the loop needs. With `resume` it is loaded from the run's last checkpoint, if there is one.
+    `change`: names of the fields that may differ from the saved run.
 
     Raises UserError if the config, the data or the checkpoint cannot be used.
     """
@@ -74,7 +74,7 @@ def start(run: TrainConfig, *, resume: bool = False, change: Collection[str] = (
     if saved is not None:
         load_exactly(pretraining, saved["pretraining"], run.folder / CHECKPOINT)
     division = divide(run, began_ranks(run, saved, change))
-    # After the weights: stored states are those of one encoder.
+    # The weights must be loaded before, because stored states belong to one encoder.
     stored = stored_inputs(pretraining, run, precision, division.began)
     some = stored is not None and any((stored.images, stored.texts, stored.teacher))
     given: dict[str, Any] = {"stored": stored} if some else {}
@@ -83,7 +83,7 @@ def start(run: TrainConfig, *, resume: bool = False, change: Collection[str] = (
         raise UserError(f"{run.name}: the data has no training split; name its folder in `data.train`")
     for objective in pretraining.all_objectives().values():
         objective.check(samples(rows))
-    # After the checks, which fill buffers that are not saved.
+    # The checks must run before, because they fill buffers that are not saved.
     ema = AveragedModel(pretraining, multi_avg_fn=averaging(run.ema)) if run.ema is not None else None
     held_out = held_out_rows(run, tokenizer, size, given)
     sharding = sharded(run, pretraining, ema)
@@ -112,8 +112,8 @@ def start(run: TrainConfig, *, resume: bool = False, change: Collection[str] = (
 
 
 def prepared(state: TrainState) -> TrainState:
-    """Makes the blocks recompute their states, compiles them and groups texts, where the run does, and wraps the module for
-    several ranks."""
+    """Applies the options of the run that recompute blocks, compile them and group texts, and wraps the module for several
+    ranks."""
     state.model.group_texts = state.run.group_texts
     if state.run.recompute:
         state.recomputes = recompute_blocks(state.model)
@@ -125,8 +125,8 @@ def prepared(state: TrainState) -> TrainState:
 
 
 def began_ranks(run: TrainConfig, saved: Mapping[str, Any] | None, change: Collection[str]) -> int:
-    """The number of ranks for which the steps of a run are planned: those on which it began, or those that there are where the
-    user lets `ranks` differ."""
+    """Returns the number of ranks for which the steps of a run are planned: the number on which it began, or the present number
+    if the user allows `ranks` to differ."""
     if saved is None or "ranks" in change:
         return dist.world()
     began = saved["ranks"]
@@ -138,17 +138,17 @@ def began_ranks(run: TrainConfig, saved: Mapping[str, Any] | None, change: Colle
 
 
 def with_one_teacher(run: TrainConfig) -> TrainConfig:
-    """The run whose objectives all have the teacher that the run names, where it names one."""
+    """Returns the run with the teacher that it names, if any, in all of its objectives."""
     if run.teacher is None:
         return run
     return replace(run, objectives={name: own.with_teacher(run.teacher) for name, own in run.objectives.items()})
 
 
 def with_teacher_time(run: TrainConfig, stored: Stored | None) -> TrainConfig:
-    """The run with the time that its teacher leaves, where that is counted. Raises UserError if it leaves none."""
+    """If the teacher's time counts, returns the run with the rest of its budget. Raises UserError if nothing is left."""
     if run.teacher_time == "free" or stored is None or stored.teacher is None:
         return run
-    # The same on every rank, so that all end after the same step.
+    # All ranks use the same value, so that they end after the same step.
     took = dist.gather_objects(stored.teacher.seconds)[0]
     if run.budget_s is None or run.budget_s <= took:
         length = "ends after steps" if run.budget_s is None else f"has {run.budget_s:g} s"
@@ -160,7 +160,7 @@ def with_teacher_time(run: TrainConfig, stored: Stored | None) -> TrainConfig:
 
 
 def held_out_rows(run: TrainConfig, tokenizer: Tokenizer, size: int, given: Mapping[str, Any]) -> Rows | None:
-    """The rows to validate on. Raises UserError if there are none and the run counts on them."""
+    """Returns the rows to validate on; None if there are none. Raises UserError if there are none and the run needs them."""
     rows = run.data.rows("val", tokenizer, size, strict=True, **given)
     if rows is None and run.patience is not None:
         raise UserError(f"{run.name}: `patience` counts validations, which need data; give `data.val`, or leave it out")
@@ -191,9 +191,10 @@ def sharded(run: TrainConfig, pretraining: Pretraining, ema: AveragedModel | Non
 def distributed(run: TrainConfig, pretraining: Pretraining) -> nn.Module:
     return nn.parallel.DistributedDataParallel(
         pretraining,
-        # Plain DDP raises on the step after one that left a parameter unused; the search warns where there is none.
+        # If a step leaves a parameter unused, DDP without this search raises an error in the next step. If none is ever unused,
+        # the search prints a warning.
         find_unused_parameters=run.mix is not None or not pretraining.uses_all(),
-        # Each buffer is a function of gathered rows, the same on every rank.
+        # Each buffer is computed from gathered rows, so it is the same on every rank.
         broadcast_buffers=False,
     )
 
@@ -216,7 +217,7 @@ def samples(rows: Rows, most: int = 1000) -> Iterator[Batch]:
 def make_pretraining(
     run: TrainConfig, tokenizer: Tokenizer, images: PublicImages | None = None, texts: PublicTexts | None = None
 ) -> tuple[Pretraining, Inheritance | None]:
-    """The model and objectives with weights drawn from the run's seed, or inherited."""
+    """Returns the model and the objectives, with weights drawn from the run's seed or inherited."""
     config, inherited, new_tokens = with_tokenizer(run.model, tokenizer), None, list(tokenizer.added)
     torch.manual_seed(hash64(run.seed))
     model = VLModel(config)
@@ -254,8 +255,8 @@ def find_tokenizer(run: TrainConfig, resume: bool, texts: PublicTexts | None = N
 
 
 def make_loader(run: TrainConfig, rows: Rows, division: Division | None = None, *, hashed: bool = False) -> Loader:
-    """`division`: of the steps of training. `hashed`: whether an objective contrasts rows, so that batches bring their
-    `content` where the data can make such."""
+    """Returns the loader of some rows. `division`: how steps of training are divided; None for validation. `hashed`: whether an
+    objective contrasts rows; batches then have `content`, if the data can make it."""
     return Loader(
         rows.count,
         (rows.make_hashed if hashed else None) or rows.make,

@@ -49,7 +49,8 @@ class Imported:
         dropped: records that could not be used, each with its name and the reason; `out/dropped.jsonl` lists them too.
         notes: how often each note applied, by its text: something that is not a record was left out or changed.
         examples: the first example of each note.
-        cut: the number of captions and tokens that `max_length` cuts; None without a tokenizer."""
+        cut: the number of captions and tokens that `max_length` cuts; None without a tokenizer.
+    """
 
     out: Path
     written: Counter[str] = field(default_factory=Counter)
@@ -319,7 +320,8 @@ def shrink(data: bytes, max_side: int) -> tuple[bytes, float]:
     """Returns the image with its longer side at most `max_side` pixels, and the factor by which its sides were scaled.
 
     An image that is small enough is returned unchanged, any other as an RGB JPEG of quality 92. EXIF's orientation is kept, so
-    that boxes, which refer to the stored pixels, need only be scaled. Raises the exceptions of the decoders."""
+    that boxes, which refer to the stored pixels, need only be scaled. Raises the exceptions of the decoders.
+    """
     with open_image(data) as image:
         longest = max(image.size)
         turned = orientation(image)
