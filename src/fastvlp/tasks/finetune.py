@@ -1,4 +1,4 @@
-"""Fine-tuning a pretrained run on a task: `train()` with the task's data and objective, then its scores."""
+"""Fine-tunes a pretrained run on a task: `train()` with the task's data and objective, and then scores."""
 
 from __future__ import annotations
 
@@ -173,7 +173,7 @@ def run_for(
     name: str,
     out: str | None,
 ) -> TrainConfig:
-    """The run that is trained."""
+    """Returns the config of the run."""
     often = max(1, steps // 5)
     options = {field.name: getattr(tuning, field.name) for field in fields(TrainOptions)}
     return TrainConfig(
@@ -192,8 +192,8 @@ def run_for(
 
 
 def with_image_size(config: ModelConfig, size: int | None) -> ModelConfig:
-    """The model for images of `size` x `size` pixels; its positions are resized when its weights are loaded. Raises UserError
-    for a size that its image encoder cannot have."""
+    """Returns the model for images of `size` x `size` pixels; its positions are resized when its weights are loaded. Raises
+    UserError for a size that the image encoder does not allow."""
     if size is None:
         return config
     config = replace(config, image=replace(config.image, size=size))
@@ -205,7 +205,7 @@ def with_image_size(config: ModelConfig, size: int | None) -> ModelConfig:
 
 
 def with_token_types(config: ModelConfig, count: int) -> ModelConfig:
-    """The model with room in a single stream's type table for the task, which fills the new rows."""
+    """Returns the model with as many token types in its single stream as the task needs. Fine-tuning trains the new ones."""
     if config.single is None or config.single.types >= count:
         return config
     return replace(config, single=replace(config.single, types=count))
@@ -214,7 +214,7 @@ def with_token_types(config: ModelConfig, count: int) -> ModelConfig:
 def train_and_score(
     run: TrainConfig, task: type[Task], resume: bool, change: tuple[str, ...] = ()
 ) -> TaskScores | None:
-    """Trains, then scores the splits val and test. Raises UserError, before training, where val does not say what is right."""
+    """Trains, and then scores the splits val and test. Raises UserError, before training, if val has no answers."""
     splits: tuple[Split, ...] = ("val", "test")
     places = {split: place for split in splits if (place := getattr(run.data, split)) is not None}
     reasons = {split: why_not_scored(task, place, run.data) for split, place in places.items()}
@@ -231,6 +231,6 @@ def train_and_score(
                 scores[split] = {"not scored": reason}
             else:
                 scores[split] = score_split(tuned, place, device=run.device, options=task.scoring(), split=split)
-            # What is scored is on disk, should the next split fail.
+            # Scores are saved after each split, because the next one may fail.
             save_scores(path, scores)
     return TaskScores(scores, path)

@@ -1,4 +1,4 @@
-"""A head on the model's summary of a text beside an image: what most tasks train."""
+"""A head on the model's summary of a text beside an image. Most tasks train one."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ class HeadObjective(Objective, abc.ABC):
     1909.11740).
 
     Args:
-        images: images of an item.
-        outputs: logits of an item.
+        images: number of images of an item.
+        outputs: number of logits of an item.
         head: a head to use instead, from the summaries of an item [items images*D] to its logits.
     """
 
@@ -67,21 +67,21 @@ class HeadObjective(Objective, abc.ABC):
         regions: Regions | None,
         slot_B: Tensor | None = None,
     ) -> Tensor:
-        """The summary of each row -> [B D]."""
+        """Returns the summary of each row -> [B D]."""
         if self.pool is None:
             return model.read_regions(image_BKD, regions, ids_BL, length_B, slot_B=slot_B).pooled
         summary = model.summarise(image_BKD, ids_BL, length_B, reading=self.reading, slot_B=slot_B, bos=self.bos)
         return torch.tanh(self.pool(summary))
 
     def logits(self, model: VLModel, image_BKD: Tensor, batch: Batch) -> Tensor:
-        """Logits of the items -> [items outputs]; an item has `images` consecutive rows of the batch."""
+        """Returns the logits of the items -> [items outputs]; an item has `images` consecutive rows of the batch."""
         pooled = self.pooled(model, image_BKD, batch.ids, batch.length, batch.regions, batch.slot)
         logits: Tensor = self.head(pooled.reshape(-1, self.images * pooled.shape[1]))
         return logits.float()
 
 
 def check_reading(reading: Reading, model: ModelConfig, images: int = 1) -> None:
-    """Raises UserError for a model that cannot read a text beside so many images in this way."""
+    """Raises UserError if the model cannot read a text beside this number of images in this way."""
     if model.single is not None:
         if reading != "full":
             raise UserError(
@@ -107,12 +107,12 @@ def check_reading(reading: Reading, model: ModelConfig, images: int = 1) -> None
 
 
 def target_of(batch: Batch) -> Tensor:
-    """The targets of a batch's items, one row an item. Raises ValueError for a batch without any."""
+    """Returns the targets of a batch's items, one row for each item. Raises ValueError for a batch without targets."""
     if batch.target is None:
         raise ValueError("a batch without targets; tasks take the batches of an ItemMaker")
     return batch.target
 
 
 def image_states(model: VLModel, batch: Batch) -> Tensor:
-    """States of the batch's images, with their regions -> [B K D]."""
+    """Returns the states of the batch's images, with their regions -> [B K D]."""
     return model.encode_image(batch.image, regions=batch.regions)

@@ -29,9 +29,9 @@ from fastvlp.training.optim import OptimConfig
 T = TypeVar("T")
 
 
-# For models of the sizes that are pretrained here, whose fusion is as well trained as their towers. The papers': lr 5e-6 to
-# 1e-5, cross 5, head 50 (VQA) or 10 (NLVR2), batches of 256 to 512 (FLM, arXiv 2303.14038); lr 3e-5 to 1e-4, for VQA head
-# 10, batches of 5,120 to 10,240 tokens and regions (UNITER, arXiv 1909.11740).
+# These settings are for models of the sizes that are pretrained here, whose fusion layers are trained as well as their towers.
+# The settings of the papers are: lr 5e-6 to 1e-5, cross 5, head 50 (VQA) or 10 (NLVR2), batches of 256 to 512 (FLM, arXiv
+# 2303.14038); lr 3e-5 to 1e-4, for VQA head 10, batches of 5,120 to 10,240 tokens and regions (UNITER, arXiv 1909.11740).
 USUAL_OPTIM = OptimConfig(lr=5e-4, cross_multiplier=1, head_multiplier=5, warmup=0.1, decay="linear")
 
 
@@ -48,7 +48,7 @@ class FineTuned(NamedTuple):
         saved: the model, its tokenizer, and what was saved with them.
         objective: the task's objective, with its trained parameters.
         data: the data that it was trained on, or another with the same fields.
-        stored: where states of its frozen encoders are, which are read in place of pixels.
+        stored: the stored states of its frozen encoders, which are read instead of pixels; None if there are none.
     """
 
     task: type[Task]
@@ -58,18 +58,19 @@ class FineTuned(NamedTuple):
     stored: Stored | None = None
 
     def items(self, split: Split) -> ItemMaker:
-        """The items of a split, to be scored. Raises UserError if there is no such split or, when its batch is made, for
+        """Returns the items of a split, to be scored. Raises UserError if there is no such split; and when a batch is made, for
         a record that cannot be used."""
         data: ItemData = self.data
         return data.evaluation_items(split, self.saved.tokenizer, self.saved.model.config.image.size, self.stored)
 
     def batches(self, split: Split) -> Iterator[Batch]:
-        """Batches of the items of a split, each once and in order, on the model's device. Raises UserError as `items`."""
+        """Yields the items of a split in batches, each once and in order, on the model's device. Raises UserError like
+        `items`."""
         device = next(self.saved.model.parameters()).device
         return batches_in_order(self.items(split), self.data.batch_size, device)
 
     def rows(self, split: Split) -> Rows:
-        """The rows of a split, to be scored; raises UserError as `items`."""
+        """Returns the rows of a split, to be scored. Raises UserError like `items`."""
         size, given = self.saved.model.config.image.size, {} if self.stored is None else {"stored": self.stored}
         rows: Rows | None = self.data.rows(split, self.saved.tokenizer, size, strict=True, **given)
         if rows is None:
@@ -94,10 +95,10 @@ class Task(abc.ABC):
             split is not scored if none of its entries has this key.
         optim: the default optimiser and its learning rates.
         decoder: the layers that two encoders without fusion layers get, unless others are chosen.
-        max_length: tokens of a text that are never cut, as far as the model has positions for them.
-        token_types: rows of a single stream's type table: 2 for words and one image.
-        needs_regions: whether every model reads regions for it, not a single stream over regions alone.
-        split_prefixes: prefixes of the splits' folders; of several the first that is there.
+        max_length: smallest length, in tokens, at which texts are cut; less only if the model has fewer positions.
+        token_types: number of token types in a single stream: 2 for words and one image.
+        needs_regions: whether every model reads regions for this task, not only a single stream.
+        split_prefixes: prefixes of the splits' folders; the first one that exists is used.
         scoring: dataclass with the options of its evaluation.
     """
 
@@ -115,35 +116,36 @@ class Task(abc.ABC):
     scoring: ClassVar[type] = NoOptions
 
     def data_fields(self, train: str, field: str) -> Mapping[str, Any]:
-        """Fields of the data that only this task has. `train`: folder of the training split; `field`: of its records."""
+        """Returns fields of the data that only this task has. `train`: folder of the training split. `field`: the field of its
+        records with the texts."""
         return {}
 
     def objective(self, data: Any, pretrained: Pretrained, reading: Reading | None) -> ObjectiveConfig:
-        """The objective that is trained: by default a `config` with the task's options, that reads texts as in pretraining.
+        """Returns the objective to train: by default a `config` with the task's options, which reads texts as in pretraining.
         `reading`: how the user wants texts to be read; None leaves the choice to the task."""
         make: Any = self.config
         config: ObjectiveConfig = make(reading=reading or pretrained.reading, bos=pretrained.bos, **self.options())
         return config
 
     def options(self) -> dict[str, Any]:
-        """The chosen options, by name."""
+        """Returns the chosen options, by name."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
     @classmethod
     @abc.abstractmethod
     def score(cls, tuned: FineTuned, split: Split, options: Any) -> dict[str, Any]:
-        """Scores of the weights on a split: floats by name, of which higher is better; anything else is saved beside them. The
-        model and the objective are in evaluation mode, without gradients. `options`: a `scoring`."""
+        """Returns the scores of the weights on a split: floats by name, of which higher is better. Values of other types are
+        saved beside them. The model and the objective are in evaluation mode, without gradients. `options`: a `scoring`."""
 
     @classmethod
     def zero_shot(cls, pretrained: Pretrained) -> tuple[Objective, TaskData] | None:
-        """An objective, and data without its splits, that score a pretrained run as it is; None for a task that always needs
-        fine-tuning. Raises UserError if the run did not learn what it takes."""
+        """Returns an objective, and data without splits, with which a pretrained run is scored without fine-tuning; None for a
+        task that always needs fine-tuning. Raises UserError if the run did not learn what the task needs."""
         return None
 
     @classmethod
     def has_answer(cls, info: Mapping[str, Any], field: str) -> bool:
-        """Whether a record says what is right for any of its texts."""
+        """Whether a record has the right answer for any of its texts."""
         if cls.answer is None:
             return bool(usable_captions(info, field))
         entries = info.get(field)
@@ -152,7 +154,7 @@ class Task(abc.ABC):
 
     @classmethod
     def summary(cls) -> str:
-        """The first line of its docstring."""
+        """Returns the first line of the docstring."""
         return (cls.__doc__ or "").partition("\n")[0]
 
 
@@ -167,7 +169,7 @@ def tasks() -> list[type[Task]]:
 
 
 def task_named(name: str) -> type[Task]:
-    """Raises UserError, with the nearest name, where there is no such task."""
+    """Returns the task of this name. If there is none, raises UserError with the nearest name."""
     named = {task.name: task for task in tasks()}
     if name not in named:
         near = get_close_matches(name, named, n=1)
@@ -180,7 +182,8 @@ def task_named(name: str) -> type[Task]:
 
 
 def make_task(task: Task | str, options: Mapping[str, Any]) -> Task:
-    """A task with some of its options chosen. Raises UserError for an option that it lacks, or a value that does not fit."""
+    """Returns a task with some of its options set. Raises UserError for an option that it lacks, or for a value of the wrong
+    type."""
     if isinstance(task, str):
         return with_options(task_named(task), options, task)
     if options:
@@ -189,7 +192,8 @@ def make_task(task: Task | str, options: Mapping[str, Any]) -> Task:
 
 
 def with_options(cls: type[T], options: Mapping[str, Any], owner: str) -> T:
-    """A dataclass of options with some of them chosen; `owner` is named in the UserError for what does not fit."""
+    """Returns a dataclass of options with some of them set. Raises UserError for an unknown option or a value of the wrong
+    type, and names the `owner` of the options."""
     names = [field.name for field in fields(cls)]  # type: ignore[arg-type]
     hints, values = get_type_hints(cls), {}
     for name, value in options.items():

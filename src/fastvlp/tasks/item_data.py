@@ -20,8 +20,8 @@ from fastvlp.tasks.items import Item, ItemMaker
 
 @dataclass(frozen=True, kw_only=True)
 class ItemData(Data, abc.ABC):
-    """Texts about the records of shards, each with what is right for it. `batch_size` counts texts, `max_tokens` the words
-    and regions of a text beside all its images."""
+    """Texts about the records of shards, each with its right answer. `batch_size` counts texts. `max_tokens` counts the words
+    and regions of a text together with all of its images."""
 
     train: str
     """Folder of the training split."""
@@ -30,7 +30,7 @@ class ItemData(Data, abc.ABC):
     test: str | None = None
     """Folder of the test split."""
     regions: RegionSource | None = None
-    """Where parts of each image come from, for models that read them."""
+    """Source of the regions of each image, for models that read regions."""
 
     @abc.abstractmethod
     def read(self, shards: Shards) -> list[Item]:
@@ -50,13 +50,14 @@ class ItemData(Data, abc.ABC):
 
     @property
     def images(self) -> int:
-        """Images of a record."""
+        """Number of images of a record."""
         return 1
 
     def items(
         self, split: Split, tokenizer: Tokenizer, size: int, *, strict: bool, stored: Stored | None = None
     ) -> ItemMaker | None:
-        """Items with images of `size` x `size` pixels; None if there is no such split. `strict`, `stored`: as in `rows`."""
+        """Returns the items of a split, with images of `size` x `size` pixels; None if there is no such split. `strict`,
+        `stored`: as in `rows`."""
         if folder_of(self, split) is None:
             return None
         shards = split_shards(self, split)
@@ -87,8 +88,8 @@ class ItemData(Data, abc.ABC):
     def evaluation_items(
         self, split: Split, tokenizer: Tokenizer, size: int, stored: Stored | None = None
     ) -> ItemMaker:
-        """Items to be scored. Raises UserError if there is no such split or, when its batch is made, for a
-        record that cannot be used."""
+        """Returns the items of a split, to be scored. Raises UserError if there is no such split; and when a batch is made, for
+        a record that cannot be used."""
         items = self.items(split, tokenizer, size, strict=True, stored=stored)
         if items is None:
             raise no_split(split)
@@ -102,12 +103,12 @@ TaskData = ItemData | PairData
 
 
 def folder_of(data: TaskData, split: Split) -> str | None:
-    """The folder of a split; None if there is none."""
+    """Returns the folder of a split; None if there is none."""
     return {"train": data.train, "val": data.val, "test": data.test}[split]
 
 
 def split_shards(data: TaskData, split: Split) -> Shards:
-    """The records of a split. Raises UserError if there is no such split."""
+    """Opens the records of a split. Raises UserError if there is no such split."""
     folder = folder_of(data, split)
     if folder is None:
         raise no_split(split)

@@ -1,4 +1,4 @@
-"""Items: texts about records, each with what is right for it; and batches of items with the images of their records."""
+"""Items: texts about records, each with its right answer; and batches of items with the images of their records."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from fastvlp.data.tokenize import Tokenizer
 from fastvlp.errors import UserError
 from fastvlp.random import hash64
 
-# Says what is wrong with a value of a record, or None.
+# Describes the fault of a value in a record; None if it has no fault.
 Check = Callable[[Any], str | None]
 
 
@@ -35,7 +35,7 @@ class Item(NamedTuple):
     Attributes:
         record: index of the record in its shards.
         text: the text; empty if the entry cannot be used, and then `fault` says why.
-        entry: the entry of the record's info that the text is from, with what is right for it (answers, label, ...).
+        entry: the entry of the record's info that the text is from, with its right answer (answers, label, ...).
         fault: why the entry cannot be used.
         following: texts that come after `text` in the same row, such as an answer after its question.
         box: the part of the image that the text is about: x0 y0 x1 y1 in pixels of the first stored image and, in a batch,
@@ -51,7 +51,7 @@ class Item(NamedTuple):
 
 
 class ItemImages(NamedTuple):
-    """An item with the images of its record as the model sees them, and their regions where the model reads some."""
+    """An item with the images of its record as the model sees them, and with their regions if the model reads regions."""
 
     item: Item
     images: list[Tensor]
@@ -59,8 +59,8 @@ class ItemImages(NamedTuple):
 
 
 def read_items(shards: Shards, field: str, text: str, answer: str, check: Check | None = None) -> list[Item]:
-    """Every entry of `info[field]` of every record: `entry[text]` is its text, `entry[answer]` what is right for it, and
-    `check` says what is wrong with the latter.
+    """Reads every entry of `info[field]` of every record. `entry[text]` is its text, and `entry[answer]` its right answer,
+    whose faults `check` describes.
 
     A record whose info cannot be read, and an entry that lacks one of the two or has a fault, becomes an item without text.
     It is dropped, or refused, when a batch with it is made. Raises UserError if no record has a usable entry.
@@ -99,17 +99,17 @@ def _item(i: int, entry: Any, field: str, text: str, answer: str, check: Check |
 
 
 class ItemMaker:
-    """Makes batches of items. Each image of an item's record is one row, beside the same text; an item's rows follow each
-    other.
+    """Makes batches of items. Each image of an item's record is one row, always with the item's text; the rows of an item are
+    consecutive.
 
     Args:
         images: images of a record.
-        target: what the items are scored against, one row an item.
+        target: function that returns the targets of items, one row for each item.
         cache: keep the transformed images in memory.
         strict: raise UserError for an item that cannot be used (evaluation), instead of dropping it by name (training).
-        regions: where the parts of each image come from, for a model that reads some.
-        states: stored states of the images, which are read in place of their pixels.
-        left_out: how many items of the split are not among `items`.
+        regions: source of the regions of each image, for a model that reads regions.
+        states: stored states of the images, which are read instead of their pixels.
+        left_out: number of items of the split that are not among `items`.
     """
 
     def __init__(
@@ -155,7 +155,8 @@ class ItemMaker:
         return batch, dropped
 
     def lengths(self) -> Lengths:
-        """Tokens and regions of each item, in all of its rows together. Every text is tokenised, every record's info read."""
+        """Counts the tokens and regions of each item, in all of its rows together. This tokenises every text and reads the info
+        of every record."""
         texts, counts = (
             [(item.text, *item.following) for item in self.items],
             torch.zeros(len(self.items), dtype=torch.int64),
@@ -171,7 +172,7 @@ class ItemMaker:
     def _read(self, item: Item) -> ItemImages:
         record = self.reader.record(item.record)
         if not item.text:
-            self.shards.read(item.record)  # raises where the whole record is unreadable
+            self.shards.read(item.record)  # raises RecordError if the whole record is unreadable
             raise RecordError(record.key, item.fault)
         images, regions = record.images, record.regions
         if item.box is not None:
@@ -183,8 +184,8 @@ class ItemMaker:
 
 
 def encode_joined(tokenizer: Tokenizer, texts: list[tuple[str, ...]], max_length: int) -> tuple[Tensor, Tensor]:
-    """`<s> first </s> second </s> ...` as ids int64 [B L], padded on the right, and their lengths [B]. Where the texts of a
-    row are too long together, the longest one loses its end."""
+    """Returns `<s> first </s> second </s> ...` as ids int64 [B L], padded on the right, and their lengths [B]. If the texts of
+    a row are too long together, the longest one is cut at its end."""
     ids_TL, length_T = tokenizer.encode([text for joined in texts for text in joined], max_length)
     if all(len(joined) == 1 for joined in texts):
         return ids_TL, length_T
@@ -199,6 +200,6 @@ def encode_joined(tokenizer: Tokenizer, texts: list[tuple[str, ...]], max_length
 
 
 def batches_in_order(items: ItemMaker, batch_size: int, device: torch.device | str) -> Iterator[Batch]:
-    """Batches of every item once, in order, on `device`."""
+    """Yields all items in batches, each once and in order, on `device`."""
     for batch, _ in Loader(len(items.items), items, batch_size=batch_size, seed=0).once():
         yield batch.to(device)

@@ -1,4 +1,4 @@
-"""Scoring a fine-tuned run on a split of its task, or a pretrained one on a task that it can do without fine-tuning."""
+"""Scores a fine-tuned run on a split of its task, or a pretrained run on a task that it can do without fine-tuning."""
 
 from __future__ import annotations
 
@@ -65,13 +65,15 @@ def evaluate_task(
 
 
 def score_split(tuned: FineTuned, place: str, *, device: str, options: Any, split: str) -> dict[str, Any]:
-    """Scores on the split in the folder `place`, and which weights they are of; `split` is its name, for errors."""
+    """Returns the scores on the split in the folder `place`, and the file and step of the scored weights. `split`: name of the
+    split, for errors."""
     if reason := why_not_scored(tuned.task, place, tuned.data):
         raise UserError(f"split {split!r} cannot be scored, {reason}; choose another `split`, or `data` with answers")
     target = dist.pick_device(device)
     tuned.saved.model.to(target)
     tuned.objective.to(target)
-    # A split may have any name, and data has three. Nothing is chosen by test.
+    # A split may have any name, but the data has only the fields train, val and test. `test` is used, because it decides
+    # nothing in training.
     tuned = tuned._replace(data=replace(tuned.data, test=place))
     about = {"weights": tuned.saved.weights.name, "step": tuned.saved.info.get("step"), "data": place}
     with evaluating(tuned.saved.model, tuned.objective):
@@ -79,19 +81,19 @@ def score_split(tuned: FineTuned, place: str, *, device: str, options: Any, spli
 
 
 def why_not_scored(task: type[Task], place: str, data: Data) -> str | None:
-    """Returns what all records of a split lack to be scored, as in published test sets without answers; None if a record has
-    it."""
+    """Returns the reason why a split cannot be scored: no record has an answer, as in published test sets. Returns None if a
+    record has one."""
     field, count = getattr(data, task.field), 0
     for info in readable_infos(Shards(place)):
         if task.has_answer(info, field):
             return None
         count += 1
-    # Where none can be read, who scores them says why.
+    # If no record can be read, scoring raises an error with the reason.
     return f"{place}: no record has {field!r}" + (f" with {task.answer!r}" if task.answer else "") if count else None
 
 
 def split_folder(tuned: FineTuned, split: str, data: str | None) -> str:
-    """Folder of a split in `data` or, without it, of the run's own data or beside its splits."""
+    """Returns the folder of a split in `data`; without `data`, the folder in the run's own data, or beside its splits."""
     if data is None and not tuned.data.train:
         raise UserError("a converted model has no data of its own; name the `data` to score it on")
     own = getattr(tuned.data, split) if data is None and split in splits.SPLITS else None
@@ -99,7 +101,7 @@ def split_folder(tuned: FineTuned, split: str, data: str | None) -> str:
 
 
 def load_task(folder: str | Path) -> FineTuned:
-    """A fine-tuned run by itself. Raises UserError if the folder is no run of a task, or is damaged."""
+    """Loads a fine-tuned run. Raises UserError if the folder is not a run of a task, or is damaged."""
     saved = load_model(folder)
     name, named = saved.info.get("task"), {task.name: task for task in tasks()}
     if name not in named:
@@ -114,7 +116,7 @@ def load_task(folder: str | Path) -> FineTuned:
 
 
 def load_zero_shot(folder: str, data: str | None, name: str | None = None) -> FineTuned:
-    """A pretrained run, to be scored on a task as it is. `data`: folder of the splits, which it needs."""
+    """Loads a pretrained run, to be scored on a task without fine-tuning. `data`: folder of the splits; required."""
     if data is None:
         raise UserError("`zero_shot` needs `data`: the folder with the splits to score")
     pretrained = load_pretrained(folder)

@@ -9,13 +9,13 @@ from typing import Any, NamedTuple
 
 from fastvlp.files import write_whole
 
-# Scores that are numbers of things, and texts that are printed beside the scores.
+# Names of counts among the scores, and names of texts that are printed beside the scores.
 NUMBERS, SAID = ("count", "images", "unanswered"), ("not scored", "note")
 
 
 class TaskScores(NamedTuple):
-    """scores: of each split, by name; floats are scores, anything else says how they came about. path: the file that
-    holds them."""
+    """The scores of a run. scores: scores of each split, by name; floats are scores, and other values describe how they were
+    computed. path: file with the scores."""
 
     scores: dict[str, dict[str, Any]]
     path: Path
@@ -26,7 +26,7 @@ def save_scores(path: Path, scores: Mapping[str, Any]) -> None:
 
 
 def new_scores_path(folder: Path) -> Path:
-    """results.json, or results-2.json and so on: no result is ever overwritten."""
+    """Returns the path of results.json, or of results-2.json and so on: an existing result is never overwritten."""
     n = 1
     while (path := folder / ("results.json" if n == 1 else f"results-{n}.json")).exists():
         n += 1
@@ -34,8 +34,8 @@ def new_scores_path(folder: Path) -> Path:
 
 
 def format_scores(scores: Mapping[str, Mapping[str, Any]]) -> str:
-    """A line for each score, and for each split that could not be scored; what a reader has to know of the scores of several
-    splits is said once."""
+    """Returns a line for each score, and for each split that could not be scored. A note that applies to several splits is
+    printed once."""
     lines: list[str] = []
     notes: set[str] = set()
     for split, values in scores.items():
