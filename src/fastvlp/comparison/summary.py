@@ -15,7 +15,7 @@ from fastvlp.provenance import other_code
 
 class Spread(NamedTuple):
     """Mean and sample standard deviation over n seeds; the deviation of one seed is 0. `error`: standard error of a single run,
-    over the items that were scored; 0 where it is not known."""
+    over the scored items; 0 if it is not known."""
 
     mean: float
     deviation: float
@@ -36,15 +36,15 @@ def spread(values: Sequence[float], error: float | None = None) -> Spread | None
 
 
 def within_noise(a: Spread, b: Spread) -> bool:
-    """Whether two means are no further apart than two standard errors of their difference. Of single runs whose error is not
-    known nobody can say that they are."""
+    """Whether two means differ by at most two standard errors of their difference. True for single runs whose error is not
+    known."""
     if any(one.n == 1 and not one.error for one in (a, b)):
         return True
     return abs(a.mean - b.mean) <= 2 * math.hypot(a.standard_error, b.standard_error)
 
 
 def measured_scores(comparison: Comparison) -> list[Score]:
-    """The scores that any arm has, in the order of the report; those of metrics that are not known come last."""
+    """Returns the scores that any arm has, in the order of the report; scores of unknown metrics come last."""
     names = {name for run in comparison.runs for mark in run.marks for name in mark.scores}
     known = known_scores()
     unknown = [Score(name=name, title=name) for name in sorted(names - set(known))]
@@ -52,19 +52,21 @@ def measured_scores(comparison: Comparison) -> list[Score]:
 
 
 def known_score(name: str) -> Score:
-    """The score of this name, with its own name as title if no known metric gives it."""
+    """Returns the score of this name. If no known metric measures it, its title is its name."""
     return known_scores().get(name) or Score(name=name, title=name)
 
 
 class Reached(NamedTuple):
-    """Training seconds at which a score was reached. `at_first`: already at the first measurement, so perhaps earlier."""
+    """Training seconds at which a score was reached. `at_first`: whether this was the first measurement; it may then have been
+    reached earlier."""
 
     time: float
     at_first: bool
 
 
 def first_reached(times: Sequence[float], scores: Sequence[float], target: float) -> Reached | None:
-    """The first time at which the curve, straight between its measurements, is at least `target`; None if it never is."""
+    """Returns the first time at which the curve, which is linear between its measurements, reaches `target`; None if it never
+    does."""
     for i, (time, score) in enumerate(zip(times, scores)):
         if score >= target:
             if i == 0:
@@ -83,13 +85,14 @@ class Speedup(NamedTuple):
     """The ratio of the times at which the reference and an arm reach the final score of the reference.
 
     Attributes:
-        ratio: the reference's time divided by the arm's, over the seeds in which the arm got there.
-        at_least: in some seed the arm was there at its first measurement, so the ratio may be higher.
-        reached: seeds in which the arm got there.
-        n: seeds that can be timed.
-        shares: the arm's time divided by the reference's, of each seed in which it got there.
-        interval: of a single run, the lowest and the highest share if the scores are off by two standard errors of their
-            difference; without a highest one where the arm would then not get there. None if errors are not known.
+        ratio: the reference's time divided by the arm's, over the seeds in which the arm reached the score.
+        at_least: whether, in some seed, the arm had reached the score at its first measurement, so that the ratio may be
+            higher.
+        reached: number of seeds in which the arm reached the score.
+        n: number of seeds that can be timed.
+        shares: the arm's time divided by the reference's, for each seed in which it reached the score.
+        interval: for a single run, the lowest and the highest share if the scores are wrong by two standard errors of their
+            difference; there is no highest share if the arm would then not reach the score. None if errors are not known.
     """
 
     ratio: Spread | None
@@ -101,7 +104,7 @@ class Speedup(NamedTuple):
 
     @property
     def range(self) -> tuple[float, float | None] | None:
-        """The lowest and the highest share: over seeds, or of a single run by the errors of its scores."""
+        """Returns the lowest and the highest share: over seeds, or for a single run by the errors of its scores."""
         return (min(self.shares), max(self.shares)) if len(self.shares) > 1 else self.interval
 
     def __str__(self) -> str:
@@ -115,8 +118,8 @@ class Speedup(NamedTuple):
 def speedup(comparison: Comparison, arm: str, score: str) -> Speedup:
     """Returns how much sooner `arm` reaches the final score of the reference, for each seed.
 
-    Of both arms the first time counts at which the curve is there, so the reference itself has 1. A seed in which the
-    reference has its final score at the first measurement already cannot be timed and is left out.
+    For both arms, the first time at which the curve reaches the score counts, so the reference itself has ratio 1. A seed in
+    which the reference already has its final score at the first measurement cannot be timed, and is left out.
     """
     references = {run.seed: run for run in comparison.runs_of(comparison.reference)}
     ratios, at_least, n, interval = [], False, 0, None
@@ -157,7 +160,7 @@ def interval_of_time(
 
 
 def format_speedup(comparison: Comparison, arm: str, score: str) -> str:
-    """A cell of the table: the arm's speed-up; 1 for the reference itself, if it has the score."""
+    """Returns a cell of the table: the arm's speed-up; 1 for the reference itself, if it has the score."""
     scored = any(score in mark.scores for run in comparison.runs_of(arm) for mark in run.marks)
     return "1" if arm == comparison.reference and scored else str(speedup(comparison, arm, score))
 
@@ -167,7 +170,7 @@ class Summary:
     """One arm over all its seeds.
 
     Attributes:
-        steps: optimiser steps; like all that follows, a mean over seeds at the last measurement.
+        steps: optimiser steps. This and the following attributes are means over seeds at the last measurement.
         wait: share of the training time that was spent waiting for data.
         cpu: CPU seconds for each wall second of training.
         scoring_s: wall seconds in all scorings of a run.
@@ -188,12 +191,12 @@ class Summary:
     failures: list[str]
 
     def final(self, score: str) -> Spread | None:
-        """The last measurement of a score."""
+        """Returns the last measurement of a score."""
         return next((s for s in reversed(self.scores[score]) if s), None)
 
 
 def summarise(comparison: Comparison) -> list[Summary]:
-    """A summary of each arm."""
+    """Returns a summary of each arm."""
     names = [score.name for score in measured_scores(comparison)]
     rows = []
     for arm in comparison.arms:
@@ -230,19 +233,20 @@ def summarise(comparison: Comparison) -> list[Summary]:
 
 
 def shown_marks(comparison: Comparison) -> list[int]:
-    """The marks that a table shows: of many a few, so that it fits."""
+    """Returns the marks that a table shows: only some of them if there are many, so that the table fits."""
     few = len(comparison.shares) <= 4
     return [i for i, share in enumerate(comparison.shares) if few or 4 * share % 1 == 0]
 
 
 def measured(marks: Sequence[Measurement], name: str) -> Spread | None:
-    """The spread of a score over the marks of several seeds."""
+    """Returns the spread of a score over the marks of several seeds."""
     errors = [mark.errors.get(name) for mark in marks]
     return spread([mark.scores[name] for mark in marks], errors[0] if len(errors) == 1 else None)
 
 
 def busy_note(comparison: Comparison) -> str | None:
-    """Says which arms got less than four fifths of a core; None if all had more, or where wall time counts."""
+    """Returns a sentence that names the arms that got less than four fifths of a core; None if all had more, or if wall time
+    counts."""
     if comparison.clock != "cpu":
         return None
     busy = []
@@ -260,7 +264,7 @@ def busy_note(comparison: Comparison) -> str | None:
 
 
 def added_note(comparison: Comparison) -> str | None:
-    """Says which arms were added after the others were finished; None if none was."""
+    """Returns a sentence that names the arms that were added after the others were finished; None if none was."""
     if not comparison.added:
         return None
     when = ", ".join(f"{arm} was added later ({about.get('date', '')})" for arm, about in comparison.added.items())
@@ -268,7 +272,8 @@ def added_note(comparison: Comparison) -> str | None:
 
 
 def code_note(comparison: Comparison) -> str | None:
-    """Says that parts were measured with other code, another commit or version; None if all is of the same."""
+    """Returns a sentence about parts that were measured with another commit or version; None if all parts were measured with
+    the same one."""
     changes = []
     for later in (*comparison.continued, *comparison.added.values()):
         if changed := other_code(comparison.about, later):
@@ -280,8 +285,8 @@ def code_note(comparison: Comparison) -> str | None:
 
 
 def format_score(score: Score, value: Spread | None) -> str:
-    """A score to read: in per cent where it is a share, with its deviation over several seeds, or with the standard error of
-    a single run."""
+    """Writes a score for readers: in per cent if it is a share, with its deviation over several seeds, or with the standard
+    error of a single run."""
     if value is None:
         return "-"
     scale, digits = (100, 1) if score.percent else (1, 3)
@@ -291,13 +296,13 @@ def format_score(score: Score, value: Spread | None) -> str:
 
 
 def format_length(comparison: Comparison, share: float = 1.0) -> str:
-    """A share of the budget to read, in the unit in which it is counted."""
+    """Writes a share of the budget for readers, in the unit of the budget."""
     length = share * comparison.budget_s
     return f"{length:,.0f} steps" if comparison.counted == "steps" else format_duration(length)
 
 
 def format_duration(seconds: float) -> str:
-    """A time to read: 45 s, 2 min, 1.5 h."""
+    """Writes a time for readers: 45 s, 2 min, 1.5 h."""
     for size, unit in ((3600, "h"), (60, "min")):
         if seconds >= 2 * size:
             return f"{seconds / size:.3g} {unit}"
@@ -305,7 +310,7 @@ def format_duration(seconds: float) -> str:
 
 
 def exact_duration(seconds: float) -> str:
-    """A time to read as `format_duration` writes it, in a unit in which nothing is rounded: 99 s, 20 min, 2.5 h."""
+    """Writes a time like `format_duration`, but in a unit in which nothing is rounded: 99 s, 20 min, 2.5 h."""
     for size, unit in ((3600, "h"), (60, "min")):
         if seconds >= 2 * size and 2 * seconds % size == 0:
             return f"{seconds / size:g} {unit}"

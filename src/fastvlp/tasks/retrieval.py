@@ -1,4 +1,5 @@
-"""Image-text retrieval by a model that reads both: a score of each pair, tuned to rank, and exact recall over all pairs.
+"""Image-text retrieval by a model that reads image and text together: a score of each pair, trained to rank pairs, and exact
+recall over all pairs.
 
 The loss is FLM's and METER's choice among sixteen texts (arXiv 2303.14038, 2111.02387; released code: compute_irtr) or
 UNITER's hinges (arXiv 1909.11740, section 4 and A.2; released code: model/itm.py, train_itm*.py).
@@ -36,10 +37,10 @@ from fastvlp.tasks.pretrained import Pretrained
 from fastvlp.tasks.uniter_heads import rank_loss
 
 SALTS = {"image": 731, "text": 732}
-# Wrong candidates of some rows [G N], and which of them are truly wrong, since a row may have fewer.
+# Wrong candidates of some rows [G N], and which of them are really wrong, since a row may have fewer than N.
 Negatives = tuple[Tensor, Tensor]
 RankLoss = Literal["hinge", "cross-entropy"]
-# Texts that are read beside an image at a time.
+# Number of texts that are read beside an image at a time.
 ROWS = 256
 
 
@@ -50,7 +51,7 @@ class RetrievalData(PairData):
 
 @dataclass(frozen=True, kw_only=True)
 class RetrievalOptions:
-    """Options of the objective that the task offers too."""
+    """Options of the objective that are also options of the task."""
 
     candidates: int = 16
     """cross-entropy: texts to choose from for each image, its own and others of the batch, as far as it has so many."""
@@ -74,9 +75,9 @@ class RetrievalOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class RetrievalConfig(RetrievalOptions, HeadConfig):
-    """A score that ranks right pairs above wrong ones. Wrong pairs are made of the batch; one with the very same text or image
-    is never wrong. (The released codes draw them from the whole data set: FLM's 15 texts, UNITER's 8 anchors, 31 of 399. A
-    batch of 16, or of 400, gives as many, and nothing is read twice.)"""
+    """A score that ranks right pairs above wrong ones. Wrong pairs are made from the rows of a batch; a pair with exactly the
+    same text or image is never wrong. (The released codes draw wrong pairs from the whole data set: FLM 15 texts; UNITER, for 8
+    anchors, 31 of 399. A batch of 16, or of 400, gives as many, and nothing is read twice.)"""
 
     loss: RankLoss = "hinge"
     """hinge: right pairs score higher than wrong ones by `margin` (UNITER). cross-entropy: the own text of an image is chosen
@@ -91,14 +92,15 @@ class RetrievalConfig(RetrievalOptions, HeadConfig):
 
 
 def hardest(score_AB: Tensor, wrong_AB: Tensor, keep: int) -> Negatives:
-    """The candidates of each row that score highest among the wrong ones, best first: places [A min(keep, B - 1)], and which
-    of these are truly wrong, since a row may have fewer."""
+    """Returns the wrong candidates of each row with the highest scores, best first: their indices [A min(keep, B - 1)], and
+    which of these are really wrong, since a row may have fewer."""
     place = score_AB.masked_fill(~wrong_AB, -torch.inf).topk(min(keep, score_AB.shape[1] - 1), 1).indices
     return place, wrong_AB.gather(1, place)
 
 
 def choice_loss(score_BC: Tensor, real_BC: Tensor) -> Tensor:
-    """Cross-entropy of the first candidate of each row, which is the right one, among those that are real -> [B]."""
+    """Returns the cross-entropy of the first candidate of each row, which is the right one, among the real candidates ->
+    [B]."""
     return -score_BC.masked_fill(~real_BC, -torch.inf).log_softmax(1)[:, 0]
 
 
@@ -113,8 +115,8 @@ class Retrieval(HeadObjective):
 
     @torch.no_grad()
     def begin(self, model: VLModel) -> None:
-        """The head starts as the second row of the pretrained head, the score of "match". It is copied, so that saving and
-        moving keep both."""
+        """Starts the head from the second row of the pretrained head, the score of "match". The row is copied, so that both
+        heads can be saved and moved."""
         if self.pool is None:
             match = model.single.match
         else:
@@ -137,7 +139,7 @@ class Retrieval(HeadObjective):
         return at_least_fp32(self.head(self.pooled(model, image_BKD, ids_BL, length_B, regions))[:, 0])
 
     def pair_scores(self, model: VLModel, image_BKD: Tensor, batch: Batch, image_P: Tensor, text_P: Tensor) -> Tensor:
-        """Scores of pairs: image `image_P[p]` of the batch beside its text `text_P[p]` -> [P]."""
+        """Scores pairs: image `image_P[p]` of the batch with text `text_P[p]` of the batch -> [P]."""
         regions = _pytree.tree_map_only(Tensor, lambda x: x[image_P], batch.regions)
         return self.scores(model, image_BKD[image_P], batch.ids[text_P], batch.length[text_P], regions)
 
@@ -155,7 +157,7 @@ class Retrieval(HeadObjective):
         return {"image": count, "text": count}
 
     def random(self, batch: Batch) -> dict[str, Negatives]:
-        """One other image, and one other text, of each row."""
+        """Draws one other image, and one other text, for each row."""
         return {name: self._drawn(batch, salt, 1) for name, salt in SALTS.items()}
 
     def random_texts(self, batch: Batch, count: int) -> Negatives:
@@ -167,7 +169,7 @@ class Retrieval(HeadObjective):
         return hardest(uniform(batch.seed, (len(batch),), salt), wrong_BB, count)
 
     def hard(self, model: VLModel, image_BKD: Tensor, batch: Batch) -> dict[str, Negatives]:
-        """The hardest images, and texts, of each anchor."""
+        """Finds the hardest images, and the hardest texts, for each anchor."""
         wrong_AB, every_B = self.wrong(batch)[: self.config.anchors], torch.arange(len(batch), device=batch.ids.device)
         scores: dict[str, list[Tensor]] = {name: [] for name in SALTS}
         with evaluating(model, self):
@@ -178,8 +180,8 @@ class Retrieval(HeadObjective):
         return {name: hardest(torch.stack(rows), wrong_AB, self.config.keep) for name, rows in scores.items()}
 
     def forward(self, model: VLModel, image_BKD: Tensor, batch: Batch) -> dict[str, Loss]:
-        """hinge: one for wrong images beside a text (`image`), and one for wrong texts beside an image (`text`).
-        cross-entropy: of the own text of an image (`text`)."""
+        """Returns the losses. hinge: one for wrong images beside a text (`image`), and one for wrong texts beside an image
+        (`text`). cross-entropy: the loss of choosing the own text of an image (`text`)."""
         if self.config.loss == "cross-entropy":
             return {"text": Loss(self.choice(model, image_BKD, batch), self.counts(batch)["text"])}
         random = self.config.negatives == "random"
@@ -195,13 +197,13 @@ class Retrieval(HeadObjective):
         losses, counts = {}, self.counts(batch)
         for (name, (_, real_GN)), wrong_GN in zip(negatives.items(), wrong):
             each_GN = rank_loss(torch.cat([right_G1, wrong_GN], 1), self.config.margin)
-            # As in the released code: for random ones the mean over both kinds, for hard ones the sum of both means.
+            # As in the released code: the mean over both kinds for random negatives, and the sum of both means for hard ones.
             losses[name] = Loss(torch.where(real_GN, each_GN, 0).sum(), counts[name], 0.5 if random else 1.0)
         return losses
 
     def choice(self, model: VLModel, image_BKD: Tensor, batch: Batch) -> Tensor:
-        """The summed loss of choosing the own text of each image. Fusion layers compute the keys of an image once for all its
-        candidates."""
+        """Returns the sum of the losses of choosing the own text of each image. Fusion layers compute the keys of an image once
+        for all of its candidates."""
         other_BN, real_BN = self.random_texts(batch, self.config.candidates - 1)
         own_B1 = torch.arange(len(batch), device=other_BN.device)[:, None]
         text = torch.cat([own_B1, other_BN], 1).flatten()
@@ -211,14 +213,14 @@ class Retrieval(HeadObjective):
 
 
 def matching_head(saved: Saved) -> tuple[nn.Linear, nn.Linear] | None:
-    """The pooler and classifier of a fusion model that learned to match; None if it did not."""
+    """Returns the pooler and the classifier of a fusion model that learned to match; None if it did not."""
     able = (load_objective(saved, name) for name, names in abilities(saved).items() if "match" in names)
     return next((head for objective in able if (head := objective.matching_head) is not None), None)
 
 
 def zero_shot(saved: Saved, folder: str) -> Retrieval:
-    """Retrieval by the matching head of a pretrained run, as it is. Raises UserError for a run that did not learn to match,
-    or has been tuned to rank since: then its own head is the one to score."""
+    """Returns the objective that ranks with the matching head of a pretrained run, without fine-tuning. Raises UserError if the
+    run did not learn to match; or if it was fine-tuned for retrieval, because its own head should then be scored."""
     if any(isinstance(config, RetrievalConfig) for config in saved_configs(saved).values()):
         raise UserError(f"{folder}: has been fine-tuned for retrieval; evaluate it without `zero_shot`")
     matches = any("match" in names for names in abilities(saved).values())
@@ -232,7 +234,7 @@ def zero_shot(saved: Saved, folder: str) -> Retrieval:
 
 
 def score_all(tuned: FineTuned, split: Split, texts: Sequence[str]) -> Tensor:
-    """Scores of every image of a split beside every text -> [I T] on the CPU. Each image is encoded once, and texts of like
+    """Scores every image of a split with every text -> [I T] on the CPU. Each image is encoded once, and texts of similar
     length share a batch."""
     model, objective, data, rows = tuned.saved.model, tuned.objective, tuned.data, tuned.rows(split)
     device = next(model.parameters()).device
@@ -288,7 +290,8 @@ class RetrievalTask(RetrievalOptions, Task):
 
     @classmethod
     def score(cls, tuned: FineTuned, split: Split, options: Any) -> dict[str, Any]:
-        """Recall over all pairs of the split's images and captions; `chance` and `standard_error` are those of `recall`."""
+        """Returns the recall over all pairs of the split's images and captions; `chance` and `standard_error` are those of
+        `recall`."""
         data: RetrievalData = tuned.data
         captions = read_captions(split_shards(data, split), data.captions)
         texts = [text for its in captions for text in its]
@@ -303,7 +306,7 @@ class RetrievalTask(RetrievalOptions, Task):
 
     @classmethod
     def zero_shot(cls, pretrained: Pretrained) -> tuple[Retrieval, RetrievalData]:
-        """Retrieval by the matching head of pretraining, with the captions and regions that the run was trained on."""
+        """Scores retrieval by the matching head of pretraining, with the captions and regions that the run was trained on."""
         saved, seen = pretrained.saved, pretrained.preprocessing
         regions = seen.regions if saved.model.config.single is not None else None
         data = RetrievalData(

@@ -28,12 +28,13 @@ from fastvlp.data.sources.row_fields import (
 from fastvlp.data.sources.source_files import find_image, image_record, is_url
 from fastvlp.errors import UserError
 
-# Folders that the paths of a table may start from, where they are not beside it.
+# Folders from which the paths of a table may start, if the images are not beside it.
 USUAL_FOLDERS = (
     *("images", "Images", "image", "imgs", "img", "pictures", "Flickr8k_Dataset", "Flicker8k_Dataset"),
     *("flickr30k_images", "flickr30k-images", "Flickr30k_Dataset"),
 )
-# Lists in which further rows of an image add entries; expressions point into their own row's objects.
+# Lists to which further rows of an image add entries. Expressions refer to the objects of their own row, so they are not among
+# these.
 GROWING = frozenset(LISTS_OF_OBJECTS) - {"objects", "expressions", "expressions_zh"}
 
 
@@ -44,9 +45,9 @@ class Table:
     Attributes:
         path: the file.
         rows: its rows, and those that cannot be read.
-        split: that the file is of, where its name says so.
-        columns_fixed: every row has the columns of the first.
-        class_names: names of the classes of a column of numbers.
+        split: split of the file, if its name states one.
+        columns_fixed: whether every row has the columns of the first one.
+        class_names: names of the classes, for columns that hold numbers of classes.
     """
 
     path: Path
@@ -60,9 +61,9 @@ class Table:
 class RowSource(ImagePathSource):
     """A format of rows with an image and texts.
 
-    Rows of one image path are one record, with the captions of all, English and Chinese (`caption_zh`), and with their
-    questions and statements; other columns are those of its first row. A cell may hold the image itself: bytes, or {bytes,
-    path}.
+    Rows with the same image path become one record, with the captions of all rows, English and Chinese (`caption_zh`), and with
+    their questions and statements. Other columns are taken from the first row. A cell may hold the image itself: bytes, or
+    {bytes, path}.
     """
 
     image_column: str = ""
@@ -72,10 +73,10 @@ class RowSource(ImagePathSource):
 
     @abc.abstractmethod
     def tables(self, path: Path) -> Iterator[Table]:
-        """The tables at `path`."""
+        """Yields the tables at `path`."""
 
     def read(self, path: Path) -> Iterator[Item]:
-        """Yields one record an image."""
+        """Yields one record for each image."""
         for table in self.tables(path):
             reading = _Reading(table, self)
             root = self.image_folder(table.path.parent)
@@ -99,7 +100,7 @@ class RowSource(ImagePathSource):
 
 
 class _Reading:
-    """The reading of one table: its columns, and the images met so far."""
+    """Reads one table. Keeps its columns, and the images read so far."""
 
     def __init__(self, table: Table, options: RowSource):
         self.table = table
@@ -111,7 +112,7 @@ class _Reading:
         self.differing: dict[str, int] = {}
 
     def add(self, row: Row) -> Iterator[Item]:
-        """Takes a row; yields its record where it holds the image itself, and what is wrong with it."""
+        """Reads a row. Yields its record if it holds the image itself, and its faults."""
         cells = dict(row.cells)
         if not self.columns:
             self.columns = [str(name) for name in cells]
@@ -155,7 +156,7 @@ class _Reading:
             yield Note(text=text, example=self.table.path.name)
 
     def records(self, root: Path | None) -> Iterator[Item]:
-        """The images that the table names by their paths."""
+        """Yields the records of the images that the table names by their paths."""
         first = next(iter(self.by_name), None)
         if first is not None and root is not None and self.options.images is None:
             folder = _usual_folder(root, first[0])
@@ -169,7 +170,7 @@ class _Reading:
             )
 
     def _info(self, cells: dict[str, Any], captions: Sequence[str], place: str) -> tuple[dict[str, Any], list[Note]]:
-        """The fields of a row's record."""
+        """Returns the fields of a row's record."""
         chinese = [
             text for name in CHINESE_COLUMNS if name not in captions for text in caption_texts(cells.pop(name, None))
         ]
@@ -178,7 +179,7 @@ class _Reading:
         tasks = task_fields(cells)
         texts, notes = take_captions(cells, captions, place)
         has_column = bool(captions) or "captions" in tasks
-        # Beside another caption column, whose captions come first.
+        # There is another caption column, whose captions come first.
         more = caption_texts(cells.pop("captions", None)) if "captions" not in captions else []
         if more and self.options.caption_column:
             notes.append(Note(text=f"captions is left out beside {short(self.options.caption_column)}", example=place))
@@ -205,7 +206,7 @@ class _Reading:
         return {**info, **fields}, notes
 
     def _merge(self, names: tuple[str, ...], info: dict[str, Any]) -> None:
-        """Joins a row with those of the same image before it."""
+        """Joins a row with the earlier rows of the same image."""
         if names not in self.by_name:
             self.by_name[names] = info
             return
@@ -226,7 +227,7 @@ class _Reading:
         stored = [str(name) for name, cell in cells.items() if _holds_image(cell)]
         named = [name for name in find_columns(cells, ("image_id", "img_id", "id")) if _is_path(cells[name])]
         urls = find_columns(cells, URL_COLUMNS)
-        # A column of pictures goes before a column of their names.
+        # A column of pictures is preferred to a column of their names.
         first = [name for name in there if name in stored]
         return next(iter((*first, *there, *usual, *stored, *named, *urls)), None)
 
@@ -250,7 +251,7 @@ class _Reading:
 
 
 def url_error(path: Path, columns: Sequence[str], options: RowSource) -> UserError:
-    """The error about a table of URLs, with the command that downloads them."""
+    """Returns the error for a table of URLs, with the command that downloads them."""
     url = options.image_column or next(
         iter(find_columns(dict.fromkeys(columns), (*URL_COLUMNS, *IMAGE_COLUMNS))), "url"
     )
@@ -277,7 +278,7 @@ def url_error(path: Path, columns: Sequence[str], options: RowSource) -> UserErr
 
 
 def headless(path: Path, column: str) -> bool:
-    """Whether the first line of a csv or tsv does not name the column."""
+    """Whether the first line of a csv or tsv file does not contain the name of the column."""
     if path.suffix.lower() not in (".csv", ".tsv"):
         return False
     with path.open(encoding="utf-8-sig", errors="replace") as file:
@@ -285,7 +286,7 @@ def headless(path: Path, column: str) -> bool:
 
 
 def _names(cell: Any) -> list[str]:
-    """The paths of a row's images: one, or a list of them for a record of several."""
+    """Returns the paths of a row's images: one, or several for a record of several images."""
     if isinstance(cell, dict):
         cell = cell.get("path")
     if isinstance(cell, str) and cell.strip().startswith("["):
@@ -305,7 +306,7 @@ def _is_path(cell: Any) -> bool:
 
 
 def _usual_folder(root: Path, name: str) -> Path | None:
-    """The usual folder in which an image is that is not in `root` itself."""
+    """Returns the usual folder that contains an image, if `root` itself does not."""
     path = None if is_url(name) else find_image(root, name)
     if path is None or path.exists():
         return None
