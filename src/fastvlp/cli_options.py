@@ -27,7 +27,8 @@ Run = Callable[[], Any]
 
 
 def parse_function(name: str, target: Callable[..., Any], argv: Sequence[str]) -> Run:
-    """The function with the options in `argv`, not yet called. Its signature gives the options, its docstring their help."""
+    """Returns the function with the options in `argv`, not yet called. The signature gives the options, and the docstring their
+    help."""
 
     @functools.wraps(target, updated=())
     def bind(*args: Any, **options: Any) -> Run:
@@ -70,7 +71,8 @@ def parse_with_groups(
 
 
 def parse_pretrain(argv: Sequence[str]) -> Run:
-    """`argv`: RECIPE and overrides of its fields. The recipe comes first, because it says which fields there are."""
+    """Parses `vlp pretrain`. `argv`: RECIPE and overrides of its fields. The recipe comes first, because the fields depend on
+    it."""
     from fastvlp.model.named_sizes import named_sizes
     from fastvlp.recipes import about_recipe, names, recipe
     from fastvlp.training import loop
@@ -113,8 +115,8 @@ def parse_pretrain(argv: Sequence[str]) -> Run:
 
 
 def with_encoders(run: TrainConfig, argv: Sequence[str]) -> tuple[TrainConfig, list[str]]:
-    """The run with the public encoders that `--image` and `--text` name, and the other words, which may change what they bring
-    along, such as `--model.image.size`. Those that a recipe names are read when the run starts."""
+    """Returns the run with the public encoders that `--image` and `--text` name, and the other arguments, which may change
+    settings of these encoders, such as `--model.image.size`. Encoders that a recipe names are read when the run starts."""
     from fastvlp.training.public_start import with_public_encoders
 
     args, given = list(argv), dict[str, Any]()
@@ -131,7 +133,8 @@ def with_encoders(run: TrainConfig, argv: Sequence[str]) -> tuple[TrainConfig, l
 
 
 def with_size(run: TrainConfig, argv: Sequence[str]) -> tuple[TrainConfig, list[str]]:
-    """The run with a model of the size that `--model SIZE` names, and the other words (`--model.image.patch 6` is one)."""
+    """Returns the run with a model of the size that `--model SIZE` names, and the other arguments, such as
+    `--model.image.patch 6`."""
     from fastvlp.model.named_sizes import named_size
 
     size, args = take_option(argv, "--model")
@@ -139,7 +142,8 @@ def with_size(run: TrainConfig, argv: Sequence[str]) -> tuple[TrainConfig, list[
 
 
 def take_option(argv: Sequence[str], name: str) -> tuple[str | None, list[str]]:
-    """The value of an option (None if it is not given; the last one where it is given twice), and the other words."""
+    """Returns the value of an option, and the other arguments. The value is None if the option is not given, and the last one
+    if it is given twice."""
     value, others, words = None, list[str](), iter(argv)
     for word in words:
         option, equals, after = word.partition("=")
@@ -157,7 +161,8 @@ def run_fields() -> list[str]:
 
 
 def one_length(run: TrainConfig, argv: Sequence[str]) -> TrainConfig:
-    """A length given alone is the run's: `--steps` without `--budget-s` ends the recipe's budget, and the reverse."""
+    """Returns the run with only one length, if only one was given: `--steps` alone removes the recipe's `budget_s`, and the
+    reverse."""
     given = {option.partition("=")[0].replace("_", "-") for option in argv} & {"--steps", "--budget-s"}
     if given == {"--steps"} and run.steps is not None:
         return replace(run, budget_s=None)
@@ -167,7 +172,7 @@ def one_length(run: TrainConfig, argv: Sequence[str]) -> TrainConfig:
 
 
 def parse_finetune(argv: Sequence[str]) -> Run:
-    """`argv`: TASK and options. The task comes first, because it has options of its own."""
+    """Parses `vlp finetune`. `argv`: TASK and options. The task comes first, because it has options of its own."""
     from fastvlp.tasks.finetune import TuneOptions, finetune
     from fastvlp.tasks.interface import task_named, tasks
 
@@ -193,7 +198,7 @@ def tune_options() -> list[str]:
 
 
 def parse_contrast(argv: Sequence[str]) -> Run:
-    """`argv`: options, among them how long and how fast the model learns."""
+    """Parses `vlp finetune contrast`. `argv`: options, among them the length and the learning rate."""
     from fastvlp.tasks.contrast import finetune_contrast
     from fastvlp.tasks.contrast_settings import ContrastSettings
 
@@ -217,7 +222,7 @@ def task_options() -> list[str]:
 
 
 def scoring_groups() -> dict[str, type]:
-    """Dataclasses with the options of the evaluation of the tasks that have some, by the name of the first such task."""
+    """Returns the dataclasses with the options of the tasks' evaluations, each by the name of the first task that has it."""
     from fastvlp.tasks.interface import tasks
 
     groups: dict[str, type] = {}
@@ -228,7 +233,8 @@ def scoring_groups() -> dict[str, type]:
 
 
 def parse_evaluate_task(argv: Sequence[str]) -> Run:
-    """`argv`: RUN and options, among them those of all tasks: which one it is, the run's folder says later."""
+    """Parses `vlp evaluate task`. `argv`: RUN and options. The options of all tasks are accepted, because the task is read from
+    the run's folder later."""
     from fastvlp.tasks.task_evaluation import evaluate_task
 
     groups = scoring_groups()
@@ -243,7 +249,7 @@ def parse_evaluate_task(argv: Sequence[str]) -> Run:
 
 
 def parse_import(argv: Sequence[str]) -> Run:
-    """`argv`: PATH and options, among them those of the path's format."""
+    """Parses `vlp data import`. `argv`: PATH and options, among them those of the path's format."""
     from fastvlp.data import sources
     from fastvlp.data.sources.importing import import_data
 
@@ -256,7 +262,7 @@ def parse_import(argv: Sequence[str]) -> Run:
         try:
             groups["own"] = sources.find_format(Path(path), format)
         except UserError:
-            # The options of all formats are read, and the import then says what is wrong with the path.
+            # The options of all formats are accepted, and the import then reports the fault of the path.
             groups["own"] = make_dataclass("OfAllFormats", [(name, kind | None, None) for name, kind in types.items()])
         else:
             given = {word[2:].partition("=")[0].replace("-", "_") for word in argv if word.startswith("--")}
@@ -270,7 +276,7 @@ def parse_import(argv: Sequence[str]) -> Run:
 
 
 def path_and_format(argv: Sequence[str], types: Mapping[str, Any]) -> tuple[str | None, str]:
-    """PATH and the value of `--format` among the words of an import; `types` are those of the options."""
+    """Returns PATH and the value of `--format` among the arguments of an import. `types`: the types of the options."""
     switches = {f"--{no}{name.replace('_', '-')}" for name, kind in types.items() if kind is bool for no in ("", "no-")}
     path, format, words = None, "auto", iter(argv)
     for word in words:
@@ -290,7 +296,8 @@ def format_options() -> list[str]:
 
 
 def as_flags(message: str, options: Collection[str]) -> str:
-    """The library names parameters, `` `max_side` `` or `` `data.batch_size` ``; here they are options, --max-side."""
+    """Replaces the names of parameters in a message of the library, such as `` `max_side` ``, by those of options, such as
+    --max-side."""
 
     def flag(found: re.Match[str]) -> str:
         return f"--{found[1].replace('_', '-')}" if found[1].split(".")[0] in options else found[0]

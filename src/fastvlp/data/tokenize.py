@@ -1,4 +1,5 @@
-"""Text to ids and back, by any tokenizer.json, or by a WordPiece or byte-level BPE trained on the corpus at hand."""
+"""Converts text to ids and back, with any tokenizer.json, or with a WordPiece or byte-level BPE tokenizer that is trained on
+the run's own texts."""
 
 from __future__ import annotations
 
@@ -39,10 +40,10 @@ class Reading(NamedTuple):
     """The way in which the tokenizer reads a text.
 
     Attributes:
-        tokens: How many it has, <s> and </s> included, before it is cut.
-        cut: Its end that is not read; empty if it is read whole.
-        unknown: Words of what is read, each once, that have no token of their own nor larger pieces: fewer than two bytes a
-            token, or the token for the unknown.
+        tokens: Number of tokens before it is cut, including <s> and </s>.
+        cut: The end of the text that is not read; empty if the whole text is read.
+        unknown: Unknown words in the part that is read, each once. These become the token for unknown words, or pieces with
+            fewer than two bytes each.
     """
 
     tokens: int
@@ -72,12 +73,12 @@ class Tokenizer:
             known = inner.get_vocab(with_added_tokens=True)
             self.added = tuple(role for role, names in _ROLES.items() if not any(name in known for name in names))
             if self.added and len(known) <= max(known.values()):
-                # A new token would get the number of another one.
+                # A new token would get the id of an existing one.
                 raise UserError(
                     f"{source}: some ids have no token, so that no tokens can be added; it lacks {self.added}"
                 )
             inner.add_special_tokens([_ROLES[role][-1] for role in self.added])
-        # Some vocabularies have numbers without a token.
+        # In some vocabularies, some ids have no token.
         vocabulary = inner.get_vocab(with_added_tokens=True)
         self.vocab_size = 1 + max(vocabulary.values(), default=0)
         if self.vocab_size > 4 * len(vocabulary) + 100_000:
@@ -98,9 +99,9 @@ class Tokenizer:
         """Reads a tokenizer.json.
 
         Args:
-            complete: add tokens for what a vocabulary lacks, as CLIP's lacks padding and the mask.
+            complete: add the special tokens that a vocabulary lacks; CLIP's lacks padding and the mask.
 
-        Raises UserError if the file is missing, is no tokenizer.json, or lacks a special token.
+        Raises UserError if the file is missing, is not a tokenizer.json, or lacks a special token.
         """
         path = Path(path)
         try:
@@ -123,8 +124,8 @@ class Tokenizer:
         vocab_size: int = 8192,
         lowercase: bool = True,
     ) -> Tokenizer:
-        """Learns at most `vocab_size` tokens. Chinese needs no segmentation: for WordPiece each character is a word (as for
-        BERT), BPE works on bytes."""
+        """Trains a tokenizer of at most `vocab_size` tokens. Chinese needs no segmentation: for WordPiece each character is a
+        word (as in BERT), and BPE works on bytes."""
         train = {"wordpiece": _train_wordpiece, "bpe": _train_bpe}.get(kind)
         if train is None:
             raise UserError(f"tokenizer kind {kind!r}: choose wordpiece or bpe")
@@ -134,12 +135,12 @@ class Tokenizer:
         write_whole(Path(path), self._inner.to_str(pretty=True).encode())
 
     def copy(self) -> tokenizers.Tokenizer:
-        """A copy of what it is made of."""
+        """Returns a copy of the underlying tokenizer."""
         return tokenizers.Tokenizer.from_str(self._inner.to_str())
 
     def with_prefix(self, prefix: str) -> Tokenizer:
-        """A tokenizer that puts `prefix` before every text, such as "query: " for e5 (arXiv 2212.03533). It is a part of
-        tokenizer.json: whatever reads that file puts it there too."""
+        """Returns a tokenizer that puts `prefix` before every text, such as "query: " for e5 (arXiv 2212.03533). The prefix is
+        saved in tokenizer.json, so every program that reads this file adds it too."""
         inner = tokenizers.Tokenizer.from_str(self._inner.to_str())
         own = [] if inner.normalizer is None else [inner.normalizer]
         inner.normalizer = normalizers.Sequence([normalizers.Prepend(prefix), *own])
@@ -149,13 +150,13 @@ class Tokenizer:
 
     @property
     def fingerprint(self) -> str:
-        """A hash of all that decides the ids of a text."""
+        """Returns a hash of everything that decides the ids of a text."""
         return hashlib.sha256(self._inner.to_str().encode()).hexdigest()
 
     def encode(self, texts: list[str], max_length: int) -> tuple[Tensor, Tensor]:
         """Returns ids int64 [B L], `<s> words </s>` padded on the right to the longest, and length int64 [B].
 
-        A text of more than `max_length` tokens loses its end and keeps its </s>.
+        A text of more than `max_length` tokens is cut at its end, and keeps its </s>.
         """
         encodings, words = self._cut(texts, max_length)
         rows = [[self.bos, *encoding.ids[:kept], self.eos] for encoding, kept in zip(encodings, words)]
@@ -165,20 +166,20 @@ class Tokenizer:
         return torch.tensor(padded, dtype=torch.int64).reshape(len(rows), longest), length_B
 
     def lengths(self, texts: Sequence[str], max_length: int) -> Tensor:
-        """The length int64 [B] that `encode` gives each text, without its ids."""
+        """Returns the length int64 [B] that `encode` would return for each text, without its ids."""
         return torch.tensor(self._cut(texts, max_length)[1], dtype=torch.int64) + 2
 
     def _cut(self, texts: Sequence[str], max_length: int) -> tuple[list[Any], list[int]]:
-        """The encoding of each text, and how many of its tokens there is room for beside <s> and </s>."""
+        """Returns the encoding of each text, and the number of tokens for which there is room beside <s> and </s>."""
         if max_length < 2:
             raise ValueError(f"max_length {max_length} leaves no room for <s> and </s>")
-        # Tokenising all of 100,000 characters for 50 tokens would be in vain.
+        # It would be a waste to tokenise 100,000 characters if only 50 tokens are kept.
         cut = [text[: max_length * _CHARS_PER_TOKEN] for text in texts]
         encodings = self._inner.encode_batch_fast(cut, add_special_tokens=False)
         return encodings, [min(len(encoding), max_length - 2) for encoding in encodings]
 
     def readings(self, texts: Sequence[str], max_length: int) -> list[Reading]:
-        """Says of each text what of it `encode` reads, and which of its words are unknown."""
+        """Returns for each text which part `encode` reads, and which of its words are unknown."""
         encodings = self._inner.encode_batch([*texts], add_special_tokens=False)
         return [self._reading(text, encoding, max_length - 2) for text, encoding in zip(texts, encodings)]
 
@@ -197,7 +198,8 @@ class Tokenizer:
         return Reading(len(encoding.ids) + 2, cut, list(dict.fromkeys(unknown)))
 
     def decode(self, ids: Iterable[int] | Tensor) -> str:
-        """The text of ids, without special tokens and without the spaces that WordPiece puts between Chinese characters."""
+        """Returns the text of ids, without special tokens and without the spaces that WordPiece puts between Chinese
+        characters."""
         text = self._inner.decode([int(i) for i in ids], skip_special_tokens=True)
         return _SPACE_BETWEEN_HAN.sub("", text).strip()
 
@@ -206,8 +208,8 @@ class Tokenizer:
 
 
 def with_new_ends(words: Tokenizer) -> Tokenizer:
-    """The tokenizer with <bos> and <eos> in the roles of <s> and </s>; they are added at its end where it lacks them. The old
-    ones keep their ids, by other names. FLM's released code writes captions so."""
+    """Returns the tokenizer with <bos> and <eos> in the roles of <s> and </s>, as FLM's released code writes captions. If it
+    lacks them, they are added at its end. The old tokens keep their ids under other names."""
     spec = json.loads(words._inner.to_str())
     bos, eos = words.token(words.bos), words.token(words.eos)
     names = {bos: f"[unused {bos}]", eos: f"[unused {eos}]", "<bos>": bos, "<eos>": eos}
@@ -215,7 +217,7 @@ def with_new_ends(words: Tokenizer) -> Tokenizer:
         token["content"] = names.get(token["content"], token["content"])
     vocab = spec["model"]["vocab"]
     spec["model"]["vocab"] = {names.get(token, token): i for token, i in vocab.items()}
-    # It puts the old ones around a text.
+    # The post-processor puts the old tokens around a text.
     spec["post_processor"] = None
     inner = tokenizers.Tokenizer.from_str(json.dumps(spec))
     inner.add_special_tokens([bos, eos])
@@ -237,7 +239,8 @@ def _is_punctuation(word: str) -> bool:
 
 
 def _unknown(inner: tokenizers.Tokenizer) -> int | None:
-    """The token that stands for words of which there is no part; None in a byte-level vocabulary, which has parts of all."""
+    """Returns the token for words that cannot be split into known pieces; None for a byte-level vocabulary, which can split all
+    words."""
     model = json.loads(inner.to_str())["model"]
     name = model.get("unk_token")
     return inner.token_to_id(name) if name else model.get("unk_id")
@@ -291,7 +294,7 @@ def _train_wordpiece(texts: Iterable[str], vocab_size: int, lowercase: bool) -> 
 def _train_bpe(texts: Iterable[str], vocab_size: int, lowercase: bool) -> tokenizers.Tokenizer:
     inner = tokenizers.Tokenizer(models.BPE())
     inner.normalizer = normalizers.Sequence([normalizers.NFC(), *([normalizers.Lowercase()] if lowercase else [])])
-    # The space in front marks the first word of a text as every other word.
+    # The space in front marks the first word of a text like every other word.
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     inner.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(

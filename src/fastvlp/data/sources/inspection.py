@@ -1,4 +1,4 @@
-"""Inspecting a folder of shards: counts, sizes, lengths, fields, and every record that cannot be read, by name."""
+"""Inspects a folder of shards: counts, sizes, lengths, fields, and the name of every record that cannot be read."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from fastvlp.files import write_whole
 MOST_DUPLICATES = 20
 # Fields of texts, in any language, and the name of the text in their entries; None if an entry is the text.
 TEXTS = {"captions": None, "questions": "question", "statements": "text"}
-# A run may read fewer of a record's stored regions; a record where none of all is visible is of no use to any run.
+# All stored regions are read. A run may read fewer of them, but a record with no visible region is useless for every run.
 ALL = RegionSource(stored=True, least=1 << 30, most=1 << 30)
 
 
@@ -45,17 +45,18 @@ class SplitReport:
     """Counts of one split.
 
     Attributes:
-        name: of its folder.
-        records: readable ones.
-        images: of these records.
+        name: name of the split's folder.
+        records: number of readable records.
+        images: number of images of these records.
         fields: number of records with each field.
         sizes: number of images of each (width, height) in pixels.
-        formats: number of images of each format and mode, as `JPEG RGB`.
-        lengths: of every text, by field and unit.
+        formats: number of images of each format and mode, such as `JPEG RGB`.
+        lengths: the length of every text, by field and unit.
         unreadable: records that cannot be read, with the reason.
-        cut: what `max_length` cuts of the captions; None without a tokenizer.
+        cut: the number of captions and tokens that `max_length` cuts; None without a tokenizer.
         questions: the questions with answers, by field.
-        blind: how often their text alone gives the answer, by field, where there is a training split beside this one.
+        blind: how often the text of the questions alone gives the answer, by field; measured only if there is a training split
+            beside this one.
     """
 
     name: str
@@ -77,10 +78,10 @@ class Inspection:
 
     Attributes:
         splits: a report of each split.
-        sheet: the contact sheet; None if no record can be read, or where the folder of the data cannot be written.
+        sheet: path of the contact sheet; None if no record can be read, or if the folder of the data is not writable.
         no_sheet: why it could not be written; empty if it was.
         duplicates: images that are in several splits.
-        perceptual: whether images that only look the same were looked for, which needs the package `imagehash`.
+        perceptual: whether images that only look equal were searched for too, which needs the package `imagehash`.
     """
 
     splits: list[SplitReport]
@@ -151,7 +152,7 @@ def inspect_data(
 
 
 def _answer_blindly(reports: Sequence[SplitReport]) -> None:
-    """Adds what the texts of questions alone give away, as the split called train suggests."""
+    """Adds how often the text of a question alone gives the answer, according to the questions of the split train."""
     train = next((report.questions for report in reports if report.name == "train"), {})
     for report in reports:
         for name, questions in report.questions.items() if report.name != "train" else ():
@@ -170,7 +171,7 @@ def _cut(report: SplitReport, max_length: int) -> CaptionCut:
 def _draw_sheet(
     sheet: Path | None, folder: Path, pictures: Sequence[tuple[Sequence[Image.Image], str]]
 ) -> tuple[Path | None, str]:
-    """Draws the sheet. Returns where it is, or why there is none in the folder: data that people share are often read-only."""
+    """Draws the contact sheet. Returns its path, or the reason why it could not be written: shared data are often read-only."""
     if not pictures:
         return None, ""
     file, path = io.BytesIO(), sheet or folder / "contact-sheet.png"
@@ -185,7 +186,7 @@ def _draw_sheet(
 
 
 def _check(record: RecordView, hashes: ImageHashes | None) -> tuple[RecordView, list[Any]] | Dropped:
-    """The record, after every part of it was read, and the hashes of its images."""
+    """Reads every part of a record. Returns the record and the hashes of its images."""
     try:
         _ = record.images
         if wrong := fault(record.info):
@@ -224,7 +225,7 @@ def _count(report: SplitReport, record: RecordView, tokenizer: Tokenizer | None)
 
 
 def as_tables(reports: list[SplitReport], duplicates: Sequence[Duplicate] = ()) -> Group:
-    """The reports as tables for a terminal."""
+    """Returns the reports as tables for a terminal."""
     cuts = [Text(f"{r.name}: {r.cut}") for r in reports if r.cut is not None]
     tables = (_counts(reports), _distributions(reports), _fields(reports), *_blind(reports), *_unreadable(reports))
     return Group(*tables, *_duplicates(duplicates), *cuts)
@@ -256,7 +257,7 @@ def _distributions(reports: list[SplitReport]) -> Table:
             "height": [h for (_, h), n in r.sizes.items() for _ in range(n)],
             **{f"{name}, {unit}": numbers for (name, unit), numbers in r.lengths.items()},
         }
-        # On a line of its own: as a column it would take the width that the other names need.
+        # It has a line of its own, because as a column it would take the width that the other names need.
         table.add_row(Text(r.name, style="bold"))
         for name, numbers in rows.items():
             if numbers:
@@ -284,7 +285,7 @@ def _blind(reports: list[SplitReport]) -> Iterable[Table]:
 
 
 def _table(title: str, *heads: str) -> Table:
-    """A table whose names a narrow terminal folds instead of cutting them."""
+    """Returns a table whose names are folded instead of cut on a narrow terminal."""
     table = Table(title=title, title_justify="left")
     for head in heads:
         table.add_column(head, overflow="fold")
