@@ -6,27 +6,51 @@ A damaged config may state a width or a depth of a billion: making the model wou
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
+from torch.overrides import TorchFunctionMode
 
 from fastvlp.errors import UserError
 from fastvlp.model.model import ModelConfig, VLModel
+
+# What draws numbers into a tensor that it is given; PyTorch's functions for new layers, and what they call.
+DRAWS = {torch.Tensor.normal_, torch.Tensor.uniform_, nn.init.normal_, nn.init.uniform_, nn.init.trunc_normal_} | {
+    nn.init.kaiming_uniform_,
+    nn.init.kaiming_normal_,
+    nn.init.xavier_uniform_,
+    nn.init.xavier_normal_,
+}
 
 
 class _TooManyError(Exception):
     """The model has more parameters than there are tensors."""
 
 
+class _Undrawn(TorchFunctionMode):
+    """Context in which tensors without memory get no random numbers: PyTorch would draw none, and take most of the time."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in DRAWS:
+            tensor = args[0] if args else kwargs["tensor"]
+            if tensor.is_meta:
+                return tensor
+        return func(*args, **kwargs)
+
+
 def check_fits(config: ModelConfig, shapes: Mapping[str, tuple[int, ...]], source: Path) -> None:
     """Raises UserError if a model of this config has other parameters than `shapes`, by name, or cannot be made at all."""
     try:
         # A parameter that is shared is registered more than once.
-        with _at_most(4 * len(shapes) + 64), torch.device("meta"):
+        with _at_most(4 * len(shapes) + 64), torch.device("meta"), _Undrawn():
             own = {name: tuple(x.shape) for name, x in VLModel(config).state_dict().items()}
     except NotImplementedError:
         return  # an encoder of the user's own that reads numbers while it is made
