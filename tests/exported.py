@@ -40,15 +40,16 @@ def run_configs(world: Path, folder: Path) -> list[TrainConfig]:
     from dataclasses import replace
 
     from fastvlp.data.pairs import PairData
-    from fastvlp.model.sizes import joint_space, tiny, two_towers
+    from fastvlp.model.sizes import joint_space, two_towers
     from fastvlp.objectives.clip import CLIPConfig
     from fastvlp.objectives.flm import FLMConfig
     from fastvlp.objectives.itm import ITMConfig
     from fastvlp.tasks.vqa import VQAConfig, VQAData, frequent_answers
     from fastvlp.training.optim import OptimConfig
     from fastvlp.training.train_config import TrainConfig
+    from tests.made import small_model
 
-    model = tiny(size=32, patch=8)
+    model = small_model(patch=8)
     everything = TrainConfig(
         name="all",
         out=str(folder / "all"),

@@ -12,6 +12,8 @@ from fastvlp.model.encoders.vit import ViTConfig
 from fastvlp.model.fusion import FusionConfig, ReconstructorConfig
 from fastvlp.model.layers import LayerConfig, Norm
 from fastvlp.model.model import ModelConfig, VLModel
+from fastvlp.model.region_embedding import RegionConfig
+from fastvlp.model.sizes import fusion_model, single_stream_model
 
 VOCAB = 40
 SPECIALS = {"pad": 0, "bos": 1, "eos": 2, "mask": 3}
@@ -40,6 +42,20 @@ def made_config(
         fusion=FusionConfig(depth=depth, layer=layer),
         reconstructor=ReconstructorConfig(bottom=depth, top=depth, layer=layer) if reconstructor else None,
         separate_heads=separate_heads,
+    )
+
+
+def small_model(*, size: int = 32, patch: int = 16, reconstructor: bool = True) -> ModelConfig:
+    """`tiny` with one layer of width 32 in each part, for tests that train, save and load whole runs."""
+    return fusion_model(
+        width=32, depths=(1, 1, 1), size=size, patch=patch, positions=64, norm="pre", reconstructor=reconstructor
+    )
+
+
+def small_single(*, size: int = 32, crop: int = 4) -> ModelConfig:
+    """`tiny_single` with two layers of width 32."""
+    return single_stream_model(
+        width=32, depth=2, regions=RegionConfig(crop=crop), positions=64, size=size, norm="pre", dropout=0.0
     )
 
 

@@ -23,7 +23,7 @@ from fastvlp.data.pairs import PairData
 from fastvlp.data.world.corpus import WorldConfig, write_world
 from fastvlp.errors import UserError
 from fastvlp.model.saving import load_model
-from fastvlp.model.sizes import tiny, two_towers
+from fastvlp.model.sizes import two_towers
 from fastvlp.objectives.ar import ARConfig
 from fastvlp.objectives.clip import CLIPConfig
 from fastvlp.objectives.cloze_methods import predict_causal, predict_masked
@@ -37,6 +37,7 @@ from fastvlp.training.loop import start, steps
 from fastvlp.training.optim import OptimConfig
 from fastvlp.training.state import TrainState
 from fastvlp.training.train_config import TrainConfig
+from tests.made import small_model
 from tests.made_arms import small_config
 
 OPTIONS = ScoringOptions(probe_steps=2, probe_batch=4, probe_items=20, cloze_items=4, caption_items=2, pictures=2)
@@ -158,13 +159,13 @@ def test_pictures_of_the_page() -> None:
 
 RECIPE = """
 from fastvlp.data.pairs import PairData
-from fastvlp.model.sizes import tiny
 from fastvlp.objectives.{module} import {config}
 from fastvlp.training.optim import OptimConfig
 from fastvlp.training.train_config import TrainConfig
+from tests.made import small_model
 
 def {name}():
-    return TrainConfig(name="x", data=PairData(train="?", val="?", batch_size=4), model=tiny(), vocab=200,
+    return TrainConfig(name="x", data=PairData(train="?", val="?", batch_size=4), model=small_model(), vocab=200,
         objectives={{"{module}": {config}()}}, optim=OptimConfig(lr=1e-3), steps=10, precision="fp32", device="cpu")
 """
 
@@ -294,7 +295,7 @@ def test_two_towers_are_scored_by_retrieval_alone(world: Path, tmp_path: Path) -
     run = TrainConfig(
         name="towers",
         data=data,
-        model=two_towers(tiny(size=32), width=16),
+        model=two_towers(small_model(), width=16),
         objectives={"clip": CLIPConfig()},
         optim=OptimConfig(lr=1e-3),
         steps=1,

@@ -6,13 +6,14 @@ import pytest
 
 from fastvlp.data.pairs import PairData
 from fastvlp.data.world.corpus import WorldConfig, write_world
-from fastvlp.model.sizes import joint_space, tiny
+from fastvlp.model.sizes import joint_space
 from fastvlp.objectives.clip import CLIPConfig
 from fastvlp.objectives.flm import FLMConfig
 from fastvlp.objectives.itm import ITMConfig
 from fastvlp.training.loop import train
 from fastvlp.training.optim import OptimConfig
 from fastvlp.training.train_config import TrainConfig
+from tests.made import small_model
 
 
 @pytest.fixture(scope="session")
@@ -26,7 +27,7 @@ def world(tmp_path_factory):
 def runs(world, tmp_path_factory):
     """Folders: `both` has embeddings, a matching head and a causal stream; `flm` has the stream alone."""
     folder = tmp_path_factory.mktemp("runs")
-    model = tiny(size=32, patch=8)
+    model = small_model(patch=8)
     both = TrainConfig(
         name="both",
         out=str(folder / "both"),

@@ -18,7 +18,7 @@ from fastvlp.eval.embedding_retrieval import evaluate_retrieval
 from fastvlp.eval.encoding import MaskedEncoding, open_run, open_towers
 from fastvlp.eval.split_reading import image_batches
 from fastvlp.model.joint_space import unit
-from fastvlp.model.sizes import joint_space, tiny, two_towers
+from fastvlp.model.sizes import joint_space, two_towers
 from fastvlp.objectives.clip import CLIPConfig
 from fastvlp.objectives.flm import FLMConfig
 from fastvlp.objectives.itm import ITMConfig
@@ -26,6 +26,7 @@ from fastvlp.plain_json import check_sum
 from fastvlp.training.loop import train
 from fastvlp.training.optim import OptimConfig
 from fastvlp.training.train_config import TrainConfig
+from tests.made import small_model
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +37,7 @@ def stored_runs(world, tmp_path_factory) -> dict[str, Path]:
         name="towers",
         out=str(folder / "towers"),
         data=PairData(train=str(world / "train"), val=str(world / "val"), batch_size=8, max_length=40),
-        model=two_towers(tiny(size=32, patch=8), width=16),
+        model=two_towers(small_model(patch=8), width=16),
         objectives={"clip": CLIPConfig()},
         optim=OptimConfig(lr=1e-3),
         freeze=("image",),
@@ -45,7 +46,7 @@ def stored_runs(world, tmp_path_factory) -> dict[str, Path]:
         vocab=400,
         precision="fp32",
     )
-    model = tiny(size=32, patch=8)
+    model = small_model(patch=8)
     both = replace(
         towers,
         name="both",

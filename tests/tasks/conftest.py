@@ -7,13 +7,13 @@ import pytest
 from fastvlp.data.pairs import PairData
 from fastvlp.data.regions import RegionSource
 from fastvlp.data.world.corpus import WorldConfig, write_world
-from fastvlp.model.sizes import tiny, tiny_single
 from fastvlp.objectives.flm import FLMConfig
 from fastvlp.objectives.mlm import MLMConfig
 from fastvlp.objectives.wra import WRAConfig
 from fastvlp.training.loop import train
 from fastvlp.training.optim import OptimConfig
 from fastvlp.training.train_config import TrainConfig
+from tests.made import small_model, small_single
 
 
 @pytest.fixture(scope="session")
@@ -32,7 +32,7 @@ def runs(world, tmp_path_factory):
         name="flm",
         out=str(folder / "flm"),
         data=PairData(train=str(world / "train"), batch_size=8, max_length=40),
-        model=tiny(size=32, patch=16),
+        model=small_model(),
         objectives={"flm": FLMConfig()},
         optim=OptimConfig(lr=1e-3),
         steps=2,
@@ -43,7 +43,7 @@ def runs(world, tmp_path_factory):
         flm,
         name="mlm",
         out=str(folder / "mlm"),
-        model=tiny(size=32, patch=16, reconstructor=False),
+        model=small_model(reconstructor=False),
         objectives={"mlm": MLMConfig()},
     )
     uniter = replace(
@@ -51,7 +51,7 @@ def runs(world, tmp_path_factory):
         name="uniter",
         out=str(folder / "uniter"),
         data=replace(flm.data, regions=RegionSource(most=20)),
-        model=tiny_single(size=32, crop=4),
+        model=small_single(),
         objectives={"itm": WRAConfig(), "mlm": MLMConfig()},
     )
     for run in (flm, mlm, uniter):

@@ -14,7 +14,7 @@ from fastvlp.model.fusion import FusionConfig
 from fastvlp.model.layers import LayerConfig
 from fastvlp.model.model import VLModel
 from fastvlp.model.saving import load_model
-from fastvlp.model.sizes import tiny, two_towers
+from fastvlp.model.sizes import two_towers
 from fastvlp.objectives.clip import CLIPConfig
 from fastvlp.tasks.caption import CaptionTask
 from fastvlp.tasks.decoder import DecoderConfig
@@ -24,7 +24,7 @@ from fastvlp.tasks.vqa import VQATask
 from fastvlp.training.loop import start, train
 from fastvlp.training.optim import OptimConfig
 from fastvlp.training.train_config import TrainConfig
-from tests.made import made_batch, made_config
+from tests.made import made_batch, made_config, small_model
 from tests.tasks.test_decode import uncached
 from tests.tasks.tuning import planned, tune
 
@@ -40,7 +40,7 @@ def towers(world, tmp_path_factory):
             name="clip",
             out=str(folder),
             data=PairData(train=str(world / "train"), batch_size=8, max_length=40),
-            model=two_towers(tiny(size=32, patch=16)),
+            model=two_towers(small_model()),
             objectives={"clip": CLIPConfig()},
             optim=OptimConfig(lr=1e-3),
             steps=2,
