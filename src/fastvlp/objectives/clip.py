@@ -69,7 +69,8 @@ class CLIP(PairObjective):
         return clipped_scale(self.log_scale, self.config.max_scale) if clip else self.log_scale.exp()
 
     def score(self, *rows: Tensor) -> dict[str, Loss]:
-        """Losses of each image among the texts of all ranks, and of each text among the images. Their mean is CLIP's loss."""
+        """Returns the losses of finding each image's text among the texts of all ranks, and each text's image among the images.
+        Their mean is CLIP's loss."""
         image_BE, text_BE, *contents = rows
         (images, first), (texts, _) = self.gather_rows(image_BE), self.gather_rows(text_BE)
         own = first + torch.arange(len(image_BE), device=image_BE.device)

@@ -27,7 +27,8 @@ from fastvlp.random import uniform
 
 SpanMode = Literal["token", "centred", "uniform"]
 EXTRA_SALT, SIDE_SALT = 201, 202
-# Share of the queries up to which those of padding are left out; what is left to gain above it is less than gathering costs.
+# Queries of padding are left out if the other queries are at most this share of all. Above it, gathering costs more than it
+# saves.
 MOST_REAL = 7 / 8
 
 
@@ -167,7 +168,7 @@ class FLM(Objective):
         model: VLModel,
         place_T: Tensor | None = None,
     ) -> Tensor:
-        """Reconstructed states of positions 1 to L-1: [B L-1 D]; of those at some of these places: [T D]."""
+        """Returns the reconstructed states of positions 1 to L-1, [B L-1 D]; or only those at the given places, [T D]."""
         text, c = model.config.text, self.config
         position = torch.arange(1, batch.ids.shape[1], device=batch.ids.device).expand(len(batch), -1)
         ids = torch.full_like(position, text.mask)
@@ -182,11 +183,12 @@ class FLM(Objective):
     def _reconstructed(
         self, batch: Batch, spans: tuple[Tensor, Tensor], streams: Streams, model: VLModel, mask_BL: Tensor, T: int
     ) -> Tensor:
-        """States [T D] of the queries that the mask marks. Where many texts are short, the others are left out."""
+        """Returns the states [T D] of the queries that the mask marks. If many texts are short, the other queries are not
+        computed."""
         # <s> has no query.
         mask_N = mask_BL[:, 1:].flatten()
         rounded = T + -T % SAME_SHAPE
-        # Marked ones first, in their order, and then as many others as make the number round.
+        # The marked queries come first, in their order, and then others up to a multiple of SAME_SHAPE.
         place_N = (~mask_N).to(torch.uint8).argsort(stable=True)
         if rounded > MOST_REAL * len(mask_N):
             return rows_at(self.queries(batch, spans, streams, model), place_N[:T])
@@ -195,7 +197,7 @@ class FLM(Objective):
     def forward(
         self, model: VLModel, image_BKD: Tensor, batch: Batch, spans: tuple[Tensor, Tensor] | None = None
     ) -> dict[str, Loss]:
-        """`spans` (start and end, two [B L]) are drawn where they are not given, as tests do."""
+        """Returns the losses. `spans`: start and end, two [B L]; tests give them, otherwise they are drawn."""
         spans = spans or self._spans(batch)
         streams = model.streams(image_BKD, batch.ids, batch.length, bos=self.config.bos, whole=False)
         names = ("reconstruct", "forward", "reverse")
@@ -210,9 +212,9 @@ class FLM(Objective):
     def _next_tokens(
         self, model: VLModel, streams: Streams, batch: Batch, at: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
-        """States [T D] of the two streams that predict a token, of those streams that have a loss."""
+        """Returns the states [T D] that predict a token, for each of the two streams that has a loss."""
         L, position = len(streams.forward_L), torch.arange(batch.ids.shape[1], device=batch.ids.device)
-        # A flipped text has its last token first.
+        # A reversed text begins with its last token.
         column = batch.length[:, None] - 1 - position if self.config.bos == "blind" else position
         first_B1 = 2 * L * torch.arange(len(batch), device=batch.ids.device)[:, None]
         place = {"forward": first_B1 + position, "reverse": first_B1 + L + column}
@@ -223,7 +225,8 @@ class FLM(Objective):
         return dict(zip(columns, model.fusion.norm(state).split([*map(len, columns.values())])))
 
     def _losses(self, model: VLModel, states: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> dict[str, Loss]:
-        """Losses of states [T D] that predict ids [T], by name. All that share a head meet it in one call."""
+        """Returns the losses of states [T D] that predict ids [T], by name. States that share a head pass through it in one
+        call."""
         if model.forward_head is None:
             nll = head_loss(model.head, torch.cat(list(states.values())), torch.cat(list(targets.values())))
             parts = dict(zip(states, nll.split([*map(len, targets.values())])))

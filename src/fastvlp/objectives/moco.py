@@ -1,7 +1,7 @@
 """Contrastive learning with a queue of keys from earlier steps (MoCo, arXiv 1911.05722; BriVL, arXiv 2103.06561).
 
-A step has as many negatives as the queue is long, however few pairs fit into memory. The keys are the embeddings of a copy of
-the model that follows it slowly, so that keys of some hundred steps ago still resemble new ones.
+The number of negatives of a step is the length of the queue, even if only few pairs fit into memory. The keys are embeddings by
+a copy of the model that follows it slowly, so that keys of some hundred steps ago are still similar to new ones.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class MoCoConfig(PairsConfig):
             raise ValueError(f"`key_keep` is a share of the patches, above 0 and up to 1, not {self.key_keep}")
 
     def for_tuning(self) -> PairsConfig:
-        """Returns the config without the queue, which would be longer than an epoch of few pairs."""
+        """Returns the config without the queue, which would be longer than an epoch if there are few pairs."""
         return CLIPConfig(temperature=max(self.temperature, 1 / CLIPConfig.max_scale))
 
     def build(self, model: ModelConfig, tokenizer: Tokenizer) -> MoCo:
@@ -99,15 +99,15 @@ def albef(queue: int = 65536) -> MoCoConfig:
 def momentum_copy(model: VLModel) -> VLModel:
     """A copy of the encoders and their heads that gets no gradients. Frozen parameters are shared: they never differ."""
     left_out = (model.fusion, model.reconstructor, model.head, model.forward_head, model.reverse_head)
-    # `deepcopy` takes what it finds here for copies already made.
+    # `deepcopy` takes the entries of this dict as copies that were already made.
     copies: dict[int, Any] = {id(part): Absent("fusion") for part in left_out if part is not None}
     copies |= {id(parameter): parameter for parameter in model.parameters() if not parameter.requires_grad}
     return deepcopy(model, copies).requires_grad_(False)
 
 
 class MoCo(PairObjective):
-    """State that a resumed run needs: the copy `slow`, both queues [K E], the `contents` [K 2] of the pairs that their keys are
-    of, and the number of keys `written` so far; its remainder by K is the place of the next key."""
+    """The state that a resumed run needs: the copy `slow`, both queues [K E], the `contents` [K 2] of the pairs of their keys,
+    and the number of keys `written` so far, whose remainder by K is the place of the next key."""
 
     slow: VLModel
     image_queue: Tensor
@@ -121,16 +121,16 @@ class MoCo(PairObjective):
         self.text_use = config.text_use
         self.temperature = nn.Parameter(torch.tensor(config.temperature), requires_grad=config.temperature_learned)
         for name in ("image_queue", "text_queue"):
-            # Drawn like weights, from the run's seed, so that all ranks have the same.
+            # Drawn from the run's seed, like weights, so that all ranks have the same queue.
             self.register_buffer(name, unit(nn.init.normal_(torch.empty(config.queue, width))))
-        # No pair has these: what a queue begins with is not the key of any.
+        # No pair has these contents, because the first entries of a queue are not keys of pairs.
         self.register_buffer("queue_content", torch.full((config.queue, 2), -1))
         self.register_buffer("written", torch.zeros((), dtype=torch.int64))
         self.latest: tuple[Tensor, ...] | None = None
-        # Micro-batches of the step so far, which are scored together.
+        # The micro-batches of the step so far; they are scored together.
         self.micro = 0
         self._is_full = False
-        # Of some patches alone there are no stored states.
+        # There are no stored states for only some of the patches.
         self.image_use = "embedding" if config.key_keep == 1 else "pixels"
 
     def begin(self, model: VLModel) -> None:
@@ -147,7 +147,8 @@ class MoCo(PairObjective):
 
     @torch.no_grad()
     def constants(self, model: VLModel, batch: Batch) -> tuple[Tensor, ...]:
-        """Keys of images and texts, two [B E], the number of their micro-batch [B], and maybe the contents of the pairs."""
+        """Returns the keys of images and texts, two [B E]; the number of their micro-batch [B]; and the contents of the pairs,
+        if equal pairs are left out."""
         share = self.config.key_keep if self.drops_parts else 1.0
         keep_BK = self.slow.config.image.random_patches(batch.seed, share, batch.image)
         image_BKD = self.slow.encode_image(batch.image, keep_BK)
@@ -157,7 +158,8 @@ class MoCo(PairObjective):
         return *keys, micro_B, *pair_contents(batch, self.config)
 
     def _filled(self) -> int:
-        """How many keys the queue has. The number is on the device, which is waited for until the queue is full."""
+        """Returns the number of keys in the queue. The number is on the device, so this waits for the device until the queue is
+        full."""
         if not self._is_full:
             written = int(self.written)
             self._is_full = written >= self.config.queue
@@ -165,11 +167,11 @@ class MoCo(PairObjective):
         return self.config.queue
 
     def score(self, *rows: Tensor) -> dict[str, Loss]:
-        """Losses of each image among the keys of texts, and of each text among those of images. The queue is as it was before
-        the step.
+        """Returns the losses of finding each image's text among the keys of texts, and each text's image among the keys of
+        images. The queue has the keys of earlier steps.
 
-        In validation the candidates are the rows of the batch. With a queue the loss would stay or rise as the negatives get
-        harder, so that the first weights would seem the best.
+        In validation the candidates are the rows of the batch. With the queue the loss would stay constant or rise as the
+        negatives become harder, and the first weights would seem to be the best.
         """
         image_BE, text_BE, image_key_BE, text_key_BE, micro_B, *contents = rows
         config, filled = self.config, 0
@@ -178,7 +180,8 @@ class MoCo(PairObjective):
         content = self.gather_contents(*contents)
         if self.training:
             self.micro = 0
-            # Micro-batches are dealt to the ranks: this is the order that one rank would have, whose oldest keys go first.
+            # Micro-batches are distributed over the ranks. This is the order that they would have on one rank; the oldest keys
+            # are replaced first.
             order_M = self.gather_rows(micro_B, least=1)[0].argsort(stable=True)
             latest = (images, texts) if content[1] is None else (images, texts, content[1])
             self.latest = tuple(rows[order_M] for rows in latest)
@@ -209,8 +212,8 @@ class MoCo(PairObjective):
 
     @torch.no_grad()
     def after_step(self, model: VLModel) -> None:
-        """Updates the copy and the queues. The released code updates the copy at the start of a step, before it makes the keys;
-        at the end of the step before it is the same, since at first copy and model are equal."""
+        """Updates the copy and the queues. The released code updates the copy at the start of a step, before it makes the keys.
+        An update at the end of the previous step is the same, since copy and model are equal at first."""
         self.follow(model)
         self.remember()
         if self.config.temperature_learned:
@@ -221,7 +224,7 @@ class MoCo(PairObjective):
         """Updates the copy in place: slow <- m slow + (1 - m) model."""
         fast = dict(model.named_parameters())
         moved = {name: p for name, p in self.slow.named_parameters() if p is not fast[name]}
-        # Where they are divided among ranks, both are divided alike.
+        # If the weights are divided among ranks, both are divided in the same way.
         slow, current = dist.own_parts(moved.values()), dist.own_parts(fast[name] for name in moved)
         get_ema_multi_avg_fn(self.config.momentum)(slow, current, None)
         if self.config.buffers == "copy":
@@ -230,7 +233,7 @@ class MoCo(PairObjective):
                 buffer.copy_(buffers[name])
 
     def remember(self) -> None:
-        """Replaces the oldest keys by those of the step, of all ranks."""
+        """Replaces the oldest keys by those of the step from all ranks."""
         if self.latest is None:
             return
         (count, _), K = self.latest[0].shape, self.config.queue

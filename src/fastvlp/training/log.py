@@ -1,4 +1,4 @@
-"""The log of a run: one JSON object a line, trackers by option, and a live view on a terminal."""
+"""The log of a run: a file with one JSON object on each line, optional trackers, and a live view on a terminal."""
 
 from __future__ import annotations
 
@@ -28,14 +28,15 @@ from fastvlp.training.run_folder import check_in_place
 from fastvlp.training.state import StepReport, TrainState, validates
 from fastvlp.training.trackers import Tracker, open_tracker
 
-# A line is written at least so often.
+# Longest time between two lines, in seconds.
 SILENCE_S = 10.0
 
 
 @dataclass(kw_only=True)
 class _Totals:
-    """Sums over the steps since the last line. `flops` are of this rank, pairs and tokens of all. `equal_pairs` are those whose
-    text or image another pair of the step has too; None if nothing contrasts them."""
+    """Sums over the steps since the last line. `flops` are those of this rank; pairs and tokens are those of all ranks.
+    `equal_pairs`: number of pairs whose text or image also belongs to another pair of the step; None if no objective contrasts
+    pairs."""
 
     steps: int = 0
     pairs: int = 0
@@ -66,10 +67,10 @@ class _Totals:
 
 
 class RunLog:
-    """Writes log.jsonl and prints. Only the first rank does; on the others every method does nothing.
+    """Writes log.jsonl and prints. Only the first rank writes; on the others every method does nothing.
 
-    It is made when a run starts or resumes at `state.step`: lines of later steps, which will be run again, leave the file.
-    With `quiet` nothing is printed. A context manager: the live view ends with the block.
+    It is made when a run starts or resumes at `state.step`. Lines of later steps are removed from the file, because these steps
+    will be run again. With `quiet` nothing is printed. A context manager: the live view ends with the block.
     """
 
     def __init__(self, state: TrainState, *, quiet: bool = False, console: Console | None = None):
@@ -98,8 +99,8 @@ class RunLog:
             self._live.start()
 
     def step(self, report: StepReport, state: TrainState) -> None:
-        """Adds a step. A line follows every `log_every` steps, sooner where these take long, after a skipped step and after
-        the last one."""
+        """Adds a step. A line is written every `log_every` steps, earlier if these take long, after a skipped step, and after
+        the last step."""
         self._totals.add(report)
         due = report.step % state.run.log_every == 0 or self._totals.seconds > SILENCE_S or state.progress >= 1
         if self.active and (due or report.skipped):
@@ -126,7 +127,7 @@ class RunLog:
             self.say(line)
 
     def _log_compiled(self, report: StepReport, state: TrainState) -> None:
-        """Says what was compiled since the last line; after the first steps that should be nothing."""
+        """Writes a line about graphs that were compiled since the last line; after the first steps there should be none."""
         if self._compiled is None or (now := compiled()) == self._compiled:
             return
         graphs, seconds = (new - old for new, old in zip(now, self._compiled))
@@ -145,8 +146,8 @@ class RunLog:
         text: str | None = None,
         **fields: Any,
     ) -> None:
-        """Writes a line on anything but training: validation, inherited weights, a dropped record. In the file a list is
-        whole; its length is printed. `text` is printed in place of the fields."""
+        """Writes a line about anything except training steps: validation, inherited weights, a dropped record. The file
+        contains lists in full; only their lengths are printed. `text` is printed instead of the fields."""
         if self.active:
             record = _flat(losses or {}) | fields
             self._record(kind, step, {"elapsed": elapsed} | record)
@@ -202,8 +203,8 @@ def _flat(losses: Mapping[str, float]) -> dict[str, float]:
 
 
 def rewind(path: Path, step: int, *, revalidates: bool = False) -> None:
-    """Keeps the lines up to `step`: a resumed run writes the later ones again. A line cut by a kill goes too, and with
-    `revalidates` that of the validation at `step`."""
+    """Removes the lines after `step`, because a resumed run writes them again. Also removes a line that a kill has cut off and,
+    with `revalidates`, the line of the validation at `step`."""
     if not path.exists():
         write_whole(path, b"")
         return
@@ -220,9 +221,9 @@ def rewind(path: Path, step: int, *, revalidates: bool = False) -> None:
 
 
 def train_line(step: int, steps: int | None, fields: Mapping[str, Any]) -> str:
-    """`fields` of a training record as one line for people."""
+    """Returns the fields of a training record as one line for readers."""
     losses = {k.removeprefix("loss/"): _short(v) for k, v in fields.items() if k.startswith("loss/")}
-    # The value of a single term is the total; its name says which objective the step of a mix ran.
+    # If there is only one term, its value is the total. Its name shows which objective of a mix the step ran.
     terms = [f"{k} {v}" for k, v in losses.items()] if len(losses) > 1 or "loss" not in fields else [*losses]
     total = f"loss {_short(fields['loss'])}" if "loss" in fields else ""
     parts = [
@@ -248,7 +249,7 @@ def _short(value: Any) -> str:
 
 
 def _scaled(value: float) -> str:
-    """A number and the prefix of its unit: `1.5 k`, `12 `."""
+    """Returns a number with the prefix of its unit: `1.5 k`, `12 `."""
     for unit, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if value >= size:
             return f"{value / size:.3g} {unit}"

@@ -1,4 +1,4 @@
-"""Validation: the losses on held-out data, by which the best weights are chosen."""
+"""Validation: computes the losses on held-out data, by which the best weights are chosen."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fastvlp.training.log import RunLog
 from fastvlp.training.start import make_loader
 from fastvlp.training.state import TrainState, autocast
 
-# Rows of a validation batch where an objective takes a row's negatives from its batch.
+# Number of rows of a validation batch if an objective takes a row's negatives from its batch.
 NEGATIVES_AMONG = 32
 
 # Total, count and weight of losses by name.
@@ -27,8 +27,8 @@ Sums = dict[str, tuple[float, float, float]]
 
 
 def read_before_training(state: TrainState, scored: Collection[Split] = ()) -> None:
-    """Reads the validation data once, and the splits that are `scored` later, and runs the model on a validation batch, so
-    that what is wrong with them is found before the run spends its time. Raises UserError."""
+    """Reads the validation data and the splits that are `scored` later once, and runs the model on a validation batch, so that
+    faults are found before training. Raises UserError for a fault."""
     with dist.together(state.device):
         if state.val is not None and (batch := first_batch(state.val, "val")) is not None:
             losses_of(state, [batch])
@@ -40,7 +40,7 @@ def read_before_training(state: TrainState, scored: Collection[Split] = ()) -> N
 
 
 def first_batch(loader: Loader, split: Split) -> Batch | None:
-    """The first batch of a split, after all have been read; None if this rank has no rows."""
+    """Reads all batches of a split, and returns the first one; None if this rank has no rows."""
     first = None
     count = -(-len(range(loader.rank, loader.count, loader.world)) // loader.batch_size)
     for batch, _ in with_progress(loader.once(), lambda: count, f"reading {split} once", dist.is_main()):
@@ -49,8 +49,8 @@ def first_batch(loader: Loader, split: Split) -> Batch | None:
 
 
 def validation_batches(state: TrainState) -> Iterator[Batch]:
-    """The validation rows of this rank. Batches have a fixed number of rows where an objective takes a row's negatives from its
-    batch, so that their loss does not depend on the batch size of training."""
+    """Returns the loader of this rank's validation rows. If an objective takes a row's negatives from its batch, batches have a
+    fixed number of rows, so that the loss does not depend on the batch size of training."""
     assert state.val is not None
     parts = state.pretraining.all_objectives().values()
     negatives = any(part.contrasts and not isinstance(part, PairObjective) for part in parts)
@@ -62,7 +62,7 @@ def validate(state: TrainState) -> dict[str, float]:
     """Returns the mean of each loss over the validation targets, and `loss`, their weighted sum; nothing if there is no
     target. Random draws are the same every time.
 
-    Losses that couple rows are those of `validation_rows` rows together, whatever the batch size and the number of ranks.
+    Pair objectives score `validation_rows` rows together, whatever the batch size and the number of ranks.
     """
     if state.val is None:
         return {}
@@ -79,9 +79,9 @@ def validate(state: TrainState) -> dict[str, float]:
 
 @torch.no_grad()
 def losses_of(state: TrainState, batches: Iterable[Batch], count: int | None = None) -> Sums:
-    """Total, count and weight of each loss over the batches of this rank.
+    """Sums each loss over the batches of this rank: its total, count and weight.
 
-    count: of the rows of all ranks, which then score what couples rows together; without it that is left out.
+    count: number of rows of all ranks, which then score the pair objectives together; None leaves these out.
     """
     module, training = state.evaluated, state.evaluated.training
     module.eval()
@@ -103,8 +103,8 @@ def losses_of(state: TrainState, batches: Iterable[Batch], count: int | None = N
 
 
 def score_together(state: TrainState, name: str, rows: list[Tensor], count: int, sums: Sums) -> None:
-    """Adds the losses of an objective that couples rows. `rows`: those of this rank, which are cut into equal parts of about
-    `validation_rows` of all ranks; each rank scores some of the parts."""
+    """Adds the losses of a pair objective. `rows`: the tensors of this rank. The rows of all ranks are divided into equal parts
+    of about `validation_rows`, and each rank scores some of the parts."""
     objective = state.evaluated.pair_objectives()[name]
     index = torch.arange(dist.rank(), count, dist.world())
     number = max(1, round(count / state.run.validation_rows))
