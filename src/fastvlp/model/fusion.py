@@ -1,4 +1,5 @@
-"""Text that reads images: fusion layers, the reconstructor and the vocabulary head (FLM, arXiv 2303.14038, section 3)."""
+"""Parts in which a text attends to an image: fusion layers, the reconstructor and the vocabulary head (FLM, arXiv 2303.14038,
+section 3)."""
 
 from __future__ import annotations
 
@@ -39,8 +40,8 @@ class ReconstructorConfig:
 
 
 class Fusion(nn.Module):
-    """Self-attention over the text, cross-attention to the image, MLP. The image's states are not updated, except by layers of
-    their own before the first of these."""
+    """Layers of self-attention over the text, cross-attention to the image, and an MLP. The states of the image are not
+    updated, except by layers of their own before the first of these layers."""
 
     def __init__(self, config: FusionConfig, image_width: int):
         super().__init__()
@@ -67,7 +68,7 @@ class Fusion(nn.Module):
 
 
 class Reconstructor(nn.Module):
-    """Queries that read both streams and nothing else: no self-attention, and no direct sight of the image."""
+    """Layers in which queries attend only to both streams. There is no self-attention, and no attention to the image itself."""
 
     def __init__(self, config: ReconstructorConfig):
         super().__init__()
@@ -77,7 +78,7 @@ class Reconstructor(nn.Module):
         self.query_type = nn.Parameter(torch.empty(width))
         self.bottom = stack(config.layer, config.bottom, attend=False, cross=True)
         self.top = stack(config.layer, config.top, attend=False, cross=True)
-        # The states of pre-norm layers are unnormalised sums, so that their keys get a norm of their own.
+        # The states of pre-norm layers are sums that are not normalised, so their keys get a norm of their own.
         self.bottom_key_norm = nn.ModuleList(norm() for _ in range(config.bottom))
         self.top_key_norm = nn.ModuleList(norm() for _ in range(config.top))
         self.norm = norm()
@@ -85,7 +86,8 @@ class Reconstructor(nn.Module):
 
 
 class LMHead(nn.Module):
-    """Linear, GELU, LayerNorm, then the vocabulary, which is not tied to the word embedding."""
+    """The vocabulary head: Linear, GELU, LayerNorm, and then the matrix of the vocabulary, which is not tied to the word
+    embedding."""
 
     def __init__(self, width: int, vocab: int, eps: float):
         super().__init__()
@@ -99,5 +101,5 @@ class LMHead(nn.Module):
         return self.norm(F.gelu(self.transform(x)))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits [... V] of states [... D]."""
+        """Returns the logits [... V] of states [... D]."""
         return self.vocabulary(self.hidden(x))

@@ -1,4 +1,4 @@
-"""Attention, and the transformer layer that all parts of a model are built of."""
+"""Attention, and the transformer layer of which all parts of a model consist."""
 
 from __future__ import annotations
 
@@ -54,13 +54,13 @@ class KeyValue:
 
     @classmethod
     def empty(cls, layer: LayerConfig, like_B: Tensor) -> KeyValue:
-        """Those of no token, for as many rows as `like_B` has, on its device and of its dtype."""
+        """Returns empty keys and values, for as many rows as `like_B` has, on its device and with its dtype."""
         empty = like_B.new_empty(len(like_B), layer.heads, 0, layer.width // layer.heads)
         return cls(empty, empty)
 
     @property
     def length(self) -> int:
-        """L, the tokens so far."""
+        """The number of tokens so far, L."""
         return self.key.shape[2]
 
     def extend(self, key: Tensor, value: Tensor) -> None:
@@ -68,11 +68,11 @@ class KeyValue:
         self.key, self.value = torch.cat([self.key, key], 2), torch.cat([self.value, value], 2)
 
     def select(self, rows: Tensor) -> KeyValue:
-        """Those of some rows, in the order of their indices."""
+        """Returns the keys and values of some rows, in the order of their indices."""
         return KeyValue(self.key[rows], self.value[rows])
 
 
-# FSDP finds the tensors that go into and out of a layer by pytree.
+# FSDP uses pytrees to find the tensors that go into and out of a layer.
 register_dataclass_node(KeyValue)
 
 
@@ -109,7 +109,8 @@ ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
 }
 
 
-# Scores of one head, queries times keys, up to which plain products are faster on the CPU; more would take much memory.
+# Largest number of scores of one head, queries times keys, for which plain products are used on the CPU. They are faster there;
+# more scores would take much memory.
 FEW_SCORES = 1 << 16
 
 
@@ -120,11 +121,11 @@ def _heads(x_BLD: Tensor, heads: int) -> Tensor:
 def attention(
     query: Tensor, key: Tensor, value: Tensor, *, mask: Tensor | None = None, causal: bool = False, drop: float = 0.0
 ) -> Tensor:
-    """Softmax attention of queries [B H Q Dh] to keys and values [B H K Dh] -> [B H Q Dh]. `mask` is True where a query sees
-    a key; `drop` is the dropout of attention weights."""
+    """Softmax attention of queries [B H Q Dh] to keys and values [B H K Dh] -> [B H Q Dh]. `mask` is True where a query attends
+    to a key; `drop` is the dropout of attention weights."""
     if query.device.type == "cpu" and query.dtype == torch.bfloat16:
-        # The backward pass of the CPU's bf16 kernel takes three to seven times as long as that of its fp32 kernel, and this one
-        # longer than plain products where the scores are few and not causal (torch 2.13; docs/log.md).
+        # On the CPU, the backward pass of the bf16 kernel takes three to seven times as long as that of the fp32 kernel. If
+        # there are few scores and attention is not causal, plain products are faster than both (torch 2.13; docs/log.md).
         if not causal and not drop and query.shape[2] * key.shape[2] <= FEW_SCORES:
             return plain_attention(query, key, value, mask)
         with torch.autocast("cpu", enabled=False):
@@ -134,8 +135,8 @@ def attention(
 
 
 def plain_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
-    """`attention` by batched matrix products, with all scores [B H Q K] in memory. A row that sees no key reads the mean of all
-    values."""
+    """Computes `attention` by batched matrix products, with all scores [B H Q K] in memory. A row that attends to no key gets
+    the mean of all values."""
     B, H, Q, _ = query.shape
     rows = [x.reshape(B * H, x.shape[2], x.shape[3]) for x in (query * query.shape[3] ** -0.5, key, value)]
     scores = torch.bmm(rows[0], rows[1].transpose(1, 2))
@@ -155,7 +156,8 @@ class SelfAttention(nn.Module):
         self.out = nn.Linear(config.width, config.width)
 
     def forward(self, x_BLD: Tensor, mask: Tensor | None, causal: bool, past: KeyValue | None = None) -> Tensor:
-        """[B L D] -> [B L D]. `past`: keys and values of the tokens before `x`, to which its own are appended."""
+        """Attention of x [B L D] to itself -> [B L D]. `past`: keys and values of the tokens before `x`; those of `x` are
+        appended to them."""
         query, key, value = (_heads(part, self.heads) for part in self.qkv(x_BLD).chunk(3, -1))
         if past is not None:
             past.extend(key, value)
@@ -180,10 +182,11 @@ class CrossAttention(nn.Module):
         return KeyValue(_heads(key, self.heads), _heads(value, self.heads))
 
     def forward(self, x_BLD: Tensor, memory: KeyValue, mask: Tensor | None, place_T: Tensor | None = None) -> Tensor:
-        """Attention of x [B*s L D] to `memory` of B rows: rows b*s ... b*s+s-1 of `x` read row b. They are folded into one long
-        query, so that the keys and values of an image are computed and held once for all its captions or directions.
+        """Attention of x [B*s L D] to `memory` of B rows: rows b*s ... b*s+s-1 of `x` read row b. They are joined to one long
+        query, so that the keys and values of an image are computed and stored only once for all of its captions or directions.
 
-        With `place_T` x is [T D], the positions at these places of [B Q], where `mask` is [B 1 Q K]."""
+        With `place_T`, x is [T D]: the queries at these places of [B Q]; `mask` is then [B 1 Q K].
+        """
         rows, width, query = memory.key.shape[0], x_BLD.shape[-1], self.query(x_BLD)
         if place_T is not None:
             assert mask is not None, "the mask says how many positions there are"
@@ -197,10 +200,11 @@ class CrossAttention(nn.Module):
 class Block(nn.Module):
     """A transformer layer: self-attention (`attend`), cross-attention (`cross`) and an MLP, each with a residual connection.
 
-    Image and text encoders attend, fusion layers attend and cross, reconstructor layers cross.
+    Layers of image and text encoders have `attend`, fusion layers have `attend` and `cross`, and reconstructor layers have
+    `cross`.
 
     Attributes:
-        recompute: keep the inputs alone in training, and compute the rest again in the backward pass.
+        recompute: whether training keeps only the inputs, and computes everything else again in the backward pass.
     """
 
     def __init__(self, config: LayerConfig, *, attend: bool = True, cross: bool = False):
@@ -219,13 +223,14 @@ class Block(nn.Module):
         self.recompute = False
 
     def __call__(self, *inputs: Any, **options: Any) -> Any:
-        # Around the compiled layer, not inside it.
+        # Recomputation is around the compiled layer, not inside it.
         if self.recompute and self.training and torch.is_grad_enabled():
             return checkpoint(super().__call__, *inputs, use_reentrant=False, context_fn=computed_twice, **options)
         return super().__call__(*inputs, **options)
 
     def keys(self, memory_BKD: Tensor) -> KeyValue:
-        """Keys and values of the states that cross-attention reads [B K D], to be shared by all rows that read them."""
+        """Returns the keys and values of the states [B K D] to which cross-attention attends. All rows that attend to them
+        share them."""
         assert self.cross is not None, "this block reads nothing but itself"
         return self.cross.keys(memory_BKD)
 
@@ -247,12 +252,12 @@ class Block(nn.Module):
         """States [B L D] -> [B L D].
 
         Args:
-            mask: of self-attention, True where a row sees a column; not together with `causal`.
-            causal: a token sees itself and those before it.
-            memory: keys and values that cross-attention reads, from `keys`.
-            memory_mask: of cross-attention.
+            mask: mask of self-attention, True where a row attends to a column. Cannot be combined with `causal`.
+            causal: whether each token attends only to itself and the tokens before it.
+            memory: keys and values for cross-attention, as `keys` returns them.
+            memory_mask: mask of cross-attention.
             past: keys and values of the tokens before `x` (decoding).
-            place_T: of a layer without self-attention: where the states are that `x`, then [T D], has.
+            place_T: for a layer without self-attention: the places of the states in `x`, which is then [T D].
         """
         if self.attend is not None:
             attend = self.attend
@@ -265,20 +270,20 @@ class Block(nn.Module):
 
 
 def stack(config: LayerConfig, depth: int, *, attend: bool = True, cross: bool = False) -> list[Block]:
-    """A ModuleList of `depth` layers, typed as the list that it is."""
+    """Returns a ModuleList of `depth` layers, with the type of a list of layers."""
     return cast("list[Block]", nn.ModuleList(Block(config, attend=attend, cross=cross) for _ in range(depth)))
 
 
 def initial_std(width: int) -> float:
-    """Standard deviation of new weights: 0.02 at BERT's width of 768, and larger for a narrower model, so that sums of `width`
-    terms have the same variance. At width 96 a fixed 0.02 took 2.5 times the steps to the same loss (docs/log.md,
-    entry 2)."""
+    """Returns the standard deviation of new weights: 0.02 at BERT's width of 768, and larger for a narrower model, so that sums
+    of `width` terms have the same variance. At width 96, a fixed 0.02 took 2.5 times as many steps to the same loss
+    (docs/log.md, entry 2)."""
     return 0.02 * (768 / width) ** 0.5
 
 
 def initialise_as_mae(module: nn.Module) -> None:
-    """Draws all weights as MAE and FLIP do (arXiv 2111.06377, appendix A.1): Xavier-uniform matrices, biases 0, all else but
-    norms N(0, 0.02). Query, key and value are one matrix [3D D] and are drawn as such, as in both released codes."""
+    """Draws all weights as MAE and FLIP do (arXiv 2111.06377, appendix A.1): Xavier-uniform matrices, biases 0, and N(0, 0.02)
+    for everything else except norms. Query, key and value are drawn as one matrix [3D D], as in both released codes."""
     matrices = {id(part.weight) for part in module.modules() if isinstance(part, nn.Linear)}
     norms = {id(p) for part in module.modules() if isinstance(part, nn.LayerNorm) for p in part.parameters()}
     for name, parameter in module.named_parameters():
@@ -289,8 +294,8 @@ def initialise_as_mae(module: nn.Module) -> None:
 
 
 def initialise(module: nn.Module, width: int) -> None:
-    """Draws all weights as BERT does: matrices, tables and free vectors N(0, initial_std(width)), biases and rows of padding 0,
-    and norms stay 1."""
+    """Draws all weights as BERT does: N(0, initial_std(width)) for matrices, tables and single vectors, and 0 for biases and
+    rows of padding. Norms stay 1."""
     std = initial_std(width)
     norms = {id(p) for part in module.modules() if isinstance(part, nn.LayerNorm) for p in part.parameters()}
     for name, parameter in module.named_parameters():

@@ -26,10 +26,10 @@ class SavedData:
     Attributes:
         train, val, test: folders of the splits.
         fit: how an image became a square.
-        max_length: tokens of a text, after which it was cut.
+        max_length: number of tokens after which a text was cut.
         captions: field of the records with the captions.
-        regions: where boxes came from; None if the model saw none.
-        answers: what a model that answers questions chooses from.
+        regions: source of the regions; None if the model read none.
+        answers: the answers among which a model that answers questions chooses.
         stated: names of the fields that the config states.
     """
 
@@ -46,14 +46,15 @@ class SavedData:
 
     @property
     def folders(self) -> dict[str, str]:
-        """The folders of the splits that exist."""
+        """Returns the folders of the splits that exist, by split."""
         named = {"train": self.train, "val": self.val, "test": self.test}
         return {split: folder for split, folder in named.items() if folder}
 
 
 @dataclass(frozen=True, kw_only=True)
 class SavedRun:
-    """`data_json`: the whole data config, of whatever type. `states`: what became of the states of frozen encoders."""
+    """The part of a run's config that is read later. `data_json`: the whole data config, of any type. `states`: how the states
+    of frozen encoders were stored."""
 
     path: Path
     name: str | None = None
@@ -63,7 +64,7 @@ class SavedRun:
     states: StatesConfig = field(default_factory=StatesConfig)
 
     def data_as(self, cls: type[T]) -> T:
-        """The data config as the type that the run had. Raises UserError if it is of another type."""
+        """Returns the data config as an instance of the run's type. Raises UserError if it has another type."""
         return from_json(cls, self.data_json, f"{self.path}, data")
 
 
@@ -91,7 +92,7 @@ def whole_config(folder: str | Path) -> dict[str, Any]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """An object; empty if there is no such file. Raises UserError if it is damaged."""
+    """Reads a JSON object; empty if there is no such file. Raises UserError if the file is damaged."""
     try:
         return check_sum(read_strict_json(path)) if path.exists() else {}
     except (OSError, ValueError) as error:

@@ -17,16 +17,16 @@ from fastvlp.model.region_embedding import RegionConfig, RegionEmbedder
 
 @dataclass(frozen=True, kw_only=True)
 class SingleConfig:
-    """A single stream."""
+    """Config of a single stream."""
 
     depth: int
-    """Layers."""
+    """Number of layers."""
     layer: LayerConfig
     """Shape of each layer; its width is the text encoder's."""
     regions: RegionConfig = field(default_factory=RegionConfig)
     """Embedding of the regions."""
     types: int = 2
-    """Rows of the type table: 0 for words, 1 for the regions of the first image, and so on."""
+    """Number of token types: 0 is that of words, 1 that of the regions of the first image, and so on."""
 
 
 class SingleStates(NamedTuple):
@@ -46,10 +46,12 @@ class Packing(NamedTuple):
 
 
 def packing(real_BT: Tensor) -> Packing:
-    """Moves the real positions of each row to its beginning, in their order; S is the number in the fullest row.
+    """Moves the real positions of each row to its beginning, in their order. S is the largest number of real positions in a
+    row.
 
-    Words and regions that are padded separately are T = L + R wide. Where batches are made by total length, so that rows with
-    many words have few regions, T is a third larger than S."""
+    If words and regions are padded separately, rows are T = L + R wide. If batches are made by total length, so that rows with
+    many words have few regions, T is a third larger than S.
+    """
     count_B1 = real_BT.sum(1, keepdim=True)
     # This waits for the device, because the width decides how much is computed.
     S = max(1, int(count_B1.max()))
@@ -59,7 +61,8 @@ def packing(real_BT: Tensor) -> Packing:
 
 
 class WordHead(nn.Module):
-    """Linear, GELU, LayerNorm, and the bias of the vocabulary, whose matrix is the word embedding."""
+    """The vocabulary head: Linear, GELU, LayerNorm, and the bias of the vocabulary. The matrix of the vocabulary is the word
+    embedding."""
 
     def __init__(self, width: int, vocab: int, eps: float):
         super().__init__()
@@ -95,7 +98,7 @@ class SingleStream(nn.Module):
         return [self.words, self.match]
 
     def resized(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Saved weights of a stream with fewer types; the types that they lack stay as they are here."""
+        """Returns saved weights of a stream with fewer token types, to which the missing types of this stream are added."""
         kinds = state.get("kinds")
         if kinds is None or len(kinds) >= len(self.kinds):
             return dict(state)
@@ -116,7 +119,7 @@ class SingleStream(nn.Module):
         Args:
             word_BLD: embedded words, of which `length_B` are real.
             feature_BRF: features of the regions, masked where `hidden_BR`.
-            slot_B: which of a pair of images a row shows, or, [B R], each region is of; None means the first.
+            slot_B: number of the image in its pair, for each row [B] or for each region [B R]; None means the first image.
         """
         kind = self.kinds[1] if slot_B is None else self.kinds[1 + slot_B]
         kind = kind if slot_B is None or slot_B.dim() == 2 else kind[:, None]
