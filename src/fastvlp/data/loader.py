@@ -1,7 +1,7 @@
 """The loader: it decides which rows are in batch number s, and makes batches ahead of their use.
 
-Batch s is a pure function of (seed, s, rank, world, batch_size, grouping): resuming means starting at s, with any
-number of workers. With another number of ranks a step has the same rows, where `planned_for` and `cut` say so.
+Batch s is a pure function of (seed, s, rank, world, batch_size, grouping). So a resumed run starts at batch s, with any number
+of workers. With `planned_for` and `cut`, a step has the same rows on another number of ranks.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ Made = tuple[Batch, list[Dropped]]
 
 
 class Planned(NamedTuple):
-    """A batch to be made: its number, its rows, and the records that are read ahead before."""
+    """A batch to be made: its number, its rows, and the records that are read ahead before it is made."""
 
     s: int
     rows: list[Row]
@@ -51,18 +51,19 @@ class Loader:
 
     Args:
         count: number of records.
-        make: makes a batch of rows, and names the records that it dropped. Must be picklable where processes are spawned.
-        batch_size: rows of a batch on one rank. The ranks' rows of one batch, in rank order, are the batch that one rank
-            with batch_size * world would get. With a budget of tokens it is the size of evaluation's batches alone.
-        workers: processes that make batches; 0 makes them in one thread, two batches ahead of their use.
+        make: makes a batch of rows, and returns the records that it dropped. It must be picklable if processes are spawned.
+        batch_size: number of rows of a batch on one rank. The rows of all ranks together, in the order of the ranks, are the
+            batch that a single rank with batch_size * world would get. With a token budget, it is only the size of batches in
+            evaluation.
+        workers: number of processes that make batches; 0 makes them in one thread, two batches ahead.
         pin: copy batches to pinned memory, for copies to the GPU that do not wait.
-        grouping: makes training's batches of rows of about one length.
+        grouping: makes the batches of training from rows of similar length.
         lengths: the lengths of the rows, for `grouping`; called once.
         reading: reads records as they are stored, through a buffer; None: in random order.
-        planned_for: the number of ranks for which the batches are planned; by default `world`. Planned batches are dealt to the
-            ranks one after the other.
-        cut: equal parts of a planned batch, each of which is dealt as a batch.
-        mixture: the data sets that the records are of, and their shares; None: each record is shown once an epoch.
+        planned_for: the number of ranks for which the batches are planned; by default `world`. The ranks get planned batches in
+            turns.
+        cut: number of equal parts into which a planned batch is divided; each part becomes a batch.
+        mixture: the data sets of the records, and their shares; None: each record is shown once in an epoch.
     """
 
     def __init__(
@@ -116,10 +117,11 @@ class Loader:
             self.order = self.stored_order
 
     def batches(self, start: int = 0) -> Iterator[Made]:
-        """Endless batches from number `start`. Epochs follow each other without a gap: a batch may straddle two.
+        """Yields batches without end, from number `start` on. A batch may contain the end of one epoch and the beginning of the
+        next.
 
-        Raises UserError for a batch of which no record can be read, and for a row above the budget of tokens. The iterator
-        stops its thread or processes when it is closed or no longer referenced.
+        Raises UserError if no record of a batch can be read, and if a row exceeds the token budget. The iterator stops its
+        thread or processes when it is closed or no longer referenced.
         """
         _ = self.plan  # its error is raised here, before there are processes
         ahead = None if self.stored_order is None else ReadAhead(self.stored_order)
@@ -129,9 +131,9 @@ class Loader:
         )
 
     def once(self, rows: int | None = None) -> Iterator[Made]:
-        """Every record once, in order, `rank::world` on each rank; the last batch is short. For evaluation.
+        """Yields every record once, in order, `rank::world` on each rank; the last batch may be shorter. For evaluation.
 
-        `rows`: of a batch, in place of `batch_size`; batches then are of equal size, but for one row.
+        `rows`: number of rows of a batch, instead of `batch_size`; the sizes of batches then differ by at most one row.
         """
         mine = range(self.rank, self.count, self.world)
         if rows is None:
@@ -144,18 +146,18 @@ class Loader:
         return self._run(Planned(s, own, parts[s] if ahead else ()) for s, own in enumerate(every))
 
     def place(self, s: int) -> int:
-        """Returns the number of rows, in the endless sequence of epochs, before batch number s of all ranks. Where batches
-        are cut, s is one with which a planned batch begins."""
+        """Returns the number of rows, in the endless sequence of epochs, before batch number s of all ranks. If batches are
+        divided, s is the first part of a planned batch."""
         t = s * self.world // self.cut
         return t * self.batch_size if self.plan is None else self.plan.place(t)
 
     def batch_behind(self, place: int) -> int:
-        """The first batch that begins behind so many rows."""
+        """Returns the number of the first batch that begins after this number of rows."""
         t = -(-place // self.batch_size) if self.plan is None else self.plan.batch_behind(place)
         return self.dealt(t)
 
     def dealt(self, t: int) -> int:
-        """The first batch of all ranks that has no row of the first t planned ones."""
+        """Returns the number of the first batch of all ranks that has no row of the first t planned batches."""
         return -(-t * self.cut // self.world)
 
     def planned(self, s: int) -> int:
@@ -164,11 +166,12 @@ class Loader:
         return -(-s * self.world // (self.cut * self.planned_for))
 
     def _planned_batch(self, s: int) -> tuple[int, int]:
-        """The planned batch that batch number s of this rank is made of, and which part of it."""
+        """Returns the number of the planned batch from which batch number s of this rank is made, and the number of its
+        part."""
         return divmod(s * self.world + self.rank, self.cut)
 
     def rows(self, s: int) -> list[Row]:
-        """The rows of this rank in batch number s."""
+        """Returns the rows of this rank in batch number s."""
         t, part = self._planned_batch(s)
         if self.plan is None:
             place_B = torch.arange(t * self.batch_size, (t + 1) * self.batch_size)
@@ -179,7 +182,7 @@ class Loader:
 
     @cached_property
     def plan(self) -> Plan | None:
-        """The grouping of rows by length; None without grouping."""
+        """Returns the grouping of rows by length; None without grouping."""
         if self.grouping is None or self.lengths is None:
             return None
         table = self.lengths()
@@ -188,7 +191,7 @@ class Loader:
         return Plan(self.grouping, lambda place_N: table(*self._rows_at(place_N)), longest, **shape)
 
     def _rows_at(self, place_N: Tensor) -> tuple[Tensor, Tensor]:
-        """Index and seed, int64 [N], of the rows at these places in the endless sequence of epochs."""
+        """Returns index and seed, int64 [N], of the rows at these places in the endless sequence of epochs."""
         index_N, epoch_N = self.order.rows(place_N)
         return index_N, hash64_rows(self.seed, epoch_N, index_N)
 
@@ -196,7 +199,8 @@ class Loader:
         batches = _Batches(self.make, None if self.reading is None else self.reading.shards)
         if self.workers == 0:
             return Prefetch(self._finish(map(batches.__getitem__, planned)))
-        # Threads inside the tokenizer do not survive the fork; without this it warns and goes on without them.
+        # Threads inside the tokenizer do not survive the fork. Without this setting, the tokenizer prints a warning and
+        # continues without them.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         loader = DataLoader(
             batches,
@@ -205,7 +209,7 @@ class Loader:
             num_workers=self.workers,
             collate_fn=_as_is,
             worker_init_fn=_quiet_worker,
-            # Without its own generator the loader draws from the global one, and the run depends on `workers`.
+            # Without a generator of its own, the loader draws from the global one, and the run would depend on `workers`.
             generator=torch.Generator().manual_seed(0),
         )
         made = self._finish(from_workers(loader))
@@ -214,7 +218,7 @@ class Loader:
     def _finish(self, made: Iterator[Made | UserError]) -> Iterator[Made]:
         for result in made:
             if isinstance(result, UserError):
-                # The traceback keeps this frame: workers left to the garbage collector take 5 s each to end.
+                # The traceback keeps this frame alive. Workers that the garbage collector has to end would take 5 s each.
                 del made
                 raise result
             batch, dropped = result
@@ -222,9 +226,10 @@ class Loader:
 
 
 class _Batches(Dataset[Made | UserError]):
-    """Makes the batch of planned rows. A UserError is returned: a DataLoader would turn it into the text of a traceback.
+    """Makes the batch of planned rows. A UserError is returned and not raised, because a DataLoader would turn it into the text
+    of a traceback.
 
-    `shards`: whose records are read ahead, and forgotten when their row is made.
+    `shards`: the shards whose records are read ahead, and released when their row is made.
     """
 
     def __init__(self, make: Callable[[list[Row]], Made], shards: HoldsRecords | None = None):

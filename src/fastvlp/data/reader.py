@@ -1,4 +1,4 @@
-"""Records as a model reads them: images decoded to its square, with the regions that it reads of them."""
+"""Reads records for a model: images decoded to the model's square, with their regions."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ class RecordReader:
 
     Args:
         shards: the records.
-        transform: makes the model's square of an image.
+        transform: converts an image to the model's square.
         images: the images of a record that are used: the `first` one, `all`, or exactly this number, where a record with
             another number of images is an error.
-        regions: parts of each image that come along; None: no regions.
+        regions: regions that are loaded with each image; None: no regions.
         cache: keep the decoded images in memory, 3 * size**2 bytes each, as many as there is room for. Not for `all`, whose
             number is not known.
-        states: stored states of these images, which are read in place of their pixels.
-        max_pixels: an image with more pixels is an error; its header is enough to see that.
+        states: stored states of these images, which are read instead of their pixels.
+        max_pixels: an image with more pixels is an error, which is found in its header.
         strict: raise UserError if a record cannot be used (evaluation), instead of dropping and naming it (training).
 
     Raises UserError if `strict` is set and the shards are damaged. Picklable; a pickled copy has an empty cache.
@@ -67,12 +67,12 @@ class RecordReader:
             self.cache = room_for_images(shards.url, len(shards) * (1 if images == "first" else images), transform.size)
 
     def record(self, i: int) -> RecordView:
-        """Record i of the shards; nothing is read yet."""
+        """Returns record i of the shards, of which nothing is read yet."""
         return RecordView(self, i)
 
     def read_each(self, read: Callable[[T], R], items: Iterable[T]) -> tuple[list[R], list[Dropped]]:
-        """Calls `read` for every item. Returns the results, and the names of the records for which `read` raised
-        RecordError. Raises UserError with these names where the reader is strict."""
+        """Calls `read` for every item. Returns the results, and the names of the records for which `read` raised RecordError.
+        If the reader is strict, raises UserError with these names."""
         results: list[R] = []
         dropped: list[Dropped] = []
         for item in items:
@@ -86,8 +86,8 @@ class RecordReader:
 
 
 class _Once(Generic[T]):
-    """`functools.cached_property` without the lock that it takes in Python 3.11: a batch from memory took 7 % of its time in
-    it."""
+    """A `functools.cached_property` without the lock that it has in Python 3.11, in which a batch from memory spent 7 % of its
+    time."""
 
     def __init__(self, compute: Callable[[Any], T]):
         self._compute = compute
@@ -103,7 +103,7 @@ class _Once(Generic[T]):
 
 
 class RecordView:
-    """One record. Each part is read when it is first used, and raises RecordError if it cannot be."""
+    """One record. Each part is read when it is first used. Raises RecordError if a part cannot be read."""
 
     def __init__(self, reader: RecordReader, i: int):
         self._reader = reader
@@ -125,12 +125,12 @@ class RecordView:
 
     @_Once
     def detected(self) -> tuple[bytes, ...]:
-        """The npz with a detector's regions of each image; empty if none was imported."""
+        """The npz files with a detector's regions, one for each image; empty if none were imported."""
         return self._reader.shards.detected(self._i)
 
     @_Once
     def images(self) -> list[Tensor]:
-        """The images in use, uint8 [3 size size] each; with stored states these, [S D] each."""
+        """The images that are used, uint8 [3 size size] each; or their stored states, [S D] each."""
         reader, cache = self._reader, self._reader.cache
         if isinstance(reader.images, int) and (count := reader.shards.image_count(self._i)) != reader.images:
             raise RecordError(self.key, f"has {count} images, {reader.images} needed")
@@ -149,7 +149,7 @@ class RecordView:
 
     @_Once
     def shapes(self) -> list[StoredShape]:
-        """The stored shape of each image in use, in which the record's boxes are given."""
+        """The stored shape of each used image, to which the record's boxes refer."""
         if self._reader.cache is not None and self._is_cached:
             return [self._reader.cache.shape(place) for place in self._places]
         used = self.encoded[:1] if self._reader.images == "first" else self.encoded
@@ -157,7 +157,7 @@ class RecordView:
 
     @_Once
     def regions(self) -> list[ImageRegions]:
-        """The regions of each image in use; empty if the reader reads none."""
+        """The regions of each used image; empty if the reader reads no regions."""
         source = self._reader.regions
         if source is None:
             return []
@@ -168,13 +168,13 @@ class RecordView:
         ]
 
     def visible_boxes(self, box_R4: Tensor, image: int = 0) -> Tensor:
-        """Boxes x0 y0 x1 y1 in pixels of a stored image as fractions of what the model sees; without area where it sees
-        nothing of them."""
+        """Converts boxes x0 y0 x1 y1 in pixels of a stored image to fractions of the image that the model sees. Boxes that it
+        does not see get no area."""
         return visible_boxes(box_R4, self.shapes[image], self._reader.transform)
 
     @property
     def _places(self) -> range:
-        """Places of the images in use in the cache."""
+        """Indices of the used images in the cache."""
         n = self._reader.images if isinstance(self._reader.images, int) else 1
         return range(self._i * n, (self._i + 1) * n)
 
@@ -185,7 +185,7 @@ class RecordView:
 
 
 def refusal(shards: Records, dropped: list[Dropped]) -> UserError:
-    """The error of an evaluation, which leaves no record out, about records that cannot be used."""
+    """Returns the error for records that cannot be used in an evaluation, which leaves no record out."""
     names = "; ".join(f"{d.key}: {d.reason}" for d in dropped[:8])
     return UserError(
         f"{shards.url}: {len(dropped)} records cannot be used ({names}), and an evaluation leaves none out; "

@@ -1,4 +1,4 @@
-"""The config of a run's model that starts from a saved one: the parts that a recipe names, with the saved model's encoders."""
+"""Makes the config of a model that starts from a saved one: the parts of the recipe with the saved model's encoders."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ from fastvlp.model.saving import Saved
 from fastvlp.model.single_stream import SingleConfig
 
 T = TypeVar("T")
-# Fields that may differ between a run and the weights it starts from: positions are resized, pixels prepared as in the
-# weights' training, the vocabulary is the tokenizer's, and dropout is training's.
+# Fields that may differ between a run and the weights from which it starts. Positions are resized, pixels are prepared as in
+# the training of the weights, the vocabulary is that of the tokenizer, and dropout only matters in training.
 FREE = {"size", "mean", "std", "positions", "vocab", "pad", "bos", "eos", "mask"}
 FREE |= {"dropout", "dropout_rate", "drop_connect_rate"}
-# Fields of a joint space that say how the text encoder reads a text.
+# Fields of a joint space that decide how the text encoder reads a text.
 READING = ("text_mask", "text_special", "text_start", "text_length", "text_pad")
 
 
 def inherited_config(saved: ModelConfig, like: ModelConfig) -> ModelConfig:
-    """The model of a recipe, `like`, for a run that starts from a saved model.
+    """Returns the model of a recipe, `like`, for a run that starts from a saved model.
 
-    Where the recipe's encoder computes the same as the saved one, it stays as it is, at its own image size and number of
-    positions. Any other encoder is replaced by the saved one. So it is with the fusion layers, the reconstructor, the joint
-    space and the single stream that the recipe has. Those of them that the saved model lacks get the width of its encoders.
-    Raises UserError if the recipe has a single stream over words and regions and the saved model has none.
+    If an encoder of the recipe computes the same as the saved one, it is kept, with its own image size and number of positions.
+    Any other encoder is replaced by the saved one. The same applies to the fusion layers, the reconstructor, the joint space
+    and the single stream of the recipe. Those that the saved model lacks get the width of its encoders. Raises UserError if the
+    recipe has a single stream over words and regions and the saved model has none.
     """
     image, text = _image(saved.image, like.image), _text(saved.text, like.text)
     if like.single is not None:
@@ -43,7 +43,7 @@ def inherited_config(saved: ModelConfig, like: ModelConfig) -> ModelConfig:
             "the saved model is one stream over words and regions, and the recipe has an encoder of texts; take a recipe of "
             "such a stream (uniter_demo, uniter_base), or other weights"
         )
-    # Never a part of another width: its weights would be wrong or could not be loaded.
+    # A part of another width must not be used: its weights would be wrong or could not be loaded.
     fusion = _kept(saved.fusion, like.fusion) if saved.text.present else like.fusion
     reconstructor = _kept(saved.reconstructor, like.reconstructor) if saved.text.present else like.reconstructor
     config = replace(like, image=image, text=text)
@@ -56,7 +56,7 @@ def inherited_config(saved: ModelConfig, like: ModelConfig) -> ModelConfig:
 
 
 def with_image(like: ModelConfig, image: ImageEncoderConfig) -> ModelConfig:
-    """The model of a recipe with another image encoder, and what reads its states made for their width."""
+    """Returns the model of a recipe with another image encoder. The parts that read its states get the right width."""
     if like.single is not None:
         regions = replace(like.single.regions, feature=image.width)
         return replace(like, image=image, single=replace(like.single, regions=regions))
@@ -65,8 +65,9 @@ def with_image(like: ModelConfig, image: ImageEncoderConfig) -> ModelConfig:
 
 
 def inheritable_weights(saved: Saved, config: ModelConfig) -> dict[str, Tensor]:
-    """The weights of a saved model that a model of `config` may inherit: neither those that were never trained, nor a head of
-    the joint space that reads otherwise than that of `config`, nor a text encoder in whose place a decoder has words alone."""
+    """Returns the weights of a saved model that a model of `config` may inherit. Left out are weights that were never trained,
+    a head of the joint space that reads other inputs than that of `config`, and the layers of a text encoder if a decoder has
+    only a table of words in its place."""
     own, new = saved.model.config.embed, config.embed
     left_out = list(saved.info.get("untrained", ()))
     if own is not None and new is not None:
@@ -85,7 +86,8 @@ def _two_encoders(config: ModelConfig) -> bool:
 
 
 def with_width(layer: LayerConfig, width: int) -> LayerConfig:
-    """A layer of the same kind for states of another width, with heads of at most 64 numbers and an MLP as many times wider."""
+    """Returns a layer of the same kind for states of another width. Its heads have at most 64 dimensions, and its MLP has the
+    same ratio to the width."""
     if layer.width == width:
         return layer
     heads = next(n for n in range(-(-width // 64), width + 1) if width % n == 0)
@@ -93,7 +95,7 @@ def with_width(layer: LayerConfig, width: int) -> LayerConfig:
 
 
 def same_weights(one: Any, other: Any) -> bool:
-    """Whether weights of one config mean the same in the other: they differ in nothing but `FREE` fields."""
+    """Whether weights of one config compute the same with the other: the configs differ at most in `FREE` fields."""
     pair = (config.normal_form() if isinstance(config, ImageEncoderConfig) else config for config in (one, other))
     mine, theirs = (_stripped(to_json(config)) for config in pair)
     return mine == theirs
@@ -106,7 +108,8 @@ def _stripped(value: Json) -> Json:
 
 
 def _kept(saved: T | None, like: T | None) -> T | None:
-    """The recipe's part where it computes the same as the saved one, else the saved one; None if the recipe has none."""
+    """Returns the recipe's part if it computes the same as the saved one, otherwise the saved one; None if the recipe has no
+    such part."""
     return saved if saved is not None and like is not None and not same_weights(saved, like) else like
 
 
@@ -141,8 +144,8 @@ def _reconstructor(
 
 
 def _joint_space(saved: ModelConfig, config: ModelConfig) -> EmbedConfig | None:
-    """The recipe's joint space on the encoders of `config`: a saved head in place of each of the recipe's that reads the same
-    kind of states, and texts read as the saved text encoder was trained to read them."""
+    """Returns the recipe's joint space on the encoders of `config`. Each head that reads the same kind of states as the saved
+    head is replaced by it. Texts are read as in the training of the saved text encoder."""
     if config.embed is None:
         return None
     like, own = _fitted(config.embed, config), saved.embed
@@ -162,7 +165,7 @@ def _joint_space(saved: ModelConfig, config: ModelConfig) -> EmbedConfig | None:
 
 
 def _fitted(like: EmbedConfig, config: ModelConfig) -> EmbedConfig:
-    """The recipe's heads on other encoders."""
+    """Returns the recipe's heads on other encoders."""
     image, text, prefix = like.image, like.text, config.image.prefix
     if image.pool in ("first", "patches") and not prefix:
         image = replace(image, pool="mean")
@@ -176,6 +179,6 @@ def _fitted(like: EmbedConfig, config: ModelConfig) -> EmbedConfig:
 
 
 def _reads_alike(one: HeadConfig, other: HeadConfig) -> bool:
-    """Whether both heads read states as they are, or both regions of the same source, through as many layers or none."""
+    """Whether both heads read the states directly, or regions of the same source, and through the same number of layers."""
     grids = [None if head.regions is None else (head.regions.grid,) for head in (one, other)]
     return grids[0] == grids[1] and bool(one.depth) == bool(other.depth)

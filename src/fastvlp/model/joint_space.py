@@ -123,7 +123,7 @@ class EmbedConfig:
 
     @property
     def reads_boxes(self) -> bool:
-        """Whether the data must bring boxes of each image."""
+        """Whether the data must have boxes for each image."""
         return self.image.regions is not None and self.image.regions.grid is None
 
     @property
@@ -158,10 +158,11 @@ class AttentionPooling(nn.Module):
 
 
 class Head(nn.Module):
-    """States [B S D] to unit vectors [B E], in fp32."""
+    """Maps states [B S D] to unit vectors [B E], in fp32."""
 
     def __init__(self, config: HeadConfig, width: int, joint: int, image: ImageEncoderConfig | None = None):
-        """`width` is that of the states, `joint` that of the joint space; `image` is given for the image's head alone."""
+        """`width`: dimension of the states. `joint`: dimension of the joint space. `image`: the image encoder, only for the
+        head of the images."""
         super().__init__()
         self.pool = config.pool
         self.norm = nn.LayerNorm(width, eps=config.eps) if config.norm else nn.Identity()
@@ -178,8 +179,8 @@ class Head(nn.Module):
         initialise(self, inner)
 
     def forward(self, state_BSD: Tensor, length_B: Tensor | None = None, regions: Regions | None = None) -> Tensor:
-        """Unit vectors [B E]. `length_B`: how many states of each row are real; None means all. `regions`: the batch's, which
-        a head without a grid of its own reads."""
+        """Returns unit vectors [B E]. `length_B`: number of real states in each row; None means all. `regions`: the regions of
+        the batch, for a head without a grid of its own."""
         x = self.summary(state_BSD, length_B, regions)
         if self.hidden is None:
             return unit(self.out(x))
@@ -202,13 +203,13 @@ class Head(nn.Module):
 
     @property
     def condenses(self) -> bool:
-        """Whether it makes the same vector of fewer states than an encoder gives."""
+        """Whether fewer states than the encoder's are enough to compute the same vector."""
         plain = self.regions is None and not self.blocks and self.attention is None
         return plain and (self.pool in ("first", "last", "end") or isinstance(self.norm, nn.Identity))
 
     def condensed(self, state_BSD: Tensor, length_B: Tensor | None = None) -> Tensor:
-        """The fewest states that a head that `condenses` makes the same vector of: one, [B 1 D], or two where all but the
-        first count. They are all real."""
+        """For a head that `condenses`: returns the fewest states that give the same vector. This is one state, [B 1 D], or two
+        if the head leaves out the first one. All of them are real."""
         seen_BS = (
             None if length_B is None else torch.arange(state_BSD.shape[1], device=length_B.device) < length_B[:, None]
         )
@@ -216,7 +217,7 @@ class Head(nn.Module):
         return torch.cat([state_BSD[:, :1], x_B1D], 1) if self.pool == "patches" else x_B1D
 
     def pooled(self, state_BSD: Tensor, seen_BS: Tensor | None) -> Tensor:
-        """One vector of all states -> [B D]. `seen_BS`: which states are no padding; None means all."""
+        """Pools all states to one vector -> [B D]. `seen_BS`: True for states that are not padding; None means all."""
         if self.attention is not None:
             return self.attention(state_BSD, seen_BS)
         if self.pool == "end":
@@ -234,7 +235,7 @@ class Head(nn.Module):
 
 
 def unit(x: Tensor) -> Tensor:
-    """Vectors scaled to length one, in fp32 at least. FLIP's 1e-8 is added to the length, so that a vector of zeros stays
+    """Scales vectors to length one, in fp32 at least. FLIP's 1e-8 is added to the length, so that a vector of zeros stays
     finite."""
     x = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
     return x / (x.norm(dim=-1, keepdim=True) + 1e-8)
@@ -250,7 +251,8 @@ class Embed(nn.Module):
         self.text = Head(config.text, text_width, config.width)
 
     def words(self, ids_BL: Tensor, length_B: Tensor, text: TextEncoderConfig) -> tuple[Tensor, Tensor]:
-        """The ids that the text encoder reads, and how many of each row are real. A text of no words keeps one position."""
+        """Returns the ids that the text encoder reads, and the number of real ones in each row. A text without words keeps one
+        position."""
         config, ids, length = self.config, ids_BL, length_B
         if not config.text_special:
             last = torch.arange(ids.shape[1], device=ids.device) == length[:, None] - 1
@@ -265,6 +267,6 @@ class Embed(nn.Module):
             if config.text_pad is not None:
                 ids = ids.masked_fill(position >= length[:, None], config.text_pad)
             if config.text_special:
-                # A text that is cut still ends in </s>, which may be the pooled state.
+                # A text that is cut still ends with </s>, whose state may be the pooled one.
                 ids = ids.masked_fill(cut_B1 & (position == length[:, None] - 1), text.eos)
         return ids, length
