@@ -1,6 +1,7 @@
 """Saves a run in its folder: its whole state, the weights, and its config.
 
-A file is written whole or not at all. The state is in one file, which of a sharded run names those with the tensors.
+A file is written whole or not at all. The state is in one file. In a sharded run, this file names further files with the
+tensors.
 """
 
 from __future__ import annotations
@@ -45,34 +46,34 @@ if TYPE_CHECKING:
 CHECKPOINT = "last.pt"
 # Fields of the state that are saved and restored as they are.
 COUNTERS = ("step", "elapsed", "pairs", "tokens", "bad_steps", "skipped", "best")
-# Those that older checkpoints lack: 0 there.
+# Fields that older checkpoints lack; they are then 0.
 LATER_COUNTERS = ("stale", "validated")
-# Under this name the checkpoint of a sharded run has the files of its tensors.
+# Key under which the checkpoint of a sharded run names the files of its tensors.
 PARTS = "parts"
 
 
 def save_checkpoint(path: str | Path, state: dict[str, Any]) -> None:
-    """Tensors, numbers, strings and their containers only: the file is read back without running anything in it.
+    """Saves tensors, numbers, strings and containers of these. Other types are not allowed, so that reading the file executes
+    nothing in it.
 
-    Raises UserError if the disk is full or the folder not writable; an older file then stays as it was.
+    Raises UserError if the disk is full or the folder is not writable; an older file is then unchanged.
     """
     path = Path(path)
-    # Always the same name, so that what a killed run leaves behind is overwritten by the next.
+    # The name is always the same, so that the next run overwrites the file that a killed run leaves behind.
     with whole_file(path, f"{path.name}.tmp") as part, part.open("wb") as file:
         try:
             torch.save(state, file)
         except RuntimeError as error:
-            # The zip writer goes on after a failed write, and then raises a RuntimeError about its position.
+            # After a failed write the zip writer continues, and then raises a RuntimeError about its position.
             cause = error.__context__
             reason = (cause.errno, cause.strerror) if isinstance(cause, OSError) else (None, str(error).splitlines()[0])
             raise OSError(*reason) from error
 
 
 def load_checkpoint(path: str | Path, kinds: Collection[str] = KINDS) -> dict[str, Any]:
-    """The saved state on the CPU, whatever device it was saved from. Raises UserError if a file is missing, or is not what was
-    written.
+    """Returns the saved state on the CPU, whatever device it was saved from. Raises UserError if a file is missing or damaged.
 
-    kinds: the tensors to read where they are in files of their own. All ranks then call this together.
+    kinds: the kinds of tensors to read if tensors are in files of their own. All ranks then call this together.
     """
     path = Path(path)
     if not path.is_file():
@@ -80,9 +81,9 @@ def load_checkpoint(path: str | Path, kinds: Collection[str] = KINDS) -> dict[st
     try:
         check_torch_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
-    # Given hostile bytes, torch raises anything.
+    # With hostile bytes, torch may raise any exception.
     except Exception as error:
-        # Torch goes on with advice, such as to load the file without its safeguard.
+        # Torch's message continues with advice, such as to load the file without the safeguard.
         cause = re.split(r"\.\s|\n", str(error))[0] or type(error).__name__
         raise UserError(
             f"{path}: not a readable checkpoint ({cause}); restore the file or start the run anew"
@@ -96,16 +97,16 @@ def load_checkpoint(path: str | Path, kinds: Collection[str] = KINDS) -> dict[st
 
 
 def save(state: TrainState, *, wait: bool = True, background: bool = False) -> None:
-    """Everything that a resumed run needs, and the weights alone beside it. The main rank writes; of a sharded run each rank
-    writes its parts. All `wait` for each other: what one cannot write is an error of all.
+    """Saves everything that a resumed run needs, and beside it the weights alone. The main rank writes; in a sharded run each
+    rank writes its parts. With `wait`, all ranks wait for each other, and if one of them cannot write, all raise the error.
 
-    background: Write a copy while the training goes on. `check_saving` and `finish_save` raise what was wrong.
+    background: Write a copy while the training continues. `check_saving` and `finish_save` raise its errors.
 
-    Raises UserError if a weight is not finite, so that what was saved before stays, where the folder was removed, and where
-    the disk is full.
+    Raises UserError if the folder was removed, if the disk is full, or if a weight is not finite; the earlier files are then
+    unchanged.
     """
     if state.sharding is not None and not wait:
-        # The weights of a rank that has ended are lost.
+        # If a rank has ended, its weights are lost.
         return
     finish_save(state, wait=wait)
     with dist.together(state.device) if wait else nullcontext():
@@ -122,7 +123,7 @@ def save(state: TrainState, *, wait: bool = True, background: bool = False) -> N
 
 
 def begun(write: Callable[[], int]) -> Future[int]:
-    """What a function returns that runs in a thread of its own."""
+    """The result of a function that runs in a thread of its own."""
     pool = ThreadPoolExecutor(1, "checkpoint")
     written = pool.submit(write)
     pool.shutdown(wait=False)
@@ -130,14 +131,13 @@ def begun(write: Callable[[], int]) -> Future[int]:
 
 
 def check_saving(state: TrainState) -> None:
-    """Raises what was wrong with a save in the background, if this rank knows it already."""
+    """Raises the error of a save in the background, if this rank already knows it."""
     if state.saving is not None and state.saving.done():
         state.saving.result()
 
 
 def finish_save(state: TrainState, *, wait: bool = True) -> None:
-    """Waits until the last save is on the disk, and raises what was wrong with it; on all ranks if they `wait` for each
-    other."""
+    """Waits until the last save is on the disk, and raises its error; on all ranks if they `wait` for each other."""
     saving = state.saving
     if saving is None:
         return
@@ -149,16 +149,16 @@ def finish_save(state: TrainState, *, wait: bool = True) -> None:
 
 
 def copied(state: TrainState) -> TrainState:
-    """The state as it is now, with copies of its tensors in the CPU's memory. It is the state itself if it cannot be copied."""
+    """Returns the present state with copies of its tensors in the CPU's memory; or the state itself, if it cannot be copied."""
     modules = (state.pretraining, *([] if state.ema is None else [state.ema]))
     tensors = [x for module in modules for x in (*module.parameters(), *module.buffers())]
     tensors += [x for moments in state.optimiser.state.values() for x in moments.values() if isinstance(x, Tensor)]
     try:
-        # What is one tensor, such as a frozen one of a momentum copy, stays one.
+        # A tensor that is used twice, such as a frozen weight of a momentum copy, is copied once.
         copies = {id(x): cpu_copy(x) for x in tensors}
         pretraining, ema, optimiser = deepcopy((state.pretraining, state.ema, state.optimiser), copies)
     except Exception:
-        # There is no room, or an encoder of a user's own refuses: then the training waits until all is written.
+        # If there is no memory, or a user's encoder cannot be copied, the training waits until everything is written.
         return state
     return replace(state, pretraining=pretraining, model=pretraining.model, ema=ema, optimiser=optimiser)
 
@@ -169,7 +169,7 @@ def cpu_copy(x: Tensor) -> Tensor:
 
 
 def whole_writer(state: TrainState) -> Callable[[], int]:
-    """A function that writes a run whose ranks have all weights; only the main rank writes."""
+    """Returns a function that writes a run if each rank has all weights; only the main rank writes."""
     if not dist.is_main():
         return partial(int, state.step)
     tensors = {
@@ -181,8 +181,8 @@ def whole_writer(state: TrainState) -> Callable[[], int]:
 
 
 def sharded_writer(state: TrainState) -> Callable[[], int]:
-    """A function that writes a sharded run from copies: the parts of this rank, and on the main rank what names them. All
-    ranks call it together, and then the function."""
+    """Returns a function that writes a sharded run from copies: the parts of this rank and, on the main rank, the file that
+    names them. All ranks call this together, and then call the function."""
     sharding, optimiser, moment = cast("Sharding", state.sharding), state.optimiser.state_dict(), replace(state)
     with dist.together(state.device):
         folder = next_folder(state.run.folder, sharding.part_folder) if dist.is_main() else None
@@ -206,14 +206,14 @@ def sharded_writer(state: TrainState) -> Callable[[], int]:
 
 
 def described(state: TrainState) -> dict[str, Any]:
-    """What is saved of a run besides tensors. It stays as it is while the training goes on."""
+    """Returns the saved values of a run that are not tensors. They do not change while the training continues."""
     return {name: getattr(state, name) for name in (*COUNTERS, *LATER_COUNTERS)} | {
         "dropped": dict(state.dropped),
         "notes": deepcopy(state.notes),
         "run": to_json(state.run),
         "rows": state.train.count,
         "contents": state.contents,
-        # Of each of the ranks on which the run began.
+        # One value for each of the ranks on which the run began.
         "batches": state.train.planned(state.batches),
         "places": state.train.place(state.batches),
         "ranks": state.division.began,
@@ -222,7 +222,7 @@ def described(state: TrainState) -> dict[str, Any]:
 
 
 def write_state(state: TrainState, saved: dict[str, Any], evaluated: Pretraining) -> int:
-    """Writes what is `saved` of a run, and the weights of the module `evaluated`. Returns the step."""
+    """Writes the checkpoint `saved`, and the weights of the module `evaluated`. Returns the step."""
     check_in_place(state.lock)
     save_checkpoint(state.run.folder / CHECKPOINT, saved)
     folder = saved[PARTS]["folder"] if PARTS in saved else None
@@ -234,12 +234,13 @@ def write_state(state: TrainState, saved: dict[str, Any], evaluated: Pretraining
 
 
 def evaluated_whole(state: TrainState) -> Pretraining | None:
-    """The module that is validated, with whole weights; None on all ranks but the main one where they are divided."""
+    """Returns the module that is validated, with whole weights. If the weights are divided, returns None on all ranks except
+    the main one."""
     return state.evaluated if state.sharding is None else state.sharding.whole(state.evaluated)
 
 
 def check_finite(state: TrainState) -> None:
-    """Raises UserError, on every rank, where a weight is NaN or infinite."""
+    """Raises UserError, on every rank, if a weight is NaN or infinite."""
     module = state.pretraining
     weights = module.state_dict()
     own = dict(zip(weights, dist.own_parts(weights.values())))
@@ -251,8 +252,8 @@ def check_finite(state: TrainState) -> None:
 
 
 def save_config(state: TrainState) -> TrainConfig:
-    """Writes the run as config.json, with the vocabulary, which is known only now, and as about.json where it runs. Returns the
-    first."""
+    """Writes config.json, the config of the run with the vocabulary, which is known only now; and about.json, which describes
+    the machine. Returns the config."""
     whole = replace(state.run, model=state.model.config)
     with dist.together(state.device):
         if dist.is_main():
@@ -264,8 +265,8 @@ def save_config(state: TrainState) -> TrainConfig:
 
 
 def save_weights(state: TrainState, name: str, module: Pretraining, **more: Any) -> None:
-    """`name`.safetensors: the model of `module` and what is kept of its objectives. Adapters are merged into it, and written
-    beside it too."""
+    """Writes `name`.safetensors: the model of `module`, and the tensors of its objectives that are kept. Adapters are merged
+    into the weights, and also written to a file of their own."""
     check_in_place(state.lock)
     objectives = module.all_objectives()
     info = {
@@ -283,20 +284,21 @@ def save_weights(state: TrainState, name: str, module: Pretraining, **more: Any)
 
 
 def inherited_abilities(state: TrainState) -> list[Ability]:
-    """Abilities that came with the weights to start from: a joint space still embeds. The others are each objective's own."""
+    """Returns the abilities that a model keeps from the weights that it started from: a joint space still embeds. All other
+    abilities come from the objectives of the run."""
     came = state.inherited is not None and any(name.startswith("embed.") for name in state.inherited.loaded)
     return ["embed"] if came else []
 
 
 def group_names(state: TrainState) -> list[list[str]]:
-    """The names of the parameters in each group of the optimiser."""
+    """Returns the names of the parameters in each group of the optimiser."""
     names = {id(parameter): name for name, parameter in state.pretraining.named_parameters()}
     return [[names[id(parameter)] for parameter in group["params"]] for group in state.optimiser.param_groups]
 
 
 @contextmanager
 def expect_form(path: Path) -> Iterator[None]:
-    """Turns what reading a checkpoint of another form raises into a UserError."""
+    """Turns the exceptions of reading a checkpoint of another form into a UserError."""
     try:
         yield
     except UserError:

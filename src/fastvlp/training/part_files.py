@@ -1,7 +1,8 @@
-"""The tensors of a sharded run's checkpoint: each rank writes its own parts, and any number of ranks reads what it needs.
+"""The tensors of a sharded run's checkpoint. Each rank writes its own parts, and any number of ranks can read the parts that
+they need.
 
-The files are safetensors in the layout of PyTorch's distributed checkpoint (DCP), whose reader reads them. The pickle in which
-DCP itself says what is where is neither written nor read.
+The files are safetensors in the layout of PyTorch's distributed checkpoint (DCP), and are read by DCP's reader. DCP's own
+index, a pickle, is neither written nor read.
 """
 
 from __future__ import annotations
@@ -23,9 +24,9 @@ from fastvlp.errors import UserError, remedy
 from fastvlp.files import whole_file
 from fastvlp.tensor_files import DamagedFileError, file_checksum
 
-# One of them is written while the checkpoint names the other.
+# While the checkpoint names one of the folders, the other one is written.
 FOLDERS = ("last-a", "last-b")
-# Where DCP's reader looks for the place of each part in its tensor.
+# Key under which DCP's reader finds the place of each part in its tensor.
 PLACES = "DCP_SHARDING_INFO"
 KINDS = ("pretraining", "optimiser", "ema")
 
@@ -38,7 +39,7 @@ class Parts(NamedTuple):
 
 
 def next_folder(run: Path, current: str | None) -> str:
-    """The one of `FOLDERS` that the checkpoint does not name, which is then empty. Raises UserError if it cannot be written."""
+    """Empties and returns the one of `FOLDERS` that the checkpoint does not name. Raises UserError if it cannot be written."""
     folder = run / next(name for name in FOLDERS if name != current)
     try:
         folder.mkdir(exist_ok=True)
@@ -50,13 +51,13 @@ def next_folder(run: Path, current: str | None) -> str:
 
 
 def clear(folder: Path) -> None:
-    """Removes the files of a folder, where there is one. Raises OSError."""
+    """Removes the files of a folder, if it exists. Raises OSError."""
     for path in folder.glob("*"):
         path.unlink()
 
 
 def remove_parts(run: Path, keep: str | None) -> None:
-    """Removes the folders that the checkpoint does not name. One that cannot be removed does no harm."""
+    """Removes the folders that the checkpoint does not name. It does no harm if one cannot be removed."""
     for folder in (run / name for name in FOLDERS if name != keep):
         with suppress(OSError):
             clear(folder)
@@ -78,8 +79,8 @@ def write_parts(folder: Path, parts: Parts) -> dict[str, str]:
 def check_parts(run: Path, files: Any) -> Path:
     """Returns the folder of a checkpoint's files, which the ranks together have compared with their checksums.
 
-    `files`: what the checkpoint says, the `folder` and the `checksums`. Raises UserError if a file is another or missing,
-    and ValueError if no such files are named.
+    `files`: the checkpoint's entry, with the `folder` and the `checksums`. Raises UserError if a file differs or is missing,
+    and ValueError if the entry is invalid.
     """
     folder, checksums = files["folder"], dict(files["checksums"])
     if folder not in FOLDERS or any(Path(name).name != name for name in checksums):
@@ -95,8 +96,9 @@ def check_parts(run: Path, files: Any) -> Path:
 def with_tensors(
     folder: Path, saved: Mapping[str, Any], kinds: Collection[str] = KINDS, like: Mapping[str, Tensor] | None = None
 ) -> dict[str, Any]:
-    """A checkpoint with the tensors of some `kinds`, read from its files. `like`: by name, tensors as which they are divided,
-    moments as the parameter of their number; others are whole and on the CPU."""
+    """Returns a checkpoint with the tensors of some `kinds`, read from its files. `like`: tensors by name; a tensor of that
+    name is divided in the same way, and moments like the parameter with their number. All other tensors are whole and on the
+    CPU."""
     result = dict(saved)
     for kind in kinds:
         found = read(folder, kind, like or {})
@@ -112,9 +114,9 @@ def with_tensors(
 
 
 def read(folder: Path, kind: str, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors whose names begin with `kind` and a dot, by the rest of the name; a rank reads what it keeps of them. Raises
-    ValueError if the parts of one are not the whole of it."""
-    # They take long to import, and only sharded runs need them.
+    """Reads the tensors whose names begin with `kind` and a dot, by the rest of the name. A rank reads only the parts that it
+    keeps. Raises ValueError if the parts of a tensor are not complete."""
+    # These modules take long to import, and only sharded runs need them.
     from torch.distributed.checkpoint.api import CheckpointException
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
@@ -126,7 +128,7 @@ def read(folder: Path, kind: str, like: Mapping[str, Tensor]) -> dict[str, Tenso
         if not name.startswith(f"{kind}."):
             continue
         assert isinstance(whole, TensorStorageMetadata)
-        # So no more memory is taken than there are numbers in the files, whatever they say.
+        # This check limits the memory to the numbers in the files, whatever sizes they state.
         if sum(chunk.sizes.numel() for chunk in whole.chunks) != whole.size.numel():
             raise DamagedFileError(f"{name} is not whole")
         own, dtype = like.get(name, like.get(name.rpartition(".")[0])), whole.properties.dtype
@@ -136,10 +138,10 @@ def read(folder: Path, kind: str, like: Mapping[str, Tensor]) -> dict[str, Tenso
             found[name] = torch.zeros(whole.size, dtype=dtype)
     try:
         with warnings.catch_warnings():
-            # That it does not ask other ranks. Each knows what it needs.
+            # The warning says that DCP does not ask other ranks. That is not necessary, since each knows what it needs.
             warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
             load(found, storage_reader=reader, no_dist=True)
     except CheckpointException as error:
-        # It is no `Exception`, for which nobody would look.
+        # Callers would not catch this error, because it is not an `Exception`.
         raise next(iter(error.failures.values()))[0] from error
     return {name.removeprefix(f"{kind}."): x for name, x in found.items()}

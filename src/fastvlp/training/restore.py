@@ -1,4 +1,4 @@
-"""Reads the checkpoint of a run that continues, and brings the run to where it stood."""
+"""Reads the checkpoint of a run that is resumed, and restores its state."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ from fastvlp.training.train_config import TrainConfig
 
 
 def read_checkpoint(run: TrainConfig, change: Collection[str] = ()) -> dict[str, Any]:
-    """The last checkpoint of a run; of a sharded run without moments and averages, which `restore` reads. Raises UserError if
-    another run saved it. `change`: fields that may differ."""
+    """Reads the last checkpoint of a run; if the run is sharded, without moments and averages, which `restore` reads. Raises
+    UserError if another run saved it. `change`: fields that may differ."""
     path = run.folder / CHECKPOINT
     saved = load_checkpoint(path, kinds=["pretraining"])
     if missing := {"run", "rows", "ranks", "pretraining", "optimiser", "ema", "dropped", *COUNTERS} - set(saved):
@@ -43,8 +43,8 @@ def read_checkpoint(run: TrainConfig, change: Collection[str] = ()) -> dict[str,
 
 
 def restore(state: TrainState, saved: Mapping[str, Any], change: Collection[str] = ()) -> None:
-    """Brings a new state, whose weights are loaded, to where the checkpoint stood. Raises UserError if its data had other
-    records, and where it holds something else than was saved. `change`: fields that may differ."""
+    """Restores the rest of a saved state, after its weights were loaded. Raises UserError if the data had other records, or if
+    the checkpoint does not contain what a run saves. `change`: fields that may differ."""
     path = state.run.folder / CHECKPOINT
     with expect_form(path):
         changed = changed_data(saved, state.run, state.contents, state.train.count)
@@ -67,7 +67,7 @@ def restore(state: TrainState, saved: Mapping[str, Any], change: Collection[str]
             if state.sharding is not None:
                 averaged = state.sharding.parts_of(averaged, state.ema.state_dict())
             load_exactly(state.ema, averaged, path)
-        # Moments are matched by order; older checkpoints do not name their parameters.
+        # Moments are matched to parameters by their order, because older checkpoints do not name the parameters.
         if saved.get("groups", own := group_names(state)) != own:
             raise UserError(
                 f"{path}: its optimiser has other groups of parameters; `optim.head_multiplier`, `optim.cross_multiplier`, "
@@ -96,8 +96,8 @@ def restore(state: TrainState, saved: Mapping[str, Any], change: Collection[str]
 
 
 def load_optimiser(optimiser: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
-    """Takes the moments, and the rate of the last step; everything else is the run's own. Raises ValueError if they are of
-    other parameters, or a number is not finite."""
+    """Loads the moments, and the learning rate of the last step; all other settings stay those of the run. Raises ValueError if
+    the moments belong to other parameters, or if a number is not finite."""
     options = [
         {name: x for name, x in group.items() if name not in ("params", "lr")} for group in optimiser.param_groups
     ]

@@ -1,9 +1,10 @@
 """Runs whose weights, gradients and moments are divided among the ranks (`shard`): PyTorch's FSDP2, `fully_shard`.
 
-Each layer is gathered before it computes and freed behind it, what belongs to no layer for the whole pass. Single numbers, such
-as a temperature, are whole on each rank (FSDP2 cannot cut them), and the loop averages their gradients itself.
+The weights of a layer are gathered before it computes, and freed afterwards; weights outside of layers are gathered for the
+whole pass. Single numbers, such as a temperature, are whole on each rank (FSDP2 cannot divide them), and the loop averages
+their gradients itself.
 
-Only runs that are sharded import this module: it takes as long as the rest of PyTorch to load.
+Only sharded runs import this module, because it takes as long to load as the rest of PyTorch.
 """
 
 from __future__ import annotations
@@ -28,22 +29,22 @@ from fastvlp.training.pretraining import Pretraining
 
 
 class Sharding:
-    """The divided weights of a run. Its methods are for all ranks together, except where they say so."""
+    """The divided weights of a run. All ranks call its methods together, unless a method says otherwise."""
 
     def __init__(self, pretraining: Pretraining, device: torch.device):
         """Divides the weights among the ranks, in place."""
-        # What is saved is a module with whole weights. FSDP's cannot be copied.
+        # A module with whole weights is saved, because FSDP's modules cannot be copied.
         self._skeleton = skeleton_of(pretraining) if dist.is_main() else None
         # The folder of the last checkpoint's parts, on the main rank.
         self.part_folder: str | None = None
-        # For what is written while the training goes on.
+        # A group of ranks for files that are written while the training continues.
         self.saving_group = torch.distributed.new_group(backend="gloo")
         self.divide(pretraining, device)
 
     @staticmethod
     def divide(pretraining: Pretraining, device: torch.device) -> None:
-        """Divides the weights of a module, in place; those of two alike modules alike."""
-        # Of the keys of a cross-attention, which nobody changes in place.
+        """Divides the weights of a module, in place. Two equal modules are divided in the same way."""
+        # The warning is about the keys of a cross-attention, which are never changed in place.
         warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor", UserWarning)
         options: dict[str, Any] = {
             "mesh": init_device_mesh(device.type, (dist.world(),)),
@@ -61,7 +62,8 @@ class Sharding:
             register_fsdp_forward_method(pretraining, name)
 
     def whole(self, pretraining: Pretraining) -> Pretraining | None:
-        """A module with whole weights on the CPU, on the main rank alone: they are gathered one after the other."""
+        """Returns a module with whole weights on the CPU, only on the main rank. The weights are gathered one after the
+        other."""
         weights = {name: whole_tensor(x) for name, x in pretraining.state_dict().items()}
         if self._skeleton is None:
             return None
@@ -71,7 +73,8 @@ class Sharding:
 
     @staticmethod
     def own_parts(tensors: Mapping[str, Tensor]) -> Parts:
-        """Copies of the parts that this rank saves; the main rank saves what is whole on each."""
+        """Returns copies of the parts that this rank saves. The main rank also saves the tensors that are whole on each
+        rank."""
         parts = Parts({}, {})
         for name, x in tensors.items():
             if isinstance(x, DTensor):
@@ -85,11 +88,11 @@ class Sharding:
         return parts
 
     def parts_of(self, whole: Mapping[str, Any], own: Mapping[str, Tensor]) -> dict[str, Any]:
-        """This rank's parts of whole tensors, divided as those of the same names in `own`. Nothing is sent."""
+        """Returns this rank's parts of whole tensors, divided like those of the same names in `own`. Nothing is sent."""
         return {name: part_of(value, own[name]) if name in own else value for name, value in whole.items()}
 
     def moments_of(self, saved: Mapping[str, Any], parameters: Sequence[Tensor]) -> dict[str, Any]:
-        """The saved state of an optimiser, with moments divided as its `parameters` are. Nothing is sent."""
+        """Returns the saved state of an optimiser, with moments divided like its `parameters`. Nothing is sent."""
         state = {
             i: {name: x if name == "step" else part_of(x, parameters[i]) for name, x in moments.items()}
             for i, moments in saved["state"].items()
@@ -97,7 +100,7 @@ class Sharding:
         return {**saved, "state": state}
 
     def average_whole(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Averages the gradients of the parameters that are whole on each rank, as FSDP averages those of the others."""
+        """Averages the gradients of the parameters that are whole on each rank; FSDP averages only those of the others."""
         whole = [p for p in parameters if not isinstance(p, DTensor)]
         if not whole:
             return
@@ -107,7 +110,7 @@ class Sharding:
             p.grad = grad / dist.world() if any_has else None
 
     def clip(self, parameters: Sequence[nn.Parameter], most: float) -> Tensor:
-        """Scales down gradients that are longer than `most`, and returns their norm before that, [], over all ranks."""
+        """Scales down the gradients if their norm over all ranks is above `most`, and returns the norm before scaling, []."""
         grads = [p.grad for p in parameters if p.grad is not None]
         cut = dist.own_parts(grad for grad in grads if isinstance(grad, DTensor))
         whole = [grad for grad in grads if not isinstance(grad, DTensor)]
@@ -119,7 +122,7 @@ class Sharding:
 
 
 def layers(pretraining: Pretraining) -> list[nn.Module]:
-    """The layers of the model, of its copies, and of encoders from elsewhere: each is gathered by itself."""
+    """Returns the layers of the model, of its copies, and of public encoders. Each of them is gathered separately."""
     units: dict[int, nn.Module] = {id(part): part for part in pretraining.modules() if isinstance(part, Block)}
     for model in pretraining.modules():
         for encoder in model.encoders().values() if isinstance(model, VLModel) else ():
@@ -130,8 +133,8 @@ def layers(pretraining: Pretraining) -> list[nn.Module]:
 
 
 def own_frozen(pretraining: Pretraining) -> None:
-    """Gives each layer frozen parameters of its own, where a momentum copy shares them with the model: FSDP shards a parameter
-    with one layer."""
+    """If a momentum copy shares frozen parameters with the model, gives each of the two its own, because FSDP allows a
+    parameter in only one layer."""
     seen: set[int] = set()
     for layer in layers(pretraining):
         for part in layer.modules():
@@ -142,7 +145,7 @@ def own_frozen(pretraining: Pretraining) -> None:
 
 
 def skeleton_of(pretraining: Pretraining) -> Pretraining:
-    """The same modules, whose parameters have a shape and no numbers."""
+    """Returns the same modules with parameters that have a shape but no values."""
     empty: dict[int, Any] = {
         id(p): nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=p.requires_grad)
         for p in pretraining.parameters()
@@ -151,15 +154,15 @@ def skeleton_of(pretraining: Pretraining) -> Pretraining:
 
 
 def whole_tensor(x: Tensor) -> Tensor | None:
-    """The tensor, whole, on the CPU of the main rank; the others get nothing."""
+    """Returns the whole tensor on the CPU of the main rank; the other ranks get nothing."""
     whole = x.full_tensor() if isinstance(x, DTensor) else x
-    # A copy: it is written while the training goes on.
+    # This is a copy, because it is written while the training continues.
     return whole.detach().to("cpu", copy=whole is x) if dist.is_main() else None
 
 
 def part_of(whole: Any, like: Tensor) -> Any:
-    """This rank's part of a whole tensor, divided as `like` is. What is divided already, or no tensor of its shape, stays as it
-    is."""
+    """Returns this rank's part of a whole tensor, divided like `like`. A value that is already divided, or is not a tensor of
+    that shape, is returned unchanged."""
     if not isinstance(like, DTensor) or not isinstance(whole, Tensor) or isinstance(whole, DTensor):
         return whole
     if whole.shape != like.shape:
@@ -168,6 +171,6 @@ def part_of(whole: Any, like: Tensor) -> Any:
 
 
 def sum_of_squares(tensors: Sequence[Tensor], zero: Tensor) -> Tensor:
-    """The sum of all squares, []."""
+    """Returns the sum of all squares, []."""
     full = [x for x in tensors if x.numel()]
     return torch.stack(torch._foreach_norm(full)).square().sum() if full else zero

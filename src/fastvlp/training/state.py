@@ -35,14 +35,15 @@ class StepReport:
 
     Attributes:
         losses: `loss`, which was minimised: the sum of weight * mean over its terms; and the mean of each term.
-        lr: learning rate of the encoders, of their last layers where layers learn at different rates.
-        pairs: rows of the step.
-        equal_pairs: rows whose text or image another row of the step has too; None if no objective contrasts rows.
-        tokens: targets of all losses.
-        seconds: of the step, of which `data_wait` were spent waiting for batches.
+        lr: learning rate of the encoders; if layers learn at different rates, that of the last layers.
+        pairs: number of rows of the step.
+        equal_pairs: number of rows whose text or image also belongs to another row of the step; None if no objective contrasts
+            rows.
+        tokens: number of targets of all losses.
+        seconds: duration of the step, of which `data_wait` seconds were spent waiting for batches.
         flops: floating-point operations of this rank.
-        grad_norm: before it was clipped.
-        skipped: whether the loss or its gradient was not finite, so that the weights stay as they were.
+        grad_norm: norm of the gradient before it was clipped.
+        skipped: whether the loss or its gradient was not finite, so that the weights were not changed.
         dropped: records that were found unreadable for the first time, with the reason.
     """
 
@@ -65,35 +66,36 @@ class TrainState:
     """The state of a run.
 
     Attributes:
-        wrapped: `pretraining`, under DDP where there are several ranks that all have its weights.
-        ema: the averaged weights, where the run averages.
+        wrapped: `pretraining`, wrapped by DDP if there are several ranks that each have all weights.
+        ema: the averaged weights; None if the run does not average.
         elapsed: seconds of training, the same on all ranks.
-        pairs: rows of all ranks so far.
-        tokens: targets of all losses and ranks so far.
-        dropped: unreadable records and what damaged shards lack, with the reason.
-        bad_steps: steps in a row that were skipped.
-        skipped: steps that were skipped so far.
+        pairs: number of rows of all ranks so far.
+        tokens: number of targets of all losses and ranks so far.
+        dropped: unreadable records and missing parts of damaged shards, with the reason.
+        bad_steps: number of the last steps that were all skipped.
+        skipped: number of steps that were skipped so far.
         best: lowest validation loss so far.
-        stale: validations since then.
+        stale: number of validations since then.
         validated: step of the last validation.
-        inherited: what became of the weights that the run started from.
-        stored: where the states of frozen encoders are.
-        earlier_length: of a resumed run, its length when it was saved.
+        inherited: which of the weights that the run started from were taken over; None without such weights.
+        stored: the stored states of frozen encoders; None if there are none.
+        earlier_length: length of a resumed run when it was saved.
         contents: hashes of the records of the splits train and val; None if that is not known.
-        changed: of a resumed run, what the user let it change: (then, now) by name.
-        remeasured: of a resumed run, the changed fields that decide what validation measures; its lowest loss begins anew.
-        skipped_batches: how many batches, more than steps have taken, are behind a resumed run whose batches are others now.
+        changed: the fields that the user allowed a resumed run to change: (then, now) by name.
+        remeasured: the changed fields of a resumed run that decide what validation measures; its lowest loss is then reset.
+        skipped_batches: in a resumed run whose batches differ, the number of batches that were already read, beyond those of
+            its steps.
         flops: counts the FLOPs of the steps.
-        signal: the signal that this process received.
+        signal: the signal that this process received, if any.
         stop: the signal for which all ranks stop.
-        saved: the step of the last checkpoint; 0 where there is none.
-        saving: the save that is still going on, or has failed; it gives its step.
-        clock: gives the seconds by which `elapsed` grows; a comparison on a CPU counts CPU time.
+        saved: the step of the last checkpoint; 0 if there is none.
+        saving: the save that is not finished yet, or has failed; it returns its step.
+        clock: function that returns the seconds by which `elapsed` grows; a comparison on a CPU counts CPU time.
         division: how the batches of a step are divided among the ranks.
         sharding: how weights are divided among the ranks; None if each has all.
-        lock: of the run's folder, which one process writes to; None if nothing is locked.
-        notes: what the caller keeps with the state: plain values, saved and restored in one file with it.
-        recomputes: layers of each part of the model that are computed again in the backward pass.
+        lock: lock of the run's folder, so that only one process writes to it; None if nothing is locked.
+        notes: plain values of the caller, which are saved and restored with the state.
+        recomputes: number of layers of each part of the model that are computed again in the backward pass.
         between_steps: whether the weights are those after `step`; false while a step changes them.
     """
 
@@ -143,7 +145,7 @@ class TrainState:
 
     @property
     def batches(self) -> int:
-        """The number of the batch that comes next on each rank."""
+        """The number of the next batch on each rank."""
         return self.skipped_batches + self.step * self.division.micro
 
     @property
@@ -162,8 +164,8 @@ class TrainState:
 
     @property
     def midway(self) -> float:
-        """Progress in the middle of the coming step, at which the schedule is read: no step has rate 0, except the first one
-        of a run by the clock, when nobody knows yet how long a step takes."""
+        """Progress in the middle of the next step, which the schedule uses, so that no step has a learning rate of 0. The
+        exception is the first step of a run by the clock, because the time of a step is not known yet."""
         if self.run.steps is not None:
             return (self.step + 0.5) / self.run.steps
         pace = self.elapsed / self.step if self.step else 0.0
