@@ -1,4 +1,4 @@
-"""Batches of rows of about one length: little padding, or as many rows as fit into a budget of tokens.
+"""Makes batches of rows of similar length: with little padding, or with as many rows as fit into a token budget.
 
 The endless shuffled sequence of rows (`Loader`) is cut into buckets; each bucket is sorted by length and cut into batches,
 and its batches are shuffled. With `max_tokens` that is the dynamic batching of UNITER (Chen et al. 2020, arXiv 1909.11740;
@@ -25,11 +25,11 @@ _SHUFFLE = 1
 
 @dataclass(frozen=True, kw_only=True)
 class Grouping:
-    """The options of grouping rows by length. Rows of one length share a batch more often than others do, so that a contrastive
-    loss mostly learns from negatives as long as the positive.
+    """The options of grouping rows by length. Rows of the same length are in the same batch more often, so that most negatives
+    of a contrastive loss have the length of the positive.
 
     Attributes:
-        group: rows of a bucket.
+        group: number of rows of a bucket.
         max_tokens: budget of a batch on one rank: its number of rows times its longest row, so that padding counts. None:
             every batch has the loader's number of rows.
         multiple: a batch with a budget has a multiple of this number of rows, if that many fit.
@@ -48,7 +48,8 @@ class Lengths:
     """The lengths of rows, of any type of integers; they may be mapped from a file.
 
     Attributes:
-        tokens_T: tokens of the row for each text of each record, with `<s>`, `</s>` and everything else in the row (regions).
+        tokens_T: for each text of each record, the number of tokens of its row, including `<s>`, `</s>` and everything else in
+            the row (regions).
         first_N: the texts of record i are those from first_N[i] to first_N[i + 1], at least one.
     """
 
@@ -56,7 +57,7 @@ class Lengths:
     first_N: np.ndarray
 
     def __call__(self, index_B: Tensor, seed_B: Tensor) -> Tensor:
-        """The lengths int64 [B] of rows with these records and seeds. A row has the text hash64(seed) % texts, as in
+        """Returns the lengths int64 [B] of rows with these records and seeds. A row has the text hash64(seed) % texts, as in
         `PairMaker`."""
         index = index_B.numpy()
         first = self.first_N[index].astype(np.int64)
@@ -77,17 +78,17 @@ def budget_sizes(length_N: Tensor, max_tokens: int, *, multiple: int = 8, reset_
 
 
 def avoid_single_row(sizes: list[int]) -> list[int]:
-    """Moves a row from the batch before into a last batch of one, where that has more than two: matching and contrastive
-    losses need a second row. No budget is exceeded, for two rows are fewer than that batch had."""
+    """If the last batch has one row and the batch before it more than two, moves a row to the last one: matching and
+    contrastive losses need a second row. This cannot exceed the budget, since two rows are fewer than that batch had."""
     return [*sizes[:-2], sizes[-2] - 1, 2] if sizes[-1:] == [1] and sum(sizes[-2:]) > 3 else sizes
 
 
 class Plan:
-    """The places in the shuffled sequence of rows that make batch number t. Batch s of rank r is t = s * world + r.
+    """Computes the places, in the shuffled sequence of rows, of batch number t. Batch s of rank r has t = s * world + r.
 
-    With a fixed number of rows, buckets of whole global batches follow each other without a gap, so that a bucket may
-    straddle two epochs. Each `world` batches that are neighbours in length are shuffled together, so that all ranks have
-    rows of about one length in a step.
+    With a fixed number of rows, buckets consist of whole global batches, so that a bucket may contain the end of one epoch and
+    the beginning of the next. Groups of `world` batches with neighbouring lengths are shuffled together, so that all ranks have
+    rows of similar length in a step.
 
     With a budget, an epoch is cut into equal buckets, and the last batch of each bucket has what remains. Two ranks take the
     batches that one rank would take with twice the accumulation.
@@ -122,13 +123,13 @@ class Plan:
         self.batch_size = batch_size
         self.world = world
         self.seed = seed
-        # A loader's thread asks for batches while the main thread saves their place.
+        # A thread of the loader asks for batches while the main thread saves its place.
         self._lock = threading.RLock()
         self._first = [0]
         self._last: tuple[int, list[Tensor]] = (-1, [])
 
     def batch(self, t: int) -> Tensor:
-        """The places int64 [B] of a batch, longest rows first."""
+        """Returns the places int64 [B] of a batch, longest rows first."""
         with self._lock:
             b = self._bucket_of(t)
             return self.bucket(b)[t - self._first_of(b)]
@@ -142,7 +143,7 @@ class Plan:
             return self._range(b)[0] + sum(map(len, self.bucket(b)[: t - self._first_of(b)]))
 
     def _bucket_of(self, t: int) -> int:
-        """The bucket that has batch number t. The caller holds the lock."""
+        """Returns the bucket of batch number t. The caller holds the lock."""
         if self.grouping.max_tokens is None:
             first, end = self._range(0)
             return t * self.batch_size // (end - first)
@@ -151,11 +152,11 @@ class Plan:
         return bisect_right(self._first, t) - 1
 
     def _first_of(self, b: int) -> int:
-        """The number of the first batch of a bucket that was counted."""
+        """Returns the number of the first batch of a bucket that was already counted."""
         return self._range(b)[0] // self.batch_size if self.grouping.max_tokens is None else self._first[b]
 
     def batch_behind(self, place: int) -> int:
-        """The first batch that begins behind so many rows."""
+        """Returns the number of the first batch that begins after this number of rows."""
         if self.grouping.max_tokens is None:
             return -(-place // self.batch_size)
         b = 0
@@ -165,29 +166,30 @@ class Plan:
         return t + next(n for n, before in enumerate(self._before(b)) if self._range(b)[0] + before >= place)
 
     def _before(self, b: int) -> list[int]:
-        """Rows of a bucket that are before each of its batches, and behind the last."""
+        """Returns the number of rows of a bucket before each of its batches, and after the last one."""
         return [0, *accumulate(map(len, self.bucket(b)))]
 
     def bucket(self, b: int) -> list[Tensor]:
-        """The batches of bucket number b."""
+        """Returns the batches of bucket number b."""
         with self._lock:
             if self._last[0] != b:
                 self._last = (b, self._cut(b))
             return self._last[1]
 
     def epoch(self) -> float:
-        """Batches of a rank in an epoch. With a budget, in the first epoch: others have other captions, and lengths."""
+        """Returns the number of batches of a rank in an epoch. With a token budget this is the first epoch, since other epochs
+        have other captions and lengths."""
         if self.grouping.max_tokens is None:
             return self.count / (self.batch_size * self.world)
         return sum(len(self.bucket(b)) for b in range(self._buckets)) / self.world
 
     @property
     def _buckets(self) -> int:
-        """Buckets of an epoch, where there is a budget."""
+        """The number of buckets of an epoch, with a token budget."""
         return -(-self.count // self.grouping.group)
 
     def _range(self, b: int) -> tuple[int, int]:
-        """The places of the rows of a bucket: the first, and the one behind the last."""
+        """Returns the places of the rows of a bucket: the first one, and the one after the last."""
         if self.grouping.max_tokens is None:
             whole = self.batch_size * self.world
             rows = max(1, min(self.grouping.group, self.count) // whole) * whole

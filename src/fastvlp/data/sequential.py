@@ -1,14 +1,14 @@
-"""The order of rows that are read as they are stored: shard after shard, shuffled in a buffer. For stores far away, where each
-read takes a while.
+"""The order of rows that are read sequentially, shard after shard, and shuffled in a buffer. It is for remote data, where each
+request takes a while.
 
-In each epoch the shards come in another order, and their records in the order in which they are stored. This sequence is cut
-into one part for each stream, `streams` of each rank. A stream passes through a buffer: each row is one of the records in it,
-drawn at random, whose place the next record of the sequence takes. Batch s of a rank is made of its stream s % streams, so that
-loader processes which take turns, and of which there are as many, read different parts.
+Each epoch has another order of shards, and reads the records of a shard in the order in which they are stored. This sequence is
+cut into one part for each stream, `streams` of each rank. A stream passes through a buffer. Each row is a record that is drawn
+from the buffer at random; the next record of the sequence takes its place. Batch s of a rank is made of its stream s % streams.
+So if there are as many loader processes as streams, which take turns, each of them reads its own part.
 
-Shards, parts and draws are functions of the seed, the epoch and the place, and never of what was read before: which rows batch
-number s has, and which records wait in the buffer then, is known without reading anything. So a resumed run reads the buffer
-again and goes on as if it had never stopped.
+Shards, parts and draws are functions of the seed, the epoch and the place, and do not depend on earlier reads. So the rows of
+batch number s, and the records that are then in the buffer, are known without reading anything. A resumed run reads the buffer
+again, and continues as if it had not stopped.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch import Tensor
 from fastvlp.random import hash64_rows
 
 _SHARDS, _DRAW, _REST = 1, 2, 3
-# Bytes of records that are read at a time.
+# Number of bytes of records that are read at a time.
 BLOCK = 4 << 20
 
 
@@ -42,9 +42,9 @@ class SequentialReading:
     Attributes:
         shards: reads records ahead.
         sizes: number of records of each shard.
-        buffer: records that wait in the memory of each rank.
-        streams: parts of an epoch that a rank reads side by side.
-        block: records that are read at a time.
+        buffer: number of records that are kept in the memory of each rank.
+        streams: number of parts of an epoch that a rank reads at the same time.
+        block: number of records that are read at a time.
     """
 
     shards: HoldsRecords
@@ -55,21 +55,21 @@ class SequentialReading:
 
 
 class Stream(NamedTuple):
-    """A stream in one epoch: its records in the order in which they are stored, and the place among them of each row."""
+    """A stream in one epoch: its records in the order in which they are stored, and the place of each row among them."""
 
     stored_N: Tensor
     drawn_N: Tensor
 
 
 def through_buffer(count: int, buffer: int, seed: int, epoch: int, stream: int) -> Tensor:
-    """The places int64 [count] in a sequence, in the order in which its items leave a buffer of so many. Item number p + buffer
-    enters when row p leaves; when there are no more, the rest leaves in random order."""
+    """Returns the places int64 [count] in a sequence, in the order in which its items leave a buffer of this size. Item number
+    p + buffer enters when row p leaves. When no items are left to enter, the rest leaves in random order."""
     size = min(buffer, count)
     if not size:
         return torch.empty(0, dtype=torch.int64)
     p = torch.arange(count - size)
     slot_P = hash64_rows(seed, _DRAW, epoch, stream, p) % size
-    # What leaves a slot is what entered it last: when a row left the same slot before, or at the beginning.
+    # The item that leaves a slot is the one that entered it last: when the previous row left this slot, or at the beginning.
     by_slot_P = slot_P.argsort(stable=True)
     sorted_P = slot_P[by_slot_P]
     is_same = sorted_P[1:] == sorted_P[:-1]
@@ -94,18 +94,18 @@ class SequentialOrder:
         self.batch_size = batch_size
         self.seed = seed
         self.streams = world * reading.streams
-        # No stream has more rows in an epoch: a larger buffer would be filled with records of the epochs behind.
+        # No stream has more rows in an epoch. A larger buffer would be filled with records of later epochs.
         longest = (count // (batch_size * self.streams) + 1) * batch_size
         self.buffer = min(max(1, reading.buffer // reading.streams), longest)
         self._first_T = torch.tensor([0, *reading.sizes]).cumsum(0)
         self._known: dict[tuple[int, int], Stream] = {}
 
     def rows(self, place_N: Tensor) -> tuple[Tensor, Tensor]:
-        """The record of the row at each place, and its epoch: int64 [N] each."""
+        """Returns the record of the row at each place, and its epoch: int64 [N] each."""
         return self.index(place_N), place_N // self.count
 
     def index(self, place_N: Tensor) -> Tensor:
-        """The record int64 [N] of the row at each place."""
+        """Returns the record int64 [N] of the row at each place."""
         index_N = torch.empty_like(place_N)
         epoch_N, stream_N = place_N // self.count, place_N // self.batch_size % self.streams
         for epoch, v in {*zip(epoch_N.tolist(), stream_N.tolist())}:
@@ -116,7 +116,7 @@ class SequentialOrder:
         return index_N
 
     def stream(self, epoch: int, v: int) -> Stream:
-        """Stream number v of all ranks in an epoch."""
+        """Returns stream number v of all ranks in an epoch."""
         if (epoch, v) not in self._known:
             self._known = {key: known for key, known in self._known.items() if key[0] >= epoch - 1}
             stored_N = self._stored(epoch, v)
@@ -134,22 +134,22 @@ class SequentialOrder:
         return self._first_T[order_T[t]] + place_N - (end_T - sizes_T[order_T])[t]
 
     def _begin(self, epoch: int, v: int) -> int:
-        """Rows of a stream before an epoch."""
+        """Returns the number of rows of a stream before an epoch."""
         return int(self._rows_before(torch.tensor(epoch * self.count), v))
 
     def _rows_before(self, place: Tensor, v: int) -> Tensor:
-        """Rows of a stream before a place."""
+        """Returns the number of rows of a stream before a place."""
         turn = self.batch_size * self.streams
         return place // turn * self.batch_size + (place % turn - v * self.batch_size).clamp(0, self.batch_size)
 
     def epoch_of(self, row: int, v: int) -> int:
-        """The epoch of a row of a stream."""
+        """Returns the epoch of a row of a stream."""
         turn, b = divmod(row, self.batch_size)
         return ((turn * self.streams + v) * self.batch_size + b) // self.count
 
     def waiting(self, row: int, v: int) -> tuple[list[int], int]:
-        """The records of the epoch that are in the buffer when a row is drawn, and the number in the stream of the first that
-        is not read yet."""
+        """Returns the records of the epoch that are in the buffer when a row is drawn, and the number, within the stream, of
+        the first record that is not read yet."""
         epoch = self.epoch_of(row, v)
         begin, stream = self._begin(epoch, v), self.stream(epoch, v)
         end = min(row - begin + self.buffer, len(stream.stored_N))
@@ -158,7 +158,7 @@ class SequentialOrder:
         return stream.stored_N[waits_N].tolist(), begin + end
 
     def stored_from(self, row: int, v: int) -> list[int]:
-        """The next block of records of a stream: at most `block`, all of one epoch."""
+        """Returns the next block of records of a stream: at most `block`, all of one epoch."""
         epoch = self.epoch_of(row, v)
         place = row - self._begin(epoch, v)
         block: list[int] = self.stream(epoch, v).stored_N[place : place + self.reading.block].tolist()
@@ -173,8 +173,8 @@ class ReadAhead:
         self._read: dict[int, int] = {}
 
     def before(self, t: int) -> list[int]:
-        """The records that enter the buffer for batch number t of all ranks: for the first batch of a stream all that wait in
-        it."""
+        """Returns the records that enter the buffer for batch number t of all ranks; for the first batch of a stream, all
+        records in the buffer."""
         order = self._order
         entering: list[int] = []
         turn, v = divmod(t, order.streams)

@@ -1,4 +1,4 @@
-"""Finding the folders of splits, local or as fsspec URLs."""
+"""Finds the folders of splits, local or as fsspec URLs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from fastvlp.data.pairs import Split
 from fastvlp.data.records.remote import FIRST_WAITS, attempt, is_url, open_url
 from fastvlp.errors import UserError
 
-# Names of each split's folder. RefCOCO's testA and testB are none of them: each is half of a test.
+# Names of each split's folder. RefCOCO's testA and testB are not among them, since each is half of a test split.
 SPLITS = {"train": ("train",), "val": ("val", "dev", "validation"), "test": ("test", "test1")}
 
 
@@ -20,7 +20,7 @@ def find_splits(folder: str, prefixes: Sequence[str] = ("",), needed: Split = "t
 
 
 def find_split(folder: str, name: str, prefixes: Sequence[str] = ("",)) -> str:
-    """The folder of a split, which may have another of the split's names; with the first prefix for which there is one.
+    """Returns the folder of a split, under any of the split's names, and with the first prefix for which a folder exists.
     Raises UserError if there is none."""
     if (place := _find(folder, name, prefixes)) is None:
         if not is_url(folder) and not Path(folder).exists():
@@ -35,16 +35,16 @@ def _find(folder: str, name: str, prefixes: Sequence[str]) -> str | None:
 
 
 def place_in(folder: str, name: str) -> str:
-    """The path or URL of `name` in a folder."""
+    """Returns the path or URL of `name` in a folder."""
     return f"{folder.rstrip('/')}/{name}" if "://" in folder else str(Path(folder) / name)
 
 
 def parent(place: str) -> str:
-    """The folder that a path or URL is in."""
+    """Returns the folder that contains a path or URL."""
     return place.rstrip("/").rpartition("/")[0] if "://" in place else str(Path(place).parent)
 
 
 def is_folder(place: str) -> bool:
-    """Whether a path or URL is a folder. Raises UserError if it cannot be looked at."""
+    """Whether a path or URL is a folder. Raises UserError if it cannot be accessed."""
     fs, root = open_url(place)
     return attempt(place, lambda: bool(fs.isdir(root)), FIRST_WAITS if is_url(place) else ())

@@ -1,5 +1,5 @@
-"""Encoded images to pixels. An image that cannot be read raises a DecodeError with its record and the reason; it is never
-replaced by another."""
+"""Decodes images to pixels. An image that cannot be read raises a DecodeError with its record and the reason; it is never
+replaced by another one."""
 
 from __future__ import annotations
 
@@ -27,21 +27,22 @@ MAX_PIXELS = 89_478_485
 
 # Only formats that are decoded in the process: Pillow hands some others (EPS) to a program that executes them.
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
-# Chunks of a PNG that are no pixels and may be megabytes: Pillow refuses a picture for their size.
+# Chunks of a PNG that contain no pixels and may be megabytes; Pillow would refuse a picture because of their size.
 _PNG_TEXTS = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
 ORIENTATION = 0x0112
 
 
-# Of a JPEG. Encoders write about ten scans; each is decoded over the whole image, and a few bytes make one.
+# Largest number of scans of a JPEG. Encoders write about ten. Decoding a scan costs a pass over the whole image, even if it has
+# only a few bytes.
 MAX_SCANS = 50
-# Rows of a PNG of 16 bits that are joined at a time.
+# Number of rows of a 16-bit PNG that are joined at a time.
 _STRIP = 64
-# Of a TIFF: the sides of a tile, which is decoded whole.
+# Largest side of a tile of a TIFF, which is decoded as a whole.
 TILE = (322, 323)
 
 
 class StoredShape(NamedTuple):
-    """Size of a stored image, whose pixels a record's boxes are in, and its EXIF orientation (1: it is upright)."""
+    """Size of a stored image, to whose pixels a record's boxes refer, and its EXIF orientation (1: it is upright)."""
 
     height: int
     width: int
@@ -55,8 +56,9 @@ class DecodeError(RecordError):
 def decode(record: Record, transform: Transform, *, max_pixels: int = MAX_PIXELS, min_side: int = 2) -> Example:
     """Decodes every image of the record: uint8 [I 3 size size].
 
-    EXIF's orientation is applied, transparency is laid over white, of 16 bits the upper 8 in use are kept, CMYK and palettes
-    are converted, and of an animation the first frame is taken. Boxes in `info` stay in the stored image's pixels.
+    EXIF's orientation is applied, and transparent images get a white background. Images of 16 bits keep the upper 8 bits that
+    they use, CMYK and palettes are converted, and the first frame of an animation is used. Boxes in `info` still refer to the
+    stored image's pixels.
 
     Raises DecodeError for damaged images, for more than `max_pixels` (read from the header, before anything is
     decoded) and for a side below `min_side`.
@@ -75,7 +77,7 @@ def decoded_images(
 def decoded_with_shapes(
     record: Record, transform: Transform, *, max_pixels: int = MAX_PIXELS, min_side: int = 2
 ) -> list[tuple[Tensor, StoredShape]]:
-    """The images of `decode`, uint8 [3 size size] each, and how each is stored."""
+    """Returns the images of `decode`, uint8 [3 size size] each, and how each is stored."""
     if not record.images:
         raise DecodeError(record.key, "no image")
     images = []
@@ -83,7 +85,7 @@ def decoded_with_shapes(
         try:
             pixels, shape = _pixels_and_shape(data, transform, max_pixels, min_side)
             images.append((transform(pixels), shape))
-        # Decoders given hostile bytes raise anything from struct.error to RecursionError; MemoryError is one of them.
+        # With hostile bytes, decoders raise many types of exceptions, from struct.error to RecursionError and MemoryError.
         except Exception as error:
             which = f"image {i}: " if len(record.images) > 1 else ""
             raise DecodeError(record.key, f"{which}{_reason(error)}") from error
@@ -98,13 +100,13 @@ def read_pixels(
     min_side: int = 2,
     upright: bool = True,
 ) -> Tensor:
-    """The pixels of an encoded image, uint8 [H W 3], writable.
+    """Returns the pixels of an encoded image, uint8 [H W 3], writable.
 
     Args:
-        transform: where it is given, a JPEG is decoded at the smallest scale that is enough for it.
+        transform: if it is given, a JPEG is decoded at the smallest scale that is enough for it.
         upright: apply EXIF's orientation.
 
-    Raises what the decoders raise; ValueError for an image that is too large or too small.
+    Raises the exceptions of the decoders; ValueError for an image that is too large or too small.
     """
     return _pixels_and_shape(data, transform, max_pixels, min_side, upright)[0]
 
@@ -112,7 +114,7 @@ def read_pixels(
 def _pixels_and_shape(
     data: bytes, transform: Transform | None, max_pixels: int, min_side: int, upright: bool = True
 ) -> tuple[Tensor, StoredShape]:
-    """The pixels, and what `stored_shape` gives; the head of an image is read once."""
+    """Returns the pixels and the result of `stored_shape`; the header of an image is read once."""
     plain = plain_size(data)
     if plain is not None and plain[0] * plain[1] <= MAX_PIXELS:
         _check_size(*plain, max_pixels, min_side)
@@ -140,15 +142,16 @@ def _check_size(height: int, width: int, max_pixels: int, min_side: int) -> None
 
 
 def _fast_pixels(data: bytes, height: int, width: int, transform: Transform | None) -> Tensor:
-    """The pixels of an upright JPEG, grey or of three colours. Raises ValueError for what the decoder does not read."""
+    """Returns the pixels of an upright JPEG, grey or with three colours. Raises ValueError for a JPEG that the decoder cannot
+    read."""
     least = transform.least(height, width) if transform else (0, 0)
     # Scales between 1 and 1/2 have no fast inverse DCT.
     return torch.from_numpy(simplejpeg.decode_jpeg(data, "RGB", min_height=least[0], min_width=least[1], min_factor=2))
 
 
 def open_image(data: bytes) -> Image.Image:
-    """The image with Pillow, its pixels not read yet. The texts and the colour profile of a PNG, which may be of any size, are
-    left out. Raises what the decoders raise; ValueError for an image that costs far more than its pixels."""
+    """Opens the image with Pillow, without reading its pixels. The texts and the colour profile of a PNG, which may have any
+    size, are left out. Raises the exceptions of the decoders; ValueError for an image that costs far more than its pixels."""
     data = _without_texts(data)
     image = Image.open(io.BytesIO(data), formats=_all_formats())
     _check_cost(image, data)
@@ -157,10 +160,11 @@ def open_image(data: bytes) -> Image.Image:
 
 def _check_cost(image: Image.Image, data: bytes) -> None:
     if isinstance(image, JpegImageFile) and image.fp is not None:
-        # Pillow has read to the end of the first scan's head: marker, length, number of components, two bytes for each, three.
+        # Pillow has read up to the end of the first scan's header: marker, length, number of components, two bytes for each
+        # component, and three bytes.
         head = b"\xff\xda\x00" + bytes([6 + 2 * image.layers, image.layers])
         first = image.fp.tell() - 3 - 2 * image.layers
-        # A scan of all components that is not progressive is the only one.
+        # If a scan is not progressive and has all components, it is the only one.
         if image.info.get("progressive") or image.format == "MPO" or data[first - len(head) : first] != head:
             scans = data.count(b"\xff\xda")
             if scans > MAX_SCANS:
@@ -173,7 +177,8 @@ def _check_cost(image: Image.Image, data: bytes) -> None:
 
 @lru_cache
 def _all_formats() -> tuple[str, ...]:
-    """The formats that are decoded: AVIF where Pillow can, HEIC where the package `pillow-heif` is installed."""
+    """Returns the formats that are decoded. AVIF is one of them if Pillow can decode it, and HEIC if the package `pillow-heif`
+    is installed."""
     more = []
     if features.check("avif"):
         more.append("AVIF")
@@ -194,12 +199,12 @@ def _without_texts(data: bytes) -> bytes:
         if bytes(view[at + 4 : at + 8]) not in _PNG_TEXTS:
             parts.append(bytes(view[at:end]))
         at = end
-    # What follows the last whole chunk of a cut file.
+    # The bytes after the last complete chunk of a file that was cut off.
     return b"".join([*parts, data[at:]])
 
 
 def opened_pixels(image: Image.Image, *, upright: bool = True) -> Tensor:
-    """The pixels of an image that Pillow has opened or made, as of `read_pixels`."""
+    """Returns the pixels of an image that Pillow has opened or made, like `read_pixels`."""
     turned = upright and orientation(image) != 1
     return torch.from_numpy(np.array(_rgb(ImageOps.exif_transpose(image) if turned else image)))
 
@@ -214,7 +219,7 @@ def stored_shape(data: bytes) -> StoredShape:
 
 
 def orientation(image: Image.Image) -> int:
-    """EXIF's orientation, 1 to 8; 1 is upright."""
+    """Returns EXIF's orientation, 1 to 8; 1 is upright."""
     try:
         return int(image.getexif().get(ORIENTATION, 1))
     except Exception:  # a good picture with broken EXIF is common on the web
@@ -238,9 +243,9 @@ def _rgb(image: Image.Image) -> Image.Image:
 
 
 def _in_8_bits(image: Image.Image, data: bytes) -> Image.Image:
-    """A PNG of 16 bits a channel, of which Pillow alone would keep the upper 8, also where only the lower 12 are in use; any
-    other image as it is. Pillow can be asked for the upper halves of the numbers, and for the lower ones, which are needed
-    only where the upper ones are nearly empty. They are joined in strips, so that no whole image of 16 bits is made."""
+    """Converts a PNG with 16 bits per channel to 8 bits; returns any other image unchanged. Pillow alone would keep the upper 8
+    bits, even if only the lower 12 are used. It can return the upper halves of the numbers, and the lower halves, which are
+    needed only if the upper ones are nearly empty. They are joined in strips, so that no complete image of 16 bits is made."""
     if image.format != "PNG" or data[24:25] != b"\x10":
         return image
     lower = open_image(data)
@@ -262,13 +267,13 @@ def _in_8_bits(image: Image.Image, data: bytes) -> Image.Image:
 
 
 def _joined(upper: Image.Image, lower: Image.Image, strip: tuple[int, int, int, int]) -> np.ndarray:
-    """The numbers of 16 bits of some rows, uint16 [rows width channels]."""
+    """Returns the 16-bit numbers of some rows, uint16 [rows width channels]."""
     return np.asarray(upper.crop(strip)).astype(np.uint16) << 8 | np.asarray(lower.crop(strip))
 
 
 def _bits(highest: int) -> int:
-    """Returns the number of bits that a 16-bit image uses: a scanner or camera of 10, 12 or 14 writes its values as they
-    are, and they would be nearly black."""
+    """Returns the number of bits that a 16-bit image uses. A scanner or camera with 10, 12 or 14 bits writes its values
+    unscaled, so the image would be nearly black."""
     return next(bits for bits in (8, 10, 12, 14, 16) if highest < 1 << bits)
 
 

@@ -1,4 +1,4 @@
-"""The fields of a record that the library reads: their texts cleaned, and what can be wrong with them."""
+"""Checks the fields of a record that the library reads, and cleans their texts."""
 
 from __future__ import annotations
 
@@ -26,27 +26,27 @@ LISTS_OF_OBJECTS = {
 # The order of the outputs of an entailment head.
 LABELS = ("contradiction", "entailment", "neutral")
 
-# Control characters, the byte-order mark, and lone surrogates, which no tokenizer takes.
+# Control characters, the byte-order mark, and lone surrogates, which tokenizers do not accept.
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\ufeff\ud800-\udfff]+")
 
 
 def clean_text(text: Any) -> str | None:
-    """The text without control characters and repeated spaces; None if it is no text or nothing is left."""
+    """Returns the text without control characters and repeated spaces; None if it is not a text or nothing is left."""
     if not isinstance(text, str):
         return None
     return " ".join(_CONTROL.sub(" ", text).split()) or None
 
 
 def usable_captions(info: Mapping[str, Any], field: str) -> list[str]:
-    """The captions in a record's `field`, a list of texts or one text, cleaned; what is no text is left out. `field` may
-    join several fields by + (`captions+captions_zh`): their captions follow each other."""
+    """Returns the cleaned captions in a record's `field`, which is a list of texts or one text. Other values are left out.
+    `field` may join several fields by + (`captions+captions_zh`); the captions of all of them are returned."""
     values = [info.get(name) for name in field.split("+")]
     texts = [text for value in values for text in (value if isinstance(value, list) else [value])]
     return [text for text in map(clean_text, texts) if text is not None]
 
 
 def fault(info: Mapping[str, Any]) -> str | None:
-    """The first thing that is wrong with a record's fields, naming the field; None when nothing is."""
+    """Returns the first fault in a record's fields, with the name of the field; None if there is no fault."""
     for name in LISTS_OF_TEXT:
         if name in info and not isinstance(info[name], list):
             return f"field {name} is not a list of texts"
@@ -56,13 +56,13 @@ def fault(info: Mapping[str, Any]) -> str | None:
 
 
 def is_absent(value: Any) -> bool:
-    """Whether a value says nothing. 0, 0.0 and false say something: the first class of many sets is 0."""
+    """Whether a value is empty. 0, 0.0 and false are not empty: the first class of many data sets is 0."""
     missing = isinstance(value, float) and value != value  # as pandas writes what is missing
     return missing or value is None or value == "" or value == [] or value == {}
 
 
 def unstorable(info: Mapping[str, Any]) -> str | None:
-    """The first field that no shard can hold as JSON, with the reason; None if all can be stored."""
+    """Returns the first field that cannot be stored as JSON, with the reason; None if all fields can be stored."""
     for name, value in info.items():
         try:
             json.dumps({name: value}, ensure_ascii=False).encode()
@@ -74,7 +74,7 @@ def unstorable(info: Mapping[str, Any]) -> str | None:
 
 
 def list_fault(info: Mapping[str, Any], name: str) -> str | None:
-    """The first thing that is wrong with the field `name`, a list of objects."""
+    """Returns the first fault of the field `name`, a list of objects."""
     items, fields = info.get(name, []), LISTS_OF_OBJECTS[name]
     if not isinstance(items, list) or not all(isinstance(o, dict) and all(f in o for f in fields) for o in items):
         return f"field {name} is not a list of objects with {' and '.join(fields)}"

@@ -1,4 +1,4 @@
-"""Formats that can be imported, a file each; see `interface`. Here the format of a path is found."""
+"""The formats that can be imported; each is one file (see `interface`). This file finds the format of a path."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def formats() -> dict[str, type[Source]]:
 
 
 def formats_help() -> str:
-    """A line for each format, and its own options below."""
+    """Returns a line for each format, with its own options below."""
     lines = []
     for name, source in formats().items():
         lines.append(f"  {name:14}{source.summary}")
@@ -37,9 +37,9 @@ def formats_help() -> str:
 
 
 def find_format(path: Path, format: str = "auto") -> type[Source]:
-    """The format of that name, or for `auto` the format that is surest of `path`.
+    """Returns the format of that name; or for `auto` the format that is most certain of `path`.
 
-    Raises UserError if there is no such path, no such format, or where the path looks like no format or like several.
+    Raises UserError if there is no such path or format, or if the path looks like no format or like several.
     """
     known = formats()
     if format != "auto" and format not in known:
@@ -70,8 +70,8 @@ def find_format(path: Path, format: str = "auto") -> type[Source]:
 
 
 def matching_paths(path: Path) -> list[Path]:
-    """The path, or where it is a pattern such as `data/train-*.parquet`, all that match it, by name. Raises UserError if
-    there is none."""
+    """Returns the path; or for a pattern such as `data/train-*.parquet`, all paths that match it, sorted by name. Raises
+    UserError if there is none."""
     if path.exists():
         return [path]
     if paths := [Path(name) for name in sorted(glob(str(path), recursive=True))]:  # noqa: PTH207 (of any path)
@@ -82,7 +82,7 @@ def matching_paths(path: Path) -> list[Path]:
 
 
 def option_types(*sources: type[Source]) -> dict[str, Any]:
-    """The options of these formats and their types."""
+    """Returns the options of these formats, with their types."""
     return {field.name: get_type_hints(source)[field.name] for source in sources for field in fields(source)}
 
 
@@ -96,7 +96,7 @@ def check_options(source: type[Source], names: Iterable[str]) -> None:
 
 
 def make_source(source: type[Source], options: dict[str, Any]) -> Source:
-    """A format with its own options. Raises UserError for an option that it does not have, or that is missing."""
+    """Returns a format with its own options. Raises UserError for an option that it does not have, or that is missing."""
     check_options(source, options)
     for field in fields(source):
         if field.name not in options and field.default is MISSING and field.default_factory is MISSING:
@@ -105,15 +105,15 @@ def make_source(source: type[Source], options: dict[str, Any]) -> Source:
 
 
 def _surest(path: Path) -> tuple[Match, list[type[Source]]]:
-    """The highest degree at which any format matches the path, and the formats that do."""
+    """Returns the highest certainty with which any format matches the path, and the formats that have this certainty."""
     matches = {source: source.match(path) for source in formats().values()}
     surest = max(matches.values())
     return surest, [source for source, match in matches.items() if match is surest]
 
 
 def _readable_files(folder: Path) -> list[Path]:
-    """The files directly in a folder that have a format themselves, such as tables among images: all of the first ending of
-    which one has."""
+    """Returns the files directly in a folder that have a format themselves, such as tables among images: all files of the first
+    file extension of which one has a format."""
     by_suffix: dict[str, list[Path]] = {}
     for file in sorted(folder.iterdir()):
         if file.is_file():

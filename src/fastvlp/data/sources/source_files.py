@@ -1,4 +1,5 @@
-"""Reading the files of a source: images only inside the folder that the user gave, text as UTF-8, JSON in the expected form."""
+"""Reads the files of a source: images only inside of the folder that the user gave, text as UTF-8, and JSON in the expected
+form."""
 
 from __future__ import annotations
 
@@ -25,7 +26,7 @@ IMAGE_SUFFIXES = frozenset(
     {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
     | {".avif", ".heic", ".heif"}
 )
-# The longest line, which may hold a picture in base64, and the largest text or JSON file, such as the instances of COCO.
+# Size limits: of a line, which may hold a picture in base64, and of a text or JSON file, such as the instances of COCO.
 MOST_LINE = 1 << 27
 MOST_TEXT = 1 << 33
 _MISSING = "image file is missing"
@@ -35,17 +36,17 @@ URL_REASON = "its image is a URL; download the images first (`img2dataset`), the
 
 @lru_cache
 def blank_image() -> bytes:
-    """A stand-in for an image that nobody has: the smallest that is decoded, of one colour."""
+    """Returns a placeholder for a missing image: the smallest image that is decoded, of one colour."""
     file = io.BytesIO()
     Image.new("RGB", (2, 2), "gray").save(file, "PNG")
     return file.getvalue()
 
 
 def read_image(root: Path | None, name: str, key: str) -> bytes | Dropped:
-    """The bytes of the image that a source calls `name`, in the folder `root`; links are followed. Dropped, called `key`, where
-    it is missing, and where the path itself leaves `root`. A blank image where `root` is None.
+    """Returns the bytes of the image that a source calls `name`, in the folder `root`; links are followed. Returns Dropped,
+    with the name `key`, if the image is missing or its path is outside of `root`; and a blank image if `root` is None.
 
-    A name with backslashes, in another Unicode form, with %20, or in small instead of capital letters is found too.
+    The image is also found if the name has backslashes, another Unicode form, %20, or small instead of capital letters.
     """
     if root is None:
         return blank_image()
@@ -75,12 +76,12 @@ def is_url(name: str) -> bool:
 
 
 def find_image(root: Path, name: str) -> Path | None:
-    """The path of `name` in `root`, whether or not it is there; None if the name leads out of `root`."""
+    """Returns the path of `name` in `root`, whether or not it exists; None if the name is outside of `root`."""
     top = _absolute(root)
     for spelling in dict.fromkeys((name, name.replace("\\", "/"), unquote(name), unquote(name.replace("\\", "/")))):
         path = _absolute(top / spelling)
         if not path.is_relative_to(top):
-            # A folder may also be given through a link.
+            # The folder may also be a link.
             real = (top / spelling).resolve()
             if not real.is_relative_to(top.resolve()):
                 return None
@@ -93,7 +94,7 @@ def find_image(root: Path, name: str) -> Path | None:
 
 
 def is_there(path: Path) -> bool:
-    """Whether there is a file or a folder; no error for a name that none can have."""
+    """Whether a file or a folder exists. No error is raised for a name that a file cannot have."""
     try:
         return path.exists()
     except (OSError, ValueError):
@@ -101,12 +102,12 @@ def is_there(path: Path) -> bool:
 
 
 def _absolute(path: Path) -> Path:
-    """The path without `..`, links not followed."""
+    """Returns the path without `..`, without following links."""
     return Path(os.path.abspath(path))  # noqa: PTH100 (`resolve` follows links)
 
 
 def _similar_path(top: Path, path: Path) -> Path | None:
-    """The one path below `top` whose names differ from those of `path` only in Unicode form or in capital letters."""
+    """Returns the only path below `top` whose names differ from those of `path` only in Unicode form or in capital letters."""
     place = top
     for part in path.relative_to(top).parts:
         if not is_there(place / part):
@@ -155,7 +156,7 @@ def walk_files(folder: Path, notes: list[Note] | None = None) -> list[Path]:
 
 
 def image_record(key: str, info: Mapping[str, Any], root: Path | None, *names: str) -> Record | Dropped:
-    """A record with the images `names` in the folder `root`; Dropped, as of `read_image`, where one cannot be read."""
+    """Returns a record with the images `names` in the folder `root`; Dropped, like `read_image`, if one cannot be read."""
     if wrong := [name for name in names if not isinstance(name, str)]:
         return Dropped(key=str(key), reason=f"image name {str(wrong[0])[:40]!r} is no text")
     images = [read_image(root, name, key) for name in names]
@@ -165,7 +166,7 @@ def image_record(key: str, info: Mapping[str, Any], root: Path | None, *names: s
 
 
 def read_text(path: Path) -> str:
-    """A text file as UTF-8, without its byte-order mark. Raises UserError if it is anything else."""
+    """Reads a text file in UTF-8, without its byte-order mark. Raises UserError if it is not one."""
     try:
         return read_plain(path, MOST_TEXT).decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -177,7 +178,7 @@ def read_text(path: Path) -> str:
 
 
 def read_json(path: Path) -> Any:
-    """A whole JSON file. Raises UserError if it is none."""
+    """Reads a whole JSON file. Raises UserError if it is not one."""
     try:
         return parse_json(read_text(path))
     except ValueError as error:
@@ -185,7 +186,8 @@ def read_json(path: Path) -> Any:
 
 
 def read_json_lines(path: Path) -> Iterator[dict[str, Any] | Dropped]:
-    """One JSON object a line; blank lines are skipped. A line that is anything else is Dropped, called by file and line."""
+    """Reads one JSON object from each line; blank lines are skipped. Any other line becomes a Dropped with the name of the file
+    and the number of the line."""
     try:
         with path.open("rb") as file:
             for number, line in enumerate(_lines(file), 1):
@@ -211,7 +213,7 @@ def read_json_lines(path: Path) -> Iterator[dict[str, Any] | Dropped]:
 
 
 def _lines(file: IO[bytes]) -> Iterator[bytes | None]:
-    """The lines of a file; None for one that is too long to be read whole."""
+    """Yields the lines of a file; None for a line that is too long to be read."""
     while line := file.readline(MOST_LINE + 1):
         if len(line) <= MOST_LINE:
             yield line
@@ -227,7 +229,7 @@ def number_of_lines(path: Path) -> int:
         return sum(1 for line in file if line.strip())
 
 
-# What reading a row of another form raises.
+# The exceptions that are raised when a row has another form.
 FORM_ERRORS = (KeyError, IndexError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError)
 
 
@@ -237,8 +239,8 @@ def form_fault(error: Exception) -> str:
 
 
 def each_row(rows: Iterable[Any], name: str, read: Callable[[Any], None]) -> Iterator[Dropped]:
-    """Calls `read` with every row, and yields those that are no rows or for which it raises, called `name` and their number (or
-    by their line)."""
+    """Calls `read` with every row. Yields a Dropped for each entry that is not a row or for which `read` raises an error, with
+    `name` and its number (or its line)."""
     for number, row in enumerate(rows, 1):
         if isinstance(row, Dropped):
             yield row
@@ -261,6 +263,6 @@ def expect_form(path: Path, form: str) -> Iterator[None]:
 
 
 def to_corners(box: Any) -> list[float]:
-    """COCO's box x, y, width, height as x0, y0, x1, y1."""
+    """Converts COCO's box x, y, width, height to x0, y0, x1, y1."""
     x, y, width, height = box
     return [x, y, x + width, y + height]
