@@ -68,6 +68,13 @@ def test_a_fault_is_named_with_its_setting(setting: str, named: str) -> None:
     assert setting in str(caught.value) and named in str(caught.value).replace(setting, "")
 
 
+def test_a_size_is_taken_by_its_name() -> None:
+    run = with_settings(recipe("mlm_demo"), ["model=small", "model.image.size=64"], "mlm_demo")
+    assert (run.model.text.width, run.model.image.size, run.model.reconstructor) == (192, 64, None)
+    with pytest.raises(UserError, match=r"`set` model=smal: smal: no such size.*small"):
+        with_settings(run, ["model=smal"], "mlm_demo")
+
+
 def test_durations() -> None:
     assert [duration(t) for t in ("90", "120s", "20m", "1.5h")] == [90, 120, 1200, 5400]
     for wrong in ("", "s", "2d", "fast"):

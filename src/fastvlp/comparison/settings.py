@@ -8,11 +8,13 @@ import io
 import math
 import re
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 
 import tyro
 
 from fastvlp.config import flatten, to_json
 from fastvlp.errors import UserError
+from fastvlp.model.named_sizes import named_size
 from fastvlp.training.train_config import TrainConfig
 
 # How the values that are written in lower case elsewhere are written for tyro.
@@ -22,8 +24,8 @@ WORDS = {"none": "None", "true": "True", "false": "False"}
 def with_settings(run: TrainConfig, settings: Sequence[str], arm: str) -> TrainConfig:
     """The config after each `FIELD=VALUE` of `settings`, such as optim.lr=3e-4; `ARM:FIELD=VALUE` is for one arm alone.
 
-    The values of a tuple are separated by commas: optim.betas=0.9,0.98. Raises UserError for a field that there is not, with
-    the nearest ones, and for a value that the field does not take.
+    The values of a tuple are separated by commas: optim.betas=0.9,0.98. `model=tiny` takes a size by its name. Raises UserError
+    for a field that there is not, with the nearest ones, and for a value that the field does not take.
     """
     for setting in settings:
         owner, field, value = split_setting(setting)
@@ -69,6 +71,11 @@ def duration(text: str) -> float:
 
 
 def _set(run: TrainConfig, field: str, value: str, setting: str) -> TrainConfig:
+    if field == "model":
+        try:
+            return replace(run, model=named_size(value, like=run.model))
+        except UserError as error:
+            raise UserError(f"`set` {setting}: {error}") from error
     _check_field(run, field.replace("-", "_"), setting)
     value = WORDS.get(value.lower(), value)
     # A comma separates the values of a tuple, but it may also be part of a text.
