@@ -18,7 +18,9 @@ def rows_of_group(ids_BL: Tensor) -> int:
 
 def worthwhile(ids_BL: Tensor, anywhere: bool) -> bool:
     """Whether groups save work: from two groups on, on a CPU or `anywhere`. A GPU has to wait for their lengths, and runs each
-    layer once for each group."""
+    layer once for each group. A graph that is exported is for any number of rows, and has no groups."""
+    if torch.compiler.is_exporting():
+        return False
     return (anywhere or ids_BL.device.type == "cpu") and len(ids_BL) >= 2 * rows_of_group(ids_BL)
 
 
