@@ -20,7 +20,6 @@ BUDGET ?= 60
 
 .venv/.dev: .venv/.core
 	@$(PIP) -e '.[dev,docs,serve,pg]'
-	@$(COMPILE)
 	@touch $@
 
 .venv/.serve: .venv/.core

@@ -19,6 +19,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ["FASTVLP_CACHE"] = tempfile.mkdtemp(prefix="fastvlp-cache-")
 atexit.register(shutil.rmtree, os.environ["FASTVLP_CACHE"], ignore_errors=True)
 
+# Files outlive a killed process without it; only a machine that loses its power needs it.
+os.fsync = lambda file: None
+
 # What importing the tests makes stays for ever: looking through it for garbage costs a second and finds nothing.
 gc.disable()
 
@@ -31,6 +34,12 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
     # Each module goes to one worker: what its tests share is made once.
     if getattr(config.option, "numprocesses", None) and config.option.dist == "no":
         config.option.dist = "loadfile"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # Files with whole runs first: at the end the workers share short ones.
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
 
 
 @pytest.hookimpl(wrapper=True)

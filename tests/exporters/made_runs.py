@@ -33,6 +33,11 @@ def made_run(
     return folder
 
 
+def with_one_layer(config: ModelConfig) -> ModelConfig:
+    """A graph is traced operation by operation: each further layer takes as long as the first."""
+    return replace(config, image=replace(config.image, depth=1), text=config.text.with_depth(1))
+
+
 def clip_shaped() -> ModelConfig:
     config = clip_small(size=32)
     sizes = {"width": 32, "heads": 2, "hidden": 64}

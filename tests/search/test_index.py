@@ -277,8 +277,10 @@ def test_postgresql_is_checked_before_tables_are_made(postgres):
 
 
 @pytest.fixture(params=["exact", "graph"])
-def searched(request, monkeypatch, index):
+def searched(request, monkeypatch, index, uri):
     """An index that is small, or taken for large."""
+    if request.param == "exact" and uri.startswith("http"):
+        pytest.skip("the items of a Chroma server are never searched in memory")
     if request.param == "graph":
         monkeypatch.setattr(type(index), "small", 0)
     return index
@@ -301,7 +303,10 @@ def test_many_equal_vectors_hide_no_other(searched, uri, noise):
     ids = [f"copy{i}" for i in range(many)] + [f"own{i}" for i in range(few)]
     for part in (slice(0, None, 3), slice(1, None, 3), slice(2, None, 3)):
         searched.add(ids[part], vectors[part], [{"copy": id.startswith("copy")} for id in ids[part]])
-    assert searched.count() == len(ids) and unfound(searched, ids, vectors) == []
+    # A few copies, which are all alike, and all others.
+    queries = [*range(0, many, 50), *range(many, len(ids))]
+    assert searched.count() == len(ids)
+    assert unfound(searched, [ids[i] for i in queries], vectors[queries]) == []
     exact = vectors[many:] @ vectors[many:].T
     found = searched.search(vectors[many:], 10, {"copy": False})
     near = [sum(hit.score >= np.sort(row)[-10] - 1e-4 for hit in hits) for row, hits in zip(exact, found)]

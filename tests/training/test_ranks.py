@@ -22,7 +22,7 @@ from fastvlp.training import checkpoint, loop, part_files
 from fastvlp.training.checkpoint import load_checkpoint
 from fastvlp.training.loop import train
 from fastvlp.training.train_config import TrainConfig
-from tests.processes import be_rank, free_port
+from tests.processes import be_rank, free_port, on_ranks, start_processes
 from tests.training.runs import OBJECTIVES, ROUNDING, TOKENS, assert_equal, made_pairs, made_records, made_run, weights
 
 # Whole runs, in processes of their own.
@@ -34,17 +34,16 @@ MIXED = ("mlm", "clip")
 COMBINATIONS = [*((name,) for name in OBJECTIVES), TOKENS, ("flm", "clip", "siglip"), MIXED]
 
 
-def as_rank(rank: int, port: int, runs: list[TrainConfig], out: str) -> None:
-    be_rank(rank, 2, port)
-    with dist.process_group():
-        for run in runs:
-            state = train(run)
-            if run.name == "queue":
-                torch.save(state.pretraining.state_dict(), f"{out}/queue{rank}.pt")
-        x = torch.full((2, 3), float(rank), requires_grad=True)
-        everyone, first = dist.gather(x[: 2 - rank])
-        (everyone * torch.arange(9).reshape(3, 3) * (rank + 1)).sum().backward()
-        torch.save({"rows": everyone.detach(), "grad": x.grad, "first": first}, f"{out}/gather{rank}.pt")
+def train_and_gather(runs: list[TrainConfig], out: str) -> None:
+    rank = dist.rank()
+    for run in runs:
+        state = train(run)
+        if run.name == "queue":
+            torch.save(state.pretraining.state_dict(), f"{out}/queue{rank}.pt")
+    x = torch.full((2, 3), float(rank), requires_grad=True)
+    everyone, first = dist.gather(x[: 2 - rank])
+    (everyone * torch.arange(9).reshape(3, 3) * (rank + 1)).sum().backward()
+    torch.save({"rows": everyone.detach(), "grad": x.grad, "first": first}, f"{out}/gather{rank}.pt")
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +81,7 @@ def folder(tmp_path_factory) -> Path:
     with ShardWriter(folder / "bad" / "val") as writer:
         writer.write(bad[1])
     runs.append(made_run(folder / "bad", folder / "two" / "bad", "mlm", batch_size=6, steps=1, threads=1))
-    torch.multiprocessing.spawn(as_rank, (free_port(), runs, str(folder)), nprocs=2)
+    on_ranks(2, train_and_gather, runs, str(folder))
     return folder
 
 
@@ -114,7 +113,7 @@ def until_it_is_killed(rank: int, port: int, run: TrainConfig) -> None:
 def test_a_rank_that_is_killed_is_the_cause_that_the_other_gives(tmp_path, shard):
     options = {"threads": 1, "checkpoint_every": 2, "shard": shard}
     run = made_run(made_pairs(tmp_path / "pairs"), tmp_path / "run", "clip", **options)
-    ranks = torch.multiprocessing.spawn(until_it_is_killed, (free_port(), run), nprocs=2, join=False).processes
+    ranks = start_processes(until_it_is_killed, (free_port(), run), 2, join=False).processes
     for rank in ranks:
         rank.join(200)
     assert [rank.exitcode for rank in ranks] == [0, -signal.SIGKILL]
@@ -148,7 +147,7 @@ def whose_disk_is_full(rank: int, port: int, run: TrainConfig) -> None:
 
 def test_what_the_main_rank_cannot_save_is_an_error_of_all(tmp_path):
     run = made_run(made_pairs(tmp_path / "pairs"), tmp_path / "run", "clip", threads=1, checkpoint_every=2)
-    ranks = torch.multiprocessing.spawn(whose_disk_is_full, (free_port(), run), nprocs=2, join=False).processes
+    ranks = start_processes(whose_disk_is_full, (free_port(), run), 2, join=False).processes
     for rank in ranks:
         rank.join(200)
     assert [rank.exitcode for rank in ranks] == [0, 0]
