@@ -12,21 +12,23 @@ from fastvlp.model.layers import Block
 from fastvlp.model.model import VLModel
 from fastvlp.model.recompute import computed_twice
 
-# How many versions of a layer's code there may be: kinds of layers, with and without gradients, and with masks or without.
+# Largest number of versions of a layer's code: kinds of layers, with and without gradients, and with and without masks.
 MOST_VERSIONS = 64
 
 
 def compile_blocks(module: nn.Module, device: torch.device, *, backend: str = "inductor") -> None:
-    """Compiles the layers, where nearly all the work is: one compilation serves all layers of a kind and all numbers of rows
-    and tokens. Compiled whole, the draws of FLM crash the CPU backend of torch 2.13.
+    """Compiles the layers, which do nearly all the work. One compilation serves all layers of a kind and all numbers of rows
+    and tokens. If the whole step were compiled, FLM's random draws would crash the CPU backend of torch 2.13.
 
-    Raises UserError if there is no compiler."""
+    Raises UserError if there is no compiler.
+    """
     if backend == "inductor":
         check_compiler(device)
-    # Above its limit, dynamo would raise: `fullgraph`.
+    # With `fullgraph`, dynamo raises an error above its limit.
     config: Any = torch._dynamo.config
     config.recompile_limit = max(config.recompile_limit, MOST_VERSIONS)
-    # Else two sizes that happen to be equal at first, such as the tokens and the width of a head, are taken for one.
+    # Otherwise two sizes that happen to be equal at first, such as the number of tokens and the width of a head, are treated as
+    # one.
     torch.fx.experimental._config.use_duck_shape = False
     for part in module.modules():
         if isinstance(part, Block):
@@ -62,8 +64,8 @@ def compiled() -> tuple[int, float]:
 
 
 def recompute_blocks(model: VLModel) -> dict[str, int]:
-    """Makes the layers keep their inputs alone, and compute the rest again in the backward pass. Returns for each part of the
-    model how many layers do; a public encoder that cannot counts 0, one that can counts 1."""
+    """Makes the layers keep only their inputs, and compute everything else again in the backward pass. Returns the number of
+    such layers for each part of the model. A public encoder counts as 1 if it can do this, and as 0 otherwise."""
     counts: dict[str, int] = {}
     for part in (module for module in model.modules() if isinstance(module, Block)):
         part.recompute = True
@@ -79,7 +81,8 @@ def recompute_blocks(model: VLModel) -> dict[str, int]:
 
 
 def _recompute_public(public: nn.Module) -> bool:
-    """Whether the module of another library can compute its layers again, as transformers' and timm's say; then it does."""
+    """If the module of another library can compute its layers again, as modules of transformers and timm state, switches this
+    on. Returns whether it can."""
     module: Any = public
     if getattr(module, "supports_gradient_checkpointing", False):
         # The older name is deprecated since transformers 5.24.

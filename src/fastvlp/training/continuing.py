@@ -15,21 +15,21 @@ from fastvlp.training.train_config import CHANGEABLE, TrainConfig
 
 # Fields that say where data are, and not what they are.
 PLACES = {"data.train": "train", "data.val": "val"}
-# What the names of the shares of mixed data begin with; the rest of each is a place.
+# Beginning of the names of the shares of mixed data; the rest of each name is the place of the data.
 MIX = "data.mix."
-# What decides which rows batch number s has.
+# Fields that decide which rows batch number s has.
 ORDER = (
     "data.batch_size", "data.max_tokens", "data.group", "data.fill", "seed", "data.order", "data.shuffle_buffer",
     "data.streams",
 )  # fmt: skip
-# Fields that mean something in one order of records alone.
+# Fields that matter only in one order of records.
 OF_SEQUENTIAL = ("data.shuffle_buffer", "data.streams")
 # Changeable fields that decide what validation measures.
 MEASURES = ("validation_rows", "masked_validation")
 
 
 def check_names(run: TrainConfig, change: Collection[str], saved: Mapping[str, Any] | None = None) -> set[str]:
-    """The names of the fields that may differ, as the config has them; that of a part or mapping stands for all its fields.
+    """Returns the names of the fields that may differ, as in the config; the name of a part or mapping means all of its fields.
     Raises UserError for a name that neither the run nor the `saved` config has."""
     known = {*flatten(to_json(run)), *flatten(dict(saved or {})), "ranks"}
     names = {name.replace("-", "_") for name in change}
@@ -42,7 +42,8 @@ def check_names(run: TrainConfig, change: Collection[str], saved: Mapping[str, A
 
 
 def changed_fields(saved: Mapping[str, Any], run: TrainConfig) -> dict[str, tuple[Json, Json]]:
-    """Fields that differ and make another run, by name: (then, now). The places of data are compared by content, later."""
+    """Returns the different fields that make another run, by name: (then, now). The places of data are not among them: they are
+    compared later, by content."""
     changed = differences(with_defaults(saved["run"], run), to_json(run))
     then, now = flatten(with_defaults(saved["run"], run)), flatten(to_json(run))
     free = {*CHANGEABLE, *PLACES, *_unused(then, now)}
@@ -52,20 +53,20 @@ def changed_fields(saved: Mapping[str, Any], run: TrainConfig) -> dict[str, tupl
 
 
 def _mixed(fields: Mapping[str, Json]) -> dict[str, Json]:
-    """The shares of mixed data by the names of their fields, in the order in which the data are joined."""
+    """Returns the shares of mixed data by the names of their fields, in the order in which the data are joined."""
     return {name: share for name, share in fields.items() if name.startswith(MIX)}
 
 
 def _unused(then: Mapping[str, Json], now: Mapping[str, Json]) -> tuple[str, ...]:
-    """Fields that decide nothing in these two runs."""
+    """Returns the fields that have no effect in these two runs."""
     return OF_SEQUENTIAL if then.get("data.order") == now.get("data.order") == "random" else ()
 
 
 def changed_data(
     saved: Mapping[str, Any], run: TrainConfig, contents: Mapping[str, str | None], rows: int
 ) -> dict[str, tuple[Json, Json]]:
-    """The places whose data are others than when the run was saved: (then, now). Where a content is not known, its place must
-    be the same."""
+    """Returns the places whose data differ from those of the saved run: (then, now). If the content is not known, the place
+    must be the same."""
     then, now, changed = flatten(saved["run"]), flatten(to_json(run)), {}
     known = saved.get("contents", {})
     for name, split in PLACES.items():
@@ -81,7 +82,8 @@ def changed_data(
 
 
 def refuse(path: Path, changed: Mapping[str, tuple[Any, Any]], change: Collection[str] = ()) -> None:
-    """Raises UserError if another run saved the checkpoint. `changed`: what differs; `change`: what may."""
+    """Raises UserError if another run saved the checkpoint. `changed`: the fields that differ. `change`: the fields that may
+    differ."""
     unwanted = {
         name: values for name, values in changed.items() if not any(f"{name}.".startswith(f"{c}.") for c in change)
     }
@@ -98,7 +100,7 @@ def refuse(path: Path, changed: Mapping[str, tuple[Any, Any]], change: Collectio
 
 
 def remeasured(saved: Mapping[str, Any], run: TrainConfig, changed: Collection[str]) -> tuple[str, ...]:
-    """Fields that decide what validation measures and are others than when the run was saved. `changed`: what the user let it
+    """Returns the changed fields that decide what validation measures. `changed`: the fields that the user allowed to
     change."""
     then, now = flatten(saved["run"]), flatten(to_json(run))
     free = [name for name in MEASURES if name in then and then[name] != now.get(name)]

@@ -1,5 +1,5 @@
-"""Divides the batches of a step among the ranks. A run that continues on another number of ranks keeps its steps: the same
-rows in each, in batches that were planned for the ranks on which it began."""
+"""Divides the batches of a step among the ranks. A run that continues on another number of ranks keeps its steps: each has the
+same rows, in batches that were planned for the ranks on which the run began."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ class Division(NamedTuple):
     """The share that each rank has of a step.
 
     Attributes:
-        began: ranks on which the run began, for which its batches are planned.
-        micro: micro-batches of a step on each rank.
-        cut: equal parts of a planned batch; each is a micro-batch.
+        began: number of ranks on which the run began, for which its batches are planned.
+        micro: number of micro-batches of a step on each rank.
+        cut: number of equal parts of a planned batch; each part is a micro-batch.
     """
 
     began: int
@@ -25,9 +25,10 @@ class Division(NamedTuple):
 
 
 def divide(run: TrainConfig, began: int, ranks: int | None = None) -> Division:
-    """Divides the steps of a run among `ranks`, by default those that there are.
+    """Divides the steps of a run among `ranks`, by default the present ones.
 
-    Micro-batches stay whole where their number divides; else each is cut into as few equal parts as possible.
+    Micro-batches stay whole if their number can be divided by the ranks; otherwise each is cut into as few equal parts as
+    possible.
 
     Raises UserError if the ranks cannot have equal shares.
     """

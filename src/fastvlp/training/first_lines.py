@@ -116,7 +116,7 @@ def log_teacher(teacher: TeacherStore, log: RunLog, *, counted: bool) -> None:
 
 
 def log_data(state: TrainState, log: RunLog, rows: int) -> None:
-    """Logs how much a run reads, in batches of so many `rows`, and how."""
+    """Logs how many records a run reads, in batches of `rows` rows, and in which way."""
     facts: dict[str, Any] = {
         "records": state.train.count,
         "validation": state.val.count if state.val is not None else 0,

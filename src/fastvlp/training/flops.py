@@ -1,8 +1,8 @@
-"""Counts the floating-point operations of a training step: those of its matrix products, counted while it runs.
+"""Counts the floating-point operations of the matrix products of a training step, while it runs.
 
 PyTorch's formulas (torch.utils.flop_counter) give the cost of each product that is called, forward and backward: a
 multiplication and an addition are two operations, attention counts all pairs of positions although a causal kernel skips
-half. What is computed again to save memory is not counted, so that the share of the peak means what it does in PaLM (arXiv
+half. Operations that are repeated to save memory are not counted, so that the share of the peak is defined as in PaLM (arXiv
 2204.02311, appendix B).
 
 Counting slows a step down by up to a fifth. So each part of a step is counted the first time that it has its shape, and in at
@@ -28,13 +28,13 @@ EVERY = 50
 
 
 def _attention(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> int:
-    """Scores and the sum of values of [B H L D]."""
+    """Counts the scores and the sums of values of attention over [B H L D]."""
     B, H, L, D = query.shape
     return 2 * B * H * L * key.shape[2] * (D + value.shape[3])
 
 
 def _attention_backward(grad: Tensor, *inputs: Any, **options: Any) -> int:
-    """Twice the forward pass. PyTorch's formula also counts the scores, which the kernel computes again."""
+    """Counts twice the forward pass. PyTorch's formula also counts the scores, which the kernel computes again."""
     return 2 * _attention(*inputs)
 
 
@@ -48,7 +48,8 @@ FORMULAS: Mapping[Any, Callable[..., int]] = {
 
 
 class Flops(TorchDispatchMode):
-    """Counts what is computed inside its block. `FlopCounterMode` counts the same and costs three times as much."""
+    """A context that counts the operations inside its block. `FlopCounterMode` counts the same, but takes three times as
+    long."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -66,7 +67,7 @@ class Flops(TorchDispatchMode):
 
 
 def gradient_flops(module: nn.Module, loss: Callable[[], Tensor]) -> int:
-    """FLOPs of a loss of `module` and its gradients, found by computing both; the gradients are dropped."""
+    """Returns the FLOPs of a loss of `module` and of its gradients, by computing both. The gradients are discarded."""
     with Flops() as flops:
         loss().backward()
     module.zero_grad()
@@ -95,8 +96,8 @@ class FlopCounter:
 
     Attributes:
         step: FLOPs of the step so far.
-        image: tokens of an image, for the estimate of a shape that was not counted.
-        every: at most one step of so many counts a new shape; 0: each step that has one.
+        image: number of tokens of an image, for the estimate of a shape that was not counted.
+        every: at most one of this number of steps counts a new shape; 0: every step with a new shape does.
     """
 
     def __init__(self, image: int = 0, *, every: int = EVERY) -> None:
@@ -111,7 +112,7 @@ class FlopCounter:
 
     @contextmanager
     def counting(self, shape: Shape) -> Iterator[None]:
-        """Around a part of the step."""
+        """Context around a part of the step."""
         alike = [known for known in self._known if known.part == shape.part]
         if shape in alike or (alike and not self._counting):
             yield

@@ -15,7 +15,7 @@ AT_CHANCE = 0.97
 
 
 def log_chance(state: TrainState, last: deque[StepReport], log: RunLog) -> None:
-    """Says which losses of the last steps are no lower than those of guessing: the model has learned nothing by them."""
+    """Logs which losses of the last steps are not lower than by guessing, so that the model has learned nothing by them."""
     if not last:
         return
     for name, objective in state.pretraining.all_objectives().items():

@@ -1,4 +1,4 @@
-"""A run that starts from public encoders: a recipe with these encoders, their preprocessing, tokenizer and weights."""
+"""Starts a run from public encoders: a recipe with these encoders, their preprocessing, tokenizer and weights."""
 
 from __future__ import annotations
 
@@ -29,20 +29,21 @@ def with_public_encoders(
     text: str | None = None,
     text_layers: int | None = None,
 ) -> TrainConfig:
-    """A run with public encoders in place of its own, whose weights are loaded when it starts.
+    """Returns a run with public encoders instead of its own. Their weights are loaded when the run starts.
 
-    The image encoder brings its image size and preprocessing, the text encoder its tokenizer. What joins the encoders is the
-    run's, at their widths; where both come from one model with a joint space, it is the model's.
+    Image size and preprocessing are those of the image encoder, and the tokenizer is that of the text encoder. The parts that
+    join the encoders are those of the run, at the encoders' widths; if both encoders are from one model with a joint space,
+    they are those of that model.
 
     Args:
         run: A recipe's run.
         image: Folder of a model in the layout of transformers, or its name on the Hugging Face hub.
-        image_layers: How many of its first layers to take; None for all.
-        text: The same, of the text encoder.
-        text_layers: How many of its first layers to take; None for all.
+        image_layers: Number of its first layers to use; None for all.
+        text: The same for the text encoder.
+        text_layers: Number of its first layers to use; None for all.
 
     Raises:
-        UserError: There is no such model, or the run's model cannot be made of it.
+        UserError: There is no such model, or the run's model cannot be built with it.
     """
     run = replace(run, image=image, image_layers=image_layers, text=text, text_layers=text_layers)
     return _adapted(run, *read_encoders(run))
@@ -51,7 +52,7 @@ def with_public_encoders(
 def _adapted(run: TrainConfig, images: PublicImages | None, texts: PublicTexts | None) -> TrainConfig:
     model, data = with_encoders(run.model, images, texts), run.data
     fields: dict[str, Any] = {}
-    # Where regions are read, the whole image must be seen.
+    # If regions are read, the model must see the whole image.
     reads_regions = model.single is not None or (model.embed is not None and model.embed.image.regions is not None)
     if images is not None and not reads_regions and getattr(data, "regions", None) is None:
         fields["fit"] = images.preprocessing.fit
@@ -61,13 +62,13 @@ def _adapted(run: TrainConfig, images: PublicImages | None, texts: PublicTexts |
 
 
 def _fixed_length(model: ModelConfig) -> bool:
-    """Whether its joint space reads texts that are padded to one length, which was trained (SigLIP)."""
+    """Whether the joint space was trained on texts that are padded to a fixed length (SigLIP)."""
     return model.embed is not None and model.embed.text_length is not None
 
 
 def read_encoders(run: TrainConfig) -> tuple[PublicImages | None, PublicTexts | None]:
-    """The public encoders that a run names; their weights are read later. Raises UserError as `read_images` does, and where
-    the run starts from a saved model too."""
+    """Reads the public encoders that a run names; their weights are read later. Raises UserError like `read_images`, and if the
+    run also starts from a saved model."""
     if run.init is not None and (run.image or run.text):
         raise UserError(
             f"{run.name}: it starts from the saved model `init` and from public encoders; give only one of the two"
@@ -81,8 +82,8 @@ def read_encoders(run: TrainConfig) -> tuple[PublicImages | None, PublicTexts | 
 
 
 def completed(run: TrainConfig, images: PublicImages | None, texts: PublicTexts | None) -> TrainConfig:
-    """The run with the public encoders that it names, and with positions for its longest texts. A run that has the encoders
-    already, maybe at another image size, stays as it is otherwise."""
+    """Returns the run with the public encoders that it names, and with positions for its longest texts. If the run already has
+    the encoders, maybe at another image size, nothing else is changed."""
     if images is None and texts is None:
         return run
     wanted = with_encoders(run.model, images, texts)
@@ -96,8 +97,8 @@ def completed(run: TrainConfig, images: PublicImages | None, texts: PublicTexts 
 
 
 def public_tokenizer(texts: PublicTexts, path: str | None) -> Tokenizer:
-    """The tokenizer of a public text encoder, or the one in the file that is named. Raises UserError if it has none, or the
-    file is of another vocabulary."""
+    """Returns the tokenizer of a public text encoder, or the one in the named file. Raises UserError if the encoder has none,
+    or if the file has another vocabulary."""
     tokenizer = read_tokenizer(texts.folder, path)
     known = tokenizer.vocab_size - len(tokenizer.added)
     if known > texts.config.vocab:
@@ -111,10 +112,11 @@ def public_tokenizer(texts: PublicTexts, path: str | None) -> Tokenizer:
 def load_encoders(
     model: VLModel, objectives: Mapping[str, nn.Module], images: PublicImages | None, texts: PublicTexts | None
 ) -> Inheritance | None:
-    """Loads the weights of public encoders into a model that is made for them, and what objectives share with them; those of
-    an image encoder that names its own (`starting_weights`) too. None if there are neither.
+    """Loads the weights of public encoders into a model that is built for them, and into the parts of objectives that share
+    them. Also loads the weights of an image encoder that names its own (`starting_weights`). Returns None if there are none of
+    these.
 
-    Positions are resized, and the vocabulary gets the model's size. Projections are loaded where they have the model's shape.
+    Positions are resized, and the vocabulary gets the model's size. Projections are loaded if they have the model's shape.
     Raises UserError if weights are missing or have another shape.
     """
     named = None if images is not None else model.config.image.starting_weights()
@@ -165,7 +167,8 @@ def check_tokens(model: VLModel, objectives: Mapping[str, Objective], new: Colle
 
 
 def _with_vocabulary(model: VLModel, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The state with as many rows in the table of words as the model has. New rows are drawn around the mean of the others."""
+    """Returns the state with as many rows in the table of words as the model has. New rows are drawn around the mean of the
+    others."""
     names = [name for name, parameter in model.named_parameters() if parameter is model.text.word_table]
     name, rows = names[0], len(model.text.word_table)
     table = state[name]

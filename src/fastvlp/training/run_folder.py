@@ -1,4 +1,4 @@
-"""The folder of a run: one process writes to it, and it stays where it is."""
+"""Protects the folder of a run: only one process writes to it, and it must not be moved."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ LOCK = "writer.lock"
 
 @contextmanager
 def locked(folder: Path) -> Iterator[WriterLock]:
-    """Context in which no other process may train into the folder. What a killed process left behind unfinished is removed.
+    """Context in which no other process may train into the folder. Unfinished files of a killed process are removed.
 
-    Raises UserError, on every rank, where another process trains into it or it cannot be written to.
+    Raises UserError, on every rank, if another process trains into the folder, or if it cannot be written to.
     """
     lock = WriterLock(folder / LOCK, lambda holder: _refusal(folder, holder))
     with dist.together(torch.device("cpu")):
@@ -37,7 +37,7 @@ def locked(folder: Path) -> Iterator[WriterLock]:
     finally:
         lock.close(remove=True)
         if dist.is_main():
-            # A run that could not begin leaves nothing.
+            # A run that could not begin leaves no folder.
             with suppress(OSError):
                 folder.rmdir()
 
@@ -49,7 +49,7 @@ def _refusal(folder: Path, holder: str) -> UserError:
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Removes files that a killed process had begun to write; those of a process that still runs stay."""
+    """Removes files that a killed process had begun to write. Files of a process that still runs are kept."""
     for path in folder.glob("*.tmp"):
         owner = path.suffixes[-2].removeprefix(".") if len(path.suffixes) > 1 else ""
         if not (owner.isdecimal() and _runs(int(owner))):

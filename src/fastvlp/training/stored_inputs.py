@@ -1,4 +1,4 @@
-"""Whether a run reads stored states of its frozen encoders in place of pixels and words."""
+"""Decides whether a run reads stored states of its frozen encoders instead of pixels and words."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ def stored_inputs(pretraining: Pretraining, run: TrainConfig, precision: Precisi
     nothing.
 
     Args:
-        precision: in which the encoders run.
-        ranks: for which the steps of the run are planned.
+        precision: precision of the encoders.
+        ranks: number of ranks for which the steps of the run are planned.
 
-    Raises UserError if the run says that states are always stored, and those of a frozen encoder cannot be used.
+    Raises UserError if the run requires stored states, and those of a frozen encoder cannot be used.
     """
     model, config, reads = pretraining.model, run.states, rows_read(run.data, run.steps, run.accumulate * ranks)
     teacher = find_teacher(pretraining, run, precision)
@@ -98,7 +98,7 @@ def why_no_texts(pretraining: Pretraining, reduced: ReducedStart) -> str | None:
 
 
 def rows_read(data: Data, steps: int | None, batches: int) -> float | None:
-    """Rows that a run reads in all; None if nobody knows."""
+    """Returns the number of rows that a run reads in total; None if it is not known."""
     if steps is None or data.max_tokens is not None:
         return None
     return steps * batches * data.batch_size

@@ -1,4 +1,4 @@
-"""The parts of a model that a run trains, and their shares of the learning rate."""
+"""Decides which parts of a model a run trains, and with which share of the learning rate."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ class PartSize(NamedTuple):
 
 
 def freeze(model: VLModel, parts: Iterable[str], last: LastLayers) -> None:
-    """Freezes `parts`, and all but the `last` layers. A part is the name of a parameter or of a module. Raises UserError if
-    there is no such part, or if an encoder has fewer layers."""
+    """Freezes `parts`, and all layers except the `last` ones. A part is the name of a parameter or of a module. Raises
+    UserError if there is no such part, or if an encoder has fewer layers."""
     names = [name for name, _ in model.named_parameters()]
     for part in parts:
         if not any(f"{name}.".startswith(f"{part}.") for name in names):
@@ -59,9 +59,9 @@ def _all_but_last(model: VLModel, part: str, count: int | None) -> Iterator[str]
 
 
 def layer_rates(model: VLModel, decay: float) -> dict[int, float]:
-    """The share of its encoder's rate that each parameter learns at, by its id: `decay` for the last layer, its square for
-    the one before, and so on to the embeddings (BEiT, arXiv 2106.08254; MAE, 2111.06377). What follows the layers has the
-    whole rate."""
+    """Returns the share of its encoder's learning rate for each parameter, by its id: `decay` for the last layer, its square
+    for the layer before, and so on down to the embeddings (BEiT, arXiv 2106.08254; MAE, 2111.06377). Parameters after the
+    layers have the whole rate."""
     rates: dict[int, float] = {}
     for encoder in model.encoders().values():
         before, layers, _ = encoder.layer_names()
@@ -72,13 +72,13 @@ def layer_rates(model: VLModel, decay: float) -> dict[int, float]:
 
 
 def parameters_in(module: nn.Module, name: str) -> Iterator[nn.Parameter]:
-    """The parameter `name`, or those of the module of this name."""
+    """Returns the parameter `name`, or the parameters of the module of this name."""
     return (parameter for own, parameter in module.named_parameters() if f"{own}.".startswith(f"{name}."))
 
 
 def part_sizes(model: VLModel, objectives: nn.ModuleDict) -> dict[str, PartSize]:
-    """The size of each part of the model, and of each objective that trains something, by name. A parameter that is shared
-    counts where it comes first."""
+    """Returns the size of each part of the model, and of each objective with trained parameters, by name. A shared parameter is
+    counted in the first part that has it."""
     sizes: dict[str, PartSize] = {}
     counted: set[int] = set()
     trained = [(f"objective {name}", part) for name, part in objectives.named_children() if _trains(part)]
@@ -112,7 +112,7 @@ def _part(name: str, size: PartSize) -> str:
 
 
 def short_count(number: int) -> str:
-    """Three digits and the unit: 85.8 M."""
+    """Returns a number with three digits and its unit: 85.8 M."""
     for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if number >= size:
             return f"{number / size:.3g} {unit}"
