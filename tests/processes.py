@@ -7,8 +7,10 @@ import io
 import multiprocessing
 import os
 import socket
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from multiprocessing.context import ForkServerContext
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +85,18 @@ def run_command(words: Sequence[str], folder: Path | None = None) -> tuple[Any, 
         except SystemExit as ended:  # after a help
             status = ended.code
     return status, printed.getvalue()
+
+
+def start_command(words: Sequence[str], printed: Path) -> BaseProcess:
+    """Starts a command of `vlp` in a new process. `printed`: a file for all that it prints."""
+    process = context().Process(target=write_output, args=(words, printed))
+    process.start()
+    return process
+
+
+def write_output(words: Sequence[str], printed: Path) -> None:
+    with printed.open("w", buffering=1) as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
+        sys.exit(main(list(words)))
 
 
 def printed_by_code(code: str, folder: Path) -> str:

@@ -1,12 +1,10 @@
 """Vectors of shards belong to their records, with damaged records, stopped runs and several ranks."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +15,7 @@ from fastvlp.data.records.shards import Shards, ShardWriter
 from fastvlp.errors import UserError
 from fastvlp.search.bulk import Counts, embed_shards
 from fastvlp.search.embedded import open_embedded, read_part
+from tests.processes import be_rank, free_port, run_command, start_command, start_processes
 
 
 @pytest.fixture
@@ -130,10 +129,11 @@ def command(arguments):
 def test_a_killed_run_continues_to_the_same_files(arguments, world, tmp_path):
     arguments |= {"data": world / "train", "per_part": 1}
     out = arguments["out"]
-    with subprocess.Popen([sys.executable, "-m", "fastvlp", *command(arguments)], stdout=subprocess.DEVNULL) as child:
-        while child.poll() is None and not (out / "00003.safetensors").exists():
-            time.sleep(0.001)
-        child.kill()
+    child = start_command(command(arguments), tmp_path / "printed.txt")
+    while child.is_alive() and not (out / "00003.safetensors").exists():
+        time.sleep(0.001)
+    child.kill()
+    child.join()
     assert (out / "00003.safetensors").exists() and not (out / "dropped.jsonl").exists()
     embed(arguments)
     embed(arguments, out=tmp_path / "straight")
@@ -157,6 +157,13 @@ def test_ranks_share_what_is_missing_whoever_wrote_the_rest(arguments, rank, mon
     assert left == [[3], [1, 5]][rank]
 
 
+def run_as_rank(rank: int, port: int, words: Sequence[str], folder: Path) -> None:
+    be_rank(rank, 2, port)
+    status, printed = run_command(words)
+    assert status == 0, printed
+    (folder / f"printed{rank}.txt").write_text(printed)
+
+
 @pytest.mark.slow
 def test_two_ranks_finish_what_one_began_and_write_what_it_would(arguments, tmp_path):
     arguments |= {"per_part": 2}
@@ -167,10 +174,7 @@ def test_two_ranks_finish_what_one_began_and_write_what_it_would(arguments, tmp_
     (shared["out"] / "dropped.jsonl").unlink()
     for gone in (1, 3, 4, 5):
         (shared["out"] / f"0000{gone}.safetensors").unlink()
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "fastvlp"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, *launch, *command(shared)], env=environment, check=True, capture_output=True, text=True
-    )
-    assert done.stdout.count("12 images, 24 texts") == 1
+    start_processes(run_as_rank, (free_port(), command(shared), tmp_path), 2)
+    printed = [(tmp_path / f"printed{rank}.txt").read_text() for rank in range(2)]
+    assert [text.count("12 images, 24 texts") for text in printed] == [1, 0]
     assert files(shared["out"]) == files(arguments["out"])

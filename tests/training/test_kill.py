@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import subprocess
-import sys
 import time
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
 
 from fastvlp.model.saving import load_model
 from fastvlp.training.checkpoint import load_checkpoint
+from tests.processes import start_command
 from tests.training.runs import assert_equal, made_pairs
 
 RECIPE = """
@@ -47,7 +45,6 @@ PairMaker.__call__, torch.save = slowly, write_slowly
 def mine():
     return made_run(HERE / "pairs", HERE / "run", dropout=0.1, steps=60, checkpoint_every=5, batch_size=4, threads=1)
 """
-COMMAND = [sys.executable, "-c", "import sys; from fastvlp.cli import main; sys.exit(main())", "pretrain"]
 
 
 @pytest.fixture
@@ -57,18 +54,14 @@ def folder(tmp_path) -> Path:
     return tmp_path
 
 
-def run(folder: Path, *options: str) -> subprocess.Popen:
-    command = [*COMMAND, str(folder / "mine.py"), *options]
-    paths = os.pathsep.join([str(Path(__file__).parents[2]), *filter(None, sys.path)])
-    return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | {"PYTHONPATH": paths}
-    )
+def run(folder: Path, *options: str) -> BaseProcess:
+    return start_command(["pretrain", str(folder / "mine.py"), *options], folder / "printed.txt")
 
 
-def wait_for(path: Path, process: subprocess.Popen) -> None:
+def wait_for(folder: Path, name: str, process: BaseProcess) -> None:
     end = time.monotonic() + 60
-    while not path.exists():
-        assert process.poll() is None, process.stdout.read()
+    while not (folder / name).exists():
+        assert process.is_alive(), (folder / "printed.txt").read_text()
         assert time.monotonic() < end
         time.sleep(0.02)
 
@@ -78,15 +71,15 @@ def test_kill_9_then_resume_equals_an_undisturbed_run(folder):
     # While the training goes on, all of the second checkpoint is in a file that does not have its name yet.
     (folder / "slow").touch()
     process = run(folder)
-    wait_for(folder / "writing", process)
+    wait_for(folder, "writing", process)
     process.kill()
-    process.communicate()
+    process.join()
     (folder / "slow").unlink()
     assert load_checkpoint(folder / "run/last.pt")["step"] == 5 and (folder / "run/last.pt.tmp").stat().st_size
-    again, straight = run(folder, "--resume"), run(folder, "--out", str(folder / "straight"))
-    for process in (again, straight):
-        said, _ = process.communicate(timeout=90)
-        assert process.returncode == 0, said
+    for options in (["--resume"], ["--out", str(folder / "straight")]):
+        process = run(folder, *options)
+        process.join(90)
+        assert process.exitcode == 0, (folder / "printed.txt").read_text()
     resumed, undisturbed = (load_model(folder / name, "last") for name in ("run", "straight"))
     assert resumed.info["step"] == undisturbed.info["step"] == 60
     assert_equal(resumed.model.state_dict(), undisturbed.model.state_dict())
@@ -95,10 +88,10 @@ def test_kill_9_then_resume_equals_an_undisturbed_run(folder):
 @pytest.mark.slow
 def test_sigterm_ends_a_process_with_143_and_a_checkpoint(folder):
     process = run(folder)
-    wait_for(folder / "run/last.pt", process)
+    wait_for(folder, "run/last.pt", process)
     # A job queue may send it to every process, and `torchrun` passes on its own.
     for _ in range(2):
-        process.send_signal(signal.SIGTERM)
+        process.terminate()
         time.sleep(0.05)
-    said, _ = process.communicate(timeout=30)
-    assert process.returncode == 143 and "--resume" in said
+    process.join(30)
+    assert process.exitcode == 143 and "--resume" in (folder / "printed.txt").read_text()
