@@ -19,7 +19,14 @@ import torch
 from fastvlp import dist
 from fastvlp.cli import main
 
-IMPORTED = ["fastvlp.training.loop", "fastvlp.recipes.flm_demo", "fastvlp.data.world.corpus", "fastvlp.search.bulk"]
+# The first optimiser of a process imports `torch._dynamo`, which takes seconds.
+IMPORTED = [
+    "torch._dynamo",
+    "fastvlp.training.loop",
+    "fastvlp.recipes.flm_demo",
+    "fastvlp.data.world.corpus",
+    "fastvlp.search.bulk",
+]
 
 
 def context() -> ForkServerContext:
