@@ -69,6 +69,8 @@ def test_a_recipe_starts_from_it(name: str, recipe: str, new: set[str], made, wo
     lines = map(json.loads, (out / "log.jsonl").read_text().splitlines())
     began = next(line for line in lines if line["kind"] == "inherited")
     assert {part.split(".")[0] for part in began["fresh"]} == new
+    if (recipe, new) != STARTS[name][-1]:
+        return
     # It is a run like any other: another starts from it.
     again = ["--data.train", f"{world}/train", "--data.val", "None", "--out", str(tmp_path / "again")]
     assert main(["pretrain", recipe, "--from", str(out), *SHORT, *again]) == 0
