@@ -3,7 +3,8 @@
     vlp data import PAIRS --out photos --val 0.1 --max-side 192
     vlp pretrain cappa_photos
 
-Not measured yet.
+Two minutes of one CPU core and a smaller model, three seeds: 24.7 % of the next words (AR 28.5, PrefixLM 27.3, FLM 24.0;
+docs/log.md, entry 55).
 """
 
 from dataclasses import replace

@@ -3,7 +3,8 @@
     vlp data import PAIRS --out photos --val 0.1 --max-side 192
     vlp pretrain mdc_photos
 
-Not measured yet.
+Two minutes of one CPU core and a smaller model, three seeds: 20.9 % of the cloze words (FLM 25.6, MLM 24.0;
+docs/log.md, entry 55).
 """
 
 from dataclasses import replace
