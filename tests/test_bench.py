@@ -78,10 +78,9 @@ def test_objectives_are_timed_and_their_flops_counted(run, tmp_path, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not BENCH.exists(), reason="installed without its benchmarks")
-def test_memory_is_that_of_one_arm(tmp_path):
+def test_memory_is_that_of_one_arm(run, tmp_path):
     out = tmp_path / "objectives.jsonl"
-    run_script("objective_step_time", *TINY, "--no-check", "--arms", "mlm", "--out", str(out))
+    run("objective_step_time", *TINY, "--no-check", "--arms", "mlm", "--out", str(out))
     (line,) = out.read_text().splitlines()
     row = json.loads(line)
     assert row["memory_bytes"] > 1e8 and row["parameters"] > 5e5

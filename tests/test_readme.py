@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import csv
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from PIL import Image
+
+from tests.processes import printed_by_code
 
 TEXT = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 
@@ -28,18 +27,10 @@ def test_the_ten_lines_of_python(tmp_path: Path) -> None:
             writer.writerow([f"{i}.png", f"a red square of brightness {i}"])
     for i in range(3):
         Image.new("RGB", (90, 60), (0, 60 * i, 0)).save(tmp_path / f"new/{i}.jpg")
-    done = subprocess.run(
-        [sys.executable, "-c", code.replace("steps=1000", "steps=2")],
-        cwd=tmp_path,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=250,
-    )
-    assert done.returncode == 0, done.stderr
+    printed = printed_by_code(code.replace("steps=1000", "steps=2"), tmp_path)
     # Two texts, three images.
-    assert re.search(r"\[\[[^\]]+\]\s*\[[^\]]+\]\]", done.stdout)
-    rows = re.findall(r"\[([^\[\]]+)\]", done.stdout[done.stdout.rindex("[[") :])
+    assert re.search(r"\[\[[^\]]+\]\s*\[[^\]]+\]\]", printed)
+    rows = re.findall(r"\[([^\[\]]+)\]", printed[printed.rindex("[[") :])
     assert [len(row.split()) for row in rows] == [3, 3]
 
 
