@@ -54,8 +54,9 @@ serve: .venv/.serve demo/index  ## a page that searches the demo's test pictures
 pictures: .venv/.dev demo/index  ## docs/report.png and docs/search.png from the demo's output; needs chromium
 	@.venv/bin/python bench/pictures.py
 
+# Three workers on two cores: each also waits for the disk and for processes of its own.
 test: .venv/.dev  ## all tests
-	@.venv/bin/python -m pytest -n 2
+	@.venv/bin/python -m pytest -n 3
 
 check: .venv/.dev  ## format, lint, types, fast tests
 	.venv/bin/ruff format --check src tests bench
