@@ -30,6 +30,8 @@ from fastvlp.search.pictures import PictureFolder
 from fastvlp.serve.api import create_app
 from fastvlp.serve.connections import make_server
 
+COLOURS = ("red", "green", "blue", "white")
+
 
 def hashed(data: bytes, width: int) -> np.ndarray:
     """A unit vector."""
