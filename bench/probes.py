@@ -49,7 +49,8 @@ def main(o: Options) -> None:
         accuracy = result.scores["probe"]["top1"]
         accuracies.setdefault(arm, []).append(accuracy)
         scores = {"accuracy": accuracy, "chance": result.chance["top1"], "step": result.step}
-        append(o.out, [{**about, "arm": arm, "seed": int(seed), "data": f"{o.data.name}/{o.prefix}", **scores}])
+        data = {"data": f"{o.data.name}/{o.prefix}", "label": o.label}
+        append(o.out, [{**about, "arm": arm, "seed": int(seed), **data, **scores}])
     table = Table("arm", "seeds", "accuracy", title=f"Linear probe on {o.data.name}, {o.label}")
     for arm, values in accuracies.items():
         spread = f" ± {100 * statistics.stdev(values):.1f}" if values[1:] else ""

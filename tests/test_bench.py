@@ -15,6 +15,7 @@ import torch
 import tyro
 
 from fastvlp.config import flatten, to_json
+from fastvlp.eval.evaluation import Evaluation
 from fastvlp.exporters.export import export
 from fastvlp.recipes import recipe
 from fastvlp.training.loop import train
@@ -131,6 +132,26 @@ def test_the_first_and_the_largest_difference_of_losses_are_found(bench):
     row = compared("arm", [2.0, 1.0, 4.0], [2.0, 1.5, 4.0])
     assert (row["first_difference"], row["largest"], row["median"], row["last_loss"]) == (2, 0.5, 0.0, 4.0)
     assert compared("again", [2.0], [2.0])["first_difference"] is None
+
+
+def test_a_probe_is_fitted_for_each_seed_of_each_arm(bench, tmp_path, monkeypatch, capsys):
+    probes, out = bench("probes"), tmp_path / "probes.jsonl"
+    accuracy = {"flm-0": 0.5, "flm-1": 0.7, "clip-0": 0.4}
+    for run in accuracy:
+        (tmp_path / "runs" / run).mkdir(parents=True)
+
+    def evaluate_probe(run, **options):
+        assert options["data"] == Path("pictures") and options["label"] == "kind"
+        scores, chance = {"probe": {"top1": accuracy[run.name]}}, {"top1": 0.1}
+        return Evaluation(scores=scores, chance=chance, counts={}, data="pictures", weights="last", step=3)
+
+    monkeypatch.setattr(probes, "evaluate_probe", evaluate_probe)
+    monkeypatch.setattr(sys, "argv", ["probes.py"])
+    probes.main(probes.Options(comparison=tmp_path, data=Path("pictures"), label="kind", out=out))
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert {f"{row['arm']}-{row['seed']}": row["accuracy"] for row in rows} == accuracy
+    assert all((row["chance"], row["step"], row["label"]) == (0.1, 3, "kind") for row in rows)
+    assert "60.0 ± 14.1 %" in capsys.readouterr().out
 
 
 def rows_of(out: Path) -> dict[str, dict]:
