@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import pickle
 from pathlib import Path
@@ -12,8 +13,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from fastvlp import dist
-from fastvlp.errors import UserError
+from fastvlp.errors import UserError, remedy
 from fastvlp.tensor_files import file_checksum
+from fastvlp.training import part_files
 from fastvlp.training.checkpoint import load_checkpoint, save_checkpoint
 from fastvlp.training.part_files import FOLDERS, PLACES, Parts, next_folder, remove_parts, write_parts
 
@@ -107,3 +109,28 @@ class Program:
 def test_what_dcp_would_unpickle_is_not_read(run):
     (run / FOLDERS[0] / ".metadata").write_bytes(pickle.dumps(Program()))
     assert torch.equal(load_checkpoint(run / "last.pt")["pretraining"]["w"], TENSORS["pretraining.w"])
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("gloo: Connection closed by peer"), torch.OutOfMemoryError("no memory")]
+)
+@pytest.mark.parametrize("where", ["file_checksum", "read"])
+def test_a_lost_rank_or_a_lack_of_memory_is_not_taken_for_damage(run, monkeypatch, where, error):
+    def fails(*_):
+        raise error
+
+    monkeypatch.setattr(part_files, where, fails)
+    with pytest.raises(type(error)) as caught:
+        load_checkpoint(run / "last.pt")
+    assert caught.value is error
+
+
+@pytest.mark.parametrize("where", ["file_checksum", "read"])
+def test_a_part_that_may_not_be_read_is_reported_with_its_cause(run, monkeypatch, where):
+    def fails(*_):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(part_files, where, fails)
+    with pytest.raises(UserError) as caught:
+        load_checkpoint(run / "last.pt")
+    assert str(run) in str(caught.value) and str(remedy(caught.value.__cause__)) in str(caught.value)

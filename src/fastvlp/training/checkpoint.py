@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from fastvlp import dist
 from fastvlp.config import Json, to_json
-from fastvlp.errors import UserError
+from fastvlp.errors import UserError, remedy
 from fastvlp.files import whole_file, write_whole
 from fastvlp.model.frozen_states import frozen_encoders
 from fastvlp.model.lora import save_adapters
@@ -34,7 +34,15 @@ from fastvlp.objectives.saved_objectives import describe
 from fastvlp.plain_json import with_checksum
 from fastvlp.provenance import about
 from fastvlp.tensor_files import check_torch_file, not_finite
-from fastvlp.training.part_files import KINDS, check_parts, next_folder, remove_parts, with_tensors, write_parts
+from fastvlp.training.part_files import (
+    KINDS,
+    check_parts,
+    named_parts,
+    next_folder,
+    remove_parts,
+    with_tensors,
+    write_parts,
+)
 from fastvlp.training.pretraining import Pretraining
 from fastvlp.training.run_folder import check_in_place
 from fastvlp.training.state import TrainState
@@ -93,7 +101,10 @@ def load_checkpoint(path: str | Path, kinds: Collection[str] = KINDS) -> dict[st
     if PARTS not in state:
         return state
     with expect_form(path):
-        return with_tensors(check_parts(path.parent, state[PARTS]), state, kinds)
+        folder, checksums = named_parts(state[PARTS])
+    check_parts(path.parent / folder, checksums)
+    with expect_form(path):
+        return with_tensors(path.parent / folder, state, kinds)
 
 
 def save(state: TrainState, *, wait: bool = True, background: bool = False) -> None:
@@ -298,11 +309,17 @@ def group_names(state: TrainState) -> list[list[str]]:
 
 @contextmanager
 def expect_form(path: Path) -> Iterator[None]:
-    """Turns the exceptions of reading a checkpoint of another form into a UserError."""
+    """Turns the exceptions of reading a checkpoint of another form into a UserError. A lack of memory and the end of another
+    rank say nothing about the form, and pass."""
     try:
         yield
-    except UserError:
+    except (UserError, MemoryError, torch.OutOfMemoryError):
         raise
+    except OSError as error:
+        advice = remedy(error, "restore the file or start the run anew")
+        raise UserError(f"{path}: cannot read it or its parts ({error.strerror or error}); {advice}") from error
     except Exception as error:
+        if dist.explained(error) is not error:
+            raise
         reason = str(error).partition("\n")[0][:200] or type(error).__name__
         raise UserError(f"{path}: not what a run saves ({reason}); restore the file or start the run anew") from error

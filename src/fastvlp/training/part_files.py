@@ -76,21 +76,27 @@ def write_parts(folder: Path, parts: Parts) -> dict[str, str]:
     return {path.name: file_checksum(path)}
 
 
-def check_parts(run: Path, files: Any) -> Path:
-    """Returns the folder of a checkpoint's files, which the ranks together have compared with their checksums.
-
-    `files`: the checkpoint's entry, with the `folder` and the `checksums`. Raises UserError if a file differs or is missing,
-    and ValueError if the entry is invalid.
-    """
+def named_parts(files: Any) -> tuple[str, dict[str, str]]:
+    """Returns the folder and the checksums of a checkpoint's files. Raises an error if the checkpoint's entry is invalid."""
     folder, checksums = files["folder"], dict(files["checksums"])
     if folder not in FOLDERS or any(Path(name).name != name for name in checksums):
         raise ValueError(f"its parts are {folder}, {', '.join(checksums)}")
+    return folder, checksums
+
+
+def check_parts(folder: Path, checksums: Mapping[str, str]) -> None:
+    """Compares the files with their checksums. Each rank compares some of them. Raises UserError, on all ranks, if a file
+    differs, is missing or cannot be read."""
     with dist.together(torch.device("cpu")):
         for name in sorted(checksums)[dist.rank() :: dist.world()]:
-            path = run / folder / name
-            if not path.is_file() or file_checksum(path) != checksums[name]:
+            path = folder / name
+            try:
+                same = path.is_file() and file_checksum(path) == checksums[name]
+            except OSError as error:
+                advice = remedy(error, "restore the folder or start the run anew")
+                raise UserError(f"{path}: cannot read ({error.strerror}); {advice}") from error
+            if not same:
                 raise UserError(f"{path}: not the file that was saved; restore the folder or start the run anew")
-    return run / folder
 
 
 def with_tensors(
