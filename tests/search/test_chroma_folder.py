@@ -29,6 +29,16 @@ def test_a_relative_folder_is_one_of_the_current_folder(tmp_path, monkeypatch):
         index.close()
 
 
+def test_pictures_of_a_relative_folder_stay_beside_their_index(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    index, pictures = open_index("index", STAMP, create=True), pictures_of("index")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    pictures.put("a", b"picture")
+    index.close()
+    assert pictures_of(str(tmp_path / "index")).get("a") == b"picture"
+
+
 @pytest.mark.slow
 def test_a_folder_has_one_writer_whose_items_readers_see(tmp_path):
     uri = str(tmp_path / "index")

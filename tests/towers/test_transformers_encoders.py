@@ -13,6 +13,7 @@ from fastvlp.model import masks
 from fastvlp.model.encoders.transformers_image import TransformersImageConfig
 from fastvlp.model.encoders.transformers_models import architecture_of
 from fastvlp.model.encoders.transformers_text import TransformersTextConfig
+from fastvlp.model.layers import select_rows
 from tests.towers.public import MAPS, image_models, randomised, text_models
 
 TOLERANCE = 1e-5
@@ -126,7 +127,7 @@ def test_text_is_read_left_to_right_and_in_steps(name):
     for i in range(7):
         state = ours.step(ids[:, i : i + 1], torch.full((2, 1), i), past)
         assert (state[:, 0] - whole[:, i]).abs().max() <= TOLERANCE
-    chosen = [keys.select(torch.tensor([1])) for keys in past]
+    chosen = select_rows(past, torch.tensor([1]))
     assert chosen[0].length == 7 and ours.step(ids[1:, :1], torch.full((1, 1), 7), chosen).shape == (1, 1, 32)
 
 

@@ -73,6 +73,22 @@ class SeesPadding(Bag):
         return super().share(mask if mask.shape[-2] > 1 else torch.ones_like(mask))
 
 
+class SeesPaddingOfBothSides(SeesPadding):
+    """A public encoder that takes no causal mask and mixes padding into its states, such as transformers' ConvBERT."""
+
+    def states(self, *args: Any, causal: bool = False, **options: Any) -> list[Tensor]:
+        if causal:
+            raise UserError("reads both sides only")
+        return super().states(*args, **options)
+
+
+class ReadsBothSides(Bag):
+    def states(self, *args: Any, causal: bool = False, **options: Any) -> list[Tensor]:
+        if causal:
+            raise NotImplementedError
+        return super().states(*args, **options)
+
+
 class OtherStep(Bag):
     def step(self, *args: Any) -> Tensor:
         return 2 * super().step(*args)
@@ -88,6 +104,13 @@ class KeepsSum(Bag):
         x_B1D, (sum_B1D, count) = self.words(ids_B1), past[0]
         past[0] = sum_B1D + x_B1D, count + 1
         return self.mlp(x_B1D + past[0][0] / past[0][1])
+
+
+class KeepsCount(KeepsSum):
+    """Keeps a tensor without a row for each text."""
+
+    def empty_past(self, like_B: Tensor) -> list[Any]:
+        return [(self.word_table.new_zeros(len(like_B), 1, self.word_table.shape[1]), torch.zeros(1))]
 
 
 class HidesPast(KeepsSum):
@@ -120,11 +143,15 @@ def test_texts_are_written_with_three_methods_and_with_any_past(module: type[Bag
     torch.testing.assert_close(steps, whole)
 
 
+def test_an_encoder_may_read_both_sides_only() -> None:
+    check_encoders(model_with(ReadsBothSides))
+
+
 @pytest.mark.parametrize(
     ("module", "method"),
     [
         (FewStates, "states"), (SeesAll, "causal"), (IgnoresMask, "mask"), (SeesPadding, ".*hides"), (OtherStep, "step"),
-        (HidesPast, "step.*past"),
+        (HidesPast, "step.*past"), (SeesPaddingOfBothSides, ".*hides"), (KeepsCount, ".*row for each text"),
     ],
 )  # fmt: skip
 def test_a_fault_stops_the_run_at_its_start(module: type[Bag], method: str) -> None:

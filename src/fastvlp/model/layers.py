@@ -9,6 +9,7 @@ from typing import Any, Literal, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils import _pytree
 from torch.utils.checkpoint import checkpoint
 
 from fastvlp.batch import register_dataclass_node
@@ -67,28 +68,15 @@ class KeyValue:
         """Appends the keys and values of further tokens, in place."""
         self.key, self.value = torch.cat([self.key, key], 2), torch.cat([self.value, value], 2)
 
-    def select(self, rows: Tensor) -> KeyValue:
-        """Returns the keys and values of some rows, in the order of their indices."""
-        return KeyValue(self.key[rows], self.value[rows])
 
-
-# FSDP uses pytrees to find the tensors that go into and out of a layer.
+# Pytrees find the tensors: for FSDP those that go into and out of a layer, and in `select_rows`.
 register_dataclass_node(KeyValue)
 
 
 def select_rows(past: Any, rows: Tensor) -> Any:
-    """Returns `past` with only the given rows, in their order, of each tensor in it. It may be a tensor, a `KeyValue`, or a
-    list, tuple or dict of these, nested to any depth. Other values, such as a number of tokens, stay the same."""
-    if isinstance(past, Tensor):
-        return past[rows]
-    if isinstance(past, KeyValue):
-        return past.select(rows)
-    if isinstance(past, dict):
-        return {name: select_rows(part, rows) for name, part in past.items()}
-    if isinstance(past, list | tuple):
-        parts = [select_rows(part, rows) for part in past]
-        return type(past)(*parts) if hasattr(past, "_fields") else type(past)(parts)  # a named tuple takes its fields
-    return past
+    """Returns `past` with only the given rows, in their order, of each tensor in it. It may be any pytree, such as a
+    `KeyValue` or lists, tuples and dicts. Other values, such as a number of tokens, stay the same."""
+    return _pytree.tree_map_only(Tensor, lambda part: part[rows], past)
 
 
 def quick_gelu(x: Tensor) -> Tensor:

@@ -33,6 +33,7 @@ class ShardPictures(PictureStore):
             return None
 
     def has(self, id: str) -> bool:
+        """Whether the shards list a picture. It is not read, so `get` may still return None, if the shards have changed."""
         return id in self._positions
 
     def put(self, id: str, data: bytes) -> None:

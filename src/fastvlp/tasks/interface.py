@@ -134,8 +134,9 @@ class Task(abc.ABC):
     @classmethod
     @abc.abstractmethod
     def score(cls, tuned: FineTuned, split: Split, options: Any) -> dict[str, Any]:
-        """Returns the scores of the weights on a split: floats by name, of which higher is better. Values of other types are
-        saved beside them. The model and the objective are in evaluation mode, without gradients. `options`: a `scoring`."""
+        """Returns the scores of the weights on a split: floats by name. Of these higher is better, except for counts, chance
+        levels and standard errors. Values of other types are saved beside them. The model and the objective are in evaluation
+        mode, without gradients. `options`: a `scoring`."""
 
     @classmethod
     def zero_shot(cls, pretrained: Pretrained) -> tuple[Objective, TaskData] | None:

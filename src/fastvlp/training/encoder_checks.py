@@ -50,11 +50,12 @@ def _check_text(text: TextEncoder, config: TextEncoderConfig) -> None:
             f"{config.depth + 1} tensors of shape [1, {L}, {config.width}] for a text of {L} tokens: the embeddings, and the "
             f"states after each layer. It returned shapes {[list(shape) for shape in shapes]}; correct the one or the other"
         )
+    changed_1L = torch.cat([ids_1L[:, :-1], ids_1L[:, :1]], 1)
     try:
         causal_1LD = text.states(ids_1L, position_L, causal=True)[-1]
-    except UserError:  # Some public encoders take no mask. Objectives that need one raise the same error.
+    except (UserError, NotImplementedError):  # Some encoders read both sides only. Objectives that need one side fail.
+        _check_padding(text, name, ids_1L, changed_1L, position_L)
         return
-    changed_1L = torch.cat([ids_1L[:, :-1], ids_1L[:, :1]], 1)
     if not _close(text.states(changed_1L, position_L, causal=True)[-1][:, :-1], causal_1LD[:, :-1]):
         raise UserError(
             f"{name}: with `causal`, what its `states` returns for a token depends on later tokens; let each token attend "
@@ -66,15 +67,20 @@ def _check_text(text: TextEncoder, config: TextEncoderConfig) -> None:
             f"{name}: its `states` should return the same for `causal` as for a `mask` that is True where the column is not "
             "after the row, and does not; in a mask, True says that a row attends to a column"
         )
-    # Such a mask has one row for all tokens; it hides the last one, as if it were padding.
-    mask = (position_L < L - 1)[None, None, None]
+    _check_padding(text, name, ids_1L, changed_1L, position_L)
+    _check_step(text, name, torch.cat([ids_1L, ids_1L.flip(1)]), position_L)
+
+
+def _check_padding(text: TextEncoder, name: str, ids_1L: Tensor, changed_1L: Tensor, position_L: Tensor) -> None:
+    # The mask has one row for all tokens. It hides the last one, as if it were padding.
+    mask = (position_L < len(position_L) - 1)[None, None, None]
     pairs = [text.states(ids, position_L, mask=mask)[-1][:, :-1] for ids in (ids_1L, changed_1L)]
     if not _close(*pairs):
         raise UserError(
-            f"{name}: what its `states` returns depends on a token that the `mask` hides; a mask has the shape [B 1 L L], or "
-            "[B 1 1 L] if all tokens attend to the same ones"
+            f"{name}: what its `states` returns depends on a token that the `mask` hides, so that a text would have other "
+            "states beside a longer text, for which it is padded. A mask has the shape [B 1 L L], or [B 1 1 L] if all tokens "
+            "attend to the same ones. Correct `states`; or, if a public encoder mixes padding into its states, choose another"
         )
-    _check_step(text, name, torch.cat([ids_1L, ids_1L.flip(1)]), position_L)
 
 
 def _check_step(text: TextEncoder, name: str, ids_2L: Tensor, position_L: Tensor) -> None:
@@ -83,12 +89,15 @@ def _check_step(text: TextEncoder, name: str, ids_2L: Tensor, position_L: Tensor
     for i in range(len(position_L)):
         state_21D = text.step(ids_2L[order, i : i + 1], position_L[i].expand(2, 1), past)
         steps.append(state_21D[order])
-        past, order = select_rows(past, swapped), order[swapped]  # as beam search reorders texts
+        try:
+            past, order = select_rows(past, swapped), order[swapped]  # as beam search reorders texts
+        except IndexError as error:
+            raise UserError(f"{name}: its `empty_past` or `step` keeps a tensor without a row for each text") from error
     if not _close(torch.cat(steps, 1), text.states(ids_2L, position_L, causal=True)[-1]):
         raise UserError(
             f"{name}: its `step` returns other states than its `states` with `causal`, for the same tokens. Correct `step`, "
             "which has to extend `past` in place, or `empty_past`, whose tensors must have a row for each text and be in "
-            "lists, tuples, dicts or `KeyValue`s. Or delete both: those of the base class encode the text again for each token"
+            "lists, tuples or dicts. Or delete both: those of the base class encode the text again for each token"
         )
 
 

@@ -240,7 +240,10 @@ class TextEncoder(nn.Module, abc.ABC):
         self, ids_BL: Tensor, position_BL: Tensor, *, mask: Tensor | None = None, causal: bool = False
     ) -> list[Tensor]:
         """Returns the embeddings and the states after each layer: depth + 1 tensors [B L D]. With `causal` a token attends to
-        itself and the tokens before it. `mask` and `causal` cannot be combined."""
+        itself and the tokens before it. `mask` and `causal` cannot be combined.
+
+        Raises UserError if the encoder cannot read in the way that `causal` or this kind of mask asks for.
+        """
 
     def forward(
         self, ids_BL: Tensor, position_BL: Tensor, *, mask: Tensor | None = None, causal: bool = False
@@ -250,7 +253,8 @@ class TextEncoder(nn.Module, abc.ABC):
 
     def empty_past(self, like_B: Tensor) -> Any:
         """Returns what `step` keeps of each text, before its first token: tensors whose rows are those of `like_B`, on its
-        device, in lists, tuples, dicts or `KeyValue`s. Here: one `KeyValue`, of the ids and positions of the tokens so far."""
+        device, in lists, tuples, dicts, `KeyValue`s or another pytree. Here: one `KeyValue`, of the ids and positions of the
+        tokens so far."""
         empty = torch.empty(len(like_B), 1, 0, 1, dtype=torch.int64, device=like_B.device)
         return [KeyValue(empty, empty)]
 

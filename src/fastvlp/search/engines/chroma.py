@@ -72,7 +72,7 @@ class ChromaIndex(IndexEngine):
     def pictures(cls, uri: str) -> PictureStore | None:
         from fastvlp.search.pictures import PictureFolder
 
-        return None if "://" in uri else PictureFolder(Path(uri) / "pictures")
+        return None if "://" in uri else PictureFolder(Path(uri).absolute() / "pictures")
 
     def _open(self, stamp: Stamp | None, create: bool) -> None:
         # All items of a small index; None if there are many items, or if they were not read yet.
