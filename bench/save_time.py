@@ -71,7 +71,8 @@ def main(rounds: int = 3, threads: int = 1, out: Path = RESULTS / "save_time.jso
                 row: dict[str, Any] = {"turn": turn, "background": background, "parameters": parameters}
                 row |= {"stopped": stopped, "stopped_cpu": spent, "written": written, "steps": len(taken)}
                 row |= {"step": median(report.seconds for report in taken), "longest": max(r.seconds for r in taken)}
-                row |= {"most_memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10}
+                if turn == 0:  # the largest so far: later turns would repeat that of the first save in the background
+                    row |= {"most_memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10}
                 append(out, [stamp("cpu", "save_time.py") | row])
                 print({name: round(value, 3) if isinstance(value, float) else value for name, value in row.items()})
         reports.close()

@@ -34,6 +34,8 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
     # Each module goes to one worker: what its tests share is made once.
     if getattr(config.option, "numprocesses", None) and config.option.dist == "no":
         config.option.dist = "loadfile"
+        # In the order in which they were collected, not those with most tests first.
+        config.option.loadscopereorder = False
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

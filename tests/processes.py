@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import socket
 import sys
+import traceback
 from collections.abc import Callable, Iterable, Sequence
 from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
@@ -103,7 +104,11 @@ def start_command(words: Sequence[str], printed: Path) -> BaseProcess:
 
 def write_output(words: Sequence[str], printed: Path) -> None:
     with printed.open("w", buffering=1) as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
-        sys.exit(main(list(words)))
+        try:
+            sys.exit(main(list(words)))
+        except Exception:
+            traceback.print_exc()
+            raise
 
 
 def printed_by_code(code: str, folder: Path) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import stat
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -66,8 +67,8 @@ def whole_file(path: Path, temporary: str) -> Iterator[Path]:
 
 def write_whole(path: Path, data: bytes) -> None:
     """Writes beside `path`, then renames. Raises UserError if the disk is full or the folder not writable."""
-    # Loader workers may build the same index at once: each has a temporary file of its own.
-    with whole_file(path, f"{path.name}.{os.getpid()}.tmp") as part:
+    # Loader workers, or a thread that saves, may write the same file at once: each has a temporary file of its own.
+    with whole_file(path, f"{path.name}.{os.getpid()}.{threading.get_native_id()}.tmp") as part:
         part.write_bytes(data)
 
 

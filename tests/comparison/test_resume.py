@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -37,9 +36,8 @@ class Mortal(World):
             self.moment()
 
         monkeypatch.setattr(Comparison, "save", save)
-        # Neither the report nor the disk matters to where a comparison continues.
+        # The report does not matter to where a comparison continues.
         monkeypatch.setattr(turns, "write_report", lambda comparison, path: None)
-        monkeypatch.setattr(os, "fsync", lambda file: None)
 
     def moment(self) -> None:
         self.lives -= 1

@@ -8,6 +8,13 @@ from fastvlp.errors import UserError
 from fastvlp.files import write_whole
 
 
+def test_a_file_has_its_name_when_its_bytes_are_on_the_disk(tmp_path, monkeypatch):
+    path, named = tmp_path / "a.json", []
+    monkeypatch.setattr(os, "fsync", lambda file: named.append(path.exists()))
+    write_whole(path, b"all")
+    assert named == [False] and path.read_bytes() == b"all"
+
+
 def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     path = tmp_path / "new" / "a.json"
     write_whole(path, b"first")

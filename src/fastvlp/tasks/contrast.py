@@ -128,7 +128,7 @@ def finetune_contrast(
 def new_folder(folder: Path, resume: bool) -> Path:
     """Returns the folder of the run. Raises UserError if it already has a run that is not to be continued."""
     if (folder / CHECKPOINT).exists() and not resume:
-        raise UserError(f"{folder}: already has a run; continue it with `resume`, or choose another `name` or `out`")
+        raise UserError(f"{folder}: already has a run; continue it with `resume`, or choose another `out`")
     return folder
 
 

@@ -95,7 +95,7 @@ def refuse(path: Path, changed: Mapping[str, tuple[Any, Any]], change: Collectio
     )
     raise UserError(
         f"{path}: saved by another run ({fields}); resume with the same values, name what may differ in `change` "
-        f"({' '.join(unwanted)}), or choose another `name` or `out`"
+        f"({' '.join(unwanted)}), or choose another `out`"
     )
 
 

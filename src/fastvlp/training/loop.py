@@ -228,8 +228,9 @@ def count_skipped(state: TrainState, report: StepReport) -> None:
 
 @contextmanager
 def stop_signals(state: TrainState) -> Iterator[None]:
-    """Context in which SIGTERM and Ctrl-C end the run after the current step. A second Ctrl-C ends it at once. A second SIGTERM
-    does not, because a process may get two: one from the job queue, and one from `torchrun`."""
+    """Context in which SIGTERM and Ctrl-C end the run after the current step. A second Ctrl-C ends it without that, as soon as
+    a checkpoint that is being written is on the disk. A second SIGTERM does not, because a process may get two: one from the
+    job queue, and one from `torchrun`."""
 
     def stop(number: int, frame: object) -> None:
         state.signal = number
@@ -285,9 +286,7 @@ def train(
     check_installed(run.report_to)
     with dist.process_group(), locked(run.folder) as lock:
         if not resume and (run.folder / CHECKPOINT).exists():
-            raise UserError(
-                f"{run.folder}: already has a run; continue it with `resume`, or choose another `name` or `out`"
-            )
+            raise UserError(f"{run.folder}: already has a run; continue it with `resume`, or choose another `out`")
         state = start(run, resume=resume, change=change)
         state.lock = lock
         if state.progress < 1:
@@ -329,6 +328,7 @@ def train_to_end(state: TrainState, log: RunLog) -> None:
             save(state, background=not validates(state))
             saved = state.elapsed
         if validates(state):
+            finish_save(state)  # of an earlier step, if this one was skipped
             validate_and_keep_best(state, log)
     save(state)
     if state.progress >= 1:
