@@ -11,7 +11,7 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%j.log
-#SBATCH --signal=B:USR1@180
+#SBATCH --signal=B:USR1@300
 set -uo pipefail
 
 recipe=${1:?name a recipe, and then its options}

@@ -51,7 +51,11 @@ def whole_file(path: Path, temporary: str) -> Iterator[Path]:
     part = path.with_name(temporary)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        part.touch()
+        mode = stat.S_IMODE(part.stat().st_mode)
         yield part
+        # Some libraries, such as safetensors, make a file that only its owner can read.
+        part.chmod(mode)
         with part.open("rb+") as file:
             # Renamed before its bytes are on the disk, a file can be empty after a power cut.
             os.fsync(file.fileno())

@@ -70,6 +70,7 @@ def test_a_fault_is_named_with_its_setting(setting: str, named: str) -> None:
 
 def test_a_size_is_taken_by_its_name() -> None:
     run = with_settings(recipe("mlm_demo"), ["model=small", "model.image.size=64"], "mlm_demo")
+    assert with_settings(recipe("mlm_demo"), ["model.image.size=64", "model=small"], "mlm_demo") == run
     assert (run.model.text.width, run.model.image.size, run.model.reconstructor) == (192, 64, None)
     with pytest.raises(UserError, match=r"`set` model=smal: smal: no such size.*small"):
         with_settings(run, ["model=smal"], "mlm_demo")

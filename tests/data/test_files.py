@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from fastvlp.errors import UserError
-from fastvlp.files import write_whole
+from fastvlp.files import whole_file, write_whole
 
 
 def test_a_file_has_its_name_when_its_bytes_are_on_the_disk(tmp_path, monkeypatch):
@@ -31,3 +31,11 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
         write_whole(path, b"third")
     assert path.read_bytes() == b"second"
     assert [p.name for p in path.parent.iterdir()] == ["a.json"]
+
+
+def test_others_may_read_a_file_that_a_library_made_for_its_owner(tmp_path):
+    with whole_file(tmp_path / "a", "a.tmp") as part:
+        part.unlink()
+        part.touch(0o600)
+    (tmp_path / "b").touch()
+    assert (tmp_path / "a").stat().st_mode == (tmp_path / "b").stat().st_mode

@@ -24,10 +24,11 @@ WORDS = {"none": "None", "true": "True", "false": "False"}
 def with_settings(run: TrainConfig, settings: Sequence[str], arm: str) -> TrainConfig:
     """The config after each `FIELD=VALUE` of `settings`, such as optim.lr=3e-4; `ARM:FIELD=VALUE` is for one arm alone.
 
-    The values of a tuple are separated by commas: optim.betas=0.9,0.98. `model=tiny` takes a size by its name. Raises UserError
-    for a field that there is not, with the nearest ones, and for a value that the field does not take.
+    The values of a tuple are separated by commas: optim.betas=0.9,0.98. `model=tiny` takes a size by its name, before fields of
+    the model are set. Raises UserError for a field that there is not, with the nearest ones, and for a value that the field
+    does not take.
     """
-    for setting in settings:
+    for setting in sorted(settings, key=lambda setting: split_setting(setting)[1] != "model"):
         owner, field, value = split_setting(setting)
         if owner in (None, arm):
             run = _set(run, field, value, setting)

@@ -7,7 +7,6 @@ Each file has a checksum (that of tokenizer.json is in model.json), which is com
 from __future__ import annotations
 
 import json
-import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -159,8 +158,6 @@ def save_model(
     with whole_file(path, f"{path.name}.tmp") as part:
         try:
             write_safetensors(part, tensors, {"info": json.dumps(dict(info))})
-            # safetensors makes a file that only its owner can read.
-            shutil.copymode(folder / "model.json", part)
         except SafetensorError as error:
             raise OSError(None, str(error)) from error
 

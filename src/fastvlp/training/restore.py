@@ -58,8 +58,9 @@ def restore(state: TrainState, saved: Mapping[str, Any], change: Collection[str]
         if PARTS in saved:
             like = {f"optimiser.{i}": parameter for i, parameter in enumerate(parameters)}
             like |= {} if state.ema is None else {f"ema.{name}": x for name, x in state.ema.state_dict().items()}
+            kinds = ["optimiser", *([] if state.ema is None else ["ema"])]
             divided = like if state.sharding is not None else {}
-            saved = with_tensors(path.parent / saved[PARTS]["folder"], saved, ["optimiser", "ema"], divided)
+            saved = with_tensors(path.parent / saved[PARTS]["folder"], saved, kinds, divided)
         if state.ema is not None and saved["ema"] is None:
             state.ema.module.load_state_dict(state.pretraining.state_dict())
         elif state.ema is not None:
