@@ -108,3 +108,21 @@ def test_a_validation_begins_when_its_state_is_on_the_disk(pairs, tmp_path, monk
     monkeypatch.setattr(loop, "validate_and_keep_best", looks)
     loop.train(run)
     assert found == [(2, 2), (3, 3)]
+
+
+def test_a_validation_after_a_skipped_step_waits_for_the_save_before(pairs, tmp_path, monkeypatch):
+    run = made_run(pairs, tmp_path / "a", "mlm", validate_every=2, checkpoint_every=1, steps=3)
+    validate, log_dropped, writing = loop.validate_and_keep_best, loop.log_dropped, []
+
+    def skips(state, dropped, log):
+        log_dropped(state, dropped, log)
+        state.bad_steps = int(state.step == 2)
+
+    def looks(state, log):
+        writing.append(state.saving)
+        validate(state, log)
+
+    monkeypatch.setattr(loop, "log_dropped", skips)
+    monkeypatch.setattr(loop, "validate_and_keep_best", looks)
+    loop.train(run)
+    assert writing == [None, None] and load_checkpoint(tmp_path / "a/last.pt")["step"] == 3
