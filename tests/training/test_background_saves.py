@@ -11,7 +11,7 @@ import torch
 
 from fastvlp.errors import UserError
 from fastvlp.model.saving import load_model
-from fastvlp.training import loop
+from fastvlp.training import checkpoint, loop
 from fastvlp.training.checkpoint import finish_save, load_checkpoint, save
 from fastvlp.training.loop import start, steps
 from tests.training.runs import assert_equal, made_pairs, made_run
@@ -95,6 +95,13 @@ def test_the_training_waits_for_what_cannot_be_copied(pairs, tmp_path):
     state.model.made_of = (x for x in ())
     save(state, background=True)
     assert state.saving.done() and (tmp_path / "a/last.pt").exists()
+
+
+@pytest.mark.parametrize(("free", "waits"), [(1000, True), (1 << 40, False), (None, False)])
+def test_the_training_waits_where_a_copy_has_no_room(pairs, tmp_path, monkeypatch, free, waits):
+    state = start(made_run(pairs, tmp_path / "a", "mlm"))
+    monkeypatch.setattr(checkpoint, "free_memory", lambda: free)
+    assert (checkpoint.copied(state) is state) == waits
 
 
 def test_a_validation_begins_when_its_state_is_on_the_disk(pairs, tmp_path, monkeypatch):

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from fastvlp import dist
 from fastvlp.config import Json, to_json
+from fastvlp.data.image_cache import free_memory
 from fastvlp.errors import UserError, remedy
 from fastvlp.files import whole_file, write_whole
 from fastvlp.model.frozen_states import frozen_encoders
@@ -56,6 +57,8 @@ CHECKPOINT = "last.pt"
 COUNTERS = ("step", "elapsed", "pairs", "tokens", "bad_steps", "skipped", "best")
 # Fields that older checkpoints lack; they are then 0.
 LATER_COUNTERS = ("stale", "validated")
+# Share of the free memory that the copy of a state may take. A process that takes more than there is may be killed.
+ROOM_FOR_COPY = 0.5
 # Key under which the checkpoint of a sharded run names the files of its tensors.
 PARTS = "parts"
 
@@ -160,17 +163,20 @@ def finish_save(state: TrainState, *, wait: bool = True) -> None:
 
 
 def copied(state: TrainState) -> TrainState:
-    """Returns the present state with copies of its tensors in the CPU's memory; or the state itself, if it cannot be copied."""
+    """Returns the present state with copies of its tensors in the CPU's memory; or the state itself, if it cannot be copied or
+    there is no memory. The training then waits until everything is written."""
     modules = (state.pretraining, *([] if state.ema is None else [state.ema]))
     tensors = [x for module in modules for x in (*module.parameters(), *module.buffers())]
     tensors += [x for moments in state.optimiser.state.values() for x in moments.values() if isinstance(x, Tensor)]
+    free = free_memory()
+    if free is not None and sum(x.nbytes for x in {id(x): x for x in tensors}.values()) > ROOM_FOR_COPY * free:
+        return state
     try:
         # A tensor that is used twice, such as a frozen weight of a momentum copy, is copied once.
         copies = {id(x): cpu_copy(x) for x in tensors}
         pretraining, ema, optimiser = deepcopy((state.pretraining, state.ema, state.optimiser), copies)
     except Exception:
-        # If there is no memory, or a user's encoder cannot be copied, the training waits until everything is written.
-        return state
+        return state  # such as an encoder of a user's own
     return replace(state, pretraining=pretraining, model=pretraining.model, ema=ema, optimiser=optimiser)
 
 

@@ -1,5 +1,4 @@
-"""The tensors of a sharded run's checkpoint. Each rank writes its own parts, and any number of ranks can read the parts that
-they need.
+"""The tensors of a sharded run's checkpoint. Each rank writes its own parts, and any number of ranks can read them.
 
 The files are safetensors in the layout of PyTorch's distributed checkpoint (DCP), and are read by DCP's reader. DCP's own
 index, a pickle, is neither written nor read.
