@@ -5,7 +5,8 @@
     vlp compare clip_photos clipa_photos reclip_photos flip_whole_photos reclip_flip_photos --budget 20m
 
 At first an image has 16 patches instead of 49, and a text 14 words instead of 48. The paper trains its two stages one after the
-other, each with a schedule of its own; here one schedule covers both. Not measured yet.
+other, each with a schedule of its own; here one schedule covers both. With smaller towers, four minutes of a CPU core and
+6,000 photographs, a recall of 4.5 ± 0.2 % (clip_photos 2.9 ± 0.1 %; docs/log.md, entry 56).
 """
 
 from dataclasses import replace
