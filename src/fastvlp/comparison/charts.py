@@ -204,6 +204,8 @@ def dot_chart(dots: Sequence[Dot], *, levels: Mapping[str, float], unit: str = "
         parts.append(marker(dot.colour, x(dot.value), round(at, 1), dot.colour, f"{dot.name}: {dot.value:.3g}{unit}"))
         side, shift = ("end", -10) if x(dot.high) > WIDTH / 2 else ("start", 10)
         place = f'x="{(x(dot.low) if shift < 0 else x(dot.high)) + shift}" y="{at + 4:.1f}" text-anchor="{side}"'
-        parts.append(f'<text class="tick" {place}>{escape(dot.name)} {dot.value:.1f}{unit}</text>')
+        parts.append(
+            f'<text class="tick" {place}>{escape(dot.name)} {dot.value:{".1f" if unit else ".3f"}}{unit}</text>'
+        )
     aria = escape(describe, quote=True)
     return f'<svg viewBox="0 0 {WIDTH} {bottom + 22}" role="img" aria-label="{aria}">{"".join(parts)}</svg>'

@@ -156,7 +156,7 @@ def _certainty(comparison: Comparison) -> str:
         if comparison.seeds > 1
         else "Single runs: ± is the standard error over the scored items, and other seeds may differ by more"
     )
-    text = f"{meaning}. Bold: the highest score, and all scores within two standard errors of it."
+    text = f"{meaning}. Bold: the highest score, and all scores whose difference to it is within two standard errors."
     return " ".join(filter(None, (text, busy_note(comparison))))
 
 
