@@ -87,6 +87,10 @@ def test_chinese_stands_beside_english(pairs: Path) -> None:
     (pairs / "t.jsonl").write_text("\n".join(map(json.dumps, lines)))
     (record,) = TableSource().read(pairs / "t.jsonl")
     assert isinstance(record, Record) and record.info == {"captions": ["x"], "captions_zh": ["一", "二"]}
+    # English columns are often named after the language, too.
+    (pairs / "t.csv").write_text("image,caption_en,caption_zh\npics/a.png,a card,红卡\n", encoding="utf-8")
+    (record,) = TableSource().read(pairs / "t.csv")
+    assert isinstance(record, Record) and record.info == {"captions": ["a card"], "captions_zh": ["红卡"]}
     # As the caption column itself it is the captions.
     (pairs / "t.csv").write_text("image,caption_zh\npics/a.png,红卡\n", encoding="utf-8")
     (record,) = TableSource(caption_column="caption_zh").read(pairs / "t.csv")

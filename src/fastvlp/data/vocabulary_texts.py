@@ -25,9 +25,10 @@ def vocabulary_texts(shards: SplitRecords, field: str, ahead: int = 0, most: int
     """
     languages = [name.removeprefix("captions") for name in field.split("+")]
     fields = [(f"{other}{language}", text) for language in languages for other, text in _OTHER_TEXTS]
-    any_caption = False
+    any_caption, names = False, set[str]()
     for info in readable_infos(shards, ahead, most):
         captions = usable_captions(info, field)
+        names |= info.keys()
         any_caption |= bool(captions)
         yield from captions
         for other, text in fields:
@@ -35,7 +36,10 @@ def vocabulary_texts(shards: SplitRecords, field: str, ahead: int = 0, most: int
             dicts = [entry for entry in entries if isinstance(entry, dict)] if isinstance(entries, list) else []
             yield from filter(None, (clean_text(entry.get(text)) for entry in dicts))
     if not any_caption:
-        raise UserError(f"{shards.url}: no record has {field!r}; name the field with `data.captions`")
+        raise UserError(
+            f"{shards.url}: no record has {field!r}; name the field of the captions with `data.captions` "
+            f"(fields: {', '.join(sorted(names)) or 'none'}), or import again and name their column with `caption_column`"
+        )
 
 
 def readable_infos(shards: SplitRecords, ahead: int = 0, most: int | None = None) -> Iterator[dict[str, Any]]:

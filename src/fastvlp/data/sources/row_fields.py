@@ -25,6 +25,7 @@ URL_COLUMNS = ("url", "image_url", "img_url", "urls")
 CAPTION_COLUMNS = (
     *("caption", "captions", "text", "title", "sentence", "sentences", "raw", "comment", "description", "texts"),
     *("alt_text", "alt", "txt", "image_caption", "caption_text", "caption_reference_description"),
+    *("caption_en", "captions_en", "text_en"),
 )
 CHINESE_COLUMNS = ("caption_zh", "captions_zh")
 LABEL_COLUMNS = ("label", "class", "class_name", "category", "labels", "target")

@@ -29,7 +29,7 @@ def transformers() -> ModuleType:
     try:
         import transformers
     except ImportError as error:
-        raise UserError(f"this encoder is one of the package transformers: {install('towers')}") from error
+        raise UserError(f"this needs the package transformers, which is not installed: {install('towers')}") from error
     return transformers
 
 
