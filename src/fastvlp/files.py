@@ -51,6 +51,8 @@ def whole_file(path: Path, temporary: str) -> Iterator[Path]:
     part = path.with_name(temporary)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        # One that a killed process left would lend its rights.
+        part.unlink(missing_ok=True)
         part.touch()
         mode = stat.S_IMODE(part.stat().st_mode)
         yield part

@@ -34,6 +34,7 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
 
 
 def test_others_may_read_a_file_that_a_library_made_for_its_owner(tmp_path):
+    (tmp_path / "a.tmp").touch(0o600)  # left by a process that was killed
     with whole_file(tmp_path / "a", "a.tmp") as part:
         part.unlink()
         part.touch(0o600)
