@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import resource
-import statistics
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -22,7 +21,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
-from records import RESULTS, append, stamp
+from records import RESULTS, append, mean, stamp
 from rich.console import Console
 from rich.table import Table
 
@@ -113,11 +112,6 @@ def main(o: Options) -> None:
         recalls = [mean([100 * row[name] for row in own]) for name in (*RECALLS, "recall")]
         table.add_row(arm, "yes" if mirror else "no", str(len(own)), *recalls, mean([row["cpu_s"] for row in own]))
     Console(width=150).print(table)
-
-
-def mean(values: list[float]) -> str:
-    """Mean and standard deviation."""
-    return f"{statistics.mean(values):.1f}" + (f" ± {statistics.stdev(values):.1f}" if values[1:] else "")
 
 
 if __name__ == "__main__":

@@ -9,13 +9,12 @@ deviation of each arm's seeds.
 
 from __future__ import annotations
 
-import statistics
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import tyro
-from records import RESULTS, append, stamp
+from records import RESULTS, append, mean, stamp
 from rich.console import Console
 from rich.table import Table
 
@@ -53,8 +52,7 @@ def main(o: Options) -> None:
         append(o.out, [{**about, "arm": arm, "seed": int(seed), **data, **scores}])
     table = Table("arm", "seeds", "accuracy", title=f"Linear probe on {o.data.name}, {o.label}")
     for arm, values in accuracies.items():
-        spread = f" ± {100 * statistics.stdev(values):.1f}" if values[1:] else ""
-        table.add_row(arm, str(len(values)), f"{100 * statistics.mean(values):.1f}{spread} %")
+        table.add_row(arm, str(len(values)), f"{mean([100 * value for value in values])} %")
     Console().print(table)
 
 
