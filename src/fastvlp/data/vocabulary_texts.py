@@ -28,8 +28,9 @@ def vocabulary_texts(shards: SplitRecords, field: str, ahead: int = 0, most: int
     any_caption, names = False, set[str]()
     for info in readable_infos(shards, ahead, most):
         captions = usable_captions(info, field)
-        names |= info.keys()
         any_caption |= bool(captions)
+        if not any_caption:
+            names |= info.keys()
         yield from captions
         for other, text in fields:
             entries = info.get(other)

@@ -168,12 +168,12 @@ def copied(state: TrainState) -> TrainState:
     modules = (state.pretraining, *([] if state.ema is None else [state.ema]))
     tensors = [x for module in modules for x in (*module.parameters(), *module.buffers())]
     tensors += [x for moments in state.optimiser.state.values() for x in moments.values() if isinstance(x, Tensor)]
-    free = free_memory()
-    if free is not None and sum(x.nbytes for x in {id(x): x for x in tensors}.values()) > ROOM_FOR_COPY * free:
+    # A tensor that is used twice, such as a frozen weight of a momentum copy, is copied once.
+    by_id, free = {id(x): x for x in tensors}, free_memory()
+    if free is not None and sum(x.nbytes for x in by_id.values()) > ROOM_FOR_COPY * free:
         return state
     try:
-        # A tensor that is used twice, such as a frozen weight of a momentum copy, is copied once.
-        copies = {id(x): cpu_copy(x) for x in tensors}
+        copies = {i: cpu_copy(x) for i, x in by_id.items()}
         pretraining, ema, optimiser = deepcopy((state.pretraining, state.ema, state.optimiser), copies)
     except Exception:
         return state  # such as an encoder of a user's own

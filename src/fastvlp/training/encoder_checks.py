@@ -97,7 +97,7 @@ def _check_step(text: TextEncoder, name: str, ids_2L: Tensor, position_L: Tensor
         raise UserError(
             f"{name}: its `step` returns other states than its `states` with `causal`, for the same tokens. Correct `step`, "
             "which has to extend `past` in place, or `empty_past`, whose tensors must have a row for each text and be in "
-            "lists, tuples or dicts. Or delete both: those of the base class encode the text again for each token"
+            "a pytree, such as a list or dict. Or delete both: those of the base class encode the text again for each token"
         )
 
 
